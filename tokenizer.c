@@ -1,0 +1,1152 @@
+#ifndef CRIA_GROUND_FLOOR  // built alone, as a command: run.c brings everything and, at its end, the command's main()
+#define TOKENIZER_COMMAND
+#include "run.c"
+#else
+
+/* ==== 3. Text to tokens ================================================================================================
+   A model reads numbers. Its vocabulary lists some ten thousand pieces of text, and a token is the number of a piece.
+   Both kinds of vocabulary here begin with the smallest pieces (SentencePiece, SPM: characters; BPE: bytes) and join two
+   neighbours again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins where
+   the result is a piece, the best score first; BPE has a list of pairs, the earliest first, and cuts the text into words
+   beforehand, with rules that differ from model to model. Every source of a vocabulary (GGUF, llama2.c, the exporter) is
+   brought into one form, the section, which one function checks; after that no code distrusts it.
+
+   The section, little-endian, as native files carry it:
+
+       | header, 40 bytes | f32 score[n_tokens] | u32 text_start[n_tokens + 1] | u32 merge[n_merges][3] |
+       | u32 end_id[n_end] | u8 type[n_tokens] | text, text_bytes | zeros up to a multiple of 4 |
+
+   Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as they stand in a text: SPM's U+2581 is a space, a
+   byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, and what they give. */
+
+enum { SPM = 1, BPE = 2 };
+enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
+enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, ALL_TOKENIZER_FLAGS = 15 };
+enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 23, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
+
+typedef struct {
+    uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
+    int32_t bos, eos, unk;      // ids, or -1
+    uint32_t n_end, n_tokens, n_merges, text_bytes;
+} TokenizerHeader;
+_Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
+
+typedef struct {
+    uint32_t left, right, result, rank;  // left is UINT32_MAX in an empty slot
+} Merge;
+
+typedef struct {
+    const char *text;
+    uint32_t n;
+    int id;
+} Special;
+
+// Pieces that are searched for in the text itself, sorted by their bytes.
+typedef struct {
+    Special *items;
+    size_t first[257];  // those that begin with byte b are first[b] .. first[b + 1]
+} SpecialSet;
+
+typedef struct {
+    int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
+    bool add_bos, add_eos, dummy_prefix, ignore_merges;
+    const float *score;           // (n_tokens)          all that is const lies in the section
+    const uint32_t *text_start;   // (n_tokens + 1)
+    const uint32_t (*merge)[3];   // (n_merges, 3)
+    const uint32_t *end_id;       // (n_end)             an answer ends at any of these
+    const uint8_t *type;          // (n_tokens)
+    const char *text;
+    int *piece_slots;             // (piece_mask + 1)    hash table: bytes -> id, or -1
+    size_t piece_mask;
+    Merge *merge_slots;           // (merge_mask + 1)    hash table: ids of left and right -> rank and result
+    size_t merge_mask;
+    SpecialSet control, user_defined;
+    int byte_id[256];             // the token that stands for a single byte, or -1
+    bool space_leads;             // no piece has a space after another character: words can be joined one by one
+    uint8_t *class_of;            // (N_CLASSIFIED)      character classes of code points; BPE only
+} Tokenizer;
+
+// A token's own bytes; a control token's are its spelling.
+static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
+    bool known = id >= 0 && id < t->n_tokens;
+    *n_bytes = known ? t->text_start[id + 1] - t->text_start[id] : 0;
+    return known ? t->text + t->text_start[id] : "";
+}
+
+// The character at s: returns its length in bytes, 0 if the n bytes end before the character does, -1 if no valid UTF-8
+// begins like this (overlong forms, surrogates and all above U+10FFFF are not valid).
+static int read_character(const char *s, size_t n, uint32_t *code) {
+    const unsigned char *u = (const unsigned char *)s;
+    if (n == 0) return 0;
+    *code = u[0];
+    if (u[0] < 0x80) return 1;
+    if (u[0] < 0xC2 || u[0] > 0xF4) return -1;
+    int length = u[0] < 0xE0 ? 2 : u[0] < 0xF0 ? 3 : 4;
+    *code = u[0] & (0xFFu >> (length + 1));
+    for (int i = 1; i < length; i++) {
+        if ((size_t)i == n) return 0;
+        unsigned char low = 0x80, high = 0xBF;
+        if (i == 1 && u[0] == 0xE0) low = 0xA0;
+        if (i == 1 && u[0] == 0xED) high = 0x9F;
+        if (i == 1 && u[0] == 0xF0) low = 0x90;
+        if (i == 1 && u[0] == 0xF4) high = 0x8F;
+        if (u[i] < low || u[i] > high) return -1;
+        *code = *code << 6 | (u[i] & 0x3F);
+    }
+    return length;
+}
+
+// How many bytes of s can be printed without cutting a character that further bytes could still complete.
+static size_t whole_characters(const char *s, size_t n) {
+    for (size_t tail = 1; tail <= 3 && tail <= n; tail++) {
+        uint32_t code;
+        unsigned char c = (unsigned char)s[n - tail];
+        if (c >= 0xC0) return read_character(s + n - tail, tail, &code) == 0 ? n - tail : n;
+        if (c < 0x80) return n;
+    }
+    return n;
+}
+
+/* ---- Looking up --------------------------------------------------------------------------------------------------- */
+
+// Mixes 8 bytes at a time. The tables below refuse a vocabulary that was made to collide, so it need not be secret.
+static uint64_t hash_bytes(const char *s, size_t n) {
+    uint64_t hash = n * 0x9E3779B97F4A7C15u;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, s + i, n - i < 8 ? n - i : 8);
+        hash = (hash ^ word) * 0xD6E8FEB86659FD93u;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+// A slot count for n entries: a power of two, at most two thirds full.
+static size_t slots_for(size_t n) {
+    size_t slots = 16;
+    while (slots < n + n / 2) slots *= 2;
+    return slots;
+}
+
+// The lowest id of a piece with these bytes whose type is in `types` (a set of bits 1 << type), or -1.
+static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
+    for (size_t slot = hash_bytes(s, n) & t->piece_mask; t->piece_slots[slot] >= 0; slot = (slot + 1) & t->piece_mask) {
+        int id = t->piece_slots[slot];
+        size_t n_bytes;
+        const char *bytes = piece(t, id, &n_bytes);
+        if (n_bytes == n && types >> t->type[id] & 1 && memcmp(bytes, s, n) == 0) return id;
+    }
+    return -1;
+}
+
+enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };
+enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
+
+// The lowest id of a piece that text can become; byte tokens and control tokens have no part in this.
+static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
+
+// The same for the pieces that chat templates write: "<|im_end|>".
+static int find_special(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, SPECIAL_TYPES); }
+
+// Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
+static bool index_pieces(Tokenizer *t, Error *e) {
+    size_t slots = slots_for((size_t)t->n_tokens), steps = 0;
+    if (!(t->piece_slots = allocate(slots, sizeof *t->piece_slots, e))) return false;
+    memset(t->piece_slots, 0xFF, slots * sizeof *t->piece_slots);
+    t->piece_mask = slots - 1;
+    for (int id = 0; id < t->n_tokens; id++) {
+        size_t n;
+        const char *s = piece(t, id, &n);
+        if (n == 0 || t->type[id] == PIECE_BYTE || lookup(t, s, n, 1u << t->type[id]) >= 0) continue;
+        size_t slot = hash_bytes(s, n) & t->piece_mask;
+        for (; t->piece_slots[slot] >= 0; steps++) slot = (slot + 1) & t->piece_mask;
+        t->piece_slots[slot] = id;
+        if (steps > 64 * slots) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
+    }
+    return true;
+}
+
+static size_t merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
+    uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
+    size_t slot = (size_t)(hash ^ hash >> 32) & t->merge_mask;
+    while (t->merge_slots[slot].left != UINT32_MAX &&
+           (t->merge_slots[slot].left != left || t->merge_slots[slot].right != right))
+        slot = (slot + 1) & t->merge_mask;
+    return slot;
+}
+
+// The table (left, right) -> rank, result. Of two merges of the same pair the earlier counts.
+static bool index_merges(Tokenizer *t, Error *e) {
+    size_t slots = slots_for((size_t)t->n_merges);
+    if (!(t->merge_slots = allocate(slots, sizeof *t->merge_slots, e))) return false;
+    memset(t->merge_slots, 0xFF, slots * sizeof *t->merge_slots);
+    t->merge_mask = slots - 1;
+    for (int rank = 0; rank < t->n_merges; rank++) {
+        const uint32_t *m = t->merge[rank];
+        Merge *slot = &t->merge_slots[merge_slot(t, m[0], m[1])];
+        if (slot->left == UINT32_MAX) *slot = (Merge){m[0], m[1], m[2], (uint32_t)rank};
+    }
+    return true;
+}
+
+static int compare_specials(const void *a, const void *b) {
+    const Special *x = a, *y = b;
+    int order = memcmp(x->text, y->text, x->n < y->n ? x->n : y->n);
+    if (order == 0) order = (x->n > y->n) - (x->n < y->n);
+    return order ? order : x->id - y->id;
+}
+
+static bool index_specials(const Tokenizer *t, int type, SpecialSet *set, Error *e) {
+    size_t n = 0;
+    for (int id = 0; id < t->n_tokens; id++) n += t->type[id] == type;
+    if (!(set->items = allocate(n, sizeof *set->items, e))) return false;
+    n = 0;
+    for (int id = 0; id < t->n_tokens; id++) {
+        size_t n_bytes;
+        const char *s = piece(t, id, &n_bytes);
+        if (t->type[id] != type || n_bytes == 0) continue;
+        set->items[n++] = (Special){s, (uint32_t)n_bytes, id};
+        set->first[(unsigned char)s[0] + 1]++;
+    }
+    for (int b = 0; b < 256; b++) set->first[b + 1] += set->first[b];
+    qsort(set->items, n, sizeof *set->items, compare_specials);
+    return true;
+}
+
+// The longest piece of the set that the n bytes at s begin with (the lowest id, if several are the same), or -1.
+static int longest_special(const SpecialSet *set, const char *s, size_t n, size_t *n_bytes) {
+    size_t low = set->first[(unsigned char)s[0]], high = set->first[(unsigned char)s[0] + 1];
+    int found = -1;
+    for (size_t depth = 1; low < high; depth++) {  // items low .. high share their first `depth` bytes with s
+        if (set->items[low].n == depth) {
+            found = set->items[low].id;
+            *n_bytes = depth;
+        }
+        while (low < high && set->items[low].n == depth) low++;
+        if (depth == n) break;
+        unsigned char next = (unsigned char)s[depth];
+        for (size_t last = high; low < last;) {  // the first item that goes on with `next` or a later byte
+            size_t middle = (low + last) / 2;
+            if ((unsigned char)set->items[middle].text[depth] < next) low = middle + 1;
+            else last = middle;
+        }
+        for (size_t first = low; first < high;) {  // the first that goes on with a later byte
+            size_t middle = (first + high) / 2;
+            if ((unsigned char)set->items[middle].text[depth] > next) high = middle;
+            else first = middle + 1;
+        }
+    }
+    return found;
+}
+
+/* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
+   Each model's training began with regular expressions that cut the text, and joining never crosses a cut. A rule here is
+   one such expression, written by hand: it says where the match that begins at `at` ends (at itself if there is none).
+   Every byte of the text has a set of bits, and rules look at bits. Time is linear, and no rule calls itself. */
+
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, PUNCTUATION = 8, CASED = 16, CUT = 64, CONTINUES = 128 };
+enum { WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
+
+typedef struct {
+    const char *text;
+    const uint8_t *class;  // one set per byte; CONTINUES: not the first byte of its character; CUT: a word begins here
+} Characters;
+
+typedef size_t Rule(const Characters *x, size_t at, size_t end);
+
+// Unicode 16.0, as runs of a class over all code points from 0 on: how many (if not 1), then c cased letter, l another
+// letter, n number, p punctuation, s white space, _ none of them. tests/make_unicode.py made it and checks it.
+static const char character_classes[] =
+    "9_5s18_s3p_6p_4p10n2p3_2p26c3p_p_26cp_p7_s26_sp5_p2_lp6_2n_c2p_nlp3np23c_31c_195cl4c4l208cl27c18l4_12l14_5l7_l"
+    "_l129_4cl_2c2_l3cpc6_cp3c_c_20c_83c_139c8_166c_38c2_l6p41l2p51_p_p2_p2_p9_27l4_4l2p20_2p_2p13_p_3p43l21_10n4p"
+    "2l_99lpl15_2l7_2l10n3l2_l14p2_l_30l29_89l11_l14_10n33l9_2l_3pl5_22l4_l9_l3_l7_15p_25l5_p_11l5_24l_6l17_42l58_"
+    "54l3_l18_l7_10l2_2p10np16l4_8l2_2l2_22l_7l_l3_4l3_l16_l13_2l_3l4_10n2l2_6n2_lp7_6l4_2l2_22l_7l_2l_2l_2l31_4l_l"
+    "7_10n2_3l_p14_9l_3l_22l_7l_2l_5l3_l18_l15_2l4_10np8_l11_8l2_2l2_22l_7l_2l_5l3_l30_2l_3l4_10n_l6n11_l_6l3_3l_4l"
+    "3_2l_l_2l3_2l3_3l3_12l22_l21_13n18_8l_3l_23l_16l3_l26_3l2_l2_2l4_10n7_p7n_l3_p8l_3l_23l_10l_5l3_l31_2l_2l4_10n"
+    "_2l17_9l_3l_41l2_l16_l5_3l_7n3l4_19n_6l5_18l3_24l_9l_l2_7l31_10n4_p12_48l_2l12_7l8_p10n2p37_2l_l_5l_24l_l_10l_"
+    "2l9_l2_5l_l9_10n2_4l32_l3_15p_p11_20n6_4p2_8l_36l24_p2_5l67_5p4_2p37_43l20_l10n6p6l4_4l3_l3_2l7_3l4_13l12_l_"
+    "10n6_38c_l5_l2_43lp333l_4l2_7l_l_4l2_41l_4l2_33l_4l2_7l_l_4l2_15l_57l_4l2_67l5_9p20n3_16l16_86c2_6c2_p620l_p"
+    "17ls26l2p3_75l3p3n8l7_18l13_19l3_2p9_18l14_13l_3l15_52l32_3pl3p_l3_10n6_10n6_11p5_10n6_89l7_5l2_34l_l5_70l10_"
+    "31l37_2p10n30l2_5l11_44l4_26l6_11n37_23l7_2p53l43_10n6_10n6_7pl6p87_47l17_8l_2p10n7p28_3p3_30l13_2l10n44l22_4p"
+    "36l23_5p10n3_3l10n36l2p11l5_43c2_3c8p11_p21_4l_6l_2l3_l5_44c63l13cl34c37l64_278c2_6c2_38c2_6c2_8c_c_c_c_31c2_"
+    "53c_7c_c3_3c_7c3_4c2_6c4_13c5_3c_7c3_11s5_24p2s5_s20p_13p_12ps16_nl2_6n3_2pl10n3_2p_13l101_c4_c2_10c_c3_5c6_c_"
+    "c_c_4c_6c4lc2_4c5_5c4_c_51n2c5n382_4p29_2p309_60n78_22n616_14p30n49_2p31_10p403_22p63_4p32_2p514_124c2l103c6_"
+    "4c3_2c5_4pn2p38l_l5_l2_56l7_lp15_23l9_7l_7l_7l_7l_7l_7l_7l_7l33_47pl32p2_12p418_s3p_2ln10p2_12p_9n6_p5l2_3n2lp"
+    "3_86l6_3lp90lp4l5_43l_94l3_4n10_32l48_16l32_10n30_8n_15n32_10n39_15n320_6592l64_22157l67_46l2p269l3p16l10n2l"
+    "20_46cl4_p10_pl28c2l2_70l10n2_6p31_9l2_78cl23cl2_4c63l2_2l_l_8l21_16l_3l_4l_23l13_6n10_52l4p10_50l26_2p10n24_"
+    "6l3plp2l_10n28l8_2p23l24_p29l7_47l14_13p_l10n4_2p5l_10l10n5l_41l23_3l_8l4_10n2_4p23l3_l3_50l_l3_2l2_5l2_l_l24_"
+    "3l2p11l5_2p3l12_6l2_6l2_6l9_7l_7l_43l_14l6_80c35l8_p4_10n6_11172l12_23l4_49l8452_366l2_106l38_7c12_5c5_l_10l_"
+    "13l_5l_l_2l_2l_108l33_363l2p16_64l2_54l40_12l20_10p22_35p_14p_p4_p_2p4_5l_135l4_3p_6p_4p10n2p3_2p26c3p_p_26cp_"
+    "p_7p89l3_6l2_6l2_6l2_3l35_12l_26l_19l_2l_15l2_14l34_123l5_3p4_45n12_57n17_2n244_29l3_49l16_27n4_32l4n9_20ln8ln"
+    "5_38l10_30l_p36l4_8lp5n42_80c78l2_10n6_36c4_36c4_40l8_52l11_p11l_15l_7l_2l_11l_15l_7l_2l3_52l12_311l9_22l10_8l"
+    "24_6l_42l_9l69_6l2_l_44l_2l3_l2_23l_p8n23l2_7n31l8_9n48_19l_2l5_5n22l6n3_p26l5_p64_56l4_2n2l16n2_46nl15_4l_3l_"
+    "29l10_9n7_9p7_29l2np29l3n32_8l_28l6_5n7p9_54l3_7p22l2_8n19l5_8n18l7_4p12_7n80_73l55_51c13_51c7_6n36l12_10n6_"
+    "10n28l8_p23l218_31n_42l3_p2_2l16_3l59_29l10nl8_22l11_4n5p22_18l4_4p38_21l7n20_23l12_53l15_7p4_30n_2l2_l13_45l"
+    "11_2p_4p14_25l7_10n9_36l15_10n4pl2_l8_35l_2pl12_48l14_4l4p4_p2_10nlpl3p_20n11_18l_25l12_6p_2l63_7l_l_4l_15l_"
+    "10lp6_47l17_10n11_8l2_2l2_22l_7l_2l_5l3_l18_l12_5l30_10l_l2_l_38l_l25_l_l2p_2p39_53l18_4l5p10n2p_p_3l30_48l20_"
+    "2lpl8_10n166_47l18_23p4l36_48l17_3pl11_10n6_13p19_43l13_lp6_10n6_20n28_27l21_12n3p_7l185_44l15_p100_64c19n12_"
+    "8l2_l2_8l_2l_24l15_l_l2_3p9_10n70_8l2_39l16_lpl28_l10_40l7_l4_8p9_l11_46l16_3pl5p13_73l7_10p182_33lp14_10n6_9l"
+    "_37l17_l5p10_29n3_2p30l112_7l_2l_38l21_l9_10n6_6l_2l_32l14_l7_10n310_19l4_2p9_l_13l_34l15_13p10n86_l15_21n42_p"
+    "922l102_111n_5p11_196l2636_97l2p13_1072l17_6l25_3995l5_583l6841_30l18_10n1734_569l7_31l_10n4_2p79l_10n6_30l7_p"
+    "10_48l7_5p4_4lp11_10n_7n_21l5_19l432_45l3p10n198_64l23n4p101_75l5_l66_13l64_2lpl28_6136l8_1238l41_10l8935_4l_"
+    "7l_2l_291l15_l29_3l2_l14_4l8_396l2308_107l5_13l3_9l7_10l5_p4176_10n1478_20n12_20n108_25n135_85l_71l_2l2_l2_2l"
+    "2_4l_12l_l_7l_65l_4l2_8l_7l_28l_4l_5l_l3_7l_340l2_25l_25l_31l_25l_31l_25l_31l_25l_31l_25l_8l2_50n647_5p1140_"
+    "31l6_6l261_62l146_45l10_7l2_10n4_l321_30l18_44l4_10n470_28l4_10n214_30l2_l10n4_p480_7l_4l_2l_15l_197l2_9n48_"
+    "68c7_l4_10n4_2p785_59n_3n_4n76_45n_15n194_4l_27l_2l_l2_l_10l_4l_l_l6_l4_l_l_l_3l_2l_l2_l_l_l_l_l_2l_l2_4l_7l_"
+    "4l_4l_l_10l_17l5_3l_5l_17l580_13n2787_10n1030_42720l32_4154l6_222l2_5762l14_7473l15_622l2466_542l1506_4939l5_"
+    "4192l";
+
+static bool unpack_classes(Tokenizer *t, Error *e) {
+    if (!(t->class_of = allocate(N_CLASSIFIED, 1, e))) return false;
+    size_t code = 0, count = 0;
+    for (const char *p = character_classes; *p; p++) {
+        if (*p >= '0' && *p <= '9') {
+            count = count * 10 + (size_t)(*p - '0');
+            continue;
+        }
+        int bits = *p == 'c' ? LETTER | CASED : *p == 'l' ? LETTER : *p == 'n' ? NUMBER : *p == 'p' ? PUNCTUATION
+                 : *p == 's' ? SPACE : 0;
+        memset(t->class_of + code, bits, count ? count : 1);
+        code += count ? count : 1;
+        count = 0;
+    }
+    return true;
+}
+
+// The end of the run of bytes from `at` on whose bits under `mask` are `bits`.
+static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int bits) {
+    while (at < end && (x->class[at] & mask) == bits) at++;
+    return at;
+}
+
+static size_t next_character(const Characters *x, size_t at, size_t end) {
+    return run_end(x, at + 1, end, CONTINUES, CONTINUES);
+}
+
+static bool is_newline(const Characters *x, size_t at) { return x->text[at] == '\n' || x->text[at] == '\r'; }
+
+// 's|'t|'re|'ve|'m|'ll|'d        with `fold` in any case: then U+017F, the long s, is an s too
+static size_t contraction(const Characters *x, size_t at, size_t end, bool fold) {
+    if (x->text[at] != '\'' || at + 1 >= end) return at;
+    char a = x->text[at + 1], b = at + 2 < end ? x->text[at + 2] : 0;
+    if (fold && a == '\xC5' && b == '\xBF') return at + 3;
+    if (fold && a >= 'A' && a <= 'Z') a = (char)(a + 32);
+    if (fold && b >= 'A' && b <= 'Z') b = (char)(b + 32);
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return at + 2;
+    return (b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l') ? at + 3 : at;
+}
+
+// \s+(?!\S)|\s+        a run of white space leaves its last character to the word that follows it
+static size_t white_space(const Characters *x, size_t at, size_t end) {
+    size_t stop = run_end(x, at, end, SPACE, SPACE), last = stop;
+    if (stop == at || stop == end) return stop;
+    do last--;
+    while (x->class[last] & CONTINUES);
+    return last > at ? last : stop;
+}
+
+// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+static size_t gpt2_rule(const Characters *x, size_t at, size_t end) {
+    size_t stop = contraction(x, at, end, false);
+    if (stop > at) return stop;
+    size_t word = x->text[at] == ' ' && at + 1 < end ? at + 1 : at;
+    int bits = x->class[word] & WORD;
+    return bits != SPACE ? run_end(x, word, end, WORD, bits) : white_space(x, at, end);
+}
+
+// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+
+// |\s+(?!\S)|\s+
+static size_t modern_rule(const Characters *x, size_t at, size_t end, int digits) {
+    size_t stop = contraction(x, at, end, true), word = at;
+    if (stop > at) return stop;
+    if (!(x->class[at] & (LETTER | NUMBER)) && !is_newline(x, at)) word = next_character(x, at, end);
+    stop = run_end(x, word, end, LETTER, LETTER);
+    if (stop > word) return stop;
+    for (stop = at; digits > 0 && stop < end && x->class[stop] & NUMBER; digits--) stop = next_character(x, stop, end);
+    if (stop > at) return stop;
+    word = x->text[at] == ' ' ? at + 1 : at;
+    stop = run_end(x, word, end, WORD, 0);
+    if (stop > word) {
+        while (stop < end && is_newline(x, stop)) stop++;
+        return stop;
+    }
+    stop = run_end(x, at, end, SPACE, SPACE);
+    while (stop > at && !is_newline(x, stop - 1)) stop--;
+    return stop > at ? stop : white_space(x, at, end);
+}
+
+static size_t llama3_rule(const Characters *x, size_t at, size_t end) { return modern_rule(x, at, end, 3); }
+static size_t qwen2_rule(const Characters *x, size_t at, size_t end) { return modern_rule(x, at, end, 1); }
+
+// \p{N}
+static size_t digit_rule(const Characters *x, size_t at, size_t end) {
+    return x->class[at] & NUMBER ? next_character(x, at, end) : at;
+}
+
+// \p{N}+
+static size_t number_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, NUMBER, NUMBER); }
+
+// [0-9][0-9][0-9]
+static size_t three_digits_rule(const Characters *x, size_t at, size_t end) {
+    for (size_t i = at; i < at + 3; i++)
+        if (i >= end || x->text[i] < '0' || x->text[i] > '9') return at;
+    return at + 3;
+}
+
+// [\p{P}$+<=>^~|]+
+static size_t symbol_rule(const Characters *x, size_t at, size_t end) {
+    while (at < end && (x->class[at] & PUNCTUATION || (x->text[at] && strchr("$+<=>^~|", x->text[at])))) at++;
+    return at;
+}
+
+// [\r\n]
+static size_t newline_rule(const Characters *x, size_t at, size_t end) {
+    (void)end;
+    return is_newline(x, at) ? at + 1 : at;
+}
+
+// \s?[letters with a case]+
+static size_t cased_rule(const Characters *x, size_t at, size_t end) {
+    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = run_end(x, word, end, CASED, CASED);
+    return stop > word ? stop : at;
+}
+
+// The end of the run of characters from `at` on that lie in one of the ranges (first, last, first, last, ... 0).
+static size_t range_end(const Characters *x, size_t at, size_t end, const uint32_t *ranges) {
+    while (at < end) {
+        uint32_t code;
+        if (read_character(x->text + at, end - at, &code) <= 0) return at;
+        const uint32_t *r = ranges;
+        while (*r && !(code >= r[0] && code <= r[1])) r += 2;
+        if (!*r) return at;
+        at = next_character(x, at, end);
+    }
+    return at;
+}
+
+// \s?[!-/:-~, their full-width forms, U+2018-201F, U+3000-3002]+        U+3000 is both white space and one of the set
+static size_t mark_rule(const Characters *x, size_t at, size_t end) {
+    static const uint32_t marks[] = {'!', '/', ':', '~', 0xFF01, 0xFF0F, 0xFF1A, 0xFF5E, 0x2018, 0x201F, 0x3000, 0x3002, 0};
+    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = range_end(x, word, end, marks);
+    return stop > word ? stop : range_end(x, at, end, marks);
+}
+
+// \s+$        only asked where a run of white space begins: asked inside of one, long runs would take quadratic time
+static size_t last_space_rule(const Characters *x, size_t at, size_t end) {
+    if (!(x->class[at] & CUT) && x->class[at - 1] & SPACE) return at;
+    return run_end(x, at, end, SPACE, SPACE) == end ? end : at;
+}
+
+// [U+0800-9FA5, U+AC00-D7FF]+
+static size_t asian_rule(const Characters *x, size_t at, size_t end) {
+    static const uint32_t asian[] = {0x0800, 0x9FA5, 0xAC00, 0xD7FF, 0};
+    return range_end(x, at, end, asian);
+}
+
+// To add a row: write its expressions as rules above, in the order of the model's tokenizer.json (what an expression
+// leaves between its matches is a word too, and each expression sees the words that the ones before it made); append the
+// names that GGUF files use, and the flags that hold where a file is silent. Native files hold the number of the row, so
+// rows stay where they are. tests/make_token_goldens.py has the same table, for the reference.
+enum { MAX_RULES = 6 };
+static const struct {
+    const char *names;
+    unsigned flags;
+    Rule *rules[MAX_RULES + 1];
+} pre_tokenizers[] = {
+    {"gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat", 0, {gpt2_rule}},
+    {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", 0, {digit_rule, gpt2_rule}},
+    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", IGNORE_MERGES | ADD_BOS, {llama3_rule}},
+    {"dbrx smaug-bpe", 0, {llama3_rule}},
+    {"qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", 0, {qwen2_rule}},
+    {"deepseek-llm", 0, {newline_rule, cased_rule, mark_rule, last_space_rule, asian_rule, number_rule}},
+    {"default", 0, {symbol_rule, gpt2_rule, number_rule, three_digits_rule}},
+};
+enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
+
+// Gives every byte the bits of its character; a byte that is not UTF-8 is a character of its own, of no class.
+static void classify(const Tokenizer *t, const char *s, size_t n, uint8_t *class) {
+    for (size_t i = 0; i < n;) {
+        uint32_t code = 0;
+        int length = read_character(s + i, n - i, &code);
+        uint8_t bits = length > 0 && code < N_CLASSIFIED ? t->class_of[code] : 0;
+        class[i++] = bits;
+        for (int rest = length - 1; rest > 0; rest--) class[i++] = bits | CONTINUES;
+    }
+}
+
+// Sets CUT at the first byte of every word.
+static void cut_words(const Tokenizer *t, const char *s, size_t n, uint8_t *class) {
+    Characters x = {s, class};
+    classify(t, s, n, class);
+    class[0] |= CUT;
+    for (Rule *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
+        for (size_t at = 0, end; at < n; at = end) {
+            end = run_end(&x, at + 1, n, CUT, 0);
+            for (size_t stop; at < end; at = stop) {
+                class[at] |= CUT;
+                stop = (*rule)(&x, at, end);
+                if (stop > at) continue;
+                for (stop = next_character(&x, at, end); stop < end; stop = next_character(&x, stop, end))
+                    if ((*rule)(&x, stop, end) > stop) break;
+            }
+        }
+    }
+}
+
+/* ---- Encoding ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *text;
+    size_t n_bytes;
+    bool special;  // control tokens spelled here are meant; elsewhere the same spelling is plain text
+} Span;
+
+typedef struct {
+    int *ids;
+    size_t n, capacity;
+    size_t n_dropped;  // bytes that the vocabulary has no token for, not even an unknown one: as in Hugging Face's BPE
+} Tokens;
+
+enum { NOBODY = -1 };
+
+// A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
+typedef struct {
+    uint32_t start, length;  // length is 0 once it was joined to the one on its left
+    int previous, next, id;  // id is -1 for a character that is no piece
+} Symbol;
+
+// A pair that may be joined. The smallest order goes first: the vocabulary's liking, then the leftmost.
+typedef struct {
+    uint64_t order;   // | rank, 32 bits | number of the left symbol, 32 bits |
+    uint32_t length;  // of both together; if that has changed, the pair is no more
+    int id;
+} Pair;
+
+typedef struct {
+    const Tokenizer *t;
+    Symbol *symbols;  // (capacity)
+    Pair *heap;       // (2 * capacity)  every joining takes one pair out and puts at most two in: n - 1 + n - 1 at most
+    size_t n_symbols, n_heap, capacity;
+    uint8_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
+    size_t first;      // where in out->ids this stretch of plain text begins
+    Tokens *out;
+    Error *e;
+} Encoder;
+
+static bool emit(Tokens *out, int id, Error *e) {
+    if (out->n == out->capacity) {
+        size_t capacity = out->capacity ? 2 * out->capacity : 64;
+        int *ids = realloc(out->ids, times(capacity, sizeof *ids));
+        if (!ids) return fail(e, NO_MEMORY, "no memory for %zu tokens", capacity);
+        out->ids = ids;
+        out->capacity = capacity;
+    }
+    out->ids[out->n++] = id;
+    return true;
+}
+
+static void push_pair(Encoder *c, Pair pair) {
+    size_t i = c->n_heap++;
+    for (; i > 0 && c->heap[(i - 1) / 2].order > pair.order; i = (i - 1) / 2) c->heap[i] = c->heap[(i - 1) / 2];
+    c->heap[i] = pair;
+}
+
+static Pair pop_pair(Encoder *c) {
+    Pair top = c->heap[0], last = c->heap[--c->n_heap];
+    size_t i = 0;
+    for (size_t child = 1; child < c->n_heap; child = 2 * i + 1) {
+        if (child + 1 < c->n_heap && c->heap[child + 1].order < c->heap[child].order) child++;
+        if (last.order <= c->heap[child].order) break;
+        c->heap[i] = c->heap[child];
+        i = child;
+    }
+    c->heap[i] = last;
+    return top;
+}
+
+// Makes unsigned numbers of finite floats: the larger the score, the smaller the number, and -0 is 0.
+static uint32_t score_order(float score) {
+    uint32_t bits;
+    score += 0.0f;
+    memcpy(&bits, &score, sizeof bits);
+    return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
+}
+
+// Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
+static void offer_pair(Encoder *c, const char *s, int left) {
+    const Tokenizer *t = c->t;
+    const Symbol *a = &c->symbols[left];
+    if (a->next == NOBODY) return;
+    const Symbol *b = &c->symbols[a->next];
+    Pair pair = {.length = a->length + b->length, .id = -1};
+    uint32_t rank = 0;
+    if (t->kind == SPM) {
+        pair.id = lookup(t, s + a->start, pair.length, TEXT_TYPES);
+        if (pair.id >= 0) rank = score_order(t->score[pair.id]);
+    } else {
+        const Merge *m = &t->merge_slots[merge_slot(t, (uint32_t)a->id, (uint32_t)b->id)];
+        if (m->left != UINT32_MAX) pair.id = (int)m->result;
+        rank = m->rank;
+    }
+    if (pair.id < 0) return;
+    pair.order = (uint64_t)rank << 32 | (uint32_t)left;
+    push_pair(c, pair);
+}
+
+static void join_symbols(Encoder *c, const char *s) {
+    c->n_heap = 0;
+    for (size_t i = 0; i + 1 < c->n_symbols; i++) offer_pair(c, s, (int)i);
+    while (c->n_heap > 0) {
+        Pair pair = pop_pair(c);
+        int left = (int)(uint32_t)pair.order;
+        Symbol *a = &c->symbols[left], *b = a->next == NOBODY ? NULL : &c->symbols[a->next];
+        if (a->length == 0 || !b || a->length + b->length != pair.length) continue;
+        a->length = pair.length;
+        a->id = pair.id;
+        a->next = b->next;
+        b->length = 0;
+        if (a->next != NOBODY) c->symbols[a->next].previous = left;
+        if (a->previous != NOBODY) offer_pair(c, s, a->previous);
+        offer_pair(c, s, left);
+    }
+}
+
+// A character that is no piece: its bytes' tokens, where there are some; else one unknown token for all such characters
+// in a row (as SentencePiece does).
+static bool emit_unknown(Encoder *c, const char *s, size_t n) {
+    const Tokenizer *t = c->t;
+    for (size_t i = 0; i < n; i++) {
+        int id = t->byte_id[(unsigned char)s[i]];
+        if (id < 0) id = t->unk;
+        if (id < 0) c->out->n_dropped++;
+        else if (id == t->unk && c->out->n > c->first && c->out->ids[c->out->n - 1] == id) continue;
+        else if (!emit(c->out, id, c->e)) return false;
+    }
+    return true;
+}
+
+static bool reserve_symbols(Encoder *c, size_t n) {
+    if (n <= c->capacity) return true;
+    size_t capacity = n > 2 * c->capacity ? n : 2 * c->capacity;
+    free(c->symbols);
+    free(c->heap);
+    c->heap = NULL;
+    c->capacity = 0;
+    if (!(c->symbols = allocate(capacity, sizeof *c->symbols, c->e))) return false;
+    if (!(c->heap = allocate(2 * capacity, sizeof *c->heap, c->e))) return false;
+    c->capacity = capacity;
+    return true;
+}
+
+// Tokens of text that nothing outside of it can join with.
+static bool encode_word(Encoder *c, const char *s, size_t n) {
+    const Tokenizer *t = c->t;
+    int whole = t->ignore_merges ? lookup(t, s, n, TEXT_TYPES) : -1;
+    if (whole >= 0) return emit(c->out, whole, c->e);
+    if (!reserve_symbols(c, n)) return false;
+    c->n_symbols = 0;
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t code;
+        int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
+        length = of_character > 0 ? (size_t)of_character : 1;
+        int id = t->kind == SPM ? lookup(t, s + i, length, TEXT_TYPES) : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
+        if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
+        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id};
+    }
+    if (c->n_symbols == 0) return true;
+    c->symbols[c->n_symbols - 1].next = NOBODY;
+    join_symbols(c, s);
+    for (int i = 0; i != NOBODY; i = c->symbols[i].next) {
+        const Symbol *a = &c->symbols[i];
+        if (a->id >= 0 ? !emit(c->out, a->id, c->e) : !emit_unknown(c, s + a->start, a->length)) return false;
+    }
+    return true;
+}
+
+// Tokens of text that holds no user-defined piece.
+static bool encode_words(Encoder *c, const char *s, size_t n) {
+    if (n == 0) return true;
+    uint8_t *class = c->scratch;
+    if (c->t->kind == BPE) cut_words(c->t, s, n, class);
+    for (size_t at = 0, end; at < n; at = end) {
+        end = at + 1;
+        if (c->t->kind == BPE) while (end < n && !(class[end] & CUT)) end++;
+        else while (end < n && !(c->t->space_leads && s[end] == ' ' && s[end - 1] != ' ')) end++;
+        if (!encode_word(c, s + at, end - at)) return false;
+    }
+    return true;
+}
+
+// The text as SentencePiece sees it: one space in front, U+2581 a space. Returns its length.
+static size_t normalise(const Tokenizer *t, const char *s, size_t n, char *to) {
+    size_t length = 0;
+    if (t->dummy_prefix) to[length++] = ' ';
+    for (size_t i = 0; i < n; i++) {
+        bool bar = n - i >= 3 && memcmp(s + i, "\xE2\x96\x81", 3) == 0;
+        to[length++] = bar ? ' ' : s[i];
+        if (bar) i += 2;
+    }
+    return length;
+}
+
+// Tokens of what stands between two control tokens: what sentencepiece or Hugging Face would be given as one text. The
+// leftmost, then longest user-defined piece is always itself, whatever the words.
+static bool encode_plain(Encoder *c, const char *s, size_t n) {
+    if (n == 0) return true;
+    c->first = c->out->n;
+    if (c->t->kind == SPM) {
+        n = normalise(c->t, s, n, (char *)c->scratch);
+        s = (const char *)c->scratch;
+    }
+    size_t begin = 0;
+    for (size_t i = 0; i < n;) {
+        size_t length;
+        int id = longest_special(&c->t->user_defined, s + i, n - i, &length);
+        if (id < 0) {
+            i++;
+            continue;
+        }
+        if (!encode_words(c, s + begin, i - begin) || !emit(c->out, id, c->e)) return false;
+        begin = i += length;
+    }
+    return encode_words(c, s + begin, n - begin);
+}
+
+// Tokens of the joined text of the spans. A control token must lie wholly in special spans.
+static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
+    size_t begin = 0, at = 0;
+    for (int i = 0; i < n_spans;) {
+        bool special = spans[i].special;
+        size_t end = at;
+        for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
+        for (; special && at < end; at++) {
+            size_t length;
+            int id = longest_special(&c->t->control, text + at, end - at, &length);
+            if (id < 0) continue;
+            if (!encode_plain(c, text + begin, at - begin) || !emit(c->out, id, c->e)) return false;
+            begin = at + length;
+            at = begin - 1;
+        }
+        at = end;
+    }
+    return encode_plain(c, text + begin, n - begin);
+}
+
+// Appends the tokens of the spans' text, as if it were one text. The model's begin and end tokens are the caller's affair.
+static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
+    size_t n = 0;
+    for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
+    if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
+    char *text = allocate(n + 1, 1, e);
+    Encoder c = {.t = t, .out = out, .e = e, .scratch = allocate(n + 1, 1, e)};
+    bool ok = text && c.scratch;
+    for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
+        if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
+    ok = ok && encode_spans(&c, text, n, spans, n_spans);
+    free(text);
+    free(c.scratch);
+    free(c.symbols);
+    free(c.heap);
+    return ok;
+}
+
+// What a token adds to a text after the token `previous` (-1: nothing came before). Encoding puts a space before the text
+// and after each control token, where the vocabulary is one that does; here it goes. With that, decoding gives every byte
+// back that encoding was given, as far as the vocabulary has all bytes (and U+2581 has become a space).
+static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
+    const char *s = piece(t, id, n_bytes);
+    if (*n_bytes == 0) return s;
+    if (t->type[id] == PIECE_CONTROL) *n_bytes = 0;
+    if (t->type[id] == PIECE_UNKNOWN) {
+        *n_bytes = 3;
+        return "\xEF\xBF\xBD";
+    }
+    bool starts = previous < 0 || previous >= t->n_tokens || t->type[previous] == PIECE_CONTROL;
+    if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
+    --*n_bytes;
+    return s + 1;
+}
+
+/* ---- Opening a section ---------------------------------------------------------------------------------------------- */
+
+static void close_tokenizer(Tokenizer *t) {
+    free(t->piece_slots);
+    free(t->merge_slots);
+    free(t->control.items);
+    free(t->user_defined.items);
+    free(t->class_of);
+    *t = (Tokenizer){0};
+}
+
+static bool check_header(const TokenizerHeader *h, size_t n_bytes, Error *e) {
+    if (h->kind != SPM && h->kind != BPE) return fail(e, BAD_FILE, "vocabulary of kind %u, expected 1 or 2", h->kind);
+    if (h->pre >= N_PRE_TOKENIZERS || (h->kind == SPM && h->pre)) return fail(e, BAD_FILE, "no pre-tokenizer %u", h->pre);
+    if (h->flags > ALL_TOKENIZER_FLAGS) return fail(e, BAD_FILE, "vocabulary with unknown flags %#x", h->flags);
+    if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
+        return fail(e, BAD_FILE, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
+    if (h->n_merges > (h->kind == BPE ? MAX_MERGES : 0) || h->n_end > h->n_tokens)
+        return fail(e, BAD_FILE, "vocabulary with %u merges and %u end tokens", h->n_merges, h->n_end);
+    const int32_t ids[] = {h->bos, h->eos, h->unk};
+    for (int i = 0; i < 3; i++)
+        if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
+            return fail(e, BAD_FILE, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
+    if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
+        return fail(e, BAD_FILE, "the vocabulary adds a begin or end token that it does not have");
+    // Each count is at most 2^32 and each item at most 12 bytes, so this sum cannot wrap in 64 bits.
+    uint64_t expected = sizeof *h + 4ull * h->n_tokens + 4ull * (h->n_tokens + 1ull) + 12ull * h->n_merges +
+                        4ull * h->n_end + h->n_tokens + h->text_bytes;
+    expected = (expected + 3) / 4 * 4;
+    if (n_bytes != expected)
+        return fail(e, BAD_FILE, "the vocabulary has %zu bytes, expected %llu", n_bytes, (unsigned long long)expected);
+    return true;
+}
+
+static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
+    if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != text_bytes)
+        return fail(e, BAD_FILE, "the pieces do not fill the vocabulary's text of %u bytes", text_bytes);
+    for (int id = 0; id < t->n_tokens; id++) {
+        uint32_t start = t->text_start[id], end = t->text_start[id + 1];
+        int type = t->type[id];
+        if (start > end || end > text_bytes) return fail(e, BAD_FILE, "token %d: it ends before it begins", id);
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %d has unknown type %d", id, type);
+        uint32_t limit = type == PIECE_BYTE ? 1 : SPECIAL_TYPES >> type & 1 ? MAX_SPECIAL_PIECE : MAX_PIECE;
+        if (end - start > limit || (type == PIECE_BYTE && start == end))
+            return fail(e, BAD_FILE, "token %d has %u bytes; one of type %d has at most %u", id, end - start, type, limit);
+        if (!isfinite(t->score[id])) return fail(e, BAD_FILE, "token %d: its score is not a finite number", id);
+    }
+    for (int i = 0; i < t->n_end; i++)
+        if (t->end_id[i] >= (uint32_t)t->n_tokens) return fail(e, BAD_FILE, "end token %u is not in the vocabulary", t->end_id[i]);
+    return true;
+}
+
+// A merge's result must be the bytes of its parts: else what is decoded would not be what was encoded.
+static bool check_merges(const Tokenizer *t, Error *e) {
+    for (int rank = 0; rank < t->n_merges; rank++) {
+        const char *s[3];
+        size_t n[3];
+        for (int i = 0; i < 3; i++) {
+            if (t->merge[rank][i] >= (uint32_t)t->n_tokens)
+                return fail(e, BAD_FILE, "merge %d: no token %u", rank, t->merge[rank][i]);
+            s[i] = piece(t, (int)t->merge[rank][i], &n[i]);
+        }
+        if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
+            return fail(e, BAD_FILE, "merge %d: its result is not its parts", rank);
+    }
+    return true;
+}
+
+// What can be known about single bytes, and about spaces, before any text is seen.
+static void summarise_pieces(Tokenizer *t) {
+    int wanted = t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL;
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    t->space_leads = true;
+    for (int id = t->n_tokens - 1; id >= 0; id--) {
+        size_t n;
+        const char *s = piece(t, id, &n);
+        if (n == 1 && t->type[id] == wanted) t->byte_id[(unsigned char)s[0]] = id;
+        for (size_t i = 1; i < n && TEXT_TYPES >> t->type[id] & 1; i++)
+            if (s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
+    }
+}
+
+static bool open_checked(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
+    TokenizerHeader h;
+    if (n_bytes < sizeof h) return fail(e, BAD_FILE, "the vocabulary is cut short");
+    memcpy(&h, section, sizeof h);
+    if (!check_header(&h, n_bytes, e)) return false;
+    *t = (Tokenizer){.kind = (int)h.kind, .pre = (int)h.pre, .bos = h.bos, .eos = h.eos, .unk = h.unk,
+                     .n_tokens = (int)h.n_tokens, .n_merges = (int)h.n_merges, .n_end = (int)h.n_end,
+                     .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
+                     .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
+                     .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES};
+    const uint32_t *words = (const uint32_t *)(const void *)(section + sizeof h);
+    t->score = (const float *)(const void *)words;
+    t->text_start = words + h.n_tokens;
+    t->merge = (const uint32_t(*)[3])(const void *)(t->text_start + h.n_tokens + 1);
+    t->end_id = (const uint32_t *)(const void *)(t->merge + h.n_merges);
+    t->type = (const uint8_t *)(t->end_id + h.n_end);
+    t->text = (const char *)(t->type + h.n_tokens);
+    for (const char *p = t->text + h.text_bytes; p < (const char *)section + n_bytes; p++)
+        if (*p) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
+    if (!check_pieces(t, h.text_bytes, e) || !check_merges(t, e)) return false;
+    summarise_pieces(t);
+    return index_pieces(t, e) && index_merges(t, e) && index_specials(t, PIECE_CONTROL, &t->control, e) &&
+           index_specials(t, PIECE_USER_DEFINED, &t->user_defined, e) && (t->kind == SPM || unpack_classes(t, e));
+}
+
+// Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer.
+static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
+    *t = (Tokenizer){0};
+    if (open_checked(section, n_bytes, t, e)) return true;
+    close_tokenizer(t);
+    return false;
+}
+
+/* ---- Making a section ----------------------------------------------------------------------------------------------- */
+
+// A vocabulary as containers have it. Arrays may be unaligned; -1 is an id, or an answer, that the file does not give.
+typedef struct {
+    int kind;
+    const char *pre;              // the pre-tokenizer's name, or NULL; BPE only
+    size_t pre_bytes;
+    size_t n_tokens, n_merges;
+    Cursor pieces;                // strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
+    const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
+    const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
+    Cursor merges;                // strings: left part, space, right part
+    int bos, eos, eot, eom, unk;
+    int add_bos, add_eos, dummy_prefix;
+} Vocabulary;
+
+typedef struct {
+    Buffer scores, starts, merges, end_ids, types, text;
+} SectionParts;
+
+static int hex_digit(char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+// <0xAB> -> its byte, or -1
+static int spelled_byte(const char *s, size_t n) {
+    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>' || hex_digit(s[3]) < 0 || hex_digit(s[4]) < 0) return -1;
+    return hex_digit(s[3]) * 16 + hex_digit(s[4]);
+}
+
+// Undoes GPT-2's spelling of bytes by printable characters: 33-126, 161-172 and 174-255 are themselves, the others are in
+// their order U+0100, U+0101 ... Returns the length, or 0 where a character is none of these.
+static size_t unspell_bytes(const char *s, size_t n, char *to) {
+    size_t length = 0;
+    for (size_t i = 0; i < n;) {
+        uint32_t code = 0;
+        int n_character = read_character(s + i, n - i, &code);
+        if (n_character <= 0 || code < 33 || (code > 126 && code < 161) || code == 173 || code > 323) return 0;
+        uint32_t other = code - 256;  // the 256 others: 0-32, 127-160, 173
+        to[length++] = (char)(code < 256 ? code : other < 33 ? other : other < 67 ? other - 33 + 127 : 173);
+        i += (size_t)n_character;
+    }
+    return length;
+}
+
+// Writes a piece as it stands in texts, at most n bytes; *type may change.
+static bool unspell_piece(int kind, const char *s, size_t *n, uint8_t *type, char *to) {
+    if (*type == PIECE_BYTE) {
+        int byte = spelled_byte(s, *n);
+        to[0] = (char)byte;
+        *n = 1;
+        return byte >= 0;
+    }
+    size_t length = *n;
+    memcpy(to, s, length);
+    if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN)
+        length = normalise(&(Tokenizer){.dummy_prefix = false}, s, *n, to);
+    if (kind == BPE && *type == PIECE_NORMAL && length > 0) {
+        length = unspell_bytes(s, *n, to);
+        if (length == 0) {  // outside of the spelling: it decodes to its own characters, and no text can become it
+            memcpy(to, s, length = *n);
+            *type = PIECE_UNUSED;
+        }
+    }
+    *n = length;
+    return true;
+}
+
+static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
+    Cursor c = v->pieces;
+    for (size_t id = 0; id < v->n_tokens; id++) {
+        char bytes[MAX_PIECE];
+        uint64_t n_string = take_u64(&c);
+        const char *s = (const char *)take(&c, n_string > SIZE_MAX ? SIZE_MAX : (size_t)n_string);
+        if (!s) return fail(e, BAD_FILE, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
+        if (n_string > MAX_PIECE)
+            return fail(e, BAD_FILE, "token %zu has %llu bytes, at most %d are allowed", id, (unsigned long long)n_string, MAX_PIECE);
+        int32_t type = PIECE_NORMAL;
+        float score = 0;
+        if (v->types) memcpy(&type, v->types + 4 * id, 4);
+        if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
+        if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has unknown type %d", id, type);
+        size_t n = (size_t)n_string;
+        uint8_t packed_type = (uint8_t)type;
+        if (!unspell_piece(v->kind, s, &n, &packed_type, bytes))
+            return fail(e, BAD_FILE, "token %zu is of type byte, but is not spelled <0x00> to <0xFF>", id);
+        uint32_t start = (uint32_t)parts->text.n;
+        if (!append(&parts->starts, &start, 4, e) || !append(&parts->scores, &score, 4, e) ||
+            !append(&parts->types, &packed_type, 1, e) || (n && !append(&parts->text, bytes, n, e)))
+            return false;
+    }
+    uint32_t end = (uint32_t)parts->text.n;  // 2^20 pieces of 4096 bytes: one more and it would wrap
+    return end < parts->text.n ? fail(e, BAD_FILE, "the vocabulary's text is too long") : append(&parts->starts, &end, 4, e);
+}
+
+// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out.
+static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges, Error *e) {
+    Cursor c = v->merges;
+    for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
+        char bytes[2 * MAX_PIECE];
+        uint64_t n = take_u64(&c);
+        const char *s = (const char *)take(&c, n > SIZE_MAX ? SIZE_MAX : (size_t)n);
+        if (!s) return fail(e, BAD_FILE, "the vocabulary ends in merge %zu of %zu", rank, v->n_merges);
+        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', (size_t)n - 1) : NULL;
+        if (!space) continue;
+        size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
+        size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
+        if (n_left == 0 || n_right == 0) continue;
+        int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
+                      find_piece(t, bytes, n_left + n_right)};
+        if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0) continue;
+        if (!append(merges, ids, sizeof ids, e)) return false;
+    }
+    return true;
+}
+
+// The tokens that end an answer: those that the file names, and special ones with a name that means it. <|end|> does not
+// where <|return|> exists: there it only ends one of several messages.
+static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
+    static const char *const names[] = {
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
+        "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>",
+        "<|end|>",
+    };
+    enum { N_NAMES = sizeof names / sizeof *names };
+    int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
+    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = find_special(t, names[i], strlen(names[i]));
+    if (find_special(t, "<|return|>", 10) >= 0) ids[N_NAMES + 2] = -1;
+    for (size_t i = 0; i < N_NAMES + 3; i++) {
+        bool new = ids[i] >= 0;
+        for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
+        if (new && !append(end_ids, &ids[i], sizeof ids[i], e)) return false;
+    }
+    return true;
+}
+
+// The row of pre_tokenizers[] with this name, or -1.
+static int find_pre_tokenizer(const char *name, size_t n) {
+    for (int row = 0; row < N_PRE_TOKENIZERS; row++)
+        for (const char *p = pre_tokenizers[row].names; *p; p += strspn(p, " ")) {
+            size_t length = strcspn(p, " ");
+            if (length == n && memcmp(p, name, n) == 0) return row;
+            p += length;
+        }
+    return -1;
+}
+
+static bool choose_pre_tokenizer(const Vocabulary *v, uint32_t *pre, Error *e) {
+    *pre = 0;
+    if (v->kind == SPM) return true;
+    int row = v->pre ? find_pre_tokenizer(v->pre, v->pre_bytes) : -1;
+    if (row >= 0) {
+        *pre = (uint32_t)row;
+        return true;
+    }
+    char name[41] = "", known[160] = "";
+    for (size_t i = 0; v->pre && i < v->pre_bytes && i < sizeof name - 1; i++)
+        name[i] = v->pre[i] > ' ' && v->pre[i] <= '~' ? v->pre[i] : '?';
+    for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
+        const char *names = pre_tokenizers[i].names;
+        size_t n = strlen(known);
+        snprintf(known + n, sizeof known - n, "%s%.*s", i ? ", " : "", (int)strcspn(names, " "), names);
+    }
+    return fail(e, BAD_FILE, "pre-tokenizer \"%s\" is not known; choose one with --pre NAME: %s", name, known);
+}
+
+// Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
+static bool pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h, Error *e) {
+    const struct { const char *name; int id; } ids[] = {{"bos", v->bos}, {"eos", v->eos}, {"eot", v->eot}, {"eom", v->eom}, {"unknown", v->unk}};
+    for (int i = 0; i < 5; i++)
+        if (ids[i].id < -1 || ids[i].id >= t->n_tokens)
+            return fail(e, BAD_FILE, "the %s token is %d in a vocabulary of %d", ids[i].name, ids[i].id, t->n_tokens);
+    bool spm = v->kind == SPM;
+    h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
+    h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
+    h->unk = v->unk;
+    for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++)
+        if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
+    unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[h->pre].flags;
+    h->flags = usual & IGNORE_MERGES;
+    if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
+    if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
+    if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
+    return true;
+}
+
+static bool pack_parts(const Vocabulary *v, SectionParts *p, TokenizerHeader *h, Tokenizer *t, Error *e) {
+    if (v->kind != SPM && v->kind != BPE) return fail(e, BAD_FILE, "vocabulary of unknown kind %d", v->kind);
+    if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
+        return fail(e, BAD_FILE, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d", v->n_tokens,
+                    v->n_merges, MAX_TOKENS, MAX_MERGES);
+    h->kind = (uint32_t)v->kind;
+    if (!choose_pre_tokenizer(v, &h->pre, e) || !pack_pieces(v, p, e)) return false;
+    h->n_tokens = (uint32_t)v->n_tokens;
+    h->text_bytes = (uint32_t)p->text.n;
+    t->n_tokens = (int)v->n_tokens;
+    t->kind = v->kind;
+    t->type = p->types.bytes;
+    t->text_start = (const uint32_t *)(const void *)p->starts.bytes;
+    t->text = (const char *)p->text.bytes;
+    if (!index_pieces(t, e) || !pack_header(v, t, h, e) || !pack_merges(v, t, &p->merges, e) ||
+        !pack_end_ids(v, t, h->eos, &p->end_ids, e))
+        return false;
+    h->n_merges = (uint32_t)(p->merges.n / 12);
+    h->n_end = (uint32_t)(p->end_ids.n / 4);
+    return true;
+}
+
+// Appends the section of a vocabulary.
+static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
+    SectionParts p = {0};
+    TokenizerHeader h = {0};
+    Tokenizer t = {0};
+    bool ok = pack_parts(v, &p, &h, &t, e) && append(section, &h, sizeof h, e);
+    Buffer *const order[] = {&p.scores, &p.starts, &p.merges, &p.end_ids, &p.types, &p.text};
+    size_t n = sizeof h;
+    for (size_t i = 0; i < 6; i++) {
+        if (order[i]->n) ok = ok && append(section, order[i]->bytes, order[i]->n, e);
+        n += order[i]->n;
+        free(order[i]->bytes);
+    }
+    close_tokenizer(&t);
+    return ok && append(section, NULL, round_up(n, 4) - n, e);
+}
+
+// llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces, ids
+// 0, 1, 2 are <unk>, <s>, </s> (some exporters put newlines round these), 3 to 258 the bytes: "<0xAB>", or in old files the
+// character U+00AB. n_tokens is what the model has, or -1.
+static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, int n_tokens, Buffer *section, Error *e) {
+    Cursor c = {.at = bytes, .left = n_bytes};
+    Buffer pieces = {0}, scores = {0}, types = {0};
+    size_t n = 0;
+    bool ok = true;
+    take_u32(&c);  // nothing here needs the longest piece
+    for (; ok && c.left > 0 && n <= MAX_TOKENS; n++) {
+        const unsigned char *score = take(&c, 4);
+        uint64_t length = take_u32(&c);
+        const char *s = (const char *)take(&c, (size_t)length);
+        char spelled[8];
+        int32_t type = n == 0 ? PIECE_UNKNOWN : n < 3 ? PIECE_CONTROL : n < 259 ? PIECE_BYTE : PIECE_NORMAL;
+        if (!s) {
+            ok = fail(e, BAD_FILE, "not a tokenizer.bin, or cut short: token %zu does not end", n);
+            break;
+        }
+        if (type == PIECE_CONTROL && length > 2 && s[0] == '\n' && s[length - 1] == '\n') s++, length -= 2;
+        if (type == PIECE_BYTE) {
+            snprintf(spelled, sizeof spelled, "<0x%02X>", (unsigned)(n - 3));
+            s = spelled;
+            length = 6;
+        }
+        ok = append(&pieces, &length, 8, e) && (!length || append(&pieces, s, (size_t)length, e)) &&
+             append(&scores, score, 4, e) && append(&types, &type, 4, e);
+    }
+    if (ok && n_tokens >= 0 && n != (size_t)n_tokens)
+        ok = fail(e, BAD_FILE, "the tokenizer has %zu tokens, the model has %d", n, n_tokens);
+    if (ok && n < 3) ok = fail(e, BAD_FILE, "not a tokenizer.bin: it has %zu tokens, expected at least 3", n);
+    Vocabulary v = {.kind = SPM, .n_tokens = n, .pieces = {.at = pieces.bytes, .left = pieces.n}, .scores = scores.bytes,
+                    .types = types.bytes, .bos = 1, .eos = 2, .eot = 1, .eom = -1, .unk = 0, .add_bos = 1, .add_eos = 0,
+                    .dummy_prefix = 1};
+    ok = ok && pack_vocabulary(&v, section, e);
+    free(pieces.bytes);
+    free(scores.bytes);
+    free(types.bytes);
+    return ok;
+}
+
+#endif
