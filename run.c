@@ -521,58 +521,60 @@ INLINE float float_of_bfloat(uint16_t b) {
     return float_of_bits((uint32_t)b << 16);
 }
 
-// The weights of a quantised tile, as all formats have them: scale[r] * (q[g][r][k] - offset) + min[r].
+// A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
 typedef struct {
-    float scale[16], min[16];
-    int8_t q[8][16][4];
-    int offset;
-    bool has_min;
-} QuantTile;
+    float w[32][16], scale[16], min[16];
+} UnpackedTile;
 
-INLINE void unpack_quants(Type type, const unsigned char *tile, QuantTile *u) {
-    const TileQ8 *q8 = (const void *)tile;
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4 *q4 = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    u->has_min = type == Q4M;
-    u->offset = type == Q4 ? 8 : 0;
-    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
-    if (u->has_min) {
-        for (int r = 0; r < 16; r++) u->min[r] = float_of_half(q4m->min[r]);
-    }
-    if (type == Q8 || type == Q8F) {
-        memcpy(u->q, type == Q8 ? q8->q : q8f->q, sizeof u->q);
-        return;
-    }
-    const uint8_t *from = type == Q4 ? &q4->q[0][0][0] : &q4m->q[0][0][0];
-    int8_t *low = &u->q[0][0][0], *high = &u->q[4][0][0];
-    for (int i = 0; i < 256; i++) {
-        low[i] = (int8_t)(from[i] & 15);
-        high[i] = (int8_t)(from[i] >> 4);
+static bool has_min(Type type) {
+    return type == Q4M;
+}
+
+INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++) {
+            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
+        }
     }
 }
 
-// The same tile as floats, w[column][row]; quantised ones dequantised in the order of gguf-py's operations.
-INLINE void unpack_floats(Type type, const unsigned char *tile, float w[32][16]) {
-    if (type == F32) {
-        memcpy(w, tile, sizeof(TileF32));
-    } else if (type == F16 || type == BF16) {
-        const TileF16 *t = (const void *)tile;
-        for (int c = 0; c < 32; c++) {
-            for (int r = 0; r < 16; r++) {
-                w[c][r] = type == F16 ? float_of_half(t->w[c][r]) : float_of_bfloat(t->w[c][r]);
-            }
-        }
-    } else {
-        QuantTile u;
-        unpack_quants(type, tile, &u);
-        for (int c = 0; c < 32; c++) {
-            for (int r = 0; r < 16; r++) {
-                w[c][r] = u.scale[r] * (float)(u.q[c / 4][r][c % 4] - u.offset);
-                if (u.has_min) w[c][r] += u.min[r];
-            }
-        }
+INLINE void unpack_nibbles(const uint8_t *q, int offset, UnpackedTile *u) {
+    int8_t bytes[2][256];
+    for (int i = 0; i < 256; i++) {
+        bytes[0][i] = (int8_t)((q[i] & 15) - offset);
+        bytes[1][i] = (int8_t)((q[i] >> 4) - offset);
     }
+    unpack_bytes(&bytes[0][0], u);
+}
+
+INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
+    const TileQ8 *q8 = (const void *)tile;  // the scales come first in all of them
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4 *q4 = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
+    for (int r = 0; r < 16; r++) u->min[r] = has_min(type) ? float_of_half(q4m->min[r]) : 0.0f;
+    if (type == Q8) unpack_bytes(&q8->q[0][0][0], u);
+    else if (type == Q8F) unpack_bytes(&q8f->q[0][0][0], u);
+    else if (type == Q4) unpack_nibbles(&q4->q[0][0][0], 8, u);
+    else unpack_nibbles(&q4m->q[0][0][0], 0, u);
+}
+
+// With `exact`, quantised weights come dequantised, by the operations that gguf-py does, in their order.
+INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u) {
+    const uint16_t *half = (const void *)tile;
+    float *w = &u->w[0][0];
+    for (int r = 0; r < 16; r++) {
+        u->scale[r] = 1.0f;
+        u->min[r] = 0.0f;
+    }
+    if (type == F32) memcpy(w, tile, sizeof u->w);
+    else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
+    else if (type == BF16) for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
+    else unpack_quants(type, tile, u);
+    if (!exact || !types[type].quantised) return;
+    for (int i = 0; i < 512; i++) w[i] *= u->scale[i % 16];
+    for (int i = 0; has_min(type) && i < 512; i++) w[i] += u->min[i % 16];
 }
 
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even; the sum's low bits are that number.
@@ -609,52 +611,63 @@ INLINE void quantise_rows(const Activations *a, size_t cols, Range rows) {
     }
 }
 
-// y[r] += scale[r] * s * (q[r] . x - offset * sum) + min[r] * s * sum      y (16)  x: 32 columns of one token
-INLINE void add_quants(float y[16], const QuantTile *w, const int8_t *x, float s, int32_t sum) {
-    int32_t dot[16] = { 0 };
-    for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++) {
-            const int8_t *q = w->q[g][r];
-            dot[r] += q[0] * x[4 * g] + q[1] * x[4 * g + 1] + q[2] * x[4 * g + 2] + q[3] * x[4 * g + 3];
+enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded
+
+// sum[t][r] = ... fmaf(w[1][r], x[t][1], fmaf(w[0][r], x[t][0], sum[t][r])): one chain over the columns, in their order
+INLINE void add_products(float sum[][16], float w[32][16], const float *x[], int n) {
+    float a[TOGETHER][16];
+    memcpy(a, sum, (size_t)n * sizeof *a);
+    for (int c = 0; c < 32; c++) {
+        for (int t = 0; t < n; t++) {
+            for (int r = 0; r < 16; r++) a[t][r] = fmaf(w[c][r], x[t][c], a[t][r]);
         }
     }
-    for (int r = 0; r < 16; r++) y[r] = fmaf(w->scale[r] * s, (float)(dot[r] - w->offset * sum), y[r]);
-    if (w->has_min) {
-        for (int r = 0; r < 16; r++) y[r] = fmaf(w->min[r], s * (float)sum, y[r]);
+    memcpy(sum, a, (size_t)n * sizeof *a);
+}
+
+// sum[t][r] += scale[r] * s[t] * dot(w[r], q[t]) + min[r] * s[t] * sum(q[t]), q the activations in 8 bits, s their scale.
+// The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+INLINE void add_scaled_products(float sum[][16], UnpackedTile *u, bool with_min, const Activations *a, size_t first, int n) {
+    float dot[TOGETHER][16] = { { 0 } }, x[TOGETHER][32];
+    const float *rows[TOGETHER];
+    for (int t = 0; t < n; t++) {
+        for (int c = 0; c < 32; c++) x[t][c] = a->q[first + (size_t)t * a->stride + (size_t)c];
+        rows[t] = x[t];
+    }
+    add_products(dot, u->w, rows, n);
+    for (int t = 0; t < n; t++) {
+        size_t block = (first + (size_t)t * a->stride) / 32;
+        float s = a->scale[block], s_sum = s * (float)a->sum[block];
+        for (int r = 0; r < 16; r++) sum[t][r] = fmaf(u->scale[r] * s, dot[t][r], sum[t][r]);
+        for (int r = 0; with_min && r < 16; r++) sum[t][r] = fmaf(u->min[r], s_sum, sum[t][r]);
     }
 }
 
-// y[r] = ... fmaf(w[1][r], x[1], fmaf(w[0][r], x[0], y[r])): one chain over the columns, in order
-INLINE void add_floats(float y[16], float w[32][16], const float *x) {
-    for (int c = 0; c < 32; c++) {
-        for (int r = 0; r < 16; r++) y[r] = fmaf(w[c][r], x[c], y[r]);
-    }
+// The part of a tile in the sums of n tokens whose activations begin at `first`.
+INLINE void add_tile(float sum[][16], Type type, UnpackedTile *u, const Activations *a, size_t first, int n, bool exact) {
+    const float *rows[TOGETHER];
+    for (int t = 0; t < n; t++) rows[t] = a->x + first + (size_t)t * a->stride;
+    if (types[type].quantised && !exact) add_scaled_products(sum, u, has_min(type), a, first, n);
+    else add_products(sum, u->w, rows, n);
 }
 
-// y[t,r] = sum_c w[r,c] * x[t,c]  for the rows of row tiles `from` to `to`      y (n, y_stride)  w (rows,cols)  x (n,cols)
+// y[t,r] = sum_c w[r,c] * x[t,c]  for the rows of some row tiles      y (n, y_stride)  w (rows,cols)  x (n,cols)
 // A tile is unpacked once for up to 32 tokens. y_stride leaves room for whole row tiles.
 INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact) {
     enum { TOKENS = 32 };
-    bool quantised = types[w->type].quantised && !exact;
     size_t tile_bytes = types[w->type].tile_bytes, n_tiles = n_column_tiles(w);
     for (size_t row = tiles.from; row < tiles.to; row++) {
         for (int t0 = 0; t0 < n; t0 += TOKENS) {
-            int n_now = n - t0 < TOKENS ? n - t0 : TOKENS;
+            int n_now = n - t0 < TOKENS ? n - t0 : TOKENS, t;
             float sum[TOKENS][16] = { { 0 } };
             for (size_t c = 0; c < n_tiles; c++) {
-                const unsigned char *tile = w->tiles + (row * n_tiles + c) * tile_bytes;
-                size_t x = (size_t)t0 * a->stride + c * 32, step = a->stride;
-                if (quantised) {
-                    QuantTile u;
-                    unpack_quants(w->type, tile, &u);
-                    for (int t = 0; t < n_now; t++, x += step) add_quants(sum[t], &u, a->q + x, a->scale[x / 32], a->sum[x / 32]);
-                } else {
-                    float u[32][16];
-                    unpack_floats(w->type, tile, u);
-                    for (int t = 0; t < n_now; t++, x += step) add_floats(sum[t], u, a->x + x);
-                }
+                UnpackedTile u;
+                unpack(w->type, w->tiles + (row * n_tiles + c) * tile_bytes, exact, &u);
+                size_t x = (size_t)t0 * a->stride + c * 32;
+                for (t = 0; t + TOGETHER <= n_now; t += TOGETHER) add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, TOGETHER, exact);
+                for (; t < n_now; t++) add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, 1, exact);
             }
-            for (int t = 0; t < n_now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof sum[t]);
+            for (t = 0; t < n_now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof sum[t]);
         }
     }
 }
@@ -665,21 +678,22 @@ INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, co
    the computation, which have no threads and know no model; then the steps of a layer, which a team of threads shares by
    rows, heads or tokens and which wait for each other where one reads what another's thread has written. */
 
-// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (its error: at most 1 ulp).
+// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
 // 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
 INLINE float exponential(float x) {
-    float rounded = x * 0x1.715476p+0f + ROUNDER, n = rounded - ROUNDER;
+    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
     float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
     r = fmaf(n, -0x1.7f7d1cp-20f, r);
-    float e = 0x1.6b7ba4p-10f;
-    e = fmaf(e, r, 0x1.11a0a8p-7f);
-    e = fmaf(e, r, 0x1.555582p-5f);
-    e = fmaf(e, r, 0x1.55553ep-3f);
-    e = fmaf(e, r, 0x1p-1f);
+    float e = 0x1.6ac6b2p-10f;
+    e = fmaf(e, r, 0x1.123de0p-7f);
+    e = fmaf(e, r, 0x1.555858p-5f);
+    e = fmaf(e, r, 0x1.55548cp-3f);
+    e = fmaf(e, r, 0x1.fffffcp-2f);
     e = fmaf(e, r, 1.0f);
     e = fmaf(e, r, 1.0f);
-    e *= float_of_bits((bits_of_float(rounded) + 127) << 23);
-    return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : e;
+    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
+    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
+    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
 }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
@@ -821,9 +835,9 @@ static void embed(const Model *m, State *s, const int *tokens, Range range) {
     for (size_t t = range.from; t < range.to; t++) {
         size_t row = (size_t)tokens[t];
         for (size_t c = 0; c < n_tiles; c++) {
-            float tile[32][16];
-            unpack_floats(w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes, tile);
-            for (int i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + (size_t)i] = tile[i][row % 16];
+            UnpackedTile tile;
+            unpack(w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes, true, &tile);
+            for (size_t i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + i] = tile.w[i][row % 16];
         }
     }
 }

@@ -4,12 +4,11 @@
 #else
 
 /* ==== 3. Text to tokens ================================================================================================
-   A model reads numbers. Its vocabulary lists some ten thousand pieces of text, and a token is the number of a piece.
-   Both kinds of vocabulary here begin with the smallest pieces (SentencePiece, SPM: characters; BPE: bytes) and join two
-   neighbours again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins where
-   the result is a piece, the best score first; BPE has a list of pairs, the earliest first, and cuts the text into words
-   beforehand, with rules that differ from model to model. Every source of a vocabulary (GGUF, llama2.c, the exporter) is
-   brought into one form, the section, which one function checks; after that no code distrusts it.
+   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
+   kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
+   again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins what gives a
+   piece, the best score first; BPE has a list of pairs, the earliest first, and cuts the text into words beforehand.
+   Every source of a vocabulary is brought into one form, the section, which one function checks.
 
    The section, little-endian, as native files carry it:
 
@@ -17,10 +16,12 @@
        | u32 end_id[n_end] | u8 type[n_tokens] | text, text_bytes | zeros up to a multiple of 4 |
 
    Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as they stand in a text: SPM's U+2581 is a space, a
-   byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, and what they give. */
+   byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, their result. */
 
 enum { SPM = 1, BPE = 2 };
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
+enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
+enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, ALL_TOKENIZER_FLAGS = 15 };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 23, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
 
@@ -36,34 +37,21 @@ typedef struct {
 } Merge;
 
 typedef struct {
-    const char *text;
-    uint32_t n;
-    int id;
-} Special;
-
-// Pieces that are searched for in the text itself, sorted by their bytes.
-typedef struct {
-    Special *items;
-    size_t first[257];  // those that begin with byte b are first[b] .. first[b + 1]
-} SpecialSet;
-
-typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
     bool add_bos, add_eos, dummy_prefix, ignore_merges;
-    const float *score;           // (n_tokens)          all that is const lies in the section
-    const uint32_t *text_start;   // (n_tokens + 1)
-    const uint32_t (*merge)[3];   // (n_merges, 3)
-    const uint32_t *end_id;       // (n_end)             an answer ends at any of these
-    const uint8_t *type;          // (n_tokens)
+    const float *score;          // (n_tokens)        these lie in the section
+    const uint32_t *text_start;  // (n_tokens + 1)
+    const uint32_t (*merge)[3];  // (n_merges, 3)
+    const uint32_t *end_id;      // (n_end)           an answer ends at any of these
+    const uint8_t *type;         // (n_tokens)
     const char *text;
-    int *piece_slots;             // (piece_mask + 1)    hash table: bytes -> id, or -1
-    size_t piece_mask;
-    Merge *merge_slots;           // (merge_mask + 1)    hash table: ids of left and right -> rank and result
-    size_t merge_mask;
-    SpecialSet control, user_defined;
-    int byte_id[256];             // the token that stands for a single byte, or -1
-    bool space_leads;             // no piece has a space after another character: words can be joined one by one
-    uint8_t *class_of;            // (N_CLASSIFIED)      character classes of code points; BPE only
+    int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
+    Merge *merge_slots;          // (merge_mask + 1)  hash table: left and right -> rank and result
+    size_t piece_mask, merge_mask;
+    uint16_t *class_of;          // (N_CLASSIFIED)    classes of characters by code point; BPE only
+    int byte_id[256];            // the token that stands for a single byte, or -1
+    uint8_t begins[256];         // the set of types (1 << type) that pieces have that begin with this byte
+    bool space_leads;            // no piece has a space after another character: words can be joined one by one
 } Tokenizer;
 
 // A token's own bytes; a control token's are its spelling.
@@ -107,30 +95,15 @@ static size_t whole_characters(const char *s, size_t n) {
     return n;
 }
 
-/* ---- Looking up --------------------------------------------------------------------------------------------------- */
+/* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
-// Mixes 8 bytes at a time. The tables below refuse a vocabulary that was made to collide, so it need not be secret.
-static uint64_t hash_bytes(const char *s, size_t n) {
-    uint64_t hash = n * 0x9E3779B97F4A7C15u;
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, s + i, n - i < 8 ? n - i : 8);
-        hash = (hash ^ word) * 0xD6E8FEB86659FD93u;
-        hash ^= hash >> 32;
-    }
-    return hash;
-}
+// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. A vocabulary that was
+// made to collide is refused, so this need not be secret.
+static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
-// A slot count for n entries: a power of two, at most two thirds full.
-static size_t slots_for(size_t n) {
-    size_t slots = 16;
-    while (slots < n + n / 2) slots *= 2;
-    return slots;
-}
-
-// The lowest id of a piece with these bytes whose type is in `types` (a set of bits 1 << type), or -1.
-static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
-    for (size_t slot = hash_bytes(s, n) & t->piece_mask; t->piece_slots[slot] >= 0; slot = (slot + 1) & t->piece_mask) {
+static int lookup_hashed(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
+    size_t slot = (size_t)(hash ^ hash >> 32) & t->piece_mask;
+    for (; t->piece_slots[slot] >= 0; slot = (slot + 1) & t->piece_mask) {
         int id = t->piece_slots[slot];
         size_t n_bytes;
         const char *bytes = piece(t, id, &n_bytes);
@@ -139,123 +112,102 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return -1;
 }
 
-enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };
-enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
+// The lowest id of a piece with these bytes whose type is in `types`, or -1.
+static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
+    uint64_t hash = 1;
+    for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
+    return lookup_hashed(t, s, n, hash, types);
+}
 
-// The lowest id of a piece that text can become; byte tokens and control tokens have no part in this.
+// The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The same for the pieces that chat templates write: "<|im_end|>".
+// The same for the pieces that chat templates write, such as <|im_end|>.
 static int find_special(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, SPECIAL_TYPES); }
 
-// Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
-static bool index_pieces(Tokenizer *t, Error *e) {
-    size_t slots = slots_for((size_t)t->n_tokens), steps = 0;
-    if (!(t->piece_slots = allocate(slots, sizeof *t->piece_slots, e))) return false;
-    memset(t->piece_slots, 0xFF, slots * sizeof *t->piece_slots);
-    t->piece_mask = slots - 1;
-    for (int id = 0; id < t->n_tokens; id++) {
-        size_t n;
-        const char *s = piece(t, id, &n);
-        if (n == 0 || t->type[id] == PIECE_BYTE || lookup(t, s, n, 1u << t->type[id]) >= 0) continue;
-        size_t slot = hash_bytes(s, n) & t->piece_mask;
-        for (; t->piece_slots[slot] >= 0; steps++) slot = (slot + 1) & t->piece_mask;
-        t->piece_slots[slot] = id;
-        if (steps > 64 * slots) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
-    }
-    return true;
-}
-
-static size_t merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
-    size_t slot = (size_t)(hash ^ hash >> 32) & t->merge_mask;
-    while (t->merge_slots[slot].left != UINT32_MAX &&
-           (t->merge_slots[slot].left != left || t->merge_slots[slot].right != right))
-        slot = (slot + 1) & t->merge_mask;
-    return slot;
-}
-
-// The table (left, right) -> rank, result. Of two merges of the same pair the earlier counts.
-static bool index_merges(Tokenizer *t, Error *e) {
-    size_t slots = slots_for((size_t)t->n_merges);
-    if (!(t->merge_slots = allocate(slots, sizeof *t->merge_slots, e))) return false;
-    memset(t->merge_slots, 0xFF, slots * sizeof *t->merge_slots);
-    t->merge_mask = slots - 1;
-    for (int rank = 0; rank < t->n_merges; rank++) {
-        const uint32_t *m = t->merge[rank];
-        Merge *slot = &t->merge_slots[merge_slot(t, m[0], m[1])];
-        if (slot->left == UINT32_MAX) *slot = (Merge){m[0], m[1], m[2], (uint32_t)rank};
-    }
-    return true;
-}
-
-static int compare_specials(const void *a, const void *b) {
-    const Special *x = a, *y = b;
-    int order = memcmp(x->text, y->text, x->n < y->n ? x->n : y->n);
-    if (order == 0) order = (x->n > y->n) - (x->n < y->n);
-    return order ? order : x->id - y->id;
-}
-
-static bool index_specials(const Tokenizer *t, int type, SpecialSet *set, Error *e) {
-    size_t n = 0;
-    for (int id = 0; id < t->n_tokens; id++) n += t->type[id] == type;
-    if (!(set->items = allocate(n, sizeof *set->items, e))) return false;
-    n = 0;
-    for (int id = 0; id < t->n_tokens; id++) {
-        size_t n_bytes;
-        const char *s = piece(t, id, &n_bytes);
-        if (t->type[id] != type || n_bytes == 0) continue;
-        set->items[n++] = (Special){s, (uint32_t)n_bytes, id};
-        set->first[(unsigned char)s[0] + 1]++;
-    }
-    for (int b = 0; b < 256; b++) set->first[b + 1] += set->first[b];
-    qsort(set->items, n, sizeof *set->items, compare_specials);
-    return true;
-}
-
-// The longest piece of the set that the n bytes at s begin with (the lowest id, if several are the same), or -1.
-static int longest_special(const SpecialSet *set, const char *s, size_t n, size_t *n_bytes) {
-    size_t low = set->first[(unsigned char)s[0]], high = set->first[(unsigned char)s[0] + 1];
+// The longest piece of this type that the n bytes at s begin with, or -1.
+static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
-    for (size_t depth = 1; low < high; depth++) {  // items low .. high share their first `depth` bytes with s
-        if (set->items[low].n == depth) {
-            found = set->items[low].id;
-            *n_bytes = depth;
-        }
-        while (low < high && set->items[low].n == depth) low++;
-        if (depth == n) break;
-        unsigned char next = (unsigned char)s[depth];
-        for (size_t last = high; low < last;) {  // the first item that goes on with `next` or a later byte
-            size_t middle = (low + last) / 2;
-            if ((unsigned char)set->items[middle].text[depth] < next) low = middle + 1;
-            else last = middle;
-        }
-        for (size_t first = low; first < high;) {  // the first that goes on with a later byte
-            size_t middle = (first + high) / 2;
-            if ((unsigned char)set->items[middle].text[depth] > next) high = middle;
-            else first = middle + 1;
-        }
+    if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
+    uint64_t hash = 1;
+    for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
+        hash = hash_byte(hash, s[length - 1]);
+        int id = lookup_hashed(t, s, length, hash, 1u << type);
+        if (id < 0) continue;
+        found = id;
+        *n_bytes = length;
     }
     return found;
 }
 
-/* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
-   Each model's training began with regular expressions that cut the text, and joining never crosses a cut. A rule here is
-   one such expression, written by hand: it says where the match that begins at `at` ends (at itself if there is none).
-   Every byte of the text has a set of bits, and rules look at bits. Time is linear, and no rule calls itself. */
+// Where the pair is in the table of merges, or where it would be put.
+static Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right, size_t *steps) {
+    uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
+    for (size_t slot = (size_t)(hash ^ hash >> 32);; slot++, ++*steps) {
+        Merge *m = &t->merge_slots[slot & t->merge_mask];
+        if (m->left == UINT32_MAX || (m->left == left && m->right == right)) return m;
+    }
+}
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, PUNCTUATION = 8, CASED = 16, CUT = 64, CONTINUES = 128 };
+// Memory for a table of at least n entries, all bytes 0xFF: a power of two slots, at most two thirds of them used.
+static void *make_table(size_t n, size_t size, size_t *mask, Error *e) {
+    size_t slots = 16;
+    while (slots < n + n / 2) slots *= 2;
+    void *table = allocate(slots, size, e);
+    if (table) memset(table, 0xFF, slots * size);
+    *mask = slots - 1;
+    return table;
+}
+
+// Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
+static bool index_pieces(Tokenizer *t, Error *e) {
+    t->piece_slots = make_table((size_t)t->n_tokens, sizeof *t->piece_slots, &t->piece_mask, e);
+    if (!t->piece_slots) return false;
+    size_t steps = 0;
+    for (int id = 0; id < t->n_tokens; id++) {
+        size_t n;
+        const char *s = piece(t, id, &n);
+        uint64_t hash = 1;
+        for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
+        if (n == 0 || t->type[id] == PIECE_BYTE || lookup_hashed(t, s, n, hash, 1u << t->type[id]) >= 0) continue;
+        t->begins[(unsigned char)s[0]] |= (uint8_t)(1 << t->type[id]);
+        size_t slot = (size_t)(hash ^ hash >> 32);
+        for (; t->piece_slots[slot & t->piece_mask] >= 0; slot++) steps++;
+        t->piece_slots[slot & t->piece_mask] = id;
+        if (steps > 8 * t->piece_mask) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
+    }
+    return true;
+}
+
+// Fills the table of merges. Of two for the same pair the earlier counts.
+static bool index_merges(Tokenizer *t, Error *e) {
+    t->merge_slots = make_table((size_t)t->n_merges, sizeof *t->merge_slots, &t->merge_mask, e);
+    if (!t->merge_slots) return false;
+    size_t steps = 0;
+    for (int rank = 0; rank < t->n_merges; rank++) {
+        const uint32_t *m = t->merge[rank];
+        Merge *slot = find_merge(t, m[0], m[1], &steps);
+        if (slot->left == UINT32_MAX) *slot = (Merge){m[0], m[1], m[2], (uint32_t)rank};
+        if (steps > 8 * t->merge_mask) return fail(e, BAD_FILE, "the vocabulary's merges are made to collide");
+    }
+    return true;
+}
+
+/* ---- Cutting text into words (BPE) ------------------------------------------------------------------------------------
+   A model's training began with regular expressions that cut the text, and joining never crosses a cut. A rule is one
+   such expression, written by hand: it says where the match that begins at `at` ends, or `at` itself if none does. Each
+   byte of the text has a set of bits, its character's classes, and rules look at bits. Time is linear, nothing recurs. */
+
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, SYMBOL = 8, CASED = 16, MARK = 32, ASIAN = 64, CONTINUES = 128, CUT = 256 };
 enum { WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
 
 typedef struct {
     const char *text;
-    const uint8_t *class;  // one set per byte; CONTINUES: not the first byte of its character; CUT: a word begins here
+    const uint16_t *class;  // one set per byte; CONTINUES: not its character's first byte; CUT: a word begins here
 } Characters;
 
-typedef size_t Rule(const Characters *x, size_t at, size_t end);
-
-// Unicode 16.0, as runs of a class over all code points from 0 on: how many (if not 1), then c cased letter, l another
-// letter, n number, p punctuation, s white space, _ none of them. tests/make_unicode.py made it and checks it.
+// Unicode 16.0 as runs of a class over all code points from 0 on: how many (if not 1), then c letter with a case,
+// l another letter, n number, p punctuation, s white space, _ none of these. tests/make_unicode.py made and checks it.
 static const char character_classes[] =
     "9_5s18_s3p_6p_4p10n2p3_2p26c3p_p_26cp_p7_s26_sp5_p2_lp6_2n_c2p_nlp3np23c_31c_195cl4c4l208cl27c18l4_12l14_5l7_l"
     "_l129_4cl_2c2_l3cpc6_cp3c_c_20c_83c_139c8_166c_38c2_l6p41l2p51_p_p2_p2_p9_27l4_4l2p20_2p_2p13_p_3p43l21_10n4p"
@@ -296,20 +248,30 @@ static const char character_classes[] =
     "4l_4l_l_10l_17l5_3l_5l_17l580_13n2787_10n1030_42720l32_4154l6_222l2_5762l14_7473l15_622l2466_542l1506_4939l5_"
     "4192l";
 
+// Sets that single models' expressions name range by range.
+static const struct { uint32_t first, last, bits; } more_classes[] = {
+    {'$', '$', SYMBOL},      {'+', '+', SYMBOL},      {'<', '>', SYMBOL},      {'^', '^', SYMBOL},
+    {'|', '|', SYMBOL},      {'~', '~', SYMBOL},      {'!', '/', MARK},        {':', '~', MARK},
+    {0xFF01, 0xFF0F, MARK},  {0xFF1A, 0xFF5E, MARK},  {0x2018, 0x201F, MARK},  {0x3000, 0x3002, MARK},
+    {0x0800, 0x9FA5, ASIAN}, {0xAC00, 0xD7FF, ASIAN},
+};
+
 static bool unpack_classes(Tokenizer *t, Error *e) {
-    if (!(t->class_of = allocate(N_CLASSIFIED, 1, e))) return false;
+    if (!(t->class_of = allocate(N_CLASSIFIED, sizeof *t->class_of, e))) return false;
+    static const uint8_t bits[128] = {
+        ['c'] = LETTER | CASED, ['l'] = LETTER, ['n'] = NUMBER, ['p'] = SYMBOL, ['s'] = SPACE};
     size_t code = 0, count = 0;
     for (const char *p = character_classes; *p; p++) {
         if (*p >= '0' && *p <= '9') {
             count = count * 10 + (size_t)(*p - '0');
             continue;
         }
-        int bits = *p == 'c' ? LETTER | CASED : *p == 'l' ? LETTER : *p == 'n' ? NUMBER : *p == 'p' ? PUNCTUATION
-                 : *p == 's' ? SPACE : 0;
-        memset(t->class_of + code, bits, count ? count : 1);
-        code += count ? count : 1;
+        for (size_t end = code + (count ? count : 1); code < end; code++) t->class_of[code] = bits[(unsigned char)*p];
         count = 0;
     }
+    for (size_t i = 0; i < sizeof more_classes / sizeof *more_classes; i++)
+        for (code = more_classes[i].first; code <= more_classes[i].last; code++)
+            t->class_of[code] |= (uint16_t)more_classes[i].bits;
     return true;
 }
 
@@ -325,13 +287,13 @@ static size_t next_character(const Characters *x, size_t at, size_t end) {
 
 static bool is_newline(const Characters *x, size_t at) { return x->text[at] == '\n' || x->text[at] == '\r'; }
 
-// 's|'t|'re|'ve|'m|'ll|'d        with `fold` in any case: then U+017F, the long s, is an s too
-static size_t contraction(const Characters *x, size_t at, size_t end, bool fold) {
+// 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
+static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
     if (x->text[at] != '\'' || at + 1 >= end) return at;
     char a = x->text[at + 1], b = at + 2 < end ? x->text[at + 2] : 0;
-    if (fold && a == '\xC5' && b == '\xBF') return at + 3;
-    if (fold && a >= 'A' && a <= 'Z') a = (char)(a + 32);
-    if (fold && b >= 'A' && b <= 'Z') b = (char)(b + 32);
+    if (any_case && a == '\xC5' && b == '\xBF') return at + 3;
+    if (any_case && a >= 'A' && a <= 'Z') a = (char)(a + 32);
+    if (any_case && b >= 'A' && b <= 'Z') b = (char)(b + 32);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return at + 2;
     return (b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l') ? at + 3 : at;
 }
@@ -394,64 +356,39 @@ static size_t three_digits_rule(const Characters *x, size_t at, size_t end) {
 }
 
 // [\p{P}$+<=>^~|]+
-static size_t symbol_rule(const Characters *x, size_t at, size_t end) {
-    while (at < end && (x->class[at] & PUNCTUATION || (x->text[at] && strchr("$+<=>^~|", x->text[at])))) at++;
-    return at;
-}
+static size_t symbol_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, SYMBOL, SYMBOL); }
 
 // [\r\n]
 static size_t newline_rule(const Characters *x, size_t at, size_t end) {
-    (void)end;
-    return is_newline(x, at) ? at + 1 : at;
+    return at < end && is_newline(x, at) ? at + 1 : at;
 }
 
-// \s?[letters with a case]+
-static size_t cased_rule(const Characters *x, size_t at, size_t end) {
-    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = run_end(x, word, end, CASED, CASED);
-    return stop > word ? stop : at;
+// \s?[set]+        the space may itself be one of the set
+static size_t spaced_run(const Characters *x, size_t at, size_t end, int set) {
+    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = run_end(x, word, end, set, set);
+    return stop > word ? stop : run_end(x, at, end, set, set);
 }
 
-// The end of the run of characters from `at` on that lie in one of the ranges (first, last, first, last, ... 0).
-static size_t range_end(const Characters *x, size_t at, size_t end, const uint32_t *ranges) {
-    while (at < end) {
-        uint32_t code;
-        if (read_character(x->text + at, end - at, &code) <= 0) return at;
-        const uint32_t *r = ranges;
-        while (*r && !(code >= r[0] && code <= r[1])) r += 2;
-        if (!*r) return at;
-        at = next_character(x, at, end);
-    }
-    return at;
-}
+static size_t cased_rule(const Characters *x, size_t at, size_t end) { return spaced_run(x, at, end, CASED); }
+static size_t mark_rule(const Characters *x, size_t at, size_t end) { return spaced_run(x, at, end, MARK); }
 
-// \s?[!-/:-~, their full-width forms, U+2018-201F, U+3000-3002]+        U+3000 is both white space and one of the set
-static size_t mark_rule(const Characters *x, size_t at, size_t end) {
-    static const uint32_t marks[] = {'!', '/', ':', '~', 0xFF01, 0xFF0F, 0xFF1A, 0xFF5E, 0x2018, 0x201F, 0x3000, 0x3002, 0};
-    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = range_end(x, word, end, marks);
-    return stop > word ? stop : range_end(x, at, end, marks);
-}
-
-// \s+$        only asked where a run of white space begins: asked inside of one, long runs would take quadratic time
+// \s+$        only tried where a run of white space begins: tried inside of long runs it would take quadratic time
 static size_t last_space_rule(const Characters *x, size_t at, size_t end) {
     if (!(x->class[at] & CUT) && x->class[at - 1] & SPACE) return at;
     return run_end(x, at, end, SPACE, SPACE) == end ? end : at;
 }
 
-// [U+0800-9FA5, U+AC00-D7FF]+
-static size_t asian_rule(const Characters *x, size_t at, size_t end) {
-    static const uint32_t asian[] = {0x0800, 0x9FA5, 0xAC00, 0xD7FF, 0};
-    return range_end(x, at, end, asian);
-}
+// [U+0800-9FA5 U+AC00-D7FF]+
+static size_t asian_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, ASIAN, ASIAN); }
 
-// To add a row: write its expressions as rules above, in the order of the model's tokenizer.json (what an expression
-// leaves between its matches is a word too, and each expression sees the words that the ones before it made); append the
-// names that GGUF files use, and the flags that hold where a file is silent. Native files hold the number of the row, so
-// rows stay where they are. tests/make_token_goldens.py has the same table, for the reference.
-enum { MAX_RULES = 6 };
+// To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
+// between its matches is a word too, and each is applied to the words that those before it made), and append the names
+// that GGUF files use, with the flags that hold where a file is silent. Native files hold the number of the row, so rows
+// stay where they are. tests/make_token_goldens.py has the same table for its reference.
 static const struct {
     const char *names;
     unsigned flags;
-    Rule *rules[MAX_RULES + 1];
+    size_t (*rules[7])(const Characters *x, size_t at, size_t end);  // up to NULL
 } pre_tokenizers[] = {
     {"gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat", 0, {gpt2_rule}},
     {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", 0, {digit_rule, gpt2_rule}},
@@ -464,36 +401,37 @@ static const struct {
 enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
 
 // Gives every byte the bits of its character; a byte that is not UTF-8 is a character of its own, of no class.
-static void classify(const Tokenizer *t, const char *s, size_t n, uint8_t *class) {
+static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
     for (size_t i = 0; i < n;) {
         uint32_t code = 0;
         int length = read_character(s + i, n - i, &code);
-        uint8_t bits = length > 0 && code < N_CLASSIFIED ? t->class_of[code] : 0;
+        uint16_t bits = length > 0 && code < N_CLASSIFIED ? t->class_of[code] : 0;
         class[i++] = bits;
         for (int rest = length - 1; rest > 0; rest--) class[i++] = bits | CONTINUES;
     }
 }
 
 // Sets CUT at the first byte of every word.
-static void cut_words(const Tokenizer *t, const char *s, size_t n, uint8_t *class) {
+static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
     Characters x = {s, class};
     classify(t, s, n, class);
     class[0] |= CUT;
-    for (Rule *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
-        for (size_t at = 0, end; at < n; at = end) {
+    for (int i = 0; pre_tokenizers[t->pre].rules[i]; i++) {
+        size_t (*rule)(const Characters *, size_t, size_t) = pre_tokenizers[t->pre].rules[i];
+        for (size_t at = 0, end; at < n; at = end) {  // one word so far
             end = run_end(&x, at + 1, n, CUT, 0);
-            for (size_t stop; at < end; at = stop) {
+            for (size_t stop; at < end; at = stop) {  // one match, or what lies before the next match
                 class[at] |= CUT;
-                stop = (*rule)(&x, at, end);
+                stop = rule(&x, at, end);
                 if (stop > at) continue;
-                for (stop = next_character(&x, at, end); stop < end; stop = next_character(&x, stop, end))
-                    if ((*rule)(&x, stop, end) > stop) break;
+                do stop = next_character(&x, stop, end);
+                while (stop < end && rule(&x, stop, end) == stop);
             }
         }
     }
 }
 
-/* ---- Encoding ------------------------------------------------------------------------------------------------------- */
+/* ---- Encoding ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *text;
@@ -507,12 +445,10 @@ typedef struct {
     size_t n_dropped;  // bytes that the vocabulary has no token for, not even an unknown one: as in Hugging Face's BPE
 } Tokens;
 
-enum { NOBODY = -1 };
-
 // A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
 typedef struct {
     uint32_t start, length;  // length is 0 once it was joined to the one on its left
-    int previous, next, id;  // id is -1 for a character that is no piece
+    int previous, next, id;  // -1: there is none; the character is no piece
 } Symbol;
 
 // A pair that may be joined. The smallest order goes first: the vocabulary's liking, then the leftmost.
@@ -527,8 +463,8 @@ typedef struct {
     Symbol *symbols;  // (capacity)
     Pair *heap;       // (2 * capacity)  every joining takes one pair out and puts at most two in: n - 1 + n - 1 at most
     size_t n_symbols, n_heap, capacity;
-    uint8_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
-    size_t first;      // where in out->ids this stretch of plain text begins
+    uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
+    size_t first;       // where in out->ids this stretch of plain text begins
     Tokens *out;
     Error *e;
 } Encoder;
@@ -576,15 +512,16 @@ static uint32_t score_order(float score) {
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left];
-    if (a->next == NOBODY) return;
+    if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
     Pair pair = {.length = a->length + b->length, .id = -1};
     uint32_t rank = 0;
     if (t->kind == SPM) {
-        pair.id = lookup(t, s + a->start, pair.length, TEXT_TYPES);
+        pair.id = find_piece(t, s + a->start, pair.length);
         if (pair.id >= 0) rank = score_order(t->score[pair.id]);
     } else {
-        const Merge *m = &t->merge_slots[merge_slot(t, (uint32_t)a->id, (uint32_t)b->id)];
+        size_t steps = 0;
+        const Merge *m = find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
         if (m->left != UINT32_MAX) pair.id = (int)m->result;
         rank = m->rank;
     }
@@ -599,14 +536,14 @@ static void join_symbols(Encoder *c, const char *s) {
     while (c->n_heap > 0) {
         Pair pair = pop_pair(c);
         int left = (int)(uint32_t)pair.order;
-        Symbol *a = &c->symbols[left], *b = a->next == NOBODY ? NULL : &c->symbols[a->next];
+        Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
         if (a->length == 0 || !b || a->length + b->length != pair.length) continue;
         a->length = pair.length;
         a->id = pair.id;
         a->next = b->next;
         b->length = 0;
-        if (a->next != NOBODY) c->symbols[a->next].previous = left;
-        if (a->previous != NOBODY) offer_pair(c, s, a->previous);
+        if (a->next >= 0) c->symbols[a->next].previous = left;
+        if (a->previous >= 0) offer_pair(c, s, a->previous);
         offer_pair(c, s, left);
     }
 }
@@ -641,7 +578,7 @@ static bool reserve_symbols(Encoder *c, size_t n) {
 // Tokens of text that nothing outside of it can join with.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
-    int whole = t->ignore_merges ? lookup(t, s, n, TEXT_TYPES) : -1;
+    int whole = t->ignore_merges ? find_piece(t, s, n) : -1;
     if (whole >= 0) return emit(c->out, whole, c->e);
     if (!reserve_symbols(c, n)) return false;
     c->n_symbols = 0;
@@ -649,14 +586,15 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         uint32_t code;
         int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
         length = of_character > 0 ? (size_t)of_character : 1;
-        int id = t->kind == SPM ? lookup(t, s + i, length, TEXT_TYPES) : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
+        int id = t->kind == SPM ? find_piece(t, s + i, length) : t->byte_id[(unsigned char)s[i]];
+        int at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
         else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id};
     }
     if (c->n_symbols == 0) return true;
-    c->symbols[c->n_symbols - 1].next = NOBODY;
+    c->symbols[c->n_symbols - 1].next = -1;
     join_symbols(c, s);
-    for (int i = 0; i != NOBODY; i = c->symbols[i].next) {
+    for (int i = 0; i >= 0; i = c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
         if (a->id >= 0 ? !emit(c->out, a->id, c->e) : !emit_unknown(c, s + a->start, a->length)) return false;
     }
@@ -666,21 +604,19 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
 // Tokens of text that holds no user-defined piece.
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
-    uint8_t *class = c->scratch;
-    if (c->t->kind == BPE) cut_words(c->t, s, n, class);
+    bool bpe = c->t->kind == BPE, spaces_cut = !bpe && c->t->space_leads;
+    if (bpe) cut_words(c->t, s, n, c->scratch);
     for (size_t at = 0, end; at < n; at = end) {
         end = at + 1;
-        if (c->t->kind == BPE) while (end < n && !(class[end] & CUT)) end++;
-        else while (end < n && !(c->t->space_leads && s[end] == ' ' && s[end - 1] != ' ')) end++;
+        while (end < n && !(bpe && c->scratch[end] & CUT) && !(spaces_cut && s[end] == ' ' && s[end - 1] != ' ')) end++;
         if (!encode_word(c, s + at, end - at)) return false;
     }
     return true;
 }
 
-// The text as SentencePiece sees it: one space in front, U+2581 a space. Returns its length.
-static size_t normalise(const Tokenizer *t, const char *s, size_t n, char *to) {
+// Copies text as SentencePiece sees it, U+2581 a space. Returns the length.
+static size_t normalise(const char *s, size_t n, char *to) {
     size_t length = 0;
-    if (t->dummy_prefix) to[length++] = ' ';
     for (size_t i = 0; i < n; i++) {
         bool bar = n - i >= 3 && memcmp(s + i, "\xE2\x96\x81", 3) == 0;
         to[length++] = bar ? ' ' : s[i];
@@ -695,13 +631,15 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     c->first = c->out->n;
     if (c->t->kind == SPM) {
-        n = normalise(c->t, s, n, (char *)c->scratch);
+        char *normal = (char *)c->scratch;
+        if (c->t->dummy_prefix) *normal++ = ' ';
+        n = normalise(s, n, normal) + c->t->dummy_prefix;
         s = (const char *)c->scratch;
     }
     size_t begin = 0;
     for (size_t i = 0; i < n;) {
         size_t length;
-        int id = longest_special(&c->t->user_defined, s + i, n - i, &length);
+        int id = longest_special(c->t, PIECE_USER_DEFINED, s + i, n - i, &length);
         if (id < 0) {
             i++;
             continue;
@@ -721,7 +659,7 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
         for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
         for (; special && at < end; at++) {
             size_t length;
-            int id = longest_special(&c->t->control, text + at, end - at, &length);
+            int id = longest_special(c->t, PIECE_CONTROL, text + at, end - at, &length);
             if (id < 0) continue;
             if (!encode_plain(c, text + begin, at - begin) || !emit(c->out, id, c->e)) return false;
             begin = at + length;
@@ -732,13 +670,13 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
     return encode_plain(c, text + begin, n - begin);
 }
 
-// Appends the tokens of the spans' text, as if it were one text. The model's begin and end tokens are the caller's affair.
+// Appends the tokens of the spans' text, joined to one text. The model's begin and end tokens are the caller's affair.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
     size_t n = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
-    Encoder c = {.t = t, .out = out, .e = e, .scratch = allocate(n + 1, 1, e)};
+    Encoder c = {.t = t, .out = out, .e = e, .scratch = allocate(n + 1, sizeof *c.scratch, e)};
     bool ok = text && c.scratch;
     for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
         if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
@@ -750,9 +688,9 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     return ok;
 }
 
-// What a token adds to a text after the token `previous` (-1: nothing came before). Encoding puts a space before the text
-// and after each control token, where the vocabulary is one that does; here it goes. With that, decoding gives every byte
-// back that encoding was given, as far as the vocabulary has all bytes (and U+2581 has become a space).
+// What a token adds to a text after the token `previous` (-1: nothing came before). With dummy_prefix, encoding put a
+// space before the text and after each control token; here it goes. So decoding gives back every byte that was encoded,
+// as far as the vocabulary has all bytes (but U+2581 has become a space in SPM).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
     const char *s = piece(t, id, n_bytes);
     if (*n_bytes == 0) return s;
@@ -767,21 +705,18 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     return s + 1;
 }
 
-/* ---- Opening a section ---------------------------------------------------------------------------------------------- */
+/* ---- Opening a section ------------------------------------------------------------------------------------------- */
 
 static void close_tokenizer(Tokenizer *t) {
     free(t->piece_slots);
     free(t->merge_slots);
-    free(t->control.items);
-    free(t->user_defined.items);
     free(t->class_of);
     *t = (Tokenizer){0};
 }
 
 static bool check_header(const TokenizerHeader *h, size_t n_bytes, Error *e) {
-    if (h->kind != SPM && h->kind != BPE) return fail(e, BAD_FILE, "vocabulary of kind %u, expected 1 or 2", h->kind);
-    if (h->pre >= N_PRE_TOKENIZERS || (h->kind == SPM && h->pre)) return fail(e, BAD_FILE, "no pre-tokenizer %u", h->pre);
-    if (h->flags > ALL_TOKENIZER_FLAGS) return fail(e, BAD_FILE, "vocabulary with unknown flags %#x", h->flags);
+    if ((h->kind != SPM && h->kind != BPE) || h->pre >= N_PRE_TOKENIZERS || h->flags > ALL_TOKENIZER_FLAGS)
+        return fail(e, BAD_FILE, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
     if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
         return fail(e, BAD_FILE, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
     if (h->n_merges > (h->kind == BPE ? MAX_MERGES : 0) || h->n_end > h->n_tokens)
@@ -808,14 +743,14 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
         if (start > end || end > text_bytes) return fail(e, BAD_FILE, "token %d: it ends before it begins", id);
-        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %d has unknown type %d", id, type);
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %d has type %d", id, type);
         uint32_t limit = type == PIECE_BYTE ? 1 : SPECIAL_TYPES >> type & 1 ? MAX_SPECIAL_PIECE : MAX_PIECE;
         if (end - start > limit || (type == PIECE_BYTE && start == end))
-            return fail(e, BAD_FILE, "token %d has %u bytes; one of type %d has at most %u", id, end - start, type, limit);
+            return fail(e, BAD_FILE, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
         if (!isfinite(t->score[id])) return fail(e, BAD_FILE, "token %d: its score is not a finite number", id);
     }
     for (int i = 0; i < t->n_end; i++)
-        if (t->end_id[i] >= (uint32_t)t->n_tokens) return fail(e, BAD_FILE, "end token %u is not in the vocabulary", t->end_id[i]);
+        if (t->end_id[i] >= (uint32_t)t->n_tokens) return fail(e, BAD_FILE, "no end token %u", t->end_id[i]);
     return true;
 }
 
@@ -870,8 +805,7 @@ static bool open_checked(const unsigned char *section, size_t n_bytes, Tokenizer
         if (*p) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
     if (!check_pieces(t, h.text_bytes, e) || !check_merges(t, e)) return false;
     summarise_pieces(t);
-    return index_pieces(t, e) && index_merges(t, e) && index_specials(t, PIECE_CONTROL, &t->control, e) &&
-           index_specials(t, PIECE_USER_DEFINED, &t->user_defined, e) && (t->kind == SPM || unpack_classes(t, e));
+    return index_pieces(t, e) && index_merges(t, e) && (t->kind == SPM || unpack_classes(t, e));
 }
 
 // Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer.
@@ -882,7 +816,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     return false;
 }
 
-/* ---- Making a section ----------------------------------------------------------------------------------------------- */
+/* ---- Making a section -------------------------------------------------------------------------------------------- */
 
 // A vocabulary as containers have it. Arrays may be unaligned; -1 is an id, or an answer, that the file does not give.
 typedef struct {
@@ -902,17 +836,15 @@ typedef struct {
     Buffer scores, starts, merges, end_ids, types, text;
 } SectionParts;
 
-static int hex_digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
 // <0xAB> -> its byte, or -1
 static int spelled_byte(const char *s, size_t n) {
-    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>' || hex_digit(s[3]) < 0 || hex_digit(s[4]) < 0) return -1;
-    return hex_digit(s[3]) * 16 + hex_digit(s[4]);
+    static const char digits[] = "0123456789ABCDEF0123456789abcdef";
+    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>') return -1;
+    const char *high = memchr(digits, s[3], 32), *low = memchr(digits, s[4], 32);
+    return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
 }
 
-// Undoes GPT-2's spelling of bytes by printable characters: 33-126, 161-172 and 174-255 are themselves, the others are in
+// Undoes GPT-2's spelling of bytes by printable characters: 33-126, 161-172 and 174-255 are themselves, the others in
 // their order U+0100, U+0101 ... Returns the length, or 0 where a character is none of these.
 static size_t unspell_bytes(const char *s, size_t n, char *to) {
     size_t length = 0;
@@ -927,27 +859,20 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
     return length;
 }
 
-// Writes a piece as it stands in texts, at most n bytes; *type may change.
-static bool unspell_piece(int kind, const char *s, size_t *n, uint8_t *type, char *to) {
+// Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
+static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, char *to) {
+    size_t length = 0;
     if (*type == PIECE_BYTE) {
-        int byte = spelled_byte(s, *n);
+        int byte = spelled_byte(s, n);
         to[0] = (char)byte;
-        *n = 1;
         return byte >= 0;
     }
-    size_t length = *n;
-    memcpy(to, s, length);
-    if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN)
-        length = normalise(&(Tokenizer){.dummy_prefix = false}, s, *n, to);
-    if (kind == BPE && *type == PIECE_NORMAL && length > 0) {
-        length = unspell_bytes(s, *n, to);
-        if (length == 0) {  // outside of the spelling: it decodes to its own characters, and no text can become it
-            memcpy(to, s, length = *n);
-            *type = PIECE_UNUSED;
-        }
-    }
-    *n = length;
-    return true;
+    if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s, n, to);
+    if (kind == BPE && *type == PIECE_NORMAL) length = unspell_bytes(s, n, to);
+    if (length > 0) return length;
+    if (kind == BPE && *type == PIECE_NORMAL) *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+    memcpy(to, s, n);
+    return n;
 }
 
 static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
@@ -957,25 +882,24 @@ static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
         uint64_t n_string = take_u64(&c);
         const char *s = (const char *)take(&c, n_string > SIZE_MAX ? SIZE_MAX : (size_t)n_string);
         if (!s) return fail(e, BAD_FILE, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
-        if (n_string > MAX_PIECE)
-            return fail(e, BAD_FILE, "token %zu has %llu bytes, at most %d are allowed", id, (unsigned long long)n_string, MAX_PIECE);
+        if (n_string > MAX_PIECE) return fail(e, BAD_FILE, "token %zu has more than %d bytes", id, MAX_PIECE);
         int32_t type = PIECE_NORMAL;
         float score = 0;
         if (v->types) memcpy(&type, v->types + 4 * id, 4);
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
-        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has unknown type %d", id, type);
-        size_t n = (size_t)n_string;
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has type %d", id, type);
+        size_t n = unspell_piece(v->kind, s, (size_t)n_string, &type, bytes);
+        if (type == PIECE_BYTE && n == 0) return fail(e, BAD_FILE, "byte token %zu is not one of <0x00> to <0xFF>", id);
         uint8_t packed_type = (uint8_t)type;
-        if (!unspell_piece(v->kind, s, &n, &packed_type, bytes))
-            return fail(e, BAD_FILE, "token %zu is of type byte, but is not spelled <0x00> to <0xFF>", id);
         uint32_t start = (uint32_t)parts->text.n;
         if (!append(&parts->starts, &start, 4, e) || !append(&parts->scores, &score, 4, e) ||
             !append(&parts->types, &packed_type, 1, e) || (n && !append(&parts->text, bytes, n, e)))
             return false;
     }
-    uint32_t end = (uint32_t)parts->text.n;  // 2^20 pieces of 4096 bytes: one more and it would wrap
-    return end < parts->text.n ? fail(e, BAD_FILE, "the vocabulary's text is too long") : append(&parts->starts, &end, 4, e);
+    uint32_t end = (uint32_t)parts->text.n;
+    if (end < parts->text.n) return fail(e, BAD_FILE, "the vocabulary's text has more than 2^32 bytes");
+    return append(&parts->starts, &end, 4, e);
 }
 
 // Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out.
@@ -999,13 +923,12 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     return true;
 }
 
-// The tokens that end an answer: those that the file names, and special ones with a name that means it. <|end|> does not
-// where <|return|> exists: there it only ends one of several messages.
+// The tokens that end an answer: those that the file names, and special ones whose name says so. <|end|> does not, where
+// <|return|> exists: there it only ends one of several messages.
 static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
     static const char *const names[] = {
         "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
-        "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>",
-        "<|end|>",
+        "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
     };
     enum { N_NAMES = sizeof names / sizeof *names };
     int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
@@ -1051,10 +974,10 @@ static bool choose_pre_tokenizer(const Vocabulary *v, uint32_t *pre, Error *e) {
 
 // Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
 static bool pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h, Error *e) {
-    const struct { const char *name; int id; } ids[] = {{"bos", v->bos}, {"eos", v->eos}, {"eot", v->eot}, {"eom", v->eom}, {"unknown", v->unk}};
+    const int ids[] = {v->bos, v->eos, v->eot, v->eom, v->unk};
     for (int i = 0; i < 5; i++)
-        if (ids[i].id < -1 || ids[i].id >= t->n_tokens)
-            return fail(e, BAD_FILE, "the %s token is %d in a vocabulary of %d", ids[i].name, ids[i].id, t->n_tokens);
+        if (ids[i] < -1 || ids[i] >= t->n_tokens)
+            return fail(e, BAD_FILE, "special token %d in a vocabulary of %d", ids[i], t->n_tokens);
     bool spm = v->kind == SPM;
     h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
     h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
@@ -1072,8 +995,8 @@ static bool pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
 static bool pack_parts(const Vocabulary *v, SectionParts *p, TokenizerHeader *h, Tokenizer *t, Error *e) {
     if (v->kind != SPM && v->kind != BPE) return fail(e, BAD_FILE, "vocabulary of unknown kind %d", v->kind);
     if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return fail(e, BAD_FILE, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d", v->n_tokens,
-                    v->n_merges, MAX_TOKENS, MAX_MERGES);
+        return fail(e, BAD_FILE, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d",
+                    v->n_tokens, v->n_merges, MAX_TOKENS, MAX_MERGES);
     h->kind = (uint32_t)v->kind;
     if (!choose_pre_tokenizer(v, &h->pre, e) || !pack_pieces(v, p, e)) return false;
     h->n_tokens = (uint32_t)v->n_tokens;
@@ -1108,10 +1031,11 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     return ok && append(section, NULL, round_up(n, 4) - n, e);
 }
 
-// llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces, ids
-// 0, 1, 2 are <unk>, <s>, </s> (some exporters put newlines round these), 3 to 258 the bytes: "<0xAB>", or in old files the
-// character U+00AB. n_tokens is what the model has, or -1.
-static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, int n_tokens, Buffer *section, Error *e) {
+// llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces;
+// ids 0, 1, 2 are <unk>, <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, spelled "<0xAB>"
+// or as the character U+00AB. n_tokens is what the model has, or -1.
+static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, int n_tokens, Buffer *section,
+                                   Error *e) {
     Cursor c = {.at = bytes, .left = n_bytes};
     Buffer pieces = {0}, scores = {0}, types = {0};
     size_t n = 0;
@@ -1139,9 +1063,10 @@ static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, i
     if (ok && n_tokens >= 0 && n != (size_t)n_tokens)
         ok = fail(e, BAD_FILE, "the tokenizer has %zu tokens, the model has %d", n, n_tokens);
     if (ok && n < 3) ok = fail(e, BAD_FILE, "not a tokenizer.bin: it has %zu tokens, expected at least 3", n);
-    Vocabulary v = {.kind = SPM, .n_tokens = n, .pieces = {.at = pieces.bytes, .left = pieces.n}, .scores = scores.bytes,
-                    .types = types.bytes, .bos = 1, .eos = 2, .eot = 1, .eom = -1, .unk = 0, .add_bos = 1, .add_eos = 0,
-                    .dummy_prefix = 1};
+    Vocabulary v = {.kind = SPM, .n_tokens = n, .pieces = {.at = pieces.bytes, .left = pieces.n},
+                    .scores = scores.bytes, .types = types.bytes, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
+                    .eot = 1,  // llama2.c stops at a begin token, too: its stories follow each other
+                    .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
     ok = ok && pack_vocabulary(&v, section, e);
     free(pieces.bytes);
     free(scores.bytes);
