@@ -65,8 +65,8 @@
 #endif
 
 /* ==== 1. The ground floor ===========================================================================================
-   What the rest stands on: how a failure is told, one arena for all buffers, a clock, a file mapped into memory, and a
-   cursor that cannot read past the end of what it was given. All calls to the operating system are here. */
+   What the rest stands on: how a failure is told, sums of sizes that cannot wrap, a cursor that cannot read past the
+   end of what it was given, a clock, and a team of threads that shares work by index. */
 
 // The exit statuses of the program: what kind of thing went wrong.
 enum { DONE = 0, BAD_FILE = 1, MISUSE = 2, BROKEN_IO = 3, NO_MEMORY = 4, NO_ROOM = 5, INTERRUPTED = 130 };
@@ -284,8 +284,7 @@ typedef struct {
     Tensor attention_out;              // (D,H*K)
     const float *ffn_norm;             // (D)
     Tensor gate, up, down;             // (F,D) (F,D) (D,F)
-    // Added after the product, each as long as its matrix has rows; NULL where the model has none (Qwen2 has the first
-    // three).
+    // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
     const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
 } Layer;
 
@@ -340,9 +339,9 @@ typedef struct {
     void **values;              // (L)(G, S, K)
     float *scratch;             // (threads, scratch_stride)  each thread's room for attention scores
     size_t scratch_stride;
-    void *arena;                // all of the above
-    size_t arena_bytes;
     int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
+    void *arena;                // all of these
+    size_t arena_bytes;
 } State;
 
 enum {
@@ -412,8 +411,7 @@ INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTil
 INLINE float float_of_half(uint16_t h);
 INLINE uint16_t half_of_float(float x);
 
-// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even; the sum's low bits are that
-// number.
+// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
 
 // q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
@@ -515,8 +513,7 @@ INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, co
    n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A
    prompt goes through in batches, a generated token alone; both take the same way, and with the same bits. First the
    leaves of the computation, which have no threads and know no model; then the steps of a layer, which a team of
-   threads shares by rows, heads or tokens and which wait for each other where one reads what another's thread has
-   written. */
+   threads shares by rows, heads or tokens; they wait for each other where one reads what another has written. */
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
 // 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
@@ -624,8 +621,7 @@ INLINE float exponentiate(float *p, size_t n) {
     return fold_lanes(lane);
 }
 
-// out = softmax(query . keys / sqrt(K)) . values: every position up to the token's own, weighted by how well its key
-// fits
+// out = softmax(query . keys / sqrt(K)) . values: the positions up to the token's own, weighted by how well they fit
 INLINE void attend_group(const Attention *a) {
     size_t head_dim = (size_t)a->head_dim;
     int n_queries = a->n * a->group;
@@ -662,24 +658,15 @@ typedef struct {
 // The loops compiled once for the instruction set that `target` names.
 #define SCALAR_KERNELS(set, target)                                                                                    \
     target static void set##_multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a,   \
-                                      int n, bool exact) {                                                             \
-        multiply(y, y_stride, w, tiles, a, n, exact);                                                                  \
-    }                                                                                                                  \
-    target static void set##_quantise(const Activations *a, size_t cols, Range rows) {                                 \
-        quantise_rows(a, cols, rows);                                                                                  \
-    }                                                                                                                  \
+                                      int n, bool exact) { multiply(y, y_stride, w, tiles, a, n, exact); }             \
+    target static void set##_quantise(const Activations *a, size_t cols, Range r) { quantise_rows(a, cols, r); }       \
     target static bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {       \
         return rms_normalise(out, x, weight, dim, eps);                                                                \
     }                                                                                                                  \
-    target static void set##_swiglu(float *gate, const float *up, size_t n) {                                          \
-        swiglu(gate, up, n);                                                                                           \
-    }                                                                                                                  \
-    target static void set##_attend(const Attention *a) {                                                              \
-        attend_group(a);                                                                                               \
-    }                                                                                                                  \
-    static const Kernels set = {                                                                                       \
-        "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu, set##_attend                          \
-    };
+    target static void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                   \
+    target static void set##_attend(const Attention *a) { attend_group(a); }                                           \
+    static const Kernels set = { "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu,              \
+                                 set##_attend };
 
 SCALAR_KERNELS(scalar, )
 static const Kernels *kernels = &scalar;
@@ -795,12 +782,10 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
     float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
     Range units = share(n_blocks * (size_t)layer->n_kv_heads, team);
     for (size_t i = units.from; i < units.to; i++) {
-        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT,
-               offset = kv_head * positions * head_dim * item_bytes;
+        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT;
+        size_t offset = kv_head * positions * head_dim * item_bytes, q = t * s->q_stride + kv_head * group * head_dim;
         Attention a = {
-            .query = s->query + t * s->q_stride + kv_head * group * head_dim,
-            .out = s->attended + t * s->q_stride + kv_head * group * head_dim,
-            .stride = s->q_stride,
+            .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
             .keys = (const char *)s->keys[l] + offset, .values = (const char *)s->values[l] + offset,
             .cache_f32 = s->cache_f32,
             .head_dim = (int)head_dim, .group = (int)group,
@@ -832,8 +817,7 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
         } else {
             float *key = s->key + t * s->kv_stride + (h - n_heads) * head_dim;
             rotate(c, key, angle);
-            remember(s, l, h - n_heads, head_dim, position, key,
-                     s->value + t * s->kv_stride + (h - n_heads) * head_dim);
+            remember(s, l, h - n_heads, head_dim, position, key, s->value + (key - s->key));
         }
     }
     wait_for_team();
@@ -891,11 +875,8 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
         bool finite = true;
         for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
             finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0)
-            return fail(e, BAD_FILE, "the embedding of the token at position %d is not finite", s->n_past + t);
-        if (layers > 0)
-            return fail(e, BAD_FILE, "layer %d at position %d gives numbers that are not finite", layers,
-                        s->n_past + t);
+        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite", s->n_past + t);
+        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite", layers, s->n_past + t);
         if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
     }
     return true;
@@ -945,8 +926,7 @@ typedef struct {
     Candidate *candidates; // (V)
 } Sampler;
 
-// A seed of 0 would keep the generator at 0 for ever; any other constant will do instead (this one is 2^64 / golden
-// ratio).
+// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
     s->random = seed ? seed : 0x9E3779B97F4A7C15u;
     s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
@@ -995,8 +975,7 @@ static void sink(Candidate *c, size_t i, size_t n) {
 }
 
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
-// with their sum in *sum. Only those that can be chosen are ever sorted: what is left in the heap was never compared
-// again.
+// from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
     float total = 1.0f, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
@@ -1053,13 +1032,12 @@ static int choose_token(Sampler *s, const float *logits, int n) {
 /* ==== 7. Generating and chatting ====================================================================================
    The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one,
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
-   into the form that the model was trained on, and with everything said so far kept in the cache of keys and values.
-   */
+   into the form that the model was trained on, and with all that was said so far kept in the cache. */
 
 // What the user asked for on the command line; chapter 11 fills it in.
 typedef struct {
-    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output, *cache, *kernel,
-        *pre;
+    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
+    const char *cache, *kernel, *pre;
     double temperature, top_p, min_p;
     int64_t n_predict, top_k, context, threads, batch;
     uint64_t seed;
@@ -1114,11 +1092,10 @@ static bool is_end_token(const Tokenizer *t, int id) {
 }
 
 typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
-static const char *const stop_names[] = { "at the model's end token", "at -n tokens", "because the context is full",
-                                          "by Ctrl-C" };
+static const char *const stop_names[] = { "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
 
 // Generates from the logits of the last prompt token until it stops. *last is the token before, and in the end the one
-// printed last, which is not in the cache yet.
+// printed last, which the cache does not have if the limit or the context stopped it.
 static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop *why, Speed *speed, Error *e) {
     Printer printer = { .n_held = 0 };
     double start = clock_seconds();
@@ -1147,8 +1124,7 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
 static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n_past, n);
     if (total > (size_t)s->context) {
-        const char *hint =
-            total <= (size_t)m->config.context ? "; see -c" : ", the most that the model was trained for";
+        const char *hint = total <= (size_t)m->config.context ? "; see -c" : ", as many as the model was made for";
         return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, hint);
     }
     Progress progress = { "reading the prompt: token", clock_seconds(), false };
@@ -1222,21 +1198,22 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
-// A line from stdin, without its end; false at the end of input or after Ctrl-C (chapter 9).
-static bool read_line(Buffer *line);
+static bool read_line(Buffer *line);  // from stdin, without its end; false at the end of input or after Ctrl-C
 
-// One answer: renders what is new (the end of the answer before and the message), lets the model read it, and
-// generates.
-static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *last,
+// One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
+// *pending: the last token of an answer that was cut short, which the cache does not have yet; else -1.
+static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *pending,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
     Tokens tokens = { 0 };
     Span spans[MAX_SPANS];
     int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
     Stop why = AT_INTERRUPT;
-    bool ok = first ? (!adds_bos(m) || emit(&tokens, m->tokenizer.bos, e)) : (*last < 0 || emit(&tokens, *last, e));
-    ok = ok && encode(&m->tokenizer, spans, n_spans, &tokens, e) && take_prompt(m, s, tokens.ids, tokens.n, speed, e);
-    if (ok) *last = -1;
-    ok = ok && generate(m, s, sampler, last, &why, speed, e);
+    int last = -1, before = first && adds_bos(m) ? m->tokenizer.bos : *pending;
+    bool ok = (before < 0 || emit(&tokens, before, e)) && encode(&m->tokenizer, spans, n_spans, &tokens, e) &&
+              take_prompt(m, s, tokens.ids, tokens.n, speed, e);
+    if (ok) *pending = -1;
+    ok = ok && generate(m, s, sampler, &last, &why, speed, e);
+    if (why == AT_LIMIT || why == AT_CONTEXT) *pending = last;
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
         s->n_past = n_past;
         ok = true;
@@ -1253,12 +1230,12 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     if (!t) return false;
     Buffer line = { 0 };
     Speed speed = { 0 };
-    int last = -1;
+    int pending = -1;
     bool ok = true, first = true;
     const char *message = options.prompt;
     while (ok && (message || read_line(&line))) {
         size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, s, sampler, t, first, &last, message ? message : (const char *)line.bytes, n, &speed, e);
+        ok = answer(m, s, sampler, t, first, &pending, message ? message : (const char *)line.bytes, n, &speed, e);
         first = first && s->n_past == 0;
         message = NULL;
         interrupted = 0;
