@@ -3430,12 +3430,6 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
     return e->status;
 }
 
-// Writing to stdout may fail as late as here; a run whose text was lost has not succeeded.
-static bool finish_output(Error *e) {
-    return (fflush(stdout) == 0 && !ferror(stdout)) ||
-           fail(e, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
-}
-
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
     bool has_seed = false;
     Mode mode;
@@ -3466,10 +3460,9 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
     sigaction(SIGINT, &action, NULL);
-    return run_mode(m, mode, s, sampler, e) && finish_output(e);
+    return run_mode(m, mode, s, sampler, e);
 }
 
-#if defined(TOKENIZER_COMMAND) && !defined(CRIA_NO_MAIN)
 // ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes.
 // -b puts the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many
 // texts, one in hexadecimal on each line.
@@ -3511,7 +3504,7 @@ static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
     return ok;
 }
 
-static bool run_tokenizer(int argc, char **argv, Model *m, Buffer *text, Error *e) {
+static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
     bool ends = false, special = false, decodes = false, lines = false;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "-b")) ends = true;
@@ -3523,35 +3516,35 @@ static bool run_tokenizer(int argc, char **argv, Model *m, Buffer *text, Error *
         else options.checkpoint = argv[i];
     }
     if (!options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+    *culprit = options.checkpoint;
     if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e))
         return false;
+    *culprit = NULL;
     const Tokenizer *t = &m->tokenizer;
+    Buffer text = { 0 };
     if (lines) return put_lines(t, ends, special, e);
-    if (!read_all(stdin, text, e) || !append(text, "", 1, e)) return false;
-    return decodes ? put_text(t, (const char *)text->bytes, special, e)
-                   : put_ids(t, (const char *)text->bytes, text->n - 1, ends, special, e);
+    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
+    if (ok && decodes) ok = put_text(t, (const char *)text.bytes, special, e);
+    else if (ok) ok = put_ids(t, (const char *)text.bytes, text.n - 1, ends, special, e);
+    free(text.bytes);
+    return ok;
 }
 
-int main(int argc, char **argv) {
-    Model model = { 0 };
-    Buffer text = { 0 };
-    Error error = { 0 };
-    bool ok = run_tokenizer(argc, argv, &model, &text, &error) && finish_output(&error);
-    int status = ok ? DONE : tell_error("tokenizer", error.status == MISUSE ? NULL : options.checkpoint, &error);
-    free(text.bytes);
-    close_model(&model);
-    return status;
-}
-#elif !defined(CRIA_NO_MAIN)
+#ifndef TOKENIZER_COMMAND
+#define TOKENIZER_COMMAND 0  // tokenizer.c, built alone, says 1 and includes this file
+#endif
+#ifndef CRIA_NO_MAIN
 int main(int argc, char **argv) {
     Model model = { 0 };
     State state = { 0 };
     Sampler sampler = { 0 };
     Error error = { 0 };
     const char *culprit = NULL;
-    bool ok = run(argc, argv, &model, &state, &sampler, &error, &culprit);
-    if (!ok) fflush(stdout);
-    int status = ok ? DONE : tell_error("run", culprit, &error);
+    bool ok = TOKENIZER_COMMAND ? run_tokenizer(argc, argv, &model, &error, &culprit)
+                                : run(argc, argv, &model, &state, &sampler, &error, &culprit);
+    bool written = fflush(stdout) == 0 && !ferror(stdout);  // a run whose text was lost has not succeeded
+    if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
+    int status = ok ? DONE : tell_error(TOKENIZER_COMMAND ? "tokenizer" : "run", culprit, &error);
     free(sampler.candidates);
     free_state(&state);
     close_model(&model);

@@ -1,5 +1,5 @@
 #ifndef CRIA_GROUND_FLOOR  // built alone, as a command: run.c brings everything and, at its end, the command's main()
-#define TOKENIZER_COMMAND
+#define TOKENIZER_COMMAND 1
 #include "run.c"
 #else
 
