@@ -306,13 +306,19 @@ typedef struct {
     size_t packed_bytes;
 } Model;
 
-// The vectors that a matrix is multiplied with: as they are, and rounded to 8 bits in blocks of 32 (chapter 4).
+// 32 numbers of a vector, rounded to 8 bits (chapter 4): a number is about scale * q.
 typedef struct {
-    const float *x;     // (n, stride)  zeros from the matrix's width on
-    size_t stride;      // a multiple of 32
-    int8_t *q;          // (n, stride)
-    float *scale;       // (n, stride/32)  x is about scale * q
-    int32_t *sum;       // (n, stride/32)  the sum of a block's q
+    int8_t q[32];
+    float scale, scaled_sum;     // scaled_sum is scale * sum
+    int32_t sum, minus_128_sum;  // of the q; the other is where kernels for unsigned weights begin
+} Block;
+
+// The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
+// by side for all tokens, as a tile meets them. Zeros follow from the matrix's width on.
+typedef struct {
+    const float (*x)[32];  // (cols/32, n)
+    const Block *rounded;  // (cols/32, n)
+    size_t n;
 } Activations;
 
 // What changes while text is made.
@@ -322,16 +328,18 @@ typedef struct {
     int threads;
     bool exact;          // multiply with dequantised weights in float
     bool cache_f32;      // keys and values in 32 bits, else in 16
-    bool quantises;      // some product is made in 8 bits
+    bool rounds, copies; // some products are made in 8 bits, some in float
     size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
     size_t logits_stride;                              // V up to a multiple of 16
     float *x;                   // (B, D)    the token's vector, which each layer adds to
-    float *normed;              // (B, D)
+    float *normed;              // (B or threads, D)
     float *query, *key, *value; // (B, H*K) (B, G*K) (B, G*K)
     float *attended;            // (B, H*K)
     float *gate, *up;           // (B, F)
     float *out;                 // (B, D)    what a block adds to x
-    Activations rounded;        // (B, the widest of the above) in 8 bits
+    float (*blocks)[32];        // (B, widest/32)  the input of a product in blocks, as it is
+    Block *rounded;             // (B or threads, widest/32)  and rounded
+    size_t widest;              // of the strides above but the logits'
     float *logits;              // (LOGITS_AT_ONCE, V)
     float *angles;              // (S, R/2, 2)  cosine and sine of each position's rotation
     int n_angles;               // positions whose angles are there
@@ -345,8 +353,10 @@ typedef struct {
 } State;
 
 enum {
-    LOGITS_AT_ONCE = 16,   // rows of logits at most: with 128,000 tokens these are 8 MB
-    TOKENS_PER_UNIT = 4,   // tokens whose queries of one key/value head one thread attends with together
+    LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
+    QUERIES_TOGETHER = 24,    // queries of one key/value head that one thread attends with together
+    POSITIONS_TOGETHER = 64,  // whose values are looked at together
+    MAX_HEAD_DIM = 1024,
 };
 
 /* ==== 4. Matrix multiplication ======================================================================================
@@ -401,24 +411,14 @@ INLINE uint32_t bits_of_float(float x) {
     return u;
 }
 
-// A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
-typedef struct {
-    float w[32][16], scale[16], min[16];
-} UnpackedTile;
-
-// With `exact`, quantised weights come dequantised.
-INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u);
-INLINE float float_of_half(uint16_t h);
-INLINE uint16_t half_of_float(float x);
-
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
 
 // q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
 // max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
 // the scale NaN, and the check of the layer will find what comes of it.
-INLINE void quantise_block(const float *x, int8_t *q, float *scale, int32_t *sum) {
-    int32_t max = 0, total = 0;
+INLINE void round_block(Block *b, const float *x) {
+    int32_t max = 0, sum = 0;
     for (int i = 0; i < 32; i++) {
         int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
         max = size > max ? size : max;
@@ -428,84 +428,110 @@ INLINE void quantise_block(const float *x, int8_t *q, float *scale, int32_t *sum
     float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
     for (int i = 0; i < 32; i++) {
         float product = finite ? x[i] * inverse : 0.0f;
-        q[i] = (int8_t)(uint8_t)(bits_of_float(product + ROUNDER) & 0xff);
-        total += q[i];
+        b->q[i] = (int8_t)(uint8_t)(bits_of_float(product + ROUNDER) & 0xff);
     }
-    *sum = total;
-    *scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
+    for (int i = 0; i < 32; i++) sum += b->q[i];
+    b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
+    b->scaled_sum = b->scale * (float)sum;
+    b->sum = sum;
+    b->minus_128_sum = -128 * sum;
 }
 
-// Some rows of a: x is given; q, scale and sum are made.
-INLINE void quantise_rows(const Activations *a, size_t cols, Range rows) {
-    for (size_t t = rows.from; t < rows.to; t++) {
-        for (size_t c = 0; c < cols; c += 32) {
-            size_t i = t * a->stride + c;
-            quantise_block(a->x + i, a->q + i, a->scale + i / 32, a->sum + i / 32);
-        }
-    }
-}
-
-enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded
-
-// sum[t][r] = ... fmaf(w[1][r], x[t][1], fmaf(w[0][r], x[t][0], sum[t][r])): one chain over the columns, in their order
-INLINE void add_products(float sum[][16], float w[32][16], const float *x[], int n) {
-    float a[TOGETHER][16];
-    memcpy(a, sum, (size_t)n * sizeof *a);
-    for (int c = 0; c < 32; c++) {
-        for (int t = 0; t < n; t++) {
-            for (int r = 0; r < 16; r++) a[t][r] = fmaf(w[c][r], x[t][c], a[t][r]);
-        }
-    }
-    memcpy(sum, a, (size_t)n * sizeof *a);
-}
-
-// sum[t][r] += scale[r] * s[t] * dot(w[r], q[t]) + min[r] * s[t] * sum(q[t]), q the activations in 8 bits, s their
-// scale. The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
-INLINE void add_scaled_products(float sum[][16], UnpackedTile *u, bool with_min, const Activations *a, size_t first,
-                                int n) {
-    float dot[TOGETHER][16] = { { 0 } }, x[TOGETHER][32];
-    const float *rows[TOGETHER];
-    for (int t = 0; t < n; t++) {
-        for (int c = 0; c < 32; c++) x[t][c] = a->q[first + (size_t)t * a->stride + (size_t)c];
-        rows[t] = x[t];
-    }
-    add_products(dot, u->w, rows, n);
-    for (int t = 0; t < n; t++) {
-        size_t block = (first + (size_t)t * a->stride) / 32;
-        float s = a->scale[block], s_sum = s * (float)a->sum[block];
-        for (int r = 0; r < 16; r++) sum[t][r] = fmaf(u->scale[r] * s, dot[t][r], sum[t][r]);
-        for (int r = 0; with_min && r < 16; r++) sum[t][r] = fmaf(u->min[r], s_sum, sum[t][r]);
+// Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
+INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens) {
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        for (size_t c = 0; c < cols; c += 32) round_block(&blocks[c / 32 * n + t], x + t * stride + c);
     }
 }
 
-// The part of a tile in the sums of n tokens whose activations begin at `first`.
-INLINE void add_tile(float sum[][16], Type type, UnpackedTile *u, const Activations *a, size_t first, int n,
-                     bool exact) {
-    const float *rows[TOGETHER];
-    for (int t = 0; t < n; t++) rows[t] = a->x + first + (size_t)t * a->stride;
-    if (types[type].quantised && !exact) add_scaled_products(sum, u, types[type].has_min, a, first, n);
-    else add_products(sum, u->w, rows, n);
-}
-
-// y[t,r] = sum_c w[r,c] * x[t,c]  for the rows of some row tiles      y (n, y_stride)  w (rows,cols)  x (n,cols)
-// A tile is unpacked once for up to 32 tokens. y_stride leaves room for whole row tiles.
-INLINE void multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact) {
-    enum { TOKENS = 32 };
-    size_t tile_bytes = types[w->type].tile_bytes, n_tiles = n_column_tiles(w);
-    for (size_t row = tiles.from; row < tiles.to; row++) {
-        for (int t0 = 0; t0 < n; t0 += TOKENS) {
-            int n_now = n - t0 < TOKENS ? n - t0 : TOKENS, t;
-            float sum[TOKENS][16] = { { 0 } };
-            for (size_t c = 0; c < n_tiles; c++) {
-                UnpackedTile u;
-                unpack(w->type, w->tiles + (row * n_tiles + c) * tile_bytes, exact, &u);
-                size_t x = (size_t)t0 * a->stride + c * 32;
-                for (t = 0; t + TOGETHER <= n_now; t += TOGETHER)
-                    add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, TOGETHER, exact);
-                for (; t < n_now; t++) add_tile(sum + t, w->type, &u, a, x + (size_t)t * a->stride, 1, exact);
+// c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
+// c (m, c_stride)  a (m, a_stride)  b (depth, b_stride)
+INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                         int m, int depth) {
+    enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
+    for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
+        float lane[TOGETHER][16], x[TOGETHER] = { 0 };
+        int rows = m - i < TOGETHER ? m - i : TOGETHER;
+        for (int r = 0; r < rows; r++) memcpy(lane[r], c + (size_t)r * c_stride, sizeof lane[r]);
+        for (int k = 0; k < depth; k++) {
+            for (int r = 0; r < rows; r++) x[r] = a[(size_t)r * a_stride + (size_t)k];
+            for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++) {
+                for (int j = 0; j < 16; j++) lane[r][j] = fmaf(b[(size_t)k * b_stride + (size_t)j], x[r], lane[r][j]);
             }
-            for (t = 0; t < n_now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof sum[t]);
         }
+        for (int r = 0; r < rows; r++) memcpy(c + (size_t)r * c_stride, lane[r], sizeof lane[r]);
+    }
+}
+
+// A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
+typedef struct {
+    float w[32][16], scale[16], min[16];
+} UnpackedTile;
+
+INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile);
+
+// sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
+// for the quantised tiles of 16 rows, one after the other. x: the blocks of n of n_all tokens that meet the first tile.
+// The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+                      size_t n_all, int n) {
+    enum { TOGETHER = 4 };
+    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
+        UnpackedTile u;
+        unpack(&u, type, tiles + c * types[type].tile_bytes);
+        for (int t0 = 0; t0 < n; t0 += TOGETHER) {
+            float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
+            int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
+            for (int i = 0; i < now * 32; i++) q[i / 32][i % 32] = x[t0 + i / 32].q[i % 32];
+            add_products(dot[0], 16, q[0], 32, u.w[0], 16, now, 32);
+            for (int t = 0; t < now; t++) {
+                const Block *b = &x[t0 + t];
+                float *y = sum[t0 + t];
+                for (int r = 0; r < 16; r++) y[r] = fmaf(u.scale[r] * b->scale, dot[t][r], y[r]);
+                for (int r = 0; types[type].has_min && r < 16; r++) y[r] = fmaf(u.min[r], b->scaled_sum, y[r]);
+            }
+        }
+    }
+}
+
+// The kernels: the innermost loops, here and in chapter 5. The loops there define the results; the appendix has some of
+// them again for other instruction sets, and `kernels` points to the set in use.
+typedef struct {
+    const char *name;
+    void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+                      size_t n_all, int n);
+    void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                         int m, int depth);
+    void (*dequantise)(float w[32][16], Type type, const unsigned char *tile);
+    void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
+    void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
+    void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
+    bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
+    void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
+    float (*exponentiate)(float *p, size_t n, float scale);
+    void (*swiglu)(float *gate, const float *up, size_t n);
+} Kernels;
+
+static const Kernels scalar, *kernels = &scalar;  // chapter 8
+
+// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of one row tile      y (n, y_stride), from the first of these rows on
+// A weight is read once for up to 128 tokens, whose sums fit the nearest cache.
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, size_t row_tile, const Activations *a, int n,
+                          bool exact) {
+    enum { TOKENS = 128 };
+    size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
+    const unsigned char *tiles = w->tiles + row_tile * n_tiles * tile_bytes;
+    for (int t0 = 0; t0 < n; t0 += TOKENS) {
+        int now = n - t0 < TOKENS ? n - t0 : TOKENS;
+        float sum[TOKENS][16], columns[32][16];
+        bool rounded = types[w->type].quantised && !exact;
+        memset(sum, 0, (size_t)now * sizeof *sum);
+        if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
+        for (size_t c = 0; !rounded && c < n_tiles; c++) {
+            kernels->dequantise(columns, w->type, tiles + c * tile_bytes);
+            kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
+        }
+        for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride, sum[t], sizeof *sum);
     }
 }
 
@@ -560,7 +586,37 @@ INLINE void swiglu(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
-// Some tokens' queries that share a key/value head: what attend() computes in one go.
+// Turns the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
+// Written with + alone: for a - beside a +, gcc 12 takes a fused instruction although that is forbidden.
+INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
+    int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
+    for (int i = 0; i < half; i++) {
+        float *a = head + i * step, *b = a + other, x = *a, y = *b, cosine = angle[2 * i], sine = angle[2 * i + 1];
+        *a = x * cosine + y * -sine;
+        *b = y * cosine + x * sine;
+    }
+}
+
+// p[i] = e^(p[i] * scale - max) for the first n of p, and zeros up to a multiple of 16; returns their sum.
+INLINE float exponentiate(float *p, size_t n, float scale) {
+    float max[16], lane[16] = { 0 };
+    for (size_t i = 0; i < n; i++) p[i] *= scale;
+    for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
+    for (int j = 0; j < 16; j++) max[j] = -INFINITY;
+    for (size_t i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; j++) max[j] = p[i + j] > max[j] ? p[i + j] : max[j];
+    }
+    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    for (size_t i = 0; i < n; i += 16) {
+        for (int j = 0; j < 16; j++) {
+            p[i + j] = exponential(p[i + j] - max[0]);
+            lane[j] += p[i + j];
+        }
+    }
+    return fold_lanes(lane);
+}
+
+// Some tokens' queries that share a key/value head, of which a thread makes what they get from those before them.
 typedef struct {
     const float *query;  // (n, stride)  `group` heads of K numbers from here on
     float *out;          // (n, stride)
@@ -568,108 +624,80 @@ typedef struct {
     const void *keys;    // (S/16, K, 16)
     const void *values;  // (S, K)
     bool cache_f32;
-    int head_dim, group, n;
-    size_t position;     // of the first of the n tokens
-    float *scores;       // (n * group, score_stride)
+    int group, n, n_queries;  // n_queries = n * group: number i is of token i / group and head i % group
+    size_t head_dim, row;     // K, and that up to a multiple of 16
+    size_t position;          // of the first of the n tokens
+    float *queries, *sums;    // (n_queries, row)
+    float *tile;              // (POSITIONS_TOGETHER, row)      room for keys or values in f32
+    float *scores;            // (n_queries, score_stride)
     size_t score_stride;
-    float *tile;         // (K, 16)  room for keys or a value in f32
 } Attention;
 
-// Query i of them, or where its result goes: token i / group, head i % group.
-INLINE size_t head_at(const Attention *a, int i) {
-    return (size_t)(i / a->group) * a->stride + (size_t)(i % a->group) * (size_t)a->head_dim;
+// Where the K numbers of query i, or of its result, are.
+static size_t head_at(const Attention *a, int i) {
+    return (size_t)(i / a->group) * a->stride + (size_t)(i % a->group) * a->head_dim;
 }
 
 // The positions that query i may see: up to its token's own.
-INLINE size_t seen_by(const Attention *a, int i) {
+static size_t seen_by(const Attention *a, int i) {
     return a->position + (size_t)(i / a->group) + 1;
 }
 
-INLINE float cached(const void *cache, size_t i, bool f32) {
-    return f32 ? ((const float *)cache)[i] : float_of_half(((const uint16_t *)cache)[i]);
+// n numbers of the cache from number i on, as floats.
+static void recall(float *to, const void *cache, size_t i, size_t n, bool f32) {
+    if (f32) memcpy(to, (const float *)cache + i, n * sizeof *to);
+    else kernels->widen(to, (const uint16_t *)cache + i, n);
 }
 
-// scores[i,p] = query[i] . key[p] / sqrt(K) for the positions that each query may see, sixteen at a time
-INLINE void score_keys(const Attention *a, int n_queries) {
-    size_t tile_size = (size_t)a->head_dim * 16;
-    float scale = 1.0f / sqrtf((float)a->head_dim);
-    for (size_t p = 0; p < seen_by(a, n_queries - 1); p += 16) {
-        for (size_t i = 0; i < tile_size; i++) a->tile[i] = cached(a->keys, p / 16 * tile_size + i, a->cache_f32);
-        for (int i = 0; i < n_queries; i++) {
-            if (p >= seen_by(a, i)) continue;
-            const float *query = a->query + head_at(a, i);
-            float lane[16] = { 0 };
-            for (int d = 0; d < a->head_dim; d++) {
-                for (int j = 0; j < 16; j++) lane[j] = fmaf(a->tile[d * 16 + j], query[d], lane[j]);
-            }
-            for (int j = 0; j < 16; j++) a->scores[(size_t)i * a->score_stride + p + (size_t)j] = lane[j] * scale;
-        }
+// scores[i,p] = query[i] . key[p] for all positions that some query may see, sixteen at a time
+static void score_keys(const Attention *a) {
+    for (size_t p = 0; p < seen_by(a, a->n_queries - 1); p += 16) {
+        recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
+        float *scores = a->scores + p;
+        for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
+        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries,
+                              (int)a->head_dim);
     }
 }
 
-// p[i] = e^(p[i] - max) for the first n of p, and zeros up to a multiple of 16; returns their sum.
-INLINE float exponentiate(float *p, size_t n) {
-    float max = -INFINITY, lane[16] = { 0 };
-    for (size_t i = 0; i < n; i++) max = p[i] > max ? p[i] : max;
-    for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
-    for (size_t i = 0; i < n; i += 16) {
-        for (int j = 0; j < 16; j++) {
-            p[i + j] = exponential(p[i + j] - max);
-            lane[j] += p[i + j];
+// sums[i] = sum over the positions p that query i may see of scores[i,p] * value[p]
+static void mix_values(const Attention *a) {
+    size_t n = seen_by(a, a->n_queries - 1);
+    for (size_t p = 0, now; p < n; p += now) {
+        now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
+        bool all_see = p + now <= seen_by(a, 0), in_rows = a->row == a->head_dim;
+        for (size_t i = 0; i < (in_rows ? 1 : now); i++)
+            recall(a->tile + i * a->row, a->values, (p + i) * a->head_dim, (in_rows ? now : 1) * a->head_dim,
+                   a->cache_f32);
+        int rows = all_see ? a->n_queries : a->group;  // the last positions are for some tokens only
+        for (int i = 0; i < a->n_queries; i += rows) {
+            size_t seen = seen_by(a, i), depth = seen >= p + now ? now : seen > p ? seen - p : 0;
+            const float *weights = a->scores + (size_t)i * a->score_stride + p;
+            for (size_t d = 0; d < a->row; d += 16)
+                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride, a->tile + d,
+                                      a->row, rows, (int)depth);
         }
     }
-    return fold_lanes(lane);
 }
 
 // out = softmax(query . keys / sqrt(K)) . values: the positions up to the token's own, weighted by how well they fit
-INLINE void attend_group(const Attention *a) {
-    size_t head_dim = (size_t)a->head_dim;
-    int n_queries = a->n * a->group;
-    score_keys(a, n_queries);
-    for (int i = 0; i < n_queries; i++) {
+static void attend_group(const Attention *a) {
+    float scale = 1.0f / sqrtf((float)a->head_dim);
+    for (int i = 0; i < a->n_queries; i++)
+        memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
+    score_keys(a);
+    memset(a->sums, 0, (size_t)a->n_queries * a->row * sizeof(float));
+    for (int i = 0; i < a->n_queries; i++) {
         float *p = a->scores + (size_t)i * a->score_stride;
-        p[a->score_stride - 1] = exponentiate(p, seen_by(a, i));  // the last place of a row is kept free for the sum
-        memset(a->out + head_at(a, i), 0, head_dim * sizeof *a->out);
+        p[a->score_stride - 1] = kernels->exponentiate(p, seen_by(a, i), scale);  // a row's last place is free for this
     }
-    for (size_t p = 0; p < seen_by(a, n_queries - 1); p++) {
-        for (size_t d = 0; d < head_dim; d++) a->tile[d] = cached(a->values, p * head_dim + d, a->cache_f32);
-        for (int i = 0; i < n_queries; i++) {
-            float weight = a->scores[(size_t)i * a->score_stride + p], *out = a->out + head_at(a, i);
-            for (size_t d = 0; p < seen_by(a, i) && d < head_dim; d++) out[d] = fmaf(weight, a->tile[d], out[d]);
-        }
-    }
-    for (int i = 0; i < n_queries; i++) {
+    mix_values(a);
+    for (int i = 0; i < a->n_queries; i++) {
         float sum = a->scores[(size_t)(i + 1) * a->score_stride - 1], *out = a->out + head_at(a, i);
-        for (size_t d = 0; d < head_dim; d++) out[d] /= sum;
+        for (size_t d = 0; d < a->head_dim; d++) out[d] = a->sums[(size_t)i * a->row + d] / sum;
     }
 }
 
-// One way to compute all the leaves. The loops above define the results; the appendix has them again for other
-// instruction sets, and `kernels` points to the set in use.
-typedef struct {
-    const char *name;
-    void (*multiply)(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a, int n, bool exact);
-    void (*quantise)(const Activations *a, size_t cols, Range rows);
-    bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
-    void (*swiglu)(float *gate, const float *up, size_t n);
-    void (*attend)(const Attention *a);
-} Kernels;
-
-// The loops compiled once for the instruction set that `target` names.
-#define SCALAR_KERNELS(set, target)                                                                                    \
-    target static void set##_multiply(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a,   \
-                                      int n, bool exact) { multiply(y, y_stride, w, tiles, a, n, exact); }             \
-    target static void set##_quantise(const Activations *a, size_t cols, Range r) { quantise_rows(a, cols, r); }       \
-    target static bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {       \
-        return rms_normalise(out, x, weight, dim, eps);                                                                \
-    }                                                                                                                  \
-    target static void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                   \
-    target static void set##_attend(const Attention *a) { attend_group(a); }                                           \
-    static const Kernels set = { "scalar", set##_multiply, set##_quantise, set##_normalise, set##_swiglu,              \
-                                 set##_attend };
-
-SCALAR_KERNELS(scalar, )
-static const Kernels *kernels = &scalar;
 
 // x[t] = row tokens[t] of the embedding      x (n, x_stride)
 static void embed(const Model *m, State *s, const int *tokens, Range range) {
@@ -678,9 +706,9 @@ static void embed(const Model *m, State *s, const int *tokens, Range range) {
     for (size_t t = range.from; t < range.to; t++) {
         size_t row = (size_t)tokens[t];
         for (size_t c = 0; c < n_tiles; c++) {
-            UnpackedTile tile;
-            unpack(w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes, true, &tile);
-            for (size_t i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + i] = tile.w[i][row % 16];
+            float columns[32][16];
+            kernels->dequantise(columns, w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes);
+            for (size_t i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + i] = columns[i][row % 16];
         }
     }
 }
@@ -700,49 +728,48 @@ static void make_angles(const Model *m, State *s, int n) {
     }
 }
 
-// Turns the pairs of one head.      head (K)  angle (R/2, 2)
-static void rotate(const Config *c, float *head, const float *angle) {
-    int half = c->rope_dim / 2;
-    for (int i = 0; i < half; i++) {
-        float *a = head + (c->pairing == ADJACENT ? 2 * i : i), *b = c->pairing == ADJACENT ? a + 1 : a + half;
-        float cosine = angle[2 * i], sine = angle[2 * i + 1], x = *a, y = *b;
-        *a = x * cosine - y * sine;
-        *b = x * sine + y * cosine;
-    }
-}
-
-static void put_in_cache(void *cache, size_t i, bool f32, float x) {
-    if (f32) ((float *)cache)[i] = x;
-    else ((uint16_t *)cache)[i] = half_of_float(x);
-}
-
 // Puts one head's key and value of a position into the cache.      key, value (K)
 static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
                      const float *value) {
     size_t positions = round_up((size_t)s->context, 16);
     size_t k = (head * positions / 16 + position / 16) * head_dim * 16 + position % 16;
     size_t v = (head * positions + position) * head_dim;
-    for (size_t d = 0; d < head_dim; d++) {
-        put_in_cache(s->keys[layer], k + d * 16, s->cache_f32, key[d]);
-        put_in_cache(s->values[layer], v + d, s->cache_f32, value[d]);
+    if (s->cache_f32) {
+        for (size_t d = 0; d < head_dim; d++) ((float *)s->keys[layer])[k + d * 16] = key[d];
+        memcpy((float *)s->values[layer] + v, value, head_dim * sizeof *value);
+    } else {
+        uint16_t half[MAX_HEAD_DIM];
+        kernels->narrow(half, key, head_dim);
+        for (size_t d = 0; d < head_dim; d++) ((uint16_t *)s->keys[layer])[k + d * 16] = half[d];
+        kernels->narrow((uint16_t *)s->values[layer] + v, value, head_dim);
     }
 }
 
-// x (n, stride), of which every thread has made the rows share(n, team), as the input of the products that follow.
+// The vectors that a thread makes for all to use: its share of n, or all of one, which every thread makes for itself in
+// a place of its own, since that takes less time than to wait for each other.
+static Range own_share(int n, Team team) {
+    return n == 1 ? (Range){ 0, 1 } : share((size_t)n, team);
+}
+
+// x (n, stride) as the input of the products that follow; of it, every thread has own_share(n, team).
 static Activations prepare(const State *s, const float *x, size_t stride, size_t cols, int n, Team team) {
-    Activations a = s->rounded;
-    a.x = x;
-    a.stride = stride;
-    if (s->quantises) kernels->quantise(&a, cols, share((size_t)n, team));
-    wait_for_team();
-    return a;
+    Range tokens = own_share(n, team);
+    Block *rounded = s->rounded + (n == 1 ? (size_t)team.thread * s->widest / 32 : 0);
+    const float (*blocks)[32] = (const void *)(n == 1 ? x : s->blocks[0]);
+    if (s->rounds) kernels->round(rounded, x, stride, cols, (size_t)n, tokens);
+    for (size_t t = tokens.from; n > 1 && s->copies && t < tokens.to; t++) {
+        for (size_t c = 0; c < cols; c += 32)
+            memcpy(s->blocks[c / 32 * (size_t)n + t], x + t * stride + c, sizeof *s->blocks);
+    }
+    if (n > 1) wait_for_team();
+    return (Activations){ blocks, rounded, (size_t)n };
 }
 
 // y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
 static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x,
                     int n, Team team) {
     Range tiles = share(n_row_tiles(w), team);
-    kernels->multiply(y, y_stride, w, tiles, x, n, s->exact);
+    for (size_t i = tiles.from; i < tiles.to; i++) multiply_rows(y + i * 16, y_stride, w, i, x, n, s->exact);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
     for (size_t t = 0; bias && t < (size_t)n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
@@ -755,14 +782,15 @@ static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, 
 static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers,
                                     Team team) {
     size_t dim = (size_t)m->config.dim;
-    Range tokens = share((size_t)n, team);
+    float *normed = s->normed + (n == 1 ? (size_t)team.thread * s->x_stride : 0);
+    Range tokens = own_share(n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         const float *x = s->x + ((size_t)first + t) * s->x_stride;
-        bool finite = kernels->normalise(s->normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
+        bool finite = kernels->normalise(normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
         int *broken = &s->broken[(size_t)first + t];
-        if (!finite && !*broken) *broken = n_layers + 1;
+        if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
     }
-    return prepare(s, s->normed, s->x_stride, dim, n, team);
+    return prepare(s, normed, s->x_stride, dim, n, team);
 }
 
 // x += out for this thread's rows of all tokens
@@ -773,27 +801,29 @@ static void add_to_stream(State *s, Range rows, int n) {
     wait_for_team();
 }
 
-// attended = attention(query, cache). A thread's unit of work is some tokens of one key/value head.
+// attended = attention(query, cache). A unit of work is some tokens of one key/value head; the later, the longer they
+// take, so the threads deal them out one by one.
 static void attend(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     size_t head_dim = (size_t)m->config.head_dim, group = (size_t)(layer->n_heads / layer->n_kv_heads);
     size_t positions = round_up((size_t)s->context, 16), item_bytes = s->cache_f32 ? sizeof(float) : sizeof(uint16_t);
-    size_t n_blocks = round_up((size_t)n, TOKENS_PER_UNIT) / TOKENS_PER_UNIT;
+    size_t per_unit = group < QUERIES_TOGETHER ? QUERIES_TOGETHER / group : 1, row = round_up(head_dim, 16);
+    size_t n_units = ((size_t)n + per_unit - 1) / per_unit * (size_t)layer->n_kv_heads;
+    size_t n_queries = group > QUERIES_TOGETHER ? group : QUERIES_TOGETHER;
     float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
-    Range units = share(n_blocks * (size_t)layer->n_kv_heads, team);
-    for (size_t i = units.from; i < units.to; i++) {
-        size_t kv_head = i / n_blocks, t = i % n_blocks * TOKENS_PER_UNIT;
+    for (size_t i = (size_t)team.thread; i < n_units; i += (size_t)team.threads) {
+        size_t kv_head = i % (size_t)layer->n_kv_heads, t = i / (size_t)layer->n_kv_heads * per_unit;
         size_t offset = kv_head * positions * head_dim * item_bytes, q = t * s->q_stride + kv_head * group * head_dim;
+        int n_now = (int)((size_t)n - t < per_unit ? (size_t)n - t : per_unit);
         Attention a = {
             .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
             .keys = (const char *)s->keys[l] + offset, .values = (const char *)s->values[l] + offset,
-            .cache_f32 = s->cache_f32,
-            .head_dim = (int)head_dim, .group = (int)group,
-            .n = (int)((size_t)n - t < TOKENS_PER_UNIT ? (size_t)n - t : TOKENS_PER_UNIT),
-            .position = (size_t)s->n_past + t,
-            .tile = scratch, .scores = scratch + head_dim * 16, .score_stride = positions + 16,
+            .cache_f32 = s->cache_f32, .group = (int)group, .n = n_now, .n_queries = n_now * (int)group,
+            .head_dim = head_dim, .row = row, .position = (size_t)s->n_past + t,
+            .queries = scratch, .sums = scratch + n_queries * row, .tile = scratch + 2 * n_queries * row,
+            .scores = scratch + (POSITIONS_TOGETHER + 2 * n_queries) * row, .score_stride = positions + 16,
         };
-        kernels->attend(&a);
+        attend_group(&a);
     }
 }
 
@@ -813,10 +843,10 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
         size_t t = i / (n_heads + n_kv_heads), h = i % (n_heads + n_kv_heads), position = (size_t)s->n_past + t;
         const float *angle = s->angles + position * (size_t)c->rope_dim;
         if (h < n_heads) {
-            rotate(c, s->query + t * s->q_stride + h * head_dim, angle);
+            kernels->rotate(s->query + t * s->q_stride + h * head_dim, angle, c->rope_dim, c->pairing);
         } else {
             float *key = s->key + t * s->kv_stride + (h - n_heads) * head_dim;
-            rotate(c, key, angle);
+            kernels->rotate(key, angle, c->rope_dim, c->pairing);
             remember(s, l, h - n_heads, head_dim, position, key, s->value + (key - s->key));
         }
     }
@@ -923,6 +953,7 @@ typedef struct {
     int top_k;             // 0 = off
     float top_p, min_p;    // 0 or 1 = off; 0 = off
     uint64_t random;       // the generator's state, never 0
+    bool from_clock;       // nobody has given a seed
     Candidate *candidates; // (V)
 } Sampler;
 
@@ -983,13 +1014,14 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
         if (c[i].p >= cutoff) c[n_heap++] = c[i];
     }
+    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
     for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
     size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
     float least = 0.0f;
     *sum = 0.0f;
     while (n_left < limit) {
         Candidate top = c[0];
-        if (top.p < least) break;
+        if (top.p < least && !(has_top_p && s->top_k)) break;  // else below, since top-p comes before min-p
         c[0] = c[--n_heap];
         sink(c, 0, n_heap);
         c[n_all - ++n_left] = top;
@@ -1001,6 +1033,7 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     total = *sum;  // top-p of what top-k has left
     *sum = 0.0f;
     for (size_t i = 1; i <= n_left; i++) {
+        if (c[n_all - i].p < least) return i - 1;
         *sum += c[n_all - i].p;
         if (*sum > s->top_p * total) return i;
     }
@@ -1124,9 +1157,9 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
 // Sends tokens through the model, if they fit, and counts the time.
 static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n_past, n);
-    const char *hint = total <= (size_t)m->config.context ? "; see -c" : ", as many as the model was made for";
     if (total > (size_t)s->context)
-        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d%s", total, s->context, hint);
+        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
+                    s->context, m->config.context, total <= (size_t)m->config.context ? "; see -c" : "");
     Progress progress = { "prompt token", clock_seconds(), false };
     if (!prefill(m, s, tokens, n, &progress, e)) return false;
     speed->n_prompt += n;
@@ -1139,10 +1172,17 @@ static bool adds_bos(const Model *m) {
     return m->tokenizer.add_bos && m->tokenizer.bos >= 0 && !options.no_bos;
 }
 
+// Says the seed that nobody has given, so that the text can be had again.
+static void tell_seed(const Sampler *s) {
+    if (s->from_clock && s->temperature > 0 && !options.quiet)
+        fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
+}
+
 static bool run_generate(const Model *m, State *s, Sampler *sampler, const Tokens *prompt, Error *e) {
     Speed speed = { 0 };
     Stop why;
     if (!take_prompt(m, s, prompt->ids, prompt->n, &speed, e)) return false;
+    tell_seed(sampler);
     Printer printer = { .n_held = 0 };
     int last = -1;
     for (size_t i = 0; i < prompt->n; last = prompt->ids[i++]) {
@@ -1151,7 +1191,8 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
     end_printing(&printer);
     if (!generate(m, s, sampler, &last, &why, &speed, e)) return false;
     putchar('\n');
-    if (!options.quiet) fprintf(stderr, "\nstopped %s\n", stop_names[why]);
+    fflush(stdout);
+    if (!options.quiet) fprintf(stderr, "stopped %s\n", stop_names[why]);
     tell_speed(m, &speed);
     return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
 }
@@ -1218,8 +1259,10 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
         s->n_past = n_past;
         ok = true;
     }
-    putchar('\n');
+    if (ok) putchar('\n');
+    fflush(stdout);
     if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    if (ok && why == AT_INTERRUPT) interrupted = 0;
     free(tokens.ids);
     return ok;
 }
@@ -1228,6 +1271,7 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
 static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t) return false;
+    tell_seed(sampler);
     Buffer line = { 0 };
     Speed speed = { 0 };
     int pending = -1;
@@ -1238,7 +1282,6 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
         ok = answer(m, s, sampler, t, first, &pending, message ? message : (const char *)line.bytes, n, &speed, e);
         first = first && s->n_past == 0;
         message = NULL;
-        interrupted = 0;
     }
     free(line.bytes);
     if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
@@ -1289,6 +1332,14 @@ INLINE uint16_t half_of_float(float x) {
     return (uint16_t)(sign | half);
 }
 
+INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = float_of_half(from[i]);
+}
+
+INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = half_of_float(from[i]);
+}
+
 INLINE float float_of_bfloat(uint16_t b) {
     return float_of_bits((uint32_t)b << 16);
 }
@@ -1323,22 +1374,58 @@ INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u)
     else unpack_nibbles(&q4m->q[0][0][0], 0, u);
 }
 
-// Dequantises by the operations of gguf-py, in their order.
-INLINE void unpack(Type type, const unsigned char *tile, bool exact, UnpackedTile *u) {
+INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
-    for (int r = 0; r < 16; r++) {
-        u->scale[r] = 1.0f;
-        u->min[r] = 0.0f;
+    if (types[type].quantised) {
+        unpack_quants(type, tile, u);
+        return;
     }
     if (type == F32) memcpy(w, tile, sizeof u->w);
     else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
-    else if (type == BF16) for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
-    else unpack_quants(type, tile, u);
-    if (!exact || !types[type].quantised) return;
-    for (int i = 0; i < 512; i++) w[i] *= u->scale[i % 16];
-    for (int i = 0; types[type].has_min && i < 512; i++) w[i] += u->min[i % 16];
+    else for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
 }
+
+// The weights of a tile in float, dequantised by the operations of gguf-py, in their order.
+INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
+    UnpackedTile u;
+    unpack(&u, type, tile);
+    for (int c = 0; c < 32; c++) {
+        for (int r = 0; r < 16; r++) w[c][r] = types[type].quantised ? u.w[c][r] * u.scale[r] : u.w[c][r];
+        for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[r];
+    }
+}
+
+// The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
+#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of)                            \
+    target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
+                                const Block *x, size_t n_all, int n) {                                                 \
+        add_tiles_of(sum, type, tiles, n_tiles, x, n_all, n);                                                          \
+    }                                                                                                                  \
+    target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,         \
+                                   size_t b_stride, int m, int depth) {                                                \
+        add_products_of(c, c_stride, a, a_stride, b, b_stride, m, depth);                                              \
+    }                                                                                                                  \
+    target void set##_dequantise(float w[32][16], Type type, const unsigned char *tile) {                              \
+        if (type == F16) widen_of(&w[0][0], (const void *)tile, 512);                                                  \
+        else dequantise(w, type, tile);                                                                                \
+    }                                                                                                                  \
+    target void set##_widen(float *to, const uint16_t *from, size_t n) { widen_of(to, from, n); }                      \
+    target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
+    target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
+        round_vectors(blocks, x, stride, cols, n, r);                                                                  \
+    }                                                                                                                  \
+    target bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {              \
+        return rms_normalise(out, x, weight, dim, eps);                                                                \
+    }                                                                                                                  \
+    target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
+    target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
+    target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
+    static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_dequantise, set##_widen,             \
+                                 set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
+                                 set##_swiglu };
+
+MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats)
 
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
@@ -1479,7 +1566,7 @@ static void *map_memory(size_t n_bytes, Error *e) {
                                     : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE,
                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p != MAP_FAILED) return p;
-    fail(e, NO_MEMORY, "no memory for %zu MiB", n_bytes >> 20);
+    fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
     return NULL;
 }
 
@@ -1507,7 +1594,8 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
     for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
         if (!append(b, chunk, n, e)) return false;
     }
-    return ferror(stream) ? fail(e, BROKEN_IO, "reading failed: %s", strerror(errno)) : true;
+    if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+    return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
 // The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the
@@ -1535,7 +1623,7 @@ static int count_cores(void) {
 }
 
 static void show_progress(Progress *p, size_t done, size_t total) {
-    if (!p || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
+    if (!p || options.quiet || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
     p->shown = true;
     fprintf(stderr, "\r%s %zu/%zu%s", p->what, done, total, done == total ? "\r\033[K" : "");
 }
@@ -1562,7 +1650,7 @@ static bool read_line(Buffer *line) {
 // ---- What a model consists of ----
 
 enum {
-    MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_HEAD_DIM = 1024, MAX_FFN_DIM = 1 << 20,
+    MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20,
     MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536,
 };
 
@@ -1820,7 +1908,9 @@ static Entry *entry_for(Model *m, const Directory *d, size_t index, const Slot *
     *first_row = 0;
     Entry *entry = find_entry(d, slot->name);
     size_t rows = slot->rows;
-    if (!entry && slot->rule->fused && (entry = find_entry(d, slot->fused))) {
+    Entry *fused = entry || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
+    if (fused && fused->source.type) {  // native files have no fused tensors
+        entry = fused;
         size_t first = index, last = index;  // the parts stand side by side in the table
         while (first > 0 && !strcmp(get_slot(m, first - 1).fused, slot->fused)) first--;
         while (last + 1 < n_slots(m) && !strcmp(get_slot(m, last + 1).fused, slot->fused)) last++;
@@ -2104,9 +2194,46 @@ static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) 
     return true;
 }
 
+// A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
+// file, a pipe for instance, is written to directly.
+typedef struct {
+    FILE *stream;
+    char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
+} Output;
+
+static bool open_output(Output *o, const char *path, Error *e) {
+    struct stat info;
+    bool exists = stat(path, &info) == 0;
+    *o = (Output){ .path = exists ? realpath(path, NULL) : strdup(path) };
+    if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
+    if (exists && !S_ISREG(info.st_mode)) {
+        o->stream = fopen(o->path, "wb");
+    } else {
+        size_t length = strlen(o->path) + 32;
+        if (!(o->temporary = allocate(length, 1, e))) return false;
+        snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
+        int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, exists ? info.st_mode & 0777 : 0666);
+        o->stream = file < 0 ? NULL : fdopen(file, "wb");
+    }
+    return o->stream || fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+}
+
+// Ends the file, if all went well so far (ok); else removes what there is of it, and passes the failure on.
+static bool close_output(Output *o, bool ok, Error *e) {
+    bool written = o->stream && fflush(o->stream) == 0 && (!o->temporary || fsync(fileno(o->stream)) == 0);
+    if (o->stream) written = fclose(o->stream) == 0 && written;
+    written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
+    if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
+    if (!written && o->stream && o->temporary) unlink(o->temporary);
+    free(o->path);
+    free(o->temporary);
+    return written;
+}
+
 static bool write_padded(FILE *f, const void *bytes, size_t n) {
     static const char zeros[64];
-    return fwrite(bytes, 1, n, f) == n && fwrite(zeros, 1, round_up(n, 64) - n, f) == round_up(n, 64) - n;
+    size_t padding = round_up(n, 64) - n;
+    return (n == 0 || fwrite(bytes, 1, n, f) == n) && fwrite(zeros, 1, padding, f) == padding;
 }
 
 static bool write_weights(Model *m, FILE *f) {
@@ -2114,12 +2241,13 @@ static bool write_weights(Model *m, FILE *f) {
         Slot slot = get_slot(m, i);
         if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
         const void *bytes = slot.tensor ? (const void *)slot.tensor->tiles : *slot.vector;
-        if (!write_padded(f, bytes, slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float))) return false;
+        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
+        if (interrupted || !write_padded(f, bytes, n_bytes)) return false;
     }
     return true;
 }
 
-// Writes the model as a native file under a temporary name, which becomes `path` only when all of it is on disk.
+// Writes the model as a native file.
 static bool export_model(Model *m, const char *path, Error *e) {
     Buffer config = { 0 }, records = { 0 };
     FileHeader h = { .layout = LAYOUT };
@@ -2138,23 +2266,17 @@ static bool export_model(Model *m, const char *path, Error *e) {
     h.weights.n_bytes = end - h.weights.at;
     h.file_bytes = end;
 
-    size_t length = strlen(path) + 32;
-    char *temporary = ok ? allocate(length, 1, e) : NULL;
-    if (temporary) {
-        snprintf(temporary, length, "%s.%ld.tmp", path, (long)getpid());
-        int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        FILE *f = file < 0 ? NULL : fdopen(file, "wb");
-        ok = f && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) &&
+    Output out;
+    if (ok) {
+        bool opened = open_output(&out, path, e);
+        FILE *f = out.stream;
+        ok = opened && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) &&
              write_padded(f, records.bytes, records.n) && write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
-             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f) && fflush(f) == 0 &&
-             fsync(file) == 0;
-        if (f) ok = fclose(f) == 0 && ok;
-        ok = ok && rename(temporary, path) == 0;
-        if (!ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
-        if (!ok && file >= 0) unlink(temporary);
+             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f);
+        if (interrupted) fail(e, INTERRUPTED, "interrupted");
+        else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+        ok = close_output(&out, ok, e);
     }
-    ok = ok && temporary;
-    free(temporary);
     free(config.bytes);
     free(records.bytes);
     return ok;
@@ -2391,10 +2513,10 @@ static bool get_rope_scaling(Gguf *g, Model *m, Error *e) {
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     double n_layers = 0, value_length, n_tokens;
-    if (!find_family(g->family)) return fail(e, BAD_FILE, "models of family \"%s\" are not supported", g->family);
     snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
-    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e) || !make_layers(m, (int)n_layers, e))
-        return false;
+    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e)) return false;
+    if (n_layers != floor(n_layers)) return fail(e, BAD_FILE, "key %s.block_count is %g", g->family, n_layers);
+    if (!make_layers(m, (int)n_layers, e)) return false;
     for (size_t i = 0; i < sizeof keys_of_fields / sizeof *keys_of_fields; i++) {
         if (!get_field_of_key(g, m, &keys_of_fields[i], e)) return false;
     }
@@ -2578,7 +2700,10 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
     Cursor c = { bytes, n_bytes, false };
     Gguf g = { 0 };
     uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_tensors(&g, &c, bytes, n_bytes, n_tensors, d, e);
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
+    if (ok && !find_family(g.family))
+        ok = fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family);
+    ok = ok && read_gguf_tensors(&g, &c, bytes, n_bytes, n_tensors, d, e);
     for (size_t i = 0; ok && i < d->n; i++) {
         size_t rows = d->entries[i].source.rows;
         if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
@@ -2878,13 +3003,14 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
         group = group > shared_by ? group : shared_by;
     }
     size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
+    size_t n_or_threads = n > (size_t)s->threads ? n : (size_t)s->threads;
     s->x_stride = round_up((size_t)c->dim, 32);
     s->q_stride = round_up(n_heads * head_dim, 32);
     s->kv_stride = round_up(n_kv_heads * head_dim, 32);
     s->ffn_stride = round_up(ffn_dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
     s->x = place(a, n * s->x_stride, sizeof(float));
-    s->normed = place(a, n * s->x_stride, sizeof(float));
+    s->normed = place(a, n_or_threads * s->x_stride, sizeof(float));
     s->out = place(a, n * s->x_stride, sizeof(float));
     s->query = place(a, n * s->q_stride, sizeof(float));
     s->attended = place(a, n * s->q_stride, sizeof(float));
@@ -2892,14 +3018,14 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     s->value = place(a, n * s->kv_stride, sizeof(float));
     s->gate = place(a, n * s->ffn_stride, sizeof(float));
     s->up = place(a, n * s->ffn_stride, sizeof(float));
-    size_t widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
-    widest = n * (widest > s->ffn_stride ? widest : s->ffn_stride);
-    s->rounded.q = place(a, widest, sizeof *s->rounded.q);
-    s->rounded.scale = place(a, widest / 32, sizeof *s->rounded.scale);
-    s->rounded.sum = place(a, widest / 32, sizeof *s->rounded.sum);
+    s->widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
+    s->widest = s->widest > s->ffn_stride ? s->widest : s->ffn_stride;
+    s->blocks = place(a, n * s->widest / 32, sizeof *s->blocks);
+    s->rounded = place(a, n_or_threads * s->widest / 32, sizeof *s->rounded);
     s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
     s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
-    s->scratch_stride = round_up(head_dim * 16 + TOKENS_PER_UNIT * group * (positions + 16), 16);
+    group = group > QUERIES_TOGETHER ? group : QUERIES_TOGETHER;
+    s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
     s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
     s->broken = place(a, n, sizeof *s->broken);
     s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
@@ -2918,6 +3044,13 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
 // cache's type.
 static bool make_state(const Model *m, State *s, Error *e) {
     Arena arena = { NULL, 0 };
+    for (size_t i = 0; i < n_slots(m); i++) {  // an embedding that is not the head is not multiplied with
+        Slot slot = get_slot((Model *)m, i);
+        if (!slot.tensor || !slot.tensor->tiles || slot.tensor == &m->embedding) continue;
+        bool rounds = types[slot.tensor->type].quantised && !s->exact;
+        s->rounds |= rounds;
+        s->copies |= !rounds;
+    }
     lay_out_state(m, s, &arena);
     s->arena_bytes = arena.used;
     if (!(arena.base = map_memory(arena.used, e))) return false;
@@ -3001,20 +3134,20 @@ static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e)
     if (!options.output) return fail(e, MISUSE, "-m logits needs -o FILE to write to");
     if (tokens->n > (size_t)s->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
-    FILE *f = fopen(options.output, "wb");
-    if (!f) return fail(e, BROKEN_IO, "%s: %s", options.output, strerror(errno));
-    bool ok = true, written = true;
-    for (size_t done = 0; ok && written && done < tokens->n;) {
-        int n = tokens->n - done < LOGITS_AT_ONCE ? (int)(tokens->n - done) : LOGITS_AT_ONCE;
-        n = n < s->batch ? n : s->batch;
-        ok = forward(m, s, tokens->ids + done, n, n, e);
-        for (int t = 0; ok && written && t < n; t++)
-            written = fwrite(s->logits + (size_t)t * s->logits_stride, sizeof(float), (size_t)m->config.n_tokens, f) ==
-                      (size_t)m->config.n_tokens;
-        done += (size_t)n;
+    Output out;
+    bool ok = open_output(&out, options.output, e);
+    for (size_t done = 0, n; ok && done < tokens->n; done += n) {
+        n = tokens->n - done < LOGITS_AT_ONCE ? tokens->n - done : LOGITS_AT_ONCE;
+        n = n < (size_t)s->batch ? n : (size_t)s->batch;
+        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+        ok = ok && forward(m, s, tokens->ids + done, (int)n, (int)n, e);
+        for (size_t t = 0; ok && t < n; t++) {
+            size_t n_tokens = (size_t)m->config.n_tokens;
+            if (fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream) != n_tokens)
+                ok = fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno));
+        }
     }
-    written = fclose(f) == 0 && written;
-    return ok && (written || fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno)));
+    return close_output(&out, ok, e);
 }
 
 // -log softmax(logits)[token], in double      logits (n)
@@ -3117,6 +3250,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     }
     put_word("tokenizer", kind, strlen(kind), false);
     const ChatTemplate *t = choose_template(m, options.template_name, e);
+    if (!t && options.template_name) return false;
     put_word("chat template", t ? t->name : "none", strlen(t ? t->name : "none"), false);
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
@@ -3137,28 +3271,462 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
 }
 
 /* ==== Appendix A. Kernels ===========================================================================================
-   The loops of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts. */
+   The leaves of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts;
+   the loops above are compiled anew round each. A set has two: products of quantised tiles, which unpack a format and
+   multiply bytes, and products of floats. A function's target is an attribute, so that one plain compile line has them
+   all. Each gives its definition's bits: products of bytes are exact, in whatever order they are added, and the
+   operations on floats are the definition's, one SIMD lane a row. */
+
+#define LEAF(isa) __attribute__((target(isa))) static
+#define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
+
+// Four activations as one number, to be broadcast.
+INLINE int32_t four_bytes(const int8_t *q) {
+    int32_t x;
+    memcpy(&x, q, sizeof x);
+    return x;
+}
+
+// Where a tile's integers begin: they come last.
+INLINE const unsigned char *tile_quants(Type type, const unsigned char *tile) {
+    return tile + types[type].tile_bytes - (type == Q8 || type == Q8F ? sizeof(int8_t[512]) : sizeof(uint8_t[256]));
+}
+
+// add_tiles() of an instruction set, with its type known to the compiler.
+#define EACH_TYPE(add_tiles_of, ...)                                                                                   \
+    do {                                                                                                               \
+        if (type == Q8) add_tiles_of(Q8, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                               \
+        if (type == Q8F) add_tiles_of(Q8F, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                             \
+        if (type == Q4) add_tiles_of(Q4, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                               \
+        if (type == Q4M) add_tiles_of(Q4M, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                             \
+    } while (0)
 
 #if defined(__x86_64__)
-// The same C, in which the compiler may use 8 lanes and a fused multiply-add of the processor instead of libm's.
-SCALAR_KERNELS(scalar_avx2, __attribute__((target("avx2,fma"))))
+#include <immintrin.h>
+
+// ---- 256 bits: AVX2, and AVX-VNNI, which has one instruction for three ----
+
+#define AVX2 "avx2,fma,f16c"
+#define AVXVNNI "avx2,fma,f16c,avxvnni"
+#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
+
+// Half a tile, 8 rows: four columns of them in each w.
+typedef struct {
+    __m256i w[8];
+    __m256 scale, min;
+} HalfTile;
+
+// Bytes come as they are in the file if `is_signed`, else from 0 on: xor 0x80 adds 128.
+LEAF_INLINE(AVX2) void unpack_half_tile(HalfTile *u, Type type, const unsigned char *tile, int half, bool is_signed) {
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    const unsigned char *q = tile_quants(type, tile) + 32 * half;
+    u->scale = type == Q8F ? _mm256_loadu_ps(q8f->scale + 8 * half)
+                           : _mm256_cvtph_ps(_mm_loadu_si128((const void *)(q4m->scale + 8 * half)));
+    u->min = type == Q4M ? _mm256_cvtph_ps(_mm_loadu_si128((const void *)(q4m->min + 8 * half))) : u->scale;
+    if (type == Q8 || type == Q8F) {
+        __m256i flip = is_signed ? _mm256_setzero_si256() : _mm256_set1_epi8(-128);
+        for (int g = 0; g < 8; g++) u->w[g] = _mm256_xor_si256(_mm256_loadu_si256((const void *)(q + 64 * g)), flip);
+    } else {
+        __m256i nibble = _mm256_set1_epi8(15);
+        for (int g = 0; g < 4; g++) {
+            __m256i bytes = _mm256_loadu_si256((const void *)(q + 64 * g));
+            u->w[g] = _mm256_and_si256(bytes, nibble);
+            u->w[g + 4] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        }
+    }
+}
+
+// The dot products of 8 rows with a block, less offset * sum.
+typedef __m256i Dot256(const HalfTile *u, Type type, const Block *b);
+
+LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32(four_bytes(q)); }
+
+// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
+// 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to
+// the other.
+LEAF_INLINE(AVX2) __m256i dot_avx2(const HalfTile *u, Type type, const Block *b) {
+    __m256i ones = _mm256_set1_epi16(1), dot = _mm256_setzero_si256();
+    if (type == Q8 || type == Q8F) {
+        for (int g = 0; g < 8; g++) {
+            __m256i x = _mm256_sign_epi8(broadcast_256(b->q + 4 * g), u->w[g]);
+            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(u->w[g]), x);
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+        }
+        return dot;
+    }
+    for (int g = 0; g < 8; g++)
+        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(u->w[g], broadcast_256(b->q + 4 * g)));
+    dot = _mm256_madd_epi16(dot, ones);
+    return type == Q4 ? _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum / 16)) : dot;
+}
+
+// [kernel avxvnni] Weights are unsigned here; the chain begins with what their offset, 128 or 8, adds to it.
+LEAF_INLINE(AVX2) __m256i first_sum_256(Type type, const Block *b) {
+    return _mm256_set1_epi32(type == Q4M ? 0 : type == Q4 ? b->minus_128_sum / 16 : b->minus_128_sum);
+}
+
+LEAF_INLINE(AVXVNNI) __m256i dot_avxvnni(const HalfTile *u, Type type, const Block *b) {
+    __m256i dot = first_sum_256(type, b);
+    for (int g = 0; g < 8; g++) dot = _mm256_dpbusd_avx_epi32(dot, u->w[g], broadcast_256(b->q + 4 * g));
+    return dot;
+}
+
+LEAF_INLINE(AVX512VL) __m256i dot_avx512vl(const HalfTile *u, Type type, const Block *b) {
+    __m256i dot = first_sum_256(type, b);
+    for (int g = 0; g < 8; g++) dot = _mm256_dpbusd_epi32(dot, u->w[g], broadcast_256(b->q + 4 * g));
+    return dot;
+}
+
+LEAF_INLINE(AVX2) void add_tiles_256(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
+                                     const Block *x, size_t n_all, int n, Dot256 *dot, bool is_signed) {
+    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
+        for (int half = 0; half < 2; half++) {
+            HalfTile u;
+            unpack_half_tile(&u, type, tiles + c * types[type].tile_bytes, half, is_signed);
+            for (int t = 0; t < n; t++) {
+                float *y = sum[t] + 8 * half;
+                __m256 scale = _mm256_mul_ps(u.scale, _mm256_set1_ps(x[t].scale)), old = _mm256_loadu_ps(y);
+                old = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot(&u, type, &x[t])), old);
+                if (type == Q4M) old = _mm256_fmadd_ps(u.min, _mm256_set1_ps(x[t].scaled_sum), old);
+                _mm256_storeu_ps(y, old);
+            }
+        }
+    }
+}
+
+LEAF(AVX2) void add_tiles_avx2(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+                               size_t n_all, int n) {
+    EACH_TYPE(add_tiles_256, dot_avx2, true);
+}
+
+LEAF(AVXVNNI) void add_tiles_avxvnni(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
+                                     const Block *x, size_t n_all, int n) {
+    EACH_TYPE(add_tiles_256, dot_avxvnni, false);
+}
+
+LEAF(AVX512VL) void add_tiles_avx512vl(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
+                                       const Block *x, size_t n_all, int n) {
+    EACH_TYPE(add_tiles_256, dot_avx512vl, false);
+}
+
+LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
+                                    size_t b_stride, int m, int depth) {
+    __m256 sum[6][2];
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < 2; j++) sum[i][j] = _mm256_loadu_ps(c + (size_t)i * c_stride + 8 * j);
+    }
+    for (int k = 0; k < depth; k++, a++, b += b_stride) {
+        __m256 w0 = _mm256_loadu_ps(b), w1 = _mm256_loadu_ps(b + 8);
+        for (int i = 0; i < m; i++) {
+            __m256 x = _mm256_set1_ps(a[(size_t)i * a_stride]);
+            sum[i][0] = _mm256_fmadd_ps(w0, x, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(w1, x, sum[i][1]);
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < 2; j++) _mm256_storeu_ps(c + (size_t)i * c_stride + 8 * j, sum[i][j]);
+    }
+}
+
+// Six rows of c fill twelve of the sixteen registers.
+LEAF(AVX2) void add_products_avx2(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
+                                  size_t b_stride, int m, int depth) {
+    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
+        now = m - i >= 6 ? 6 : m - i >= 3 ? 3 : 1;
+        if (now == 6) products_256(c, c_stride, a, a_stride, b, b_stride, 6, depth);
+        else if (now == 3) products_256(c, c_stride, a, a_stride, b, b_stride, 3, depth);
+        else products_256(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+    }
+}
+
+LEAF(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
+    widen_floats(to + i, from + i, n - i);
+}
+
+LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+    narrow_floats(to + i, from + i, n - i);
+}
+
+// ---- 512 bits: AVX-512 VNNI ----
+
+#define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+
+// A tile: four columns of its 16 rows in each w, as unsigned bytes.
+typedef struct {
+    __m512i w[8];
+    __m512 scale, min;
+} WholeTile;
+
+LEAF_INLINE(AVX512) void unpack_whole_tile(WholeTile *u, Type type, const unsigned char *tile) {
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    const unsigned char *q = tile_quants(type, tile);
+    u->scale = type == Q8F ? _mm512_loadu_ps(q8f->scale)
+                           : _mm512_cvtph_ps(_mm256_loadu_si256((const void *)q4m->scale));
+    u->min = type == Q4M ? _mm512_cvtph_ps(_mm256_loadu_si256((const void *)q4m->min)) : u->scale;
+    if (type == Q8 || type == Q8F) {
+        for (int g = 0; g < 8; g++) u->w[g] = _mm512_xor_si512(_mm512_loadu_si512(q + 64 * g), _mm512_set1_epi8(-128));
+    } else {
+        __m512i nibble = _mm512_set1_epi8(15);
+        for (int g = 0; g < 4; g++) {
+            __m512i bytes = _mm512_loadu_si512(q + 64 * g);
+            u->w[g] = _mm512_and_si512(bytes, nibble);
+            u->w[g + 4] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        }
+    }
+}
+
+// [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
+LEAF_INLINE(AVX512) __m512 add_block_512(__m512 sum, const WholeTile *u, Type type, const Block *b) {
+    __m512i dot = type == Q4M ? _mm512_setzero_si512() : _mm512_set1_epi32(b->minus_128_sum);
+    if (type == Q4) dot = _mm512_srai_epi32(dot, 4);
+    for (int g = 0; g < 8; g++) dot = _mm512_dpbusd_epi32(dot, u->w[g], _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
+    __m512 scale = _mm512_mul_ps(u->scale, _mm512_set1_ps(b->scale));
+    sum = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), sum);
+    return type == Q4M ? _mm512_fmadd_ps(u->min, _mm512_set1_ps(b->scaled_sum), sum) : sum;
+}
+
+LEAF_INLINE(AVX512) void add_tiles_512(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
+                                       const Block *x, size_t n_all, int n, int ahead) {
+    __m512 y = _mm512_loadu_ps(sum[0]);
+    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
+        const unsigned char *tile = tiles + c * types[type].tile_bytes;
+        WholeTile u;
+        unpack_whole_tile(&u, type, tile);
+        y = add_block_512(y, &u, type, x);
+        for (size_t i = 0; n == 1 && i < types[type].tile_bytes; i += 64)
+            _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T0);
+        for (int t = 1; t < n; t++)
+            _mm512_storeu_ps(sum[t], add_block_512(_mm512_loadu_ps(sum[t]), &u, type, x + t));
+    }
+    _mm512_storeu_ps(sum[0], y);
+}
+
+LEAF(AVX512) void add_tiles_avx512(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
+                                   const Block *x, size_t n_all, int n) {
+    EACH_TYPE(add_tiles_512, 4096);
+}
+
+LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
+                                      size_t b_stride, int m, int depth) {
+    __m512 sum[12];
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++) sum[i] = _mm512_loadu_ps(c + (size_t)i * c_stride);
+    for (int k = 0; k < depth; k++, a++, b += b_stride) {
+        __m512 w = _mm512_loadu_ps(b);
+#pragma GCC unroll 12
+        for (int i = 0; i < m; i++) sum[i] = _mm512_fmadd_ps(w, _mm512_set1_ps(a[(size_t)i * a_stride]), sum[i]);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++) _mm512_storeu_ps(c + (size_t)i * c_stride, sum[i]);
+}
+
+// Twelve rows of c are twelve chains side by side, enough to keep two multipliers busy.
+LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
+                                      size_t b_stride, int m, int depth) {
+    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
+        now = m - i >= 12 ? 12 : m - i >= 8 ? 8 : m - i >= 4 ? 4 : m - i == 3 ? 3 : 1;
+        if (now == 12) products_512(c, c_stride, a, a_stride, b, b_stride, 12, depth);
+        else if (now == 8) products_512(c, c_stride, a, a_stride, b, b_stride, 8, depth);
+        else if (now == 4) products_512(c, c_stride, a, a_stride, b, b_stride, 4, depth);
+        else if (now == 3) products_512(c, c_stride, a, a_stride, b, b_stride, 3, depth);
+        else products_512(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+    }
+}
+
+LEAF(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i))));
+    widen_floats(to + i, from + i, n - i);
+}
+
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2)
+
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
-// To add a set of kernels: its functions above, a row here, better ones first.
+// ---- NEON: 128 bits, with and without the instruction for dot products ----
+
+// A quarter of a tile, 4 rows: four columns of them in each w, signed.
+typedef struct {
+    int8x16_t w[8];
+    float32x4_t scale, min;
+} QuarterTile;
+
+INLINE float32x4_t four_halves(const uint16_t *from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+}
+
+INLINE void unpack_quarter_tile(QuarterTile *u, Type type, const unsigned char *tile, int quarter) {
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    const uint8_t *q = tile_quants(type, tile) + 16 * quarter;
+    u->scale = type == Q8F ? vld1q_f32(q8f->scale + 4 * quarter) : four_halves(q4m->scale + 4 * quarter);
+    u->min = type == Q4M ? four_halves(q4m->min + 4 * quarter) : u->scale;
+    int8x16_t offset = vdupq_n_s8(type == Q4 ? 8 : 0);
+    for (int g = 0; g < 4; g++) {
+        uint8x16_t bytes = vld1q_u8(q + 64 * g);
+        if (type == Q8 || type == Q8F) {
+            u->w[g] = vreinterpretq_s8_u8(bytes);
+            u->w[g + 4] = vreinterpretq_s8_u8(vld1q_u8(q + 64 * (g + 4)));
+        } else {
+            u->w[g] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), offset);
+            u->w[g + 4] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), offset);
+        }
+    }
+}
+
+typedef int32x4_t Dot128(const QuarterTile *u, const Block *b);
+
+// [kernel neon] Products in 16 bits, pairs of them added up in 32; a row's two halves at last.
+INLINE int32x4_t dot_neon(const QuarterTile *u, const Block *b) {
+    int32x4_t low = vdupq_n_s32(0), high = low;
+    for (int g = 0; g < 8; g++) {
+        int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
+        low = vpadalq_s16(low, vmull_s8(vget_low_s8(u->w[g]), x));
+        high = vpadalq_s16(high, vmull_s8(vget_high_s8(u->w[g]), x));
+    }
+    return vpaddq_s32(low, high);
+}
+
+INLINE void add_tiles_128(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles, const Block *x,
+                          size_t n_all, int n, Dot128 *dot) {
+    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
+        for (int quarter = 0; quarter < 4; quarter++) {
+            QuarterTile u;
+            unpack_quarter_tile(&u, type, tiles + c * types[type].tile_bytes, quarter);
+            for (int t = 0; t < n; t++) {
+                float *y = sum[t] + 4 * quarter;
+                float32x4_t scale = vmulq_n_f32(u.scale, x[t].scale);
+                float32x4_t new = vfmaq_f32(vld1q_f32(y), scale, vcvtq_f32_s32(dot(&u, &x[t])));
+                if (type == Q4M) new = vfmaq_n_f32(new, u.min, x[t].scaled_sum);
+                vst1q_f32(y, new);
+            }
+        }
+    }
+}
+
+static void add_tiles_neon(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+                           size_t n_all, int n) {
+    EACH_TYPE(add_tiles_128, dot_neon);
+}
+
+INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                         int m, int depth) {
+    float32x4_t sum[4][4];
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < 4; j++) sum[i][j] = vld1q_f32(c + (size_t)i * c_stride + 4 * j);
+    }
+    for (int k = 0; k < depth; k++, a++, b += b_stride) {
+        for (int i = 0; i < m; i++) {
+            float x = a[(size_t)i * a_stride];
+            for (int j = 0; j < 4; j++) sum[i][j] = vfmaq_n_f32(sum[i][j], vld1q_f32(b + 4 * j), x);
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        for (int j = 0; j < 4; j++) vst1q_f32(c + (size_t)i * c_stride + 4 * j, sum[i][j]);
+    }
+}
+
+static void add_products_neon(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
+                              size_t b_stride, int m, int depth) {
+    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
+        now = m - i >= 4 ? 4 : 1;
+        if (now == 4) products_128(c, c_stride, a, a_stride, b, b_stride, 4, depth);
+        else products_128(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+    }
+}
+
+INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, four_halves(from + i));
+    widen_floats(to + i, from + i, n - i);
+}
+
+INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
+    narrow_floats(to + i, from + i, n - i);
+}
+
+MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon)
+
+#if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__)  // clang's header has vdotq_s32 only under an -march
+#define NEON_DOT "arch=armv8.2-a+dotprod"
+
+// [kernel neondot] One sdot a group of columns.
+LEAF_INLINE(NEON_DOT) int32x4_t dot_neondot(const QuarterTile *u, const Block *b) {
+    int32x4_t dot = vdupq_n_s32(0);
+    for (int g = 0; g < 8; g++)
+        dot = vdotq_s32(dot, u->w[g], vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g))));
+    return dot;
+}
+
+LEAF(NEON_DOT) void add_tiles_neondot(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
+                                      const Block *x, size_t n_all, int n) {
+    EACH_TYPE(add_tiles_128, dot_neondot);
+}
+
+MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
+#endif
+#endif
+
+// To add a set of kernels: its leaves above, a row here, better ones first.
 static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__)
-    &scalar_avx2,
+    &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2,
+#elif defined(__aarch64__)
+#ifdef NEON_DOT
+    &neondot,
+#endif
+    &neon,
 #endif
     &scalar,
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
+#if defined(__x86_64__)
+// A bit of what cpuid says in eax and ecx, for the features that compilers have no name for.
+static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
+    unsigned a = leaf, b, c = part, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return (of_ecx ? c : a) >> bit & 1;
+}
+#endif
+
 static bool cpu_can_run(const Kernels *k) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (k == &scalar_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    __builtin_cpu_init();  // looks at what the operating system saves, too
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    cpuid_bit(1, 0, true, 29);  // f16c
+    bool has_vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (k == &avx512) return has_vnni && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
+    if (k == &avx512vl) return has_avx2 && has_vnni;
+    if (k == &avx2 || k == &scalar_avx2) return has_avx2;
+#elif defined(NEON_DOT) && defined(__linux__)
+    if (k == &neondot) return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(NEON_DOT) && defined(__APPLE__)
+    int answer = 0;
+    size_t size = sizeof answer;
+    if (k == &neondot) return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &answer, &size, NULL, 0) && answer;
 #endif
-    return k == &scalar;
+    return true;
 }
 
 // Takes the best kernels that this machine can run, of those with that name if one is given.
@@ -3168,7 +3736,13 @@ static bool choose_kernels(const char *name, Error *e) {
         kernels = all_kernels[i];
         return true;
     }
-    return fail(e, MISUSE, "--kernel %s: this machine has: scalar", name);
+    char names[80] = "";
+    for (int i = 0; i < N_KERNELS; i++) {
+        size_t n = strlen(names);
+        if (cpu_can_run(all_kernels[i]) && !strstr(names, all_kernels[i]->name))
+            snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", all_kernels[i]->name);
+    }
+    return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, names);
 }
 
 /* ==== 11. main ======================================================================================================
@@ -3211,7 +3785,8 @@ static const Option option_table[] = {
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
-    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "the loops to multiply with: scalar" },
+    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0,
+      "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
     { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
@@ -3247,7 +3822,7 @@ static const Option *find_option(const char *word) {
 // What someone probably meant who gave this value.
 static const char *hint_for(const Option *o, const char *value) {
     switch (o->letter) {
-    case 'p': return strlen(value) > 4 ? " (-p is top-p; the prompt is -i)" : "";
+    case 'p': return isalpha((unsigned char)*value) ? " (-p is top-p; the prompt is -i)" : "";
     case 'm': return strchr(value, '.') ? " (the checkpoint comes first: ./run FILE)" : "";
     case 't': return " (-t is the temperature; threads are -j)";
     default: return "";
@@ -3269,7 +3844,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         double x = o->type == WHOLE ? (double)strtoll(value, &end, 10) : strtod(value, &end);
         bool starts = isdigit((unsigned char)*value) || *value == '-' || *value == '.';
         if (!starts || *end || end == value || errno || !(x >= o->min && x <= o->max))
-            return fail(e, MISUSE, "--%s %s: expected a %snumber from %g to %g%s", o->name, value,
+            return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
                         o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
         if (o->type == WHOLE) *(int64_t *)place = (int64_t)x;
         else *(double *)place = x;
@@ -3330,10 +3905,13 @@ static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
 static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
     Buffer text = { 0 };
-    bool ok = true, begins = adds_bos(m) && mode != PERPLEXITY;
+    struct stat info;
+    bool ok = true, begins = adds_bos(m);
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
-        ok = f ? read_all(f, &text, e) : fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
+        if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
+        if (!f || !ok) ok = fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
+        else ok = read_all(f, &text, e);
         if (f && f != stdin) fclose(f);
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
@@ -3344,7 +3922,8 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
     if (ok && tokens->n_dropped)
-        fprintf(stderr, "%zu bytes of the text have no token in this vocabulary and were left out\n", tokens->n_dropped);
+        fprintf(stderr, "%zu bytes of the text have no token in this vocabulary and were left out\n",
+                tokens->n_dropped);
     free(text.bytes);
     return ok && (tokens->n > 0 || mode == TOKENIZE ||
                   fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
@@ -3386,7 +3965,6 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
     s->threads = (int)options.threads;
     s->exact = options.exact;
-    s->quantises = !options.exact;
     s->cache_f32 = options.exact || all_float32(m);
     if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
     if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16"))
@@ -3451,8 +4029,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!open_files(m, mode, e, culprit)) return false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    if (!has_seed && options.temperature > 0 && (mode == GENERATE || mode == CHAT) && !options.quiet)
-        fprintf(stderr, "seed %llu\n", (unsigned long long)clock_seed);
+    sampler->from_clock = !has_seed;
     sampler->temperature = (float)options.temperature;
     sampler->top_p = (float)options.top_p;
     sampler->min_p = (float)options.min_p;

@@ -3,7 +3,7 @@
 #include "run.c"
 #else
 
-/* ==== 3. Text to tokens ==============================================================================================
+/* ==== 2. Text to tokens ==============================================================================================
    A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
    kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
    again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins what gives a

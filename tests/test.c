@@ -2,10 +2,11 @@
 
    cc -O2 -fopenmp tests/test.c -lm -o build/test && build/test        (or: make test), in the repository's root
 
-   The program is included here whole, so that every function can be tested on its own; ./run is tested as a command too. What
-   a test wants comes from a named source that is not the code under test: transformers, sentencepiece, Hugging Face's
-   tokenizers (the files in tests/golden and the scripts that made them), llama2.c, the definition of a format, IEEE 754, or
-   plain arithmetic in double. A failure prints the case, what came and what was wanted. The last line is the count.
+   The program is included here whole, so that every function can be tested on its own; ./run is tested as a command
+   too. What a test wants comes from a named source that is not the code under test: transformers, sentencepiece,
+   Hugging Face's tokenizers (the files in tests/golden and the scripts that made them), llama2.c, the definition of a
+   format, IEEE 754, or plain arithmetic in double. A failure prints the case, what came and what was wanted. The last
+   line is the count.
 
      test.c              this frame: allocations that are counted and can fail, files, random numbers, models in memory
      test_arithmetic.c   numbers and kernels against plain arithmetic in double
@@ -107,7 +108,9 @@ static uint64_t random_bits(void) {
 }
 
 static size_t random_below(size_t n) { return (size_t)(random_bits() % n); }
-static double random_real(double low, double high) { return low + (high - low) * ((double)(random_bits() >> 11) * 0x1p-53); }
+static double random_real(double low, double high) {
+    return low + (high - low) * ((double)(random_bits() >> 11) * 0x1p-53);
+}
 
 // A float of roughly normal distribution, standard deviation `size`.
 static float random_float(double size) {
@@ -229,7 +232,7 @@ typedef struct {
 
 static bool start_state(const Model *m, Setting how, State *s, Error *e) {
     *s = (State){ .context = m->config.context, .batch = how.batch, .threads = how.threads, .exact = how.exact,
-                  .quantises = !how.exact, .cache_f32 = how.cache_f32 };
+                  .cache_f32 = how.cache_f32 };
     if (how.kernels) kernels = how.kernels;
     return make_state(m, s, e);
 }
@@ -280,6 +283,10 @@ static const struct {
 
 // With arguments, only the groups whose names contain one of them.
 int main(int argc, char **argv) {
+    if (!getenv("OMP_WAIT_POLICY")) {  // threads that wait leave the cores to others; OpenMP reads this when it starts
+        setenv("OMP_WAIT_POLICY", "passive", 1);
+        execv(argv[0], argv);
+    }
     snprintf(folder, sizeof folder, "/tmp/cria-test-XXXXXX");
     if (!mkdtemp(folder)) return 1;
     options.quiet = true;

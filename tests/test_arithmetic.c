@@ -5,7 +5,9 @@ static const double UNIT = 0x1p-24;  // the relative error of one rounding to fl
 // The value of an f16 by IEEE 754: (-1)^s * 2^(e-15) * 1.f, subnormals 2^-14 * 0.f.
 static double value_of_half(unsigned h) {
     int exponent = h >> 10 & 31, fraction = h & 1023;
-    double size = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                  : exponent     ? ldexp(1024 + fraction, exponent - 25)
+                                 : ldexp(fraction, -24);
     return h & 0x8000 ? -size : size;
 }
 
@@ -20,7 +22,7 @@ static unsigned half_of_value(double x) {
     frexp(size, &exponent);  // size = 0.1f * 2^exponent
     double units = rint(ldexp(size, 11 - exponent));
     if (units == 2048) units = 1024, exponent++;
-    return sign | ((unsigned)(exponent + 14) << 10) + ((unsigned)units - 1024);
+    return sign | (((unsigned)(exponent + 14) << 10) + ((unsigned)units - 1024));
 }
 
 static void check_half(float x, const char *what) {
@@ -37,20 +39,27 @@ static void test_halves(void) {
         check(same, "float_of_half %04x: got %a, wanted %a", h, (double)got, wanted);
         float bfloat = float_of_bfloat((uint16_t)h);
         int exponent = h >> 7 & 255, fraction = h & 127;
-        double size = exponent == 255 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(128 + fraction, exponent - 134) : ldexp(fraction, -133);
+        double size = exponent == 255 ? (fraction ? NAN : INFINITY)
+                      : exponent      ? ldexp(128 + fraction, exponent - 134)
+                                      : ldexp(fraction, -133);
         wanted = h & 0x8000 ? -size : size;
         same = isnan(wanted) ? isnan(bfloat) : (double)bfloat == wanted && !signbit(bfloat) == !signbit(wanted);
         check(same, "float_of_bfloat %04x: got %a, wanted %a", h, (double)bfloat, wanted);
     }
     for (unsigned h = 0; h < 0x7c00; h++) {  // each number, the middle to the next one, and the floats beside that
-        float x = (float)value_of_half(h), next = h == 0x7bff ? 65536.0f : (float)value_of_half(h + 1), middle = (x + next) / 2;
+        float x = (float)value_of_half(h), next = h == 0x7bff ? 65536.0f : (float)value_of_half(h + 1);
+        float middle = (x + next) / 2;
         float cases[] = { x, -x, middle, -middle, nextafterf(middle, 0), nextafterf(middle, INFINITY) };
         for (int i = 0; i < 6; i++) check_half(cases[i], "at a boundary");
     }
-    const float special[] = { 65504, 65519.996f, 65520, 65536, FLT_MAX, INFINITY, NAN, 0.0f, FLT_MIN, 1e-45f, 0x1p-25f, 0x1.000002p-25f };
-    for (size_t i = 0; i < sizeof special / sizeof *special; i++) check_half(special[i], "of"), check_half(-special[i], "of");
-    check(half_of_float(65519.996f) == 0x7bff && half_of_float(65520) == 0x7c00, "half_of_float: Inf has to begin at 65520");
-    check(half_of_float(-0.0f) == 0x8000 && half_of_float(0x1p-25f) == 0 && half_of_float(0x1.8p-24f) == 2, "half_of_float: the smallest ones");
+    const float special[] = { 65504, 65519.996f, 65520, 65536, FLT_MAX, INFINITY, NAN, 0.0f, FLT_MIN, 1e-45f,
+                              0x1p-25f, 0x1.000002p-25f };
+    for (size_t i = 0; i < sizeof special / sizeof *special; i++)
+        check_half(special[i], "of"), check_half(-special[i], "of");
+    check(half_of_float(65519.996f) == 0x7bff && half_of_float(65520) == 0x7c00,
+          "half_of_float: Inf has to begin at 65520");
+    check(half_of_float(-0.0f) == 0x8000 && half_of_float(0x1p-25f) == 0 && half_of_float(0x1.8p-24f) == 2,
+          "half_of_float: the smallest ones");
     int wrong = 0;
     for (uint64_t u = 0; u < 1ull << 32; u += 4093) {
         float x = float_of_bits((uint32_t)u);
@@ -77,14 +86,16 @@ static void test_exponential(void) {
             if (error > worst) worst = error, worst_at = x;
         }
     }
-    // Measured: 0.90 ulp. run.c says so, and llama2.c's expf (glibc) has 0.50; 1 makes no difference that a logit shows.
+    // Measured: 0.90 ulp, as run.c says. llama2.c's expf (glibc) has 0.50; 1 makes no difference that a logit shows.
     check(worst <= 0.91, "e^%.9g: got %.3f ulp from libm's double, wanted at most 0.91", worst_at, worst);
     const struct { float x, wanted; } cases[] = {
-        { 0.0f, 1.0f }, { -0.0f, 1.0f }, { INFINITY, INFINITY }, { -INFINITY, 0 }, { 88.00001f, INFINITY }, { -87.00001f, 0 }, { FLT_MAX, INFINITY },
-        { -FLT_MAX, 0 }, { 1e-45f, 1 }, { -1e-45f, 1 }, { 1e30f, INFINITY }, { -1e30f, 0 },
+        { 0.0f, 1.0f }, { -0.0f, 1.0f }, { INFINITY, INFINITY }, { -INFINITY, 0 }, { 88.00001f, INFINITY },
+        { -87.00001f, 0 }, { FLT_MAX, INFINITY }, { -FLT_MAX, 0 }, { 1e-45f, 1 }, { -1e-45f, 1 }, { 1e30f, INFINITY },
+        { -1e30f, 0 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        check(exponential(cases[i].x) == cases[i].wanted, "e^%.9g: got %.9g, wanted %.9g", (double)cases[i].x, (double)exponential(cases[i].x), (double)cases[i].wanted);
+        check(exponential(cases[i].x) == cases[i].wanted, "e^%.9g: got %.9g, wanted %.9g", (double)cases[i].x,
+              (double)exponential(cases[i].x), (double)cases[i].wanted);
     check(!signbit(exponential(-100)), "e^-100: got -0, wanted 0");
     check(isnan(exponential(NAN)), "e^NaN: got %g", (double)exponential(NAN));
 }
@@ -97,9 +108,9 @@ typedef struct {
     int32_t sum;
 } Rounded;
 
-// By design.md, chapter 2. A double holds the exact product of two floats, and rounding a quotient of floats from double to
-// float gives the float quotient, so (float) is the only rounding here.
-static Rounded round_block(const float *x) {
+// By design.md, chapter 2. A double holds the exact product of two floats, and rounding a quotient of floats from
+// double to float gives the float quotient, so (float) is the only rounding here.
+static Rounded wanted_block(const float *x) {
     Rounded r = { .scale = 0 };
     double max = 0;
     for (int i = 0; i < 32; i++) {
@@ -117,68 +128,79 @@ static Rounded round_block(const float *x) {
     return r;
 }
 
+// Whether a block is what it must be; on all CPUs a scale that is no number is NaN.
+static bool is_block(const Block *b, const Rounded *wanted) {
+    float scaled_sum = wanted->scale * (float)wanted->sum;
+    bool same_scale = isnan(wanted->scale) ? isnan(b->scale) && isnan(b->scaled_sum)
+                                           : b->scale == wanted->scale && b->scaled_sum == scaled_sum;
+    return same_scale && b->sum == wanted->sum && b->minus_128_sum == -128 * wanted->sum &&
+           !memcmp(b->q, wanted->q, 32);
+}
+
 static void check_block(const Kernels *k, const float *block, const char *what) {
-    float x[32], scale;
-    int8_t q[32];
-    int32_t sum;
+    float x[32];
+    Block b;
     memcpy(x, block, sizeof x);
-    Activations a = { .x = x, .stride = 32, .q = q, .scale = &scale, .sum = &sum };
-    k->quantise(&a, 32, (Range){ 0, 1 });
-    Rounded wanted = round_block(x);
-    bool same_scale = isnan(wanted.scale) ? isnan(scale) : scale == wanted.scale;
+    k->round(&b, x, 32, 32, 1, (Range){ 0, 1 });
+    Rounded wanted = wanted_block(x);
     int at = 0;
-    while (at < 31 && q[at] == wanted.q[at]) at++;
-    check(same_scale && sum == wanted.sum && !memcmp(q, wanted.q, 32), "%s, kernel %s: got scale %a, sum %d, q[%d] %d, wanted %a, %d, %d", what,
-          k->name, (double)scale, sum, at, q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
+    while (at < 31 && b.q[at] == wanted.q[at]) at++;
+    check(is_block(&b, &wanted), "%s, kernel %s: got scale %a, sum %d, q[%d] %d, wanted %a, %d, %d", what, k->name,
+          (double)b.scale, b.sum, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
 }
 
 static void test_quantise(void) {
     const struct { const char *what; float first, second, rest; } cases[] = {
-        { "all zero", 0, 0, 0 }, { "minus zero", -0.0f, -0.0f, -0.0f }, { "ties at 127", 127, 0.5f, 1.5f }, { "ties at -127", -127, -0.5f, -2.5f },
-        { "just too small", 0x1.fffffep-101f, 0x1p-110f, 0 }, { "just large enough", 0x1p-100f, -0x1p-101f, 0x1p-110f }, { "subnormal", 1e-45f, -1e-45f, 1e-40f },
-        { "Inf", INFINITY, 1, 2 }, { "-Inf", 1, -INFINITY, 2 }, { "NaN", 1, NAN, 2 }, { "NaN and Inf", INFINITY, NAN, 2 }, { "-NaN", 1, -NAN, 0 },
-        { "the largest", FLT_MAX, -FLT_MAX, 1e38f }, { "large and small", 1e30f, 1e-30f, 1 }, { "all equal", 3, 3, 3 }, { "negative", -5, -3, -1e-3f },
+        { "all zero", 0, 0, 0 }, { "minus zero", -0.0f, -0.0f, -0.0f }, { "ties at 127", 127, 0.5f, 1.5f },
+        { "ties at -127", -127, -0.5f, -2.5f }, { "just too small", 0x1.fffffep-101f, 0x1p-110f, 0 },
+        { "just large enough", 0x1p-100f, -0x1p-101f, 0x1p-110f }, { "subnormal", 1e-45f, -1e-45f, 1e-40f },
+        { "Inf", INFINITY, 1, 2 }, { "-Inf", 1, -INFINITY, 2 }, { "NaN", 1, NAN, 2 },
+        { "NaN and Inf", INFINITY, NAN, 2 }, { "-NaN", 1, -NAN, 0 }, { "the largest", FLT_MAX, -FLT_MAX, 1e38f },
+        { "large and small", 1e30f, 1e-30f, 1 }, { "all equal", 3, 3, 3 }, { "negative", -5, -3, -1e-3f },
     };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         float x[32];
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
             for (int place = 0; place < 32; place += 7) {
-                for (int j = 0; j < 32; j++) x[j] = j == place ? cases[i].first : j == (place + 5) % 32 ? cases[i].second : cases[i].rest;
+                for (int j = 0; j < 32; j++)
+                    x[j] = j == place ? cases[i].first : j == (place + 5) % 32 ? cases[i].second : cases[i].rest;
                 check_block(*k, x, cases[i].what);
             }
         }
         for (int n = 0; n < 2000; n++) {
             double size = pow(2, random_real(-130, 120));
-            for (int j = 0; j < 32; j++) x[j] = n % 3 ? random_float(size) : (float)(random_real(-127, 127) > 0 ? rint(random_real(-254, 254)) / 2 : 0);
+            for (int j = 0; j < 32; j++)
+                x[j] = n % 3 ? random_float(size)
+                             : (float)(random_real(-127, 127) > 0 ? rint(random_real(-254, 254)) / 2 : 0);
             check_block(*k, x, "random");
         }
         enum { ROWS = 5, STRIDE = 160, COLS = 128 };  // some rows of several, and nothing beside them
         static float many[ROWS * STRIDE];
-        int8_t q[ROWS * STRIDE];
-        float scale[ROWS * STRIDE / 32];
-        int32_t sum[ROWS * STRIDE / 32];
+        Block blocks[COLS / 32 * ROWS], untouched;
         for (int i = 0; i < ROWS * STRIDE; i++) many[i] = random_float(1);
-        memset(q, 77, sizeof q);
-        Activations a = { .x = many, .stride = STRIDE, .q = q, .scale = scale, .sum = sum };
-        (*k)->quantise(&a, COLS, (Range){ 1, 4 });
+        memset(blocks, 77, sizeof blocks);
+        memset(&untouched, 77, sizeof untouched);
+        (*k)->round(blocks, many, STRIDE, COLS, ROWS, (Range){ 1, 4 });
         bool ok = true;
-        for (int i = 0; i < ROWS * STRIDE; i += 32) {
-            bool inside = i / STRIDE >= 1 && i / STRIDE < 4 && i % STRIDE < COLS;
-            Rounded wanted = round_block(many + i);
-            if (!inside) memset(wanted.q, 77, 32);
-            ok = ok && !memcmp(q + i, wanted.q, 32) && (!inside || (scale[i / 32] == wanted.scale && sum[i / 32] == wanted.sum));
+        for (int c = 0; c < COLS / 32; c++) {
+            for (int t = 0; t < ROWS; t++) {
+                const Block *b = &blocks[c * ROWS + t];
+                Rounded wanted = wanted_block(many + t * STRIDE + 32 * c);
+                ok = ok && (t >= 1 && t < 4 ? is_block(b, &wanted) : !memcmp(b, &untouched, sizeof *b));
+            }
         }
         check(ok, "rows 1 to 3 of 5, kernel %s: other values than block by block", (*k)->name);
     }
     const float tie[32] = { 127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f };
-    Rounded r = round_block(tie);  // by hand: to the even neighbour
-    check(r.q[1] == 0 && r.q[2] == 2 && r.q[3] == 2 && r.q[4] == 0 && r.q[5] == -2 && r.q[6] == -2 && r.sum == 127, "the reference's ties");
+    Rounded r = wanted_block(tie);  // by hand: to the even neighbour
+    check(r.q[1] == 0 && r.q[2] == 2 && r.q[3] == 2 && r.q[4] == 0 && r.q[5] == -2 && r.q[6] == -2 && r.sum == 127,
+          "the reference's ties");
 }
 
 // ---- Products ----
 
-// One weight of a row of blocks, by ggml's definition (ggml-common.h, ggml-quants.c): scale and minimum are 1 and 0 where the
-// format has none; q is the integer without its offset.
+// One weight of a row of blocks, by ggml's definition (ggml-common.h, ggml-quants.c): scale and minimum are 1 and 0
+// where the format has none; q is the integer without its offset.
 typedef struct {
     double q, scale, min;
     int offset;
@@ -218,7 +240,8 @@ typedef struct {
 // y[t,r] by design.md, chapter 2, from the source's bytes. Sums of products of integers are exact in double.
 static float wanted_product(const Product *p, const Source *s, size_t r, const float *x, bool exact) {
     const SourceType *type = s->type;
-    bool groups = type->gguf_id < 0, quantised = groups || type->block_cols == 32, has_minimum = !strcmp(type->name, "Q4_1");
+    bool groups = type->gguf_id < 0, quantised = groups || type->block_cols == 32;
+    bool has_minimum = !strcmp(type->name, "Q4_1");
     const unsigned char *row = s->data + r * (p->cols / type->block_cols) * type->block_bytes;
     float y = 0;
     for (size_t c0 = 0; c0 < p->cols; c0 += 32) {
@@ -237,13 +260,14 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
         }
         if (!quantised || exact) {
             for (size_t i = 0; i < n; i++) {
-                float weight = (float)(w[i].scale * (w[i].q - w[i].offset));  // gguf-py: d * q, then + m, each rounded to float
+                // gguf-py: d * q, then + m, each rounded to float
+                float weight = (float)(w[i].scale * (w[i].q - w[i].offset));
                 if (has_minimum) weight = (float)((double)weight + w[i].min);
                 y = fmaf(weight, block[i], y);
             }
             continue;
         }
-        Rounded a = round_block(block);
+        Rounded a = wanted_block(block);
         double dot = 0;
         for (size_t i = 0; i < n; i++) dot += (w[i].q - w[i].offset) * a.q[i];
         y = fmaf((float)(w[0].scale * a.scale), (float)dot, y);
@@ -260,7 +284,8 @@ static void fill_random(unsigned char *data, size_t n, const SourceType *type, d
         float f = random_float(size);
         uint16_t half[2] = { (uint16_t)half_of_value(f), (uint16_t)half_of_value(random_float(size)) };
         uint32_t bits = bits_of_float(f);
-        if (wide && type->block_cols == 32) half[0] = (uint16_t)(half[0] & 0x83ff), half[1] = (uint16_t)(random_bits() % 0x7000);
+        if (wide && type->block_cols == 32)
+            half[0] = (uint16_t)(half[0] & 0x83ff), half[1] = (uint16_t)(random_bits() % 0x7000);
         if (!strcmp(type->name, "F32")) memcpy(data + i, &f, 4);
         else if (!strcmp(type->name, "BF16")) memcpy(data + i, (char *)&bits + 2, 2);
         else if (type->gguf_id >= 0) memcpy(data + i, half, !strcmp(type->name, "Q4_1") ? 4 : 2);
@@ -268,7 +293,8 @@ static void fill_random(unsigned char *data, size_t n, const SourceType *type, d
 }
 
 static void check_product(const SourceType *type, Product p) {
-    size_t x_stride = round_up(p.cols, 32), y_stride = round_up(p.rows, 16), n_bytes = p.rows * (p.cols / type->block_cols) * type->block_bytes;
+    size_t x_stride = round_up(p.cols, 32), y_stride = round_up(p.rows, 16);
+    size_t n_bytes = p.rows * (p.cols / type->block_cols) * type->block_bytes;
     size_t group = p.cols % 64 ? 32 : 64;
     unsigned char *data = get(n_bytes);
     float *scales = get(p.rows * p.cols / group * 4 + 4);
@@ -279,39 +305,46 @@ static void check_product(const SourceType *type, Product p) {
     Bytes tiles = new_bytes(tensor_bytes(&w));
     w.tiles = tiles.bytes;
     pack_rows(tiles.bytes, &source, (Range){ 0, n_row_tiles(&w) });
-    Bytes x_bytes = new_bytes((size_t)p.n * x_stride * 4), q_bytes = new_bytes((size_t)p.n * x_stride);
-    float *x = (float *)(void *)x_bytes.bytes, *y = get((size_t)p.n * y_stride * 4), *scale = get((size_t)p.n * x_stride / 8);
-    int32_t *sum = get((size_t)p.n * x_stride / 8);
+    Bytes x_bytes = new_bytes((size_t)p.n * x_stride * 4), blocks = new_bytes(x_bytes.n);
+    Bytes rounded = new_bytes((size_t)p.n * x_stride / 32 * sizeof(Block));
+    float *x = (float *)(void *)x_bytes.bytes, *y = get((size_t)p.n * y_stride * 4);
     memset(x, 0, x_bytes.n);
     for (size_t t = 0; t < (size_t)p.n; t++) {
         for (size_t c = 0; c < p.cols; c++) x[t * x_stride + c] = random_float(random_below(50) ? 1 : 30);
     }
-    Activations a = { .x = x, .stride = x_stride, .q = (int8_t *)q_bytes.bytes, .scale = scale, .sum = sum };
+    for (size_t i = 0; i < (size_t)p.n * x_stride; i += 32)  // block c of token t is [c * n + t]
+        memcpy(blocks.bytes + (i % x_stride * (size_t)p.n + i / x_stride * 32) * 4, x + i, 128);
+    Activations a = { (const void *)blocks.bytes, (const void *)rounded.bytes, (size_t)p.n };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
-        (*k)->quantise(&a, p.cols, (Range){ 0, (size_t)p.n });
+        kernels = *k;
+        kernels->round((void *)rounded.bytes, x, x_stride, p.cols, (size_t)p.n, (Range){ 0, (size_t)p.n });
         for (int exact = 0; exact < 2; exact++) {
             for (size_t i = 0; i < (size_t)p.n * y_stride; i++) y[i] = 12345;
-            (*k)->multiply(y, y_stride, &w, (Range){ 0, n_row_tiles(&w) / 2 }, &a, p.n, exact);
-            (*k)->multiply(y, y_stride, &w, (Range){ n_row_tiles(&w) / 2, n_row_tiles(&w) }, &a, p.n, exact);
+            for (size_t i = 0; i < n_row_tiles(&w); i++) multiply_rows(y + 16 * i, y_stride, &w, i, &a, p.n, exact);
             size_t wrong = 0, t1 = 0, r1 = 0;
             for (size_t t = 0; t < (size_t)p.n; t++) {
                 for (size_t r = 0; r < p.rows; r++) {
-                    bool same = bits_of_float(y[t * y_stride + r]) == bits_of_float(wanted_product(&p, &source, r, x + t * x_stride, exact));
+                    bool same = bits_of_float(y[t * y_stride + r]) ==
+                                bits_of_float(wanted_product(&p, &source, r, x + t * x_stride, exact));
                     if (!same && !wrong++) t1 = t, r1 = r;
                 }
             }
-            check(!wrong, "%s %zu x %zu, %d tokens%s, kernel %s: %zu wrong, first token %zu row %zu: got %a, wanted %a", type->name, p.rows, p.cols, p.n,
-                  exact ? ", exact" : "", (*k)->name, wrong, t1, r1, (double)y[t1 * y_stride + r1], (double)wanted_product(&p, &source, r1, x + t1 * x_stride, exact));
+            check(!wrong, "%s %zu x %zu, %d tokens%s, kernel %s: %zu wrong, first token %zu row %zu: got %a, wanted %a",
+                  type->name, p.rows, p.cols, p.n, exact ? ", exact" : "", (*k)->name, wrong, t1, r1,
+                  (double)y[t1 * y_stride + r1], (double)wanted_product(&p, &source, r1, x + t1 * x_stride, exact));
         }
     }
-    free(data), free(scales), free(tiles.bytes), free(x_bytes.bytes), free(q_bytes.bytes), free(y), free(scale), free(sum);
+    free(data), free(scales), free(tiles.bytes), free(x_bytes.bytes), free(blocks.bytes);
+    free(rounded.bytes), free(y);
 }
 
 // Products small enough for a pencil: one block, x = 1, 2, 0, 0, ..., the last one 127 so that the scale is 1.
 static void test_products_by_hand(void) {
-    unsigned char q8[34] = { 0x00, 0x38 }, q4[18] = { 0x00, 0x38 }, q4m[20] = { 0x00, 0x38, 0x00, 0xb8 };  // 0.5, minimum -0.5
+    // 0.5, minimum -0.5
+    unsigned char q8[34] = { 0x00, 0x38 }, q4[18] = { 0x00, 0x38 }, q4m[20] = { 0x00, 0x38, 0x00, 0xb8 };
     q8[2] = 0x80, q8[3] = 3, q8[33] = 1;            // -64, 1.5, ..., 0.5
-    memset(q4 + 2, 0x88, 16), q4[2] = 0x80, q4[3] = 0x8b, q4[17] = 0x98;  // (0-8)/2 = -4, (11-8)/2 = 1.5, ..., (9-8)/2 = 0.5
+    // (0-8)/2 = -4, (11-8)/2 = 1.5, ..., (9-8)/2 = 0.5
+    memset(q4 + 2, 0x88, 16), q4[2] = 0x80, q4[3] = 0x8b, q4[17] = 0x98;
     q4m[4] = 0x0f, q4m[5] = 0x02, q4m[19] = 0x30;   // 7.5-0.5 = 7, 1-0.5 = 0.5, others -0.5, last 1.5-0.5 = 1
     const struct { const char *type; const unsigned char *block; float wanted; } cases[] = {
         { "Q8_0", q8, 0.5f * (-128 * 1 + 3 * 2 + 1 * 127) },           // 2.5
@@ -331,15 +364,17 @@ static void test_products_by_hand(void) {
         w.tiles = tile.bytes;
         pack_rows(tile.bytes, &source, (Range){ 0, 1 });
         for (const Kernels *const *k = usable_kernels(); *k; k++) {
-            float y[16], scale;
-            int8_t q[32];
-            int32_t sum;
-            Activations a = { .x = x, .stride = 32, .q = q, .scale = &scale, .sum = &sum };
-            (*k)->quantise(&a, 32, (Range){ 0, 1 });
+            float y[16];
+            Block rounded;
+            Activations a = { (const void *)x, &rounded, 1 };
+            kernels = *k;
+            kernels->round(&rounded, x, 32, 32, 1, (Range){ 0, 1 });
             for (int exact = 0; exact < 2; exact++) {
-                (*k)->multiply(y, 16, &w, (Range){ 0, 1 }, &a, 1, exact);
-                check(y[0] == cases[i].wanted, "%s by hand, exact %d: got %g, wanted %g", cases[i].type, exact, (double)y[0], (double)cases[i].wanted);
-                check(y[1] == 0 && y[15] == 0, "%s by hand: got %g in a row of padding, wanted 0", cases[i].type, (double)y[1]);
+                multiply_rows(y, 16, &w, 0, &a, 1, exact);
+                check(y[0] == cases[i].wanted, "%s by hand, exact %d: got %g, wanted %g", cases[i].type, exact,
+                      (double)y[0], (double)cases[i].wanted);
+                check(y[1] == 0 && y[15] == 0, "%s by hand: got %g in a row of padding, wanted 0", cases[i].type,
+                      (double)y[1]);
             }
         }
         free(tile.bytes);
@@ -354,10 +389,12 @@ static void test_multiply(void) {
         for (size_t r = 0; r < 6; r++) {
             for (size_t c = 0; c < 8; c++) {
                 if (cols[c] % source_types[i].block_cols) continue;
-                check_product(&source_types[i], (Product){ source_types[i].name, rows[r], cols[c], tokens[(r + 3 * c) % 8] });
+                check_product(&source_types[i],
+                              (Product){ source_types[i].name, rows[r], cols[c], tokens[(r + 3 * c) % 8] });
             }
         }
-        for (int n = 0; n < 8; n++) check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, tokens[n] });
+        for (int n = 0; n < 8; n++)
+            check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, tokens[n] });
     }
 }
 
@@ -371,7 +408,7 @@ static void check_normalise(size_t dim, double size, float eps) {
         weight[i] = random_float(1);
         sum += (double)x[i] * x[i];
     }
-    // At most dim/16 + 5 roundings of the sum of squares, halved by the root; then /n, +eps, root, 1/x, * r and * w: 6 more.
+    // At most dim/16 + 5 roundings of the sum of squares, halved by the root; then 6: /n, +eps, root, 1/x, * r, * w.
     double bound = ((double)dim / 32 + 9) * UNIT;
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         bool finite = (*k)->normalise(out, x, weight, dim, eps);
@@ -380,14 +417,18 @@ static void check_normalise(size_t dim, double size, float eps) {
             double error = fabs(out[i] - wanted) / (fabs(wanted) + 1e-300);
             worst = error > worst ? error : worst;
         }
-        check(finite && worst <= bound, "normalise %zu numbers, kernel %s: got a relative error of %g, wanted at most %g", dim, (*k)->name, worst, bound);
+        check(finite && worst <= bound,
+              "normalise %zu numbers, kernel %s: got a relative error of %g, wanted at most %g", dim, (*k)->name, worst,
+              bound);
         if (k == usable_kernels()) memcpy(first, out, dim * 4);
-        check(!memcmp(first, out, dim * 4), "normalise %zu numbers: kernels %s and %s differ", dim, usable_kernels()[0]->name, (*k)->name);
+        check(!memcmp(first, out, dim * 4), "normalise %zu numbers: kernels %s and %s differ", dim,
+              usable_kernels()[0]->name, (*k)->name);
         float kept = x[dim / 2];
         const float bad[] = { NAN, INFINITY, -INFINITY };
         for (int i = 0; i < 3; i++) {
             x[dim / 2] = bad[i];
-            check(!(*k)->normalise(out, x, weight, dim, eps), "normalise with %g in it: got true, wanted false", (double)bad[i]);
+            check(!(*k)->normalise(out, x, weight, dim, eps), "normalise with %g in it: got true, wanted false",
+                  (double)bad[i]);
         }
         x[dim / 2] = kept;
     }
@@ -405,15 +446,17 @@ static void check_swiglu(size_t n, double size) {
         (*k)->swiglu(out, up, n);
         for (size_t i = 0; i < n; i++) {
             double wanted = gate[i] / (1 + exp(-(double)gate[i])) * up[i];
-            // e^-x within 1 ulp (2 roundings), 1 + it, the quotient, the product. Beyond 88 e^-x is Inf and the result 0,
-            // which differs from the truth by less than 88 * e^-88 * |up|.
+            // e^-x within 1 ulp (2 roundings), 1 + it, the quotient, the product. Beyond 88 e^-x is Inf and the result
+            // 0, which differs from the truth by less than 88 * e^-88 * |up|.
             double error = (fabs(out[i] - wanted) - (gate[i] < -87 ? 1e-36 * fabs(up[i]) : 0)) / (fabs(wanted) + 1e-38);
             if (error > worst) worst = error, worst_at = gate[i];
         }
-        check(worst <= 6 * UNIT, "swiglu of %g, kernel %s: got a relative error of %g, wanted at most %g", worst_at, (*k)->name, worst, 6 * UNIT);
+        check(worst <= 6 * UNIT, "swiglu of %g, kernel %s: got a relative error of %g, wanted at most %g", worst_at,
+              (*k)->name, worst, 6 * UNIT);
         check(out[n] == 4711, "swiglu of %zu numbers, kernel %s: wrote behind them", n, (*k)->name);
         if (k == usable_kernels()) memcpy(first, out, n * 4);
-        check(!memcmp(first, out, n * 4), "swiglu of %zu numbers: kernels %s and %s differ", n, usable_kernels()[0]->name, (*k)->name);
+        check(!memcmp(first, out, n * 4), "swiglu of %zu numbers: kernels %s and %s differ", n,
+              usable_kernels()[0]->name, (*k)->name);
     }
     free(gate), free(up), free(out), free(first);
 }
@@ -439,7 +482,8 @@ typedef struct {
 } AttentionCase;
 
 // softmax(q . k / sqrt(K)) . v in double, and how far a float result may be from it.
-static double wanted_attention(const AttentionCase *c, const float *query, const double *keys, const double *values, size_t n, int d, double *bound) {
+static double wanted_attention(const AttentionCase *c, const float *query, const double *keys, const double *values,
+                               size_t n, int d, double *bound) {
     double sum = 0, out = 0, max = -INFINITY, largest = 0, score_error = 0, *score = get(n * sizeof *score);
     for (size_t p = 0; p < n; p++) {
         double dot = 0, absolute = 0;
@@ -457,7 +501,7 @@ static double wanted_attention(const AttentionCase *c, const float *query, const
         double weight = exp(score[p] - max);
         sum += weight;
         out += weight * values[p * (size_t)c->head_dim + (size_t)d];
-        largest = fabs(values[p * (size_t)c->head_dim + (size_t)d]) > largest ? fabs(values[p * (size_t)c->head_dim + (size_t)d]) : largest;
+        largest = fmax(largest, fabs(values[p * (size_t)c->head_dim + (size_t)d]));
         if (score_error < fabs(score[p]) * UNIT) score_error = fabs(score[p]) * UNIT;
     }
     // A weight is off by the factor e^(errors of score and max, and of their difference) and one ulp; numerator and
@@ -480,21 +524,30 @@ static void check_attention(AttentionCase c) {
             uint16_t half[2] = { (uint16_t)half_of_value(key), (uint16_t)half_of_value(value) };
             keys[v] = c.cache_f32 ? key : value_of_half(half[0]);
             values[v] = c.cache_f32 ? value : value_of_half(half[1]);
-            memcpy(cached_keys.bytes + k * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&key : (void *)&half[0], c.cache_f32 ? 4 : 2);
-            memcpy(cached_values.bytes + v * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&value : (void *)&half[1], c.cache_f32 ? 4 : 2);
+            memcpy(cached_keys.bytes + k * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&key : (void *)&half[0],
+                   c.cache_f32 ? 4 : 2);
+            memcpy(cached_values.bytes + v * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&value : (void *)&half[1],
+                   c.cache_f32 ? 4 : 2);
         }
     }
     size_t n_out = (size_t)c.n * stride, score_stride = padded + 16;
     float *query = get(n_out * 4), *out = get(n_out * 4), *first = get(n_out * 4);
-    Bytes scores = new_bytes((size_t)(c.n * c.group) * score_stride * 4), tile = new_bytes(head_dim * 64);
+    size_t row = round_up(head_dim, 16), n_queries = (size_t)(c.n * c.group);
+    Bytes scores = new_bytes(n_queries * score_stride * 4), tile = new_bytes(POSITIONS_TOGETHER * row * 4);
+    Bytes queries = new_bytes(n_queries * row * 4), sums = new_bytes(n_queries * row * 4);
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
-    Attention a = { .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes, .cache_f32 = c.cache_f32,
-                    .head_dim = c.head_dim, .group = c.group, .n = c.n, .position = c.position, .scores = (float *)(void *)scores.bytes,
-                    .score_stride = score_stride, .tile = (float *)(void *)tile.bytes };
+    Attention a = {
+        .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes,
+        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group, .n = c.n,
+        .n_queries = (int)n_queries, .position = c.position, .scores = (float *)(void *)scores.bytes,
+        .score_stride = score_stride, .tile = (float *)(void *)tile.bytes,
+        .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,
+    };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         double worst = 0, got = 0, wanted = 0;
         for (size_t i = 0; i < n_out; i++) out[i] = 4711;
-        (*k)->attend(&a);
+        kernels = *k;
+        attend_group(&a);
         for (int t = 0; t < c.n; t++) {
             for (size_t i = 0; i < stride; i++) {
                 size_t at = (size_t)t * stride + i;
@@ -502,47 +555,55 @@ static void check_attention(AttentionCase c) {
                     if (out[at] != 4711) worst = INFINITY;  // written beside the heads
                     continue;
                 }
-                double bound, right = wanted_attention(&c, query + (size_t)t * stride + i / head_dim * head_dim, keys, values,
-                                                       c.position + (size_t)t + 1, (int)(i % head_dim), &bound);
+                double bound, right = wanted_attention(&c, query + (size_t)t * stride + i / head_dim * head_dim, keys,
+                                                       values, c.position + (size_t)t + 1, (int)(i % head_dim), &bound);
                 double error = fabs(out[at] - right) / bound;
                 if (!(error <= worst)) worst = error, got = out[at], wanted = right;
             }
         }
-        check(worst <= 1, "%d heads of %d, %d tokens from %zu, %s cache, kernel %s: got %.9g, wanted %.9g, %.2f times as far as allowed", c.group, c.head_dim,
-              c.n, c.position, c.cache_f32 ? "f32" : "f16", (*k)->name, got, wanted, worst);
+        check(worst <= 1,
+              "%d heads of %d, %d tokens from %zu, %s cache, kernel %s: got %.9g, wanted %.9g, %.2f times as far as "
+              "allowed",
+              c.group, c.head_dim, c.n, c.position, c.cache_f32 ? "f32" : "f16", (*k)->name, got, wanted, worst);
         if (k == usable_kernels()) memcpy(first, out, n_out * 4);
-        check(!memcmp(first, out, n_out * 4), "%d heads of %d, %d tokens from %zu: kernels %s and %s differ", c.group, c.head_dim, c.n, c.position,
-              usable_kernels()[0]->name, (*k)->name);
+        check(!memcmp(first, out, n_out * 4), "%d heads of %d, %d tokens from %zu: kernels %s and %s differ", c.group,
+              c.head_dim, c.n, c.position, usable_kernels()[0]->name, (*k)->name);
     }
-    free(keys), free(values), free(cached_keys.bytes), free(cached_values.bytes), free(query), free(out), free(first), free(scores.bytes), free(tile.bytes);
+    free(keys), free(values), free(cached_keys.bytes), free(cached_values.bytes), free(query), free(out), free(first);
+    free(scores.bytes), free(tile.bytes), free(queries.bytes), free(sums.bytes);
 }
 
 static void test_attention(void) {
-    static const size_t positions[] = { 0, 1, 14, 15, 16, 17, 31, 40, 100 };
-    static const int head_dims[] = { 4, 8, 16, 20, 64 };
-    for (size_t p = 0; p < 9; p++) {
-        for (size_t d = 0; d < 5; d++) {
-            for (int n = 1; n <= TOKENS_PER_UNIT; n++) {
-                int group = 1 + (int)(p + d) % 3;
+    static const size_t positions[] = { 0, 1, 14, 15, 16, 17, 31, 40, 63, 64, 65, 130 };
+    static const int head_dims[] = { 4, 8, 16, 20, 64, 40 };
+    for (size_t p = 0; p < 12; p++) {
+        for (size_t d = 0; d < 6; d++) {
+            for (int n = 1; n <= 8; n++) {
+                int group = 1 + (int)(p + d) % 7;
                 check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2, 1 });
                 check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2 == 0, n == 3 ? 4 : 0.1 });
             }
         }
     }
+    check_attention((AttentionCase){ 64, 1, 24, 100, false, 1 });
+    check_attention((AttentionCase){ 32, 32, 2, 70, false, 1 });
 }
 
 // ---- Rotation ----
 
 static void test_rotation(void) {
     const struct { Pairing pairing; int head_dim, rope_dim; double theta, scale; const char *what; } cases[] = {
-        { ADJACENT, 4, 4, 10000, 1, "adjacent" }, { HALVES, 8, 8, 1e6, 1, "halves" }, { ADJACENT, 16, 16, 5e5, 4, "adjacent, scaled" },
-        { HALVES, 64, 64, 10000, 1, "halves of 64" }, { ADJACENT, 16, 8, 10000, 1, "half of a head" }, { HALVES, 16, 6, 10000, 1, "6 of 16" },
+        { ADJACENT, 4, 4, 10000, 1, "adjacent" }, { HALVES, 8, 8, 1e6, 1, "halves" },
+        { ADJACENT, 16, 16, 5e5, 4, "adjacent, scaled" }, { HALVES, 64, 64, 10000, 1, "halves of 64" },
+        { ADJACENT, 16, 8, 10000, 1, "half of a head" }, { HALVES, 16, 6, 10000, 1, "6 of 16" },
     };
     const float factors[32] = { 1, 1.5f, 8, 4, 2, 1, 8, 8 };
     for (size_t i = 0; i < 2 * sizeof cases / sizeof *cases; i++) {
         const bool slowed = i % 2 && cases[i / 2].rope_dim == 16;
-        Config c = { .pairing = cases[i / 2].pairing, .head_dim = cases[i / 2].head_dim, .rope_dim = cases[i / 2].rope_dim,
-                     .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .context = 1000 };
+        Config c = {
+            .pairing = cases[i / 2].pairing, .head_dim = cases[i / 2].head_dim, .rope_dim = cases[i / 2].rope_dim,
+            .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .context = 1000,
+        };
         Model m = { .config = c, .rope_factors = slowed ? factors : NULL };
         State s = { .context = 1000, .angles = get(1000 * (size_t)c.rope_dim * 4) };
         make_angles(&m, &s, 7);
@@ -550,16 +611,23 @@ static void test_rotation(void) {
         double worst = 0;
         int half = c.rope_dim / 2;
         for (int position = 0; position < 1000; position += 27) {
-            float head[64], out[64];
+            float head[64], out[64], first[64], before[64];
             for (int k = 0; k < c.head_dim; k++) head[k] = out[k] = random_float(1);
-            rotate(&c, out, s.angles + (size_t)position * (size_t)c.rope_dim);
+            memcpy(first, out, sizeof first);
+            for (const Kernels *const *k = usable_kernels(); *k; k++) {
+                memcpy(out, first, sizeof out);
+                (*k)->rotate(out, s.angles + (size_t)position * (size_t)c.rope_dim, c.rope_dim, c.pairing);
+                if (k != usable_kernels() && memcmp(out, before, sizeof out)) worst = INFINITY;
+                memcpy(before, out, sizeof out);
+            }
             for (int k = 0; k < c.head_dim; k++) {
                 double wanted = head[k];
                 if (k < c.rope_dim) {  // RoFormer, equation 34; the partner of k and who of the two comes first
                     int pair = c.pairing == ADJACENT ? k / 2 : k % half;
                     bool is_first = c.pairing == ADJACENT ? k % 2 == 0 : k < half;
                     int other = c.pairing == ADJACENT ? (is_first ? k + 1 : k - 1) : (is_first ? k + half : k - half);
-                    double angle = position / c.rope_scale * pow(c.rope_theta, -2.0 * pair / c.rope_dim) / (slowed ? factors[pair] : 1);
+                    double angle = position / c.rope_scale * pow(c.rope_theta, -2.0 * pair / c.rope_dim) /
+                                   (slowed ? factors[pair] : 1);
                     wanted = head[k] * cos(angle) + (is_first ? -1 : 1) * head[other] * sin(angle);
                     // cos, sin, two products and a sum are rounded once each: 3 roundings of each of two terms
                     double error = fabs(out[k] - wanted) / (3.01 * UNIT * (fabs(head[k]) + fabs(head[other])));
@@ -569,7 +637,8 @@ static void test_rotation(void) {
                 }
             }
         }
-        check(worst <= 1, "%s%s: got an error of %.2f times the bound of 3 roundings", cases[i / 2].what, slowed ? ", with factors" : "", worst);
+        check(worst <= 1, "%s%s: got an error of %.2f times the bound of 3 roundings", cases[i / 2].what,
+              slowed ? ", with factors" : "", worst);
         free(s.angles);
     }
 }

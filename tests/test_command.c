@@ -1,0 +1,886 @@
+// ./run and ./tokenizer as commands, and the limits of style. Part of test.c.
+
+#include <dirent.h>
+
+// ---- Running a command ----
+
+// What a command left behind. The names of the models below are variables of its shell: $tied, $qwen2 ...
+typedef struct {
+    char *out, *err;  // stdout and stderr, each with a NUL behind it
+    size_t n_out;
+    int status;       // of its exit, or 128 + the number of the signal that ended it
+} Result;
+
+typedef struct {
+    pid_t pid;
+    FILE *out, *err;  // unnamed files, so that nobody has to read for the command to go on
+    int to_stdin;     // what is written here the command reads; -1: it has /dev/null
+} Command;
+
+static FILE *unnamed_file(void) {
+    FILE *f = tmpfile();
+    if (!f) {
+        printf("no temporary file: %s\n", strerror(errno));
+        exit(1);
+    }
+    return f;
+}
+
+// out: where stdout goes, or -1: to c.out.
+static Command start_command(const char *text, bool with_stdin, int out) {
+    Command c = { .out = unnamed_file(), .err = unnamed_file(), .to_stdin = -1 };
+    int in[2] = { -1, -1 };
+    if (with_stdin && pipe(in)) exit(1);
+    fflush(stdout);
+    c.pid = fork();
+    if (c.pid < 0) exit(1);
+    if (c.pid == 0) {
+        if (!with_stdin) in[0] = open("/dev/null", O_RDONLY);
+        bool ok = dup2(in[0], 0) == 0 && dup2(out < 0 ? fileno(c.out) : out, 1) == 1 && dup2(fileno(c.err), 2) == 2;
+        if (with_stdin) close(in[0]), close(in[1]);
+        if (out > 2) close(out);
+        signal(SIGINT, SIG_DFL);
+        signal(SIGPIPE, SIG_DFL);
+        alarm(120);  // nothing here takes long: what hangs is ended
+        if (ok) execl("/bin/sh", "sh", "-c", text, (char *)NULL);
+        _exit(127);
+    }
+    if (with_stdin) {
+        close(in[0]);
+        c.to_stdin = in[1];
+    }
+    return c;
+}
+
+static char *read_stream(FILE *f, size_t *n) {
+    char *text = get(1);
+    *n = 0;
+    rewind(f);
+    for (size_t now = 1; now > 0; *n += now) {
+        text = realloc(text, *n + 65537);
+        if (!text) exit(1);
+        now = fread(text + *n, 1, 65536, f);
+    }
+    text[*n] = 0;
+    return text;
+}
+
+static Result end_command(Command *c) {
+    Result r = { .status = -1 };
+    int status;
+    size_t n_err;
+    if (c->to_stdin >= 0) close(c->to_stdin);
+    if (waitpid(c->pid, &status, 0) == c->pid)
+        r.status = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    r.out = read_stream(c->out, &r.n_out);
+    r.err = read_stream(c->err, &n_err);
+    fclose(c->out);
+    fclose(c->err);
+    return r;
+}
+
+// Waits until a stream of a running command has so many bytes and, if `part` is given, has it in them.
+static bool wait_for(Command *c, FILE *stream, size_t n, const char *part) {
+    for (int i = 0; i < 4000; i++) {
+        char text[4096] = "";
+        struct stat info;
+        ssize_t n_read = pread(fileno(stream), text, sizeof text - 1, 0);
+        bool found = n_read >= 0 && fstat(fileno(stream), &info) == 0 && (size_t)info.st_size >= n;
+        if (found && (!part || strstr(text, part))) return true;
+        siginfo_t ended = { 0 };
+        if (waitid(P_PID, (id_t)c->pid, &ended, WEXITED | WNOHANG | WNOWAIT) || ended.si_pid) return false;
+        usleep(5000);
+    }
+    return false;
+}
+
+// Presses Ctrl-C until the command ends; a first one may come where the program does not look.
+static Result interrupt(Command *c) {
+    siginfo_t ended = { 0 };
+    for (int i = 0; i < 50 && !ended.si_pid; i++) {
+        kill(c->pid, SIGINT);
+        for (int k = 0; k < 40 && !ended.si_pid; k++) {
+            usleep(5000);
+            if (waitid(P_PID, (id_t)c->pid, &ended, WEXITED | WNOHANG | WNOWAIT)) break;
+        }
+    }
+    return end_command(c);
+}
+
+static Result run_shell(const char *text) {
+    Command c = start_command(text, false, -1);
+    return end_command(&c);
+}
+
+// The arguments may end in redirections and pipes. $EMULATOR is the Makefile's.
+static Result run_program(const char *program, const char *arguments) {
+    char *text = get(strlen(arguments) + 64);
+    sprintf(text, "$EMULATOR ./%s %s", program, arguments);
+    Result r = run_shell(text);
+    free(text);
+    return r;
+}
+
+static Result run_with(const char *arguments) { return run_program("run", arguments); }
+
+static void free_result(Result *r) {
+    free(r->out), free(r->err);
+    *r = (Result){ 0 };
+}
+
+// ./run with these arguments: what it writes to stdout, to be freed. What it writes to stderr is dropped.
+static char *run_command(const char *arguments, int *status) {
+    Result r = run_with(arguments);
+    *status = r.status;
+    free(r.err);
+    return r.out;
+}
+
+// ---- Cases in tables ----
+
+// Of stdout and stderr: NULL - empty; "" - whatever; "=text" - exactly the text; else the text is in it.
+typedef struct {
+    const char *arguments;
+    int status;
+    const char *out, *err;
+} Case;
+
+static bool fits(const char *got, const char *wanted) {
+    if (!wanted) return !*got;
+    return *wanted == '=' ? !strcmp(got, wanted + 1) : strstr(got, wanted) != NULL;
+}
+
+// An error is one line that names the program.
+static bool is_error_line(const char *err, const char *program) {
+    size_t n = strlen(program);
+    return !strncmp(err, program, n) && !strncmp(err + n, ": ", 2) && strchr(err, '\n') == err + strlen(err) - 1;
+}
+
+static void check_case(const char *program, const Case *c) {
+    if (strstr(c->arguments, "/dev/full") && !file_exists("/dev/full")) return;  // macOS has none
+    Result r = run_program(program, c->arguments);
+    bool ok = r.status == c->status && fits(r.out, c->out) && fits(r.err, c->err);
+    check(ok, "./%s %s: got status %d, \"%.300s\" and \"%.300s\", wanted %d, \"%s\" and \"%s\"", program, c->arguments,
+          r.status, r.out, r.err, c->status, c->out ? c->out : "", c->err ? c->err : "");
+    if (c->status >= 1 && c->status <= 5)
+        check(is_error_line(r.err, program), "./%s %s: got \"%.300s\", wanted one line that begins with \"%s: \"",
+              program, c->arguments, r.err, program);
+    free_result(&r);
+}
+
+// Wrong options: status 2, and what the line has to say.
+static const struct { const char *arguments, *wanted; } misuses[] = {
+    { "", "no checkpoint" }, { "-m model.gguf", "the checkpoint comes first" }, { "-x", "-x" },
+    { "$tied -m nonsense", "-m nonsense: expected generate" }, { "$tied -m ''", "expected generate" },
+    { "$tied -m Generate", "expected generate" }, { "$tied $tied", "two checkpoints" }, { "$tied ''", "two" },
+    { "$tied --nonsense", "--nonsense" }, { "$tied -tt 1", "-tt" }, { "$tied --", "--" },
+    { "$tied -i", "needs a value" }, { "$tied --temp", "needs a value" }, { "$tied -m", "needs a value" },
+    { "$tied -n 1 -f", "needs a value" }, { "$tied -t abc", "--temp abc" }, { "$tied -t nan", "--temp nan" },
+    { "$tied -t -nan", "--temp -nan" }, { "$tied -t inf", "--temp inf" }, { "$tied -t -1", "--temp -1" },
+    { "$tied -t -inf", "--temp" }, { "$tied -t 0,7", "--temp 0,7" }, { "$tied -t 1.0x", "--temp 1.0x" },
+    { "$tied -t ''", "--temp" }, { "$tied -t ' 1'", "--temp" }, { "$tied -t 1e400", "--temp" },
+    { "$tied -t 101", "threads are -j" }, { "$tied -t .", "--temp" }, { "$tied -p 1.5", "--top-p 1.5" },
+    { "$tied -p -0.1", "--top-p -0.1" }, { "$tied -p nan", "--top-p nan" }, { "$tied -p -nan", "--top-p -nan" },
+    { "$tied -p 'Once upon'", "the prompt is -i" }, { "$tied --min-p 2", "--min-p 2" },
+    { "$tied --min-p -1", "--min-p" }, { "$tied --min-p nan", "--min-p nan" }, { "$tied -k -1", "--top-k -1" },
+    { "$tied -k 1.5", "--top-k 1.5" }, { "$tied -k x", "--top-k x" }, { "$tied -n -2", "--n-predict -2" },
+    { "$tied -n abc", "--n-predict abc" }, { "$tied -n 99999999999", "--n-predict" },
+    { "$tied -n 99999999999999999999", "--n-predict" }, { "$tied -n 1.5", "--n-predict" },
+    { "$tied -n 0x10", "--n-predict" }, { "$tied -n ''", "--n-predict" }, { "$tied -s -1", "--seed -1" },
+    { "$tied -s 18446744073709551616", "--seed" }, { "$tied -s abc", "--seed abc" }, { "$tied -s 1x", "--seed 1x" },
+    { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
+    { "$tied -j 100000", "--threads 100000" }, { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
+    { "$tied -b -1", "--batch-size" }, { "$tied -c -5", "--ctx-size -5" }, { "$tied -c 999999999", "--ctx-size" },
+    { "$tied -c x", "--ctx-size x" }, { "$tied -i a -t 0 -c 65", "64 positions" },
+    { "$tied -i a -t 0 --kv f8", "--kv f8" }, { "$tied -i a -t 0 --kv ''", "--kv" },
+    { "$tied --kernel nonsense", "nonsense" }, { "$tied -m chat -t 0 --template nonsense", "nonsense" },
+    { "$tied -m chat -t 0", "--template" }, { "$tied -m logits -i a", "-o FILE" }, { "$tied -m export", "-o FILE" },
+    { "$tied -t 0 --ids ''", "--ids" }, { "$tied -t 0 --ids x", "\"x\"" }, { "$tied -t 0 --ids '1 2x'", "\"x\"" },
+    { "$tied -t 0 --ids '1 277'", "\"277\"" }, { "$tied -t 0 --ids -1", "\"-1\"" },
+    { "$tied -t 0 --ids 99999999999999999999", "9999" }, { "$tied -m perplexity -i a -c 2", "at least 4" },
+};
+
+static const Case cases[] = {
+    // a bad model or tokenizer
+    { "nowhere.gguf", 1, NULL, "=run: nowhere.gguf: No such file or directory\n" },
+    { "tests", 1, NULL, "run: tests: " }, { "/dev/null", 1, NULL, "run: /dev/null: " },
+    { "run.c", 1, NULL, "run: run.c: " }, { "$T/empty", 1, NULL, "empty" },
+    { "$T/cut.bin", 1, NULL, "not copied whole" },
+    { "$T/layout.bin", 1, NULL, "make it again with  ./run SOURCE -m export -o FILE" },
+    { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" }, { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
+    { "$v0 -z $tied", 1, NULL, "277 tokens, the checkpoint 275" },
+    { "$tied -z $z", 1, NULL, "275 tokens, the model has 277" }, { "$v0 -z run.c", 1, NULL, "run: run.c: " },
+    { "$v0 -z tests", 1, NULL, "run: tests: " }, { "$v0 -i a", 1, NULL, "give it with -z FILE" },
+    { "$v0 -m tokenize --ids 1", 1, NULL, "give it with -z FILE" },
+    // reading and writing
+    { "$tied -t 0 -f nowhere", 3, NULL, "run: nowhere: " }, { "$tied -t 0 -f tests", 3, NULL, "run: " },
+    { "$tied -t 0 -f - <&-", 3, NULL, "run: reading failed" },
+    { "$tied -q -t 0 -n 2 -i a >/dev/full", 3, NULL, "No space" }, { "$tied -q -t 0 -n 2 -i a >&-", 3, NULL, "stdout" },
+    { "$tied -m inspect >/dev/full", 3, NULL, "No space" },
+    { "$tied -m tokenize -i a >/dev/full", 3, NULL, "No space" }, { "--help >/dev/full", 3, NULL, "No space" },
+    { "--version >&-", 3, NULL, "stdout" }, { "$tied -m perplexity -f $T/text -q >/dev/full", 3, NULL, "No space" },
+    { "$tied -m logits -i a -o $T/none/x", 3, NULL, "/none/x: " }, { "$tied -m logits -i a -o $T", 3, NULL, "run: " },
+    { "$tied -m logits -i a -o /dev/full", 3, NULL, "/dev/full" },
+    { "$tied -m export -o $T/none/x", 3, NULL, "/none/x" }, { "$tied -m export -o $T/folder", 3, NULL, "/folder: " },
+    { "$tied -m export -o ''", 3, NULL, "run: " },
+    // more text than room
+    { "$tied -t 0 -f $T/text", 5, NULL, "the context has 64" },
+    { "$tied -t 0 -i aaaaaaaaaaaaaaaa -c 8", 5, NULL, "; see -c" },
+    { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
+    // texts; stdout has nothing else
+    { "$tied -t 0 -n 0 -i 'Once upon'", 0, "=Once upon\n", "stopped at -n tokens" },
+    { "$tied -t 0 -n 0 -i 'Once upon' -q", 0, "=Once upon\n", NULL },
+    { "$tied -t 0 -n 0 -i 'Once upon' -q --no-echo", 0, "=\n", NULL },
+    { "$v0 -z $z -t 0 -n 0 -i a -q", 0, "=a\n", NULL }, { "$tied -t 0 -n 3 -i a", 0, "a", "prompt 2 tokens" },
+    { "$tied -t 0 -n 3 -i a", 0, "a", "generated 3 tokens" }, { "$tied -t 0 -n 3 -i a", 0, "", " GB/s\n" },
+    { "$tied -t 0 -n -1 -i a", 0, "a", "stopped at the context's end" },
+    { "$tied -t 0 -n -1 -i a", 0, "a", "generated 63 tokens" },
+    { "$tied -t 0 -n -1 -i a -c 16", 0, "a", "generated 15 tokens" }, { "$tied -t 0 -n -1 -q -i a", 0, "a", NULL },
+    { "-q -i a -t 0 -n 0 $tied", 0, "=a\n", NULL },
+    { "--prompt a --temp 0 --n-predict 0 --quiet $tied", 0, "=a\n", NULL }, { "$tied -t 0 -n 1 -q", 0, "", NULL },
+    { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" },
+    { "$tied -t 0 -n 1 -i a -c 0", 0, "a", "context of 64 positions" },
+    { "$tied -t 0 -n 1 -i a -c 0 -q", 0, "a", NULL }, { "$tied -s 18446744073709551615 -n 2 -i a -q", 0, "a", NULL },
+    { "$tied -s 0 -n 2 -i a -q", 0, "a", NULL }, { "$tied -k 1000000000 -p 0 --min-p 1 -n 2 -i a -q", 0, "a", NULL },
+    { "$tied -t 100 -p 1 -n 2 -i a -q", 0, "a", "" }, { "$tied -b 4096 -t 0 -n 2 -i a -q", 0, "a", NULL },
+    { "$v0 -t 0 -n 1 --ids '1 2 3'", 0, "", "prompt 3 tokens" },
+    { "$tied -t 0 -n 0 -q --ids '1 265 82,271\n102'", 0, "=Onc\n", NULL },
+    { "$tied -t 0 -n 0 -q -f $T/prompt", 0, "=Once upon\n", NULL },
+    { "$tied -t 0 -n 0 -q -f - <$T/prompt", 0, "=Once upon\n", NULL },
+    { "$tied -t 0 -n 0 -q -i other -f $T/prompt", 0, "=Once upon\n", NULL },
+    { "$tied -t 0 -n 0 -q -i '</s>'", 0, "=</s>\n", NULL },
+    { "$tied -t 0 -n 0 -q --special -i 'a</s>b'", 0, "=ab\n", NULL },
+    { "$tied -t 0 -n 0 -f $T/empty", 0, "=\n", "prompt 1 tokens" },
+    { "$tied -t 0 -n 0 -i a --no-bos", 0, "=a\n", "prompt 1 tokens" },
+    { "$qwen2 -t 0 -n 0 -i a", 0, "=a\n", "prompt 1 tokens" },
+    { "$tied -q -t 0 -n 1 -i a --exact --kv f32", 0, "a", NULL },
+    { "$tied -q -t 0 -n 1 -i a --kv f16 --kernel scalar", 0, "a", NULL },
+    // tokens
+    { "$tied -m tokenize -i 'Once upon'", 0, "=1 265 82 271 102 266 265 120 115 273 271\n", NULL },
+    { "$tied -m tokenize -i Once --no-bos", 0, "=265 82 271 102 266\n", NULL },
+    { "$tied -m tokenize --no-bos", 0, "=\n", NULL }, { "$tied -m tokenize --json -i O", 0, "=[1, 265, 82]\n", NULL },
+    { "$tied -m tokenize --json --no-bos", 0, "=[]\n", NULL },
+    { "$tied -m tokenize --pieces -i O", 0, "=      1  \"<s>\"\n    265  \" \"\n     82  \"O\"\n", NULL },
+    { "$tied -m tokenize --pieces --json -i O --no-bos", 0,
+      "=[{\"id\": 265, \"piece\": \" \"}, {\"id\": 82, \"piece\": \"O\"}]\n", NULL },
+    { "$tied -m tokenize --special -i '</s>' --no-bos", 0, "=2\n", NULL },
+    { "$tied -m tokenize --ids '3 2'", 0, "=3 2\n", NULL }, { "$v0 -z $z -m tokenize -i a", 0, "1 ", NULL },
+    // what there is
+    { "$tied -m inspect", 0, "family                       llama\n", NULL },
+    { "$qwen2 -m inspect", 0, "byte-level BPE", NULL }, { "$v0 -m inspect", 0, "llama2.c", NULL },
+    { "$mixed -m inspect", 0, "ffn_dim of layer 1           32\n", NULL },
+    { "$long -m inspect", 0, "chat template                mistral\n", NULL },
+    { "--version", 0, "=cria " CRIA_VERSION "\n", NULL }, { "-h", 0, "usage: ./run", NULL },
+    { "nowhere --help", 0, "usage: ./run", NULL },
+    // chats
+    { "$long -m chat -t 0 -n 3 -q", 0, NULL, NULL }, { "$long -m chat -t 0 -n 3 -q <&-", 0, NULL, NULL },
+    { "$long -m chat -t 0 -n 3 -i Hi", 0, "\n", "[stopped at -n tokens]\n" },
+    { "$tied -m chat -t 0 -q --template vicuna -i a", 5, "=", "the context has 64" },
+};
+
+static const Case tokenizer_cases[] = {
+    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied $tied", 2, NULL, "usage" },
+    { "nowhere", 1, NULL, "tokenizer: nowhere: " }, { "$v0", 1, NULL, "tokenizer.bin" },
+    { "$tied <&-", 3, NULL, "reading" }, { "$tied <$T/prompt >/dev/full", 3, NULL, "No space" },
+    { "$tied -d <$T/prompt", 2, NULL, "Once upon" }, { "$tied", 0, "=\n", NULL }, { "$tied -b", 0, "=1\n", NULL },
+    { "$tied -d", 0, NULL, NULL }, { "$tied <$T/prompt", 0, "=265 82 271 102 266 265 120 115 273 271\n", NULL },
+    { "$z <$T/prompt", 0, " ", NULL },
+    { "$tied -b <$T/prompt", 0, "=1 265 82 271 102 266 265 120 115 273 271\n", NULL },
+    { "$tied -s <$T/special", 0, "=1 263 2\n", NULL },
+    { "$tied -s <$T/special | $EMULATOR ./tokenizer $tied -d", 0, "=a", NULL },
+    { "$tied -s <$T/special | $EMULATOR ./tokenizer $tied -d -s", 0, "<s>", NULL },
+    { "$tied <$T/special | $EMULATOR ./tokenizer $tied -d", 0, "=<s>a</s>", NULL },
+    { "$tied <$T/bytes | $EMULATOR ./tokenizer $tied -d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$qwen2 <$T/bytes | $EMULATOR ./tokenizer $qwen2 -d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$z <$T/bytes | $EMULATOR ./tokenizer $z -d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$T/native.bin -b <$T/text | $EMULATOR ./tokenizer $tied -d | cmp - $T/text", 0, NULL, NULL },
+    { "$bpe <$T/text | $EMULATOR ./tokenizer $bpe -d | cmp - $T/text", 0, NULL, NULL },
+};
+
+// ---- What the cases need ----
+
+static void put_file(const char *name, const void *bytes, size_t n) {
+    Bytes b = copy_bytes(bytes, n);
+    check(write_bytes(temporary(name), b), "%s cannot be written", temporary(name));
+    free(b.bytes);
+}
+
+static void write_text(const char *name, const char *text) { put_file(name, text, strlen(text)); }
+
+// A model with room for a million tokens and a chat template of its own.
+static void make_long_model(void) {
+    static const char jinja[] = "{{ '[INST] ' + message['content'] + ' [/INST]' }}{{ message['content'] + eos_token}}";
+    unsigned char value[8 + sizeof jinja];
+    uint32_t context = 1 << 20;
+    uint64_t n = sizeof jinja - 1;
+    Bytes b = read_golden("llama_linear.gguf");
+    GgufParts g;
+    take_apart(b, &g);
+    memcpy(value, &n, 8);
+    memcpy(value + 8, jinja, n);
+    set_value(key_named(&g, "llama.context_length", true), 4, &context, 4);
+    set_value(key_named(&g, "tokenizer.chat_template", true), 8, value, 8 + n);
+    Bytes longer = put_together(&g);
+    put_file("long.gguf", longer.bytes, longer.n);
+    free(longer.bytes), free(b.bytes);
+    free_parts(&g);
+}
+
+static void make_files(void) {
+    const struct { const char *name, *value; } variables[] = {
+        { "tied", "tests/golden/llama_tied.gguf" }, { "qwen2", "tests/golden/qwen2.gguf" },
+        { "mixed", "tests/golden/mixed.gguf" }, { "v0", "tests/golden/llama2c_v0.bin" },
+        { "z", "tests/golden/tokenizer.bin" }, { "bpe", "tests/golden/tokens/bpe.gguf" },
+        { "long", temporary("long.gguf") }, { "T", folder },
+    };
+    static const char bytes[] = "\0a\377\xE4\xBD b\n\xF0\x9F\x98\x80\0\0";
+    for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) setenv(variables[i].name, variables[i].value, 1);
+    make_long_model();
+    put_file("empty", "", 0);
+    write_text("prompt", "Once upon");
+    write_text("special", "<s>a</s>");
+    Bytes chat = read_golden("chat.txt");
+    put_file("text", chat.bytes, 1000);
+    free(chat.bytes);
+    put_file("bytes", bytes, sizeof bytes - 1);
+    mkdir(temporary("folder"), 0777);
+    Result r = run_with("$tied -m export -o $T/native.bin");
+    Bytes b = read_bytes(temporary("native.bin"));
+    if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
+        put_file("cut.bin", b.bytes, b.n - 64);
+        uint32_t layout = LAYOUT + 1;
+        memcpy(b.bytes + offsetof(FileHeader, layout), &layout, sizeof layout);
+        put_file("layout.bin", b.bytes, b.n);
+    }
+    free(b.bytes);
+    free_result(&r);
+}
+
+static void remove_files(void) {
+    Result r = run_shell("rm -rf \"$T\"/*");
+    free_result(&r);
+}
+
+// ---- Texts ----
+
+static void check_same_text(const char *what, const char *a, const char *b) {
+    Result x = run_with(a), y = run_with(b);
+    check(x.status == 0 && y.status == 0 && x.n_out == y.n_out && !memcmp(x.out, y.out, x.n_out),
+          "%s: ./run %s: got status %d and \"%.200s\", ./run %s: status %d and \"%.200s\", wanted the same", what, a,
+          x.status, x.out, b, y.status, y.out);
+    free_result(&x);
+    free_result(&y);
+}
+
+static void test_texts(void) {
+    static const char *const pairs[][3] = {
+        { "the native file", "$tied -t 0 -n -1 -i Once -q", "$T/native.bin -t 0 -n -1 -i Once -q" },
+        { "the native file", "$tied -s 7 -n 50 -i Once -q", "$T/native.bin -s 7 -n 50 -i Once -q" },
+        { "the statistics", "$tied -s 7 -n 50 -i Once -q", "$tied -s 7 -n 50 -i Once" },
+        { "-f and -i", "$tied -s 7 -n 50 -i 'Once upon' -q", "$tied -s 7 -n 50 -f $T/prompt -q" },
+        { "threads", "$tied -s 7 -n 50 -i Once -q -j 1", "$tied -s 7 -n 50 -i Once -q -j 3" },
+        { "batches", "$tied -s 7 -n 50 -i Once -q -b 1", "$tied -s 7 -n 50 -i Once -q -b 3" },
+        { "long and short names", "$tied -s 7 -n 9 -p 0.5 -k 9 -t 2 -q", "$tied --seed 7 --n-predict 9 --top-p 0.5 "
+                                                                        "--top-k 9 --temp 2 --quiet" },
+        { "the last -t counts", "$tied -s 7 -n 9 -t 0 -q", "$tied -s 7 -n 9 -t 1 -t 0 -q" },
+        { "seed 0", "$tied -s 0 -n 9 -q", "$tied -s 11400714819323198485 -n 9 -q" },
+        { "-t 0 needs no seed", "$tied -s 5 -n 9 -t 0 -q", "$tied -s 6 -n 9 -t 0 -q" },
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) check_same_text(pairs[i][0], pairs[i][1], pairs[i][2]);
+
+    Result with = run_with("$tied -s 3 -n 20 -q -i 'Once upon'");
+    Result without = run_with("$tied -s 3 -n 20 -q -i 'Once upon' --no-echo");
+    check(with.n_out == without.n_out + 9 && !memcmp(with.out, "Once upon", 9) &&
+              !memcmp(with.out + 9, without.out, without.n_out),
+          "--no-echo: got \"%s\", and with the prompt \"%s\"", without.out, with.out);
+    free_result(&with);
+    free_result(&without);
+
+    Result timed = run_with("$tied -n 40 -i Once");  // a seed of the clock's is printed, and gives the text again
+    unsigned long long seed = 0;
+    char arguments[80];
+    check(sscanf(timed.err, "seed %llu", &seed) == 1, "without -s: got \"%s\", wanted a seed", timed.err);
+    snprintf(arguments, sizeof arguments, "$tied -n 40 -i Once -s %llu", seed);
+    Result again = run_with(arguments);
+    check(timed.n_out == again.n_out && !memcmp(timed.out, again.out, again.n_out) && !strstr(again.err, "seed"),
+          "-s %llu: got \"%s\", wanted \"%s\"", seed, again.out, timed.out);
+    free_result(&timed);
+    free_result(&again);
+
+    bool ended = false, differ = false;  // by chance, a text comes to an end token; other seeds give other texts
+    Result first = run_with("$tied -s 1 -n -1 -p 0 -q");
+    for (int i = 1; i <= 60 && !(ended && differ); i++) {
+        snprintf(arguments, sizeof arguments, "$tied -s %d -n -1 -p 0", i);
+        Result r = run_with(arguments);
+        ended = ended || strstr(r.err, "stopped at an end token");
+        differ = differ || strcmp(r.out, first.out);
+        free_result(&r);
+    }
+    check(ended && differ, "60 seeds: %s", ended ? "the same text" : "none stops at an end token");
+    free_result(&first);
+
+    Bytes bytes = read_bytes(temporary("bytes"));  // NUL and bytes that are no UTF-8 come through
+    for (int i = 0; i < 3; i++) {
+        static const char *const how[] = { "$tied -q -t 0 -n 0 -f $T/bytes", "$qwen2 -q -t 0 -n 0 -f - <$T/bytes",
+                                           "$v0 -z $z -q -t 0 -n 0 -f $T/bytes" };
+        Result r = run_with(how[i]);
+        check(r.n_out == bytes.n + 1 && !memcmp(r.out, bytes.bytes, bytes.n) && r.out[bytes.n] == '\n',
+              "%s: got %zu bytes, wanted the file's %zu and a newline", how[i], r.n_out, bytes.n);
+        free_result(&r);
+    }
+    free(bytes.bytes);
+}
+
+// ---- Logits and perplexity ----
+
+static void test_logits(void) {
+    static const char *const names[] = { "mixed", "llama_tied", "qwen2" };
+    static const struct { int threads, batch; } settings[] = {
+        { 1, 1 }, { 1, 7 }, { 1, 64 }, { 2, 1 }, { 2, 64 }, { 3, 7 }, { 8, 1 }, { 8, 64 },
+    };
+    for (size_t i = 0; i < 3; i++) {
+        char name[64], arguments[512];
+        int ids[GOLDEN_TOKENS];
+        snprintf(name, sizeof name, "%s.gguf", names[i]);
+        Opened o = open_golden(name);
+        read_golden_ids(names[i], ids);
+        size_t n_bytes = n_logits_of(&o.model) * sizeof(float);
+        float *wanted = get(n_bytes);
+        run_all(&o.model, ids, (Setting){ false, is_f32(&o.model), 1, 16, NULL }, wanted);
+        for (size_t k = 0; k < sizeof settings / sizeof *settings; k++) {
+            snprintf(arguments, sizeof arguments, "tests/golden/%s -m logits --ids \"$(cat tests/golden/%s.ids)\" "
+                     "-o $T/logits -j %d -b %d", name, names[i], settings[k].threads, settings[k].batch);
+            Result r = run_with(arguments);
+            Bytes got = read_bytes(temporary("logits"));
+            check(r.status == 0 && !*r.out && got.n == n_bytes && !memcmp(got.bytes, wanted, n_bytes),
+                  "%s: got status %d, \"%s\" and %zu bytes, wanted the same %zu bytes as in this process", arguments,
+                  r.status, r.err, got.n, n_bytes);
+            free(got.bytes);
+            free_result(&r);
+        }
+        free(wanted);
+        close_opened(&o);
+    }
+}
+
+// As llama-perplexity does it: the text's tokens, its begin token included, are cut into chunks; of a chunk of n tokens,
+// the logits at n/2 .. n-2 predict the tokens n/2+1 .. n-1; a begin token takes the place of a chunk's first where the
+// model adds one; what is left over at the end is dropped.
+static void check_perplexity(const char *model, bool begins, int size) {
+    char arguments[4096], ids[3000];
+    double sum = 0, squares = 0, got[2] = { 0 };
+    int n_scored = 0, n_ids = 0, *all = get(100000 * sizeof *all);
+    snprintf(arguments, sizeof arguments, "%s -m tokenize %s -f $T/text", model, begins ? "" : "--no-bos");
+    Result r = run_with(arguments);
+    for (char *p = r.out, *end = p; n_ids < 100000 && (all[n_ids] = (int)strtol(p, &end, 10), end != p); p = end)
+        n_ids++;
+    free_result(&r);
+    for (int chunk = 0; (chunk + 1) * size <= n_ids; chunk++) {
+        int *c = all + chunk * size, n = 0;
+        if (begins) c[0] = 1;
+        for (int i = 0; i < size; i++) n += snprintf(ids + n, sizeof ids - (size_t)n, "%d ", c[i]);
+        snprintf(arguments, sizeof arguments, "%s -m logits --ids '%s' -o $T/logits", model, ids);
+        r = run_with(arguments);
+        Bytes file = read_bytes(temporary("logits"));
+        size_t n_tokens = file.n / sizeof(float) / (size_t)size;
+        for (int i = size / 2; n_tokens && i < size - 1; i++, n_scored++) {
+            const float *row = (const float *)(const void *)file.bytes + (size_t)i * n_tokens;
+            double total = 0;
+            for (size_t k = 0; k < n_tokens; k++) total += exp(row[k]);
+            double surprisal = log(total) - row[c[i + 1]];
+            sum += surprisal;
+            squares += surprisal * surprisal;
+        }
+        free(file.bytes);
+        free_result(&r);
+    }
+    double mean = sum / n_scored, wanted = exp(mean);
+    double error = sqrt((squares / n_scored - mean * mean) / (n_scored - 1)) * wanted;
+    snprintf(arguments, sizeof arguments, "%s -m perplexity -f $T/text -c %d", model, size);
+    r = run_with(arguments);
+    char *line = strstr(r.out, "PPL = "), *end = r.out + strlen(r.out);
+    int n_read = 0;
+    bool last = line && sscanf(line, "PPL = %lf +/- %lf%n", &got[0], &got[1], &n_read) == 2 && line + n_read + 1 == end;
+    check(r.status == 0 && last && (line == r.out || line[-1] == '\n') && n_scored > 100,
+          "%s: got status %d and \"%s\", wanted a last line PPL = %%f +/- %%f", arguments, r.status, r.out);
+    check(fabs(got[0] - wanted) <= 1e-4 * wanted && fabs(got[1] - error) <= 1e-3 * error,
+          "%s: got %.4f +/- %.4f, wanted %.4f +/- %.4f", arguments, got[0], got[1], wanted, error);
+    free_result(&r);
+    free(all);
+}
+
+// ---- JSON ----
+
+static const char *json_space(const char *p) { return p + strspn(p, " \t\r\n"); }
+
+static const char *json_string(const char *p) {
+    if (*p++ != '"') return NULL;
+    while (*p != '"') {
+        unsigned char c = (unsigned char)*p++;
+        if (c < 32) return NULL;
+        if (c == '\\') {
+            if (!*p || !strchr("\"\\/bfnrtu", *p)) return NULL;
+            if (*p++ == 'u') {
+                if (strspn(p, "0123456789abcdefABCDEF") < 4) return NULL;
+                p += 4;
+            }
+        } else if (c >= 0x80) {
+            int n = c >= 0xF0 ? 3 : c >= 0xE0 ? 2 : 1;
+            if (c < 0xC2 || c > 0xF4) return NULL;
+            for (; n > 0; n--, p++) if (((unsigned char)*p & 0xC0) != 0x80) return NULL;
+        }
+    }
+    return p + 1;
+}
+
+static const char *json_number(const char *p) {
+    if (*p == '-') p++;
+    size_t n = strspn(p, "0123456789");
+    if (n == 0 || (n > 1 && *p == '0')) return NULL;
+    p += n;
+    if (*p == '.') {
+        n = strspn(++p, "0123456789");
+        if (n == 0) return NULL;
+        p += n;
+    }
+    if (*p != 'e' && *p != 'E') return p;
+    p++;
+    p += *p == '+' || *p == '-';
+    n = strspn(p, "0123456789");
+    return n ? p + n : NULL;
+}
+
+// The place behind a value (RFC 8259), or NULL.
+static const char *json_value(const char *p) {
+    static const char *const words[] = { "true", "false", "null" };
+    char end = *p == '{' ? '}' : ']';
+    if (*p == '"') return json_string(p);
+    for (int i = 0; i < 3; i++) if (!strncmp(p, words[i], strlen(words[i]))) return p + strlen(words[i]);
+    if (*p != '{' && *p != '[') return json_number(p);
+    p = json_space(p + 1);
+    if (*p == end) return p + 1;
+    for (;;) {
+        if (end == '}') {
+            if (!(p = json_string(p))) return NULL;
+            p = json_space(p);
+            if (*p++ != ':') return NULL;
+            p = json_space(p);
+        }
+        if (!(p = json_value(p))) return NULL;
+        p = json_space(p);
+        if (*p == end) return p + 1;
+        if (*p++ != ',') return NULL;
+        p = json_space(p);
+    }
+}
+
+static bool is_json(const char *text) {
+    const char *end = json_value(json_space(text));
+    return end && !*json_space(end);
+}
+
+static void test_json(void) {
+    static const char *const right[] = { "{}", "[1, -0.5e+3, \"\\u00e9\\\"\", null]", "{\"a\": {\"b\": []}}\n" };
+    static const char *const wrong[] = { "", "{", "[1,]", "{\"a\" 1}", "nan", "[01]", "\"\n\"", "\"\xE4\"", "[] []",
+                                         "{a: 1}" };
+    for (size_t i = 0; i < sizeof right / sizeof *right; i++) check(is_json(right[i]), "%s: it is JSON", right[i]);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) check(!is_json(wrong[i]), "%s: it is not JSON", wrong[i]);
+    static const struct { const char *arguments, *part; } printed[] = {
+        { "$tied -m tokenize --json -f $T/bytes", "[1, " }, { "$qwen2 -m tokenize --json", "[]" },
+        { "$tied -m tokenize --json --pieces -f $T/bytes", "\"piece\": " },
+        { "$qwen2 -m tokenize --json --pieces -f tests/golden/chat.txt", "\\\\" },
+        { "$tied -m inspect --json", "\"n_layers\": 2" }, { "$mixed -m inspect --json", "\"ffn_dim of layer 1\": 32" },
+        { "$v0 -m inspect --json", "\"container\": \"llama2.c\"" },
+        { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
+    };
+    for (size_t i = 0; i < sizeof printed / sizeof *printed; i++) {
+        Result r = run_with(printed[i].arguments);
+        check(r.status == 0 && is_json(r.out) && strstr(r.out, printed[i].part) && !*r.err,
+              "./run %s: got status %d, \"%.100s\" and \"%s\", wanted JSON with %s", printed[i].arguments, r.status,
+              r.out, r.err, printed[i].part);
+        free_result(&r);
+    }
+}
+
+// ---- Files written ----
+
+// Exports that fail leave nothing behind, and those that succeed take the place of what was there.
+static void test_exports(void) {
+    static const struct { const char *what, *text; } steps[] = {
+        { "over another file", "echo junk >$T/over.bin; $EMULATOR ./run $tied -m export -o $T/over.bin && "
+                               "cmp $T/over.bin $T/native.bin" },
+        { "over itself", "$EMULATOR ./run $T/over.bin -m export -o $T/over.bin && cmp $T/over.bin $T/native.bin" },
+        { "what is too large for the file system", "(trap '' XFSZ; ulimit -f 8; $EMULATOR ./run $tied -m export "
+                                                   "-o $T/large.bin); test $? = 3 && test ! -e $T/large.bin" },
+        { "over a file that stays if it fails", "(trap '' XFSZ; ulimit -f 8; $EMULATOR ./run $mixed -m export "
+                                                "-o $T/over.bin); test $? = 3 && cmp $T/over.bin $T/native.bin" },
+        { "and no other file is left", "test -z \"$(find $T -name '*tmp*' | grep -v '/cria[^/]*$')\"" },
+        { "with quotes and blanks in its name", "$EMULATOR ./run $tied -m export -o \"$T/a 'b\" && "
+                                                "cmp \"$T/a 'b\" $T/native.bin" },
+    };
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        Result r = run_shell(steps[i].text);
+        check(r.status == 0 && !*r.out, "an export %s: got status %d, \"%s\" and \"%s\"", steps[i].what, r.status,
+              r.out, r.err);
+        free_result(&r);
+    }
+}
+
+// ---- The environment ----
+
+static void test_environment(void) {
+    static const char *const variables[] = {
+        "OMP_NUM_THREADS=100000", "OMP_NUM_THREADS=0", "OMP_NUM_THREADS=1", "OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true",
+        "OMP_WAIT_POLICY=active", "LC_ALL=de_DE.UTF-8", "LC_ALL=C", "TERM=", "HOME=",
+#ifndef __clang__
+        "OMP_NUM_THREADS=abc",  // this makes LLVM's OpenMP 14 start as many threads as some memory says, and abort
+#endif
+    };
+    Result wanted = run_with("$mixed -q -s 5 -t 0.7 -p 0.95 -n 20 -i Once -j 3");
+    for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) {
+        char text[200];
+        snprintf(text, sizeof text, "%s $EMULATOR ./run $mixed -q -s 5 -t 0.7 -p 0.95 -n 20 -i Once -j 3",
+                 variables[i]);
+        Result r = run_shell(text);
+        check(r.status == 0 && r.n_out == wanted.n_out && !memcmp(r.out, wanted.out, r.n_out) && r.n_out > 5,
+              "with %s: got status %d and \"%s\", wanted \"%s\"", variables[i], r.status, r.out, wanted.out);
+        free_result(&r);
+    }
+    free_result(&wanted);
+    // Little memory: status 4. Not where even a small context does not fit, as in a sanitizer or an emulator.
+    Result small = run_shell("ulimit -v 150000 && $EMULATOR ./run $long -j 1 -q -t 0 -n 1 -c 64");
+    if (small.status == 0) {
+        Result r = run_shell("ulimit -v 150000 && exec $EMULATOR ./run $long -j 1 -q -t 0 -n 1 -c 0");
+        check(r.status == 4 && !*r.out && is_error_line(r.err, "run") && strstr(r.err, "memory"),
+              "a context of 2^20 in 150 MB: got status %d and \"%s\", wanted 4", r.status, r.err);
+        free_result(&r);
+    }
+    free_result(&small);
+}
+
+// ---- Chats ----
+
+// Three turns in this process: before each answer all that was said goes through the model again, from the beginning.
+static void put_reference_chat(const char *const *said, int n_said, int limit, Buffer *out) {
+    Opened o;
+    Error e = { 0 };
+    State s = { 0 };
+    Tokens all = { 0 };
+    if (!check(open_bytes(&o, read_bytes(temporary("long.gguf")), &e), "long.gguf: got \"%s\"", e.text)) return;
+    const Model *m = &o.model;
+    const ChatTemplate *t = choose_template(m, NULL, &e);
+    s = (State){ .context = 1024, .batch = 16, .threads = 1, .cache_f32 = true };
+    bool ok = t && make_state(m, &s, &e) && emit(&all, m->tokenizer.bos, &e);
+    for (int turn = 0; ok && turn < n_said; turn++) {
+        Span spans[MAX_SPANS];
+        int n_spans = render_turn(t, turn == 0, NULL, said[turn], strlen(said[turn]), spans), last = -1;
+        ok = encode(&m->tokenizer, spans, n_spans, &all, &e);
+        for (int n = 0; ok && n < limit; n++) {
+            size_t n_bytes;
+            s.n_past = 0;
+            ok = prefill(m, &s, all.ids, all.n, NULL, &e);
+            int token = likeliest(s.logits, m->config.n_tokens);
+            if (is_end_token(&m->tokenizer, token)) break;
+            const char *bytes = decode(&m->tokenizer, last, token, &n_bytes);
+            put_text_into(out, bytes, n_bytes);
+            ok = ok && emit(&all, token, &e);
+            last = token;
+        }
+        put_text_into(out, "\n", 1);
+    }
+    check(ok, "three turns in this process: got \"%s\"", e.text);
+    free(all.ids);
+    free_state(&s);
+    close_opened(&o);
+}
+
+static void test_chats(void) {
+    static const char *const said[] = { "Hi there", "Who are you?", "\xC3\xA4 </s>" };
+    static const char *const how[] = {
+        "$long -m chat -t 0 -q -n %d <$T/said",
+        "$long -m chat -t 0 -q -n %d -i 'Hi there' <$T/said2",
+        "$long -m chat -t 0 -q -n %d -b 3 -j 3 -c 1000 <$T/said3",
+        "$long -m chat -t 0 -q -n %d --template mistral <$T/said",
+    };
+    write_text("said", "Hi there\nWho are you?\n\xC3\xA4 </s>\n");
+    write_text("said2", "Who are you?\n\xC3\xA4 </s>\n");
+    write_text("said3", "Hi there\r\nWho are you?\r\n\xC3\xA4 </s>");
+    for (int limit = 1; limit <= 30; limit += 29) {
+        Buffer wanted = { 0 };
+        put_reference_chat(said, 3, limit, &wanted);
+        for (size_t i = 0; i < sizeof how / sizeof *how; i++) {
+            char arguments[200];
+            snprintf(arguments, sizeof arguments, how[i], limit);
+            Result r = run_with(arguments);
+            check(r.status == 0 && r.n_out == wanted.n && !memcmp(r.out, wanted.bytes, wanted.n) && !*r.err,
+                  "%s: got status %d, \"%s\" and \"%s\", wanted \"%.*s\"", arguments, r.status, r.out, r.err,
+                  (int)wanted.n, (char *)wanted.bytes);
+            free_result(&r);
+        }
+        free(wanted.bytes);
+    }
+    Result none = run_with("$tied -m chat -t 0 -q -n 9 -i Hi --template zephyr");
+    Result brief = run_with("$tied -m chat -t 0 -q -n 9 -i Hi --template zephyr -y 'Be brief'");
+    Result sys = run_with("$tied -m chat -t 0 -q -n 9 -i Hi --template zephyr -sys 'Be brief'");
+    check(none.status == 0 && strcmp(none.out, brief.out), "-y: got \"%s\", the same as without", brief.out);
+    check(brief.status == 0 && !strcmp(brief.out, sys.out), "-sys: got \"%s\", wanted -y's \"%s\"", sys.out, brief.out);
+    free_result(&none);
+    free_result(&brief);
+    free_result(&sys);
+}
+
+// ---- Signals ----
+
+// A message with which $long writes on and on, found by trying some; `mode` is -m chat or nothing.
+static bool make_endless(const char *mode, char *command, size_t size) {
+    for (char message = 'a'; message <= 'z'; message++) {
+        snprintf(command, size, "$long %s -t 0 -c 0 -j 1 -n 2000 -i %c", mode, message);
+        Result r = run_with(command);
+        bool endless = r.status == 0 && strstr(r.err, "stopped at -n tokens");
+        snprintf(command, size, "exec $EMULATOR ./run $long %s -t 0 -c 0 -j 1 -n -1 -i %c", mode, message);
+        free_result(&r);
+        if (endless) return true;
+    }
+    return check(false, "no message makes long.gguf write 2000 tokens %s", mode);
+}
+
+// Ctrl-C ends a text, and one that waits for a message; an answer it only cuts, and the chat goes on.
+static void test_interrupts(void) {
+    char endless[128], chat[128];
+    if (!make_endless("", endless, sizeof endless) || !make_endless("-m chat", chat, sizeof chat)) return;
+    Command c = start_command(endless, false, -1);
+    bool begun = wait_for(&c, c.out, 50, NULL);
+    Result r = interrupt(&c);
+    check(begun && r.status == 130 && r.n_out > 50 && r.out[r.n_out - 1] == '\n' && strstr(r.err, "stopped by Ctrl-C"),
+          "%s, Ctrl-C: got status %d, %zu bytes and \"%s\", wanted 130", endless, r.status, r.n_out, r.err);
+    free_result(&r);
+
+    c = start_command("exec $EMULATOR ./run $long -m chat -t 0 -n 3 -i Hi", true, -1);
+    begun = wait_for(&c, c.err, 1, "[stopped at -n tokens]");
+    r = interrupt(&c);
+    check(begun && r.status == 130 && r.n_out > 1, "a chat, Ctrl-C at its prompt: got status %d, \"%s\" and \"%s\"",
+          r.status, r.out, r.err);
+    free_result(&r);
+
+    c = start_command(chat, true, -1);
+    begun = wait_for(&c, c.out, 50, NULL);
+    kill(c.pid, SIGINT);
+    bool cut = wait_for(&c, c.err, 1, "[stopped by Ctrl-C]\n");
+    struct stat info;
+    fstat(fileno(c.out), &info);
+    bool sent = write(c.to_stdin, "a\n", 2) == 2, goes_on = wait_for(&c, c.out, (size_t)info.st_size + 2, NULL);
+    r = interrupt(&c);
+    check(begun && cut && sent && goes_on && r.status == 130,
+          "%s, Ctrl-C in its answer, then another message: got status %d, \"%.60s\" and \"%s\"", chat, r.status, r.out,
+          r.err);
+    free_result(&r);
+
+    int ends[2];  // a reader that goes away
+    char byte;
+    if (pipe(ends)) exit(1);
+    fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+    c = start_command(endless, false, ends[1]);
+    close(ends[1]);
+    begun = read(ends[0], &byte, 1) == 1;
+    close(ends[0]);
+    r = end_command(&c);
+    check(begun && r.status == 128 + SIGPIPE && !strstr(r.err, "run: "),
+          "%s, and nobody reads: got status %d and \"%s\", wanted the end by SIGPIPE", endless, r.status, r.err);
+    free_result(&r);
+}
+
+// ---- Help ----
+
+static void test_help(void) {
+    Result r = run_with("--help");
+    char *readme = read_text("README.md");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char name[40];
+        snprintf(name, sizeof name, "--%s", option_table[i].name);
+        check(strstr(r.out, name) && strstr(r.out, option_table[i].help), "--help: %s is not in it", name);
+        check(!readme || strstr(readme, name), "README.md: %s is not in it", name);
+    }
+    check(r.status == 0 && !*r.err, "--help: got status %d and \"%s\"", r.status, r.err);
+    free(readme);
+    free_result(&r);
+}
+
+static void test_command_line(void) {
+    if (!file_exists("run") || !file_exists("tokenizer")) {
+        check(false, "there is no ./run or no ./tokenizer: make builds them");
+        return;
+    }
+    signal(SIGPIPE, SIG_IGN);
+    make_files();
+    for (size_t i = 0; i < sizeof misuses / sizeof *misuses; i++)
+        check_case("run", &(Case){ misuses[i].arguments, 2, NULL, misuses[i].wanted });
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_case("run", &cases[i]);
+    for (size_t i = 0; i < sizeof tokenizer_cases / sizeof *tokenizer_cases; i++)
+        check_case("tokenizer", &tokenizer_cases[i]);
+    test_texts();
+    test_logits();
+    check_perplexity("$tied", true, 64);
+    check_perplexity("$qwen2", false, 48);
+    check_perplexity("$mixed -b 5", true, 33);
+    test_json();
+    test_exports();
+    test_environment();
+    test_chats();
+    test_interrupts();
+    test_help();
+    remove_files();
+}
+
+// ---- Style ----
+
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1250, MAX_BOTH = 5000 };
+
+static size_t columns(const char *line, size_t n) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) count += ((unsigned char)line[i] & 0xC0) != 0x80;
+    return count;
+}
+
+// Looks at every line of a source; returns their number, and in *part_one those before chapter 8.
+static int check_source(const char *path, bool whole_style, int *part_one) {
+    char *text = read_text(path);
+    int n = 0, begin = 0;
+    *part_one = 0;
+    if (!check(text != NULL, "%s cannot be read", path)) return 0;
+    for (char *line = text, *end; *line; line = end + (*end != 0)) {
+        end = line + strcspn(line, "\n");
+        size_t length = (size_t)(end - line), wide = columns(line, length);
+        n++;
+        if (wide > MAX_COLUMNS) check(false, "%s:%d: got %zu columns, wanted at most %d", path, n, wide, MAX_COLUMNS);
+        if (length && isspace((unsigned char)end[-1])) check(false, "%s:%d: blanks at the end", path, n);
+        if (memchr(line, '\t', length)) check(false, "%s:%d: a tab", path, n);
+        if (!strncmp(line, "/* ==== 8.", 10)) *part_one = n - 1;
+        if (!whole_style) continue;
+        if (isalpha((unsigned char)line[0]) || line[0] == '_') begin = n;  // a definition begins
+        if (length == 1 && line[0] == '}' && n - begin + 1 > MAX_FUNCTION)
+            check(false, "%s:%d: got a function of %d lines, wanted at most %d", path, begin, n - begin + 1,
+                  MAX_FUNCTION);
+    }
+    check(n > 10 && text[strlen(text) - 1] == '\n', "%s: no text of whole lines", path);
+    free(text);
+    return n;
+}
+
+static void test_style(void) {
+    int part_one, ignored, n_sources = 0, run_lines = check_source("run.c", true, &part_one);
+    int n = run_lines + check_source("tokenizer.c", true, &ignored);
+    check(part_one > 500 && part_one <= MAX_PART_ONE, "run.c, Part I: got %d lines, wanted at most %d", part_one,
+          MAX_PART_ONE);
+    check(n > 1000 && n <= MAX_BOTH, "run.c and tokenizer.c: got %d lines, wanted at most %d", n, MAX_BOTH);
+    DIR *tests = opendir("tests");
+    for (struct dirent *d; tests && (d = readdir(tests));) {
+        char path[300];
+        size_t length = strlen(d->d_name);
+        if (length < 2 || strcmp(d->d_name + length - 2, ".c")) continue;
+        snprintf(path, sizeof path, "tests/%s", d->d_name);
+        check_source(path, false, &ignored);
+        n_sources++;
+    }
+    if (tests) closedir(tests);
+    check(n_sources >= 6, "tests: got %d sources", n_sources);
+}
