@@ -180,20 +180,13 @@ static double clock_seconds(void) {
 }
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
-typedef struct {
-    const unsigned char *bytes;
-    size_t n_bytes;
-} Map;
+typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
 
 // One thread's place in the team that works on a step.
-typedef struct {
-    int thread, threads;
-} Team;
+typedef struct { int thread, threads; } Team;
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
-typedef struct {
-    size_t from, to;
-} Range;
+typedef struct { size_t from, to; } Range;
 
 static Range share(size_t n, Team team) {
     size_t each = n / (size_t)team.threads, rest = n % (size_t)team.threads, i = (size_t)team.thread;
@@ -220,14 +213,8 @@ static void wait_for_team(void) {
 #endif
 }
 
-// Tells a terminal how far a long step has come, once it has taken half a second.
-typedef struct {
-    const char *what;
-    double start;
-    bool shown;
-} Progress;
-
-static void show_progress(Progress *p, size_t done, size_t total);  // chapter 9
+// Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
+static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
 
 // Set by Ctrl-C; the loops of chapter 7 look at it between two tokens.
 static volatile sig_atomic_t interrupted;
@@ -344,7 +331,7 @@ typedef struct {
     float *angles;              // (S, R/2, 2)  cosine and sine of each position's rotation
     int n_angles;               // positions whose angles are there
     void **keys;                // (L)(G, S/16, K, 16)  sixteen positions side by side, f16 or f32
-    void **values;              // (L)(G, S, K)
+    void **values;              // (L)(G, S, K up to a multiple of 16)
     float *scratch;             // (threads, scratch_stride)  each thread's room for attention scores
     size_t scratch_stride;
     int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
@@ -622,7 +609,7 @@ typedef struct {
     float *out;          // (n, stride)
     size_t stride;
     const void *keys;    // (S/16, K, 16)
-    const void *values;  // (S, K)
+    const void *values;  // (S, row)
     bool cache_f32;
     int group, n, n_queries;  // n_queries = n * group: number i is of token i / group and head i % group
     size_t head_dim, row;     // K, and that up to a multiple of 16
@@ -665,10 +652,8 @@ static void mix_values(const Attention *a) {
     size_t n = seen_by(a, a->n_queries - 1);
     for (size_t p = 0, now; p < n; p += now) {
         now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
-        bool all_see = p + now <= seen_by(a, 0), in_rows = a->row == a->head_dim;
-        for (size_t i = 0; i < (in_rows ? 1 : now); i++)
-            recall(a->tile + i * a->row, a->values, (p + i) * a->head_dim, (in_rows ? now : 1) * a->head_dim,
-                   a->cache_f32);
+        recall(a->tile, a->values, p * a->row, now * a->row, a->cache_f32);
+        bool all_see = p + now <= seen_by(a, 0);
         int rows = all_see ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t seen = seen_by(a, i), depth = seen >= p + now ? now : seen > p ? seen - p : 0;
@@ -697,7 +682,6 @@ static void attend_group(const Attention *a) {
         for (size_t d = 0; d < a->head_dim; d++) out[d] = a->sums[(size_t)i * a->row + d] / sum;
     }
 }
-
 
 // x[t] = row tokens[t] of the embedding      x (n, x_stride)
 static void embed(const Model *m, State *s, const int *tokens, Range range) {
@@ -733,7 +717,7 @@ static void remember(const State *s, int layer, size_t head, size_t head_dim, si
                      const float *value) {
     size_t positions = round_up((size_t)s->context, 16);
     size_t k = (head * positions / 16 + position / 16) * head_dim * 16 + position % 16;
-    size_t v = (head * positions + position) * head_dim;
+    size_t v = (head * positions + position) * round_up(head_dim, 16);
     if (s->cache_f32) {
         for (size_t d = 0; d < head_dim; d++) ((float *)s->keys[layer])[k + d * 16] = key[d];
         memcpy((float *)s->values[layer] + v, value, head_dim * sizeof *value);
@@ -813,11 +797,11 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
     float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
     for (size_t i = (size_t)team.thread; i < n_units; i += (size_t)team.threads) {
         size_t kv_head = i % (size_t)layer->n_kv_heads, t = i / (size_t)layer->n_kv_heads * per_unit;
-        size_t offset = kv_head * positions * head_dim * item_bytes, q = t * s->q_stride + kv_head * group * head_dim;
+        size_t at = kv_head * positions * item_bytes, q = t * s->q_stride + kv_head * group * head_dim;
         int n_now = (int)((size_t)n - t < per_unit ? (size_t)n - t : per_unit);
         Attention a = {
             .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
-            .keys = (const char *)s->keys[l] + offset, .values = (const char *)s->values[l] + offset,
+            .keys = (const char *)s->keys[l] + at * head_dim, .values = (const char *)s->values[l] + at * row,
             .cache_f32 = s->cache_f32, .group = (int)group, .n = n_now, .n_queries = n_now * (int)group,
             .head_dim = head_dim, .row = row, .position = (size_t)s->n_past + t,
             .queries = scratch, .sums = scratch + n_queries * row, .tile = scratch + 2 * n_queries * row,
@@ -897,20 +881,8 @@ static void forward_team(void *p, Team team) {
     matmul(s, s->logits, s->logits_stride, &m->head, NULL, &input, job->n_logits, team);
 }
 
-// Not finite is what no weights should give and no token may be chosen from. Names the first position where it is so.
-static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
-    for (int t = 0; t < n; t++) {
-        int layers = s->broken[t] - 1, row = t - (n - n_logits);
-        const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
-        bool finite = true;
-        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
-            finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite", s->n_past + t);
-        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite", layers, s->n_past + t);
-        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
-    }
-    return true;
-}
+// False, and the first position named, where a token's vector or its logits are not finite.
+static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e);  // chapter 9
 
 // Sends n <= B tokens through the model, at the positions after those in the cache; leaves the logits of the last
 // n_logits <= LOGITS_AT_ONCE of them in s->logits.      tokens (n)  logits (n_logits, logits_stride)
@@ -926,14 +898,15 @@ static bool forward(const Model *m, State *s, const int *tokens, int n, int n_lo
     return true;
 }
 
-// Takes tokens into the cache in batches, with the logits of the last one; `progress` may be NULL.      tokens (n)
-static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Progress *progress, Error *e) {
+// Takes tokens into the cache in batches, with the logits of the last one.      tokens (n)
+static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
+    double start = clock_seconds();
     for (size_t done = 0; done < n;) {
         size_t now = n - done < (size_t)s->batch ? n - done : (size_t)s->batch;
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
         if (!forward(m, s, tokens + done, (int)now, done + now == n, e)) return false;
         done += now;
-        show_progress(progress, done, n);
+        show_progress("prompt token", start, done, n);
     }
     return true;
 }
@@ -943,10 +916,7 @@ static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Progr
    temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
    than surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
 
-typedef struct {
-    int id;
-    float p;
-} Candidate;
+typedef struct { int id; float p; } Candidate;
 
 typedef struct {
     float temperature;     // 0 = the likeliest token
@@ -1116,6 +1086,7 @@ typedef struct {
 } Speed;
 
 static void tell_speed(const Model *m, const Speed *v);  // chapter 10
+static void tell_seed(const Sampler *s);
 
 static bool is_end_token(const Tokenizer *t, int id) {
     for (int i = 0; i < t->n_end; i++) {
@@ -1160,22 +1131,11 @@ static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, S
     if (total > (size_t)s->context)
         return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
                     s->context, m->config.context, total <= (size_t)m->config.context ? "; see -c" : "");
-    Progress progress = { "prompt token", clock_seconds(), false };
-    if (!prefill(m, s, tokens, n, &progress, e)) return false;
+    double start = clock_seconds();
+    if (!prefill(m, s, tokens, n, e)) return false;
     speed->n_prompt += n;
-    speed->prompt_seconds += clock_seconds() - progress.start;
+    speed->prompt_seconds += clock_seconds() - start;
     return true;
-}
-
-// Whether a begin token goes before a text.
-static bool adds_bos(const Model *m) {
-    return m->tokenizer.add_bos && m->tokenizer.bos >= 0 && !options.no_bos;
-}
-
-// Says the seed that nobody has given, so that the text can be had again.
-static void tell_seed(const Sampler *s) {
-    if (s->from_clock && s->temperature > 0 && !options.quiet)
-        fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
 }
 
 static bool run_generate(const Model *m, State *s, Sampler *sampler, const Tokens *prompt, Error *e) {
@@ -1210,7 +1170,6 @@ typedef struct {
 } ChatTemplate;
 
 enum { MAX_SPANS = 8 };
-
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
 
 static Span trimmed(const char *text, size_t n, bool start, bool end) {
@@ -1249,7 +1208,7 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
     Span spans[MAX_SPANS];
     int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
     Stop why = AT_INTERRUPT;
-    int last = -1, before = first && adds_bos(m) ? m->tokenizer.bos : *pending;
+    int last = -1, before = first && m->tokenizer.add_bos ? m->tokenizer.bos : *pending;
     bool ok = (before < 0 || emit(&tokens, before, e)) && encode(&m->tokenizer, spans, n_spans, &tokens, e) &&
               take_prompt(m, s, tokens.ids, tokens.n, speed, e);
     if (ok) *pending = -1;
@@ -1622,10 +1581,9 @@ static int count_cores(void) {
     return online > 0 && online < 1024 ? (int)online : 1;
 }
 
-static void show_progress(Progress *p, size_t done, size_t total) {
-    if (!p || options.quiet || (!p->shown && (clock_seconds() - p->start < 0.5 || !isatty(STDERR_FILENO)))) return;
-    p->shown = true;
-    fprintf(stderr, "\r%s %zu/%zu%s", p->what, done, total, done == total ? "\r\033[K" : "");
+static void show_progress(const char *what, double start, size_t done, size_t total) {
+    if (options.quiet || clock_seconds() - start < 0.5 || !isatty(STDERR_FILENO)) return;
+    fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
 }
 
 static void on_interrupt(int number) {
@@ -1941,7 +1899,7 @@ typedef struct {
     PackItem *items;
     size_t n;
     unsigned char *block;
-    Progress progress;
+    double start;
 } PackJob;
 
 static void pack_team(void *p, Team team) {
@@ -1953,7 +1911,7 @@ static void pack_team(void *p, Team team) {
         } else if (team.thread == 0) {
             memcpy(job->block + item->offset, item->source.data, item->source.cols * sizeof(float));
         }
-        if (team.thread == 0) show_progress(&job->progress, i + 1, job->n);
+        if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, job->n);
     }
 }
 
@@ -1961,7 +1919,7 @@ static void pack_team(void *p, Team team) {
 static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
     if (!(job->block = map_memory(m->packed_bytes, e))) return false;
     m->packed = job->block;
-    job->progress = (Progress){ "packing tensor", clock_seconds(), false };
+    job->start = clock_seconds();
     run_team(threads, pack_team, job);
     for (size_t i = 0; i < job->n; i++) {
         const PackItem *item = &job->items[i];
@@ -3031,9 +2989,8 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
     for (int l = 0; l < c->n_layers; l++) {
-        size_t size = positions * (size_t)m->layers[l].n_kv_heads * head_dim;
-        void *key = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *value = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        void *key = place(a, size, head_dim), *value = place(a, size, round_up(head_dim, 16));
         if (!a->base) continue;
         s->keys[l] = key;
         s->values[l] = value;
@@ -3065,6 +3022,21 @@ static void free_state(State *s) {
     s->arena = NULL;
 }
 
+// Not finite is what no weights should give and no token may be chosen from.
+static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
+    for (int t = 0; t < n; t++) {
+        int layers = s->broken[t] - 1, row = t - (n - n_logits);
+        const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
+        bool finite = true;
+        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
+            finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
+        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite", s->n_past + t);
+        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite", layers, s->n_past + t);
+        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
+    }
+    return true;
+}
+
 /* ==== 10. Measuring =================================================================================================
    What a model is, and how well it predicts. */
 
@@ -3077,6 +3049,12 @@ static size_t bytes_per_token(const Model *m) {
         for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
     }
     return n;
+}
+
+// Says the seed that nobody has given, so that the text can be had again.
+static void tell_seed(const Sampler *s) {
+    if (s->from_clock && s->temperature > 0 && !options.quiet)
+        fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
 }
 
 static void tell_speed(const Model *m, const Speed *v) {
@@ -3165,12 +3143,12 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0;
-    Progress progress = { "chunk", clock_seconds(), false };
+    double start = clock_seconds();
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
         int *ids = tokens->ids + chunk * size;
-        if (adds_bos(m)) ids[0] = m->tokenizer.bos;
+        if (m->tokenizer.add_bos) ids[0] = m->tokenizer.bos;
         s->n_past = 0;
-        if (!prefill(m, s, ids, size / 2, NULL, e)) return false;
+        if (!prefill(m, s, ids, size / 2, e)) return false;
         for (size_t i = size / 2; i < size - 1;) {
             int n = size - 1 - i < LOGITS_AT_ONCE ? (int)(size - 1 - i) : LOGITS_AT_ONCE;
             n = n < s->batch ? n : s->batch;
@@ -3182,7 +3160,7 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
                 sum_of_squares += x * x;
             }
         }
-        show_progress(&progress, chunk + 1, n_chunks);
+        show_progress("chunk", start, chunk + 1, n_chunks);
     }
     double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean,
            perplexity = exp(mean);
@@ -3906,7 +3884,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
     Buffer text = { 0 };
     struct stat info;
-    bool ok = true, begins = adds_bos(m);
+    bool ok = true, begins = m->tokenizer.add_bos;
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
         if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
@@ -4027,6 +4005,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (!open_files(m, mode, e, culprit)) return false;
+    if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     sampler->from_clock = !has_seed;

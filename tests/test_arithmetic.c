@@ -515,8 +515,9 @@ static void check_attention(AttentionCase c) {
     size_t n_positions = c.position + (size_t)c.n, padded = round_up(n_positions, 16), head_dim = (size_t)c.head_dim;
     size_t stride = round_up((size_t)c.group * head_dim, 32) + 32, n_cached = padded * head_dim;
     double *keys = get(n_cached * sizeof *keys), *values = get(n_cached * sizeof *values);
-    Bytes cached_keys = new_bytes(n_cached * 4), cached_values = new_bytes(n_cached * 4);
-    memset(cached_keys.bytes, 0, n_cached * 4), memset(cached_values.bytes, 0, n_cached * 4);
+    size_t row = round_up(head_dim, 16);
+    Bytes cached_keys = new_bytes(n_cached * 4), cached_values = new_bytes(padded * row * 4);
+    memset(cached_keys.bytes, 0, n_cached * 4), memset(cached_values.bytes, 0, padded * row * 4);
     for (size_t p = 0; p < n_positions; p++) {
         for (size_t d = 0; d < head_dim; d++) {
             float key = random_float(c.size), value = random_float(1);
@@ -526,13 +527,13 @@ static void check_attention(AttentionCase c) {
             values[v] = c.cache_f32 ? value : value_of_half(half[1]);
             memcpy(cached_keys.bytes + k * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&key : (void *)&half[0],
                    c.cache_f32 ? 4 : 2);
-            memcpy(cached_values.bytes + v * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&value : (void *)&half[1],
-                   c.cache_f32 ? 4 : 2);
+            memcpy(cached_values.bytes + (p * row + d) * (c.cache_f32 ? 4 : 2),
+                   c.cache_f32 ? (void *)&value : (void *)&half[1], c.cache_f32 ? 4 : 2);
         }
     }
     size_t n_out = (size_t)c.n * stride, score_stride = padded + 16;
     float *query = get(n_out * 4), *out = get(n_out * 4), *first = get(n_out * 4);
-    size_t row = round_up(head_dim, 16), n_queries = (size_t)(c.n * c.group);
+    size_t n_queries = (size_t)(c.n * c.group);
     Bytes scores = new_bytes(n_queries * score_stride * 4), tile = new_bytes(POSITIONS_TOGETHER * row * 4);
     Bytes queries = new_bytes(n_queries * row * 4), sums = new_bytes(n_queries * row * 4);
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);

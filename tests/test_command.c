@@ -463,8 +463,8 @@ static void test_logits(void) {
     }
 }
 
-// As llama-perplexity does it: the text's tokens, its begin token included, are cut into chunks; of a chunk of n tokens,
-// the logits at n/2 .. n-2 predict the tokens n/2+1 .. n-1; a begin token takes the place of a chunk's first where the
+// As llama-perplexity does it: the text's tokens, its begin token included, are cut into chunks; of a chunk of n, the
+// logits at n/2 .. n-2 predict the tokens n/2+1 .. n-1; a begin token takes the place of a chunk's first where the
 // model adds one; what is left over at the end is dropped.
 static void check_perplexity(const char *model, bool begins, int size) {
     char arguments[4096], ids[3000];
@@ -678,7 +678,7 @@ static void put_reference_chat(const char *const *said, int n_said, int limit, B
         for (int n = 0; ok && n < limit; n++) {
             size_t n_bytes;
             s.n_past = 0;
-            ok = prefill(m, &s, all.ids, all.n, NULL, &e);
+            ok = prefill(m, &s, all.ids, all.n, &e);
             int token = likeliest(s.logits, m->config.n_tokens);
             if (is_end_token(&m->tokenizer, token)) break;
             const char *bytes = decode(&m->tokenizer, last, token, &n_bytes);

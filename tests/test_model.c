@@ -139,9 +139,9 @@ static void check_cut(const Same *c, State *s, int cut) {
         memset(c->rows, 0, n_logits_of(c->model) * sizeof(float));
         memcpy(c->rows, c->wanted, (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens * sizeof(float));
         if (!again) s->n_past = 0;
-        bool ok = (again || prefill(c->model, s, c->ids, (size_t)cut, NULL, &e));
+        bool ok = (again || prefill(c->model, s, c->ids, (size_t)cut, &e));
         if (again) s->n_past = cut;
-        ok = ok && prefill(c->model, s, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), NULL, &e);
+        ok = ok && prefill(c->model, s, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), &e);
         memcpy(c->rows + (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens, s->logits,
                (size_t)c->model->config.n_tokens * sizeof(float));
         check(ok, "%s cut at %d: got \"%s\"", c->name, cut, e.text);
