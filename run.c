@@ -497,6 +497,7 @@ typedef struct {
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t n, float scale);
     void (*swiglu)(float *gate, const float *up, size_t n);
+    double (*peak)(bool int8, size_t rounds);  // as many operations as it can; returns their number
 } Kernels;
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
@@ -510,7 +511,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, size_t row
     const unsigned char *tiles = w->tiles + row_tile * n_tiles * tile_bytes;
     for (int t0 = 0; t0 < n; t0 += TOKENS) {
         int now = n - t0 < TOKENS ? n - t0 : TOKENS;
-        float sum[TOKENS][16], columns[32][16];
+        _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
         bool rounded = types[w->type].quantised && !exact;
         memset(sum, 0, (size_t)now * sizeof *sum);
         if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
@@ -587,11 +588,13 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
 // p[i] = e^(p[i] * scale - max) for the first n of p, and zeros up to a multiple of 16; returns their sum.
 INLINE float exponentiate(float *p, size_t n, float scale) {
     float max[16], lane[16] = { 0 };
-    for (size_t i = 0; i < n; i++) p[i] *= scale;
     for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
     for (int j = 0; j < 16; j++) max[j] = -INFINITY;
     for (size_t i = 0; i < n; i += 16) {
-        for (int j = 0; j < 16; j++) max[j] = p[i + j] > max[j] ? p[i + j] : max[j];
+        for (int j = 0; j < 16; j++) {
+            p[i + j] *= scale;
+            max[j] = p[i + j] > max[j] ? p[i + j] : max[j];
+        }
     }
     for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
     for (size_t i = 0; i < n; i += 16) {
@@ -1037,12 +1040,16 @@ static int choose_token(Sampler *s, const float *logits, int n) {
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
    into the form that the model was trained on, and with all that was said so far kept in the cache. */
 
+// Some numbers, written "1,2,4".
+typedef struct { int n, at[16]; } List;
+
 // What the user asked for on the command line; chapter 11 fills it in.
 typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre;
+    const char *cache, *kernel, *pre, *svg;
     double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, threads, batch;
+    int64_t n_predict, top_k, context, batch, reps;
+    List threads, pp, tg, depth;
     uint64_t seed;
     bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
 } Options;
@@ -1356,7 +1363,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
 }
 
 // The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
-#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of)                            \
+#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
                                 const Block *x, size_t n_all, int n) {                                                 \
         add_tiles_of(sum, type, tiles, n_tiles, x, n_all, n);                                                          \
@@ -1380,11 +1387,24 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
+    target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_dequantise, set##_widen,             \
                                  set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
-                                 set##_swiglu };
+                                 set##_swiglu, set##_peak };
 
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats)
+// Twelve times sixteen chains of fmaf, which stand for the operations on whole numbers, too: they are made in float here.
+INLINE double peak(bool int8, size_t rounds) {
+    float sum[12][16] = { { 0 } };
+    for (size_t n = 0; n < rounds; n++) {
+        for (int i = 0; i < 12; i++) {
+            for (int j = 0; j < 16; j++) sum[i][j] = fmaf(sum[i][j], 0.5f, 0.25f);
+        }
+    }
+    *(volatile float *)&sum[11][0] = sum[int8][0];
+    return 2 * sizeof sum / sizeof sum[0][0] * (double)rounds;
+}
+
+MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak)
 
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
@@ -1529,6 +1549,17 @@ static void *map_memory(size_t n_bytes, Error *e) {
     return NULL;
 }
 
+// Asks for pages of 2 MB in place of 4 kB for memory that will be used whole: a processor finds few hundred pages'
+// addresses without a look-up, and reading memory in order is half as fast again where it needs none.
+static void use_large_pages(const void *p, size_t n_bytes) {
+#ifdef MADV_HUGEPAGE
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)p / page * page;
+    madvise((void *)begin, (uintptr_t)p + n_bytes - begin, MADV_HUGEPAGE);  // where there are none, it is only slower
+#else
+    (void)p, (void)n_bytes;
+#endif
+}
+
 static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
     if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
@@ -1542,6 +1573,8 @@ static bool map_file(const char *path, Map *map, Error *e) {
         map->bytes = p;
         if (p == MAP_FAILED)
             ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
+        else
+            use_large_pages(p, map->n_bytes);
     }
     close(file);
     return ok;
@@ -1557,9 +1590,9 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
-// The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the
-// way.
-static int count_cores(void) {
+// The processors that this process may use; or only the physical cores among them: a core's second thread shares its
+// arithmetic, and would only be in the way.
+static int count_cores(bool physical) {
 #ifdef __linux__
     cpu_set_t allowed;
     int n = 0;
@@ -1568,6 +1601,7 @@ static int count_cores(void) {
             char path[80];
             int first = cpu;
             if (!CPU_ISSET(cpu, &allowed)) continue;
+            if (!physical && ++n) continue;
             snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
             FILE *f = fopen(path, "r");
             if (f && fscanf(f, "%d", &first) != 1) first = cpu;
@@ -1918,6 +1952,7 @@ static void pack_team(void *p, Team team) {
 // Makes the tiles of a file that has none, in one block.
 static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
     if (!(job->block = map_memory(m->packed_bytes, e))) return false;
+    use_large_pages(job->block, m->packed_bytes);
     m->packed = job->block;
     job->start = clock_seconds();
     run_team(threads, pack_team, job);
@@ -3013,6 +3048,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
     if (!(arena.base = map_memory(arena.used, e))) return false;
     arena.used = 0;
     lay_out_state(m, s, &arena);
+    use_large_pages(arena.base, (size_t)((unsigned char *)s->keys - arena.base));  // all that comes before the cache
     s->arena = arena.base;
     return true;
 }
@@ -3039,6 +3075,8 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
 
 /* ==== 10. Measuring =================================================================================================
    What a model is, and how well it predicts. */
+
+enum { MAX_RESULTS = 512 };  // lines of a table of bench or matmul
 
 // Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
 static size_t bytes_per_token(const Model *m) {
@@ -3248,6 +3286,407 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     return true;
 }
 
+// ---- What the machine can do: bench and matmul ----
+
+// The most that some threads can read from memory, and multiply and add in 8 bits and in float, in a second. Measured
+// in the run that is compared with it, since machines are shared, and throttle.
+typedef struct { double bytes, int8_ops, f32_ops; } Ceilings;
+
+typedef struct {
+    const uint64_t *memory;  // (n)  or NULL: arithmetic, in `int8` or float
+    size_t n;
+    bool int8;
+} CeilingJob;
+
+static void work_at_ceiling(void *p, Team team) {
+    const CeilingJob *job = p;
+    if (!job->memory) {
+        kernels->peak(job->int8, job->n);
+        return;
+    }
+    Range r = share(job->n / 16, team);
+    uint64_t sum[16] = { 0 };
+    for (size_t i = r.from; i < r.to; i++) {
+        for (int j = 0; j < 16; j++) sum[j] += job->memory[16 * i + (size_t)j];
+    }
+    for (int j = 1; j < 16; j++) sum[0] += sum[j];
+    *(volatile uint64_t *)&sum[0] = sum[0];
+}
+
+// The best of several tries of at least 20 ms, in units of `each` a second; `each` is what one job->n stands for.
+static double best_rate(CeilingJob job, int threads, double each) {
+    double best = 0;
+    for (int i = 0; i < 7; i++) {
+        double start = clock_seconds();
+        run_team(threads, work_at_ceiling, &job);
+        double seconds = clock_seconds() - start;
+        best = fmax(best, each * (double)job.n / seconds);
+        if (!job.memory && seconds < 0.02) job.n *= 2, i = 0;
+    }
+    return best;
+}
+
+static bool measure_ceilings(int threads, Ceilings *c, Error *e) {
+    size_t n_bytes = (size_t)256 << 20;  // many times the caches
+    uint64_t *memory = map_memory(n_bytes, e);
+    if (!memory) return false;
+    use_large_pages(memory, n_bytes);
+    memset(memory, 1, n_bytes);
+    c->bytes = best_rate((CeilingJob){ memory, n_bytes / sizeof *memory, false }, threads, sizeof *memory);
+    munmap(memory, n_bytes);
+    c->int8_ops = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1) * threads);
+    c->f32_ops = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1) * threads);
+    return true;
+}
+
+// What some tokens cost: bytes of weights and cache that are read, and operations (a multiply-add is two).
+typedef struct { double bytes, int8_ops, f32_ops; } Work;
+
+// A product of a matrix with n tokens.
+static void add_product_work(Work *w, const Tensor *t, double n, bool exact) {
+    double ops = 2.0 * t->rows * t->cols * n;
+    w->bytes += (double)tensor_bytes(t);
+    if (types[t->type].quantised && !exact) w->int8_ops += ops;
+    else w->f32_ops += ops;
+}
+
+// n tokens after `past` others, in batches; the last of each gives logits, or all do.
+static Work work_of(const Model *m, const State *s, size_t past, size_t n, bool one_by_one) {
+    Work w = { 0 };
+    size_t batch = one_by_one ? 1 : (size_t)s->batch;
+    for (size_t done = 0, now; done < n; done += now) {
+        now = n - done < batch ? n - done : batch;
+        for (int l = 0; l < m->config.n_layers; l++) {
+            const Layer *y = &m->layers[l];
+            const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
+            double seen = (double)(past + done) + ((double)now + 1) / 2, item = s->cache_f32 ? 4 : 2;
+            for (int i = 0; i < 7; i++) add_product_work(&w, matrices[i], (double)now, s->exact);
+            w.f32_ops += 4.0 * y->n_heads * m->config.head_dim * seen * (double)now;
+            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * item * (double)(past + done + now);
+        }
+        if (one_by_one || done + now == n) add_product_work(&w, &m->head, 1, s->exact);
+    }
+    return w;
+}
+
+// The seconds that work takes at the ceilings: reading and multiplying go on at the same time.
+static double least_seconds(const Work *w, const Ceilings *c) {
+    return fmax(w->bytes / c->bytes, w->int8_ops / c->int8_ops + w->f32_ops / c->f32_ops);
+}
+
+// One line of a table, one point of the picture.
+typedef struct {
+    char test[64], kernel[16];
+    int threads, n_runs;
+    double seconds[64];                // of each run, in their order
+    double median, spread;             // of tokens per second; spread: half of what lies between the least and the most
+    double gb, gop, percent, op_byte;  // GB/s, Gop/s, % of the ceiling, operations per byte
+    bool memory_bound;
+    Ceilings ceilings;
+} Measured;
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median_of(const double *x, int n) {
+    double sorted[64];
+    memcpy(sorted, x, (size_t)n * sizeof *x);
+    qsort(sorted, (size_t)n, sizeof *sorted, by_size);
+    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+}
+
+// Makes figures of the runs' times, each of which was for n_tokens and `work`.
+static void conclude(Measured *r, double n_tokens, const Work *work, const Ceilings *c) {
+    double least = r->seconds[0], most = least, seconds = median_of(r->seconds, r->n_runs);
+    for (int i = 1; i < r->n_runs; i++) {
+        least = fmin(least, r->seconds[i]);
+        most = fmax(most, r->seconds[i]);
+    }
+    r->median = n_tokens / seconds;
+    r->spread = (n_tokens / least - n_tokens / most) / 2;
+    r->gb = work->bytes / seconds * 1e-9;
+    r->gop = (work->int8_ops + work->f32_ops) / seconds * 1e-9;
+    r->percent = 100 * least_seconds(work, c) / seconds;
+    r->op_byte = (work->int8_ops + work->f32_ops) / work->bytes;
+    r->memory_bound = work->bytes / c->bytes > work->int8_ops / c->int8_ops + work->f32_ops / c->f32_ops;
+    r->ceilings = *c;
+    snprintf(r->kernel, sizeof r->kernel, "%s", kernels->name);
+    int half = r->n_runs / 2;
+    double before = median_of(r->seconds, half ? half : 1), after = median_of(r->seconds + half, r->n_runs - half);
+    if (half > 1 && after > 1.05 * before && !options.quiet)
+        fprintf(stderr, "%s: the machine slowed down by %.0f %% during the runs\n", r->test, 100 * (after / before - 1));
+}
+
+// The ceiling of arithmetic at a test's own mix of operations.
+static double ops_ceiling(const Measured *r) {
+    return r->memory_bound ? r->ceilings.bytes * r->op_byte : r->gop * 1e9 * 100 / r->percent;
+}
+
+static void put_result(const Measured *r, const char *model, bool first) {
+    if (options.json) {
+        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g, "
+               "\"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"ceiling_gb_per_s\": %.6g, "
+               "\"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\"}", first ? "[" : ",",
+               model, r->kernel, r->threads, r->test, r->median, r->spread, r->n_runs, r->gb, r->gop,
+               r->ceilings.bytes * 1e-9, ops_ceiling(r) * 1e-9, r->percent, r->memory_bound ? "memory" : "arithmetic");
+    } else {
+        printf("| %-22s | %-8s | %7d | %20s | %9.2f ± %6.2f | %6.1f | %7.1f | %6.1f %% |\n", model, r->kernel,
+               r->threads, r->test, r->median, r->spread, r->gb, r->gop, r->percent);
+    }
+    fflush(stdout);
+}
+
+static void put_table_head(const char *model) {
+    if (!options.json)
+        printf("| %-22s | backend  | threads |                 test |              t/s |   GB/s |   Gop/s | of limit |\n"
+               "| ---------------------- | -------- | ------: | -------------------: | ---------------: | -----: | ------: "
+               "| -------: |\n", model);
+}
+
+static void put_conclusion(const Measured *r) {
+    if (options.json) return;
+    if (r->memory_bound)
+        printf("%s: bound by memory. It reads %.1f GB/s, %.0f %% of the %.1f GB/s that %d thread%s can read here.\n",
+               r->test, r->gb, r->percent, r->ceilings.bytes * 1e-9, r->threads, r->threads > 1 ? "s" : "");
+    else
+        printf("%s: bound by arithmetic. It does %.0f Gop/s, %.0f %% of the %.0f that its mix of 8-bit (%.0f) and float "
+               "(%.0f) operations allows here.\n", r->test, r->gop, r->percent, ops_ceiling(r) * 1e-9,
+               r->ceilings.int8_ops * 1e-9, r->ceilings.f32_ops * 1e-9);
+}
+
+// ---- The roofline (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model") ----
+
+enum { PLOT_LEFT = 70, PLOT_TOP = 60, PLOT_WIDTH = 690, PLOT_HEIGHT = 400 };
+
+// Where a number of operations per byte, or of Gop/s, is drawn: both axes are logarithmic.
+typedef struct { double x_min, x_max, y_min, y_max; } Axes;
+
+static double plot_x(const Axes *a, double x) {
+    return PLOT_LEFT + PLOT_WIDTH * log(x / a->x_min) / log(a->x_max / a->x_min);
+}
+
+static double plot_y(const Axes *a, double y) {
+    return PLOT_TOP + PLOT_HEIGHT * (1 - log(y / a->y_min) / log(a->y_max / a->y_min));
+}
+
+static void draw_frame(FILE *f, const Axes *a, const char *title) {
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 540\" font-family=\"system-ui, sans-serif\" "
+               "font-size=\"13\">\n<style>\n"
+               "  :root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --roof: #57606a; --read: #0969da; --sum: #bc4c00 }\n"
+               "  @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #e6edf3; --faint: #2d333b;\n"
+               "    --roof: #9da7b3; --read: #58a6ff; --sum: #f0883e } }\n"
+               "  text { fill: var(--ink) } .grid { stroke: var(--faint) } .small { font-size: 11px; fill: var(--roof) }\n"
+               "  .roof { stroke: var(--roof); stroke-width: 2.5; fill: none } .dash { stroke-dasharray: 6 5 }\n"
+               "  .memory { fill: var(--read) } .arithmetic { fill: var(--sum) }\n</style>\n"
+               "<rect width=\"800\" height=\"540\" rx=\"8\" fill=\"var(--paper)\"/>\n"
+               "<text x=\"%d\" y=\"30\" font-size=\"17\" font-weight=\"600\">%s</text>\n", PLOT_LEFT, title);
+    for (double x = a->x_min; x < a->x_max * 1.01; x *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M%.1f %dv%d\"/><text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%g</text>\n",
+                plot_x(a, x), PLOT_TOP, PLOT_HEIGHT, plot_x(a, x), PLOT_TOP + PLOT_HEIGHT + 20, x);
+    for (double y = a->y_min; y < a->y_max * 1.01; y *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M%d %.1fh%d\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
+                PLOT_LEFT, plot_y(a, y), PLOT_WIDTH, PLOT_LEFT - 8, plot_y(a, y) + 4, y);
+    fprintf(f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">operations per byte read</text>\n"
+               "<text x=\"%d\" y=\"%d\" class=\"small\">Gop/s</text>\n", PLOT_LEFT + PLOT_WIDTH / 2,
+            PLOT_TOP + PLOT_HEIGHT + 44, PLOT_LEFT - 40, PLOT_TOP - 8);
+}
+
+// A roof: up the slope of the memory, then flat at the most operations a second.
+static void draw_roof(FILE *f, const Axes *a, const Ceilings *c, double ops, const char *what, bool dashed) {
+    double ridge = ops / c->bytes, start = fmax(a->x_min, a->y_min * 1e9 / c->bytes);
+    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH%d\"/>\n<text class=\"small\" x=\"%d\" y=\"%.1f\" "
+               "text-anchor=\"end\">%s: %.0f Gop/s</text>\n", dashed ? " dash" : "", plot_x(a, start),
+            plot_y(a, start * c->bytes * 1e-9), plot_x(a, ridge), plot_y(a, ops * 1e-9), PLOT_LEFT + PLOT_WIDTH,
+            PLOT_LEFT + PLOT_WIDTH - 4, plot_y(a, ops * 1e-9) - 8, what, ops * 1e-9);
+}
+
+// Draws the machine's ceilings, those of the most threads, and a point for each result.
+static bool draw_roofline(const Measured *results, int n, const char *title, Error *e) {
+    Output out;
+    bool ok = open_output(&out, options.svg, e);
+    const Ceilings *c = NULL;
+    Axes a = { 0.1, 1000, 1, 1000 };
+    for (int i = 0; i < n; i++) {
+        if (!c || results[i].ceilings.int8_ops > c->int8_ops) c = &results[i].ceilings;
+        while (results[i].op_byte > a.x_max) a.x_max *= 10;
+        while (results[i].gop > 0 && results[i].gop < a.y_min) a.y_min /= 10;
+    }
+    while (c && c->int8_ops * 1e-9 > a.y_max) a.y_max *= 10;
+    if (ok && c) {
+        FILE *f = out.stream;
+        draw_frame(f, &a, title);
+        draw_roof(f, &a, c, c->int8_ops, "8-bit multiply-add", false);
+        draw_roof(f, &a, c, c->f32_ops, "float multiply-add", true);
+        double x = plot_x(&a, 0.3), y = plot_y(&a, 0.3 * c->bytes * 1e-9);
+        fprintf(f, "<text class=\"small\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">memory: %.1f GB/s</text>\n", x - 10, y,
+                c->bytes * 1e-9);
+        for (int i = 0; i < n; i++) {
+            const Measured *r = &results[i];
+            x = plot_x(&a, r->op_byte), y = plot_y(&a, r->gop);
+            fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"><title>%s, %d threads, %s: %.1f Gop/s, "
+                       "%.0f %% of its limit</title></circle>\n", r->memory_bound ? "memory" : "arithmetic", x, y,
+                    r->test, r->threads, r->kernel, r->gop, r->percent);
+            if (n <= 12) fprintf(f, "<text x=\"%.1f\" y=\"%.1f\">%s, -j %d: %.0f %%</text>\n", x + 9, y + 4, r->test,
+                                 r->threads, r->percent);
+        }
+        fprintf(f, "</svg>\n");
+    }
+    return close_output(&out, ok, e);
+}
+
+// One run of a test: n tokens at a depth, as a prompt or one by one.
+static bool run_test(const Model *m, State *s, int *tokens, size_t depth, size_t n, bool one_by_one, double *seconds,
+                     Error *e) {
+    s->n_past = (int)depth;  // what the cache holds up to there is kept
+    double start = clock_seconds();
+    bool ok = one_by_one || prefill(m, s, tokens, n, e);
+    for (size_t i = 0; ok && one_by_one && i < n; i++) {
+        ok = forward(m, s, &tokens[i], 1, 1, e);
+        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    }
+    *seconds = clock_seconds() - start;
+    return ok;
+}
+
+// All runs of the tests "pp N" and "tg N" at one depth with one number of threads.
+static bool bench_at(const Model *m, State *s, int *tokens, size_t depth, const Ceilings *c, Measured *results, int *n,
+                     Error *e) {
+    s->n_past = 0;
+    if (depth && !prefill(m, s, tokens, depth, e)) return false;
+    for (int i = 0; i < options.pp.n + options.tg.n; i++) {
+        bool one_by_one = i >= options.pp.n;
+        size_t n_tokens = (size_t)(one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i]);
+        if (n_tokens == 0 || *n == MAX_RESULTS) continue;
+        Measured *r = &results[(*n)++];
+        *r = (Measured){ .threads = s->threads, .n_runs = (int)options.reps };
+        int length = snprintf(r->test, sizeof r->test, "%s%zu", one_by_one ? "tg" : "pp", n_tokens);
+        if (depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%zu", depth);
+        for (int run = -1; run < r->n_runs; run++) {  // the first is not counted
+            double seconds;
+            size_t now = run < 0 && one_by_one && n_tokens > 4 ? 4 : n_tokens;
+            if (!run_test(m, s, tokens, depth, now, one_by_one, &seconds, e)) return false;
+            if (run >= 0) r->seconds[run] = seconds;
+        }
+        Work work = work_of(m, s, depth, n_tokens, one_by_one);
+        conclude(r, (double)n_tokens, &work, c);
+    }
+    return true;
+}
+
+static int largest(List list) {
+    int most = 0;
+    for (int i = 0; i < list.n; i++) most = list.at[i] > most ? list.at[i] : most;
+    return most;
+}
+
+static bool run_bench(const Model *m, State *s, Error *e) {
+    static Measured results[MAX_RESULTS];
+    int n = 0, *tokens = allocate((size_t)s->context, sizeof *tokens, e);
+    bool ok = tokens != NULL;
+    char model[64];
+    snprintf(model, sizeof model, "%s %dM %s", m->config.family, (int)(bytes_per_token(m) >> 20), types[m->layers[0].gate.type].name);
+    for (int i = 0; ok && i < s->context; i++) tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    if (ok) put_table_head("model");
+    for (int j = 0; ok && j < options.threads.n; j++) {
+        Ceilings ceilings;
+        s->threads = options.threads.at[j];
+        ok = measure_ceilings(s->threads, &ceilings, e);
+        for (int d = 0; ok && d < options.depth.n; d++) {
+            int first = n;
+            ok = bench_at(m, s, tokens, (size_t)options.depth.at[d], &ceilings, results, &n, e);
+            for (int i = first; ok && i < n; i++) put_result(&results[i], model, i == 0);
+        }
+    }
+    if (ok && options.json) printf("\n]\n");
+    for (int i = 0; ok && i < n; i++) put_conclusion(&results[i]);
+    if (ok && options.svg) ok = draw_roofline(results, n, model, e);
+    free(tokens);
+    return ok;
+}
+
+// ---- matmul: products alone, without a model ----
+
+static const Kernels *kernels_at(int i);  // those of the appendix that this CPU can run, the best first; NULL at the end
+
+typedef struct {
+    Tensor w;
+    const unsigned char *memory;  // as many copies of the tiles as fit, so that none is found in a cache
+    size_t n_copies, n_products;
+    Activations x;
+    float *y;
+    int n;
+} MatmulJob;
+
+static void matmul_team(void *p, Team team) {
+    const MatmulJob *job = p;
+    Tensor w = job->w;
+    Range rows = share(n_row_tiles(&w), team);
+    for (size_t i = 0; i < job->n_products; i++) {
+        w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
+        for (size_t r = rows.from; r < rows.to; r++)
+            multiply_rows(job->y + r * 16, round_up((size_t)w.rows, 16), &w, r, &job->x, job->n, false);
+        wait_for_team();
+    }
+}
+
+static void measure_product(MatmulJob *job, int threads, const Ceilings *c, Measured *r) {
+    *r = (Measured){ .threads = threads, .n_runs = (int)options.reps };
+    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", job->w.rows, job->w.cols, types[job->w.type].name, job->n);
+    Work work = { 0 };
+    add_product_work(&work, &job->w, job->n, false);
+    job->n_products = (size_t)fmax(1, 0.02 / least_seconds(&work, c));
+    for (int run = -1; run < r->n_runs; run++) {
+        double start = clock_seconds();
+        run_team(threads, matmul_team, job);
+        if (run >= 0) r->seconds[run] = (clock_seconds() - start) / (double)job->n_products;
+    }
+    conclude(r, job->n, &work, c);
+}
+
+static bool run_matmul(Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
+    enum { MOST_ROWS = 5632, MOST_COLS = 4096 };
+    static Measured results[MAX_RESULTS];
+    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp);
+    unsigned char *memory = map_memory(n_bytes, e);
+    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e);
+    float(*x)[32] = allocate(n_tokens * MOST_COLS / 32, sizeof *x, e);
+    Block *rounded = allocate(n_tokens * MOST_COLS / 32, sizeof *rounded, e);
+    bool ok = memory && y && x && rounded;
+    int n = 0;
+    if (ok) use_large_pages(memory, n_bytes), memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32
+    for (size_t i = 0; ok && i < n_tokens * MOST_COLS / 32; i++) {
+        for (int j = 0; j < 32; j++) x[i][j] = (float)((i + (size_t)j) % 7) - 3;
+        kernels->round(&rounded[i], x[i], 32, 32, 1, (Range){ 0, 1 });
+    }
+    if (ok) put_table_head("matrix");
+    for (int k = 0; ok && kernels_at(k); k++) {
+        bool twice = k > 0 && !strcmp(kernels_at(k)->name, kernels->name);
+        if (twice || strcmp(options.kernel ? options.kernel : kernels_at(k)->name, kernels_at(k)->name)) continue;
+        kernels = kernels_at(k);
+        for (int j = 0; ok && j < options.threads.n; j++) {
+            Ceilings c;
+            ok = measure_ceilings(options.threads.at[j], &c, e);
+            for (int i = 0; ok && i < 3 * N_TYPES * options.pp.n && !interrupted; i++) {
+                const int *shape = shapes[i / options.pp.n / N_TYPES];
+                Tensor w = { (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], memory };
+                int n_now = options.pp.at[i % options.pp.n];
+                MatmulJob job = { w, memory, n_bytes / tensor_bytes(&w), 0, { x, rounded, (size_t)n_now }, y, n_now };
+                Measured *r = &results[n < MAX_RESULTS ? n : MAX_RESULTS - 1];
+                measure_product(&job, options.threads.at[j], &c, r);
+                put_result(r, types[w.type].name, n++ == 0);
+            }
+        }
+    }
+    if (ok && options.json) printf("\n]\n");
+    if (ok && options.svg) ok = draw_roofline(results, n < MAX_RESULTS ? n : MAX_RESULTS, "matrix products", e);
+    free(y), free(x), free(rounded);
+    if (memory) munmap(memory, n_bytes);
+    return ok;
+}
+
 /* ==== Appendix A. Kernels ===========================================================================================
    The leaves of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts;
    the loops above are compiled anew round each. A set has two: products of quantised tiles, which unpack a format and
@@ -3272,12 +3711,12 @@ INLINE const unsigned char *tile_quants(Type type, const unsigned char *tile) {
 
 // add_tiles() of an instruction set, with its type known to the compiler.
 #define EACH_TYPE(add_tiles_of, ...)                                                                                   \
-    do {                                                                                                               \
-        if (type == Q8) add_tiles_of(Q8, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                               \
-        if (type == Q8F) add_tiles_of(Q8F, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                             \
-        if (type == Q4) add_tiles_of(Q4, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                               \
-        if (type == Q4M) add_tiles_of(Q4M, sum, tiles, n_tiles, x, n_all, n, __VA_ARGS__);                             \
-    } while (0)
+    switch (type) {                                                                                                    \
+    case Q8: add_tiles_of(__VA_ARGS__ Q8, sum, tiles, n_tiles, x, n_all, n); break;                                    \
+    case Q8F: add_tiles_of(__VA_ARGS__ Q8F, sum, tiles, n_tiles, x, n_all, n); break;                                  \
+    case Q4: add_tiles_of(__VA_ARGS__ Q4, sum, tiles, n_tiles, x, n_all, n); break;                                    \
+    default: add_tiles_of(__VA_ARGS__ Q4M, sum, tiles, n_tiles, x, n_all, n); break;                                   \
+    }
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -3336,12 +3775,12 @@ LEAF_INLINE(AVX2) __m256i dot_avx2(const HalfTile *u, Type type, const Block *b)
     for (int g = 0; g < 8; g++)
         dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(u->w[g], broadcast_256(b->q + 4 * g)));
     dot = _mm256_madd_epi16(dot, ones);
-    return type == Q4 ? _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum / 16)) : dot;
+    return type == Q4 ? _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum >> 4)) : dot;
 }
 
 // [kernel avxvnni] Weights are unsigned here; the chain begins with what their offset, 128 or 8, adds to it.
 LEAF_INLINE(AVX2) __m256i first_sum_256(Type type, const Block *b) {
-    return _mm256_set1_epi32(type == Q4M ? 0 : type == Q4 ? b->minus_128_sum / 16 : b->minus_128_sum);
+    return _mm256_set1_epi32(type == Q4M ? 0 : type == Q4 ? b->minus_128_sum >> 4 : b->minus_128_sum);
 }
 
 LEAF_INLINE(AVXVNNI) __m256i dot_avxvnni(const HalfTile *u, Type type, const Block *b) {
@@ -3356,8 +3795,8 @@ LEAF_INLINE(AVX512VL) __m256i dot_avx512vl(const HalfTile *u, Type type, const B
     return dot;
 }
 
-LEAF_INLINE(AVX2) void add_tiles_256(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
-                                     const Block *x, size_t n_all, int n, Dot256 *dot, bool is_signed) {
+LEAF_INLINE(AVX2) void add_tiles_256(Dot256 *dot, bool is_signed, Type type, float sum[][16], const unsigned char *tiles,
+                                     size_t n_tiles, const Block *x, size_t n_all, int n) {
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         for (int half = 0; half < 2; half++) {
             HalfTile u;
@@ -3375,17 +3814,17 @@ LEAF_INLINE(AVX2) void add_tiles_256(Type type, float sum[][16], const unsigned 
 
 LEAF(AVX2) void add_tiles_avx2(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
                                size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avx2, true);
+    EACH_TYPE(add_tiles_256, dot_avx2, true, )
 }
 
 LEAF(AVXVNNI) void add_tiles_avxvnni(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
                                      const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avxvnni, false);
+    EACH_TYPE(add_tiles_256, dot_avxvnni, false, )
 }
 
 LEAF(AVX512VL) void add_tiles_avx512vl(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
                                        const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avx512vl, false);
+    EACH_TYPE(add_tiles_256, dot_avx512vl, false, )
 }
 
 LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
@@ -3430,6 +3869,34 @@ LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
+// The most that the machine can do: twelve chains of multiply-adds in registers, in 8 bits or in float.
+typedef __m256i Step256(__m256i sum, __m256i x);
+
+LEAF_INLINE(AVX2) __m256i step_avx2(__m256i sum, __m256i x) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, x));
+}
+
+LEAF_INLINE(AVXVNNI) __m256i step_avxvnni(__m256i sum, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, x, x); }
+LEAF_INLINE(AVX512VL) __m256i step_avx512vl(__m256i sum, __m256i x) { return _mm256_dpbusd_epi32(sum, x, x); }
+
+LEAF_INLINE(AVX2) double peak_256(bool int8, size_t rounds, Step256 *step) {
+    __m256i dot[12], x = _mm256_set1_epi8(1);
+    __m256 sum[12], half = _mm256_set1_ps(0.5f);
+    for (int i = 0; i < 12; i++) dot[i] = x, sum[i] = half;
+    for (size_t n = 0; n < rounds && int8; n++) {
+        for (int i = 0; i < 12; i++) dot[i] = step(dot[i], x);
+    }
+    for (size_t n = 0; n < rounds && !int8; n++) {
+        for (int i = 0; i < 12; i++) sum[i] = _mm256_fmadd_ps(sum[i], half, half);
+    }
+    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"x"(dot[i]), "x"(sum[i]));
+    return 12 * (int8 ? 64.0 : 16.0) * (double)rounds;
+}
+
+LEAF(AVX2) double peak_avx2(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avx2); }
+LEAF(AVXVNNI) double peak_avxvnni(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avxvnni); }
+LEAF(AVX512VL) double peak_avx512vl(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avx512vl); }
+
 // ---- 512 bits: AVX-512 VNNI ----
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -3461,24 +3928,21 @@ LEAF_INLINE(AVX512) void unpack_whole_tile(WholeTile *u, Type type, const unsign
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
 LEAF_INLINE(AVX512) __m512 add_block_512(__m512 sum, const WholeTile *u, Type type, const Block *b) {
-    __m512i dot = type == Q4M ? _mm512_setzero_si512() : _mm512_set1_epi32(b->minus_128_sum);
-    if (type == Q4) dot = _mm512_srai_epi32(dot, 4);
+    __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum);
     for (int g = 0; g < 8; g++) dot = _mm512_dpbusd_epi32(dot, u->w[g], _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
+    if (type != Q4M) dot = _mm512_add_epi32(dot, type == Q4 ? _mm512_srai_epi32(offset, 4) : offset);
     __m512 scale = _mm512_mul_ps(u->scale, _mm512_set1_ps(b->scale));
     sum = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), sum);
     return type == Q4M ? _mm512_fmadd_ps(u->min, _mm512_set1_ps(b->scaled_sum), sum) : sum;
 }
 
 LEAF_INLINE(AVX512) void add_tiles_512(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
-                                       const Block *x, size_t n_all, int n, int ahead) {
+                                       const Block *x, size_t n_all, int n) {
     __m512 y = _mm512_loadu_ps(sum[0]);
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        const unsigned char *tile = tiles + c * types[type].tile_bytes;
         WholeTile u;
-        unpack_whole_tile(&u, type, tile);
+        unpack_whole_tile(&u, type, tiles + c * types[type].tile_bytes);
         y = add_block_512(y, &u, type, x);
-        for (size_t i = 0; n == 1 && i < types[type].tile_bytes; i += 64)
-            _mm_prefetch((const char *)tile + ahead + i, _MM_HINT_T0);
         for (int t = 1; t < n; t++)
             _mm512_storeu_ps(sum[t], add_block_512(_mm512_loadu_ps(sum[t]), &u, type, x + t));
     }
@@ -3487,7 +3951,7 @@ LEAF_INLINE(AVX512) void add_tiles_512(Type type, float sum[][16], const unsigne
 
 LEAF(AVX512) void add_tiles_avx512(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
                                    const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_512, 4096);
+    EACH_TYPE(add_tiles_512, )
 }
 
 LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
@@ -3504,12 +3968,15 @@ LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a,
     for (int i = 0; i < m; i++) _mm512_storeu_ps(c + (size_t)i * c_stride, sum[i]);
 }
 
-// Twelve rows of c are twelve chains side by side, enough to keep two multipliers busy.
+// Twelve rows of c are twelve chains side by side, enough to keep two multipliers busy. With the strides of a product
+// with a matrix known, their addresses cost nothing.
 LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                       size_t b_stride, int m, int depth) {
+    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         now = m - i >= 12 ? 12 : m - i >= 8 ? 8 : m - i >= 4 ? 4 : m - i == 3 ? 3 : 1;
-        if (now == 12) products_512(c, c_stride, a, a_stride, b, b_stride, 12, depth);
+        if (now == 12 && of_matrix) products_512(c, 16, a, 32, b, 16, 12, depth);
+        else if (now == 12) products_512(c, c_stride, a, a_stride, b, b_stride, 12, depth);
         else if (now == 8) products_512(c, c_stride, a, a_stride, b, b_stride, 8, depth);
         else if (now == 4) products_512(c, c_stride, a, a_stride, b, b_stride, 4, depth);
         else if (now == 3) products_512(c, c_stride, a, a_stride, b, b_stride, 3, depth);
@@ -3524,11 +3991,28 @@ LEAF(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
     widen_floats(to + i, from + i, n - i);
 }
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2)
+LEAF(AVX512) double peak_avx512(bool int8, size_t rounds) {
+    __m512i dot[12], x = _mm512_set1_epi8(1);
+    __m512 sum[12], half = _mm512_set1_ps(0.5f);
+    for (int i = 0; i < 12; i++) dot[i] = x, sum[i] = half;
+    for (size_t n = 0; n < rounds && int8; n++) {
+        for (int i = 0; i < 12; i++) dot[i] = _mm512_dpbusd_epi32(dot[i], x, x);
+    }
+    for (size_t n = 0; n < rounds && !int8; n++) {
+        for (int i = 0; i < 12; i++) sum[i] = _mm512_fmadd_ps(sum[i], half, half);
+    }
+    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"v"(dot[i]), "v"(sum[i]));
+    return 12 * (int8 ? 128.0 : 32.0) * (double)rounds;
+}
+
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
+             peak_avxvnni)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2,
+             peak_avx512vl)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2,
+             peak_avx512)
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -3582,8 +4066,8 @@ INLINE int32x4_t dot_neon(const QuarterTile *u, const Block *b) {
     return vpaddq_s32(low, high);
 }
 
-INLINE void add_tiles_128(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles, const Block *x,
-                          size_t n_all, int n, Dot128 *dot) {
+INLINE void add_tiles_128(Dot128 *dot, Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
+                          const Block *x, size_t n_all, int n) {
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         for (int quarter = 0; quarter < 4; quarter++) {
             QuarterTile u;
@@ -3601,7 +4085,7 @@ INLINE void add_tiles_128(Type type, float sum[][16], const unsigned char *tiles
 
 static void add_tiles_neon(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
                            size_t n_all, int n) {
-    EACH_TYPE(add_tiles_128, dot_neon);
+    EACH_TYPE(add_tiles_128, dot_neon, )
 }
 
 INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
@@ -3642,7 +4126,31 @@ INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon)
+// The most that the machine can do: twelve chains of multiply-adds in registers, in 8 bits or in float.
+typedef int32x4_t Step128(int32x4_t sum, int8x16_t x);
+
+INLINE int32x4_t step_neon(int32x4_t sum, int8x16_t x) {
+    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(x))), vmull_high_s8(x, x));
+}
+
+INLINE double peak_128(bool int8, size_t rounds, Step128 *step) {
+    int8x16_t x = vdupq_n_s8(1);
+    float32x4_t sum[12], half = vdupq_n_f32(0.5f);
+    int32x4_t dot[12];
+    for (int i = 0; i < 12; i++) dot[i] = vdupq_n_s32(0), sum[i] = half;
+    for (size_t n = 0; n < rounds && int8; n++) {
+        for (int i = 0; i < 12; i++) dot[i] = step(dot[i], x);
+    }
+    for (size_t n = 0; n < rounds && !int8; n++) {
+        for (int i = 0; i < 12; i++) sum[i] = vfmaq_f32(half, sum[i], half);
+    }
+    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"w"(dot[i]), "w"(sum[i]));
+    return 12 * (int8 ? 32.0 : 8.0) * (double)rounds;
+}
+
+static double peak_neon(bool int8, size_t rounds) { return peak_128(int8, rounds, step_neon); }
+
+MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
 
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__)  // clang's header has vdotq_s32 only under an -march
 #define NEON_DOT "arch=armv8.2-a+dotprod"
@@ -3657,10 +4165,14 @@ LEAF_INLINE(NEON_DOT) int32x4_t dot_neondot(const QuarterTile *u, const Block *b
 
 LEAF(NEON_DOT) void add_tiles_neondot(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
                                       const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_128, dot_neondot);
+    EACH_TYPE(add_tiles_128, dot_neondot, )
 }
 
-MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
+LEAF_INLINE(NEON_DOT) int32x4_t step_neondot(int32x4_t sum, int8x16_t x) { return vdotq_s32(sum, x, x); }
+LEAF(NEON_DOT) double peak_neondot(bool int8, size_t rounds) { return peak_128(int8, rounds, step_neondot); }
+
+MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon,
+             peak_neondot)
 #endif
 #endif
 
@@ -3707,18 +4219,21 @@ static bool cpu_can_run(const Kernels *k) {
     return true;
 }
 
+static const Kernels *kernels_at(int i) {
+    for (int k = 0; k < N_KERNELS; k++) {
+        if (cpu_can_run(all_kernels[k]) && i-- == 0) return all_kernels[k];
+    }
+    return NULL;
+}
+
 // Takes the best kernels that this machine can run, of those with that name if one is given.
 static bool choose_kernels(const char *name, Error *e) {
-    for (int i = 0; i < N_KERNELS; i++) {
-        if ((name && strcmp(name, all_kernels[i]->name)) || !cpu_can_run(all_kernels[i])) continue;
-        kernels = all_kernels[i];
-        return true;
-    }
     char names[80] = "";
-    for (int i = 0; i < N_KERNELS; i++) {
+    for (int i = 0; kernels_at(i); i++) {
         size_t n = strlen(names);
-        if (cpu_can_run(all_kernels[i]) && !strstr(names, all_kernels[i]->name))
-            snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", all_kernels[i]->name);
+        kernels = kernels_at(i);
+        if (!name || !strcmp(name, kernels->name)) return true;
+        if (!strstr(names, kernels->name)) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", kernels->name);
     }
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, names);
 }
@@ -3726,7 +4241,7 @@ static bool choose_kernels(const char *name, Error *e) {
 /* ==== 11. main ======================================================================================================
    One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
 
-typedef enum { TEXT, WHOLE, SEED, REAL, FLAG } OptionType;
+typedef enum { TEXT, WHOLE, SEED, REAL, LIST, FLAG } OptionType;
 
 // To add an option: a member of Options, a row here, a line in README (a test compares them).
 typedef struct {
@@ -3741,7 +4256,7 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
+      "generate (default), chat, tokenize, logits, perplexity, inspect, export, bench, matmul" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
@@ -3753,12 +4268,17 @@ static const Option option_table[] = {
     { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
       "positions: the model's own, at most 4096; 0 = all of the model's own" },
-    { 'j', "threads", "N", WHOLE, OF(threads), 1, 1024, "the physical cores that this process may use" },
+    { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
+    { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: so many tokens one by one: 128" },
+    { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: after so many others: 0" },
+    { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
+    { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
@@ -3810,10 +4330,21 @@ static const char *hint_for(const Option *o, const char *value) {
 // Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     void *place = (char *)to + o->offset;
+    const char *whole = value;
     char *end = "";
     errno = 0;
     if (o->type == TEXT) {
         *(const char **)place = value;
+    } else if (o->type == LIST) {
+        List *list = place;
+        for (list->n = 0; list->n < 16; value = end + 1) {
+            long x = strtol(value, &end, 10);
+            if (!isdigit((unsigned char)*value) || errno || x < o->min || x > o->max || (*end && *end != ',')) break;
+            list->at[list->n++] = (int)x;
+            if (!*end) return true;
+        }
+        return fail(e, MISUSE, "--%s %s: expected whole numbers from %.10g to %.10g, as in 1,2", o->name, whole, o->min,
+                    o->max);
     } else if (o->type == SEED) {
         *(uint64_t *)place = strtoull(value, &end, 10);
         if (!isdigit((unsigned char)*value) || *end || errno)
@@ -3851,9 +4382,10 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
     return true;
 }
 
-typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
+typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
 static const char *const mode_names[N_MODES] = { "generate",   "chat",    "tokenize", "logits",
-                                                 "perplexity", "inspect", "export" };
+                                                 "perplexity", "inspect", "export",
+                                                 "bench",      "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -3911,7 +4443,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
     if (!map_file(options.checkpoint, &m->file, e) ||
-        !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e))
+        !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
         return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;
     bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
@@ -3937,11 +4469,16 @@ static bool all_float32(const Model *m) {
 
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, longest = largest(options.pp);
+    if (mode == BENCH && options.context < 0) {
+        longest = longest > largest(options.tg) ? longest : largest(options.tg);
+        usual = longest + largest(options.depth);
+        if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
+    }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
-    s->threads = (int)options.threads;
+    s->threads = largest(options.threads);
     s->exact = options.exact;
     s->cache_f32 = options.exact || all_float32(m);
     if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
@@ -3955,7 +4492,8 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
 
 static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
-    bool ok = mode == INSPECT || mode == EXPORT || mode == CHAT || read_prompt(m, mode, &tokens, e);
+    bool takes_text = mode == GENERATE || mode == TOKENIZE || mode == LOGITS || mode == PERPLEXITY;
+    bool ok = !takes_text || read_prompt(m, mode, &tokens, e);
     if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_state(m, mode, s, e);
     switch (ok ? mode : N_MODES) {
     case GENERATE: ok = run_generate(m, s, sampler, &tokens, e); break;
@@ -3968,7 +4506,8 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
         ok = options.output ? export_model(m, options.output, e)
                             : fail(e, MISUSE, "-m export needs -o FILE to write to");
         break;
-    case N_MODES: break;
+    case BENCH: ok = run_bench(m, s, e); break;
+    default: break;
     }
     free(tokens.ids);
     return ok;
@@ -3995,15 +4534,27 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
                          .n_predict = 256,
                          .context = -1,
                          .batch = 256,
-                         .threads = count_cores() };
+                         .reps = 5,
+                         .threads = { 1, { count_cores(true) } },
+                         .tg = { 1, { 128 } },
+                         .depth = { 1, { 0 } } };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
+    if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
+    for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
+        if (options.threads.at[i] <= most) continue;
+        fprintf(stderr, "%d threads: this process may use %d\n", options.threads.at[i], most);
+        options.threads.at[i] = most;
+    }
     if (options.help) print_help();
     if (options.version) printf("cria %s\n", CRIA_VERSION);
     if (options.help || options.version) return true;
-    if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
+    if (!options.checkpoint && mode != MATMUL)
+        return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
+    struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
+    if (mode == MATMUL) return sigaction(SIGINT, &action, NULL) == 0 && run_matmul(e);
     if (!open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
@@ -4014,7 +4565,6 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     sampler->min_p = (float)options.min_p;
     sampler->top_k = (int)options.top_k;
     if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
-    struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
     sigaction(SIGINT, &action, NULL);
     return run_mode(m, mode, s, sampler, e);
 }
