@@ -497,7 +497,8 @@ typedef struct {
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t n, float scale);
     void (*swiglu)(float *gate, const float *up, size_t n);
-    double (*peak)(bool int8, size_t rounds);  // as many operations as it can; returns their number
+    double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
+    void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
@@ -1388,23 +1389,27 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
     target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
     target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
+    target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_dequantise, set##_widen,             \
                                  set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
-                                 set##_swiglu, set##_peak };
+                                 set##_swiglu, set##_peak, set##_read };
 
-// Twelve times sixteen chains of fmaf, which stand for the operations on whole numbers, too: they are made in float here.
-INLINE double peak(bool int8, size_t rounds) {
-    float sum[12][16] = { { 0 } };
-    for (size_t n = 0; n < rounds; n++) {
-        for (int i = 0; i < 12; i++) {
-            for (int j = 0; j < 16; j++) sum[i][j] = fmaf(sum[i][j], 0.5f, 0.25f);
-        }
-    }
-    *(volatile float *)&sum[11][0] = sum[int8][0];
-    return 2 * sizeof sum / sizeof sum[0][0] * (double)rounds;
+// Reads n numbers and keeps nothing of them but a sum.
+INLINE void read_memory(const uint64_t *memory, size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += memory[i];
+    volatile uint64_t kept = sum;
+    (void)kept;
 }
 
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak)
+// One multiply-add at a time, in float: the scalar loops multiply whole numbers as floats, too.
+static double peak_scalar(bool int8, size_t rounds) {
+    volatile float sum = int8;
+    for (size_t i = 0; i < rounds; i++) sum = fmaf(sum, 0.5f, 0.5f);
+    return 2.0 * (double)rounds;
+}
+
+MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
@@ -3304,13 +3309,8 @@ static void work_at_ceiling(void *p, Team team) {
         kernels->peak(job->int8, job->n);
         return;
     }
-    Range r = share(job->n / 16, team);
-    uint64_t sum[16] = { 0 };
-    for (size_t i = r.from; i < r.to; i++) {
-        for (int j = 0; j < 16; j++) sum[j] += job->memory[16 * i + (size_t)j];
-    }
-    for (int j = 1; j < 16; j++) sum[0] += sum[j];
-    *(volatile uint64_t *)&sum[0] = sum[0];
+    Range r = share(job->n / 32, team);
+    kernels->read(job->memory + 32 * r.from, 32 * (r.to - r.from));
 }
 
 // The best of several tries of at least 20 ms, in units of `each` a second; `each` is what one job->n stands for.
@@ -3528,8 +3528,10 @@ static bool draw_roofline(const Measured *results, int n, const char *title, Err
             fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"><title>%s, %d threads, %s: %.1f Gop/s, "
                        "%.0f %% of its limit</title></circle>\n", r->memory_bound ? "memory" : "arithmetic", x, y,
                     r->test, r->threads, r->kernel, r->gop, r->percent);
-            if (n <= 12) fprintf(f, "<text x=\"%.1f\" y=\"%.1f\">%s, -j %d: %.0f %%</text>\n", x + 9, y + 4, r->test,
-                                 r->threads, r->percent);
+            bool left = x > PLOT_LEFT + PLOT_WIDTH * 0.75;  // the label must not leave the picture
+            if (n <= 12)
+                fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">%s, -j %d: %.0f %%</text>\n",
+                        left ? x - 9 : x + 9, y + 4, left ? "end" : "start", r->test, r->threads, r->percent);
         }
         fprintf(f, "</svg>\n");
     }
@@ -3718,6 +3720,27 @@ INLINE const unsigned char *tile_quants(Type type, const unsigned char *tile) {
     default: add_tiles_of(__VA_ARGS__ Q4M, sum, tiles, n_tiles, x, n_all, n); break;                                   \
     }
 
+// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns the
+// number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
+#define CHAINS(Vector, first, in_register, step)                                                                       \
+    do {                                                                                                               \
+        Vector x = first, sum[12];                                                                                     \
+        for (int i = 0; i < 12; i++) {                                                                                 \
+            sum[i] = x;                                                                                                \
+            __asm__ volatile("" : "+" in_register(sum[i]));                                                            \
+        }                                                                                                              \
+        for (size_t n = 0; n < rounds; n++)                                                                            \
+            for (int i = 0; i < 12; i++) sum[i] = step;                                                                \
+        for (int i = 0; i < 12; i++) __asm__ volatile("" ::in_register(sum[i]));                                       \
+    } while (0)
+
+#define MAKE_PEAK(isa, set, in_register, Bytes, ones, product, Floats, halves, multiply_add)                           \
+    LEAF(isa) double peak_##set(bool int8, size_t rounds) {                                                            \
+        if (int8) CHAINS(Bytes, ones, in_register, product);                                                           \
+        else CHAINS(Floats, halves, in_register, multiply_add);                                                        \
+        return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
+    }
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -3869,33 +3892,12 @@ LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-// The most that the machine can do: twelve chains of multiply-adds in registers, in 8 bits or in float.
-typedef __m256i Step256(__m256i sum, __m256i x);
-
-LEAF_INLINE(AVX2) __m256i step_avx2(__m256i sum, __m256i x) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, x));
-}
-
-LEAF_INLINE(AVXVNNI) __m256i step_avxvnni(__m256i sum, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, x, x); }
-LEAF_INLINE(AVX512VL) __m256i step_avx512vl(__m256i sum, __m256i x) { return _mm256_dpbusd_epi32(sum, x, x); }
-
-LEAF_INLINE(AVX2) double peak_256(bool int8, size_t rounds, Step256 *step) {
-    __m256i dot[12], x = _mm256_set1_epi8(1);
-    __m256 sum[12], half = _mm256_set1_ps(0.5f);
-    for (int i = 0; i < 12; i++) dot[i] = x, sum[i] = half;
-    for (size_t n = 0; n < rounds && int8; n++) {
-        for (int i = 0; i < 12; i++) dot[i] = step(dot[i], x);
-    }
-    for (size_t n = 0; n < rounds && !int8; n++) {
-        for (int i = 0; i < 12; i++) sum[i] = _mm256_fmadd_ps(sum[i], half, half);
-    }
-    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"x"(dot[i]), "x"(sum[i]));
-    return 12 * (int8 ? 64.0 : 16.0) * (double)rounds;
-}
-
-LEAF(AVX2) double peak_avx2(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avx2); }
-LEAF(AVXVNNI) double peak_avxvnni(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avxvnni); }
-LEAF(AVX512VL) double peak_avx512vl(bool int8, size_t rounds) { return peak_256(int8, rounds, step_avx512vl); }
+MAKE_PEAK(AVX2, avx2, "x", __m256i, _mm256_set1_epi8(1), _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+MAKE_PEAK(AVXVNNI, avxvnni, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(sum[i], x, x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+MAKE_PEAK(AVX512VL, avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_epi32(sum[i], x, x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
 
 // ---- 512 bits: AVX-512 VNNI ----
 
@@ -3991,21 +3993,10 @@ LEAF(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
     widen_floats(to + i, from + i, n - i);
 }
 
-LEAF(AVX512) double peak_avx512(bool int8, size_t rounds) {
-    __m512i dot[12], x = _mm512_set1_epi8(1);
-    __m512 sum[12], half = _mm512_set1_ps(0.5f);
-    for (int i = 0; i < 12; i++) dot[i] = x, sum[i] = half;
-    for (size_t n = 0; n < rounds && int8; n++) {
-        for (int i = 0; i < 12; i++) dot[i] = _mm512_dpbusd_epi32(dot[i], x, x);
-    }
-    for (size_t n = 0; n < rounds && !int8; n++) {
-        for (int i = 0; i < 12; i++) sum[i] = _mm512_fmadd_ps(sum[i], half, half);
-    }
-    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"v"(dot[i]), "v"(sum[i]));
-    return 12 * (int8 ? 128.0 : 32.0) * (double)rounds;
-}
+MAKE_PEAK(AVX512, avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
+          __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak)
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
 MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
              peak_avxvnni)
@@ -4126,30 +4117,13 @@ INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-// The most that the machine can do: twelve chains of multiply-adds in registers, in 8 bits or in float.
-typedef int32x4_t Step128(int32x4_t sum, int8x16_t x);
-
-INLINE int32x4_t step_neon(int32x4_t sum, int8x16_t x) {
-    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(x))), vmull_high_s8(x, x));
+INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
+    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
+    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
 }
 
-INLINE double peak_128(bool int8, size_t rounds, Step128 *step) {
-    int8x16_t x = vdupq_n_s8(1);
-    float32x4_t sum[12], half = vdupq_n_f32(0.5f);
-    int32x4_t dot[12];
-    for (int i = 0; i < 12; i++) dot[i] = vdupq_n_s32(0), sum[i] = half;
-    for (size_t n = 0; n < rounds && int8; n++) {
-        for (int i = 0; i < 12; i++) dot[i] = step(dot[i], x);
-    }
-    for (size_t n = 0; n < rounds && !int8; n++) {
-        for (int i = 0; i < 12; i++) sum[i] = vfmaq_f32(half, sum[i], half);
-    }
-    for (int i = 0; i < 12; i++) __asm__ volatile("" ::"w"(dot[i]), "w"(sum[i]));
-    return 12 * (int8 ? 32.0 : 8.0) * (double)rounds;
-}
-
-static double peak_neon(bool int8, size_t rounds) { return peak_128(int8, rounds, step_neon); }
-
+MAKE_PEAK("arch=armv8-a", neon, "w", int32x4_t, vdupq_n_s32(1), sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
+          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
 MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
 
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__)  // clang's header has vdotq_s32 only under an -march
@@ -4168,9 +4142,9 @@ LEAF(NEON_DOT) void add_tiles_neondot(float sum[][16], Type type, const unsigned
     EACH_TYPE(add_tiles_128, dot_neondot, )
 }
 
-LEAF_INLINE(NEON_DOT) int32x4_t step_neondot(int32x4_t sum, int8x16_t x) { return vdotq_s32(sum, x, x); }
-LEAF(NEON_DOT) double peak_neondot(bool int8, size_t rounds) { return peak_128(int8, rounds, step_neondot); }
-
+MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
+          vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
+          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
 MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon,
              peak_neondot)
 #endif
