@@ -3665,7 +3665,7 @@ static bool run_matmul(Error *e) {
     }
     if (ok) put_table_head("matrix");
     for (int k = 0; ok && kernels_at(k); k++) {
-        bool twice = k > 0 && !strcmp(kernels_at(k)->name, kernels->name);
+        bool twice = k > 0 && !strcmp(kernels_at(k)->name, kernels_at(k - 1)->name);
         if (twice || strcmp(options.kernel ? options.kernel : kernels_at(k)->name, kernels_at(k)->name)) continue;
         kernels = kernels_at(k);
         for (int j = 0; ok && j < options.threads.n; j++) {
@@ -4516,7 +4516,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
         if (options.threads.at[i] <= most) continue;
-        fprintf(stderr, "%d threads: this process may use %d\n", options.threads.at[i], most);
+        if (!options.quiet) fprintf(stderr, "-j %d: this process may use %d\n", options.threads.at[i], most);
         options.threads.at[i] = most;
     }
     if (options.help) print_help();

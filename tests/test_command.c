@@ -592,6 +592,9 @@ static void test_json(void) {
         { "$tied -m inspect --json", "\"n_layers\": 2" }, { "$mixed -m inspect --json", "\"ffn_dim of layer 1\": 32" },
         { "$v0 -m inspect --json", "\"container\": \"llama2.c\"" },
         { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
+        { "$mixed -m bench --json -q --pp 8,3 --tg 2 --depth 0,5 --reps 2", "\"test\": \"tg2 @ d5\"" },
+        { "$tied -m bench --json -q --pp 4 --tg 0 --exact --reps 1 -j 1", "\"percent_of_ceiling\": " },
+        { "-m matmul --json -q --pp 1 --reps 1 -j 1 --kernel scalar", "\"test\": \"5632x2048 q4m x 1\"" },
     };
     for (size_t i = 0; i < sizeof printed / sizeof *printed; i++) {
         Result r = run_with(printed[i].arguments);
@@ -615,6 +618,14 @@ static void test_exports(void) {
         { "over a file that stays if it fails", "(trap '' XFSZ; ulimit -f 8; $EMULATOR ./run $mixed -m export "
                                                 "-o $T/over.bin); test $? = 3 && cmp $T/over.bin $T/native.bin" },
         { "and no other file is left", "test -z \"$(find $T -name '*tmp*' | grep -v '/cria[^/]*$')\"" },
+        { "through a symbolic link", "ln -s over.bin $T/link; $EMULATOR ./run $tied -m export -o $T/link && "
+                                     "test -L $T/link && cmp $T/over.bin $T/native.bin" },
+        { "into a pipe", "mkfifo $T/pipe; cat $T/pipe >$T/piped & $EMULATOR ./run $tied -m export -o $T/pipe; wait; "
+                         "test -p $T/pipe && cmp $T/piped $T/native.bin" },
+        { "as logits, of the model that is being read", "$EMULATOR ./run $T/over.bin -q -m logits --ids '1 2' "
+                                                        "-o $T/over.bin && test $(wc -c <$T/over.bin) -gt 8" },
+        { "as logits, into a pipe", "cat $T/pipe | wc -c >$T/piped & $EMULATOR ./run $tied -q -m logits --ids '1 2' "
+                                    "-o $T/pipe; wait; grep -q . $T/piped" },
         { "with quotes and blanks in its name", "$EMULATOR ./run $tied -m export -o \"$T/a 'b\" && "
                                                 "cmp \"$T/a 'b\" $T/native.bin" },
     };
@@ -624,6 +635,19 @@ static void test_exports(void) {
               r.out, r.err);
         free_result(&r);
     }
+}
+
+// The picture of a bench is a whole SVG, with a point for each result.
+static void test_picture(void) {
+    Result r = run_with("$mixed -m bench -q --pp 4 --tg 2 --reps 1 -j 1 --svg $T/roof.svg");
+    char *svg = read_text(temporary("roof.svg"));
+    int n_points = 0;
+    for (const char *p = svg; p && (p = strstr(p, "<circle")); p++) n_points++;
+    check(r.status == 0 && svg && !strncmp(svg, "<svg ", 5) && n_points == 2 && strstr(svg, "</svg>\n") &&
+              strstr(r.out, "pp4: ") && strstr(r.out, "tg2: "),
+          "--svg: got status %d, %d points and \"%s\"", r.status, n_points, r.err);
+    free(svg);
+    free_result(&r);
 }
 
 // ---- The environment ----
@@ -824,6 +848,7 @@ static void test_command_line(void) {
     check_perplexity("$mixed -b 5", true, 33);
     test_json();
     test_exports();
+    test_picture();
     test_environment();
     test_chats();
     test_interrupts();
