@@ -50,6 +50,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -182,8 +183,11 @@ static double clock_seconds(void) {
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
 
+// Where the threads of a team wait for each other: the last one to come opens it.
+typedef struct { atomic_uint arrived, round; } Gate;
+
 // One thread's place in the team that works on a step.
-typedef struct { int thread, threads; } Team;
+typedef struct { int thread, threads; Gate *gate; } Team;
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
 typedef struct { size_t from, to; } Range;
@@ -197,20 +201,28 @@ static Range share(size_t n, Team team) {
 
 // Runs work(job) on a team of at most `threads` threads and waits for all of them.
 static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
+    Gate gate = { 0 };
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads() });
+    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
 #else
     (void)threads;
-    work(job, (Team){ 0, 1 });
+    work(job, (Team){ 0, 1, &gate });
 #endif
 }
 
-// Every thread of the team waits here for the others.
-static void wait_for_team(void) {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+// Every thread of the team waits here for the others: awake, since it takes less than a microsecond; but where another
+// program has got a thread's processor, the rest had better sleep than keep that program off theirs.
+static void wait_for_team(Team team) {
+    enum { PATIENCE = 20000 };
+    unsigned round = atomic_load(&team.gate->round);
+    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
+        atomic_store(&team.gate->arrived, 0);
+        atomic_store(&team.gate->round, round + 1);
+    }
+    for (int i = 0; atomic_load(&team.gate->round) == round; i++) {
+        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
+    }
 }
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
@@ -749,7 +761,7 @@ static Activations prepare(const State *s, const float *x, size_t stride, size_t
         for (size_t c = 0; c < cols; c += 32)
             memcpy(s->blocks[c / 32 * (size_t)n + t], x + t * stride + c, sizeof *s->blocks);
     }
-    if (n > 1) wait_for_team();
+    if (n > 1) wait_for_team(team);
     return (Activations){ blocks, rounded, (size_t)n };
 }
 
@@ -782,11 +794,11 @@ static Activations normalise_stream(const Model *m, State *s, const float *weigh
 }
 
 // x += out for this thread's rows of all tokens
-static void add_to_stream(State *s, Range rows, int n) {
+static void add_to_stream(State *s, Range rows, int n, Team team) {
     for (size_t t = 0; t < (size_t)n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) s->x[t * s->x_stride + r] += s->out[t * s->x_stride + r];
     }
-    wait_for_team();
+    wait_for_team(team);
 }
 
 // attended = attention(query, cache). A unit of work is some tokens of one key/value head; the later, the longer they
@@ -824,7 +836,7 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     matmul(s, s->query, s->q_stride, &layer->query, layer->query_bias, &input, n, team);
     matmul(s, s->key, s->kv_stride, &layer->key, layer->key_bias, &input, n, team);
     matmul(s, s->value, s->kv_stride, &layer->value, layer->value_bias, &input, n, team);
-    wait_for_team();
+    wait_for_team(team);
 
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
     for (size_t i = heads.from; i < heads.to; i++) {
@@ -838,13 +850,13 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
             remember(s, l, h - n_heads, head_dim, position, key, s->value + (key - s->key));
         }
     }
-    wait_for_team();
+    wait_for_team(team);
 
     attend(m, s, l, n, team);
-    wait_for_team();
+    wait_for_team(team);
     input = prepare(s, s->attended, s->q_stride, n_heads * head_dim, n, team);
     Range rows = matmul(s, s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, n, team);
-    add_to_stream(s, rows, n);
+    add_to_stream(s, rows, n, team);
 }
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
@@ -857,9 +869,9 @@ static void feed_forward_block(const Model *m, State *s, int l, int n, Team team
         size_t i = t * s->ffn_stride + rows.from;
         if (rows.to > rows.from) kernels->swiglu(s->gate + i, s->up + i, rows.to - rows.from);
     }
-    wait_for_team();
+    wait_for_team(team);
     input = prepare(s, s->gate, s->ffn_stride, (size_t)layer->ffn_dim, n, team);
-    add_to_stream(s, matmul(s, s->out, s->x_stride, &layer->down, layer->down_bias, &input, n, team), n);
+    add_to_stream(s, matmul(s, s->out, s->x_stride, &layer->down, layer->down_bias, &input, n, team), n, team);
 }
 
 typedef struct {
@@ -874,7 +886,7 @@ static void forward_team(void *p, Team team) {
     const Model *m = job->model;
     State *s = job->state;
     embed(m, s, job->tokens, share((size_t)job->n, team));
-    wait_for_team();
+    wait_for_team(team);
     for (int l = 0; l < m->config.n_layers; l++) {
         attention_block(m, s, l, job->n, team);
         feed_forward_block(m, s, l, job->n, team);
@@ -1180,31 +1192,9 @@ typedef struct {
 enum { MAX_SPANS = 8 };
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
 
-static Span trimmed(const char *text, size_t n, bool start, bool end) {
-    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
-    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
-    return (Span){ text, n, false };
-}
-
-// What the model is to read before it answers: the end of its last answer or the system text, and the message. Only in
-// the template's own words are special tokens read as such.
+// What the model is to read before it answers, at most MAX_SPANS pieces of text; returns their number.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
-                       Span *spans) {
-    int i = 0;
-    system = !first || !t->system_open ? NULL : system ? system : t->default_system;
-    if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
-    if (t->system_in_user || !system) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
-    if (system) {
-        spans[i++] = (Span){ t->system_open, strlen(t->system_open), true };
-        spans[i++] = trimmed(system, strlen(system), t->trims && !t->system_in_user, t->trims && !t->system_in_user);
-        spans[i++] = (Span){ t->system_close, strlen(t->system_close), true };
-        if (!t->system_in_user) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
-    }
-    spans[i++] = trimmed(message, n, t->trims && !(system && t->system_in_user), t->trims);
-    spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
-    spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
-    return i;
-}
+                       Span *spans);
 
 static bool read_line(Buffer *line);  // from stdin, without its end; false at the end of input or after Ctrl-C
 
@@ -2972,6 +2962,32 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
     return NULL;
 }
 
+static Span trimmed(const char *text, size_t n, bool start, bool end) {
+    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
+    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
+    return (Span){ text, n, false };
+}
+
+// What the model is to read before it answers: the end of its last answer or the system text, and the message. Only in
+// the template's own words are special tokens read as such.
+static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
+                       Span *spans) {
+    int i = 0;
+    system = !first || !t->system_open ? NULL : system ? system : t->default_system;
+    if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
+    if (t->system_in_user || !system) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    if (system) {
+        spans[i++] = (Span){ t->system_open, strlen(t->system_open), true };
+        spans[i++] = trimmed(system, strlen(system), t->trims && !t->system_in_user, t->trims && !t->system_in_user);
+        spans[i++] = (Span){ t->system_close, strlen(t->system_close), true };
+        if (!t->system_in_user) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    }
+    spans[i++] = trimmed(message, n, t->trims && !(system && t->system_in_user), t->trims);
+    spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
+    spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
+    return i;
+}
+
 // ---- The memory to run it in ----
 
 // All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base
@@ -3080,8 +3096,6 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
 
 /* ==== 10. Measuring =================================================================================================
    What a model is, and how well it predicts. */
-
-enum { MAX_RESULTS = 512 };  // lines of a table of bench or matmul
 
 // Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
 static size_t bytes_per_token(const Model *m) {
@@ -3291,29 +3305,25 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     return true;
 }
 
-// ---- What the machine can do: bench and matmul ----
+// ---- What the machine can do ----
 
-// The most that some threads can read from memory, and multiply and add in 8 bits and in float, in a second. Measured
-// in the run that is compared with it, since machines are shared, and throttle.
-typedef struct { double bytes, int8_ops, f32_ops; } Ceilings;
+// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most a second.
+typedef struct { double bytes, int8, f32; } Load;
 
 typedef struct {
-    const uint64_t *memory;  // (n)  or NULL: arithmetic, in `int8` or float
+    const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
     size_t n;
     bool int8;
 } CeilingJob;
 
 static void work_at_ceiling(void *p, Team team) {
     const CeilingJob *job = p;
-    if (!job->memory) {
-        kernels->peak(job->int8, job->n);
-        return;
-    }
-    Range r = share(job->n / 32, team);
-    kernels->read(job->memory + 32 * r.from, 32 * (r.to - r.from));
+    Range r = share(job->n, team);
+    if (job->memory) kernels->read(job->memory + r.from, r.to - r.from);
+    else kernels->peak(job->int8, r.to - r.from);
 }
 
-// The best of several tries of at least 20 ms, in units of `each` a second; `each` is what one job->n stands for.
+// The best of several tries, of 20 ms at least; `each` is what one of job.n stands for.
 static double best_rate(CeilingJob job, int threads, double each) {
     double best = 0;
     for (int i = 0; i < 7; i++) {
@@ -3326,7 +3336,8 @@ static double best_rate(CeilingJob job, int threads, double each) {
     return best;
 }
 
-static bool measure_ceilings(int threads, Ceilings *c, Error *e) {
+// The ceilings of some threads, measured in the run that is held against them: machines are shared, and throttle.
+static bool measure_ceilings(int threads, Load *c, Error *e) {
     size_t n_bytes = (size_t)256 << 20;  // many times the caches
     uint64_t *memory = map_memory(n_bytes, e);
     if (!memory) return false;
@@ -3334,55 +3345,48 @@ static bool measure_ceilings(int threads, Ceilings *c, Error *e) {
     memset(memory, 1, n_bytes);
     c->bytes = best_rate((CeilingJob){ memory, n_bytes / sizeof *memory, false }, threads, sizeof *memory);
     munmap(memory, n_bytes);
-    c->int8_ops = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1) * threads);
-    c->f32_ops = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1) * threads);
+    c->int8 = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1));
+    c->f32 = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1));
     return true;
 }
 
-// What some tokens cost: bytes of weights and cache that are read, and operations (a multiply-add is two).
-typedef struct { double bytes, int8_ops, f32_ops; } Work;
-
-// A product of a matrix with n tokens.
-static void add_product_work(Work *w, const Tensor *t, double n, bool exact) {
-    double ops = 2.0 * t->rows * t->cols * n;
+// Adds the product of a matrix with n tokens.
+static void add_product(Load *w, const Tensor *t, double n, bool exact) {
     w->bytes += (double)tensor_bytes(t);
-    if (types[t->type].quantised && !exact) w->int8_ops += ops;
-    else w->f32_ops += ops;
+    *(types[t->type].quantised && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// n tokens after `past` others, in batches; the last of each gives logits, or all do.
-static Work work_of(const Model *m, const State *s, size_t past, size_t n, bool one_by_one) {
-    Work w = { 0 };
-    size_t batch = one_by_one ? 1 : (size_t)s->batch;
+// n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
+static Load load_of(const Model *m, const State *s, size_t past, size_t n, size_t batch) {
+    Load w = { 0 };
     for (size_t done = 0, now; done < n; done += now) {
         now = n - done < batch ? n - done : batch;
+        double seen = (double)(past + done) + ((double)now + 1) / 2, last = (double)(past + done + now);
         for (int l = 0; l < m->config.n_layers; l++) {
             const Layer *y = &m->layers[l];
             const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-            double seen = (double)(past + done) + ((double)now + 1) / 2, item = s->cache_f32 ? 4 : 2;
-            for (int i = 0; i < 7; i++) add_product_work(&w, matrices[i], (double)now, s->exact);
-            w.f32_ops += 4.0 * y->n_heads * m->config.head_dim * seen * (double)now;
-            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * item * (double)(past + done + now);
+            for (int i = 0; i < 7; i++) add_product(&w, matrices[i], (double)now, s->exact);
+            w.f32 += 4.0 * y->n_heads * m->config.head_dim * seen * (double)now;
+            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * last;
         }
-        if (one_by_one || done + now == n) add_product_work(&w, &m->head, 1, s->exact);
+        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, s->exact);
     }
     return w;
 }
 
-// The seconds that work takes at the ceilings: reading and multiplying go on at the same time.
-static double least_seconds(const Work *w, const Ceilings *c) {
-    return fmax(w->bytes / c->bytes, w->int8_ops / c->int8_ops + w->f32_ops / c->f32_ops);
-}
+// ---- Results: a table, and a picture ----
 
-// One line of a table, one point of the picture.
+enum { MAX_RUNS = 64, MAX_RESULTS = 512 };
+
 typedef struct {
     char test[64], kernel[16];
     int threads, n_runs;
-    double seconds[64];                // of each run, in their order
-    double median, spread;             // of tokens per second; spread: half of what lies between the least and the most
-    double gb, gop, percent, op_byte;  // GB/s, Gop/s, % of the ceiling, operations per byte
-    bool memory_bound;
-    Ceilings ceilings;
+    double seconds[MAX_RUNS];  // of each run, in their order
+    Load load, ceiling;        // of one run; a second
+    double rate, spread;       // tokens a second: the median, and half of what lies between the least and the most
+    double gb, gop, percent;   // GB/s, Gop/s, % of what the ceilings allow
+    double ops_per_byte, gop_ceiling;
+    bool by_memory;            // what bounds it
 } Measured;
 
 static int by_size(const void *a, const void *b) {
@@ -3391,189 +3395,146 @@ static int by_size(const void *a, const void *b) {
 }
 
 static double median_of(const double *x, int n) {
-    double sorted[64];
+    double sorted[MAX_RUNS];
     memcpy(sorted, x, (size_t)n * sizeof *x);
     qsort(sorted, (size_t)n, sizeof *sorted, by_size);
-    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+    return (sorted[n / 2] + sorted[(n - 1) / 2]) / 2;
 }
 
-// Makes figures of the runs' times, each of which was for n_tokens and `work`.
-static void conclude(Measured *r, double n_tokens, const Work *work, const Ceilings *c) {
-    double least = r->seconds[0], most = least, seconds = median_of(r->seconds, r->n_runs);
-    for (int i = 1; i < r->n_runs; i++) {
+// Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
+static void conclude(Measured *r, double n_tokens) {
+    double least = INFINITY, most = 0, seconds = median_of(r->seconds, r->n_runs), ops = r->load.int8 + r->load.f32;
+    double reading = r->load.bytes / r->ceiling.bytes;
+    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
+    for (int i = 0; i < r->n_runs; i++) {
         least = fmin(least, r->seconds[i]);
         most = fmax(most, r->seconds[i]);
     }
-    r->median = n_tokens / seconds;
-    r->spread = (n_tokens / least - n_tokens / most) / 2;
-    r->gb = work->bytes / seconds * 1e-9;
-    r->gop = (work->int8_ops + work->f32_ops) / seconds * 1e-9;
-    r->percent = 100 * least_seconds(work, c) / seconds;
-    r->op_byte = (work->int8_ops + work->f32_ops) / work->bytes;
-    r->memory_bound = work->bytes / c->bytes > work->int8_ops / c->int8_ops + work->f32_ops / c->f32_ops;
-    r->ceilings = *c;
     snprintf(r->kernel, sizeof r->kernel, "%s", kernels->name);
+    r->rate = n_tokens / seconds;
+    r->spread = (n_tokens / least - n_tokens / most) / 2;
+    r->gb = r->load.bytes / seconds * 1e-9;
+    r->gop = ops / seconds * 1e-9;
+    r->by_memory = reading > multiplying;
+    r->percent = 100 * fmax(reading, multiplying) / seconds;
+    r->ops_per_byte = ops / r->load.bytes;
+    r->gop_ceiling = ops / multiplying * 1e-9;
     int half = r->n_runs / 2;
-    double before = median_of(r->seconds, half ? half : 1), after = median_of(r->seconds + half, r->n_runs - half);
-    if (half > 1 && after > 1.05 * before && !options.quiet)
-        fprintf(stderr, "%s: the machine slowed down by %.0f %% during the runs\n", r->test, 100 * (after / before - 1));
+    if (half < 2 || options.quiet) return;
+    double slower = median_of(r->seconds + half, r->n_runs - half) / median_of(r->seconds, half) - 1;
+    if (slower > 0.05) fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
 }
 
-// The ceiling of arithmetic at a test's own mix of operations.
-static double ops_ceiling(const Measured *r) {
-    return r->memory_bound ? r->ceilings.bytes * r->op_byte : r->gop * 1e9 * 100 / r->percent;
-}
-
+// llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Measured *r, const char *model, bool first) {
+    static const char head[] = "| model                  | backend  | threads | test                 |              t/s "
+                               "|   GB/s |   Gop/s | of limit |\n";
     if (options.json) {
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g, "
-               "\"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"ceiling_gb_per_s\": %.6g, "
-               "\"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\"}", first ? "[" : ",",
-               model, r->kernel, r->threads, r->test, r->median, r->spread, r->n_runs, r->gb, r->gop,
-               r->ceilings.bytes * 1e-9, ops_ceiling(r) * 1e-9, r->percent, r->memory_bound ? "memory" : "arithmetic");
+        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
+               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
+               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g}",
+               first ? "[" : ",", model, r->kernel, r->threads, r->test, r->rate, r->spread, r->n_runs, r->gb, r->gop,
+               r->by_memory ? "memory" : "arithmetic", r->ceiling.bytes * 1e-9, r->gop_ceiling, r->percent);
     } else {
-        printf("| %-22s | %-8s | %7d | %20s | %9.2f ± %6.2f | %6.1f | %7.1f | %6.1f %% |\n", model, r->kernel,
-               r->threads, r->test, r->median, r->spread, r->gb, r->gop, r->percent);
+        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
+        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
+        printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", model, r->kernel,
+               r->threads, r->test, r->rate, r->spread, r->gb, r->gop, r->percent);
     }
     fflush(stdout);
 }
 
-static void put_table_head(const char *model) {
-    if (!options.json)
-        printf("| %-22s | backend  | threads |                 test |              t/s |   GB/s |   Gop/s | of limit |\n"
-               "| ---------------------- | -------- | ------: | -------------------: | ---------------: | -----: | ------: "
-               "| -------: |\n", model);
-}
-
 static void put_conclusion(const Measured *r) {
-    if (options.json) return;
-    if (r->memory_bound)
-        printf("%s: bound by memory. It reads %.1f GB/s, %.0f %% of the %.1f GB/s that %d thread%s can read here.\n",
-               r->test, r->gb, r->percent, r->ceilings.bytes * 1e-9, r->threads, r->threads > 1 ? "s" : "");
+    const char *s = r->threads > 1 ? "s" : "";
+    if (r->by_memory)
+        printf("%s on %d thread%s: bound by memory; it reads %.1f GB/s, %.0f %% of the %.1f that can be read here.\n",
+               r->test, r->threads, s, r->gb, r->percent, r->ceiling.bytes * 1e-9);
     else
-        printf("%s: bound by arithmetic. It does %.0f Gop/s, %.0f %% of the %.0f that its mix of 8-bit (%.0f) and float "
-               "(%.0f) operations allows here.\n", r->test, r->gop, r->percent, ops_ceiling(r) * 1e-9,
-               r->ceilings.int8_ops * 1e-9, r->ceilings.f32_ops * 1e-9);
+        printf("%s on %d thread%s: bound by arithmetic; %.0f Gop/s, %.0f %% of the %.0f that its mix of operations in "
+               "8 bits (%.0f) and in float (%.0f) allows here.\n", r->test, r->threads, s, r->gop, r->percent,
+               r->gop_ceiling, r->ceiling.int8 * 1e-9, r->ceiling.f32 * 1e-9);
 }
 
-// ---- The roofline (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model") ----
+// The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
+// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
+static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
+static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
 
-enum { PLOT_LEFT = 70, PLOT_TOP = 60, PLOT_WIDTH = 690, PLOT_HEIGHT = 400 };
-
-// Where a number of operations per byte, or of Gop/s, is drawn: both axes are logarithmic.
-typedef struct { double x_min, x_max, y_min, y_max; } Axes;
-
-static double plot_x(const Axes *a, double x) {
-    return PLOT_LEFT + PLOT_WIDTH * log(x / a->x_min) / log(a->x_max / a->x_min);
+static void draw_frame(FILE *f, const char *title) {
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">"
+               "\n<style>\n"
+               ":root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --memory: #0969da; --sum: #bc4c00 }\n"
+               "@media (prefers-color-scheme: dark) {\n"
+               "  :root { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --memory: #58a6ff; --sum: #f0883e } }\n"
+               "text { fill: var(--ink); font-size: 13px } .grid { stroke: var(--faint) } .end { text-anchor: end }\n"
+               ".roof { stroke: var(--ink); stroke-width: 2; fill: none } .dash { stroke-dasharray: 6 5 }\n"
+               ".memory { fill: var(--memory) } .sum { fill: var(--sum) }\n</style>\n"
+               "<rect width=\"800\" height=\"530\" fill=\"var(--paper)\"/>\n<text x=\"70\" y=\"32\">%s: Gop/s</text>\n"
+               "<text x=\"760\" y=\"508\" class=\"end\">operations per byte that is read</text>\n", title);
+    for (double x = 0.1; x < 20000; x *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M%.0f 60v400\"/><text x=\"%.0f\" y=\"482\">%g</text>\n", plot_x(x),
+                plot_x(x) - 6, x);
+    for (double y = 1; y < 20000; y *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M70 %.0fh690\"/><text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n",
+                plot_y(y), plot_y(y) + 4, y);
 }
 
-static double plot_y(const Axes *a, double y) {
-    return PLOT_TOP + PLOT_HEIGHT * (1 - log(y / a->y_min) / log(a->y_max / a->y_min));
+// Up the slope of what can be read, then flat at the most operations a second.
+static void draw_roof(FILE *f, const Load *c, double ops, const char *what) {
+    double start = fmax(0.1, 1e9 / c->bytes);
+    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/><text x=\"756\" y=\"%.1f\" class=\"end\">"
+               "%s: %.0f</text>\n", ops == c->int8 ? "" : " dash", plot_x(start), plot_y(start * c->bytes * 1e-9),
+            plot_x(ops / c->bytes), plot_y(ops * 1e-9), plot_y(ops * 1e-9) - 7, what, ops * 1e-9);
 }
 
-static void draw_frame(FILE *f, const Axes *a, const char *title) {
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 540\" font-family=\"system-ui, sans-serif\" "
-               "font-size=\"13\">\n<style>\n"
-               "  :root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --roof: #57606a; --read: #0969da; --sum: #bc4c00 }\n"
-               "  @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #e6edf3; --faint: #2d333b;\n"
-               "    --roof: #9da7b3; --read: #58a6ff; --sum: #f0883e } }\n"
-               "  text { fill: var(--ink) } .grid { stroke: var(--faint) } .small { font-size: 11px; fill: var(--roof) }\n"
-               "  .roof { stroke: var(--roof); stroke-width: 2.5; fill: none } .dash { stroke-dasharray: 6 5 }\n"
-               "  .memory { fill: var(--read) } .arithmetic { fill: var(--sum) }\n</style>\n"
-               "<rect width=\"800\" height=\"540\" rx=\"8\" fill=\"var(--paper)\"/>\n"
-               "<text x=\"%d\" y=\"30\" font-size=\"17\" font-weight=\"600\">%s</text>\n", PLOT_LEFT, title);
-    for (double x = a->x_min; x < a->x_max * 1.01; x *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M%.1f %dv%d\"/><text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%g</text>\n",
-                plot_x(a, x), PLOT_TOP, PLOT_HEIGHT, plot_x(a, x), PLOT_TOP + PLOT_HEIGHT + 20, x);
-    for (double y = a->y_min; y < a->y_max * 1.01; y *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M%d %.1fh%d\"/><text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%g</text>\n",
-                PLOT_LEFT, plot_y(a, y), PLOT_WIDTH, PLOT_LEFT - 8, plot_y(a, y) + 4, y);
-    fprintf(f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">operations per byte read</text>\n"
-               "<text x=\"%d\" y=\"%d\" class=\"small\">Gop/s</text>\n", PLOT_LEFT + PLOT_WIDTH / 2,
-            PLOT_TOP + PLOT_HEIGHT + 44, PLOT_LEFT - 40, PLOT_TOP - 8);
-}
-
-// A roof: up the slope of the memory, then flat at the most operations a second.
-static void draw_roof(FILE *f, const Axes *a, const Ceilings *c, double ops, const char *what, bool dashed) {
-    double ridge = ops / c->bytes, start = fmax(a->x_min, a->y_min * 1e9 / c->bytes);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH%d\"/>\n<text class=\"small\" x=\"%d\" y=\"%.1f\" "
-               "text-anchor=\"end\">%s: %.0f Gop/s</text>\n", dashed ? " dash" : "", plot_x(a, start),
-            plot_y(a, start * c->bytes * 1e-9), plot_x(a, ridge), plot_y(a, ops * 1e-9), PLOT_LEFT + PLOT_WIDTH,
-            PLOT_LEFT + PLOT_WIDTH - 4, plot_y(a, ops * 1e-9) - 8, what, ops * 1e-9);
-}
-
-// Draws the machine's ceilings, those of the most threads, and a point for each result.
+// The ceilings of the most threads, and a point for each result, with its name where there is room for it.
 static bool draw_roofline(const Measured *results, int n, const char *title, Error *e) {
     Output out;
     bool ok = open_output(&out, options.svg, e);
-    const Ceilings *c = NULL;
-    Axes a = { 0.1, 1000, 1, 1000 };
-    for (int i = 0; i < n; i++) {
-        if (!c || results[i].ceilings.int8_ops > c->int8_ops) c = &results[i].ceilings;
-        while (results[i].op_byte > a.x_max) a.x_max *= 10;
-        while (results[i].gop > 0 && results[i].gop < a.y_min) a.y_min /= 10;
+    FILE *f = out.stream;
+    const Load *c = &results[0].ceiling;
+    for (int i = 0; i < n; i++) c = results[i].ceiling.int8 > c->int8 ? &results[i].ceiling : c;
+    if (ok) {
+        draw_frame(f, title);
+        draw_roof(f, c, c->int8, "multiply-adds in 8 bits");
+        draw_roof(f, c, c->f32, "in float");
+        fprintf(f, "<text x=\"84\" y=\"452\">memory: %.1f GB/s</text>\n", c->bytes * 1e-9);
     }
-    while (c && c->int8_ops * 1e-9 > a.y_max) a.y_max *= 10;
-    if (ok && c) {
-        FILE *f = out.stream;
-        draw_frame(f, &a, title);
-        draw_roof(f, &a, c, c->int8_ops, "8-bit multiply-add", false);
-        draw_roof(f, &a, c, c->f32_ops, "float multiply-add", true);
-        double x = plot_x(&a, 0.3), y = plot_y(&a, 0.3 * c->bytes * 1e-9);
-        fprintf(f, "<text class=\"small\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">memory: %.1f GB/s</text>\n", x - 10, y,
-                c->bytes * 1e-9);
-        for (int i = 0; i < n; i++) {
-            const Measured *r = &results[i];
-            x = plot_x(&a, r->op_byte), y = plot_y(&a, r->gop);
-            fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"><title>%s, %d threads, %s: %.1f Gop/s, "
-                       "%.0f %% of its limit</title></circle>\n", r->memory_bound ? "memory" : "arithmetic", x, y,
-                    r->test, r->threads, r->kernel, r->gop, r->percent);
-            bool left = x > PLOT_LEFT + PLOT_WIDTH * 0.75;  // the label must not leave the picture
-            if (n <= 12)
-                fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">%s, -j %d: %.0f %%</text>\n",
-                        left ? x - 9 : x + 9, y + 4, left ? "end" : "start", r->test, r->threads, r->percent);
-        }
-        fprintf(f, "</svg>\n");
+    for (int i = 0; ok && i < n; i++) {
+        const Measured *r = &results[i];
+        double x = plot_x(r->ops_per_byte), y = plot_y(r->gop);
+        bool left = x > 550;  // the name must not leave the picture
+        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\">", r->by_memory ? "memory" : "sum", x, y);
+        fprintf(f, "<title>%s, %d threads, %s: %.1f Gop/s, %.0f %% of its limit</title></circle>\n", r->test, r->threads,
+                r->kernel, r->gop, r->percent);
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">", left ? x - 9 : x + 9, y + 4, left ? "end" : "");
+        if (n <= 12) fprintf(f, "%s, -j %d: %.0f %%", r->test, r->threads, r->percent);
+        fprintf(f, "</text>\n");
     }
+    if (ok) fprintf(f, "</svg>\n");
     return close_output(&out, ok, e);
 }
 
-// One run of a test: n tokens at a depth, as a prompt or one by one.
-static bool run_test(const Model *m, State *s, int *tokens, size_t depth, size_t n, bool one_by_one, double *seconds,
-                     Error *e) {
-    s->n_past = (int)depth;  // what the cache holds up to there is kept
-    double start = clock_seconds();
-    bool ok = one_by_one || prefill(m, s, tokens, n, e);
-    for (size_t i = 0; ok && one_by_one && i < n; i++) {
-        ok = forward(m, s, &tokens[i], 1, 1, e);
-        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
-    }
-    *seconds = clock_seconds() - start;
-    return ok;
-}
+// ---- bench ----
 
-// All runs of the tests "pp N" and "tg N" at one depth with one number of threads.
-static bool bench_at(const Model *m, State *s, int *tokens, size_t depth, const Ceilings *c, Measured *results, int *n,
-                     Error *e) {
-    s->n_past = 0;
-    if (depth && !prefill(m, s, tokens, depth, e)) return false;
-    for (int i = 0; i < options.pp.n + options.tg.n; i++) {
-        bool one_by_one = i >= options.pp.n;
-        size_t n_tokens = (size_t)(one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i]);
-        if (n_tokens == 0 || *n == MAX_RESULTS) continue;
-        Measured *r = &results[(*n)++];
-        *r = (Measured){ .threads = s->threads, .n_runs = (int)options.reps };
-        int length = snprintf(r->test, sizeof r->test, "%s%zu", one_by_one ? "tg" : "pp", n_tokens);
-        if (depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%zu", depth);
-        for (int run = -1; run < r->n_runs; run++) {  // the first is not counted
-            double seconds;
-            size_t now = run < 0 && one_by_one && n_tokens > 4 ? 4 : n_tokens;
-            if (!run_test(m, s, tokens, depth, now, one_by_one, &seconds, e)) return false;
-            if (run >= 0) r->seconds[run] = seconds;
+// All runs of one test: n tokens at a depth, as a prompt ("pp") or one by one ("tg"). The first run is not counted.
+static bool bench_test(const Model *m, State *s, const int *tokens, size_t depth, size_t n, bool one_by_one,
+                       Measured *r, Error *e) {
+    int length = snprintf(r->test, sizeof r->test, "%s%zu", one_by_one ? "tg" : "pp", n);
+    if (depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%zu", depth);
+    for (int run = -1; run < r->n_runs; run++) {
+        size_t now = run < 0 && one_by_one && n > 4 ? 4 : n;
+        s->n_past = (int)depth;  // what the cache holds up to there is kept
+        double start = clock_seconds();
+        if (!one_by_one && !prefill(m, s, tokens, now, e)) return false;
+        for (size_t i = 0; one_by_one && i < now; i++) {
+            if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+            if (!forward(m, s, &tokens[i], 1, 1, e)) return false;
         }
-        Work work = work_of(m, s, depth, n_tokens, one_by_one);
-        conclude(r, (double)n_tokens, &work, c);
+        if (run >= 0) r->seconds[run] = clock_seconds() - start;
     }
+    r->load = load_of(m, s, depth, n, one_by_one ? 1 : (size_t)s->batch);
+    conclude(r, (double)n);
     return true;
 }
 
@@ -3585,24 +3546,31 @@ static int largest(List list) {
 
 static bool run_bench(const Model *m, State *s, Error *e) {
     static Measured results[MAX_RESULTS];
-    int n = 0, *tokens = allocate((size_t)s->context, sizeof *tokens, e);
+    int n = 0, n_tests = options.pp.n + options.tg.n, *tokens = allocate((size_t)s->context, sizeof *tokens, e);
     bool ok = tokens != NULL;
     char model[64];
-    snprintf(model, sizeof model, "%s %dM %s", m->config.family, (int)(bytes_per_token(m) >> 20), types[m->layers[0].gate.type].name);
+    snprintf(model, sizeof model, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
+             bytes_per_token(m) / 1000000);
     for (int i = 0; ok && i < s->context; i++) tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
-    if (ok) put_table_head("model");
     for (int j = 0; ok && j < options.threads.n; j++) {
-        Ceilings ceilings;
+        Load ceiling;
         s->threads = options.threads.at[j];
-        ok = measure_ceilings(s->threads, &ceilings, e);
-        for (int d = 0; ok && d < options.depth.n; d++) {
-            int first = n;
-            ok = bench_at(m, s, tokens, (size_t)options.depth.at[d], &ceilings, results, &n, e);
-            for (int i = first; ok && i < n; i++) put_result(&results[i], model, i == 0);
+        ok = measure_ceilings(s->threads, &ceiling, e);
+        for (int i = 0; ok && i < options.depth.n * n_tests; i++) {
+            int depth = options.depth.at[i / n_tests], test = i % n_tests;
+            bool one_by_one = test >= options.pp.n;
+            int n_tokens = one_by_one ? options.tg.at[test - options.pp.n] : options.pp.at[test];
+            s->n_past = 0;
+            if (test == 0 && depth) ok = prefill(m, s, tokens, (size_t)depth, e);
+            if (!ok || !n_tokens || n == MAX_RESULTS) continue;
+            results[n] = (Measured){ .threads = s->threads, .n_runs = (int)options.reps, .ceiling = ceiling };
+            ok = bench_test(m, s, tokens, (size_t)depth, (size_t)n_tokens, one_by_one, &results[n], e);
+            if (ok) put_result(&results[n], model, n == 0);
+            n++;
         }
     }
-    if (ok && options.json) printf("\n]\n");
-    for (int i = 0; ok && i < n; i++) put_conclusion(&results[i]);
+    if (ok && options.json) printf("%s\n]\n", n ? "" : "[");
+    for (int i = 0; ok && !options.json && i < n; i++) put_conclusion(&results[i]);
     if (ok && options.svg) ok = draw_roofline(results, n, model, e);
     free(tokens);
     return ok;
@@ -3610,15 +3578,12 @@ static bool run_bench(const Model *m, State *s, Error *e) {
 
 // ---- matmul: products alone, without a model ----
 
-static const Kernels *kernels_at(int i);  // those of the appendix that this CPU can run, the best first; NULL at the end
-
 typedef struct {
     Tensor w;
     const unsigned char *memory;  // as many copies of the tiles as fit, so that none is found in a cache
     size_t n_copies, n_products;
     Activations x;
     float *y;
-    int n;
 } MatmulJob;
 
 static void matmul_team(void *p, Team team) {
@@ -3628,62 +3593,72 @@ static void matmul_team(void *p, Team team) {
     for (size_t i = 0; i < job->n_products; i++) {
         w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
         for (size_t r = rows.from; r < rows.to; r++)
-            multiply_rows(job->y + r * 16, round_up((size_t)w.rows, 16), &w, r, &job->x, job->n, false);
-        wait_for_team();
+            multiply_rows(job->y + r * 16, round_up((size_t)w.rows, 16), &w, r, &job->x, (int)job->x.n, false);
+        wait_for_team(team);
     }
 }
 
-static void measure_product(MatmulJob *job, int threads, const Ceilings *c, Measured *r) {
-    *r = (Measured){ .threads = threads, .n_runs = (int)options.reps };
-    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", job->w.rows, job->w.cols, types[job->w.type].name, job->n);
-    Work work = { 0 };
-    add_product_work(&work, &job->w, job->n, false);
-    job->n_products = (size_t)fmax(1, 0.02 / least_seconds(&work, c));
+static void measure_product(MatmulJob *job, Measured *r) {
+    snprintf(r->test, sizeof r->test, "%dx%d %s x %zu", job->w.rows, job->w.cols, types[job->w.type].name, job->x.n);
+    add_product(&r->load, &job->w, (double)job->x.n, false);
+    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
+    job->n_products = (size_t)fmax(1, 0.02 / fmax(multiplying, r->load.bytes / r->ceiling.bytes));
     for (int run = -1; run < r->n_runs; run++) {
         double start = clock_seconds();
-        run_team(threads, matmul_team, job);
+        run_team(r->threads, matmul_team, job);
         if (run >= 0) r->seconds[run] = (clock_seconds() - start) / (double)job->n_products;
     }
-    conclude(r, job->n, &work, c);
+    conclude(r, (double)job->x.n);
+}
+
+static const Kernels *kernels_at(int i);  // the appendix's that this CPU can run, the best first; NULL at the end
+
+// Shapes x types x numbers of tokens, with one set of kernels on some threads.
+static bool matmul_with(int threads, MatmulJob job, size_t n_bytes, Measured *results, int *n, Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
+    Load ceiling;
+    if (!measure_ceilings(threads, &ceiling, e)) return false;
+    for (int i = 0; i < 3 * N_TYPES * options.pp.n && *n < MAX_RESULTS; i++) {
+        const int *shape = shapes[i / options.pp.n / N_TYPES];
+        job.w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+        job.n_copies = n_bytes / tensor_bytes(&job.w);
+        job.x.n = (size_t)options.pp.at[i % options.pp.n];
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (job.x.n == 0) continue;
+        Measured *r = &results[(*n)++];
+        *r = (Measured){ .threads = threads, .n_runs = (int)options.reps, .ceiling = ceiling };
+        measure_product(&job, r);
+        put_result(r, "product", *n == 1);
+    }
+    return true;
 }
 
 static bool run_matmul(Error *e) {
-    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
     enum { MOST_ROWS = 5632, MOST_COLS = 4096 };
     static Measured results[MAX_RESULTS];
-    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp);
+    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp), n_blocks = n_tokens * MOST_COLS / 32;
     unsigned char *memory = map_memory(n_bytes, e);
-    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e);
-    float(*x)[32] = allocate(n_tokens * MOST_COLS / 32, sizeof *x, e);
-    Block *rounded = allocate(n_tokens * MOST_COLS / 32, sizeof *rounded, e);
+    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e), (*x)[32] = allocate(n_blocks, sizeof *x, e);
+    Block *rounded = allocate(n_blocks, sizeof *rounded, e);
     bool ok = memory && y && x && rounded;
     int n = 0;
-    if (ok) use_large_pages(memory, n_bytes), memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32
-    for (size_t i = 0; ok && i < n_tokens * MOST_COLS / 32; i++) {
-        for (int j = 0; j < 32; j++) x[i][j] = (float)((i + (size_t)j) % 7) - 3;
+    if (ok) use_large_pages(memory, n_bytes);
+    if (ok) memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32 and bf16
+    for (size_t i = 0; ok && i < n_blocks; i++) {
+        for (size_t j = 0; j < 32; j++) x[i][j] = (float)((i + j) % 7) - 3;
         kernels->round(&rounded[i], x[i], 32, 32, 1, (Range){ 0, 1 });
     }
-    if (ok) put_table_head("matrix");
+    MatmulJob job = { .memory = memory, .x = { (const void *)x, rounded, 0 }, .y = y };
     for (int k = 0; ok && kernels_at(k); k++) {
-        bool twice = k > 0 && !strcmp(kernels_at(k)->name, kernels_at(k - 1)->name);
-        if (twice || strcmp(options.kernel ? options.kernel : kernels_at(k)->name, kernels_at(k)->name)) continue;
+        const char *name = kernels_at(k)->name;
+        bool again = k > 0 && !strcmp(name, kernels_at(k - 1)->name), slow = !options.kernel && !strcmp(name, "scalar");
+        if (again || slow || (options.kernel && strcmp(options.kernel, name))) continue;
         kernels = kernels_at(k);
-        for (int j = 0; ok && j < options.threads.n; j++) {
-            Ceilings c;
-            ok = measure_ceilings(options.threads.at[j], &c, e);
-            for (int i = 0; ok && i < 3 * N_TYPES * options.pp.n && !interrupted; i++) {
-                const int *shape = shapes[i / options.pp.n / N_TYPES];
-                Tensor w = { (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], memory };
-                int n_now = options.pp.at[i % options.pp.n];
-                MatmulJob job = { w, memory, n_bytes / tensor_bytes(&w), 0, { x, rounded, (size_t)n_now }, y, n_now };
-                Measured *r = &results[n < MAX_RESULTS ? n : MAX_RESULTS - 1];
-                measure_product(&job, options.threads.at[j], &c, r);
-                put_result(r, types[w.type].name, n++ == 0);
-            }
-        }
+        for (int j = 0; ok && j < options.threads.n; j++)
+            ok = matmul_with(options.threads.at[j], job, n_bytes, results, &n, e);
     }
-    if (ok && options.json) printf("\n]\n");
-    if (ok && options.svg) ok = draw_roofline(results, n < MAX_RESULTS ? n : MAX_RESULTS, "matrix products", e);
+    if (ok && options.json) printf("%s\n]\n", n ? "" : "[");
+    if (ok && options.svg) ok = draw_roofline(results, n, "matrix products", e);
     free(y), free(x), free(rounded);
     if (memory) munmap(memory, n_bytes);
     return ok;
@@ -3706,22 +3681,68 @@ INLINE int32_t four_bytes(const int8_t *q) {
     return x;
 }
 
-// Where a tile's integers begin: they come last.
-INLINE const unsigned char *tile_quants(Type type, const unsigned char *tile) {
-    return tile + types[type].tile_bytes - (type == Q8 || type == Q8F ? sizeof(int8_t[512]) : sizeof(uint8_t[256]));
+// A quantised tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight q that
+// is stored as q + offset looks: q, or q + offset, or q + offset in 4 bits but q in 8.
+typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
+typedef struct {
+    _Alignas(64) uint8_t w[8][64];
+    float scale[16], min[16];
+} ByteTile;
+
+// A kernel's part for a format, in C that the compiler makes SIMD of. To add a format: a branch here.
+INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs,
+                            void (*widen)(float *to, const uint16_t *from, size_t n)) {
+    const TileQ8F *q8f = (const void *)tile;
+    const TileQ4M *q4m = (const void *)tile;
+    bool eight = type == Q8 || type == Q8F;
+    const uint8_t *q = tile + types[type].tile_bytes - (eight ? 512 : 256);
+    uint8_t flip = eight && signs == UNSIGNED ? 128 : 0, offset = type == Q4 && signs == SIGNED ? 8 : 0, *w = u->w[0];
+    if (type == Q8F) memcpy(u->scale, q8f->scale, sizeof u->scale);
+    else widen(u->scale, q4m->scale, 16);
+    if (types[type].has_min) widen(u->min, q4m->min, 16);
+    for (int i = 0; i < 512 && eight; i++) w[i] = q[i] ^ flip;
+    for (int i = 0; i < 256 && !eight; i++) {
+        w[i] = (uint8_t)((q[i] & 15) - offset);
+        w[i + 256] = (uint8_t)((q[i] >> 4) - offset);
+    }
 }
 
-// add_tiles() of an instruction set, with its type known to the compiler.
-#define EACH_TYPE(add_tiles_of, ...)                                                                                   \
-    switch (type) {                                                                                                    \
-    case Q8: add_tiles_of(__VA_ARGS__ Q8, sum, tiles, n_tiles, x, n_all, n); break;                                    \
-    case Q8F: add_tiles_of(__VA_ARGS__ Q8F, sum, tiles, n_tiles, x, n_all, n); break;                                  \
-    case Q4: add_tiles_of(__VA_ARGS__ Q4, sum, tiles, n_tiles, x, n_all, n); break;                                    \
-    default: add_tiles_of(__VA_ARGS__ Q4M, sum, tiles, n_tiles, x, n_all, n); break;                                   \
+// dots[row] = the dot product of a row with a block
+typedef void Dot(int32_t dots[16], const ByteTile *u, Type type, const Block *b);
+
+INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+                           size_t n_all, int n, Dot *dot, Signs signs,
+                           void (*widen)(float *to, const uint16_t *from, size_t n)) {
+    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
+        ByteTile u;
+        unpack_bytes_of(&u, type, tiles + c * types[type].tile_bytes, signs, widen);
+        for (int t = 0; t < n; t++) {
+            _Alignas(64) int32_t dots[16];
+            float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum;
+            dot(dots, &u, type, &x[t]);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+            for (int r = 0; r < 16; r++) {
+                y[r] = fmaf(u.scale[r] * scale, (float)dots[r], y[r]);
+                if (types[type].has_min) y[r] = fmaf(u.min[r], scaled_sum, y[r]);
+            }
+        }
+    }
+}
+
+// add_tiles() of an instruction set, with the type known to the compiler.
+#define ADD_BYTE_TILES(isa, set, dot, signs, widen)                                                                    \
+    LEAF(isa) void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,             \
+                                   const Block *x, size_t n_all, int n) {                                              \
+        switch (type) {                                                                                                \
+        case Q8: add_byte_tiles(sum, Q8, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
+        case Q8F: add_byte_tiles(sum, Q8F, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
+        case Q4: add_byte_tiles(sum, Q4, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
+        default: add_byte_tiles(sum, Q4M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                      \
+        }                                                                                                              \
     }
 
-// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns the
-// number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
+// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
+// the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
 #define CHAINS(Vector, first, in_register, step)                                                                       \
     do {                                                                                                               \
         Vector x = first, sum[12];                                                                                     \
@@ -3750,105 +3771,55 @@ INLINE const unsigned char *tile_quants(Type type, const unsigned char *tile) {
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-// Half a tile, 8 rows: four columns of them in each w.
-typedef struct {
-    __m256i w[8];
-    __m256 scale, min;
-} HalfTile;
-
-// Bytes come as they are in the file if `is_signed`, else from 0 on: xor 0x80 adds 128.
-LEAF_INLINE(AVX2) void unpack_half_tile(HalfTile *u, Type type, const unsigned char *tile, int half, bool is_signed) {
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    const unsigned char *q = tile_quants(type, tile) + 32 * half;
-    u->scale = type == Q8F ? _mm256_loadu_ps(q8f->scale + 8 * half)
-                           : _mm256_cvtph_ps(_mm_loadu_si128((const void *)(q4m->scale + 8 * half)));
-    u->min = type == Q4M ? _mm256_cvtph_ps(_mm_loadu_si128((const void *)(q4m->min + 8 * half))) : u->scale;
-    if (type == Q8 || type == Q8F) {
-        __m256i flip = is_signed ? _mm256_setzero_si256() : _mm256_set1_epi8(-128);
-        for (int g = 0; g < 8; g++) u->w[g] = _mm256_xor_si256(_mm256_loadu_si256((const void *)(q + 64 * g)), flip);
-    } else {
-        __m256i nibble = _mm256_set1_epi8(15);
-        for (int g = 0; g < 4; g++) {
-            __m256i bytes = _mm256_loadu_si256((const void *)(q + 64 * g));
-            u->w[g] = _mm256_and_si256(bytes, nibble);
-            u->w[g + 4] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-        }
-    }
-}
-
-// The dot products of 8 rows with a block, less offset * sum.
-typedef __m256i Dot256(const HalfTile *u, Type type, const Block *b);
-
 LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32(four_bytes(q)); }
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
-// 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to
-// the other.
-LEAF_INLINE(AVX2) __m256i dot_avx2(const HalfTile *u, Type type, const Block *b) {
-    __m256i ones = _mm256_set1_epi16(1), dot = _mm256_setzero_si256();
-    if (type == Q8 || type == Q8F) {
+// 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+    __m256i ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+        __m256i dot = _mm256_setzero_si256();
         for (int g = 0; g < 8; g++) {
-            __m256i x = _mm256_sign_epi8(broadcast_256(b->q + 4 * g), u->w[g]);
-            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(u->w[g]), x);
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
-        }
-        return dot;
-    }
-    for (int g = 0; g < 8; g++)
-        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(u->w[g], broadcast_256(b->q + 4 * g)));
-    dot = _mm256_madd_epi16(dot, ones);
-    return type == Q4 ? _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum >> 4)) : dot;
-}
-
-// [kernel avxvnni] Weights are unsigned here; the chain begins with what their offset, 128 or 8, adds to it.
-LEAF_INLINE(AVX2) __m256i first_sum_256(Type type, const Block *b) {
-    return _mm256_set1_epi32(type == Q4M ? 0 : type == Q4 ? b->minus_128_sum >> 4 : b->minus_128_sum);
-}
-
-LEAF_INLINE(AVXVNNI) __m256i dot_avxvnni(const HalfTile *u, Type type, const Block *b) {
-    __m256i dot = first_sum_256(type, b);
-    for (int g = 0; g < 8; g++) dot = _mm256_dpbusd_avx_epi32(dot, u->w[g], broadcast_256(b->q + 4 * g));
-    return dot;
-}
-
-LEAF_INLINE(AVX512VL) __m256i dot_avx512vl(const HalfTile *u, Type type, const Block *b) {
-    __m256i dot = first_sum_256(type, b);
-    for (int g = 0; g < 8; g++) dot = _mm256_dpbusd_epi32(dot, u->w[g], broadcast_256(b->q + 4 * g));
-    return dot;
-}
-
-LEAF_INLINE(AVX2) void add_tiles_256(Dot256 *dot, bool is_signed, Type type, float sum[][16], const unsigned char *tiles,
-                                     size_t n_tiles, const Block *x, size_t n_all, int n) {
-    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        for (int half = 0; half < 2; half++) {
-            HalfTile u;
-            unpack_half_tile(&u, type, tiles + c * types[type].tile_bytes, half, is_signed);
-            for (int t = 0; t < n; t++) {
-                float *y = sum[t] + 8 * half;
-                __m256 scale = _mm256_mul_ps(u.scale, _mm256_set1_ps(x[t].scale)), old = _mm256_loadu_ps(y);
-                old = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot(&u, type, &x[t])), old);
-                if (type == Q4M) old = _mm256_fmadd_ps(u.min, _mm256_set1_ps(x[t].scaled_sum), old);
-                _mm256_storeu_ps(y, old);
+            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]), x = broadcast_256(b->q + 4 * g);
+            if (type == Q4 || type == Q4M) {
+                dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
+            } else {
+                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
             }
         }
+        if (type == Q4 || type == Q4M) dot = _mm256_madd_epi16(dot, ones);
+        if (type == Q4) dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum >> 4));
+        _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
-LEAF(AVX2) void add_tiles_avx2(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
-                               size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avx2, true, )
+// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset, 128 or 8, is taken off at the end.
+#define DOT_VNNI(isa, set, dpbusd)                                                                                     \
+    LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {                  \
+        __m256i offset = _mm256_set1_epi32(b->minus_128_sum);                                                          \
+        for (int half = 0; half < 2; half++) {                                                                         \
+            __m256i dot = _mm256_setzero_si256();                                                                      \
+            for (int g = 0; g < 8; g++) {                                                                              \
+                __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);                                   \
+                dot = dpbusd(dot, w, broadcast_256(b->q + 4 * g));                                                     \
+            }                                                                                                          \
+            if (type != Q4M) dot = _mm256_add_epi32(dot, type == Q4 ? _mm256_srai_epi32(offset, 4) : offset);          \
+            _mm256_store_si256((__m256i *)&dots[8 * half], dot);                                                       \
+        }                                                                                                              \
+    }
+DOT_VNNI(AVXVNNI, avxvnni, _mm256_dpbusd_avx_epi32)
+DOT_VNNI(AVX512VL, avx512vl, _mm256_dpbusd_epi32)
+
+LEAF_INLINE(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
+    widen_floats(to + i, from + i, n - i);
 }
 
-LEAF(AVXVNNI) void add_tiles_avxvnni(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
-                                     const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avxvnni, false, )
-}
-
-LEAF(AVX512VL) void add_tiles_avx512vl(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
-                                       const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_256, dot_avx512vl, false, )
-}
+ADD_BYTE_TILES(AVX2, avx2, dot_avx2, UNSIGNED_NIBBLES, widen_avx2)
+ADD_BYTE_TILES(AVXVNNI, avxvnni, dot_avxvnni, UNSIGNED, widen_avx2)
+ADD_BYTE_TILES(AVX512VL, avx512vl, dot_avx512vl, UNSIGNED, widen_avx2)
 
 LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                     size_t b_stride, int m, int depth) {
@@ -3880,12 +3851,6 @@ LEAF(AVX2) void add_products_avx2(float *c, size_t c_stride, const float *a, siz
     }
 }
 
-LEAF(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
-
 LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
@@ -3903,58 +3868,23 @@ MAKE_PEAK(AVX512VL, avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_e
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
-// A tile: four columns of its 16 rows in each w, as unsigned bytes.
-typedef struct {
-    __m512i w[8];
-    __m512 scale, min;
-} WholeTile;
-
-LEAF_INLINE(AVX512) void unpack_whole_tile(WholeTile *u, Type type, const unsigned char *tile) {
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    const unsigned char *q = tile_quants(type, tile);
-    u->scale = type == Q8F ? _mm512_loadu_ps(q8f->scale)
-                           : _mm512_cvtph_ps(_mm256_loadu_si256((const void *)q4m->scale));
-    u->min = type == Q4M ? _mm512_cvtph_ps(_mm256_loadu_si256((const void *)q4m->min)) : u->scale;
-    if (type == Q8 || type == Q8F) {
-        for (int g = 0; g < 8; g++) u->w[g] = _mm512_xor_si512(_mm512_loadu_si512(q + 64 * g), _mm512_set1_epi8(-128));
-    } else {
-        __m512i nibble = _mm512_set1_epi8(15);
-        for (int g = 0; g < 4; g++) {
-            __m512i bytes = _mm512_loadu_si512(q + 64 * g);
-            u->w[g] = _mm512_and_si512(bytes, nibble);
-            u->w[g + 4] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-        }
-    }
-}
-
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-LEAF_INLINE(AVX512) __m512 add_block_512(__m512 sum, const WholeTile *u, Type type, const Block *b) {
+LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
     __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum);
-    for (int g = 0; g < 8; g++) dot = _mm512_dpbusd_epi32(dot, u->w[g], _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
+    for (int g = 0; g < 8; g++)
+        dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
     if (type != Q4M) dot = _mm512_add_epi32(dot, type == Q4 ? _mm512_srai_epi32(offset, 4) : offset);
-    __m512 scale = _mm512_mul_ps(u->scale, _mm512_set1_ps(b->scale));
-    sum = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dot), sum);
-    return type == Q4M ? _mm512_fmadd_ps(u->min, _mm512_set1_ps(b->scaled_sum), sum) : sum;
+    _mm512_store_si512(dots, dot);
 }
 
-LEAF_INLINE(AVX512) void add_tiles_512(Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
-                                       const Block *x, size_t n_all, int n) {
-    __m512 y = _mm512_loadu_ps(sum[0]);
-    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        WholeTile u;
-        unpack_whole_tile(&u, type, tiles + c * types[type].tile_bytes);
-        y = add_block_512(y, &u, type, x);
-        for (int t = 1; t < n; t++)
-            _mm512_storeu_ps(sum[t], add_block_512(_mm512_loadu_ps(sum[t]), &u, type, x + t));
-    }
-    _mm512_storeu_ps(sum[0], y);
+LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i))));
+    widen_floats(to + i, from + i, n - i);
 }
 
-LEAF(AVX512) void add_tiles_avx512(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
-                                   const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_512, )
-}
+ADD_BYTE_TILES(AVX512, avx512, dot_avx512, UNSIGNED, widen_avx512)
 
 LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                       size_t b_stride, int m, int depth) {
@@ -3986,13 +3916,6 @@ LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a,
     }
 }
 
-LEAF(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
-
 MAKE_PEAK(AVX512, avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
 
@@ -4015,69 +3938,28 @@ MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx5
 
 // ---- NEON: 128 bits, with and without the instruction for dot products ----
 
-// A quarter of a tile, 4 rows: four columns of them in each w, signed.
-typedef struct {
-    int8x16_t w[8];
-    float32x4_t scale, min;
-} QuarterTile;
-
-INLINE float32x4_t four_halves(const uint16_t *from) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
+    widen_floats(to + i, from + i, n - i);
 }
-
-INLINE void unpack_quarter_tile(QuarterTile *u, Type type, const unsigned char *tile, int quarter) {
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    const uint8_t *q = tile_quants(type, tile) + 16 * quarter;
-    u->scale = type == Q8F ? vld1q_f32(q8f->scale + 4 * quarter) : four_halves(q4m->scale + 4 * quarter);
-    u->min = type == Q4M ? four_halves(q4m->min + 4 * quarter) : u->scale;
-    int8x16_t offset = vdupq_n_s8(type == Q4 ? 8 : 0);
-    for (int g = 0; g < 4; g++) {
-        uint8x16_t bytes = vld1q_u8(q + 64 * g);
-        if (type == Q8 || type == Q8F) {
-            u->w[g] = vreinterpretq_s8_u8(bytes);
-            u->w[g + 4] = vreinterpretq_s8_u8(vld1q_u8(q + 64 * (g + 4)));
-        } else {
-            u->w[g] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), offset);
-            u->w[g + 4] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), offset);
-        }
-    }
-}
-
-typedef int32x4_t Dot128(const QuarterTile *u, const Block *b);
 
 // [kernel neon] Products in 16 bits, pairs of them added up in 32; a row's two halves at last.
-INLINE int32x4_t dot_neon(const QuarterTile *u, const Block *b) {
-    int32x4_t low = vdupq_n_s32(0), high = low;
-    for (int g = 0; g < 8; g++) {
-        int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
-        low = vpadalq_s16(low, vmull_s8(vget_low_s8(u->w[g]), x));
-        high = vpadalq_s16(high, vmull_s8(vget_high_s8(u->w[g]), x));
-    }
-    return vpaddq_s32(low, high);
-}
-
-INLINE void add_tiles_128(Dot128 *dot, Type type, float sum[][16], const unsigned char *tiles, size_t n_tiles,
-                          const Block *x, size_t n_all, int n) {
-    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        for (int quarter = 0; quarter < 4; quarter++) {
-            QuarterTile u;
-            unpack_quarter_tile(&u, type, tiles + c * types[type].tile_bytes, quarter);
-            for (int t = 0; t < n; t++) {
-                float *y = sum[t] + 4 * quarter;
-                float32x4_t scale = vmulq_n_f32(u.scale, x[t].scale);
-                float32x4_t new = vfmaq_f32(vld1q_f32(y), scale, vcvtq_f32_s32(dot(&u, &x[t])));
-                if (type == Q4M) new = vfmaq_n_f32(new, u.min, x[t].scaled_sum);
-                vst1q_f32(y, new);
-            }
+INLINE void dot_neon(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+    (void)type;
+    for (int quarter = 0; quarter < 4; quarter++) {
+        int32x4_t low = vdupq_n_s32(0), high = low;
+        for (int g = 0; g < 8; g++) {
+            int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter]));
+            int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
+            low = vpadalq_s16(low, vmull_s8(vget_low_s8(w), x));
+            high = vpadalq_s16(high, vmull_s8(vget_high_s8(w), x));
         }
+        vst1q_s32(dots + 4 * quarter, vpaddq_s32(low, high));
     }
 }
 
-static void add_tiles_neon(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
-                           size_t n_all, int n) {
-    EACH_TYPE(add_tiles_128, dot_neon, )
-}
+ADD_BYTE_TILES("arch=armv8-a", neon, dot_neon, SIGNED, widen_neon)
 
 INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
@@ -4105,12 +3987,6 @@ static void add_products_neon(float *c, size_t c_stride, const float *a, size_t 
     }
 }
 
-INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, four_halves(from + i));
-    widen_floats(to + i, from + i, n - i);
-}
-
 INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
@@ -4130,17 +4006,19 @@ MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon
 #define NEON_DOT "arch=armv8.2-a+dotprod"
 
 // [kernel neondot] One sdot a group of columns.
-LEAF_INLINE(NEON_DOT) int32x4_t dot_neondot(const QuarterTile *u, const Block *b) {
-    int32x4_t dot = vdupq_n_s32(0);
-    for (int g = 0; g < 8; g++)
-        dot = vdotq_s32(dot, u->w[g], vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g))));
-    return dot;
+LEAF_INLINE(NEON_DOT) void dot_neondot(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+    (void)type;
+    for (int quarter = 0; quarter < 4; quarter++) {
+        int32x4_t dot = vdupq_n_s32(0);
+        for (int g = 0; g < 8; g++) {
+            int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g)));
+            dot = vdotq_s32(dot, vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter])), x);
+        }
+        vst1q_s32(dots + 4 * quarter, dot);
+    }
 }
 
-LEAF(NEON_DOT) void add_tiles_neondot(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,
-                                      const Block *x, size_t n_all, int n) {
-    EACH_TYPE(add_tiles_128, dot_neondot, )
-}
+ADD_BYTE_TILES(NEON_DOT, neondot, dot_neondot, SIGNED, widen_neon)
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
           vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),

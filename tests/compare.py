@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import Callable, Optional
@@ -119,6 +120,12 @@ def last_error(output: str) -> str:
     return ([line for line in lines if "error" in line.lower()] or lines)[-1][:160]
 
 
+def first_error(output: str) -> str:
+    """The same of cmake and a compiler, of whose errors the first counts."""
+    found = re.search(r"^.*(?:CMake Error|\berror:).*", output, re.M)
+    return found[0].strip()[:160] if found else last_error(output)
+
+
 def call(command: list, what: str, log: Optional[pathlib.Path] = None) -> str:
     """What a program writes to stdout; what it says otherwise goes to nobody, or all of it to a log."""
     words = [str(word) for word in command]
@@ -126,7 +133,7 @@ def call(command: list, what: str, log: Optional[pathlib.Path] = None) -> str:
         with log.open("a") as file:
             status = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
         if status:
-            raise Failure(f"{what}: {last_error(log.read_text(errors='replace'))} (more in {log})")
+            raise Failure(f"{what}: {first_error(log.read_text(errors='replace'))} (more in {log})")
         return ""
     done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           encoding="utf-8", errors="replace")
@@ -155,9 +162,11 @@ def has_digest(path: pathlib.Path, wanted: str) -> bool:
 
 
 def get_smollm2() -> None:
+    if not runs(["./run", "--version"]):
+        raise Failure("there is no ./run: make it first")
     if not SMOLLM2.is_file() or not runs(["./run", SMOLLM2_NATIVE, "-m", "inspect"]):
-        if subprocess.run([sys.executable, "tests/get_demo_model.py", str(SMOLLM2_NATIVE)]).returncode:
-            raise Failure(f"there is no {SMOLLM2}")
+        say("Getting SmolLM2-135M-Instruct, 93 MB, once ...")
+        call([sys.executable, "tests/get_demo_model.py", SMOLLM2_NATIVE], f"there is no {SMOLLM2}")
 
 
 # ==== 2. llama.cpp ====
@@ -203,11 +212,15 @@ def build_llama(name: str) -> pathlib.Path:
     for program in programs:
         program.unlink(missing_ok=True)  # make would take a broken one for finished
     log.unlink(missing_ok=True)
-    say(f"Building {name}, once; about {10 / jobs:.1g} to {20 / jobs:.1g} minutes (log: {log}) ...")
-    call(["cmake", "-S", source, "-B", folder, *CMAKE, *BUILDS[name]], "cmake cannot configure llama.cpp", log)
-    call(["cmake", "--build", folder, "--target", *PROGRAMS, "--parallel", jobs], "llama.cpp cannot be built", log)
-    for program in programs:
-        call([program, "--version"], f"{program} was built but does not run here")
+    say(f"Building {name}, once; about {max(1, round(12 / jobs))} minutes (log: {log}) ...")
+    try:
+        call(["cmake", "-S", source, "-B", folder, *CMAKE, *BUILDS[name]], "cmake cannot configure llama.cpp", log)
+        call(["cmake", "--build", folder, "--target", *PROGRAMS, "--parallel", jobs], "llama.cpp cannot be built", log)
+        for program in programs:
+            call([program, "--version"], f"{program} was built but does not run here")
+    except Failure:  # whatever was wrong in the folder, the next run has a new one; after Ctrl-C it goes on
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder / "bin"
 
 
@@ -331,12 +344,23 @@ class Start:
     llama: list[tuple[float, int]]
 
 
+def tests_of(model: Model) -> list[str]:
+    return [f"{kind}{count}" for kind, count in (("pp", model.pp), ("tg", model.tg)) if count]
+
+
+def tests_among(found: dict, model: Model, program: str) -> dict:
+    missing = [test for test in tests_of(model) if test not in found]
+    if missing:
+        raise Failure(f"{program} has no result for {missing[0]} of {model.path}")
+    return {test: found[test] for test in tests_of(model)}
+
+
 def bench_cria(model: Model, threads: int, kernel: Optional[str]) -> dict[str, dict]:
     """By the test's name: what `./run -m bench --json` says."""
     command = ["./run", model.path, "-m", "bench", "--json", "--pp", model.pp, "--tg", model.tg, "-j", threads,
                "--reps", "1", *(["--kernel", kernel] if kernel else [])]
     found = {result["test"]: result for result in json.loads(call(command, f"./run {model.path} -m bench"))}
-    return {test: found[test] for test in tests_of(model)}
+    return tests_among(found, model, "./run -m bench")
 
 
 def bench_llama(model: Model, threads: int, llama: pathlib.Path) -> dict[str, float]:
@@ -345,15 +369,28 @@ def bench_llama(model: Model, threads: int, llama: pathlib.Path) -> dict[str, fl
                "-t", threads]
     found = {f"tg{result['n_gen']}" if result["n_gen"] else f"pp{result['n_prompt']}": result["avg_ts"]
              for result in json.loads(call(command, f"llama-bench -m {model.path}"))}
-    return {test: found[test] for test in tests_of(model)}
+    return tests_among(found, model, "llama-bench")
 
 
-def tests_of(model: Model) -> list[str]:
-    return [f"{kind}{count}" for kind, count in (("pp", model.pp), ("tg", model.tg)) if count]
+def busy_cores() -> float:
+    """How many cores others keep busy, during one second; 0 where there is no /proc."""
+    def ticks() -> list[int]:  # user, nice, system, idle, waiting for a disk, ...
+        return [int(word) for word in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+
+    try:
+        before = ticks()
+        time.sleep(1)
+        spent = [b - a for a, b in zip(before, ticks())]
+    except OSError:
+        return 0
+    return (1 - sum(spent[3:5]) / max(sum(spent), 1)) * (os.cpu_count() or 1)
 
 
 def measure_model(model: Model, threads: int, pairs: int, kernel: Optional[str], llama: pathlib.Path) -> list[Row]:
     rows = [Row(model.title, test, threads, [], []) for test in tests_of(model)]
+    busy = busy_cores()
+    if busy > 0.2:
+        say(f"Other programs keep {busy:.1f} cores busy: the figures will be off.")
     for pair in range(1, pairs + 1):
         ours = bench_cria(model, threads, kernel)
         theirs = bench_llama(model, threads, llama)
@@ -394,7 +431,7 @@ def measure_start(pairs: int, kernel: Optional[str], llama: pathlib.Path) -> Sta
         if pair:  # the first reads the files from the disk
             start.cria.append(both[0])
             start.llama.append(both[1])
-    say(f"start-up, {pairs} pairs: {both[0][0]:.3f} s / {both[1][0]:.3f} s in the last")
+    say(f"start-up, the last of {pairs}: {both[0][0]:.3f} s / {both[1][0]:.3f} s")
     return start
 
 
@@ -429,14 +466,14 @@ def describe(args: argparse.Namespace, llama: pathlib.Path) -> str:
                            for variable, default in (("CC", "cc"), ("CXX", "c++")))
     version = re.sub(r"^version: *| *\(.*", "", first_line([llama / "llama-bench", "--version"]))
     opponent = "AVX2, FMA, F16C and BMI2" if args.kernel else "this CPU (GGML_NATIVE)"
-    return (f"{cpu()}; {compilers}; {datetime.date.today()}.\n\n"
-            f"{first_line(['./run', '--version'])} {f'with --kernel {args.kernel} ' if args.kernel else ''}against "
-            f"llama.cpp {version} (the source in {PACKAGE}), built for {opponent}.\n"
-            f"{args.pairs} pair{'s' * (args.pairs > 1)} of runs, cria and llama.cpp in turn, both with their usual "
-            f"settings. t/s: medians. Ratio: cria / llama.cpp,\nthe median of the pairs, with the least and the most. "
-            f"Of ceiling: how much cria makes of what the machine can do in\nthis test, and what bounds it. "
-            f"SmolLM2 is real; the others have random weights in the shapes of TinyLlama, stories110M\n"
-            f"and stories15M.\n")
+    text = (f"{first_line(['./run', '--version'])} {f'with --kernel {args.kernel} ' if args.kernel else ''}against "
+            f"llama.cpp {version} (the source in {PACKAGE}), built for {opponent}; "
+            f"{args.pairs} pair{'s' * (args.pairs > 1)} of runs, the two in turn, both with their usual settings. "
+            "t/s: medians. Ratio: cria / llama.cpp, the median of the pairs, with the least and the most. "
+            "Of ceiling: how much cria makes of what bounds it on this machine; weights that fit the cache can be read "
+            "faster than memory's ceiling. SmolLM2 is real; the others have "
+            "random weights in the shapes of TinyLlama, stories110M and stories15M.")
+    return f"{cpu()}; {compilers}; {datetime.date.today()}.\n\n{textwrap.fill(text, 120)}\n"
 
 
 def number(x: float) -> str:
@@ -494,9 +531,6 @@ def compare(args: argparse.Namespace) -> None:
     models = [model for model in MODELS if model.name in args.models]
     get_models(models, llama)
 
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > 0.3 * cores:
-        say(f"This machine is busy (its load is {load:.1f}): the figures may be off.")
     plan: list[Model] = models + ([LONG] if args.long else [])
     plan = [shortened(model) for model in plan] if args.quick else plan
     head, rows, start = describe(args, llama), [], None
@@ -557,7 +591,7 @@ def main() -> int:
             compare(args)
     except KeyboardInterrupt:
         return 130
-    except (Failure, OSError, tarfile.TarError, ValueError, KeyError) as error:
+    except (Failure, OSError, tarfile.TarError, ValueError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
     return 0
