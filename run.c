@@ -462,6 +462,8 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
     }
 }
 
+typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
+
 // A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
 typedef struct {
     float w[32][16], scale[16], min[16];
@@ -501,6 +503,7 @@ typedef struct {
                       size_t n_all, int n);
     void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth);
+    void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x);
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tile);
     void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
@@ -515,24 +518,30 @@ typedef struct {
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
-// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of one row tile      y (n, y_stride), from the first of these rows on
+// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, whose sums fit the nearest cache.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, size_t row_tile, const Activations *a, int n,
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a, int n,
                           bool exact) {
     enum { TOKENS = 128 };
+    bool rounded = types[w->type].quantised && !exact;
     size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
-    const unsigned char *tiles = w->tiles + row_tile * n_tiles * tile_bytes;
-    for (int t0 = 0; t0 < n; t0 += TOKENS) {
-        int now = n - t0 < TOKENS ? n - t0 : TOKENS;
-        _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
-        bool rounded = types[w->type].quantised && !exact;
-        memset(sum, 0, (size_t)now * sizeof *sum);
-        if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
-        for (size_t c = 0; !rounded && c < n_tiles; c++) {
-            kernels->dequantise(columns, w->type, tiles + c * tile_bytes);
-            kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
+    const unsigned char *tiles = w->tiles + rows.from * n_tiles * tile_bytes;
+    if (n == 1 && !types[w->type].quantised) {
+        kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, n_tiles * 32, a->x[0]);
+        return;
+    }
+    for (size_t row = rows.from; row < rows.to; row++, tiles += n_tiles * tile_bytes) {
+        for (int t0 = 0; t0 < n; t0 += TOKENS) {
+            int now = n - t0 < TOKENS ? n - t0 : TOKENS;
+            _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
+            memset(sum, 0, (size_t)now * sizeof *sum);
+            if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
+            for (size_t c = 0; !rounded && c < n_tiles; c++) {
+                kernels->dequantise(columns, w->type, tiles + c * tile_bytes);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
+            }
+            for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof *sum);
         }
-        for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride, sum[t], sizeof *sum);
     }
 }
 
@@ -769,7 +778,7 @@ static Activations prepare(const State *s, const float *x, size_t stride, size_t
 static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x,
                     int n, Team team) {
     Range tiles = share(n_row_tiles(w), team);
-    for (size_t i = tiles.from; i < tiles.to; i++) multiply_rows(y + i * 16, y_stride, w, i, x, n, s->exact);
+    multiply_rows(y, y_stride, w, tiles, x, n, s->exact);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
     for (size_t t = 0; bias && t < (size_t)n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
@@ -1301,6 +1310,38 @@ INLINE float float_of_bfloat(uint16_t b) {
     return float_of_bits((uint32_t)b << 16);
 }
 
+// Sixteen weights of a float tile from number i on.
+INLINE void load_weights(float w[16], Type type, const unsigned char *tile, size_t i, Widen *widen) {
+    const uint16_t *half = (const uint16_t *)(const void *)tile + i;
+    if (type == F32) memcpy(w, tile + 4 * i, 16 * sizeof *w);
+    else if (type == F16) widen(w, half, 16);
+    else for (int r = 0; r < 16; r++) w[r] = float_of_bfloat(half[r]);
+}
+
+// y = w x for one token and the rows of `n` row tiles, whose chains run side by side.
+INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t row_bytes, size_t cols, const float *x,
+                          size_t n, Widen *widen) {
+    _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
+    for (size_t c = 0; c < cols; c++) {
+        for (size_t i = 0; i < n; i++) {
+            load_weights(w, type, tiles + i * row_bytes, c * 16, widen);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(w[r], x[c], sum[i][r]);
+        }
+    }
+    memcpy(y, sum, n * sizeof *sum);
+}
+
+// y = w x for one token and the rows of some tiles of floats, in which the columns simply follow each other
+INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x,
+                            Widen *widen) {
+    size_t row_bytes = cols * 16 * (type == F32 ? sizeof(float) : sizeof(uint16_t)), row = 0;
+    for (; row + 4 <= n_rows; row += 4)
+        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 4, widen);
+    for (; row < n_rows; row++)
+        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
+}
+
 INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
     for (int g = 0; g < 8; g++) {
         for (int r = 0; r < 16; r++) {
@@ -1363,6 +1404,12 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
                                    size_t b_stride, int m, int depth) {                                                \
         add_products_of(c, c_stride, a, a_stride, b, b_stride, m, depth);                                              \
     }                                                                                                                  \
+    target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
+                                      const float *x) {                                                                \
+        if (type == F32) multiply_vector(y, F32, tiles, n_rows, cols, x, widen_of);                                    \
+        else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen_of);                               \
+        else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
+    }                                                                                                                  \
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tile) {                              \
         if (type == F16) widen_of(&w[0][0], (const void *)tile, 512);                                                  \
         else dequantise(w, type, tile);                                                                                \
@@ -1380,9 +1427,9 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
     target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
-    static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_dequantise, set##_widen,             \
-                                 set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
-                                 set##_swiglu, set##_peak, set##_read };
+    static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
+                                 set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
+                                 set##_exponentiate, set##_swiglu, set##_peak, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -3592,8 +3639,7 @@ static void matmul_team(void *p, Team team) {
     Range rows = share(n_row_tiles(&w), team);
     for (size_t i = 0; i < job->n_products; i++) {
         w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
-        for (size_t r = rows.from; r < rows.to; r++)
-            multiply_rows(job->y + r * 16, round_up((size_t)w.rows, 16), &w, r, &job->x, (int)job->x.n, false);
+        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x, (int)job->x.n, false);
         wait_for_team(team);
     }
 }
@@ -3691,7 +3737,7 @@ typedef struct {
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. To add a format: a branch here.
 INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs,
-                            void (*widen)(float *to, const uint16_t *from, size_t n)) {
+                            Widen *widen) {
     const TileQ8F *q8f = (const void *)tile;
     const TileQ4M *q4m = (const void *)tile;
     bool eight = type == Q8 || type == Q8F;
@@ -3712,7 +3758,7 @@ typedef void Dot(int32_t dots[16], const ByteTile *u, Type type, const Block *b)
 
 INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
                            size_t n_all, int n, Dot *dot, Signs signs,
-                           void (*widen)(float *to, const uint16_t *from, size_t n)) {
+                           Widen *widen) {
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         ByteTile u;
         unpack_bytes_of(&u, type, tiles + c * types[type].tile_bytes, signs, widen);

@@ -275,6 +275,7 @@ def write_model(model: Model, path: pathlib.Path) -> None:
     import gguf
     import numpy as np
     shape, qtype = model.shape, gguf.GGMLQuantizationType[model.qtype]
+    assert shape
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random {model.name}")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{model.qtype}"])
@@ -578,7 +579,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tests an eighth as long, to see whether it all works")
     parser.add_argument("-o", "--output", type=pathlib.Path, metavar="FILE", default=ROOT / BENCH / "result.md",
                         help=f"default: {BENCH / 'result.md'}")
-    parser.add_argument("--write", choices=names, help=argparse.SUPPRESS)  # within the venv: makes one file
+    parser.add_argument("--write", choices=[model.name for model in MODELS if model.shape],
+                        help=argparse.SUPPRESS)  # within the venv: makes one file
     args = parser.parse_args()
     args.threads = [int(word) for word in args.threads]
     args.pairs = args.pairs or (1 if args.quick else 5)

@@ -320,7 +320,8 @@ static void check_product(const SourceType *type, Product p) {
         kernels->round((void *)rounded.bytes, x, x_stride, p.cols, (size_t)p.n, (Range){ 0, (size_t)p.n });
         for (int exact = 0; exact < 2; exact++) {
             for (size_t i = 0; i < (size_t)p.n * y_stride; i++) y[i] = 12345;
-            for (size_t i = 0; i < n_row_tiles(&w); i++) multiply_rows(y + 16 * i, y_stride, &w, i, &a, p.n, exact);
+            multiply_rows(y, y_stride, &w, (Range){ 0, n_row_tiles(&w) / 2 }, &a, p.n, exact);
+            multiply_rows(y, y_stride, &w, (Range){ n_row_tiles(&w) / 2, n_row_tiles(&w) }, &a, p.n, exact);
             size_t wrong = 0, t1 = 0, r1 = 0;
             for (size_t t = 0; t < (size_t)p.n; t++) {
                 for (size_t r = 0; r < p.rows; r++) {
@@ -370,7 +371,7 @@ static void test_products_by_hand(void) {
             kernels = *k;
             kernels->round(&rounded, x, 32, 32, 1, (Range){ 0, 1 });
             for (int exact = 0; exact < 2; exact++) {
-                multiply_rows(y, 16, &w, 0, &a, 1, exact);
+                multiply_rows(y, 16, &w, (Range){ 0, 1 }, &a, 1, exact);
                 check(y[0] == cases[i].wanted, "%s by hand, exact %d: got %g, wanted %g", cases[i].type, exact,
                       (double)y[0], (double)cases[i].wanted);
                 check(y[1] == 0 && y[15] == 0, "%s by hand: got %g in a row of padding, wanted 0", cases[i].type,
@@ -382,7 +383,7 @@ static void test_products_by_hand(void) {
 }
 
 static void test_multiply(void) {
-    static const size_t rows[] = { 1, 15, 16, 17, 37, 80 }, cols[] = { 1, 5, 31, 32, 33, 70, 96, 128 };
+    static const size_t rows[] = { 1, 15, 16, 17, 37, 150 }, cols[] = { 1, 5, 31, 32, 33, 70, 96, 128 };
     static const int tokens[] = { 1, 2, 3, 4, 5, 7, 8, 33 };
     test_products_by_hand();
     for (int i = 0; i < N_SOURCE_TYPES; i++) {
