@@ -1340,9 +1340,7 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = half_of_float(from[i]);
 }
 
-INLINE float float_of_bfloat(uint16_t b) {
-    return float_of_bits((uint32_t)b << 16);
-}
+INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
 INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
     for (int g = 0; g < 8; g++) {
@@ -1377,11 +1375,8 @@ INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u)
 INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
-    if (types[type].quantised) {
-        unpack_quants(type, tile, u);
-        return;
-    }
-    if (type == F32) memcpy(w, tile, sizeof u->w);
+    if (types[type].quantised) unpack_quants(type, tile, u);
+    else if (type == F32) memcpy(w, tile, sizeof u->w);
     else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
     else for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
 }
@@ -1447,52 +1442,46 @@ typedef struct {
 // tile comes as zeros, which are what the padding must be.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
-static const unsigned char *source_block(const Source *s, size_t row, size_t col);
+struct SourceType {
+    const char *name;
+    int gguf_id;  // -1: GGUF has no such type
+    size_t block_cols, block_bytes;
+    Type tile;
+    PackTile *pack;
+};
 
-static void pack_f32(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileF32 *t = tile;
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
+    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
+}
+
+// Bytes of the source's rows (without scales that lie apart).
+static size_t source_bytes(const Source *s) {
+    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
+}
+
+static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileF32 *f32 = tile;
+    TileF16 *f16 = tile;
+    size_t size = s->type->block_bytes, cols = s->cols - col < 32 ? s->cols - col : 32;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 4 * c, 4);
+        for (size_t c = 0; c < cols; c++) {
+            if (size == 4) memcpy(&f32->w[c][r], from + 4 * c, 4);
+            else memcpy(&f16->w[c][r], from + 2 * c, 2);
+        }
     }
 }
 
-static void pack_16_bits(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileF16 *t = tile;
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+// Scale, minimum if any, and quants. The file pairs weights 0-15 with 16-31 in one byte, as 4-bit tiles do: so four
+// bytes of a row move as they are, for 8 bits and for 4.
+static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    size_t n_scales = types[s->type->tile].has_min ? 2 : 1, n_groups = (s->type->block_bytes - 2 * n_scales) / 4;
+    uint16_t *scales = tile;
+    int8_t(*q)[16][4] = (void *)(scales + 16 * n_scales);
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 2 * c, 2);
-    }
-}
-
-static void pack_q8_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ8 *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ8_0 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        for (int g = 0; g < 8; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
-    }
-}
-
-// The file pairs weights 0-15 with 16-31 in one byte, as the tile does: four bytes of a row move as they are.
-static void pack_q4_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ4 *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ4_0 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
-    }
-}
-
-static void pack_q4_1(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ4M *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ4_1 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        memcpy(&t->min[r], b->min, 2);
-        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
+        for (size_t i = 0; i < n_scales; i++) memcpy(&scales[16 * i + r], from + 2 * i, 2);
+        for (size_t g = 0; g < n_groups; g++) memcpy(q[g][r], from + 2 * n_scales + 4 * g, 4);
     }
 }
 
@@ -1508,34 +1497,17 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
 
 // The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
 // that it becomes is chapter 4's.
-struct SourceType {
-    const char *name;
-    int gguf_id;                      // -1: GGUF has no such type
-    size_t block_cols, block_bytes;
-    Type tile;
-    PackTile *pack;
-};
-
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_f32 },
-    { "F16", 1, 1, 2, F16, pack_16_bits },
-    { "BF16", 30, 1, 2, BF16, pack_16_bits },
-    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_q8_0 },
-    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_q4_0 },
-    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_q4_1 },
+    { "F32", 0, 1, 4, F32, pack_floats },
+    { "F16", 1, 1, 2, F16, pack_floats },
+    { "BF16", 30, 1, 2, BF16, pack_floats },
+    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_blocks },
+    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_blocks },
+    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_blocks },
     { "int8 groups", -1, 32, 32, Q8F, pack_groups },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
-
-static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
-    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
-}
-
-// Bytes of the source's rows (without scales that lie apart).
-static size_t source_bytes(const Source *s) {
-    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
-}
 
 // Makes row tiles `range` of a matrix from its source.
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
