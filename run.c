@@ -1534,9 +1534,8 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
 // Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is
 // used.
 static void *map_memory(size_t n_bytes, Error *e) {
-    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED
-                                    : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
     return NULL;
@@ -1546,18 +1545,14 @@ static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
     if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
     struct stat info;
-    bool ok = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
-    if (!ok) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
-    else if (info.st_size == 0) ok = fail(e, BAD_FILE, "an empty file, expected a checkpoint");
-    if (ok) {
-        map->n_bytes = (size_t)info.st_size;
-        void *p = mmap(NULL, map->n_bytes, PROT_READ, MAP_SHARED, file, 0);
-        map->bytes = p;
-        if (p == MAP_FAILED)
-            ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
-    }
+    void *p = MAP_FAILED;
+    if (fstat(file, &info) || !S_ISREG(info.st_mode)) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
+    else if (info.st_size == 0) fail(e, BAD_FILE, "an empty file, expected a checkpoint");
+    else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
+        fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
     close(file);
-    return ok;
+    if (p != MAP_FAILED) *map = (Map){ p, (size_t)info.st_size };
+    return p != MAP_FAILED;
 }
 
 // All of a stream, to its end. The caller frees b->bytes.
@@ -1606,13 +1601,10 @@ static void on_interrupt(int number) {
 }
 
 static bool read_line(Buffer *line) {
-    size_t capacity = line->capacity;
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
-    errno = 0;
-    ssize_t n = interrupted ? -1 : getline(&text, &capacity, stdin);
+    ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
     line->bytes = (unsigned char *)text;
-    line->capacity = capacity;
     if (n < 0) return false;
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
     line->n = (size_t)n;
@@ -1639,34 +1631,36 @@ static const Family families[] = {
 };
 
 static const Family *find_family(const char *name) {
-    for (size_t i = 0; i < sizeof families / sizeof *families; i++) {
+    for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (!strcmp(families[i].name, name)) return &families[i];
-    }
     return NULL;
 }
 
-// A number of the configuration: its name in native files, where it lives, and what it may be.
+// A number of the configuration: its name in native files, where it lives, what it may be, and where a GGUF has it.
+// The first says of how many layers the others are to be had.
 typedef struct {
     const char *name;
     enum { INTEGER, SINGLE, DOUBLE } type;
     bool per_layer;
     size_t offset;  // in Config or in Layer
     double min, max;
+    const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
+    double otherwise;  // where there is no such key; NAN: it is needed; -1: worked out from others
 } ConfigField;
 
 static const ConfigField config_fields[] = {
-    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS },  // first: the per-layer fields need it
-    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM },
-    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS },
-    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM },
-    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM },
-    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT },
-    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1 },
-    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15 },
-    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6 },
-    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS },
-    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS },
-    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM },
+    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN },
+    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN },
+    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0 },
+    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", -1 },
+    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", -1 },
+    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN },
+    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN },
+    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000 },
+    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0 },
+    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS, ".attention.head_count", NAN },
+    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", -1 },
+    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN },
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
@@ -1699,26 +1693,23 @@ static bool check_config(Model *m, Error *e) {
     c->pairing = family->pairing;
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
-        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++) {
+        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
-        }
     }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
-                    c->head_dim);
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        if (layer->n_heads % layer->n_kv_heads)
-            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, layer->n_heads,
-                        layer->n_kv_heads);
-        if (layer->n_heads * c->head_dim > MAX_FFN_DIM)
-            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, layer->n_heads, c->head_dim);
+        int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
+        if (heads % groups)
+            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
+        if (heads * c->head_dim > MAX_FFN_DIM)
+            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
 }
 
-static bool make_layers(Model *m, int n, Error *e) {
-    m->config.n_layers = n;
+static bool make_layers(Model *m, Error *e) {
+    int n = m->config.n_layers;
     if (n < 1 || n > MAX_LAYERS) return fail(e, BAD_FILE, "n_layers is %d, expected 1 to %d", n, MAX_LAYERS);
     m->layers = allocate((size_t)n, sizeof *m->layers, e);
     return m->layers != NULL;
@@ -1728,11 +1719,7 @@ static bool make_layers(Model *m, int n, Error *e) {
 // tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
 // other in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS } Size;
-typedef enum {
-    NEEDED,
-    OPTIONAL,
-    BIAS
-} Need; // BIAS: optional, but query, key and value's are needed where the family says so
+typedef enum { NEEDED, OPTIONAL, BIAS } Need;  // BIAS: of query, key and value, needed where the family says so
 
 typedef struct {
     const char *name;
@@ -1776,11 +1763,12 @@ enum {
 // One of the tensors that a model has or may have.
 typedef struct {
     const TensorRule *rule;
-    int layer;         // -1: the model's
-    size_t rows, cols; // of a vector: 1 and its length
-    Tensor *tensor;    // one of these two is where it belongs
+    int layer;          // -1: the model's
+    size_t rows, cols;  // of a vector: 1 and its length
+    Tensor *tensor;     // one of these two is where it belongs
     const float **vector;
     char name[NAME_BYTES], fused[NAME_BYTES];
+    size_t first_row, fused_rows;  // where it begins in the fused tensor, and what that has in all
 } Slot;
 
 static size_t size_of(const Model *m, int layer, Size size) {
@@ -1796,9 +1784,7 @@ static size_t size_of(const Model *m, int layer, Size size) {
     }
 }
 
-static size_t n_slots(const Model *m) {
-    return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES;
-}
+static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
 
 // The i-th tensor of the model, in the order in which native files hold them.
 static Slot get_slot(Model *m, size_t i) {
@@ -1813,21 +1799,44 @@ static Slot get_slot(Model *m, size_t i) {
     else slot.tensor = (Tensor *)(void *)place;
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
     else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", layer, rule->name);
-    if (rule->fused) snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    if (!rule->fused) return slot;
+    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    for (const TensorRule *r = layer_rules; r < layer_rules + N_LAYER_RULES; r++) {
+        if (!r->fused || strcmp(r->fused, rule->fused)) continue;
+        if (r == rule) slot.first_row = slot.fused_rows;
+        slot.fused_rows += size_of(m, layer, r->rows);
+    }
     return slot;
 }
 
-static bool slot_is_filled(const Slot *s) {
-    return s->tensor ? s->tensor->tiles != NULL : *s->vector != NULL;
+static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
+
+static void set_slot(const Slot *s, const unsigned char *data) {
+    if (s->tensor) s->tensor->tiles = data;
+    else *s->vector = (const float *)(const void *)data;
+}
+
+// Bytes in the form in which it is used.
+static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
+
+// Whether the model has it, and not as a second name of the embedding.
+static bool is_stored(const Model *m, const Slot *s) {
+    return slot_data(s) && !(s->tensor == &m->head && m->head.tiles == m->embedding.tiles);
+}
+
+// Whether every token is multiplied with it, which an embedding that is not the head is not.
+static bool is_multiplied(const Model *m, const Slot *s) {
+    return s->tensor && s->tensor->tiles && s->tensor != &m->embedding;
 }
 
 // A tensor that a file says it has.
 typedef struct {
     char name[NAME_BYTES];
-    Source source;            // how it is stored: rows, cols, data; type NULL in native files,
-    int native_type;          // where it is in tiles of this type, or NATIVE_VECTOR
-    bool is_vector;           // one dimension
-    size_t n_bytes;           // from source.data on
+    Source source;    // how it is stored: rows, cols, data; type NULL in native files,
+    int native_type;  // where it is in tiles of this type, or NATIVE_VECTOR
+    bool is_vector;   // one dimension
+    uint64_t offset;  // GGUF: of source.data, from where the data of all tensors begin
+    size_t n_bytes;   // from source.data on
     bool used;
 } Entry;
 
@@ -1868,38 +1877,16 @@ static bool check_directory(const Directory *d, Error *e) {
             return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
     }
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
-    for (size_t i = 1; i < d->n; i++) {
+    for (size_t i = 1; i < d->n; i++)
         if (!by_name(&d->entries[i - 1], &d->entries[i]))
             return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
-    }
     return true;
 }
 
-// The entry for a slot: its own or, at *first_row of it, the fused one; NULL and no error if the file has neither.
-static Entry *entry_for(Model *m, const Directory *d, size_t index, const Slot *slot, size_t *first_row, Error *e) {
-    *first_row = 0;
-    Entry *entry = find_entry(d, slot->name);
-    size_t rows = slot->rows;
-    Entry *fused = entry || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
-    if (fused && fused->source.type) {  // native files have no fused tensors
-        entry = fused;
-        size_t first = index, last = index;  // the parts stand side by side in the table
-        while (first > 0 && !strcmp(get_slot(m, first - 1).fused, slot->fused)) first--;
-        while (last + 1 < n_slots(m) && !strcmp(get_slot(m, last + 1).fused, slot->fused)) last++;
-        rows = 0;
-        for (size_t i = first; i <= last; i++) {
-            if (i == index) *first_row = rows;
-            rows += get_slot(m, i).rows;
-        }
-    }
-    if (!entry) return NULL;
-    if (entry->is_vector != (slot->vector != NULL) || entry->source.rows != rows || entry->source.cols != slot->cols) {
-        fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, entry->source.rows, entry->source.cols,
-             rows, slot->cols);
-        return NULL;
-    }
-    entry->used = true;
-    return entry;
+// The entry for a slot: its own or the fused one, or NULL. Native files have no fused tensors.
+static Entry *entry_for(const Directory *d, const Slot *slot) {
+    Entry *own = find_entry(d, slot->name), *fused = own || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
+    return fused && fused->source.type ? fused : own;
 }
 
 // What a slot's tensor is packed from.
@@ -1935,32 +1922,24 @@ static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
     m->packed = job->block;
     job->progress = (Progress){ "packing tensor", clock_seconds(), false };
     run_team(threads, pack_team, job);
-    for (size_t i = 0; i < job->n; i++) {
-        const PackItem *item = &job->items[i];
-        if (item->slot.tensor) item->slot.tensor->tiles = job->block + item->offset;
-        else *item->slot.vector = (const float *)(const void *)(job->block + item->offset);
-    }
+    for (size_t i = 0; i < job->n; i++) set_slot(&job->items[i].slot, job->block + job->items[i].offset);
     return true;
 }
 
 // Fills one slot from its entry: points into a native file, or adds to what is to be packed.
-static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t first_row, PackJob *job, Error *e) {
+static bool bind_slot(Model *m, const Slot *slot, Entry *entry, PackJob *job, Error *e) {
     const Source *s = &entry->source;
-    if (slot->tensor) *slot->tensor = (Tensor){ F32, (int)slot->rows, (int)slot->cols, NULL };
+    bool is_fused = strcmp(entry->name, slot->name) != 0;
+    size_t rows = is_fused ? slot->fused_rows : slot->rows, first_row = is_fused ? slot->first_row : 0;
+    if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
+        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows, slot->cols);
+    entry->used = true;
+    Type type = s->type ? s->type->tile : (Type)entry->native_type;
+    if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) {
-        if ((entry->native_type == NATIVE_VECTOR) != (slot->vector != NULL))
-            return fail(e, BAD_FILE, "%s is of type %d, expected a %s", entry->name, entry->native_type,
-                        slot->vector ? "vector" : "matrix");
-        size_t needed = slot->cols * sizeof(float);
-        if (slot->tensor) {
-            slot->tensor->type = (Type)entry->native_type;
-            slot->tensor->tiles = s->data;
-            needed = tensor_bytes(slot->tensor);
-        } else {
-            *slot->vector = (const float *)(const void *)s->data;
-        }
-        return needed == entry->n_bytes ||
-               fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, needed);
+        set_slot(slot, s->data);
+        return slot_bytes(slot) == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name,
+                                                          entry->n_bytes, slot_bytes(slot));
     }
     if (slot->vector && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
@@ -1968,9 +1947,7 @@ static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t fir
     *item = (PackItem){ *slot, *s, m->packed_bytes };
     item->source.rows = slot->rows;
     item->source.data += first_row * (s->cols / s->type->block_cols) * s->type->block_bytes;
-    if (slot->tensor) slot->tensor->type = s->type->tile;
-    m->packed_bytes =
-        round_up(plus(m->packed_bytes, slot->tensor ? tensor_bytes(slot->tensor) : slot->cols * sizeof(float)), 64);
+    m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
 
@@ -1979,26 +1956,18 @@ static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
     bool needs_bias = find_family(m->config.family)->needs_bias;
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        size_t first_row;
-        e->status = DONE;
-        Entry *entry = entry_for(m, d, i, &slot, &first_row, e);
-        if (e->status != DONE) return false;
-        if (entry) {
-            if (!bind_slot(m, &slot, entry, first_row, job, e)) return false;
-        } else if (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)) {
+        Entry *entry = entry_for(d, &slot);
+        if (entry && !bind_slot(m, &slot, entry, job, e)) return false;
+        if (!entry && (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)))
             return fail(e, BAD_FILE, "tensor %s is missing", slot.name);
-        }
-        if (slot.layer > 0) {  // what one layer has, all have: else a tensor was lost
-            Slot before = get_slot(m, i - N_LAYER_RULES);
-            bool had = find_entry(d, before.name) || find_entry(d, before.fused);
-            if (had != (entry != NULL))
-                return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
-        }
+        if (slot.layer < 1) continue;
+        Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
+        if ((entry_for(d, &before) != NULL) != (entry != NULL))
+            return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
     }
-    for (size_t i = 0; i < d->n; i++) {
+    for (size_t i = 0; i < d->n; i++)
         if (!d->entries[i].used)
             return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
-    }
     return true;
 }
 
@@ -2069,7 +2038,7 @@ static bool read_config(Model *m, Cursor c, Error *e) {
             take_into(&c, &value, sizeof value);
             if (!set_field(m, f, l, value, e)) return false;
         }
-        if (i == 0 && !make_layers(m, m->config.n_layers, e)) return false;
+        if (i == 0 && !make_layers(m, e)) return false;
     }
     return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know",
                                (const char *)c.at);
@@ -2130,7 +2099,7 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
     return use_vocabulary(m, tokenizer.at, tokenizer.left, e);
 }
 
-// Where the next section of a file being laid out begins.
+// Where the next part of a file being laid out begins.
 static Section next_section(uint64_t *end, size_t n_bytes) {
     Section s = { *end, n_bytes };
     *end = round_up((size_t)*end + n_bytes, 64);
@@ -2151,16 +2120,15 @@ static bool append_config(const Model *m, Buffer *b, Error *e) {
     return true;
 }
 
-// The tensor records for weights that begin at *end; moves *end to where they end.
+// The tensor records, with places from where the weights begin on, and how many bytes those take.
 static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
-        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
+        if (!is_stored(m, &slot)) continue;
         TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
-                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = n_bytes };
-        snprintf(r.name, sizeof r.name, "%s", slot.name);
-        next_section(end, n_bytes);
+                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = slot_bytes(&slot) };
+        memcpy(r.name, slot.name, NAME_BYTES);
+        next_section(end, (size_t)r.n_bytes);
         if (!append(b, &r, sizeof r, e)) return false;
     }
     return true;
@@ -2211,10 +2179,8 @@ static bool write_padded(FILE *f, const void *bytes, size_t n) {
 static bool write_weights(Model *m, FILE *f) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
-        const void *bytes = slot.tensor ? (const void *)slot.tensor->tiles : *slot.vector;
-        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
-        if (interrupted || !write_padded(f, bytes, n_bytes)) return false;
+        if (!is_stored(m, &slot)) continue;
+        if (interrupted || !write_padded(f, slot_data(&slot), slot_bytes(&slot))) return false;
     }
     return true;
 }
@@ -2225,30 +2191,26 @@ static bool export_model(Model *m, const char *path, Error *e) {
     FileHeader h = { .layout = LAYOUT };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    uint64_t end = sizeof h;
-    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &(uint64_t){ 0 }, e);
+    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &h.weights.n_bytes, e);
+    const struct { Section *place; const void *bytes; size_t n_bytes; } sections[] = {
+        { &h.config, config.bytes, config.n }, { &h.tensors, records.bytes, records.n },
+        { &h.tokenizer, m->vocabulary, m->vocabulary_bytes },
+        { &h.chat_template, m->chat_template, m->chat_template_bytes },
+    };
+    h.weights.at = sizeof h;
+    for (int i = 0; i < 4; i++) *sections[i].place = next_section(&h.weights.at, sections[i].n_bytes);
+    h.file_bytes = h.weights.at + h.weights.n_bytes;
     h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
-    h.config = next_section(&end, config.n);
-    h.tensors = next_section(&end, records.n);
-    h.tokenizer = next_section(&end, m->vocabulary_bytes);
-    h.chat_template = next_section(&end, m->chat_template_bytes);
-    h.weights.at = end;
-    records.n = 0;
-    ok = ok && append_tensor_records(m, &records, &end, e);
-    h.weights.n_bytes = end - h.weights.at;
-    h.file_bytes = end;
+    for (uint32_t i = 0; i < h.n_tensors; i++) ((TensorRecord *)(void *)records.bytes)[i].at += h.weights.at;
 
-    Output out;
-    if (ok) {
-        bool opened = open_output(&out, path, e);
-        FILE *f = out.stream;
-        ok = opened && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) &&
-             write_padded(f, records.bytes, records.n) && write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
-             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f);
-        if (interrupted) fail(e, INTERRUPTED, "interrupted");
-        else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
-        ok = close_output(&out, ok, e);
-    }
+    Output out = { 0 };
+    bool opened = ok && open_output(&out, path, e);
+    ok = opened && write_padded(out.stream, &h, sizeof h);
+    for (int i = 0; ok && i < 4; i++) ok = write_padded(out.stream, sections[i].bytes, sections[i].n_bytes);
+    ok = ok && write_weights(m, out.stream);
+    if (interrupted) fail(e, INTERRUPTED, "interrupted");
+    else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+    ok = close_output(&out, ok, e);
     free(config.bytes);
     free(records.bytes);
     return ok;
@@ -2258,24 +2220,11 @@ static bool export_model(Model *m, const char *path, Error *e) {
 
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
-    G_U8,
-    G_I8,
-    G_U16,
-    G_I16,
-    G_U32,
-    G_I32,
-    G_F32,
-    G_BOOL,
-    G_STRING,
-    G_ARRAY,
-    G_U64,
-    G_I64,
-    G_F64,
-    N_G
+    G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G
 } GgufType;
 static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
-static const char *const gguf_names[N_G] = { "u8",   "i8",     "u16",   "i16", "u32", "i32", "f32",
-                                             "bool", "string", "array", "u64", "i64", "f64" };
+static const char *const gguf_names[N_G] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
+                                             "u64", "i64", "f64" };
 
 typedef struct {
     const char *name;
@@ -2292,22 +2241,16 @@ typedef struct {
     char family[16];
 } Gguf;
 
-// A string: 64 bits of length, then bytes. NULL where it does not fit.
-static const char *take_string(Cursor *c, size_t *n_bytes) {
-    uint64_t n = take_u64(c);
-    *n_bytes = (size_t)n;
-    if (n > c->left) c->bad = true;
-    return c->bad ? NULL : (const char *)take(c, (size_t)n);
-}
+// How much of a name a message shows.
+static int shown(size_t n_bytes) { return n_bytes < 64 ? (int)n_bytes : 64; }
 
 // Steps over `count` items; strings have to be walked one by one, so a count is first held against the bytes left.
 static bool skip_items(Cursor *c, GgufType type, uint64_t count) {
     size_t least = type == G_STRING ? 8 : gguf_sizes[type], n;
     if (count > c->left / least) return false;
     if (type != G_STRING) return take(c, (size_t)count * least) != NULL;
-    for (uint64_t i = 0; i < count; i++) {
+    for (uint64_t i = 0; i < count; i++)
         if (!take_string(c, &n)) return false;
-    }
     return true;
 }
 
@@ -2315,26 +2258,25 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     k->name = take_string(c, &k->name_bytes);
     uint32_t type = take_u32(c), item_type = type;
     uint64_t count = 1;
-    int shown = k->name ? (int)(k->name_bytes < 64 ? k->name_bytes : 64) : 0;
-    if (!c->bad && type == G_ARRAY) {
+    int n = shown(k->name_bytes);
+    if (type == G_ARRAY) {
         item_type = take_u32(c);
         count = take_u64(c);
     }
     if (c->bad) return fail(e, BAD_FILE, "the file ends within its keys");
     if (type >= N_G || item_type >= N_G || (type == G_ARRAY && item_type == G_ARRAY))
-        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", shown, k->name, type, item_type);
+        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", n, k->name, type, item_type);
     k->type = (GgufType)type;
     k->item_type = (GgufType)item_type;
     k->value = *c;
-    if (!skip_items(c, k->item_type, count))
-        return fail(e, BAD_FILE, "key %.*s is longer than the file", shown, k->name);
+    if (!skip_items(c, k->item_type, count)) return fail(e, BAD_FILE, "key %.*s is longer than the file", n, k->name);
     k->value.left -= c->left;
     k->count = (size_t)count;
     return true;
 }
 
-static bool key_is(const Key *k, const char *name) {
-    return strlen(name) == k->name_bytes && !memcmp(k->name, name, k->name_bytes);
+static bool is_text(const char *text, size_t n_bytes, const char *expected) {
+    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
 }
 
 // The key of that name, or NULL; a name that begins with a dot is the family's.
@@ -2342,7 +2284,7 @@ static Key *find_key(Gguf *g, const char *name) {
     char full[128];
     snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
     for (size_t i = 0; i < g->n_keys; i++) {
-        if (!key_is(&g->keys[i], full)) continue;
+        if (!is_text(g->keys[i].name, g->keys[i].name_bytes, full)) continue;
         g->keys[i].used = true;
         return &g->keys[i];
     }
@@ -2369,14 +2311,12 @@ static double key_number(const Key *k, size_t i) {
     }
 }
 
-static bool is_number(GgufType type) {
-    return type != G_STRING && type != G_ARRAY;
-}
+static bool is_number(GgufType type) { return type != G_STRING && type != G_ARRAY; }
 
-// *value = a key's number, in range; unchanged if there is no such key and it is not needed.
-static bool get_number(Gguf *g, const char *name, bool needed, double min, double max, double *value, Error *e) {
+// *value = a key's number, in range; unchanged if there is no such key.
+static bool get_number(Gguf *g, const char *name, double min, double max, double *value, Error *e) {
     const Key *k = find_key(g, name);
-    if (!k) return !needed || fail(e, BAD_FILE, "key %s%s is missing", name[0] == '.' ? g->family : "", name);
+    if (!k) return true;
     if (!is_number(k->type))
         return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
     *value = key_number(k, 0);
@@ -2397,31 +2337,28 @@ static bool get_text(Gguf *g, const char *name, const char **text, size_t *n_byt
     return true;
 }
 
-static bool is_text(const char *text, size_t n_bytes, const char *expected) {
-    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
+// The values of an array: left as they are if there is no such key, else of that type and, where expected is not 0,
+// that many.
+static bool get_array(Gguf *g, const char *name, GgufType type, size_t expected, size_t *count, Cursor *values,
+                      Error *e) {
+    const Key *k = find_key(g, name);
+    if (!k) return true;
+    if (k->type != G_ARRAY || k->item_type != type)
+        return fail(e, BAD_FILE, "key %s is %s, expected an array of %s", name, gguf_names[k->item_type],
+                    gguf_names[type]);
+    if (expected && k->count != expected)
+        return fail(e, BAD_FILE, "key %s has %zu values for %zu tokens", name, k->count, expected);
+    *count = k->count;
+    *values = k->value;
+    return true;
 }
 
-// The config field that a key gives: one number for all layers, or an array of one for each.
-typedef struct {
-    const char *key, *field;
-    double otherwise;  // NAN: the key is needed; -1: worked out from others
-} KeyOfField;
+static bool refuse_key(const Key *k, Error *e) {
+    return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", shown(k->name_bytes), k->name);
+}
 
-static const KeyOfField keys_of_fields[] = {
-    { ".embedding_length", "dim", NAN },
-    { ".context_length", "context", NAN },
-    { ".attention.layer_norm_rms_epsilon", "norm_eps", NAN },
-    { ".rope.freq_base", "rope_theta", 10000 },
-    { ".attention.head_count", "n_heads", NAN },
-    { ".attention.head_count_kv", "n_kv_heads", -1 },
-    { ".feed_forward_length", "ffn_dim", NAN },
-    { ".attention.key_length", "head_dim", -1 },
-    { ".rope.dimension_count", "rope_dim", -1 },
-};
-
-// Keys that change what a model computes, with the value at which they do not: any other is refused by name, as is
-// every key of the family that is not known at all (unless it is 0 or false, by which files say that they lack a
-// feature).
+// A key of the family that nobody has asked for may change what a model computes, and is refused by name, but for the
+// value at which it does not: 0 or false, by which files say that they lack a feature, unless this table says more.
 static const struct {
     const char *key;
     double harmless;  // NAN: any value is
@@ -2437,32 +2374,36 @@ static const struct {
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
 };
 
-static const ConfigField *find_field(const char *name) {
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        if (!strcmp(config_fields[i].name, name)) return &config_fields[i];
-    }
-    return NULL;
+static bool is_harmless(const Gguf *g, const Key *k) {
+    size_t length = strlen(g->family);
+    if (k->used || k->name_bytes <= length || memcmp(k->name, g->family, length) || k->name[length] != '.') return true;
+    double harmless = 0;
+    for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
+        if (is_text(k->name + length, k->name_bytes - length, other_keys[i].key)) harmless = other_keys[i].harmless;
+    if (isnan(harmless)) return true;
+    if (!is_number(k->item_type)) return false;
+    for (size_t i = 0; i < k->count; i++)
+        if (key_number(k, i) != harmless) return false;
+    return true;
 }
 
-static bool get_field_of_key(Gguf *g, Model *m, const KeyOfField *kf, Error *e) {
-    const ConfigField *f = find_field(kf->field);
-    const Key *k = find_key(g, kf->key);
-    if (!k && isnan(kf->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, kf->key);
+static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
+    const Key *k = find_key(g, f->key);
+    if (!k && isnan(f->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, f->key);
     if (k && !is_number(k->item_type))
-        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, kf->key,
+        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, f->key,
                     gguf_names[k->item_type]);
     int n_layers = f->per_layer ? m->config.n_layers : 1;
     if (k && k->type == G_ARRAY && (!f->per_layer || k->count != (size_t)n_layers))
-        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, kf->key, k->count, n_layers);
+        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, f->key, k->count, n_layers);
     for (int l = 0; l < n_layers; l++) {
-        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : kf->otherwise;
+        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : f->otherwise;
         if (!k && value < 0) {
-            const Config *c = &m->config;
-            int heads = m->layers[l].n_heads;
+            int heads = m->layers[l].n_heads, dim = m->config.dim;
             if (!strcmp(f->name, "n_kv_heads")) value = heads;
-            else if (!strcmp(f->name, "rope_dim")) value = c->head_dim;
-            else if (c->dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, c->dim);
-            else value = c->dim / heads;
+            else if (!strcmp(f->name, "rope_dim")) value = m->config.head_dim;
+            else if (dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, dim);
+            else value = dim / heads;
         }
         if (!set_field(m, f, l, value, e)) return false;
     }
@@ -2473,97 +2414,61 @@ static bool get_rope_scaling(Gguf *g, Model *m, Error *e) {
     const char *type;
     size_t n;
     double factor = 1;
-    if (!get_text(g, ".rope.scaling.type", &type, &n, e)) return false;
-    if (!get_number(g, ".rope.scale_linear", false, 1e-6, 1e6, &factor, e)) return false;
-    if (!get_number(g, ".rope.scaling.factor", false, 0, 1e6, &factor, e)) return false;
+    if (!get_text(g, ".rope.scaling.type", &type, &n, e) ||
+        !get_number(g, ".rope.scale_linear", 1e-6, 1e6, &factor, e) ||
+        !get_number(g, ".rope.scaling.factor", 0, 1e6, &factor, e))
+        return false;
     if (type && !is_text(type, n, "none") && !is_text(type, n, "linear"))
-        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", (int)(n < 32 ? n : 32), type);
+        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(n), type);
     m->config.rope_scale = factor == 0 || is_text(type, n, "none") ? 1 : factor;
     return true;
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
-    double n_layers = 0, value_length, n_tokens;
     snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
-    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e)) return false;
-    if (n_layers != floor(n_layers)) return fail(e, BAD_FILE, "key %s.block_count is %g", g->family, n_layers);
-    if (!make_layers(m, (int)n_layers, e)) return false;
-    for (size_t i = 0; i < sizeof keys_of_fields / sizeof *keys_of_fields; i++) {
-        if (!get_field_of_key(g, m, &keys_of_fields[i], e)) return false;
+    for (int i = 0; i < 2 * N_CONFIG_FIELDS; i++) {  // what is worked out from others comes in a second round
+        const ConfigField *f = &config_fields[i % N_CONFIG_FIELDS];
+        if (!f->key || (f->otherwise < 0) != (i >= N_CONFIG_FIELDS)) continue;
+        if (!get_field_of_key(g, m, f, e) || (i == 0 && !make_layers(m, e))) return false;
     }
-    value_length = m->config.head_dim;
-    if (!get_number(g, ".attention.value_length", false, value_length, value_length, &value_length, e)) return false;
-    n_tokens = m->config.n_tokens;
-    if (!get_number(g, ".vocab_size", false, n_tokens, n_tokens, &n_tokens, e) || !get_rope_scaling(g, m, e))
+    double head_dim = m->config.head_dim, n_tokens = m->config.n_tokens, value;
+    if (!get_number(g, ".attention.value_length", head_dim, head_dim, &value, e) ||
+        !get_number(g, ".vocab_size", n_tokens, n_tokens, &value, e) || !get_rope_scaling(g, m, e))
         return false;
-    for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++) {
-        double harmless = other_keys[i].harmless;
-        const Key *k = find_key(g, other_keys[i].key);
-        if (k && !isnan(harmless) && (!is_number(k->type) || key_number(k, 0) != harmless))
-            return fail(e, BAD_FILE, "key %s%s asks for something that is not implemented", g->family,
-                        other_keys[i].key);
-    }
-    size_t length = strlen(g->family);
-    for (size_t i = 0; i < g->n_keys; i++) {
-        const Key *k = &g->keys[i];
-        bool of_family = k->name_bytes > length && !memcmp(k->name, g->family, length) && k->name[length] == '.';
-        bool is_zero = is_number(k->item_type);
-        for (size_t j = 0; is_zero && j < k->count; j++) is_zero = key_number(k, j) == 0;
-        if (of_family && !k->used && !is_zero)
-            return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented",
-                        (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
-    }
+    for (size_t i = 0; i < g->n_keys; i++)
+        if (!is_harmless(g, &g->keys[i])) return refuse_key(&g->keys[i], e);
     return true;
 }
 
 // The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Vocabulary v = { .pre = NULL };
+    Cursor scores = { 0 }, piece_types = { 0 };
     const char *model;
-    size_t n_model;
-    double strips = 0;
+    size_t n_model, n;
+    double strips;
     if (!get_text(g, "tokenizer.ggml.model", &model, &n_model, e)) return false;
     if (!model) return fail(e, BAD_FILE, "key tokenizer.ggml.model is missing");
-    if (!is_text(model, n_model, "llama") && !is_text(model, n_model, "gpt2"))
-        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", (int)(n_model < 32 ? n_model : 32),
-                    model);
     v.kind = is_text(model, n_model, "llama") ? SPM : BPE;
-    if (!get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e)) return false;
+    if (v.kind == BPE && !is_text(model, n_model, "gpt2"))
+        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", shown(n_model), model);
+    const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
+    if (map && map->count > 0) return refuse_key(map, e);
+    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, &strips, e) ||
+        !get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e) ||
+        !get_array(g, "tokenizer.ggml.tokens", G_STRING, 0, &v.n_tokens, &v.pieces, e) ||
+        !get_array(g, "tokenizer.ggml.scores", G_F32, v.n_tokens, &n, &scores, e) ||
+        !get_array(g, "tokenizer.ggml.token_type", G_I32, v.n_tokens, &n, &piece_types, e) ||
+        !get_array(g, "tokenizer.ggml.merges", G_STRING, 0, &v.n_merges, &v.merges, e))
+        return false;
+    if (!v.n_tokens) return fail(e, BAD_FILE, "key tokenizer.ggml.tokens is missing");
+    v.scores = scores.at;
+    v.types = piece_types.at;
     if (options.pre) {
         v.pre = options.pre;
         v.pre_bytes = strlen(options.pre);
     }
-    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", false, 0, 0, &strips, e)) return false;
-    const Key *key = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (key && key->count > 0)
-        return fail(e, BAD_FILE, "key tokenizer.ggml.precompiled_charsmap asks for something that is not implemented");
-
-    const Key *tokens = find_key(g, "tokenizer.ggml.tokens"), *scores = find_key(g, "tokenizer.ggml.scores");
-    const Key *piece_types = find_key(g, "tokenizer.ggml.token_type"), *merges = find_key(g, "tokenizer.ggml.merges");
-    const struct { const char *name; const Key *key; GgufType type;
-    } arrays[] = {
-        { "tokens", tokens, G_STRING },
-        { "scores", scores, G_F32 },
-        { "token_type", piece_types, G_I32 },
-        { "merges", merges, G_STRING },
-    };
-    for (size_t i = 0; i < 4; i++) {
-        const Key *k = arrays[i].key;
-        if (!k && i > 0) continue;
-        if (!k || k->type != G_ARRAY || k->item_type != arrays[i].type)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s is %s, expected an array of %s", arrays[i].name,
-                        k ? gguf_names[k->item_type] : "missing", gguf_names[arrays[i].type]);
-        if (i > 0 && i < 3 && k->count != tokens->count)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s has %zu values for %zu tokens", arrays[i].name, k->count,
-                        tokens->count);
-    }
-    v.n_tokens = tokens->count;
-    v.pieces = tokens->value;
-    v.scores = scores ? scores->value.at : NULL;
-    v.types = piece_types ? piece_types->value.at : NULL;
-    v.n_merges = merges ? merges->count : 0;
-    v.merges = merges ? merges->value : (Cursor){ 0 };
     const struct { const char *name; int *value; double max; } numbers[] = {
         { "tokenizer.ggml.bos_token_id", &v.bos, INT32_MAX }, { "tokenizer.ggml.eos_token_id", &v.eos, INT32_MAX },
         { "tokenizer.ggml.eot_token_id", &v.eot, INT32_MAX }, { "tokenizer.ggml.eom_token_id", &v.eom, INT32_MAX },
@@ -2572,36 +2477,33 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         double value = -1;
-        if (!get_number(g, numbers[i].name, false, 0, numbers[i].max, &value, e)) return false;
+        if (!get_number(g, numbers[i].name, 0, numbers[i].max, &value, e)) return false;
         *numbers[i].value = (int)value;
     }
     return pack_vocabulary(&v, section, e);
 }
 
 static const SourceType *find_source_type(uint32_t gguf_id) {
-    for (int i = 0; i < N_SOURCE_TYPES; i++) {
-        if (source_types[i].gguf_id >= 0 && (uint32_t)source_types[i].gguf_id == gguf_id) return &source_types[i];
-    }
+    for (int i = 0; i < N_SOURCE_TYPES; i++)
+        if (source_types[i].gguf_id == (int64_t)gguf_id) return &source_types[i];
     return NULL;
 }
 
 // One tensor's name, shape, type and offset; `data` is filled in when it is known where the data begin.
-static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e) {
+static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     size_t n_name;
     const char *name = take_string(c, &n_name);
-    if (!name || n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
-        return fail(e, BAD_FILE,
-                    c->bad ? "the file ends within its list of tensors" : "a tensor's name has %zu bytes or a NUL",
-                    n_name);
-    memcpy(entry->name, name, n_name);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
+    for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
+    uint32_t type = take_u32(c);
+    entry->offset = take_u64(c);
+    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
+    if (n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
+        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", n_name);
+    memcpy(entry->name, name, n_name);
     if (n_dims < 1 || n_dims > 4)
         return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
-    for (uint32_t i = 0; i < n_dims; i++) dims[i] = take_u64(c);
-    uint32_t type = take_u32(c);
-    *offset = take_u64(c);
-    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
     const SourceType *source = find_source_type(type);
     if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
     if (dims[0] == 0 || dims[1] == 0 || dims[2] != 1 || dims[3] != 1 || dims[0] % source->block_cols)
@@ -2612,31 +2514,30 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e
     return true;
 }
 
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, size_t n_bytes, uint64_t n_tensors,
-                              Directory *d, Error *e) {
+// The directory, from the cursor on; `bytes` is where the file begins.
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n_tensors, Directory *d,
+                              Error *e) {
     double alignment = 32;
-    if (!get_number(g, "general.alignment", false, 8, 1 << 20, &alignment, e)) return false;
+    if (!get_number(g, "general.alignment", 8, 1 << 20, &alignment, e)) return false;
     size_t step = (size_t)alignment;
     if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
     if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24)
         return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
-    uint64_t *offsets = allocate((size_t)n_tensors, sizeof *offsets, e);
-    d->entries = offsets ? allocate((size_t)n_tensors, sizeof *d->entries, e) : NULL;
-    bool ok = d->entries != NULL;
-    for (d->n = 0; ok && d->n < n_tensors; d->n++) ok = read_gguf_tensor(c, &d->entries[d->n], &offsets[d->n], e);
-    size_t begin = ok ? round_up((size_t)(c->at - bytes), step) : 0;
-    for (size_t i = 0; ok && i < d->n; i++) {
+    if (!(d->entries = allocate((size_t)n_tensors, sizeof *d->entries, e))) return false;
+    for (; d->n < n_tensors; d->n++)
+        if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
+    size_t n_read = (size_t)(c->at - bytes);
+    take(c, round_up(n_read, step) - n_read);
+    for (size_t i = 0; i < d->n; i++) {
         Entry *entry = &d->entries[i];
-        size_t room = begin < n_bytes ? n_bytes - begin : 0;
-        if (offsets[i] % step)
-            ok = fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name,
-                      (unsigned long long)offsets[i], step);
-        else if (offsets[i] > room || entry->n_bytes > room - offsets[i])
-            ok = fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
-        else entry->source.data = bytes + begin + offsets[i];
+        if (entry->offset % step)
+            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name,
+                        (unsigned long long)entry->offset, step);
+        if (c->bad || entry->offset > c->left || entry->n_bytes > c->left - entry->offset)
+            return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+        entry->source.data = c->at + entry->offset;
     }
-    free(offsets);
-    return ok;
+    return true;
 }
 
 // The header and all keys; the cursor is left at the tensors.
@@ -2652,11 +2553,9 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     for (; g->n_keys < n_keys; g->n_keys++) {
         Key *k = &g->keys[g->n_keys];
         if (!read_key(c, k, e)) return false;
-        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++) {
+        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++)
             if (g->keys[i].name_bytes == k->name_bytes && !memcmp(g->keys[i].name, k->name, k->name_bytes))
-                return fail(e, BAD_FILE, "key %.*s is there twice", (int)(k->name_bytes < 80 ? k->name_bytes : 80),
-                            k->name);
-        }
+                return fail(e, BAD_FILE, "key %.*s is there twice", shown(k->name_bytes), k->name);
     }
     const char *family;
     size_t n_family;
@@ -2664,7 +2563,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     if (!family) return fail(e, BAD_FILE, "key general.architecture is missing");
     snprintf(g->family, sizeof g->family, "%.*s", (int)(n_family < 16 ? n_family : 15), family);
     double parts = 0;
-    if (!get_number(g, "split.count", false, 0, 65535, &parts, e)) return false;
+    if (!get_number(g, "split.count", 0, 65535, &parts, e)) return false;
     return parts <= 1 || fail(e, BAD_FILE, "is one part of a GGUF split into %g: merge them first", parts);
 }
 
@@ -2672,10 +2571,9 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
     Cursor c = { bytes, n_bytes, false };
     Gguf g = { 0 };
     uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
-    if (ok && !find_family(g.family))
-        ok = fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family);
-    ok = ok && read_gguf_tensors(&g, &c, bytes, n_bytes, n_tensors, d, e);
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) &&
+              (find_family(g.family) || fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family)) &&
+              read_gguf_tensors(&g, &c, bytes, n_tensors, d, e);
     for (size_t i = 0; ok && i < d->n; i++) {
         size_t rows = d->entries[i].source.rows;
         if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
@@ -2711,16 +2609,14 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     bool grouped = group && slot->tensor;
     memcpy(entry->name, slot->name, NAME_BYTES);
     entry->is_vector = slot->vector != NULL;
-    entry->source = (Source){
-        &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], slot->rows, slot->cols, c->at, NULL, (size_t)group
-    };
+    const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
+    entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
     if (grouped && (slot->cols % (size_t)group || group % 32))
         return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group,
                     slot->cols, slot->name);
-    size_t n_weights = times(slot->rows, slot->cols);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
-    if (grouped) entry->source.scales = take(c, n_weights / (size_t)group * 4);
+    if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
     return !c->bad || fail(e, BAD_FILE, "the file ends within %s: not copied whole?", slot->name);
 }
 
@@ -2761,22 +2657,13 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     }
     if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
-    Config *config = &m->config;
-    *config = (Config){ .family = "llama",
-                        .dim = h.dim,
-                        .n_tokens = h.n_tokens,
-                        .head_dim = h.dim / h.n_heads,
-                        .context = h.context,
-                        .rope_dim = h.dim / h.n_heads,
-                        .norm_eps = 1e-5f,
-                        .rope_theta = 10000,
-                        .rope_scale = 1 };
-    if (!make_layers(m, h.n_layers, e)) return false;
-    for (int l = 0; l < h.n_layers; l++) {
-        m->layers[l].n_heads = h.n_heads;
-        m->layers[l].n_kv_heads = h.n_kv_heads;
-        m->layers[l].ffn_dim = h.ffn_dim;
-    }
+    int head_dim = h.dim / h.n_heads;
+    m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
+                          .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
+                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
+    if (!make_layers(m, e)) return false;
+    for (int l = 0; l < h.n_layers; l++)
+        m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
     return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
 }
 
@@ -2812,10 +2699,9 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
     bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
               bind_model(m, &d, threads, e);
     free(d.entries);
-    if (ok && m->tokenizer.n_tokens && m->tokenizer.n_tokens != m->config.n_tokens)
-        ok =
-            fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", m->tokenizer.n_tokens, m->config.n_tokens);
-    return ok;
+    int n = m->tokenizer.n_tokens;
+    return ok && (n == 0 || n == m->config.n_tokens ||
+                  fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
 // The tokenizer of any file that holds one. n_tokens: how many a llama2.c tokenizer must have, or -1.
@@ -3016,9 +2902,9 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
 // cache's type.
 static bool make_state(const Model *m, State *s, Error *e) {
     Arena arena = { NULL, 0 };
-    for (size_t i = 0; i < n_slots(m); i++) {  // an embedding that is not the head is not multiplied with
+    for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
-        if (!slot.tensor || !slot.tensor->tiles || slot.tensor == &m->embedding) continue;
+        if (!is_multiplied(m, &slot)) continue;
         bool rounds = types[slot.tensor->type].quantised && !s->exact;
         s->rounds |= rounds;
         s->copies |= !rounds;
@@ -3042,11 +2928,10 @@ static void free_state(State *s) {
 
 // Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
 static size_t bytes_per_token(const Model *m) {
-    size_t n = tensor_bytes(&m->head);
-    for (int l = 0; l < m->config.n_layers; l++) {
-        const Layer *y = &m->layers[l];
-        const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
+    size_t n = 0;
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        if (is_multiplied(m, &slot)) n += slot_bytes(&slot);
     }
     return n;
 }
@@ -3192,13 +3077,11 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     double parameters = 0, bytes = 0, multiplied = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        bool tied = slot.tensor == &m->head && m->head.tiles == m->embedding.tiles;
-        if (!slot_is_filled(&slot)) continue;
         double size = (double)slot.rows * (double)slot.cols;
-        if (slot.tensor && slot.tensor != &m->embedding) multiplied += size;
-        if (tied) continue;
+        if (is_multiplied(m, &slot)) multiplied += size;
+        if (!is_stored(m, &slot)) continue;
         parameters += size;
-        bytes += slot.tensor ? (double)tensor_bytes(slot.tensor) : 4 * size;
+        bytes += (double)slot_bytes(&slot);
         if (slot.tensor) by_type[slot.tensor->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);

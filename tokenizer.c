@@ -878,12 +878,20 @@ static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, ch
     return n;
 }
 
+// A string as in GGUF: 64 bits of length, then bytes. NULL where it does not fit.
+static const char *take_string(Cursor *c, size_t *n_bytes) {
+    uint64_t n = take_u64(c);
+    *n_bytes = (size_t)n;
+    if (n > c->left) c->bad = true;
+    return (const char *)take(c, *n_bytes);
+}
+
 static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
     Cursor c = v->pieces;
     for (size_t id = 0; id < v->n_tokens; id++) {
         char bytes[MAX_PIECE];
-        uint64_t n_string = take_u64(&c);
-        const char *s = (const char *)take(&c, n_string > SIZE_MAX ? SIZE_MAX : (size_t)n_string);
+        size_t n_string;
+        const char *s = take_string(&c, &n_string);
         if (!s) return fail(e, BAD_FILE, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
         if (n_string > MAX_PIECE) return fail(e, BAD_FILE, "token %zu has more than %d bytes", id, MAX_PIECE);
         int32_t type = PIECE_NORMAL;
@@ -892,7 +900,7 @@ static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has type %d", id, type);
-        size_t n = unspell_piece(v->kind, s, (size_t)n_string, &type, bytes);
+        size_t n = unspell_piece(v->kind, s, n_string, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return fail(e, BAD_FILE, "byte token %zu is not one of <0x00> to <0xFF>", id);
         uint8_t packed_type = (uint8_t)type;
         uint32_t start = (uint32_t)parts->text.n;
@@ -910,10 +918,10 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
         char bytes[2 * MAX_PIECE];
-        uint64_t n = take_u64(&c);
-        const char *s = (const char *)take(&c, n > SIZE_MAX ? SIZE_MAX : (size_t)n);
+        size_t n;
+        const char *s = take_string(&c, &n);
         if (!s) return fail(e, BAD_FILE, "the vocabulary ends in merge %zu of %zu", rank, v->n_merges);
-        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', (size_t)n - 1) : NULL;
+        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', n - 1) : NULL;
         if (!space) continue;
         size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
