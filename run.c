@@ -1558,9 +1558,8 @@ static bool map_file(const char *path, Map *map, Error *e) {
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[65536];
-    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;)
         if (!append(b, chunk, n, e)) return false;
-    }
     if (interrupted) return fail(e, INTERRUPTED, "interrupted");
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
@@ -1697,7 +1696,8 @@ static bool check_config(Model *m, Error *e) {
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
     }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim, c->head_dim);
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
+                    c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
         if (heads % groups)
@@ -1847,9 +1847,7 @@ typedef struct {
     size_t n;
 } Directory;
 
-static int by_name(const void *a, const void *b) {
-    return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name);
-}
+static int by_name(const void *a, const void *b) { return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name); }
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
@@ -1932,7 +1930,8 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, PackJob *job, Er
     bool is_fused = strcmp(entry->name, slot->name) != 0;
     size_t rows = is_fused ? slot->fused_rows : slot->rows, first_row = is_fused ? slot->first_row : 0;
     if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
-        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows, slot->cols);
+        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows,
+                    slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
@@ -2075,14 +2074,18 @@ static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_byte
     return open_tokenizer(section, n_bytes, &m->tokenizer, e);
 }
 
+static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Error *e) {
+    if (n_bytes < sizeof *h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
+    memcpy(h, bytes, sizeof *h);
+    return h->layout == LAYOUT ||
+           fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
+                h->layout, LAYOUT);
+}
+
 // What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are.
 static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
     FileHeader h;
-    if (n_bytes < sizeof h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof h);
-    memcpy(&h, bytes, sizeof h);
-    if (h.layout != LAYOUT)
-        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
-                    h.layout, LAYOUT);
+    if (!read_header(bytes, n_bytes, &h, e)) return false;
     if (h.file_bytes != n_bytes)
         return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes,
                     (unsigned long long)h.file_bytes);
@@ -2704,29 +2707,26 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
                   fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
-// The tokenizer of any file that holds one. n_tokens: how many a llama2.c tokenizer must have, or -1.
+// The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
     Container kind = recognise(bytes, n_bytes);
-    Buffer *section = &m->packed_vocabulary;
-    if (kind == NATIVE) {
-        FileHeader h = { .layout = 0 };
-        if (n_bytes >= sizeof h) memcpy(&h, bytes, sizeof h);
-        Cursor c = open_section(bytes, n_bytes, h.tokenizer);
-        if (h.layout != LAYOUT || c.bad) return fail(e, BAD_FILE, "its tokenizer cannot be found");
-        return use_vocabulary(m, c.at, c.left, e);
-    }
+    Buffer *made = &m->packed_vocabulary;
+    Cursor c = { bytes, n_bytes, false };
+    Gguf g = { 0 };
+    FileHeader h;
+    uint64_t n_tensors;
     bool ok;
-    section->n = 0;
-    if (kind == GGUF) {
-        Cursor c = { bytes, n_bytes, false };
-        Gguf g = { 0 };
-        uint64_t n_tensors;
-        ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, section, e);
-        free(g.keys);
-    } else {
-        ok = read_llama2c_tokenizer(bytes, n_bytes, n_tokens, section, e);
-    }
-    return ok && use_vocabulary(m, section->bytes, section->n, e);
+    made->n = 0;
+    if (kind == NATIVE) ok = read_header(bytes, n_bytes, &h, e);
+    else if (kind == GGUF) ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, made, e);
+    else ok = read_llama2c_tokenizer(bytes, n_bytes, made, e);
+    free(g.keys);
+    if (ok) c = kind == NATIVE ? open_section(bytes, n_bytes, h.tokenizer) : (Cursor){ made->bytes, made->n, false };
+    if (ok && c.bad) ok = fail(e, BAD_FILE, "its tokenizer lies outside the file");
+    if (!ok || !use_vocabulary(m, c.at, c.left, e)) return false;
+    int n = m->tokenizer.n_tokens;
+    return n_tokens < 0 || n == n_tokens ||
+           fail(e, BAD_FILE, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
 }
 
 static void close_model(Model *m) {
@@ -2807,9 +2807,8 @@ enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
 static bool contains(const char *text, size_t n, const char *part) {
     size_t length = strlen(part);
-    for (size_t i = 0; i + length <= n; i++) {
+    for (size_t i = 0; i + length <= n; i++)
         if (text[i] == part[0] && !memcmp(text + i, part, length)) return true;
-    }
     return false;
 }
 
@@ -3798,10 +3797,8 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
         return fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
     }
     *culprit = path;
-    if (!map_file(path, &m->tokenizer_file, e)) return false;
-    if (!open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e)) return false;
-    return m->tokenizer.n_tokens == m->config.n_tokens ||
-           fail(e, BAD_FILE, "has %d tokens, the checkpoint %d", m->tokenizer.n_tokens, m->config.n_tokens);
+    return map_file(path, &m->tokenizer_file, e) &&
+           open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
 static bool all_float32(const Model *m) {
@@ -3856,9 +3853,8 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
     char line[1024];
     int n =
         snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
-    for (int i = 0; i < n && i < (int)sizeof line - 1; i++) {
+    for (int i = 0; i < n && i < (int)sizeof line - 1; i++)
         if ((unsigned char)line[i] < 32 || line[i] == 127) line[i] = '?';
-    }
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     return e->status;
 }
