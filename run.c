@@ -1855,15 +1855,9 @@ static int by_place(const void *a, const void *b) {
 }
 
 static Entry *find_entry(const Directory *d, const char *name) {
-    size_t low = 0, high = d->n;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        int order = strcmp(d->entries[middle].name, name);
-        if (order == 0) return &d->entries[middle];
-        if (order < 0) low = middle + 1;
-        else high = middle;
-    }
-    return NULL;
+    Entry wanted;
+    snprintf(wanted.name, NAME_BYTES, "%s", name);
+    return bsearch(&wanted, d->entries, d->n, sizeof *d->entries, by_name);
 }
 
 // No two tensors may share bytes or names. Leaves the directory sorted by name.
@@ -1887,48 +1881,37 @@ static Entry *entry_for(const Directory *d, const Slot *slot) {
     return fused && fused->source.type ? fused : own;
 }
 
-// What a slot's tensor is packed from.
-typedef struct {
-    Slot slot;
-    Source source;
-    size_t offset;  // in the packed block
-} PackItem;
+static bool is_fused(const Entry *entry, const Slot *slot) { return strcmp(entry->name, slot->name) != 0; }
 
+// Makes the tiles of a file that has none, in one block.
 typedef struct {
-    PackItem *items;
-    size_t n;
-    unsigned char *block;
+    Model *m;
+    const Directory *d;
     Progress progress;
 } PackJob;
 
 static void pack_team(void *p, Team team) {
     PackJob *job = p;
-    for (size_t i = 0; i < job->n; i++) {
-        const PackItem *item = &job->items[i];
-        if (item->slot.tensor) {
-            pack_rows(job->block + item->offset, &item->source, share(n_row_tiles(item->slot.tensor), team));
-        } else if (team.thread == 0) {
-            memcpy(job->block + item->offset, item->source.data, item->source.cols * sizeof(float));
-        }
-        if (team.thread == 0) show_progress(&job->progress, i + 1, job->n);
+    unsigned char *to = job->m->packed;
+    for (size_t i = 0; i < n_slots(job->m); i++) {
+        Slot slot = get_slot(job->m, i);
+        const Entry *entry = entry_for(job->d, &slot);
+        if (!entry) continue;
+        Source part = entry->source;
+        part.rows = slot.rows;
+        if (is_fused(entry, &slot)) part.data = source_block(&part, slot.first_row, 0);
+        if (slot.tensor) pack_rows(to, &part, share(n_row_tiles(slot.tensor), team));
+        else if (team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
+        if (team.thread == 0) set_slot(&slot, to);
+        if (team.thread == 0) show_progress(&job->progress, i + 1, n_slots(job->m));
+        to += round_up(slot_bytes(&slot), 64);
     }
 }
 
-// Makes the tiles of a file that has none, in one block.
-static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
-    if (!(job->block = map_memory(m->packed_bytes, e))) return false;
-    m->packed = job->block;
-    job->progress = (Progress){ "packing tensor", clock_seconds(), false };
-    run_team(threads, pack_team, job);
-    for (size_t i = 0; i < job->n; i++) set_slot(&job->items[i].slot, job->block + job->items[i].offset);
-    return true;
-}
-
-// Fills one slot from its entry: points into a native file, or adds to what is to be packed.
-static bool bind_slot(Model *m, const Slot *slot, Entry *entry, PackJob *job, Error *e) {
+// Fills one slot from its entry: points into a native file, or counts what is to be packed.
+static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
-    bool is_fused = strcmp(entry->name, slot->name) != 0;
-    size_t rows = is_fused ? slot->fused_rows : slot->rows, first_row = is_fused ? slot->first_row : 0;
+    size_t rows = is_fused(entry, slot) ? slot->fused_rows : slot->rows;
     if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
         return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows,
                     slot->cols);
@@ -1942,21 +1925,17 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, PackJob *job, Er
     }
     if (slot->vector && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
-    PackItem *item = &job->items[job->n++];
-    *item = (PackItem){ *slot, *s, m->packed_bytes };
-    item->source.rows = slot->rows;
-    item->source.data += first_row * (s->cols / s->type->block_cols) * s->type->block_bytes;
     m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
 
 // Finds every tensor that the configuration needs, and sees that none is left over.
-static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
+static bool bind_slots(Model *m, Directory *d, Error *e) {
     bool needs_bias = find_family(m->config.family)->needs_bias;
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
         Entry *entry = entry_for(d, &slot);
-        if (entry && !bind_slot(m, &slot, entry, job, e)) return false;
+        if (entry && !bind_slot(m, &slot, entry, e)) return false;
         if (!entry && (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)))
             return fail(e, BAD_FILE, "tensor %s is missing", slot.name);
         if (slot.layer < 1) continue;
@@ -1972,12 +1951,12 @@ static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
 
 // From a checked configuration and what a file says it has to a model that can run.
 static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    PackJob job = { .items = allocate(n_slots(m), sizeof *job.items, e) };
-    bool ok = job.items && check_directory(d, e) && bind_slots(m, d, &job, e) &&
-              (job.n == 0 || pack_model(m, &job, threads, e));
-    if (ok && !m->head.tiles) m->head = m->embedding;
-    free(job.items);
-    return ok;
+    if (!check_directory(d, e) || !bind_slots(m, d, e)) return false;
+    PackJob job = { m, d, { "packing tensor", clock_seconds(), false } };
+    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
+    if (m->packed) run_team(threads, pack_team, &job);
+    if (!m->head.tiles) m->head = m->embedding;
+    return true;
 }
 
 // ---- cria's own file ----
@@ -2296,21 +2275,16 @@ static Key *find_key(Gguf *g, const char *name) {
 
 // Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
-    const unsigned char *p = k->value.at + i * gguf_sizes[k->item_type];
-    uint64_t u = 0;
-    float f;
-    double d;
-    memcpy(&u, p, gguf_sizes[k->item_type]);
-    memcpy(&f, &u, sizeof f);
-    memcpy(&d, &u, sizeof d);
+    union { uint64_t u; int8_t i8; int16_t i16; int32_t i32; int64_t i64; float f32; double f64; } x = { 0 };
+    memcpy(&x, k->value.at + i * gguf_sizes[k->item_type], gguf_sizes[k->item_type]);
     switch (k->item_type) {
-    case G_I8: return (int8_t)u;
-    case G_I16: return (int16_t)u;
-    case G_I32: return (int32_t)u;
-    case G_I64: return (double)(int64_t)u;
-    case G_F32: return (double)f;
-    case G_F64: return d;
-    default: return (double)u;
+    case G_I8: return x.i8;
+    case G_I16: return x.i16;
+    case G_I32: return x.i32;
+    case G_I64: return (double)x.i64;
+    case G_F32: return (double)x.f32;
+    case G_F64: return x.f64;
+    default: return (double)x.u;
     }
 }
 
@@ -2744,64 +2718,59 @@ static void close_model(Model *m) {
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
 // published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+#define CHATML "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", \
+               "<|im_start|>assistant\n", "<|im_end|>\n", false, false
+#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates, "<|eot_id|>", \
+                      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", \
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false
 static const ChatTemplate chat_templates[] = {
     { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
-      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_start|>system\n", "<|im_end|>\n",
-      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
     { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
-      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n",
-      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", CHATML },
     { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
-      "You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n",
-      "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
-    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" }, "You are a helpful assistant",
-      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
-      "<|im_end|>\n", false, false },
-    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, "<|im_start|>system\n",
-      "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
-    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" }, NULL,
-      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
-      "<|im_end|>\n", false, false },
-    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" }, "",
-      "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-      "Today Date: 26 Jul 2024\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
-      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
-    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL,
-      "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
-      "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
-    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" }, NULL, "<<SYS>>\n",
-      "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
-    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " }, NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ",
-      "[/INST]", "", "</s>", false, false },
-    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" }, NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
-      "[INST]", "[/INST]", "", "</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>",
-      false, true },
-    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" }, NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>",
-      false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false,
-      true },
-    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" }, NULL,
-      NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
-    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" }, NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n",
-      "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
-    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" }, NULL, "<|system|>\n", "</s>\n",
-      "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
+      "You are a helpful assistant.", CHATML },
+    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" },
+      "You are a helpful assistant", CHATML },
+    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, CHATML },
+    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" },
+      NULL, CHATML },
+    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" },
+      "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
+    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
+    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
+      NULL, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
+    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
+      NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ", "[/INST]", "", "</s>", false, false },
+    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
+      NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "", "</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" },
+      NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>", false, true },
+    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
+      NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>", false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" },
+      NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false, true },
+    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
+      NULL, NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
+    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
+      NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n", "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
+    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
+      NULL, "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
     { "vicuna", { "USER: ", "A chat between a curious user" },
       "A chat between a curious user and an artificial intelligence assistant. "
-      "The assistant gives helpful, detailed, and polite answers to the user's questions.", "", " ", "USER: ", " ",
-      "ASSISTANT:", "</s>", false, false },
-    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" }, NULL, "", "\n\n", "USER: ", "\n",
-      "ASSISTANT:", "</s>\n", false, false },
+      "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+      "", " ", "USER: ", " ", "ASSISTANT:", "</s>", false, false },
+    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
+      NULL, "", "\n\n", "USER: ", "\n", "ASSISTANT:", "</s>\n", false, false },
     { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
       "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
       "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", false, false },
-    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" }, NULL, "", "", "<｜User｜>", "",
-      "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
-    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" }, NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>",
-      "<｜end▁of▁sentence｜>", false, false },
-    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" }, NULL, "", "\n\n", "User: ", "\n\n",
-      "Assistant:", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
+      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
+      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
+      NULL, "", "\n\n", "User: ", "\n\n", "Assistant:", "<｜end▁of▁sentence｜>", false, false },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
@@ -2847,20 +2816,21 @@ static void *place(Arena *a, size_t count, size_t size) {
     return p;
 }
 
-// Lays out the buffers of s in the arena. Runs twice: to count, and to place.
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+// Lays out the buffers of s in the arena.
 static void lay_out_state(const Model *m, State *s, Arena *a) {
     const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = 0;
+    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = QUERIES_TOGETHER;
     for (int l = 0; l < c->n_layers; l++) {
         const Layer *layer = &m->layers[l];
-        n_heads = n_heads > (size_t)layer->n_heads ? n_heads : (size_t)layer->n_heads;
-        n_kv_heads = n_kv_heads > (size_t)layer->n_kv_heads ? n_kv_heads : (size_t)layer->n_kv_heads;
-        ffn_dim = ffn_dim > (size_t)layer->ffn_dim ? ffn_dim : (size_t)layer->ffn_dim;
-        size_t shared_by = (size_t)(layer->n_heads / layer->n_kv_heads);
-        group = group > shared_by ? group : shared_by;
+        n_heads = larger(n_heads, (size_t)layer->n_heads);
+        n_kv_heads = larger(n_kv_heads, (size_t)layer->n_kv_heads);
+        ffn_dim = larger(ffn_dim, (size_t)layer->ffn_dim);
+        group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
     }
     size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
-    size_t n_or_threads = n > (size_t)s->threads ? n : (size_t)s->threads;
+    size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->q_stride = round_up(n_heads * head_dim, 32);
     s->kv_stride = round_up(n_kv_heads * head_dim, 32);
@@ -2875,22 +2845,19 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     s->value = place(a, n * s->kv_stride, sizeof(float));
     s->gate = place(a, n * s->ffn_stride, sizeof(float));
     s->up = place(a, n * s->ffn_stride, sizeof(float));
-    s->widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
-    s->widest = s->widest > s->ffn_stride ? s->widest : s->ffn_stride;
+    s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
     s->blocks = place(a, n * s->widest / 32, sizeof *s->blocks);
     s->rounded = place(a, n_or_threads * s->widest / 32, sizeof *s->rounded);
     s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
     s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
-    group = group > QUERIES_TOGETHER ? group : QUERIES_TOGETHER;
     s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
     s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
     s->broken = place(a, n, sizeof *s->broken);
     s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
     for (int l = 0; l < c->n_layers; l++) {
-        size_t size = positions * (size_t)m->layers[l].n_kv_heads * head_dim;
-        void *key = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *value = place(a, size, s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+        size_t count = positions * (size_t)m->layers[l].n_kv_heads * head_dim, size = s->cache_f32 ? 4 : 2;
+        void *key = place(a, count, size), *value = place(a, count, size);
         if (!a->base) continue;
         s->keys[l] = key;
         s->values[l] = value;
@@ -2900,7 +2867,7 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
 // Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the
 // cache's type.
 static bool make_state(const Model *m, State *s, Error *e) {
-    Arena arena = { NULL, 0 };
+    Arena counted = { NULL, 0 }, placed = { NULL, 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
@@ -2908,12 +2875,11 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->rounds |= rounds;
         s->copies |= !rounds;
     }
-    lay_out_state(m, s, &arena);
-    s->arena_bytes = arena.used;
-    if (!(arena.base = map_memory(arena.used, e))) return false;
-    arena.used = 0;
-    lay_out_state(m, s, &arena);
-    s->arena = arena.base;
+    lay_out_state(m, s, &counted);
+    if (!(placed.base = map_memory(counted.used, e))) return false;
+    lay_out_state(m, s, &placed);
+    s->arena = placed.base;
+    s->arena_bytes = placed.used;
     return true;
 }
 
