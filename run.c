@@ -2914,41 +2914,31 @@ static void tell_speed(const Model *m, const Speed *v) {
 static void put_json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
     for (size_t i = 0; i < n;) {
-        unsigned char c = (unsigned char)text[i];
-        uint32_t code;
-        int valid = read_character(text + i, n - i, &code);
-        size_t length = valid > 0 ? (size_t)valid : 0;
-        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
-        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", c);
-        else if (length == 0) fputs("\\ufffd", f);
-        else fwrite(text + i, 1, length, f);
-        i += length ? length : 1;
+        uint32_t c;
+        int length = read_character(text + i, n - i, &c);
+        if (length <= 0) fputs("\\ufffd", f);
+        else if (c == '"' || c == '\\') fprintf(f, "\\%c", (char)c);
+        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", (unsigned)c);
+        else fwrite(text + i, 1, (size_t)length, f);
+        i += length > 0 ? (size_t)length : 1;
     }
     fputc('"', f);
 }
 
 // The ids on one line, or with --pieces a line for each token.
 static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
-    const char *separator = "";
-    if (options.json) putchar('[');
+    bool json = options.json, pieces = options.pieces;
+    if (json) putchar('[');
     for (size_t i = 0; i < tokens->n; i++) {
         size_t n;
         const char *bytes = piece(t, tokens->ids[i], &n);
-        if (options.json && options.pieces) {
-            printf("%s{\"id\": %d, \"piece\": ", separator, tokens->ids[i]);
-            put_json_string(stdout, bytes, n);
-            putchar('}');
-        } else if (options.pieces) {
-            printf("%7d  ", tokens->ids[i]);
-            put_json_string(stdout, bytes, n);
-            putchar('\n');
-        } else {
-            printf("%s%d", separator, tokens->ids[i]);
-        }
-        separator = options.json ? ", " : " ";
+        if (i && (json || !pieces)) printf(json ? ", " : " ");
+        printf(!pieces ? "%d" : json ? "{\"id\": %d, \"piece\": " : "%7d  ", tokens->ids[i]);
+        if (pieces) put_json_string(stdout, bytes, n);
+        if (pieces) putchar(json ? '}' : '\n');
     }
-    if (options.json) putchar(']');
-    if (options.json || !options.pieces) putchar('\n');
+    if (json) putchar(']');
+    if (json || !pieces) putchar('\n');
 }
 
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
@@ -3006,15 +2996,12 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
         }
         show_progress(&progress, chunk + 1, n_chunks);
     }
-    double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean,
-           perplexity = exp(mean);
-    double error = n_scored > 1 && variance > 0 ? sqrt(variance / (double)(n_scored - 1)) * perplexity : 0;
+    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean, ppl = exp(mean);
+    double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
     if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", perplexity, error,
+        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
                n_scored, n_chunks);
-    else
-        printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, perplexity,
-               error);
+    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
     return true;
 }
 
@@ -3025,15 +3012,13 @@ static void put_figure(const char *name, double value, const char *unit) {
     else printf("  %-28s %.6g%s%s\n", name, value, *unit ? " " : "", unit);
 }
 
-static void put_word(const char *name, const char *text, size_t n, bool first) {
-    if (options.json) {
-        printf("%s\n  \"%s\": ", first ? "{" : ",", name);
-        put_json_string(stdout, text, n);
-    } else {
-        printf("  %-28s ", name);
-        for (size_t i = 0; i < n; i++) putchar((unsigned char)text[i] < 32 || text[i] == 127 ? '?' : text[i]);
-        putchar('\n');
+static void put_word(const char *name, const char *text, bool first) {
+    if (!options.json) {
+        printf("  %-28s %s\n", name, text);
+        return;
     }
+    printf("%s\n  \"%s\": ", first ? "{" : ",", name);
+    put_json_string(stdout, text, strlen(text));
 }
 
 // Sizes, types, costs: what one needs to know before running a model.
@@ -3050,12 +3035,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         if (slot.tensor) by_type[slot.tensor->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
-    Container container = recognise(m->file.bytes, m->file.n_bytes);
-    const char *containers[] = { "cria", "GGUF", "llama2.c" }, *kind = m->tokenizer.kind == SPM   ? "SentencePiece"
-                                                                       : m->tokenizer.kind == BPE ? "byte-level BPE"
-                                                                                                  : "none";
-    put_word("container", containers[container], strlen(containers[container]), true);
-    put_word("family", c->family, strlen(c->family), false);
+    const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
+    const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
+    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)], true);
+    put_word("family", c->family, false);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
         double first = get_field(m, f, 0);
@@ -3068,10 +3051,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
             put_figure(name, get_field(m, f, l), "");
         }
     }
-    put_word("tokenizer", kind, strlen(kind), false);
+    put_word("tokenizer", tokenizers[m->tokenizer.kind], false);
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t && options.template_name) return false;
-    put_word("chat template", t ? t->name : "none", strlen(t ? t->name : "none"), false);
+    put_word("chat template", t ? t->name : "none", false);
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
         char name[48];
@@ -3085,7 +3068,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("memory for it", (double)s->arena_bytes / 1048576, "MiB");
     put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
-    put_word("kernel", kernels->name, strlen(kernels->name), false);
+    put_word("kernel", kernels->name, false);
     if (options.json) printf("\n}\n");
     return true;
 }
@@ -3653,23 +3636,19 @@ static const char *hint_for(const Option *o, const char *value) {
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     void *place = (char *)to + o->offset;
     char *end = "";
+    double x = 0;
+    bool starts = isdigit((unsigned char)*value) || (o->type != SEED && (*value == '-' || *value == '.'));
     errno = 0;
-    if (o->type == TEXT) {
-        *(const char **)place = value;
-    } else if (o->type == SEED) {
-        *(uint64_t *)place = strtoull(value, &end, 10);
-        if (!isdigit((unsigned char)*value) || *end || errno)
-            return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
-    } else {
-        double x = o->type == WHOLE ? (double)strtoll(value, &end, 10) : strtod(value, &end);
-        bool starts = isdigit((unsigned char)*value) || *value == '-' || *value == '.';
-        if (!starts || *end || end == value || errno || !(x >= o->min && x <= o->max))
-            return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
-                        o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
-        if (o->type == WHOLE) *(int64_t *)place = (int64_t)x;
-        else *(double *)place = x;
-    }
-    return true;
+    if (o->type == FLAG) *(bool *)place = true;
+    else if (o->type == TEXT) *(const char **)place = value;
+    else if (o->type == SEED) *(uint64_t *)place = strtoull(value, &end, 10);
+    else if (o->type == WHOLE) x = (double)(*(int64_t *)place = strtoll(value, &end, 10));
+    else x = *(double *)place = strtod(value, &end);
+    if (o->type == FLAG || o->type == TEXT) return true;
+    if (starts && !*end && end != value && !errno && x >= o->min && x <= o->max) return true;
+    if (o->type == SEED) return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
+    return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
+                o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
 }
 
 static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Error *e) {
@@ -3682,11 +3661,7 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
         }
         const Option *o = find_option(word);
         if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
-        if (o->type == FLAG) {
-            *(bool *)((char *)to + o->offset) = true;
-            continue;
-        }
-        if (++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
+        if (o->type != FLAG && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
         if (o->type == SEED) *has_seed = true;
         if (!set_option(o, argv[i], to, e)) return false;
     }
@@ -3694,8 +3669,8 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
 }
 
 typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "generate",   "chat",    "tokenize", "logits",
-                                                 "perplexity", "inspect", "export" };
+static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect",
+                                                 "export" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -3817,10 +3792,9 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
 // The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
 static int tell_error(const char *program, const char *culprit, const Error *e) {
     char line[1024];
-    int n =
-        snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
-    for (int i = 0; i < n && i < (int)sizeof line - 1; i++)
-        if ((unsigned char)line[i] < 32 || line[i] == 127) line[i] = '?';
+    snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     return e->status;
 }
@@ -3828,13 +3802,8 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
     bool has_seed = false;
     Mode mode;
-    options = (Options){ .mode = "generate",
-                         .temperature = 1.0,
-                         .top_p = 0.9,
-                         .n_predict = 256,
-                         .context = -1,
-                         .batch = 256,
-                         .threads = count_cores() };
+    options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
+                         .batch = 256, .threads = count_cores() };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.help) print_help();
     if (options.version) printf("cria %s\n", CRIA_VERSION);
@@ -3842,8 +3811,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
-    if (!open_files(m, mode, e, culprit)) return false;
+    if (!choose_kernels(options.kernel, e) || !open_files(m, mode, e, culprit)) return false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     sampler->from_clock = !has_seed;
@@ -3899,27 +3867,25 @@ static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
 }
 
 static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
-    bool ends = false, special = false, decodes = false, lines = false;
+    bool ends = false, special = false, decodes = false, lines = false, understood = true;
+    const char *path = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "-b")) ends = true;
         else if (!strcmp(argv[i], "-s")) special = true;
         else if (!strcmp(argv[i], "-d")) decodes = true;
         else if (!strcmp(argv[i], "--lines-hex")) lines = true;
-        else if (argv[i][0] == '-' || options.checkpoint)
-            return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
-        else options.checkpoint = argv[i];
+        else if (argv[i][0] == '-' || path) understood = false;
+        else path = argv[i];
     }
-    if (!options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
-    *culprit = options.checkpoint;
-    if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e))
-        return false;
+    if (!understood || !path) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+    *culprit = path;
+    if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
     *culprit = NULL;
-    const Tokenizer *t = &m->tokenizer;
+    if (lines) return put_lines(&m->tokenizer, ends, special, e);
     Buffer text = { 0 };
-    if (lines) return put_lines(t, ends, special, e);
     bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
-    if (ok && decodes) ok = put_text(t, (const char *)text.bytes, special, e);
-    else if (ok) ok = put_ids(t, (const char *)text.bytes, text.n - 1, ends, special, e);
+    if (ok && decodes) ok = put_text(&m->tokenizer, (const char *)text.bytes, special, e);
+    else if (ok) ok = put_ids(&m->tokenizer, (const char *)text.bytes, text.n - 1, ends, special, e);
     free(text.bytes);
     return ok;
 }
