@@ -1835,7 +1835,7 @@ typedef struct {
     Source source;    // how it is stored: rows, cols, data; type NULL in native files,
     int native_type;  // where it is in tiles of this type, or NATIVE_VECTOR
     bool is_vector;   // one dimension
-    uint64_t offset;  // GGUF: of source.data, from where the data of all tensors begin
+    uint64_t offset;  // of source.data, from where the data of all tensors begin
     size_t n_bytes;   // from source.data on
     bool used;
 } Entry;
@@ -1858,6 +1858,20 @@ static Entry *find_entry(const Directory *d, const char *name) {
     Entry wanted;
     snprintf(wanted.name, NAME_BYTES, "%s", name);
     return bsearch(&wanted, d->entries, d->n, sizeof *d->entries, by_name);
+}
+
+// Finds each tensor's bytes in those of all, which begin at a multiple of `step`, as every tensor must.
+static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
+    for (size_t i = 0; i < d->n; i++) {
+        Entry *entry = &d->entries[i];
+        unsigned long long offset = entry->offset;
+        if (offset % step)
+            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, offset, step);
+        if (data.bad || offset > data.left || entry->n_bytes > data.left - offset)
+            return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+        entry->source.data = data.at + offset;
+    }
+    return true;
 }
 
 // No two tensors may share bytes or names. Leaves the directory sorted by name.
@@ -2022,7 +2036,7 @@ static bool read_config(Model *m, Cursor c, Error *e) {
                                (const char *)c.at);
 }
 
-static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h, Cursor c, Directory *d, Error *e) {
+static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
     if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
         return fail(e, BAD_FILE, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
     if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
@@ -2032,15 +2046,11 @@ static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h,
         r.name[NAME_BYTES - 1] = 0;
         if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
             return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
-        uint64_t begin = h->weights.at, end = begin + h->weights.n_bytes;
-        if (r.at % 64 || r.at < begin || r.at > end || r.n_bytes > end - r.at)
-            return fail(e, BAD_FILE, "%s lies outside the file's weights", r.name);
         Entry *entry = &d->entries[d->n];
+        *entry = (Entry){ .native_type = (int)r.type, .is_vector = r.type == NATIVE_VECTOR,
+                          .source = { .rows = r.rows, .cols = r.cols }, .offset = r.at - h->weights.at,
+                          .n_bytes = (size_t)r.n_bytes };
         memcpy(entry->name, r.name, NAME_BYTES);
-        entry->native_type = (int)r.type;
-        entry->is_vector = r.type == NATIVE_VECTOR;
-        entry->source = (Source){ NULL, r.rows, r.cols, bytes + r.at, NULL, 0 };
-        entry->n_bytes = (size_t)r.n_bytes;
     }
     return true;
 }
@@ -2075,7 +2085,8 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
         return fail(e, BAD_FILE, "a section of the header lies outside the file");
     memcpy(m->config.family, h.family, sizeof h.family);
     m->config.family[sizeof h.family - 1] = 0;
-    if (!read_config(m, config, e) || !read_tensor_records(bytes, &h, tensors, d, e)) return false;
+    if (!read_config(m, config, e) || !read_tensor_records(&h, tensors, d, e) || !place_entries(d, weights, 64, e))
+        return false;
     m->chat_template = chat_template.left ? (const char *)chat_template.at : NULL;
     m->chat_template_bytes = chat_template.left;
     return use_vocabulary(m, tokenizer.at, tokenizer.left, e);
@@ -2125,8 +2136,9 @@ typedef struct {
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
-    bool exists = stat(path, &info) == 0;
-    *o = (Output){ .path = exists ? realpath(path, NULL) : strdup(path) };
+    bool exists = path && stat(path, &info) == 0;
+    *o = (Output){ .path = exists ? realpath(path, NULL) : path ? strdup(path) : NULL };
+    if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
     if (exists && !S_ISREG(info.st_mode)) {
         o->stream = fopen(o->path, "wb");
@@ -2158,15 +2170,6 @@ static bool write_padded(FILE *f, const void *bytes, size_t n) {
     return (n == 0 || fwrite(bytes, 1, n, f) == n) && fwrite(zeros, 1, padding, f) == padding;
 }
 
-static bool write_weights(Model *m, FILE *f) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        if (!is_stored(m, &slot)) continue;
-        if (interrupted || !write_padded(f, slot_data(&slot), slot_bytes(&slot))) return false;
-    }
-    return true;
-}
-
 // Writes the model as a native file.
 static bool export_model(Model *m, const char *path, Error *e) {
     Buffer config = { 0 }, records = { 0 };
@@ -2189,7 +2192,10 @@ static bool export_model(Model *m, const char *path, Error *e) {
     bool opened = ok && open_output(&out, path, e);
     ok = opened && write_padded(out.stream, &h, sizeof h);
     for (int i = 0; ok && i < 4; i++) ok = write_padded(out.stream, sections[i].bytes, sections[i].n_bytes);
-    ok = ok && write_weights(m, out.stream);
+    for (size_t i = 0; ok && i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        if (is_stored(m, &slot)) ok = !interrupted && write_padded(out.stream, slot_data(&slot), slot_bytes(&slot));
+    }
     if (interrupted) fail(e, INTERRUPTED, "interrupted");
     else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
     ok = close_output(&out, ok, e);
@@ -2460,12 +2466,6 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     return pack_vocabulary(&v, section, e);
 }
 
-static const SourceType *find_source_type(uint32_t gguf_id) {
-    for (int i = 0; i < N_SOURCE_TYPES; i++)
-        if (source_types[i].gguf_id == (int64_t)gguf_id) return &source_types[i];
-    return NULL;
-}
-
 // One tensor's name, shape, type and offset; `data` is filled in when it is known where the data begin.
 static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     size_t n_name;
@@ -2481,7 +2481,9 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     memcpy(entry->name, name, n_name);
     if (n_dims < 1 || n_dims > 4)
         return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
-    const SourceType *source = find_source_type(type);
+    const SourceType *source = NULL;
+    for (int i = 0; i < N_SOURCE_TYPES; i++)
+        if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
     if (dims[0] == 0 || dims[1] == 0 || dims[2] != 1 || dims[3] != 1 || dims[0] % source->block_cols)
         return fail(e, BAD_FILE, "%s has a shape that %s cannot have", entry->name, source->name);
@@ -2505,16 +2507,7 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
         if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
     take(c, round_up(n_read, step) - n_read);
-    for (size_t i = 0; i < d->n; i++) {
-        Entry *entry = &d->entries[i];
-        if (entry->offset % step)
-            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name,
-                        (unsigned long long)entry->offset, step);
-        if (c->bad || entry->offset > c->left || entry->n_bytes > c->left - entry->offset)
-            return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
-        entry->source.data = c->at + entry->offset;
-    }
-    return true;
+    return place_entries(d, *c, step, e);
 }
 
 // The header and all keys; the cursor is left at the tensors.
@@ -2646,17 +2639,15 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
 
 // ---- Any of them ----
 
-// Things that people take for a checkpoint.
-static const char *recognise_mistake(const unsigned char *bytes, size_t n) {
-    if (n >= 4 && !memcmp(bytes, "PK\3\4", 4)) return "a zip archive or PyTorch file: convert it first";
-    if (n >= 4 && !memcmp(bytes, "\177ELF", 4)) return "a program";
-    if (n >= 8 && !memcmp(bytes, "version ", 8))
-        return "a Git LFS pointer: the file itself was not fetched (git lfs pull)";
-    if (n >= 1 && bytes[0] == '<') return "a web page: was it the right link?";
-    if (n >= 9 && bytes[8] == '{') return "a safetensors file: convert it first";
-    if (n >= 4 && !memcmp(bytes, "FUGG", 4)) return "a big-endian GGUF, which is not supported";
-    return NULL;
-}
+// Things that people take for a checkpoint, by the bytes at some place.
+static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
+    { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
+    { 0, "\177ELF", "a program" },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
+    { 0, "<", "a web page: was it the right link?" },
+    { 8, "{", "a safetensors file: convert it first" },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported" },
+};
 
 typedef enum { NATIVE, GGUF, LLAMA2C } Container;
 
@@ -2667,8 +2658,11 @@ static Container recognise(const unsigned char *bytes, size_t n) {
 
 // A model's parts from a file's bytes. On failure too, close_model() frees what there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    const char *mistake = recognise_mistake(bytes, n_bytes);
-    if (mistake) return fail(e, BAD_FILE, "is %s", mistake);
+    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
+        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
+        if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
+            return fail(e, BAD_FILE, "is %s", mistakes[i].thing);
+    }
     static bool (*const parsers[])(const unsigned char *, size_t, Model *, Directory *, Error *) = {
         [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
     };
@@ -2943,7 +2937,6 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
 
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
 static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
-    if (!options.output) return fail(e, MISUSE, "-m logits needs -o FILE to write to");
     if (tokens->n > (size_t)s->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
     Output out;
@@ -3705,8 +3698,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
         if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
-        if (!f || !ok) ok = fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
-        else ok = read_all(f, &text, e);
+        ok = f && ok ? read_all(f, &text, e) : fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
         if (f && f != stdin) fclose(f);
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
@@ -3779,10 +3771,7 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     case LOGITS: ok = run_logits(m, s, &tokens, e); break;
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
-    case EXPORT:
-        ok = options.output ? export_model(m, options.output, e)
-                            : fail(e, MISUSE, "-m export needs -o FILE to write to");
-        break;
+    case EXPORT: ok = export_model(m, options.output, e); break;
     case N_MODES: break;
     }
     free(tokens.ids);
@@ -3814,11 +3803,8 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!choose_kernels(options.kernel, e) || !open_files(m, mode, e, culprit)) return false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    sampler->from_clock = !has_seed;
-    sampler->temperature = (float)options.temperature;
-    sampler->top_p = (float)options.top_p;
-    sampler->min_p = (float)options.min_p;
-    sampler->top_k = (int)options.top_k;
+    *sampler = (Sampler){ .from_clock = !has_seed, .temperature = (float)options.temperature,
+                          .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
     sigaction(SIGINT, &action, NULL);
