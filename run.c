@@ -1344,9 +1344,8 @@ INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 1
 
 INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
     for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++) {
+        for (int r = 0; r < 16; r++)
             for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
-        }
     }
 }
 
@@ -1531,8 +1530,7 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
 
 // ---- The operating system ----
 
-// Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is
-// used.
+// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used.
 static void *map_memory(size_t n_bytes, Error *e) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -1564,8 +1562,7 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
-// The physical cores that this process may use: a core's second thread shares its arithmetic, and would only be in the
-// way.
+// The physical cores that this process may use: a core's second thread shares its arithmetic, it would be in the way.
 static int count_cores(void) {
 #ifdef __linux__
     cpu_set_t allowed;
@@ -1754,11 +1751,8 @@ static const TensorRule layer_rules[] = {
     { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
 };
-enum {
-    N_MODEL_RULES = sizeof model_rules / sizeof *model_rules,
-    N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules,
-    NAME_BYTES = 64,
-};
+enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules, NAME_BYTES = 64 };
+enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -1981,9 +1975,7 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
 enum { LAYOUT = 1 };  // of tiles and sections: it changes when either does
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
-typedef struct {
-    uint64_t at, n_bytes;
-} Section;
+typedef struct { uint64_t at, n_bytes; } Section;
 
 typedef struct {
     unsigned char magic[8];
@@ -2302,9 +2294,8 @@ static bool get_number(Gguf *g, const char *name, double min, double max, double
     if (!k) return true;
     if (!is_number(k->type))
         return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
-    *value = key_number(k, 0);
-    return (*value >= min && *value <= max) ||
-           fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, *value, min, max);
+    double x = *value = key_number(k, 0);
+    return (x >= min && x <= max) || fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
 }
 
 // A text key, NULL if there is none.
@@ -2569,9 +2560,7 @@ static const char *const llama2c_order[2][14] = {
       "output.weight", NULL, NULL },
 };
 
-typedef struct {
-    int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context;
-} Llama2cHeader;
+typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
 // Adds the tensor of a slot that lies at the cursor.
 static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
@@ -2796,8 +2785,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base
-// NULL, to count the bytes, then with the block itself.
+// All buffers of the forward pass come from one block. lay_out_state() runs twice: with base NULL, which counts the
+// bytes, then with the block itself.
 typedef struct {
     unsigned char *base;
     size_t used;
@@ -2812,7 +2801,6 @@ static void *place(Arena *a, size_t count, size_t size) {
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-// Lays out the buffers of s in the arena.
 static void lay_out_state(const Model *m, State *s, Arena *a) {
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = QUERIES_TOGETHER;
@@ -2858,8 +2846,7 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     }
 }
 
-// Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the
-// cache's type.
+// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32.
 static bool make_state(const Model *m, State *s, Error *e) {
     Arena counted = { NULL, 0 }, placed = { NULL, 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
@@ -3703,8 +3690,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
     }
-    // A text has to begin with something: where the model puts no token there and the user no text, its begin token
-    // does.
+    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
     if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
@@ -3734,13 +3720,6 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-static bool all_float32(const Model *m) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        if (slot.tensor && slot.tensor->tiles && slot.tensor->type != F32) return false;
-    }
-    return true;
-}
 
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
@@ -3750,9 +3729,13 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
     s->threads = (int)options.threads;
     s->exact = options.exact;
-    s->cache_f32 = options.exact || all_float32(m);
-    if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
-    if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16"))
+    bool all_f32 = true;
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        all_f32 &= !slot.tensor || !slot.tensor->tiles || slot.tensor->type == F32;
+    }
+    s->cache_f32 = options.cache ? !strcmp(options.cache, "f32") : options.exact || all_f32;
+    if (options.cache && !s->cache_f32 && strcmp(options.cache, "f16"))
         return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
     if (!make_state(m, s, e)) return false;
     if (options.context == 0 && !options.quiet)

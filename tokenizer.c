@@ -126,9 +126,6 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The same for the pieces that chat templates write, such as <|im_end|>.
-static int find_special(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, SPECIAL_TYPES); }
-
 // The longest piece of this type that the n bytes at s begin with, or -1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
@@ -920,8 +917,8 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     };
     enum { N_NAMES = sizeof names / sizeof *names };
     int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
-    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = find_special(t, names[i], strlen(names[i]));
-    if (find_special(t, "<|return|>", 10) >= 0) ids[N_NAMES + 2] = -1;
+    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = lookup(t, names[i], strlen(names[i]), SPECIAL_TYPES);
+    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_NAMES + 2] = -1;
     for (size_t i = 0; i < N_NAMES + 3; i++) {
         bool new = ids[i] >= 0;
         for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
