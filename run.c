@@ -2757,13 +2757,6 @@ static const ChatTemplate chat_templates[] = {
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
-static bool contains(const char *text, size_t n, const char *part) {
-    size_t length = strlen(part);
-    for (size_t i = 0; i + length <= n; i++)
-        if (text[i] == part[0] && !memcmp(text + i, part, length)) return true;
-    return false;
-}
-
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
     char names[320] = "";
@@ -2772,7 +2765,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
         bool fits = name ? !strcmp(name, t->name) : m->chat_template != NULL;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
-            fits = contains(m->chat_template, m->chat_template_bytes, t->signs[j] + absent) != absent;
+            const char *sign = t->signs[j] + absent;
+            fits = (memmem(m->chat_template, m->chat_template_bytes, sign, strlen(sign)) != NULL) != absent;
         }
         if (fits) return t;
         size_t n = strlen(names);

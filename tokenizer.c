@@ -612,6 +612,23 @@ static size_t normalise(const char *s, size_t n, char *to) {
     return length;
 }
 
+// Takes the tokens of one type out of the text: the leftmost, then longest, wherever they begin from `at` to `end`.
+// What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
+static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
+                          bool (*rest)(Encoder *c, const char *s, size_t n)) {
+    while (at < end) {
+        size_t length;
+        int id = longest_special(c->t, type, s + at, end - at, &length);
+        if (id < 0) {
+            at++;
+            continue;
+        }
+        if (!rest(c, s + *begin, at - *begin) || !emit(c->out, id, c->e)) return false;
+        *begin = at += length;
+    }
+    return true;
+}
+
 // Tokens of what stands between two control tokens: what sentencepiece or Hugging Face would be given as one text. The
 // leftmost, then longest user-defined piece is always itself, whatever the words.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
@@ -624,17 +641,7 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
         s = (const char *)c->scratch;
     }
     size_t begin = 0;
-    for (size_t i = 0; i < n;) {
-        size_t length;
-        int id = longest_special(c->t, PIECE_USER_DEFINED, s + i, n - i, &length);
-        if (id < 0) {
-            i++;
-            continue;
-        }
-        if (!encode_words(c, s + begin, i - begin) || !emit(c->out, id, c->e)) return false;
-        begin = i += length;
-    }
-    return encode_words(c, s + begin, n - begin);
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
 // Tokens of the joined text of the spans. A control token must lie wholly in special spans.
@@ -644,14 +651,7 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
         bool special = spans[i].special;
         size_t end = at;
         for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
-        for (; special && at < end; at++) {
-            size_t length;
-            int id = longest_special(c->t, PIECE_CONTROL, text + at, end - at, &length);
-            if (id < 0) continue;
-            if (!encode_plain(c, text + begin, at - begin) || !emit(c->out, id, c->e)) return false;
-            begin = at + length;
-            at = begin - 1;
-        }
+        if (special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
         at = end;
     }
     return encode_plain(c, text + begin, n - begin);
