@@ -1306,9 +1306,7 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = half_of_float(from[i]);
 }
 
-INLINE float float_of_bfloat(uint16_t b) {
-    return float_of_bits((uint32_t)b << 16);
-}
+INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
 // Sixteen weights of a float tile from number i on.
 INLINE void load_weights(float w[16], Type type, const unsigned char *tile, size_t i, Widen *widen) {
@@ -1344,9 +1342,8 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
 
 INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
     for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++) {
+        for (int r = 0; r < 16; r++)
             for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
-        }
     }
 }
 
@@ -1375,11 +1372,8 @@ INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u)
 INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
-    if (types[type].quantised) {
-        unpack_quants(type, tile, u);
-        return;
-    }
-    if (type == F32) memcpy(w, tile, sizeof u->w);
+    if (types[type].quantised) unpack_quants(type, tile, u);
+    else if (type == F32) memcpy(w, tile, sizeof u->w);
     else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
     else for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
 }
@@ -1468,52 +1462,46 @@ typedef struct {
 // tile comes as zeros, which are what the padding must be.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
-static const unsigned char *source_block(const Source *s, size_t row, size_t col);
+struct SourceType {
+    const char *name;
+    int gguf_id;  // -1: GGUF has no such type
+    size_t block_cols, block_bytes;
+    Type tile;
+    PackTile *pack;
+};
 
-static void pack_f32(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileF32 *t = tile;
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
+    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
+}
+
+// Bytes of the source's rows (without scales that lie apart).
+static size_t source_bytes(const Source *s) {
+    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
+}
+
+static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    TileF32 *f32 = tile;
+    TileF16 *f16 = tile;
+    size_t size = s->type->block_bytes, cols = s->cols - col < 32 ? s->cols - col : 32;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 4 * c, 4);
+        for (size_t c = 0; c < cols; c++) {
+            if (size == 4) memcpy(&f32->w[c][r], from + 4 * c, 4);
+            else memcpy(&f16->w[c][r], from + 2 * c, 2);
+        }
     }
 }
 
-static void pack_16_bits(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileF16 *t = tile;
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+// Scale, minimum if any, and quants. The file pairs weights 0-15 with 16-31 in one byte, as 4-bit tiles do: so four
+// bytes of a row move as they are, for 8 bits and for 4.
+static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    size_t n_scales = types[s->type->tile].has_min ? 2 : 1, n_groups = (s->type->block_bytes - 2 * n_scales) / 4;
+    uint16_t *scales = tile;
+    int8_t(*q)[16][4] = (void *)(scales + 16 * n_scales);
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy(&t->w[c][r], from + 2 * c, 2);
-    }
-}
-
-static void pack_q8_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ8 *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ8_0 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        for (int g = 0; g < 8; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
-    }
-}
-
-// The file pairs weights 0-15 with 16-31 in one byte, as the tile does: four bytes of a row move as they are.
-static void pack_q4_0(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ4 *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ4_0 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
-    }
-}
-
-static void pack_q4_1(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ4M *t = tile;
-    for (size_t r = 0; r < rows; r++) {
-        const BlockQ4_1 *b = (const void *)source_block(s, row + r, col);
-        memcpy(&t->scale[r], b->scale, 2);
-        memcpy(&t->min[r], b->min, 2);
-        for (int g = 0; g < 4; g++) memcpy(t->q[g][r], b->q + 4 * g, 4);
+        for (size_t i = 0; i < n_scales; i++) memcpy(&scales[16 * i + r], from + 2 * i, 2);
+        for (size_t g = 0; g < n_groups; g++) memcpy(q[g][r], from + 2 * n_scales + 4 * g, 4);
     }
 }
 
@@ -1529,34 +1517,17 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
 
 // The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
 // that it becomes is chapter 4's.
-struct SourceType {
-    const char *name;
-    int gguf_id;                      // -1: GGUF has no such type
-    size_t block_cols, block_bytes;
-    Type tile;
-    PackTile *pack;
-};
-
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_f32 },
-    { "F16", 1, 1, 2, F16, pack_16_bits },
-    { "BF16", 30, 1, 2, BF16, pack_16_bits },
-    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_q8_0 },
-    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_q4_0 },
-    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_q4_1 },
+    { "F32", 0, 1, 4, F32, pack_floats },
+    { "F16", 1, 1, 2, F16, pack_floats },
+    { "BF16", 30, 1, 2, BF16, pack_floats },
+    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_blocks },
+    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_blocks },
+    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_blocks },
     { "int8 groups", -1, 32, 32, Q8F, pack_groups },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
-
-static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
-    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
-}
-
-// Bytes of the source's rows (without scales that lie apart).
-static size_t source_bytes(const Source *s) {
-    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
-}
 
 // Makes row tiles `range` of a matrix from its source.
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
@@ -1580,12 +1551,10 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
 
 // ---- The operating system ----
 
-// Zeroed pages that cost no memory before they are touched, so that a long context is paid for only as far as it is
-// used.
+// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used.
 static void *map_memory(size_t n_bytes, Error *e) {
-    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED
-                                    : mmap(NULL, n_bytes ? n_bytes : 1, PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
     return NULL;
@@ -1606,34 +1575,29 @@ static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
     if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
     struct stat info;
-    bool ok = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
-    if (!ok) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
-    else if (info.st_size == 0) ok = fail(e, BAD_FILE, "an empty file, expected a checkpoint");
-    if (ok) {
-        map->n_bytes = (size_t)info.st_size;
-        void *p = mmap(NULL, map->n_bytes, PROT_READ, MAP_SHARED, file, 0);
-        map->bytes = p;
-        if (p == MAP_FAILED)
-            ok = fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
-        else
-            use_large_pages(p, map->n_bytes);
-    }
+    void *p = MAP_FAILED;
+    if (fstat(file, &info) || !S_ISREG(info.st_mode)) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
+    else if (info.st_size == 0) fail(e, BAD_FILE, "an empty file, expected a checkpoint");
+    else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
+        fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
     close(file);
-    return ok;
+    if (p == MAP_FAILED) return false;
+    *map = (Map){ p, (size_t)info.st_size };
+    use_large_pages(p, map->n_bytes);
+    return true;
 }
 
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[65536];
-    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;) {
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;)
         if (!append(b, chunk, n, e)) return false;
-    }
     if (interrupted) return fail(e, INTERRUPTED, "interrupted");
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
-// The processors that this process may use; or only the physical cores among them: a core's second thread shares its
-// arithmetic, and would only be in the way.
+// The processors that this process may use, or only the physical cores among them: a core's second thread shares its
+// arithmetic, and would be in the way.
 static int count_cores(bool physical) {
 #ifdef __linux__
     cpu_set_t allowed;
@@ -1668,13 +1632,10 @@ static void on_interrupt(int number) {
 }
 
 static bool read_line(Buffer *line) {
-    size_t capacity = line->capacity;
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
-    errno = 0;
-    ssize_t n = interrupted ? -1 : getline(&text, &capacity, stdin);
+    ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
     line->bytes = (unsigned char *)text;
-    line->capacity = capacity;
     if (n < 0) return false;
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
     line->n = (size_t)n;
@@ -1701,34 +1662,36 @@ static const Family families[] = {
 };
 
 static const Family *find_family(const char *name) {
-    for (size_t i = 0; i < sizeof families / sizeof *families; i++) {
+    for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (!strcmp(families[i].name, name)) return &families[i];
-    }
     return NULL;
 }
 
-// A number of the configuration: its name in native files, where it lives, and what it may be.
+// A number of the configuration: its name in native files, where it lives, what it may be, and where a GGUF has it.
+// The first says of how many layers the others are to be had.
 typedef struct {
     const char *name;
     enum { INTEGER, SINGLE, DOUBLE } type;
     bool per_layer;
     size_t offset;  // in Config or in Layer
     double min, max;
+    const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
+    double otherwise;  // where there is no such key; NAN: it is needed; -1: worked out from others
 } ConfigField;
 
 static const ConfigField config_fields[] = {
-    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS },  // first: the per-layer fields need it
-    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM },
-    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS },
-    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM },
-    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM },
-    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT },
-    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1 },
-    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15 },
-    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6 },
-    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS },
-    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS },
-    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM },
+    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN },
+    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN },
+    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0 },
+    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", -1 },
+    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", -1 },
+    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN },
+    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN },
+    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000 },
+    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0 },
+    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS, ".attention.head_count", NAN },
+    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", -1 },
+    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN },
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
@@ -1761,26 +1724,24 @@ static bool check_config(Model *m, Error *e) {
     c->pairing = family->pairing;
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
-        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++) {
+        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
-        }
     }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
         return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
                     c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        if (layer->n_heads % layer->n_kv_heads)
-            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, layer->n_heads,
-                        layer->n_kv_heads);
-        if (layer->n_heads * c->head_dim > MAX_FFN_DIM)
-            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, layer->n_heads, c->head_dim);
+        int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
+        if (heads % groups)
+            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
+        if (heads * c->head_dim > MAX_FFN_DIM)
+            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
 }
 
-static bool make_layers(Model *m, int n, Error *e) {
-    m->config.n_layers = n;
+static bool make_layers(Model *m, Error *e) {
+    int n = m->config.n_layers;
     if (n < 1 || n > MAX_LAYERS) return fail(e, BAD_FILE, "n_layers is %d, expected 1 to %d", n, MAX_LAYERS);
     m->layers = allocate((size_t)n, sizeof *m->layers, e);
     return m->layers != NULL;
@@ -1790,11 +1751,7 @@ static bool make_layers(Model *m, int n, Error *e) {
 // tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
 // other in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS } Size;
-typedef enum {
-    NEEDED,
-    OPTIONAL,
-    BIAS
-} Need; // BIAS: optional, but query, key and value's are needed where the family says so
+typedef enum { NEEDED, OPTIONAL, BIAS } Need;  // BIAS: of query, key and value, needed where the family says so
 
 typedef struct {
     const char *name;
@@ -1829,20 +1786,18 @@ static const TensorRule layer_rules[] = {
     { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
 };
-enum {
-    N_MODEL_RULES = sizeof model_rules / sizeof *model_rules,
-    N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules,
-    NAME_BYTES = 64,
-};
+enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules, NAME_BYTES = 64 };
+enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
 
 // One of the tensors that a model has or may have.
 typedef struct {
     const TensorRule *rule;
-    int layer;         // -1: the model's
-    size_t rows, cols; // of a vector: 1 and its length
-    Tensor *tensor;    // one of these two is where it belongs
+    int layer;          // -1: the model's
+    size_t rows, cols;  // of a vector: 1 and its length
+    Tensor *tensor;     // one of these two is where it belongs
     const float **vector;
     char name[NAME_BYTES], fused[NAME_BYTES];
+    size_t first_row, fused_rows;  // where it begins in the fused tensor, and what that has in all
 } Slot;
 
 static size_t size_of(const Model *m, int layer, Size size) {
@@ -1858,9 +1813,7 @@ static size_t size_of(const Model *m, int layer, Size size) {
     }
 }
 
-static size_t n_slots(const Model *m) {
-    return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES;
-}
+static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
 
 // The i-th tensor of the model, in the order in which native files hold them.
 static Slot get_slot(Model *m, size_t i) {
@@ -1875,21 +1828,44 @@ static Slot get_slot(Model *m, size_t i) {
     else slot.tensor = (Tensor *)(void *)place;
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
     else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", layer, rule->name);
-    if (rule->fused) snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    if (!rule->fused) return slot;
+    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    for (const TensorRule *r = layer_rules; r < layer_rules + N_LAYER_RULES; r++) {
+        if (!r->fused || strcmp(r->fused, rule->fused)) continue;
+        if (r == rule) slot.first_row = slot.fused_rows;
+        slot.fused_rows += size_of(m, layer, r->rows);
+    }
     return slot;
 }
 
-static bool slot_is_filled(const Slot *s) {
-    return s->tensor ? s->tensor->tiles != NULL : *s->vector != NULL;
+static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
+
+static void set_slot(const Slot *s, const unsigned char *data) {
+    if (s->tensor) s->tensor->tiles = data;
+    else *s->vector = (const float *)(const void *)data;
+}
+
+// Bytes in the form in which it is used.
+static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
+
+// Whether the model has it, and not as a second name of the embedding.
+static bool is_stored(const Model *m, const Slot *s) {
+    return slot_data(s) && !(s->tensor == &m->head && m->head.tiles == m->embedding.tiles);
+}
+
+// Whether every token is multiplied with it, which an embedding that is not the head is not.
+static bool is_multiplied(const Model *m, const Slot *s) {
+    return s->tensor && s->tensor->tiles && s->tensor != &m->embedding;
 }
 
 // A tensor that a file says it has.
 typedef struct {
     char name[NAME_BYTES];
-    Source source;            // how it is stored: rows, cols, data; type NULL in native files,
-    int native_type;          // where it is in tiles of this type, or NATIVE_VECTOR
-    bool is_vector;           // one dimension
-    size_t n_bytes;           // from source.data on
+    Source source;    // how it is stored: rows, cols, data; type NULL in native files,
+    int native_type;  // where it is in tiles of this type, or NATIVE_VECTOR
+    bool is_vector;   // one dimension
+    uint64_t offset;  // of source.data, from where the data of all tensors begin
+    size_t n_bytes;   // from source.data on
     bool used;
 } Entry;
 
@@ -1900,9 +1876,7 @@ typedef struct {
     size_t n;
 } Directory;
 
-static int by_name(const void *a, const void *b) {
-    return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name);
-}
+static int by_name(const void *a, const void *b) { return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name); }
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
@@ -1910,15 +1884,23 @@ static int by_place(const void *a, const void *b) {
 }
 
 static Entry *find_entry(const Directory *d, const char *name) {
-    size_t low = 0, high = d->n;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        int order = strcmp(d->entries[middle].name, name);
-        if (order == 0) return &d->entries[middle];
-        if (order < 0) low = middle + 1;
-        else high = middle;
+    Entry wanted;
+    snprintf(wanted.name, NAME_BYTES, "%s", name);
+    return bsearch(&wanted, d->entries, d->n, sizeof *d->entries, by_name);
+}
+
+// Finds each tensor's bytes in those of all, which begin at a multiple of `step`, as every tensor must.
+static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
+    for (size_t i = 0; i < d->n; i++) {
+        Entry *entry = &d->entries[i];
+        unsigned long long offset = entry->offset;
+        if (offset % step)
+            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, offset, step);
+        if (data.bad || offset > data.left || entry->n_bytes > data.left - offset)
+            return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+        entry->source.data = data.at + offset;
     }
-    return NULL;
+    return true;
 }
 
 // No two tensors may share bytes or names. Leaves the directory sorted by name.
@@ -1930,149 +1912,97 @@ static bool check_directory(const Directory *d, Error *e) {
             return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
     }
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
-    for (size_t i = 1; i < d->n; i++) {
+    for (size_t i = 1; i < d->n; i++)
         if (!by_name(&d->entries[i - 1], &d->entries[i]))
             return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
-    }
     return true;
 }
 
-// The entry for a slot: its own or, at *first_row of it, the fused one; NULL and no error if the file has neither.
-static Entry *entry_for(Model *m, const Directory *d, size_t index, const Slot *slot, size_t *first_row, Error *e) {
-    *first_row = 0;
-    Entry *entry = find_entry(d, slot->name);
-    size_t rows = slot->rows;
-    Entry *fused = entry || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
-    if (fused && fused->source.type) {  // native files have no fused tensors
-        entry = fused;
-        size_t first = index, last = index;  // the parts stand side by side in the table
-        while (first > 0 && !strcmp(get_slot(m, first - 1).fused, slot->fused)) first--;
-        while (last + 1 < n_slots(m) && !strcmp(get_slot(m, last + 1).fused, slot->fused)) last++;
-        rows = 0;
-        for (size_t i = first; i <= last; i++) {
-            if (i == index) *first_row = rows;
-            rows += get_slot(m, i).rows;
-        }
-    }
-    if (!entry) return NULL;
-    if (entry->is_vector != (slot->vector != NULL) || entry->source.rows != rows || entry->source.cols != slot->cols) {
-        fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, entry->source.rows, entry->source.cols,
-             rows, slot->cols);
-        return NULL;
-    }
-    entry->used = true;
-    return entry;
+// The entry for a slot: its own or the fused one, or NULL. Native files have no fused tensors.
+static Entry *entry_for(const Directory *d, const Slot *slot) {
+    Entry *own = find_entry(d, slot->name), *fused = own || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
+    return fused && fused->source.type ? fused : own;
 }
 
-// What a slot's tensor is packed from.
-typedef struct {
-    Slot slot;
-    Source source;
-    size_t offset;  // in the packed block
-} PackItem;
+static bool is_fused(const Entry *entry, const Slot *slot) { return strcmp(entry->name, slot->name) != 0; }
 
+// Makes the tiles of a file that has none, in one block.
 typedef struct {
-    PackItem *items;
-    size_t n;
-    unsigned char *block;
+    Model *m;
+    const Directory *d;
     double start;
 } PackJob;
 
 static void pack_team(void *p, Team team) {
     PackJob *job = p;
-    for (size_t i = 0; i < job->n; i++) {
-        const PackItem *item = &job->items[i];
-        if (item->slot.tensor) {
-            pack_rows(job->block + item->offset, &item->source, share(n_row_tiles(item->slot.tensor), team));
-        } else if (team.thread == 0) {
-            memcpy(job->block + item->offset, item->source.data, item->source.cols * sizeof(float));
-        }
-        if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, job->n);
+    unsigned char *to = job->m->packed;
+    for (size_t i = 0; i < n_slots(job->m); i++) {
+        Slot slot = get_slot(job->m, i);
+        const Entry *entry = entry_for(job->d, &slot);
+        if (!entry) continue;
+        Source part = entry->source;
+        part.rows = slot.rows;
+        if (is_fused(entry, &slot)) part.data = source_block(&part, slot.first_row, 0);
+        if (slot.tensor) pack_rows(to, &part, share(n_row_tiles(slot.tensor), team));
+        else if (team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
+        if (team.thread == 0) set_slot(&slot, to);
+        if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
+        to += round_up(slot_bytes(&slot), 64);
     }
 }
 
-// Makes the tiles of a file that has none, in one block.
-static bool pack_model(Model *m, PackJob *job, int threads, Error *e) {
-    if (!(job->block = map_memory(m->packed_bytes, e))) return false;
-    use_large_pages(job->block, m->packed_bytes);
-    m->packed = job->block;
-    job->start = clock_seconds();
-    run_team(threads, pack_team, job);
-    for (size_t i = 0; i < job->n; i++) {
-        const PackItem *item = &job->items[i];
-        if (item->slot.tensor) item->slot.tensor->tiles = job->block + item->offset;
-        else *item->slot.vector = (const float *)(const void *)(job->block + item->offset);
-    }
-    return true;
-}
-
-// Fills one slot from its entry: points into a native file, or adds to what is to be packed.
-static bool bind_slot(Model *m, const Slot *slot, const Entry *entry, size_t first_row, PackJob *job, Error *e) {
+// Fills one slot from its entry: points into a native file, or counts what is to be packed.
+static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
-    if (slot->tensor) *slot->tensor = (Tensor){ F32, (int)slot->rows, (int)slot->cols, NULL };
+    size_t rows = is_fused(entry, slot) ? slot->fused_rows : slot->rows;
+    if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
+        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows,
+                    slot->cols);
+    entry->used = true;
+    Type type = s->type ? s->type->tile : (Type)entry->native_type;
+    if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) {
-        if ((entry->native_type == NATIVE_VECTOR) != (slot->vector != NULL))
-            return fail(e, BAD_FILE, "%s is of type %d, expected a %s", entry->name, entry->native_type,
-                        slot->vector ? "vector" : "matrix");
-        size_t needed = slot->cols * sizeof(float);
-        if (slot->tensor) {
-            slot->tensor->type = (Type)entry->native_type;
-            slot->tensor->tiles = s->data;
-            needed = tensor_bytes(slot->tensor);
-        } else {
-            *slot->vector = (const float *)(const void *)s->data;
-        }
-        return needed == entry->n_bytes ||
-               fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, needed);
+        set_slot(slot, s->data);
+        return slot_bytes(slot) == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name,
+                                                          entry->n_bytes, slot_bytes(slot));
     }
     if (slot->vector && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
-    PackItem *item = &job->items[job->n++];
-    *item = (PackItem){ *slot, *s, m->packed_bytes };
-    item->source.rows = slot->rows;
-    item->source.data += first_row * (s->cols / s->type->block_cols) * s->type->block_bytes;
-    if (slot->tensor) slot->tensor->type = s->type->tile;
-    m->packed_bytes =
-        round_up(plus(m->packed_bytes, slot->tensor ? tensor_bytes(slot->tensor) : slot->cols * sizeof(float)), 64);
+    m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
 
 // Finds every tensor that the configuration needs, and sees that none is left over.
-static bool bind_slots(Model *m, Directory *d, PackJob *job, Error *e) {
+static bool bind_slots(Model *m, Directory *d, Error *e) {
     bool needs_bias = find_family(m->config.family)->needs_bias;
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        size_t first_row;
-        e->status = DONE;
-        Entry *entry = entry_for(m, d, i, &slot, &first_row, e);
-        if (e->status != DONE) return false;
-        if (entry) {
-            if (!bind_slot(m, &slot, entry, first_row, job, e)) return false;
-        } else if (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)) {
+        Entry *entry = entry_for(d, &slot);
+        if (entry && !bind_slot(m, &slot, entry, e)) return false;
+        if (!entry && (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)))
             return fail(e, BAD_FILE, "tensor %s is missing", slot.name);
-        }
-        if (slot.layer > 0) {  // what one layer has, all have: else a tensor was lost
-            Slot before = get_slot(m, i - N_LAYER_RULES);
-            bool had = find_entry(d, before.name) || find_entry(d, before.fused);
-            if (had != (entry != NULL))
-                return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
-        }
+        if (slot.layer < 1) continue;
+        Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
+        if ((entry_for(d, &before) != NULL) != (entry != NULL))
+            return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
     }
-    for (size_t i = 0; i < d->n; i++) {
+    for (size_t i = 0; i < d->n; i++)
         if (!d->entries[i].used)
             return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
-    }
     return true;
 }
 
 // From a checked configuration and what a file says it has to a model that can run.
 static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    PackJob job = { .items = allocate(n_slots(m), sizeof *job.items, e) };
-    bool ok = job.items && check_directory(d, e) && bind_slots(m, d, &job, e) &&
-              (job.n == 0 || pack_model(m, &job, threads, e));
-    if (ok && !m->head.tiles) m->head = m->embedding;
-    free(job.items);
-    return ok;
+    if (!check_directory(d, e) || !bind_slots(m, d, e)) return false;
+    PackJob job = { m, d, clock_seconds() };
+    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
+    if (m->packed) {
+        use_large_pages(m->packed, m->packed_bytes);
+        run_team(threads, pack_team, &job);
+    }
+    if (!m->head.tiles) m->head = m->embedding;
+    return true;
 }
 
 // ---- cria's own file ----
@@ -2083,9 +2013,7 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
 enum { LAYOUT = 1 };  // of tiles and sections: it changes when either does
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
-typedef struct {
-    uint64_t at, n_bytes;
-} Section;
+typedef struct { uint64_t at, n_bytes; } Section;
 
 typedef struct {
     unsigned char magic[8];
@@ -2132,13 +2060,13 @@ static bool read_config(Model *m, Cursor c, Error *e) {
             take_into(&c, &value, sizeof value);
             if (!set_field(m, f, l, value, e)) return false;
         }
-        if (i == 0 && !make_layers(m, m->config.n_layers, e)) return false;
+        if (i == 0 && !make_layers(m, e)) return false;
     }
     return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know",
                                (const char *)c.at);
 }
 
-static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h, Cursor c, Directory *d, Error *e) {
+static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
     if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
         return fail(e, BAD_FILE, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
     if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
@@ -2148,15 +2076,11 @@ static bool read_tensor_records(const unsigned char *bytes, const FileHeader *h,
         r.name[NAME_BYTES - 1] = 0;
         if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
             return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
-        uint64_t begin = h->weights.at, end = begin + h->weights.n_bytes;
-        if (r.at % 64 || r.at < begin || r.at > end || r.n_bytes > end - r.at)
-            return fail(e, BAD_FILE, "%s lies outside the file's weights", r.name);
         Entry *entry = &d->entries[d->n];
+        *entry = (Entry){ .native_type = (int)r.type, .is_vector = r.type == NATIVE_VECTOR,
+                          .source = { .rows = r.rows, .cols = r.cols }, .offset = r.at - h->weights.at,
+                          .n_bytes = (size_t)r.n_bytes };
         memcpy(entry->name, r.name, NAME_BYTES);
-        entry->native_type = (int)r.type;
-        entry->is_vector = r.type == NATIVE_VECTOR;
-        entry->source = (Source){ NULL, r.rows, r.cols, bytes + r.at, NULL, 0 };
-        entry->n_bytes = (size_t)r.n_bytes;
     }
     return true;
 }
@@ -2169,14 +2093,18 @@ static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_byte
     return open_tokenizer(section, n_bytes, &m->tokenizer, e);
 }
 
+static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Error *e) {
+    if (n_bytes < sizeof *h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
+    memcpy(h, bytes, sizeof *h);
+    return h->layout == LAYOUT ||
+           fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
+                h->layout, LAYOUT);
+}
+
 // What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are.
 static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
     FileHeader h;
-    if (n_bytes < sizeof h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof h);
-    memcpy(&h, bytes, sizeof h);
-    if (h.layout != LAYOUT)
-        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
-                    h.layout, LAYOUT);
+    if (!read_header(bytes, n_bytes, &h, e)) return false;
     if (h.file_bytes != n_bytes)
         return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes,
                     (unsigned long long)h.file_bytes);
@@ -2187,13 +2115,14 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
         return fail(e, BAD_FILE, "a section of the header lies outside the file");
     memcpy(m->config.family, h.family, sizeof h.family);
     m->config.family[sizeof h.family - 1] = 0;
-    if (!read_config(m, config, e) || !read_tensor_records(bytes, &h, tensors, d, e)) return false;
+    if (!read_config(m, config, e) || !read_tensor_records(&h, tensors, d, e) || !place_entries(d, weights, 64, e))
+        return false;
     m->chat_template = chat_template.left ? (const char *)chat_template.at : NULL;
     m->chat_template_bytes = chat_template.left;
     return use_vocabulary(m, tokenizer.at, tokenizer.left, e);
 }
 
-// Where the next section of a file being laid out begins.
+// Where the next part of a file being laid out begins.
 static Section next_section(uint64_t *end, size_t n_bytes) {
     Section s = { *end, n_bytes };
     *end = round_up((size_t)*end + n_bytes, 64);
@@ -2214,16 +2143,15 @@ static bool append_config(const Model *m, Buffer *b, Error *e) {
     return true;
 }
 
-// The tensor records for weights that begin at *end; moves *end to where they end.
+// The tensor records, with places from where the weights begin on, and how many bytes those take.
 static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
-        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
+        if (!is_stored(m, &slot)) continue;
         TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
-                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = n_bytes };
-        snprintf(r.name, sizeof r.name, "%s", slot.name);
-        next_section(end, n_bytes);
+                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = slot_bytes(&slot) };
+        memcpy(r.name, slot.name, NAME_BYTES);
+        next_section(end, (size_t)r.n_bytes);
         if (!append(b, &r, sizeof r, e)) return false;
     }
     return true;
@@ -2238,8 +2166,9 @@ typedef struct {
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
-    bool exists = stat(path, &info) == 0;
-    *o = (Output){ .path = exists ? realpath(path, NULL) : strdup(path) };
+    bool exists = path && stat(path, &info) == 0;
+    *o = (Output){ .path = exists ? realpath(path, NULL) : path ? strdup(path) : NULL };
+    if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
     if (exists && !S_ISREG(info.st_mode)) {
         o->stream = fopen(o->path, "wb");
@@ -2271,47 +2200,35 @@ static bool write_padded(FILE *f, const void *bytes, size_t n) {
     return (n == 0 || fwrite(bytes, 1, n, f) == n) && fwrite(zeros, 1, padding, f) == padding;
 }
 
-static bool write_weights(Model *m, FILE *f) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        if (!slot_is_filled(&slot) || (slot.tensor == &m->head && m->head.tiles == m->embedding.tiles)) continue;
-        const void *bytes = slot.tensor ? (const void *)slot.tensor->tiles : *slot.vector;
-        size_t n_bytes = slot.tensor ? tensor_bytes(slot.tensor) : slot.cols * sizeof(float);
-        if (interrupted || !write_padded(f, bytes, n_bytes)) return false;
-    }
-    return true;
-}
-
 // Writes the model as a native file.
 static bool export_model(Model *m, const char *path, Error *e) {
     Buffer config = { 0 }, records = { 0 };
     FileHeader h = { .layout = LAYOUT };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    uint64_t end = sizeof h;
-    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &(uint64_t){ 0 }, e);
+    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &h.weights.n_bytes, e);
+    const struct { Section *place; const void *bytes; size_t n_bytes; } sections[] = {
+        { &h.config, config.bytes, config.n }, { &h.tensors, records.bytes, records.n },
+        { &h.tokenizer, m->vocabulary, m->vocabulary_bytes },
+        { &h.chat_template, m->chat_template, m->chat_template_bytes },
+    };
+    h.weights.at = sizeof h;
+    for (int i = 0; i < 4; i++) *sections[i].place = next_section(&h.weights.at, sections[i].n_bytes);
+    h.file_bytes = h.weights.at + h.weights.n_bytes;
     h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
-    h.config = next_section(&end, config.n);
-    h.tensors = next_section(&end, records.n);
-    h.tokenizer = next_section(&end, m->vocabulary_bytes);
-    h.chat_template = next_section(&end, m->chat_template_bytes);
-    h.weights.at = end;
-    records.n = 0;
-    ok = ok && append_tensor_records(m, &records, &end, e);
-    h.weights.n_bytes = end - h.weights.at;
-    h.file_bytes = end;
+    for (uint32_t i = 0; i < h.n_tensors; i++) ((TensorRecord *)(void *)records.bytes)[i].at += h.weights.at;
 
-    Output out;
-    if (ok) {
-        bool opened = open_output(&out, path, e);
-        FILE *f = out.stream;
-        ok = opened && write_padded(f, &h, sizeof h) && write_padded(f, config.bytes, config.n) &&
-             write_padded(f, records.bytes, records.n) && write_padded(f, m->vocabulary, m->vocabulary_bytes) &&
-             write_padded(f, m->chat_template, m->chat_template_bytes) && write_weights(m, f);
-        if (interrupted) fail(e, INTERRUPTED, "interrupted");
-        else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
-        ok = close_output(&out, ok, e);
+    Output out = { 0 };
+    bool opened = ok && open_output(&out, path, e);
+    ok = opened && write_padded(out.stream, &h, sizeof h);
+    for (int i = 0; ok && i < 4; i++) ok = write_padded(out.stream, sections[i].bytes, sections[i].n_bytes);
+    for (size_t i = 0; ok && i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        if (is_stored(m, &slot)) ok = !interrupted && write_padded(out.stream, slot_data(&slot), slot_bytes(&slot));
     }
+    if (interrupted) fail(e, INTERRUPTED, "interrupted");
+    else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+    ok = close_output(&out, ok, e);
     free(config.bytes);
     free(records.bytes);
     return ok;
@@ -2321,24 +2238,11 @@ static bool export_model(Model *m, const char *path, Error *e) {
 
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
-    G_U8,
-    G_I8,
-    G_U16,
-    G_I16,
-    G_U32,
-    G_I32,
-    G_F32,
-    G_BOOL,
-    G_STRING,
-    G_ARRAY,
-    G_U64,
-    G_I64,
-    G_F64,
-    N_G
+    G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G
 } GgufType;
 static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
-static const char *const gguf_names[N_G] = { "u8",   "i8",     "u16",   "i16", "u32", "i32", "f32",
-                                             "bool", "string", "array", "u64", "i64", "f64" };
+static const char *const gguf_names[N_G] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
+                                             "u64", "i64", "f64" };
 
 typedef struct {
     const char *name;
@@ -2355,22 +2259,16 @@ typedef struct {
     char family[16];
 } Gguf;
 
-// A string: 64 bits of length, then bytes. NULL where it does not fit.
-static const char *take_string(Cursor *c, size_t *n_bytes) {
-    uint64_t n = take_u64(c);
-    *n_bytes = (size_t)n;
-    if (n > c->left) c->bad = true;
-    return c->bad ? NULL : (const char *)take(c, (size_t)n);
-}
+// How much of a name a message shows.
+static int shown(size_t n_bytes) { return n_bytes < 64 ? (int)n_bytes : 64; }
 
 // Steps over `count` items; strings have to be walked one by one, so a count is first held against the bytes left.
 static bool skip_items(Cursor *c, GgufType type, uint64_t count) {
     size_t least = type == G_STRING ? 8 : gguf_sizes[type], n;
     if (count > c->left / least) return false;
     if (type != G_STRING) return take(c, (size_t)count * least) != NULL;
-    for (uint64_t i = 0; i < count; i++) {
+    for (uint64_t i = 0; i < count; i++)
         if (!take_string(c, &n)) return false;
-    }
     return true;
 }
 
@@ -2378,26 +2276,25 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     k->name = take_string(c, &k->name_bytes);
     uint32_t type = take_u32(c), item_type = type;
     uint64_t count = 1;
-    int shown = k->name ? (int)(k->name_bytes < 64 ? k->name_bytes : 64) : 0;
-    if (!c->bad && type == G_ARRAY) {
+    int n = shown(k->name_bytes);
+    if (type == G_ARRAY) {
         item_type = take_u32(c);
         count = take_u64(c);
     }
     if (c->bad) return fail(e, BAD_FILE, "the file ends within its keys");
     if (type >= N_G || item_type >= N_G || (type == G_ARRAY && item_type == G_ARRAY))
-        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", shown, k->name, type, item_type);
+        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", n, k->name, type, item_type);
     k->type = (GgufType)type;
     k->item_type = (GgufType)item_type;
     k->value = *c;
-    if (!skip_items(c, k->item_type, count))
-        return fail(e, BAD_FILE, "key %.*s is longer than the file", shown, k->name);
+    if (!skip_items(c, k->item_type, count)) return fail(e, BAD_FILE, "key %.*s is longer than the file", n, k->name);
     k->value.left -= c->left;
     k->count = (size_t)count;
     return true;
 }
 
-static bool key_is(const Key *k, const char *name) {
-    return strlen(name) == k->name_bytes && !memcmp(k->name, name, k->name_bytes);
+static bool is_text(const char *text, size_t n_bytes, const char *expected) {
+    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
 }
 
 // The key of that name, or NULL; a name that begins with a dot is the family's.
@@ -2405,7 +2302,7 @@ static Key *find_key(Gguf *g, const char *name) {
     char full[128];
     snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
     for (size_t i = 0; i < g->n_keys; i++) {
-        if (!key_is(&g->keys[i], full)) continue;
+        if (!is_text(g->keys[i].name, g->keys[i].name_bytes, full)) continue;
         g->keys[i].used = true;
         return &g->keys[i];
     }
@@ -2414,37 +2311,29 @@ static Key *find_key(Gguf *g, const char *name) {
 
 // Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
-    const unsigned char *p = k->value.at + i * gguf_sizes[k->item_type];
-    uint64_t u = 0;
-    float f;
-    double d;
-    memcpy(&u, p, gguf_sizes[k->item_type]);
-    memcpy(&f, &u, sizeof f);
-    memcpy(&d, &u, sizeof d);
+    union { uint64_t u; int8_t i8; int16_t i16; int32_t i32; int64_t i64; float f32; double f64; } x = { 0 };
+    memcpy(&x, k->value.at + i * gguf_sizes[k->item_type], gguf_sizes[k->item_type]);
     switch (k->item_type) {
-    case G_I8: return (int8_t)u;
-    case G_I16: return (int16_t)u;
-    case G_I32: return (int32_t)u;
-    case G_I64: return (double)(int64_t)u;
-    case G_F32: return (double)f;
-    case G_F64: return d;
-    default: return (double)u;
+    case G_I8: return x.i8;
+    case G_I16: return x.i16;
+    case G_I32: return x.i32;
+    case G_I64: return (double)x.i64;
+    case G_F32: return (double)x.f32;
+    case G_F64: return x.f64;
+    default: return (double)x.u;
     }
 }
 
-static bool is_number(GgufType type) {
-    return type != G_STRING && type != G_ARRAY;
-}
+static bool is_number(GgufType type) { return type != G_STRING && type != G_ARRAY; }
 
-// *value = a key's number, in range; unchanged if there is no such key and it is not needed.
-static bool get_number(Gguf *g, const char *name, bool needed, double min, double max, double *value, Error *e) {
+// *value = a key's number, in range; unchanged if there is no such key.
+static bool get_number(Gguf *g, const char *name, double min, double max, double *value, Error *e) {
     const Key *k = find_key(g, name);
-    if (!k) return !needed || fail(e, BAD_FILE, "key %s%s is missing", name[0] == '.' ? g->family : "", name);
+    if (!k) return true;
     if (!is_number(k->type))
         return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
-    *value = key_number(k, 0);
-    return (*value >= min && *value <= max) ||
-           fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, *value, min, max);
+    double x = *value = key_number(k, 0);
+    return (x >= min && x <= max) || fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
 }
 
 // A text key, NULL if there is none.
@@ -2460,31 +2349,28 @@ static bool get_text(Gguf *g, const char *name, const char **text, size_t *n_byt
     return true;
 }
 
-static bool is_text(const char *text, size_t n_bytes, const char *expected) {
-    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
+// The values of an array: left as they are if there is no such key, else of that type and, where expected is not 0,
+// that many.
+static bool get_array(Gguf *g, const char *name, GgufType type, size_t expected, size_t *count, Cursor *values,
+                      Error *e) {
+    const Key *k = find_key(g, name);
+    if (!k) return true;
+    if (k->type != G_ARRAY || k->item_type != type)
+        return fail(e, BAD_FILE, "key %s is %s, expected an array of %s", name, gguf_names[k->item_type],
+                    gguf_names[type]);
+    if (expected && k->count != expected)
+        return fail(e, BAD_FILE, "key %s has %zu values for %zu tokens", name, k->count, expected);
+    *count = k->count;
+    *values = k->value;
+    return true;
 }
 
-// The config field that a key gives: one number for all layers, or an array of one for each.
-typedef struct {
-    const char *key, *field;
-    double otherwise;  // NAN: the key is needed; -1: worked out from others
-} KeyOfField;
+static bool refuse_key(const Key *k, Error *e) {
+    return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", shown(k->name_bytes), k->name);
+}
 
-static const KeyOfField keys_of_fields[] = {
-    { ".embedding_length", "dim", NAN },
-    { ".context_length", "context", NAN },
-    { ".attention.layer_norm_rms_epsilon", "norm_eps", NAN },
-    { ".rope.freq_base", "rope_theta", 10000 },
-    { ".attention.head_count", "n_heads", NAN },
-    { ".attention.head_count_kv", "n_kv_heads", -1 },
-    { ".feed_forward_length", "ffn_dim", NAN },
-    { ".attention.key_length", "head_dim", -1 },
-    { ".rope.dimension_count", "rope_dim", -1 },
-};
-
-// Keys that change what a model computes, with the value at which they do not: any other is refused by name, as is
-// every key of the family that is not known at all (unless it is 0 or false, by which files say that they lack a
-// feature).
+// A key of the family that nobody has asked for may change what a model computes, and is refused by name, but for the
+// value at which it does not: 0 or false, by which files say that they lack a feature, unless this table says more.
 static const struct {
     const char *key;
     double harmless;  // NAN: any value is
@@ -2500,32 +2386,36 @@ static const struct {
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
 };
 
-static const ConfigField *find_field(const char *name) {
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        if (!strcmp(config_fields[i].name, name)) return &config_fields[i];
-    }
-    return NULL;
+static bool is_harmless(const Gguf *g, const Key *k) {
+    size_t length = strlen(g->family);
+    if (k->used || k->name_bytes <= length || memcmp(k->name, g->family, length) || k->name[length] != '.') return true;
+    double harmless = 0;
+    for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
+        if (is_text(k->name + length, k->name_bytes - length, other_keys[i].key)) harmless = other_keys[i].harmless;
+    if (isnan(harmless)) return true;
+    if (!is_number(k->item_type)) return false;
+    for (size_t i = 0; i < k->count; i++)
+        if (key_number(k, i) != harmless) return false;
+    return true;
 }
 
-static bool get_field_of_key(Gguf *g, Model *m, const KeyOfField *kf, Error *e) {
-    const ConfigField *f = find_field(kf->field);
-    const Key *k = find_key(g, kf->key);
-    if (!k && isnan(kf->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, kf->key);
+static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
+    const Key *k = find_key(g, f->key);
+    if (!k && isnan(f->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, f->key);
     if (k && !is_number(k->item_type))
-        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, kf->key,
+        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, f->key,
                     gguf_names[k->item_type]);
     int n_layers = f->per_layer ? m->config.n_layers : 1;
     if (k && k->type == G_ARRAY && (!f->per_layer || k->count != (size_t)n_layers))
-        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, kf->key, k->count, n_layers);
+        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, f->key, k->count, n_layers);
     for (int l = 0; l < n_layers; l++) {
-        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : kf->otherwise;
+        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : f->otherwise;
         if (!k && value < 0) {
-            const Config *c = &m->config;
-            int heads = m->layers[l].n_heads;
+            int heads = m->layers[l].n_heads, dim = m->config.dim;
             if (!strcmp(f->name, "n_kv_heads")) value = heads;
-            else if (!strcmp(f->name, "rope_dim")) value = c->head_dim;
-            else if (c->dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, c->dim);
-            else value = c->dim / heads;
+            else if (!strcmp(f->name, "rope_dim")) value = m->config.head_dim;
+            else if (dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, dim);
+            else value = dim / heads;
         }
         if (!set_field(m, f, l, value, e)) return false;
     }
@@ -2536,97 +2426,61 @@ static bool get_rope_scaling(Gguf *g, Model *m, Error *e) {
     const char *type;
     size_t n;
     double factor = 1;
-    if (!get_text(g, ".rope.scaling.type", &type, &n, e)) return false;
-    if (!get_number(g, ".rope.scale_linear", false, 1e-6, 1e6, &factor, e)) return false;
-    if (!get_number(g, ".rope.scaling.factor", false, 0, 1e6, &factor, e)) return false;
+    if (!get_text(g, ".rope.scaling.type", &type, &n, e) ||
+        !get_number(g, ".rope.scale_linear", 1e-6, 1e6, &factor, e) ||
+        !get_number(g, ".rope.scaling.factor", 0, 1e6, &factor, e))
+        return false;
     if (type && !is_text(type, n, "none") && !is_text(type, n, "linear"))
-        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", (int)(n < 32 ? n : 32), type);
+        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(n), type);
     m->config.rope_scale = factor == 0 || is_text(type, n, "none") ? 1 : factor;
     return true;
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
-    double n_layers = 0, value_length, n_tokens;
     snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
-    if (!get_number(g, ".block_count", true, 1, MAX_LAYERS, &n_layers, e)) return false;
-    if (n_layers != floor(n_layers)) return fail(e, BAD_FILE, "key %s.block_count is %g", g->family, n_layers);
-    if (!make_layers(m, (int)n_layers, e)) return false;
-    for (size_t i = 0; i < sizeof keys_of_fields / sizeof *keys_of_fields; i++) {
-        if (!get_field_of_key(g, m, &keys_of_fields[i], e)) return false;
+    for (int i = 0; i < 2 * N_CONFIG_FIELDS; i++) {  // what is worked out from others comes in a second round
+        const ConfigField *f = &config_fields[i % N_CONFIG_FIELDS];
+        if (!f->key || (f->otherwise < 0) != (i >= N_CONFIG_FIELDS)) continue;
+        if (!get_field_of_key(g, m, f, e) || (i == 0 && !make_layers(m, e))) return false;
     }
-    value_length = m->config.head_dim;
-    if (!get_number(g, ".attention.value_length", false, value_length, value_length, &value_length, e)) return false;
-    n_tokens = m->config.n_tokens;
-    if (!get_number(g, ".vocab_size", false, n_tokens, n_tokens, &n_tokens, e) || !get_rope_scaling(g, m, e))
+    double head_dim = m->config.head_dim, n_tokens = m->config.n_tokens, value;
+    if (!get_number(g, ".attention.value_length", head_dim, head_dim, &value, e) ||
+        !get_number(g, ".vocab_size", n_tokens, n_tokens, &value, e) || !get_rope_scaling(g, m, e))
         return false;
-    for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++) {
-        double harmless = other_keys[i].harmless;
-        const Key *k = find_key(g, other_keys[i].key);
-        if (k && !isnan(harmless) && (!is_number(k->type) || key_number(k, 0) != harmless))
-            return fail(e, BAD_FILE, "key %s%s asks for something that is not implemented", g->family,
-                        other_keys[i].key);
-    }
-    size_t length = strlen(g->family);
-    for (size_t i = 0; i < g->n_keys; i++) {
-        const Key *k = &g->keys[i];
-        bool of_family = k->name_bytes > length && !memcmp(k->name, g->family, length) && k->name[length] == '.';
-        bool is_zero = is_number(k->item_type);
-        for (size_t j = 0; is_zero && j < k->count; j++) is_zero = key_number(k, j) == 0;
-        if (of_family && !k->used && !is_zero)
-            return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented",
-                        (int)(k->name_bytes < 80 ? k->name_bytes : 80), k->name);
-    }
+    for (size_t i = 0; i < g->n_keys; i++)
+        if (!is_harmless(g, &g->keys[i])) return refuse_key(&g->keys[i], e);
     return true;
 }
 
 // The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Vocabulary v = { .pre = NULL };
+    Cursor scores = { 0 }, piece_types = { 0 };
     const char *model;
-    size_t n_model;
-    double strips = 0;
+    size_t n_model, n;
+    double strips;
     if (!get_text(g, "tokenizer.ggml.model", &model, &n_model, e)) return false;
     if (!model) return fail(e, BAD_FILE, "key tokenizer.ggml.model is missing");
-    if (!is_text(model, n_model, "llama") && !is_text(model, n_model, "gpt2"))
-        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", (int)(n_model < 32 ? n_model : 32),
-                    model);
     v.kind = is_text(model, n_model, "llama") ? SPM : BPE;
-    if (!get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e)) return false;
+    if (v.kind == BPE && !is_text(model, n_model, "gpt2"))
+        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", shown(n_model), model);
+    const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
+    if (map && map->count > 0) return refuse_key(map, e);
+    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, &strips, e) ||
+        !get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e) ||
+        !get_array(g, "tokenizer.ggml.tokens", G_STRING, 0, &v.n_tokens, &v.pieces, e) ||
+        !get_array(g, "tokenizer.ggml.scores", G_F32, v.n_tokens, &n, &scores, e) ||
+        !get_array(g, "tokenizer.ggml.token_type", G_I32, v.n_tokens, &n, &piece_types, e) ||
+        !get_array(g, "tokenizer.ggml.merges", G_STRING, 0, &v.n_merges, &v.merges, e))
+        return false;
+    if (!v.n_tokens) return fail(e, BAD_FILE, "key tokenizer.ggml.tokens is missing");
+    v.scores = scores.at;
+    v.types = piece_types.at;
     if (options.pre) {
         v.pre = options.pre;
         v.pre_bytes = strlen(options.pre);
     }
-    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", false, 0, 0, &strips, e)) return false;
-    const Key *key = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (key && key->count > 0)
-        return fail(e, BAD_FILE, "key tokenizer.ggml.precompiled_charsmap asks for something that is not implemented");
-
-    const Key *tokens = find_key(g, "tokenizer.ggml.tokens"), *scores = find_key(g, "tokenizer.ggml.scores");
-    const Key *piece_types = find_key(g, "tokenizer.ggml.token_type"), *merges = find_key(g, "tokenizer.ggml.merges");
-    const struct { const char *name; const Key *key; GgufType type;
-    } arrays[] = {
-        { "tokens", tokens, G_STRING },
-        { "scores", scores, G_F32 },
-        { "token_type", piece_types, G_I32 },
-        { "merges", merges, G_STRING },
-    };
-    for (size_t i = 0; i < 4; i++) {
-        const Key *k = arrays[i].key;
-        if (!k && i > 0) continue;
-        if (!k || k->type != G_ARRAY || k->item_type != arrays[i].type)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s is %s, expected an array of %s", arrays[i].name,
-                        k ? gguf_names[k->item_type] : "missing", gguf_names[arrays[i].type]);
-        if (i > 0 && i < 3 && k->count != tokens->count)
-            return fail(e, BAD_FILE, "key tokenizer.ggml.%s has %zu values for %zu tokens", arrays[i].name, k->count,
-                        tokens->count);
-    }
-    v.n_tokens = tokens->count;
-    v.pieces = tokens->value;
-    v.scores = scores ? scores->value.at : NULL;
-    v.types = piece_types ? piece_types->value.at : NULL;
-    v.n_merges = merges ? merges->count : 0;
-    v.merges = merges ? merges->value : (Cursor){ 0 };
     const struct { const char *name; int *value; double max; } numbers[] = {
         { "tokenizer.ggml.bos_token_id", &v.bos, INT32_MAX }, { "tokenizer.ggml.eos_token_id", &v.eos, INT32_MAX },
         { "tokenizer.ggml.eot_token_id", &v.eot, INT32_MAX }, { "tokenizer.ggml.eom_token_id", &v.eom, INT32_MAX },
@@ -2635,37 +2489,30 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         double value = -1;
-        if (!get_number(g, numbers[i].name, false, 0, numbers[i].max, &value, e)) return false;
+        if (!get_number(g, numbers[i].name, 0, numbers[i].max, &value, e)) return false;
         *numbers[i].value = (int)value;
     }
     return pack_vocabulary(&v, section, e);
 }
 
-static const SourceType *find_source_type(uint32_t gguf_id) {
-    for (int i = 0; i < N_SOURCE_TYPES; i++) {
-        if (source_types[i].gguf_id >= 0 && (uint32_t)source_types[i].gguf_id == gguf_id) return &source_types[i];
-    }
-    return NULL;
-}
-
 // One tensor's name, shape, type and offset; `data` is filled in when it is known where the data begin.
-static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e) {
+static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     size_t n_name;
     const char *name = take_string(c, &n_name);
-    if (!name || n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
-        return fail(e, BAD_FILE,
-                    c->bad ? "the file ends within its list of tensors" : "a tensor's name has %zu bytes or a NUL",
-                    n_name);
-    memcpy(entry->name, name, n_name);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
+    for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
+    uint32_t type = take_u32(c);
+    entry->offset = take_u64(c);
+    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
+    if (n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
+        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", n_name);
+    memcpy(entry->name, name, n_name);
     if (n_dims < 1 || n_dims > 4)
         return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
-    for (uint32_t i = 0; i < n_dims; i++) dims[i] = take_u64(c);
-    uint32_t type = take_u32(c);
-    *offset = take_u64(c);
-    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
-    const SourceType *source = find_source_type(type);
+    const SourceType *source = NULL;
+    for (int i = 0; i < N_SOURCE_TYPES; i++)
+        if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
     if (dims[0] == 0 || dims[1] == 0 || dims[2] != 1 || dims[3] != 1 || dims[0] % source->block_cols)
         return fail(e, BAD_FILE, "%s has a shape that %s cannot have", entry->name, source->name);
@@ -2675,31 +2522,21 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, uint64_t *offset, Error *e
     return true;
 }
 
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, size_t n_bytes, uint64_t n_tensors,
-                              Directory *d, Error *e) {
+// The directory, from the cursor on; `bytes` is where the file begins.
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n_tensors, Directory *d,
+                              Error *e) {
     double alignment = 32;
-    if (!get_number(g, "general.alignment", false, 8, 1 << 20, &alignment, e)) return false;
+    if (!get_number(g, "general.alignment", 8, 1 << 20, &alignment, e)) return false;
     size_t step = (size_t)alignment;
     if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
     if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24)
         return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
-    uint64_t *offsets = allocate((size_t)n_tensors, sizeof *offsets, e);
-    d->entries = offsets ? allocate((size_t)n_tensors, sizeof *d->entries, e) : NULL;
-    bool ok = d->entries != NULL;
-    for (d->n = 0; ok && d->n < n_tensors; d->n++) ok = read_gguf_tensor(c, &d->entries[d->n], &offsets[d->n], e);
-    size_t begin = ok ? round_up((size_t)(c->at - bytes), step) : 0;
-    for (size_t i = 0; ok && i < d->n; i++) {
-        Entry *entry = &d->entries[i];
-        size_t room = begin < n_bytes ? n_bytes - begin : 0;
-        if (offsets[i] % step)
-            ok = fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name,
-                      (unsigned long long)offsets[i], step);
-        else if (offsets[i] > room || entry->n_bytes > room - offsets[i])
-            ok = fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
-        else entry->source.data = bytes + begin + offsets[i];
-    }
-    free(offsets);
-    return ok;
+    if (!(d->entries = allocate((size_t)n_tensors, sizeof *d->entries, e))) return false;
+    for (; d->n < n_tensors; d->n++)
+        if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
+    size_t n_read = (size_t)(c->at - bytes);
+    take(c, round_up(n_read, step) - n_read);
+    return place_entries(d, *c, step, e);
 }
 
 // The header and all keys; the cursor is left at the tensors.
@@ -2715,11 +2552,9 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     for (; g->n_keys < n_keys; g->n_keys++) {
         Key *k = &g->keys[g->n_keys];
         if (!read_key(c, k, e)) return false;
-        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++) {
+        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++)
             if (g->keys[i].name_bytes == k->name_bytes && !memcmp(g->keys[i].name, k->name, k->name_bytes))
-                return fail(e, BAD_FILE, "key %.*s is there twice", (int)(k->name_bytes < 80 ? k->name_bytes : 80),
-                            k->name);
-        }
+                return fail(e, BAD_FILE, "key %.*s is there twice", shown(k->name_bytes), k->name);
     }
     const char *family;
     size_t n_family;
@@ -2727,7 +2562,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     if (!family) return fail(e, BAD_FILE, "key general.architecture is missing");
     snprintf(g->family, sizeof g->family, "%.*s", (int)(n_family < 16 ? n_family : 15), family);
     double parts = 0;
-    if (!get_number(g, "split.count", false, 0, 65535, &parts, e)) return false;
+    if (!get_number(g, "split.count", 0, 65535, &parts, e)) return false;
     return parts <= 1 || fail(e, BAD_FILE, "is one part of a GGUF split into %g: merge them first", parts);
 }
 
@@ -2735,10 +2570,9 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
     Cursor c = { bytes, n_bytes, false };
     Gguf g = { 0 };
     uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
-    if (ok && !find_family(g.family))
-        ok = fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family);
-    ok = ok && read_gguf_tensors(&g, &c, bytes, n_bytes, n_tensors, d, e);
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) &&
+              (find_family(g.family) || fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family)) &&
+              read_gguf_tensors(&g, &c, bytes, n_tensors, d, e);
     for (size_t i = 0; ok && i < d->n; i++) {
         size_t rows = d->entries[i].source.rows;
         if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
@@ -2764,9 +2598,7 @@ static const char *const llama2c_order[2][14] = {
       "output.weight", NULL, NULL },
 };
 
-typedef struct {
-    int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context;
-} Llama2cHeader;
+typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
 // Adds the tensor of a slot that lies at the cursor.
 static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
@@ -2774,16 +2606,14 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     bool grouped = group && slot->tensor;
     memcpy(entry->name, slot->name, NAME_BYTES);
     entry->is_vector = slot->vector != NULL;
-    entry->source = (Source){
-        &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], slot->rows, slot->cols, c->at, NULL, (size_t)group
-    };
+    const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
+    entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
     if (grouped && (slot->cols % (size_t)group || group % 32))
         return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group,
                     slot->cols, slot->name);
-    size_t n_weights = times(slot->rows, slot->cols);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
-    if (grouped) entry->source.scales = take(c, n_weights / (size_t)group * 4);
+    if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
     return !c->bad || fail(e, BAD_FILE, "the file ends within %s: not copied whole?", slot->name);
 }
 
@@ -2824,38 +2654,27 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     }
     if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
-    Config *config = &m->config;
-    *config = (Config){ .family = "llama",
-                        .dim = h.dim,
-                        .n_tokens = h.n_tokens,
-                        .head_dim = h.dim / h.n_heads,
-                        .context = h.context,
-                        .rope_dim = h.dim / h.n_heads,
-                        .norm_eps = 1e-5f,
-                        .rope_theta = 10000,
-                        .rope_scale = 1 };
-    if (!make_layers(m, h.n_layers, e)) return false;
-    for (int l = 0; l < h.n_layers; l++) {
-        m->layers[l].n_heads = h.n_heads;
-        m->layers[l].n_kv_heads = h.n_kv_heads;
-        m->layers[l].ffn_dim = h.ffn_dim;
-    }
+    int head_dim = h.dim / h.n_heads;
+    m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
+                          .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
+                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
+    if (!make_layers(m, e)) return false;
+    for (int l = 0; l < h.n_layers; l++)
+        m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
     return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
 }
 
 // ---- Any of them ----
 
-// Things that people take for a checkpoint.
-static const char *recognise_mistake(const unsigned char *bytes, size_t n) {
-    if (n >= 4 && !memcmp(bytes, "PK\3\4", 4)) return "a zip archive or PyTorch file: convert it first";
-    if (n >= 4 && !memcmp(bytes, "\177ELF", 4)) return "a program";
-    if (n >= 8 && !memcmp(bytes, "version ", 8))
-        return "a Git LFS pointer: the file itself was not fetched (git lfs pull)";
-    if (n >= 1 && bytes[0] == '<') return "a web page: was it the right link?";
-    if (n >= 9 && bytes[8] == '{') return "a safetensors file: convert it first";
-    if (n >= 4 && !memcmp(bytes, "FUGG", 4)) return "a big-endian GGUF, which is not supported";
-    return NULL;
-}
+// Things that people take for a checkpoint, by the bytes at some place.
+static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
+    { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
+    { 0, "\177ELF", "a program" },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
+    { 0, "<", "a web page: was it the right link?" },
+    { 8, "{", "a safetensors file: convert it first" },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported" },
+};
 
 typedef enum { NATIVE, GGUF, LLAMA2C } Container;
 
@@ -2866,8 +2685,11 @@ static Container recognise(const unsigned char *bytes, size_t n) {
 
 // A model's parts from a file's bytes. On failure too, close_model() frees what there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    const char *mistake = recognise_mistake(bytes, n_bytes);
-    if (mistake) return fail(e, BAD_FILE, "is %s", mistake);
+    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
+        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
+        if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
+            return fail(e, BAD_FILE, "is %s", mistakes[i].thing);
+    }
     static bool (*const parsers[])(const unsigned char *, size_t, Model *, Directory *, Error *) = {
         [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
     };
@@ -2875,35 +2697,31 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
     bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
               bind_model(m, &d, threads, e);
     free(d.entries);
-    if (ok && m->tokenizer.n_tokens && m->tokenizer.n_tokens != m->config.n_tokens)
-        ok =
-            fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", m->tokenizer.n_tokens, m->config.n_tokens);
-    return ok;
+    int n = m->tokenizer.n_tokens;
+    return ok && (n == 0 || n == m->config.n_tokens ||
+                  fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
-// The tokenizer of any file that holds one. n_tokens: how many a llama2.c tokenizer must have, or -1.
+// The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
     Container kind = recognise(bytes, n_bytes);
-    Buffer *section = &m->packed_vocabulary;
-    if (kind == NATIVE) {
-        FileHeader h = { .layout = 0 };
-        if (n_bytes >= sizeof h) memcpy(&h, bytes, sizeof h);
-        Cursor c = open_section(bytes, n_bytes, h.tokenizer);
-        if (h.layout != LAYOUT || c.bad) return fail(e, BAD_FILE, "its tokenizer cannot be found");
-        return use_vocabulary(m, c.at, c.left, e);
-    }
+    Buffer *made = &m->packed_vocabulary;
+    Cursor c = { bytes, n_bytes, false };
+    Gguf g = { 0 };
+    FileHeader h;
+    uint64_t n_tensors;
     bool ok;
-    section->n = 0;
-    if (kind == GGUF) {
-        Cursor c = { bytes, n_bytes, false };
-        Gguf g = { 0 };
-        uint64_t n_tensors;
-        ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, section, e);
-        free(g.keys);
-    } else {
-        ok = read_llama2c_tokenizer(bytes, n_bytes, n_tokens, section, e);
-    }
-    return ok && use_vocabulary(m, section->bytes, section->n, e);
+    made->n = 0;
+    if (kind == NATIVE) ok = read_header(bytes, n_bytes, &h, e);
+    else if (kind == GGUF) ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, made, e);
+    else ok = read_llama2c_tokenizer(bytes, n_bytes, made, e);
+    free(g.keys);
+    if (ok) c = kind == NATIVE ? open_section(bytes, n_bytes, h.tokenizer) : (Cursor){ made->bytes, made->n, false };
+    if (ok && c.bad) ok = fail(e, BAD_FILE, "its tokenizer lies outside the file");
+    if (!ok || !use_vocabulary(m, c.at, c.left, e)) return false;
+    int n = m->tokenizer.n_tokens;
+    return n_tokens < 0 || n == n_tokens ||
+           fail(e, BAD_FILE, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
 }
 
 static void close_model(Model *m) {
@@ -2921,74 +2739,61 @@ static void close_model(Model *m) {
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
 // published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+#define CHATML "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", \
+               "<|im_start|>assistant\n", "<|im_end|>\n", false, false
+#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates, "<|eot_id|>", \
+                      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", \
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false
 static const ChatTemplate chat_templates[] = {
     { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
-      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_start|>system\n", "<|im_end|>\n",
-      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
     { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
-      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n",
-      "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
+      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", CHATML },
     { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
-      "You are a helpful assistant.", "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n",
-      "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
-    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" }, "You are a helpful assistant",
-      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
-      "<|im_end|>\n", false, false },
-    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, "<|im_start|>system\n",
-      "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", false, false },
-    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" }, NULL,
-      "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
-      "<|im_end|>\n", false, false },
-    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" }, "",
-      "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-      "Today Date: 26 Jul 2024\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
-      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
-    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL,
-      "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
-      "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false },
-    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" }, NULL, "<<SYS>>\n",
-      "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
-    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " }, NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ",
-      "[/INST]", "", "</s>", false, false },
-    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" }, NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
-      "[INST]", "[/INST]", "", "</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>",
-      false, true },
-    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" }, NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>",
-      false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false,
-      true },
-    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" }, NULL,
-      NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
-    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" }, NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n",
-      "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
-    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" }, NULL, "<|system|>\n", "</s>\n",
-      "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
+      "You are a helpful assistant.", CHATML },
+    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" },
+      "You are a helpful assistant", CHATML },
+    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, CHATML },
+    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" },
+      NULL, CHATML },
+    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" },
+      "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
+    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
+    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
+      NULL, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
+    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
+      NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ", "[/INST]", "", "</s>", false, false },
+    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
+      NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "", "</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" },
+      NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>", false, true },
+    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
+      NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>", false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" },
+      NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false, true },
+    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
+      NULL, NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
+    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
+      NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n", "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
+    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
+      NULL, "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
     { "vicuna", { "USER: ", "A chat between a curious user" },
       "A chat between a curious user and an artificial intelligence assistant. "
-      "The assistant gives helpful, detailed, and polite answers to the user's questions.", "", " ", "USER: ", " ",
-      "ASSISTANT:", "</s>", false, false },
-    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" }, NULL, "", "\n\n", "USER: ", "\n",
-      "ASSISTANT:", "</s>\n", false, false },
+      "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+      "", " ", "USER: ", " ", "ASSISTANT:", "</s>", false, false },
+    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
+      NULL, "", "\n\n", "USER: ", "\n", "ASSISTANT:", "</s>\n", false, false },
     { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
       "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
       "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", false, false },
-    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" }, NULL, "", "", "<｜User｜>", "",
-      "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
-    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" }, NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>",
-      "<｜end▁of▁sentence｜>", false, false },
-    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" }, NULL, "", "\n\n", "User: ", "\n\n",
-      "Assistant:", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
+      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
+      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", false, false },
+    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
+      NULL, "", "\n\n", "User: ", "\n\n", "Assistant:", "<｜end▁of▁sentence｜>", false, false },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
-
-static bool contains(const char *text, size_t n, const char *part) {
-    size_t length = strlen(part);
-    for (size_t i = 0; i + length <= n; i++) {
-        if (text[i] == part[0] && !memcmp(text + i, part, length)) return true;
-    }
-    return false;
-}
 
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
@@ -2998,7 +2803,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
         bool fits = name ? !strcmp(name, t->name) : m->chat_template != NULL;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
-            fits = contains(m->chat_template, m->chat_template_bytes, t->signs[j] + absent) != absent;
+            const char *sign = t->signs[j] + absent;
+            fits = (memmem(m->chat_template, m->chat_template_bytes, sign, strlen(sign)) != NULL) != absent;
         }
         if (fits) return t;
         size_t n = strlen(names);
@@ -3037,8 +2843,8 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block. The function that lays them out runs twice: first with base
-// NULL, to count the bytes, then with the block itself.
+// All buffers of the forward pass come from one block. lay_out_state() runs twice: with base NULL, which counts the
+// bytes, then with the block itself.
 typedef struct {
     unsigned char *base;
     size_t used;
@@ -3051,20 +2857,20 @@ static void *place(Arena *a, size_t count, size_t size) {
     return p;
 }
 
-// Lays out the buffers of s in the arena. Runs twice: to count, and to place.
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
 static void lay_out_state(const Model *m, State *s, Arena *a) {
     const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = 0;
+    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = QUERIES_TOGETHER;
     for (int l = 0; l < c->n_layers; l++) {
         const Layer *layer = &m->layers[l];
-        n_heads = n_heads > (size_t)layer->n_heads ? n_heads : (size_t)layer->n_heads;
-        n_kv_heads = n_kv_heads > (size_t)layer->n_kv_heads ? n_kv_heads : (size_t)layer->n_kv_heads;
-        ffn_dim = ffn_dim > (size_t)layer->ffn_dim ? ffn_dim : (size_t)layer->ffn_dim;
-        size_t shared_by = (size_t)(layer->n_heads / layer->n_kv_heads);
-        group = group > shared_by ? group : shared_by;
+        n_heads = larger(n_heads, (size_t)layer->n_heads);
+        n_kv_heads = larger(n_kv_heads, (size_t)layer->n_kv_heads);
+        ffn_dim = larger(ffn_dim, (size_t)layer->ffn_dim);
+        group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
     }
     size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
-    size_t n_or_threads = n > (size_t)s->threads ? n : (size_t)s->threads;
+    size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->q_stride = round_up(n_heads * head_dim, 32);
     s->kv_stride = round_up(n_kv_heads * head_dim, 32);
@@ -3079,13 +2885,11 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     s->value = place(a, n * s->kv_stride, sizeof(float));
     s->gate = place(a, n * s->ffn_stride, sizeof(float));
     s->up = place(a, n * s->ffn_stride, sizeof(float));
-    s->widest = s->x_stride > s->q_stride ? s->x_stride : s->q_stride;
-    s->widest = s->widest > s->ffn_stride ? s->widest : s->ffn_stride;
+    s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
     s->blocks = place(a, n * s->widest / 32, sizeof *s->blocks);
     s->rounded = place(a, n_or_threads * s->widest / 32, sizeof *s->rounded);
     s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
     s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
-    group = group > QUERIES_TOGETHER ? group : QUERIES_TOGETHER;
     s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
     s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
     s->broken = place(a, n, sizeof *s->broken);
@@ -3100,24 +2904,22 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     }
 }
 
-// Makes a state for s->context positions, s->batch and s->threads, which the caller has set, and --exact and the
-// cache's type.
+// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32.
 static bool make_state(const Model *m, State *s, Error *e) {
-    Arena arena = { NULL, 0 };
-    for (size_t i = 0; i < n_slots(m); i++) {  // an embedding that is not the head is not multiplied with
+    Arena counted = { NULL, 0 }, placed = { NULL, 0 };
+    for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
-        if (!slot.tensor || !slot.tensor->tiles || slot.tensor == &m->embedding) continue;
+        if (!is_multiplied(m, &slot)) continue;
         bool rounds = types[slot.tensor->type].quantised && !s->exact;
         s->rounds |= rounds;
         s->copies |= !rounds;
     }
-    lay_out_state(m, s, &arena);
-    s->arena_bytes = arena.used;
-    if (!(arena.base = map_memory(arena.used, e))) return false;
-    arena.used = 0;
-    lay_out_state(m, s, &arena);
-    use_large_pages(arena.base, (size_t)((unsigned char *)s->keys - arena.base));  // all that comes before the cache
-    s->arena = arena.base;
+    lay_out_state(m, s, &counted);
+    if (!(placed.base = map_memory(counted.used, e))) return false;
+    lay_out_state(m, s, &placed);
+    use_large_pages(placed.base, (size_t)((unsigned char *)s->keys - placed.base));  // all before the cache
+    s->arena = placed.base;
+    s->arena_bytes = placed.used;
     return true;
 }
 
@@ -3146,11 +2948,10 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
 
 // Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
 static size_t bytes_per_token(const Model *m) {
-    size_t n = tensor_bytes(&m->head);
-    for (int l = 0; l < m->config.n_layers; l++) {
-        const Layer *y = &m->layers[l];
-        const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) n += tensor_bytes(matrices[i]);
+    size_t n = 0;
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        if (is_multiplied(m, &slot)) n += slot_bytes(&slot);
     }
     return n;
 }
@@ -3174,46 +2975,35 @@ static void tell_speed(const Model *m, const Speed *v) {
 static void put_json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
     for (size_t i = 0; i < n;) {
-        unsigned char c = (unsigned char)text[i];
-        uint32_t code;
-        int valid = read_character(text + i, n - i, &code);
-        size_t length = valid > 0 ? (size_t)valid : 0;
-        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
-        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", c);
-        else if (length == 0) fputs("\\ufffd", f);
-        else fwrite(text + i, 1, length, f);
-        i += length ? length : 1;
+        uint32_t c;
+        int length = read_character(text + i, n - i, &c);
+        if (length <= 0) fputs("\\ufffd", f);
+        else if (c == '"' || c == '\\') fprintf(f, "\\%c", (char)c);
+        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", (unsigned)c);
+        else fwrite(text + i, 1, (size_t)length, f);
+        i += length > 0 ? (size_t)length : 1;
     }
     fputc('"', f);
 }
 
 // The ids on one line, or with --pieces a line for each token.
 static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
-    const char *separator = "";
-    if (options.json) putchar('[');
+    bool json = options.json, pieces = options.pieces;
+    if (json) putchar('[');
     for (size_t i = 0; i < tokens->n; i++) {
         size_t n;
         const char *bytes = piece(t, tokens->ids[i], &n);
-        if (options.json && options.pieces) {
-            printf("%s{\"id\": %d, \"piece\": ", separator, tokens->ids[i]);
-            put_json_string(stdout, bytes, n);
-            putchar('}');
-        } else if (options.pieces) {
-            printf("%7d  ", tokens->ids[i]);
-            put_json_string(stdout, bytes, n);
-            putchar('\n');
-        } else {
-            printf("%s%d", separator, tokens->ids[i]);
-        }
-        separator = options.json ? ", " : " ";
+        if (i && (json || !pieces)) printf(json ? ", " : " ");
+        printf(!pieces ? "%d" : json ? "{\"id\": %d, \"piece\": " : "%7d  ", tokens->ids[i]);
+        if (pieces) put_json_string(stdout, bytes, n);
+        if (pieces) putchar(json ? '}' : '\n');
     }
-    if (options.json) putchar(']');
-    if (options.json || !options.pieces) putchar('\n');
+    if (json) putchar(']');
+    if (json || !pieces) putchar('\n');
 }
 
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
 static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
-    if (!options.output) return fail(e, MISUSE, "-m logits needs -o FILE to write to");
     if (tokens->n > (size_t)s->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
     Output out;
@@ -3266,15 +3056,12 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
         }
         show_progress("chunk", start, chunk + 1, n_chunks);
     }
-    double mean = sum / (double)n_scored, variance = sum_of_squares / (double)n_scored - mean * mean,
-           perplexity = exp(mean);
-    double error = n_scored > 1 && variance > 0 ? sqrt(variance / (double)(n_scored - 1)) * perplexity : 0;
+    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean, ppl = exp(mean);
+    double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
     if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", perplexity, error,
+        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
                n_scored, n_chunks);
-    else
-        printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, perplexity,
-               error);
+    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
     return true;
 }
 
@@ -3285,15 +3072,13 @@ static void put_figure(const char *name, double value, const char *unit) {
     else printf("  %-28s %.6g%s%s\n", name, value, *unit ? " " : "", unit);
 }
 
-static void put_word(const char *name, const char *text, size_t n, bool first) {
-    if (options.json) {
-        printf("%s\n  \"%s\": ", first ? "{" : ",", name);
-        put_json_string(stdout, text, n);
-    } else {
-        printf("  %-28s ", name);
-        for (size_t i = 0; i < n; i++) putchar((unsigned char)text[i] < 32 || text[i] == 127 ? '?' : text[i]);
-        putchar('\n');
+static void put_word(const char *name, const char *text, bool first) {
+    if (!options.json) {
+        printf("  %-28s %s\n", name, text);
+        return;
     }
+    printf("%s\n  \"%s\": ", first ? "{" : ",", name);
+    put_json_string(stdout, text, strlen(text));
 }
 
 // Sizes, types, costs: what one needs to know before running a model.
@@ -3302,22 +3087,18 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     double parameters = 0, bytes = 0, multiplied = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        bool tied = slot.tensor == &m->head && m->head.tiles == m->embedding.tiles;
-        if (!slot_is_filled(&slot)) continue;
         double size = (double)slot.rows * (double)slot.cols;
-        if (slot.tensor && slot.tensor != &m->embedding) multiplied += size;
-        if (tied) continue;
+        if (is_multiplied(m, &slot)) multiplied += size;
+        if (!is_stored(m, &slot)) continue;
         parameters += size;
-        bytes += slot.tensor ? (double)tensor_bytes(slot.tensor) : 4 * size;
+        bytes += (double)slot_bytes(&slot);
         if (slot.tensor) by_type[slot.tensor->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
-    Container container = recognise(m->file.bytes, m->file.n_bytes);
-    const char *containers[] = { "cria", "GGUF", "llama2.c" }, *kind = m->tokenizer.kind == SPM   ? "SentencePiece"
-                                                                       : m->tokenizer.kind == BPE ? "byte-level BPE"
-                                                                                                  : "none";
-    put_word("container", containers[container], strlen(containers[container]), true);
-    put_word("family", c->family, strlen(c->family), false);
+    const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
+    const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
+    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)], true);
+    put_word("family", c->family, false);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
         double first = get_field(m, f, 0);
@@ -3330,10 +3111,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
             put_figure(name, get_field(m, f, l), "");
         }
     }
-    put_word("tokenizer", kind, strlen(kind), false);
+    put_word("tokenizer", tokenizers[m->tokenizer.kind], false);
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t && options.template_name) return false;
-    put_word("chat template", t ? t->name : "none", strlen(t ? t->name : "none"), false);
+    put_word("chat template", t ? t->name : "none", false);
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
         char name[48];
@@ -3347,7 +3128,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("memory for it", (double)s->arena_bytes / 1048576, "MiB");
     put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
-    put_word("kernel", kernels->name, strlen(kernels->name), false);
+    put_word("kernel", kernels->name, false);
     if (options.json) printf("\n}\n");
     return true;
 }
@@ -4230,33 +4011,31 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
     void *place = (char *)to + o->offset;
     const char *whole = value;
     char *end = "";
+    double x = 0;
+    bool starts = isdigit((unsigned char)*value) || (o->type != SEED && (*value == '-' || *value == '.'));
     errno = 0;
-    if (o->type == TEXT) {
-        *(const char **)place = value;
-    } else if (o->type == LIST) {
+    if (o->type == LIST) {
         List *list = place;
         for (list->n = 0; list->n < 16; value = end + 1) {
-            long x = strtol(value, &end, 10);
-            if (!isdigit((unsigned char)*value) || errno || x < o->min || x > o->max || (*end && *end != ',')) break;
-            list->at[list->n++] = (int)x;
+            long number = strtol(value, &end, 10);
+            if (!isdigit((unsigned char)*value) || errno || number < o->min || number > o->max) break;
+            list->at[list->n++] = (int)number;
             if (!*end) return true;
+            if (*end != ',') break;
         }
         return fail(e, MISUSE, "--%s %s: expected whole numbers from %.10g to %.10g, as in 1,2", o->name, whole, o->min,
                     o->max);
-    } else if (o->type == SEED) {
-        *(uint64_t *)place = strtoull(value, &end, 10);
-        if (!isdigit((unsigned char)*value) || *end || errno)
-            return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
-    } else {
-        double x = o->type == WHOLE ? (double)strtoll(value, &end, 10) : strtod(value, &end);
-        bool starts = isdigit((unsigned char)*value) || *value == '-' || *value == '.';
-        if (!starts || *end || end == value || errno || !(x >= o->min && x <= o->max))
-            return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
-                        o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
-        if (o->type == WHOLE) *(int64_t *)place = (int64_t)x;
-        else *(double *)place = x;
     }
-    return true;
+    if (o->type == FLAG) *(bool *)place = true;
+    else if (o->type == TEXT) *(const char **)place = value;
+    else if (o->type == SEED) *(uint64_t *)place = strtoull(value, &end, 10);
+    else if (o->type == WHOLE) x = (double)(*(int64_t *)place = strtoll(value, &end, 10));
+    else x = *(double *)place = strtod(value, &end);
+    if (o->type == FLAG || o->type == TEXT) return true;
+    if (starts && !*end && end != value && !errno && x >= o->min && x <= o->max) return true;
+    if (o->type == SEED) return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
+    return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
+                o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
 }
 
 static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Error *e) {
@@ -4269,11 +4048,7 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
         }
         const Option *o = find_option(word);
         if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
-        if (o->type == FLAG) {
-            *(bool *)((char *)to + o->offset) = true;
-            continue;
-        }
-        if (++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
+        if (o->type != FLAG && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
         if (o->type == SEED) *has_seed = true;
         if (!set_option(o, argv[i], to, e)) return false;
     }
@@ -4281,9 +4056,8 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
 }
 
 typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "generate",   "chat",    "tokenize", "logits",
-                                                 "perplexity", "inspect", "export",
-                                                 "bench",      "matmul" };
+static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect",
+                                                 "export", "bench", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -4318,14 +4092,12 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
         if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
-        if (!f || !ok) ok = fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
-        else ok = read_all(f, &text, e);
+        ok = f && ok ? read_all(f, &text, e) : fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
         if (f && f != stdin) fclose(f);
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
     }
-    // A text has to begin with something: where the model puts no token there and the user no text, its begin token
-    // does.
+    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
     if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
@@ -4351,19 +4123,10 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
         return fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
     }
     *culprit = path;
-    if (!map_file(path, &m->tokenizer_file, e)) return false;
-    if (!open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e)) return false;
-    return m->tokenizer.n_tokens == m->config.n_tokens ||
-           fail(e, BAD_FILE, "has %d tokens, the checkpoint %d", m->tokenizer.n_tokens, m->config.n_tokens);
+    return map_file(path, &m->tokenizer_file, e) &&
+           open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-static bool all_float32(const Model *m) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        if (slot.tensor && slot.tensor->tiles && slot.tensor->type != F32) return false;
-    }
-    return true;
-}
 
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
@@ -4378,9 +4141,13 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
     s->threads = largest(options.threads);
     s->exact = options.exact;
-    s->cache_f32 = options.exact || all_float32(m);
-    if (options.cache) s->cache_f32 = !strcmp(options.cache, "f32");
-    if (options.cache && strcmp(options.cache, "f32") && strcmp(options.cache, "f16"))
+    bool all_f32 = true;
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot((Model *)m, i);
+        all_f32 &= !slot.tensor || !slot.tensor->tiles || slot.tensor->type == F32;
+    }
+    s->cache_f32 = options.cache ? !strcmp(options.cache, "f32") : options.exact || all_f32;
+    if (options.cache && !s->cache_f32 && strcmp(options.cache, "f16"))
         return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
     if (!make_state(m, s, e)) return false;
     if (options.context == 0 && !options.quiet)
@@ -4400,10 +4167,7 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     case LOGITS: ok = run_logits(m, s, &tokens, e); break;
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
-    case EXPORT:
-        ok = options.output ? export_model(m, options.output, e)
-                            : fail(e, MISUSE, "-m export needs -o FILE to write to");
-        break;
+    case EXPORT: ok = export_model(m, options.output, e); break;
     case BENCH: ok = run_bench(m, s, e); break;
     default: break;
     }
@@ -4414,11 +4178,9 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
 // The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
 static int tell_error(const char *program, const char *culprit, const Error *e) {
     char line[1024];
-    int n =
-        snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
-    for (int i = 0; i < n && i < (int)sizeof line - 1; i++) {
-        if ((unsigned char)line[i] < 32 || line[i] == 127) line[i] = '?';
-    }
+    snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     return e->status;
 }
@@ -4426,15 +4188,8 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
     bool has_seed = false;
     Mode mode;
-    options = (Options){ .mode = "generate",
-                         .temperature = 1.0,
-                         .top_p = 0.9,
-                         .n_predict = 256,
-                         .context = -1,
-                         .batch = 256,
-                         .reps = 5,
-                         .threads = { 1, { count_cores(true) } },
-                         .tg = { 1, { 128 } },
+    options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
+                         .batch = 256, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
                          .depth = { 1, { 0 } } };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
@@ -4457,11 +4212,8 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    sampler->from_clock = !has_seed;
-    sampler->temperature = (float)options.temperature;
-    sampler->top_p = (float)options.top_p;
-    sampler->min_p = (float)options.min_p;
-    sampler->top_k = (int)options.top_k;
+    *sampler = (Sampler){ .from_clock = !has_seed, .temperature = (float)options.temperature,
+                          .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
     sigaction(SIGINT, &action, NULL);
     return run_mode(m, mode, s, sampler, e);
@@ -4509,27 +4261,25 @@ static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
 }
 
 static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
-    bool ends = false, special = false, decodes = false, lines = false;
+    bool ends = false, special = false, decodes = false, lines = false, understood = true;
+    const char *path = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "-b")) ends = true;
         else if (!strcmp(argv[i], "-s")) special = true;
         else if (!strcmp(argv[i], "-d")) decodes = true;
         else if (!strcmp(argv[i], "--lines-hex")) lines = true;
-        else if (argv[i][0] == '-' || options.checkpoint)
-            return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
-        else options.checkpoint = argv[i];
+        else if (argv[i][0] == '-' || path) understood = false;
+        else path = argv[i];
     }
-    if (!options.checkpoint) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
-    *culprit = options.checkpoint;
-    if (!map_file(options.checkpoint, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e))
-        return false;
+    if (!understood || !path) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+    *culprit = path;
+    if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
     *culprit = NULL;
-    const Tokenizer *t = &m->tokenizer;
+    if (lines) return put_lines(&m->tokenizer, ends, special, e);
     Buffer text = { 0 };
-    if (lines) return put_lines(t, ends, special, e);
     bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
-    if (ok && decodes) ok = put_text(t, (const char *)text.bytes, special, e);
-    else if (ok) ok = put_ids(t, (const char *)text.bytes, text.n - 1, ends, special, e);
+    if (ok && decodes) ok = put_text(&m->tokenizer, (const char *)text.bytes, special, e);
+    else if (ok) ok = put_ids(&m->tokenizer, (const char *)text.bytes, text.n - 1, ends, special, e);
     free(text.bytes);
     return ok;
 }

@@ -101,6 +101,12 @@ static size_t whole_characters(const char *s, size_t n) {
 // to collide is refused, so this need not be secret.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
+static uint64_t hash_bytes(const char *s, size_t n) {
+    uint64_t hash = 1;
+    for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
+    return hash;
+}
+
 static int lookup_hashed(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
     size_t slot = (size_t)(hash ^ hash >> 32) & t->piece_mask;
     for (; t->piece_slots[slot] >= 0; slot = (slot + 1) & t->piece_mask) {
@@ -114,16 +120,11 @@ static int lookup_hashed(const Tokenizer *t, const char *s, size_t n, uint64_t h
 
 // The lowest id of a piece with these bytes whose type is in `types`, or -1.
 static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
-    uint64_t hash = 1;
-    for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
-    return lookup_hashed(t, s, n, hash, types);
+    return lookup_hashed(t, s, n, hash_bytes(s, n), types);
 }
 
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
-
-// The same for the pieces that chat templates write, such as <|im_end|>.
-static int find_special(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, SPECIAL_TYPES); }
 
 // The longest piece of this type that the n bytes at s begin with, or -1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
@@ -167,8 +168,7 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     for (int id = 0; id < t->n_tokens; id++) {
         size_t n;
         const char *s = piece(t, id, &n);
-        uint64_t hash = 1;
-        for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
+        uint64_t hash = hash_bytes(s, n);
         if (n == 0 || t->type[id] == PIECE_BYTE || lookup_hashed(t, s, n, hash, 1u << t->type[id]) >= 0) continue;
         t->begins[(unsigned char)s[0]] |= (uint8_t)(1 << t->type[id]);
         size_t slot = (size_t)(hash ^ hash >> 32);
@@ -198,8 +198,8 @@ static bool index_merges(Tokenizer *t, Error *e) {
    such expression, written by hand: it says where the match that begins at `at` ends, or `at` itself if none does. Each
    byte of the text has a set of bits, its character's classes, and rules look at bits. Time is linear. */
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, SYMBOL = 8, CASED = 16, MARK = 32, ASIAN = 64, CONTINUES = 128, CUT = 256 };
-enum { WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, SYMBOL = 8, CASED = 16, MARK = 32, ASIAN = 64, NEWLINE = 128 };
+enum { CONTINUES = 256, CUT = 512, WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
 
 typedef struct {
     const char *text;
@@ -253,7 +253,7 @@ static const struct { uint32_t first, last, bits; } more_classes[] = {
     {'$', '$', SYMBOL},      {'+', '+', SYMBOL},      {'<', '>', SYMBOL},      {'^', '^', SYMBOL},
     {'|', '|', SYMBOL},      {'~', '~', SYMBOL},      {'!', '/', MARK},        {':', '~', MARK},
     {0xFF01, 0xFF0F, MARK},  {0xFF1A, 0xFF5E, MARK},  {0x2018, 0x201F, MARK},  {0x3000, 0x3002, MARK},
-    {0x0800, 0x9FA5, ASIAN}, {0xAC00, 0xD7FF, ASIAN},
+    {0x0800, 0x9FA5, ASIAN}, {0xAC00, 0xD7FF, ASIAN}, {'\n', '\n', NEWLINE},   {'\r', '\r', NEWLINE},
 };
 
 static bool unpack_classes(Tokenizer *t, Error *e) {
@@ -285,7 +285,6 @@ static size_t next_character(const Characters *x, size_t at, size_t end) {
     return run_end(x, at + 1, end, CONTINUES, CONTINUES);
 }
 
-static bool is_newline(const Characters *x, size_t at) { return x->text[at] == '\n' || x->text[at] == '\r'; }
 
 // 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
@@ -308,8 +307,8 @@ static size_t white_space(const Characters *x, size_t at, size_t end) {
 }
 
 // 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-static size_t gpt2_rule(const Characters *x, size_t at, size_t end) {
-    size_t stop = contraction(x, at, end, false);
+static size_t gpt2_rule(const Characters *x, size_t at, size_t end, int any_case) {
+    size_t stop = contraction(x, at, end, any_case);
     if (stop > at) return stop;
     size_t word = x->text[at] == ' ' && at + 1 < end ? at + 1 : at;
     int bits = x->class[word] & WORD;
@@ -321,82 +320,70 @@ static size_t gpt2_rule(const Characters *x, size_t at, size_t end) {
 static size_t modern_rule(const Characters *x, size_t at, size_t end, int digits) {
     size_t stop = contraction(x, at, end, true), word = at;
     if (stop > at) return stop;
-    if (!(x->class[at] & (LETTER | NUMBER)) && !is_newline(x, at)) word = next_character(x, at, end);
+    if (!(x->class[at] & (LETTER | NUMBER | NEWLINE))) word = next_character(x, at, end);
     stop = run_end(x, word, end, LETTER, LETTER);
     if (stop > word) return stop;
     for (stop = at; digits > 0 && stop < end && x->class[stop] & NUMBER; digits--) stop = next_character(x, stop, end);
     if (stop > at) return stop;
     word = x->text[at] == ' ' ? at + 1 : at;
     stop = run_end(x, word, end, WORD, 0);
-    if (stop > word) {
-        while (stop < end && is_newline(x, stop)) stop++;
-        return stop;
-    }
+    if (stop > word) return run_end(x, stop, end, NEWLINE, NEWLINE);
     stop = run_end(x, at, end, SPACE, SPACE);
-    while (stop > at && !is_newline(x, stop - 1)) stop--;
+    while (stop > at && !(x->class[stop - 1] & NEWLINE)) stop--;
     return stop > at ? stop : white_space(x, at, end);
 }
 
-static size_t llama3_rule(const Characters *x, size_t at, size_t end) { return modern_rule(x, at, end, 3); }
-static size_t qwen2_rule(const Characters *x, size_t at, size_t end) { return modern_rule(x, at, end, 1); }
-
-// \p{N}
-static size_t digit_rule(const Characters *x, size_t at, size_t end) {
-    return x->class[at] & NUMBER ? next_character(x, at, end) : at;
-}
-
-// \p{N}+
-static size_t number_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, NUMBER, NUMBER); }
-
-// [0-9][0-9][0-9]
-static size_t three_digits_rule(const Characters *x, size_t at, size_t end) {
-    for (size_t i = at; i < at + 3; i++)
+// [0-9]{n}
+static size_t digits_rule(const Characters *x, size_t at, size_t end, int n) {
+    for (size_t i = at; i < at + (size_t)n; i++)
         if (i >= end || x->text[i] < '0' || x->text[i] > '9') return at;
-    return at + 3;
+    return at + (size_t)n;
 }
 
-// [\p{P}$+<=>^~|]+
-static size_t symbol_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, SYMBOL, SYMBOL); }
-
-// [\r\n]
-static size_t newline_rule(const Characters *x, size_t at, size_t end) {
-    return at < end && is_newline(x, at) ? at + 1 : at;
+// One character of the set.
+static size_t one_rule(const Characters *x, size_t at, size_t end, int set) {
+    return x->class[at] & set ? next_character(x, at, end) : at;
 }
+
+// [set]+
+static size_t run_rule(const Characters *x, size_t at, size_t end, int set) { return run_end(x, at, end, set, set); }
 
 // \s?[set]+        the space may itself be one of the set
-static size_t spaced_run(const Characters *x, size_t at, size_t end, int set) {
-    size_t word = x->class[at] & SPACE ? next_character(x, at, end) : at, stop = run_end(x, word, end, set, set);
+static size_t spaced_rule(const Characters *x, size_t at, size_t end, int set) {
+    size_t word = one_rule(x, at, end, SPACE), stop = run_end(x, word, end, set, set);
     return stop > word ? stop : run_end(x, at, end, set, set);
 }
 
-static size_t cased_rule(const Characters *x, size_t at, size_t end) { return spaced_run(x, at, end, CASED); }
-static size_t mark_rule(const Characters *x, size_t at, size_t end) { return spaced_run(x, at, end, MARK); }
-
 // \s+$        only tried where a run of white space begins: tried inside of long runs it would take quadratic time
-static size_t last_space_rule(const Characters *x, size_t at, size_t end) {
-    if (!(x->class[at] & CUT) && x->class[at - 1] & SPACE) return at;
-    return run_end(x, at, end, SPACE, SPACE) == end ? end : at;
+static size_t last_rule(const Characters *x, size_t at, size_t end, int set) {
+    if (!(x->class[at] & CUT) && x->class[at - 1] & set) return at;
+    return run_end(x, at, end, set, set) == end ? end : at;
 }
-
-// [U+0800-9FA5 U+AC00-D7FF]+
-static size_t asian_rule(const Characters *x, size_t at, size_t end) { return run_end(x, at, end, ASIAN, ASIAN); }
 
 // To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
 // between its matches is a word too, and each is applied to the words that those before it made), and append the names
 // that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
 // where they are. tests/make_token_goldens.py has the same table for its reference.
+typedef struct {
+    size_t (*match)(const Characters *x, size_t at, size_t end, int what);
+    int what;
+} Rule;
+
 static const struct {
     const char *names;
     unsigned flags;
-    size_t (*rules[7])(const Characters *x, size_t at, size_t end);  // up to NULL
+    Rule rules[7];  // up to one without a function
 } pre_tokenizers[] = {
-    {"gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat", 0, {gpt2_rule}},
-    {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", 0, {digit_rule, gpt2_rule}},
-    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", IGNORE_MERGES | ADD_BOS, {llama3_rule}},
-    {"dbrx smaug-bpe", 0, {llama3_rule}},
-    {"qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", 0, {qwen2_rule}},
-    {"deepseek-llm", 0, {newline_rule, cased_rule, mark_rule, last_space_rule, asian_rule, number_rule}},
-    {"default", 0, {symbol_rule, gpt2_rule, number_rule, three_digits_rule}},
+    {"gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat", 0, {{gpt2_rule, false}}},
+    {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", 0,
+     {{one_rule, NUMBER}, {gpt2_rule, false}}},
+    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", IGNORE_MERGES | ADD_BOS, {{modern_rule, 3}}},
+    {"dbrx smaug-bpe", 0, {{modern_rule, 3}}},
+    {"qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", 0, {{modern_rule, 1}}},
+    {"deepseek-llm", 0,
+     {{one_rule, NEWLINE}, {spaced_rule, CASED}, {spaced_rule, MARK}, {last_rule, SPACE}, {run_rule, ASIAN},
+      {run_rule, NUMBER}}},
+    {"default", 0, {{run_rule, SYMBOL}, {gpt2_rule, false}, {run_rule, NUMBER}, {digits_rule, 3}}},
 };
 enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
 
@@ -416,16 +403,15 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
     Characters x = {s, class};
     classify(t, s, n, class);
     class[0] |= CUT;
-    for (int i = 0; pre_tokenizers[t->pre].rules[i]; i++) {
-        size_t (*rule)(const Characters *, size_t, size_t) = pre_tokenizers[t->pre].rules[i];
+    for (const Rule *rule = pre_tokenizers[t->pre].rules; rule->match; rule++) {
         for (size_t at = 0, end; at < n; at = end) {  // one word so far
             end = run_end(&x, at + 1, n, CUT, 0);
             for (size_t stop; at < end; at = stop) {  // one match, or what lies before the next match
                 class[at] |= CUT;
-                stop = rule(&x, at, end);
+                stop = rule->match(&x, at, end, rule->what);
                 if (stop > at) continue;
                 do stop = next_character(&x, stop, end);
-                while (stop < end && rule(&x, stop, end) == stop);
+                while (stop < end && rule->match(&x, stop, end, rule->what) == stop);
             }
         }
     }
@@ -570,12 +556,10 @@ static bool reserve_symbols(Encoder *c, size_t n) {
     size_t capacity = n > 2 * c->capacity ? n : 2 * c->capacity;
     free(c->symbols);
     free(c->heap);
-    c->heap = NULL;
-    c->capacity = 0;
-    if (!(c->symbols = allocate(capacity, sizeof *c->symbols, c->e))) return false;
-    if (!(c->heap = allocate(2 * capacity, sizeof *c->heap, c->e))) return false;
-    c->capacity = capacity;
-    return true;
+    c->symbols = allocate(capacity, sizeof *c->symbols, c->e);
+    c->heap = allocate(2 * capacity, sizeof *c->heap, c->e);
+    c->capacity = c->symbols && c->heap ? capacity : 0;
+    return c->capacity > 0;
 }
 
 // Tokens of text that nothing outside of it can join with.
@@ -628,6 +612,23 @@ static size_t normalise(const char *s, size_t n, char *to) {
     return length;
 }
 
+// Takes the tokens of one type out of the text: the leftmost, then longest, wherever they begin from `at` to `end`.
+// What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
+static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
+                          bool (*rest)(Encoder *c, const char *s, size_t n)) {
+    while (at < end) {
+        size_t length;
+        int id = longest_special(c->t, type, s + at, end - at, &length);
+        if (id < 0) {
+            at++;
+            continue;
+        }
+        if (!rest(c, s + *begin, at - *begin) || !emit(c->out, id, c->e)) return false;
+        *begin = at += length;
+    }
+    return true;
+}
+
 // Tokens of what stands between two control tokens: what sentencepiece or Hugging Face would be given as one text. The
 // leftmost, then longest user-defined piece is always itself, whatever the words.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
@@ -640,17 +641,7 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
         s = (const char *)c->scratch;
     }
     size_t begin = 0;
-    for (size_t i = 0; i < n;) {
-        size_t length;
-        int id = longest_special(c->t, PIECE_USER_DEFINED, s + i, n - i, &length);
-        if (id < 0) {
-            i++;
-            continue;
-        }
-        if (!encode_words(c, s + begin, i - begin) || !emit(c->out, id, c->e)) return false;
-        begin = i += length;
-    }
-    return encode_words(c, s + begin, n - begin);
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
 // Tokens of the joined text of the spans. A control token must lie wholly in special spans.
@@ -660,14 +651,7 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
         bool special = spans[i].special;
         size_t end = at;
         for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
-        for (; special && at < end; at++) {
-            size_t length;
-            int id = longest_special(c->t, PIECE_CONTROL, text + at, end - at, &length);
-            if (id < 0) continue;
-            if (!encode_plain(c, text + begin, at - begin) || !emit(c->out, id, c->e)) return false;
-            begin = at + length;
-            at = begin - 1;
-        }
+        if (special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
         at = end;
     }
     return encode_plain(c, text + begin, n - begin);
@@ -717,7 +701,7 @@ static void close_tokenizer(Tokenizer *t) {
     *t = (Tokenizer){0};
 }
 
-static bool check_header(const TokenizerHeader *h, size_t n_bytes, Error *e) {
+static bool check_header(const TokenizerHeader *h, Error *e) {
     if ((h->kind != SPM && h->kind != BPE) || h->pre >= N_PRE_TOKENIZERS || h->flags > ALL_TOKENIZER_FLAGS)
         return fail(e, BAD_FILE, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
     if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
@@ -730,12 +714,6 @@ static bool check_header(const TokenizerHeader *h, size_t n_bytes, Error *e) {
             return fail(e, BAD_FILE, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
     if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
         return fail(e, BAD_FILE, "the vocabulary adds a begin or end token that it does not have");
-    // Each count is at most 2^32 and each item at most 12 bytes, so this sum cannot wrap in 64 bits.
-    uint64_t expected = sizeof *h + 4ull * h->n_tokens + 4ull * (h->n_tokens + 1ull) + 12ull * h->n_merges +
-                        4ull * h->n_end + h->n_tokens + h->text_bytes;
-    expected = (expected + 3) / 4 * 4;
-    if (n_bytes != expected)
-        return fail(e, BAD_FILE, "the vocabulary has %zu bytes, expected %llu", n_bytes, (unsigned long long)expected);
     return true;
 }
 
@@ -787,36 +765,34 @@ static void summarise_pieces(Tokenizer *t) {
     }
 }
 
-static bool open_checked(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
+// Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
+// close_tokenizer() frees what there is.
+static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
+    Cursor c = {.at = section, .left = n_bytes};
     TokenizerHeader h;
-    if (n_bytes < sizeof h) return fail(e, BAD_FILE, "the vocabulary is cut short");
-    memcpy(&h, section, sizeof h);
-    if (!check_header(&h, n_bytes, e)) return false;
+    take_into(&c, &h, sizeof h);
+    if (c.bad) return fail(e, BAD_FILE, "the vocabulary is cut short");
+    if (!check_header(&h, e)) return false;
+    size_t n = h.n_tokens;
     *t = (Tokenizer){.kind = (int)h.kind, .pre = (int)h.pre, .bos = h.bos, .eos = h.eos, .unk = h.unk,
                      .n_tokens = (int)h.n_tokens, .n_merges = (int)h.n_merges, .n_end = (int)h.n_end,
                      .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
                      .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
                      .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES};
-    const uint32_t *words = (const uint32_t *)(const void *)(section + sizeof h);
-    t->score = (const float *)(const void *)words;
-    t->text_start = words + h.n_tokens;
-    t->merge = (const uint32_t(*)[3])(const void *)(t->text_start + h.n_tokens + 1);
-    t->end_id = (const uint32_t *)(const void *)(t->merge + h.n_merges);
-    t->type = (const uint8_t *)(t->end_id + h.n_end);
-    t->text = (const char *)(t->type + h.n_tokens);
-    for (const char *p = t->text + h.text_bytes; p < (const char *)section + n_bytes; p++)
-        if (*p) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
+    t->score = (const void *)take(&c, times(n, sizeof *t->score));
+    t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
+    t->merge = (const void *)take(&c, times(h.n_merges, sizeof *t->merge));
+    t->end_id = (const void *)take(&c, times(h.n_end, sizeof *t->end_id));
+    t->type = take(&c, n);
+    t->text = (const void *)take(&c, h.text_bytes);
+    if (c.bad || c.left > 3 || n_bytes % 4)
+        return fail(e, BAD_FILE, "the vocabulary has %zu bytes, its header asks for %s", n_bytes,
+                    c.bad ? "more" : "fewer");
+    while (c.left > 0)
+        if (*take(&c, 1)) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
     if (!check_pieces(t, h.text_bytes, e) || !check_merges(t, e)) return false;
     summarise_pieces(t);
     return index_pieces(t, e) && index_merges(t, e) && (t->kind == SPM || unpack_classes(t, e));
-}
-
-// Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer.
-static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
-    *t = (Tokenizer){0};
-    if (open_checked(section, n_bytes, t, e)) return true;
-    close_tokenizer(t);
-    return false;
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
@@ -835,9 +811,7 @@ typedef struct {
     int add_bos, add_eos, dummy_prefix;
 } Vocabulary;
 
-typedef struct {
-    Buffer scores, starts, merges, end_ids, types, text;
-} SectionParts;
+enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in their order
 
 // <0xAB> -> its byte, or -1
 static int spelled_byte(const char *s, size_t n) {
@@ -878,12 +852,20 @@ static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, ch
     return n;
 }
 
-static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
+// A string as in GGUF: 64 bits of length, then bytes. NULL where it does not fit.
+static const char *take_string(Cursor *c, size_t *n_bytes) {
+    uint64_t n = take_u64(c);
+    *n_bytes = (size_t)n;
+    if (n > c->left) c->bad = true;
+    return (const char *)take(c, *n_bytes);
+}
+
+static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
     for (size_t id = 0; id < v->n_tokens; id++) {
         char bytes[MAX_PIECE];
-        uint64_t n_string = take_u64(&c);
-        const char *s = (const char *)take(&c, n_string > SIZE_MAX ? SIZE_MAX : (size_t)n_string);
+        size_t n_string;
+        const char *s = take_string(&c, &n_string);
         if (!s) return fail(e, BAD_FILE, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
         if (n_string > MAX_PIECE) return fail(e, BAD_FILE, "token %zu has more than %d bytes", id, MAX_PIECE);
         int32_t type = PIECE_NORMAL;
@@ -892,17 +874,17 @@ static bool pack_pieces(const Vocabulary *v, SectionParts *parts, Error *e) {
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has type %d", id, type);
-        size_t n = unspell_piece(v->kind, s, (size_t)n_string, &type, bytes);
+        size_t n = unspell_piece(v->kind, s, n_string, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return fail(e, BAD_FILE, "byte token %zu is not one of <0x00> to <0xFF>", id);
         uint8_t packed_type = (uint8_t)type;
-        uint32_t start = (uint32_t)parts->text.n;
-        if (!append(&parts->starts, &start, 4, e) || !append(&parts->scores, &score, 4, e) ||
-            !append(&parts->types, &packed_type, 1, e) || (n && !append(&parts->text, bytes, n, e)))
+        uint32_t start = (uint32_t)part[PIECE_TEXT].n;
+        if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
+            !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)))
             return false;
     }
-    uint32_t end = (uint32_t)parts->text.n;
-    if (end < parts->text.n) return fail(e, BAD_FILE, "the vocabulary's text has more than 2^32 bytes");
-    return append(&parts->starts, &end, 4, e);
+    uint32_t end = (uint32_t)part[PIECE_TEXT].n;
+    if (end < part[PIECE_TEXT].n) return fail(e, BAD_FILE, "the vocabulary's text has more than 2^32 bytes");
+    return append(&part[STARTS], &end, 4, e);
 }
 
 // Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out.
@@ -910,10 +892,10 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
         char bytes[2 * MAX_PIECE];
-        uint64_t n = take_u64(&c);
-        const char *s = (const char *)take(&c, n > SIZE_MAX ? SIZE_MAX : (size_t)n);
+        size_t n;
+        const char *s = take_string(&c, &n);
         if (!s) return fail(e, BAD_FILE, "the vocabulary ends in merge %zu of %zu", rank, v->n_merges);
-        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', (size_t)n - 1) : NULL;
+        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', n - 1) : NULL;
         if (!space) continue;
         size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
@@ -935,8 +917,8 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     };
     enum { N_NAMES = sizeof names / sizeof *names };
     int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
-    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = find_special(t, names[i], strlen(names[i]));
-    if (find_special(t, "<|return|>", 10) >= 0) ids[N_NAMES + 2] = -1;
+    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = lookup(t, names[i], strlen(names[i]), SPECIAL_TYPES);
+    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_NAMES + 2] = -1;
     for (size_t i = 0; i < N_NAMES + 3; i++) {
         bool new = ids[i] >= 0;
         for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
@@ -945,42 +927,24 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     return true;
 }
 
-// The row of pre_tokenizers[] with this name, or -1.
-static int find_pre_tokenizer(const char *name, size_t n) {
-    for (int row = 0; row < N_PRE_TOKENIZERS; row++)
-        for (const char *p = pre_tokenizers[row].names; *p; p += strspn(p, " ")) {
-            size_t length = strcspn(p, " ");
-            if (length == n && memcmp(p, name, n) == 0) return row;
-            p += length;
+// *pre = the row of pre_tokenizers[] with this name (which may be NULL).
+static bool choose_pre_tokenizer(const char *name, size_t n, uint32_t *pre, Error *e) {
+    char known[160] = "";
+    for (uint32_t row = 0; row < N_PRE_TOKENIZERS; row++) {
+        const char *names = pre_tokenizers[row].names;
+        size_t length = strcspn(names, " "), end = strlen(known);
+        snprintf(known + end, sizeof known - end, "%s%.*s", row ? ", " : "", (int)length, names);
+        for (*pre = row; *names; names += length + strspn(names + length, " ")) {
+            length = strcspn(names, " ");
+            if (name && length == n && memcmp(names, name, n) == 0) return true;
         }
-    return -1;
-}
-
-static bool choose_pre_tokenizer(const Vocabulary *v, uint32_t *pre, Error *e) {
-    *pre = 0;
-    if (v->kind == SPM) return true;
-    int row = v->pre ? find_pre_tokenizer(v->pre, v->pre_bytes) : -1;
-    if (row >= 0) {
-        *pre = (uint32_t)row;
-        return true;
     }
-    char name[41] = "", known[160] = "";
-    for (size_t i = 0; v->pre && i < v->pre_bytes && i < sizeof name - 1; i++)
-        name[i] = v->pre[i] > ' ' && v->pre[i] <= '~' ? v->pre[i] : '?';
-    for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
-        const char *names = pre_tokenizers[i].names;
-        size_t n = strlen(known);
-        snprintf(known + n, sizeof known - n, "%s%.*s", i ? ", " : "", (int)strcspn(names, " "), names);
-    }
-    return fail(e, BAD_FILE, "pre-tokenizer \"%s\" is not known; choose one with --pre NAME: %s", name, known);
+    return fail(e, BAD_FILE, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
+                (int)(n < 40 ? n : 40), name ? name : "", known);
 }
 
 // Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
-static bool pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h, Error *e) {
-    const int ids[] = {v->bos, v->eos, v->eot, v->eom, v->unk};
-    for (int i = 0; i < 5; i++)
-        if (ids[i] < -1 || ids[i] >= t->n_tokens)
-            return fail(e, BAD_FILE, "special token %d in a vocabulary of %d", ids[i], t->n_tokens);
+static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h) {
     bool spm = v->kind == SPM;
     h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
     h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
@@ -992,53 +956,46 @@ static bool pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
     if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
     if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
     if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
-    return true;
 }
 
-static bool pack_parts(const Vocabulary *v, SectionParts *p, TokenizerHeader *h, Tokenizer *t, Error *e) {
-    if (v->kind != SPM && v->kind != BPE) return fail(e, BAD_FILE, "vocabulary of unknown kind %d", v->kind);
+static bool pack_parts(const Vocabulary *v, Buffer *part, TokenizerHeader *h, Tokenizer *t, Error *e) {
     if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
         return fail(e, BAD_FILE, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d",
                     v->n_tokens, v->n_merges, MAX_TOKENS, MAX_MERGES);
     h->kind = (uint32_t)v->kind;
-    if (!choose_pre_tokenizer(v, &h->pre, e) || !pack_pieces(v, p, e)) return false;
+    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, v->pre_bytes, &h->pre, e)) return false;
+    if (!pack_pieces(v, part, e)) return false;
+    *t = (Tokenizer){.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
+                     .text_start = (const uint32_t *)(const void *)part[STARTS].bytes,
+                     .text = (const char *)part[PIECE_TEXT].bytes};
+    if (!index_pieces(t, e)) return false;
+    pack_header(v, t, h);
+    if (!pack_merges(v, t, &part[MERGES], e) || !pack_end_ids(v, t, h->eos, &part[END_IDS], e)) return false;
     h->n_tokens = (uint32_t)v->n_tokens;
-    h->text_bytes = (uint32_t)p->text.n;
-    t->n_tokens = (int)v->n_tokens;
-    t->kind = v->kind;
-    t->type = p->types.bytes;
-    t->text_start = (const uint32_t *)(const void *)p->starts.bytes;
-    t->text = (const char *)p->text.bytes;
-    if (!index_pieces(t, e) || !pack_header(v, t, h, e) || !pack_merges(v, t, &p->merges, e) ||
-        !pack_end_ids(v, t, h->eos, &p->end_ids, e))
-        return false;
-    h->n_merges = (uint32_t)(p->merges.n / 12);
-    h->n_end = (uint32_t)(p->end_ids.n / 4);
+    h->n_merges = (uint32_t)(part[MERGES].n / 12);
+    h->n_end = (uint32_t)(part[END_IDS].n / 4);
+    h->text_bytes = (uint32_t)part[PIECE_TEXT].n;
     return true;
 }
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    SectionParts p = {0};
+    Buffer part[N_PARTS] = {{0}};
     TokenizerHeader h = {0};
     Tokenizer t = {0};
-    bool ok = pack_parts(v, &p, &h, &t, e) && append(section, &h, sizeof h, e);
-    Buffer *const order[] = {&p.scores, &p.starts, &p.merges, &p.end_ids, &p.types, &p.text};
-    size_t n = sizeof h;
-    for (size_t i = 0; i < 6; i++) {
-        if (order[i]->n) ok = ok && append(section, order[i]->bytes, order[i]->n, e);
-        n += order[i]->n;
-        free(order[i]->bytes);
+    bool ok = pack_parts(v, part, &h, &t, e) && append(section, &h, sizeof h, e);
+    for (size_t i = 0; i < N_PARTS; i++) {
+        if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
+        free(part[i].bytes);
     }
     close_tokenizer(&t);
-    return ok && append(section, NULL, round_up(n, 4) - n, e);
+    return ok && append(section, NULL, round_up(section->n, 4) - section->n, e);
 }
 
 // llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces;
 // ids 0, 1, 2 are <unk>, <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or
-// as the character U+00AB. n_tokens is what the model has, or -1.
-static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, int n_tokens, Buffer *section,
-                                   Error *e) {
+// as the character U+00AB.
+static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, Buffer *section, Error *e) {
     Cursor c = {.at = bytes, .left = n_bytes};
     Buffer pieces = {0}, scores = {0}, types = {0};
     size_t n = 0;
@@ -1050,21 +1007,15 @@ static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, i
         const char *s = (const char *)take(&c, (size_t)length);
         char spelled[8];
         int32_t type = n == 0 ? PIECE_UNKNOWN : n < 3 ? PIECE_CONTROL : n < 259 ? PIECE_BYTE : PIECE_NORMAL;
-        if (!s) {
-            ok = fail(e, BAD_FILE, "not a tokenizer.bin, or cut short: token %zu does not end", n);
-            break;
-        }
-        if (type == PIECE_CONTROL && length > 2 && s[0] == '\n' && s[length - 1] == '\n') s++, length -= 2;
-        if (type == PIECE_BYTE) {
-            snprintf(spelled, sizeof spelled, "<0x%02X>", (unsigned)(n - 3));
+        if (s && type == PIECE_CONTROL && length > 2 && s[0] == '\n' && s[length - 1] == '\n') s++, length -= 2;
+        if (s && type == PIECE_BYTE) {
+            length = (uint64_t)snprintf(spelled, sizeof spelled, "<0x%02X>", (unsigned)(n - 3));
             s = spelled;
-            length = 6;
         }
-        ok = append(&pieces, &length, 8, e) && (!length || append(&pieces, s, (size_t)length, e)) &&
+        ok = s || fail(e, BAD_FILE, "not a tokenizer.bin, or cut short: token %zu does not end", n);
+        ok = ok && append(&pieces, &length, 8, e) && (!length || append(&pieces, s, (size_t)length, e)) &&
              append(&scores, score, 4, e) && append(&types, &type, 4, e);
     }
-    if (ok && n_tokens >= 0 && n != (size_t)n_tokens)
-        ok = fail(e, BAD_FILE, "the tokenizer has %zu tokens, the model has %d", n, n_tokens);
     if (ok && n < 3) ok = fail(e, BAD_FILE, "not a tokenizer.bin: it has %zu tokens, expected at least 3", n);
     Vocabulary v = {.kind = SPM, .n_tokens = n, .pieces = {.at = pieces.bytes, .left = pieces.n},
                     .scores = scores.bytes, .types = types.bytes, .bos = 1, .eos = 2, .eom = -1, .unk = 0,

@@ -208,7 +208,7 @@ static const Case cases[] = {
     { "$T/cut.bin", 1, NULL, "not copied whole" },
     { "$T/layout.bin", 1, NULL, "make it again with  ./run SOURCE -m export -o FILE" },
     { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" }, { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
-    { "$v0 -z $tied", 1, NULL, "277 tokens, the checkpoint 275" },
+    { "$v0 -z $tied", 1, NULL, "277 tokens, the model has 275" },
     { "$tied -z $z", 1, NULL, "275 tokens, the model has 277" }, { "$v0 -z run.c", 1, NULL, "run: run.c: " },
     { "$v0 -z tests", 1, NULL, "run: tests: " }, { "$v0 -i a", 1, NULL, "give it with -z FILE" },
     { "$v0 -m tokenize --ids 1", 1, NULL, "give it with -z FILE" },
