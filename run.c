@@ -443,11 +443,11 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
+enum { TOGETHER = 4 };  // rows of c that share each number of b once it is loaded
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
 // c (m, c_stride)  a (m, a_stride)  b (depth, b_stride)
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
-    enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16], x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
@@ -476,7 +476,6 @@ INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile);
 // The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
                       size_t n_all, int n) {
-    enum { TOGETHER = 4 };
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         UnpackedTile u;
         unpack(&u, type, tiles + c * types[type].tile_bytes);
@@ -503,7 +502,7 @@ typedef struct {
                       size_t n_all, int n);
     void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth);
-    void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x);
+    void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t rows, size_t cols, const float *x);
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tile);
     void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
@@ -512,8 +511,6 @@ typedef struct {
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t n, float scale);
     void (*swiglu)(float *gate, const float *up, size_t n);
-    double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
-    void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
@@ -1062,16 +1059,12 @@ static int choose_token(Sampler *s, const float *logits, int n) {
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
    into the form that the model was trained on, and with all that was said so far kept in the cache. */
 
-// Some numbers, written "1,2,4".
-typedef struct { int n, at[16]; } List;
-
 // What the user asked for on the command line; chapter 11 fills it in.
 typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre, *svg;
+    const char *cache, *kernel, *pre;
     double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, batch, reps;
-    List threads, pp, tg, depth;
+    int64_t n_predict, top_k, context, threads, batch;
     uint64_t seed;
     bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
 } Options;
@@ -1317,8 +1310,8 @@ INLINE void load_weights(float w[16], Type type, const unsigned char *tile, size
 }
 
 // y = w x for one token and the rows of `n` row tiles, whose chains run side by side.
-INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t row_bytes, size_t cols, const float *x,
-                          size_t n, Widen *widen) {
+INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t row_bytes, size_t cols,
+                          const float *x, size_t n, Widen *widen) {
     _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
@@ -1389,7 +1382,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
 }
 
 // The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
-#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
+#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of)                            \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
                                 const Block *x, size_t n_all, int n) {                                                 \
         add_tiles_of(sum, type, tiles, n_tiles, x, n_all, n);                                                          \
@@ -1419,28 +1412,11 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
-    target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
-    target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
-                                 set##_exponentiate, set##_swiglu, set##_peak, set##_read };
+                                 set##_exponentiate, set##_swiglu };
 
-// Reads n numbers and keeps nothing of them but a sum.
-INLINE void read_memory(const uint64_t *memory, size_t n) {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < n; i++) sum += memory[i];
-    volatile uint64_t kept = sum;
-    (void)kept;
-}
-
-// One multiply-add at a time, in float: the scalar loops multiply whole numbers as floats, too.
-static double peak_scalar(bool int8, size_t rounds) {
-    volatile float sum = int8;
-    for (size_t i = 0; i < rounds; i++) sum = fmaf(sum, 0.5f, 0.5f);
-    return 2.0 * (double)rounds;
-}
-
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
+MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats)
 
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
@@ -3133,364 +3109,6 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     return true;
 }
 
-// ---- What the machine can do ----
-
-// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most a second.
-typedef struct { double bytes, int8, f32; } Load;
-
-typedef struct {
-    const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
-    size_t n;
-    bool int8;
-} CeilingJob;
-
-static void work_at_ceiling(void *p, Team team) {
-    const CeilingJob *job = p;
-    Range r = share(job->n, team);
-    if (job->memory) kernels->read(job->memory + r.from, r.to - r.from);
-    else kernels->peak(job->int8, r.to - r.from);
-}
-
-// The best of several tries, of 20 ms at least; `each` is what one of job.n stands for.
-static double best_rate(CeilingJob job, int threads, double each) {
-    double best = 0;
-    for (int i = 0; i < 7; i++) {
-        double start = clock_seconds();
-        run_team(threads, work_at_ceiling, &job);
-        double seconds = clock_seconds() - start;
-        best = fmax(best, each * (double)job.n / seconds);
-        if (!job.memory && seconds < 0.02) job.n *= 2, i = 0;
-    }
-    return best;
-}
-
-// The ceilings of some threads, measured in the run that is held against them: machines are shared, and throttle.
-static bool measure_ceilings(int threads, Load *c, Error *e) {
-    size_t n_bytes = (size_t)256 << 20;  // many times the caches
-    uint64_t *memory = map_memory(n_bytes, e);
-    if (!memory) return false;
-    use_large_pages(memory, n_bytes);
-    memset(memory, 1, n_bytes);
-    c->bytes = best_rate((CeilingJob){ memory, n_bytes / sizeof *memory, false }, threads, sizeof *memory);
-    munmap(memory, n_bytes);
-    c->int8 = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1));
-    c->f32 = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1));
-    return true;
-}
-
-// Adds the product of a matrix with n tokens.
-static void add_product(Load *w, const Tensor *t, double n, bool exact) {
-    w->bytes += (double)tensor_bytes(t);
-    *(types[t->type].quantised && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
-}
-
-// n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
-static Load load_of(const Model *m, const State *s, size_t past, size_t n, size_t batch) {
-    Load w = { 0 };
-    for (size_t done = 0, now; done < n; done += now) {
-        now = n - done < batch ? n - done : batch;
-        double seen = (double)(past + done) + ((double)now + 1) / 2, last = (double)(past + done + now);
-        for (int l = 0; l < m->config.n_layers; l++) {
-            const Layer *y = &m->layers[l];
-            const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-            for (int i = 0; i < 7; i++) add_product(&w, matrices[i], (double)now, s->exact);
-            w.f32 += 4.0 * y->n_heads * m->config.head_dim * seen * (double)now;
-            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * last;
-        }
-        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, s->exact);
-    }
-    return w;
-}
-
-// ---- Results: a table, and a picture ----
-
-enum { MAX_RUNS = 64, MAX_RESULTS = 512 };
-
-typedef struct {
-    char test[64], kernel[16];
-    int threads, n_runs;
-    double seconds[MAX_RUNS];  // of each run, in their order
-    Load load, ceiling;        // of one run; a second
-    double rate, spread;       // tokens a second: the median, and half of what lies between the least and the most
-    double gb, gop, percent;   // GB/s, Gop/s, % of what the ceilings allow
-    double ops_per_byte, gop_ceiling;
-    bool by_memory;            // what bounds it
-} Measured;
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median_of(const double *x, int n) {
-    double sorted[MAX_RUNS];
-    memcpy(sorted, x, (size_t)n * sizeof *x);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_size);
-    return (sorted[n / 2] + sorted[(n - 1) / 2]) / 2;
-}
-
-// Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
-static void conclude(Measured *r, double n_tokens) {
-    double least = INFINITY, most = 0, seconds = median_of(r->seconds, r->n_runs), ops = r->load.int8 + r->load.f32;
-    double reading = r->load.bytes / r->ceiling.bytes;
-    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
-    for (int i = 0; i < r->n_runs; i++) {
-        least = fmin(least, r->seconds[i]);
-        most = fmax(most, r->seconds[i]);
-    }
-    snprintf(r->kernel, sizeof r->kernel, "%s", kernels->name);
-    r->rate = n_tokens / seconds;
-    r->spread = (n_tokens / least - n_tokens / most) / 2;
-    r->gb = r->load.bytes / seconds * 1e-9;
-    r->gop = ops / seconds * 1e-9;
-    r->by_memory = reading > multiplying;
-    r->percent = 100 * fmax(reading, multiplying) / seconds;
-    r->ops_per_byte = ops / r->load.bytes;
-    r->gop_ceiling = ops / multiplying * 1e-9;
-    int half = r->n_runs / 2;
-    if (half < 2 || options.quiet) return;
-    double slower = median_of(r->seconds + half, r->n_runs - half) / median_of(r->seconds, half) - 1;
-    if (slower > 0.05) fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
-}
-
-// llama-bench's columns, then ours; or a member of a JSON list.
-static void put_result(const Measured *r, const char *model, bool first) {
-    static const char head[] = "| model                  | backend  | threads | test                 |              t/s "
-                               "|   GB/s |   Gop/s | of limit |\n";
-    if (options.json) {
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
-               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g}",
-               first ? "[" : ",", model, r->kernel, r->threads, r->test, r->rate, r->spread, r->n_runs, r->gb, r->gop,
-               r->by_memory ? "memory" : "arithmetic", r->ceiling.bytes * 1e-9, r->gop_ceiling, r->percent);
-    } else {
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", model, r->kernel,
-               r->threads, r->test, r->rate, r->spread, r->gb, r->gop, r->percent);
-    }
-    fflush(stdout);
-}
-
-static void put_conclusion(const Measured *r) {
-    const char *s = r->threads > 1 ? "s" : "";
-    if (r->by_memory)
-        printf("%s on %d thread%s: bound by memory; it reads %.1f GB/s, %.0f %% of the %.1f that can be read here.\n",
-               r->test, r->threads, s, r->gb, r->percent, r->ceiling.bytes * 1e-9);
-    else
-        printf("%s on %d thread%s: bound by arithmetic; %.0f Gop/s, %.0f %% of the %.0f that its mix of operations in "
-               "8 bits (%.0f) and in float (%.0f) allows here.\n", r->test, r->threads, s, r->gop, r->percent,
-               r->gop_ceiling, r->ceiling.int8 * 1e-9, r->ceiling.f32 * 1e-9);
-}
-
-// The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
-// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
-static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
-static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
-
-static void draw_frame(FILE *f, const char *title) {
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">"
-               "\n<style>\n"
-               ":root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --memory: #0969da; --sum: #bc4c00 }\n"
-               "@media (prefers-color-scheme: dark) {\n"
-               "  :root { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --memory: #58a6ff; --sum: #f0883e } }\n"
-               "text { fill: var(--ink); font-size: 13px } .grid { stroke: var(--faint) } .end { text-anchor: end }\n"
-               ".roof { stroke: var(--ink); stroke-width: 2; fill: none } .dash { stroke-dasharray: 6 5 }\n"
-               ".memory { fill: var(--memory) } .sum { fill: var(--sum) }\n</style>\n"
-               "<rect width=\"800\" height=\"530\" fill=\"var(--paper)\"/>\n<text x=\"70\" y=\"32\">%s: Gop/s</text>\n"
-               "<text x=\"760\" y=\"508\" class=\"end\">operations per byte that is read</text>\n", title);
-    for (double x = 0.1; x < 20000; x *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M%.0f 60v400\"/><text x=\"%.0f\" y=\"482\">%g</text>\n", plot_x(x),
-                plot_x(x) - 6, x);
-    for (double y = 1; y < 20000; y *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M70 %.0fh690\"/><text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n",
-                plot_y(y), plot_y(y) + 4, y);
-}
-
-// Up the slope of what can be read, then flat at the most operations a second.
-static void draw_roof(FILE *f, const Load *c, double ops, const char *what) {
-    double start = fmax(0.1, 1e9 / c->bytes);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/><text x=\"756\" y=\"%.1f\" class=\"end\">"
-               "%s: %.0f</text>\n", ops == c->int8 ? "" : " dash", plot_x(start), plot_y(start * c->bytes * 1e-9),
-            plot_x(ops / c->bytes), plot_y(ops * 1e-9), plot_y(ops * 1e-9) - 7, what, ops * 1e-9);
-}
-
-// The ceilings of the most threads, and a point for each result, with its name where there is room for it.
-static bool draw_roofline(const Measured *results, int n, const char *title, Error *e) {
-    Output out;
-    bool ok = open_output(&out, options.svg, e);
-    FILE *f = out.stream;
-    const Load *c = &results[0].ceiling;
-    for (int i = 0; i < n; i++) c = results[i].ceiling.int8 > c->int8 ? &results[i].ceiling : c;
-    if (ok) {
-        draw_frame(f, title);
-        draw_roof(f, c, c->int8, "multiply-adds in 8 bits");
-        draw_roof(f, c, c->f32, "in float");
-        fprintf(f, "<text x=\"84\" y=\"452\">memory: %.1f GB/s</text>\n", c->bytes * 1e-9);
-    }
-    for (int i = 0; ok && i < n; i++) {
-        const Measured *r = &results[i];
-        double x = plot_x(r->ops_per_byte), y = plot_y(r->gop);
-        bool left = x > 550;  // the name must not leave the picture
-        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\">", r->by_memory ? "memory" : "sum", x, y);
-        fprintf(f, "<title>%s, %d threads, %s: %.1f Gop/s, %.0f %% of its limit</title></circle>\n", r->test, r->threads,
-                r->kernel, r->gop, r->percent);
-        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">", left ? x - 9 : x + 9, y + 4, left ? "end" : "");
-        if (n <= 12) fprintf(f, "%s, -j %d: %.0f %%", r->test, r->threads, r->percent);
-        fprintf(f, "</text>\n");
-    }
-    if (ok) fprintf(f, "</svg>\n");
-    return close_output(&out, ok, e);
-}
-
-// ---- bench ----
-
-// All runs of one test: n tokens at a depth, as a prompt ("pp") or one by one ("tg"). The first run is not counted.
-static bool bench_test(const Model *m, State *s, const int *tokens, size_t depth, size_t n, bool one_by_one,
-                       Measured *r, Error *e) {
-    int length = snprintf(r->test, sizeof r->test, "%s%zu", one_by_one ? "tg" : "pp", n);
-    if (depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%zu", depth);
-    for (int run = -1; run < r->n_runs; run++) {
-        size_t now = run < 0 && one_by_one && n > 4 ? 4 : n;
-        s->n_past = (int)depth;  // what the cache holds up to there is kept
-        double start = clock_seconds();
-        if (!one_by_one && !prefill(m, s, tokens, now, e)) return false;
-        for (size_t i = 0; one_by_one && i < now; i++) {
-            if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-            if (!forward(m, s, &tokens[i], 1, 1, e)) return false;
-        }
-        if (run >= 0) r->seconds[run] = clock_seconds() - start;
-    }
-    r->load = load_of(m, s, depth, n, one_by_one ? 1 : (size_t)s->batch);
-    conclude(r, (double)n);
-    return true;
-}
-
-static int largest(List list) {
-    int most = 0;
-    for (int i = 0; i < list.n; i++) most = list.at[i] > most ? list.at[i] : most;
-    return most;
-}
-
-static bool run_bench(const Model *m, State *s, Error *e) {
-    static Measured results[MAX_RESULTS];
-    int n = 0, n_tests = options.pp.n + options.tg.n, *tokens = allocate((size_t)s->context, sizeof *tokens, e);
-    bool ok = tokens != NULL;
-    char model[64];
-    snprintf(model, sizeof model, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
-             bytes_per_token(m) / 1000000);
-    for (int i = 0; ok && i < s->context; i++) tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
-    for (int j = 0; ok && j < options.threads.n; j++) {
-        Load ceiling;
-        s->threads = options.threads.at[j];
-        ok = measure_ceilings(s->threads, &ceiling, e);
-        for (int i = 0; ok && i < options.depth.n * n_tests; i++) {
-            int depth = options.depth.at[i / n_tests], test = i % n_tests;
-            bool one_by_one = test >= options.pp.n;
-            int n_tokens = one_by_one ? options.tg.at[test - options.pp.n] : options.pp.at[test];
-            s->n_past = 0;
-            if (test == 0 && depth) ok = prefill(m, s, tokens, (size_t)depth, e);
-            if (!ok || !n_tokens || n == MAX_RESULTS) continue;
-            results[n] = (Measured){ .threads = s->threads, .n_runs = (int)options.reps, .ceiling = ceiling };
-            ok = bench_test(m, s, tokens, (size_t)depth, (size_t)n_tokens, one_by_one, &results[n], e);
-            if (ok) put_result(&results[n], model, n == 0);
-            n++;
-        }
-    }
-    if (ok && options.json) printf("%s\n]\n", n ? "" : "[");
-    for (int i = 0; ok && !options.json && i < n; i++) put_conclusion(&results[i]);
-    if (ok && options.svg) ok = draw_roofline(results, n, model, e);
-    free(tokens);
-    return ok;
-}
-
-// ---- matmul: products alone, without a model ----
-
-typedef struct {
-    Tensor w;
-    const unsigned char *memory;  // as many copies of the tiles as fit, so that none is found in a cache
-    size_t n_copies, n_products;
-    Activations x;
-    float *y;
-} MatmulJob;
-
-static void matmul_team(void *p, Team team) {
-    const MatmulJob *job = p;
-    Tensor w = job->w;
-    Range rows = share(n_row_tiles(&w), team);
-    for (size_t i = 0; i < job->n_products; i++) {
-        w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
-        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x, (int)job->x.n, false);
-        wait_for_team(team);
-    }
-}
-
-static void measure_product(MatmulJob *job, Measured *r) {
-    snprintf(r->test, sizeof r->test, "%dx%d %s x %zu", job->w.rows, job->w.cols, types[job->w.type].name, job->x.n);
-    add_product(&r->load, &job->w, (double)job->x.n, false);
-    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
-    job->n_products = (size_t)fmax(1, 0.02 / fmax(multiplying, r->load.bytes / r->ceiling.bytes));
-    for (int run = -1; run < r->n_runs; run++) {
-        double start = clock_seconds();
-        run_team(r->threads, matmul_team, job);
-        if (run >= 0) r->seconds[run] = (clock_seconds() - start) / (double)job->n_products;
-    }
-    conclude(r, (double)job->x.n);
-}
-
-static const Kernels *kernels_at(int i);  // the appendix's that this CPU can run, the best first; NULL at the end
-
-// Shapes x types x numbers of tokens, with one set of kernels on some threads.
-static bool matmul_with(int threads, MatmulJob job, size_t n_bytes, Measured *results, int *n, Error *e) {
-    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
-    Load ceiling;
-    if (!measure_ceilings(threads, &ceiling, e)) return false;
-    for (int i = 0; i < 3 * N_TYPES * options.pp.n && *n < MAX_RESULTS; i++) {
-        const int *shape = shapes[i / options.pp.n / N_TYPES];
-        job.w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-        job.n_copies = n_bytes / tensor_bytes(&job.w);
-        job.x.n = (size_t)options.pp.at[i % options.pp.n];
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (job.x.n == 0) continue;
-        Measured *r = &results[(*n)++];
-        *r = (Measured){ .threads = threads, .n_runs = (int)options.reps, .ceiling = ceiling };
-        measure_product(&job, r);
-        put_result(r, "product", *n == 1);
-    }
-    return true;
-}
-
-static bool run_matmul(Error *e) {
-    enum { MOST_ROWS = 5632, MOST_COLS = 4096 };
-    static Measured results[MAX_RESULTS];
-    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp), n_blocks = n_tokens * MOST_COLS / 32;
-    unsigned char *memory = map_memory(n_bytes, e);
-    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e), (*x)[32] = allocate(n_blocks, sizeof *x, e);
-    Block *rounded = allocate(n_blocks, sizeof *rounded, e);
-    bool ok = memory && y && x && rounded;
-    int n = 0;
-    if (ok) use_large_pages(memory, n_bytes);
-    if (ok) memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32 and bf16
-    for (size_t i = 0; ok && i < n_blocks; i++) {
-        for (size_t j = 0; j < 32; j++) x[i][j] = (float)((i + j) % 7) - 3;
-        kernels->round(&rounded[i], x[i], 32, 32, 1, (Range){ 0, 1 });
-    }
-    MatmulJob job = { .memory = memory, .x = { (const void *)x, rounded, 0 }, .y = y };
-    for (int k = 0; ok && kernels_at(k); k++) {
-        const char *name = kernels_at(k)->name;
-        bool again = k > 0 && !strcmp(name, kernels_at(k - 1)->name), slow = !options.kernel && !strcmp(name, "scalar");
-        if (again || slow || (options.kernel && strcmp(options.kernel, name))) continue;
-        kernels = kernels_at(k);
-        for (int j = 0; ok && j < options.threads.n; j++)
-            ok = matmul_with(options.threads.at[j], job, n_bytes, results, &n, e);
-    }
-    if (ok && options.json) printf("%s\n]\n", n ? "" : "[");
-    if (ok && options.svg) ok = draw_roofline(results, n, "matrix products", e);
-    free(y), free(x), free(rounded);
-    if (memory) munmap(memory, n_bytes);
-    return ok;
-}
-
 /* ==== Appendix A. Kernels ===========================================================================================
    The leaves of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts;
    the loops above are compiled anew round each. A set has two: products of quantised tiles, which unpack a format and
@@ -3566,27 +3184,6 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
         case Q4: add_byte_tiles(sum, Q4, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
         default: add_byte_tiles(sum, Q4M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                      \
         }                                                                                                              \
-    }
-
-// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
-// the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
-#define CHAINS(Vector, first, in_register, step)                                                                       \
-    do {                                                                                                               \
-        Vector x = first, sum[12];                                                                                     \
-        for (int i = 0; i < 12; i++) {                                                                                 \
-            sum[i] = x;                                                                                                \
-            __asm__ volatile("" : "+" in_register(sum[i]));                                                            \
-        }                                                                                                              \
-        for (size_t n = 0; n < rounds; n++)                                                                            \
-            for (int i = 0; i < 12; i++) sum[i] = step;                                                                \
-        for (int i = 0; i < 12; i++) __asm__ volatile("" ::in_register(sum[i]));                                       \
-    } while (0)
-
-#define MAKE_PEAK(isa, set, in_register, Bytes, ones, product, Floats, halves, multiply_add)                           \
-    LEAF(isa) double peak_##set(bool int8, size_t rounds) {                                                            \
-        if (int8) CHAINS(Bytes, ones, in_register, product);                                                           \
-        else CHAINS(Floats, halves, in_register, multiply_add);                                                        \
-        return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
     }
 
 #if defined(__x86_64__)
@@ -3684,13 +3281,6 @@ LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-MAKE_PEAK(AVX2, avx2, "x", __m256i, _mm256_set1_epi8(1), _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
-MAKE_PEAK(AVXVNNI, avxvnni, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(sum[i], x, x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
-MAKE_PEAK(AVX512VL, avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_epi32(sum[i], x, x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
-
 // ---- 512 bits: AVX-512 VNNI ----
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -3743,17 +3333,11 @@ LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a,
     }
 }
 
-MAKE_PEAK(AVX512, avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
-          __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
-
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avxvnni)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avx512vl)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2,
-             peak_avx512)
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2)
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -3820,14 +3404,7 @@ INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
-    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
-    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
-}
-
-MAKE_PEAK("arch=armv8-a", neon, "w", int32x4_t, vdupq_n_s32(1), sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
-          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
+MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon)
 
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__)  // clang's header has vdotq_s32 only under an -march
 #define NEON_DOT "arch=armv8.2-a+dotprod"
@@ -3847,11 +3424,7 @@ LEAF_INLINE(NEON_DOT) void dot_neondot(int32_t dots[16], const ByteTile *u, Type
 
 ADD_BYTE_TILES(NEON_DOT, neondot, dot_neondot, SIGNED, widen_neon)
 
-MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
-          vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
-          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon,
-             peak_neondot)
+MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
 #endif
 #endif
 
@@ -3898,21 +3471,16 @@ static bool cpu_can_run(const Kernels *k) {
     return true;
 }
 
-static const Kernels *kernels_at(int i) {
-    for (int k = 0; k < N_KERNELS; k++) {
-        if (cpu_can_run(all_kernels[k]) && i-- == 0) return all_kernels[k];
-    }
-    return NULL;
-}
-
 // Takes the best kernels that this machine can run, of those with that name if one is given.
 static bool choose_kernels(const char *name, Error *e) {
     char names[80] = "";
-    for (int i = 0; kernels_at(i); i++) {
+    for (int i = 0; i < N_KERNELS; i++) {
+        const Kernels *k = all_kernels[i];
         size_t n = strlen(names);
-        kernels = kernels_at(i);
-        if (!name || !strcmp(name, kernels->name)) return true;
-        if (!strstr(names, kernels->name)) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", kernels->name);
+        if (!cpu_can_run(k)) continue;
+        kernels = k;
+        if (!name || !strcmp(name, k->name)) return true;
+        if (!strstr(names, k->name)) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", k->name);
     }
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, names);
 }
@@ -3920,7 +3488,7 @@ static bool choose_kernels(const char *name, Error *e) {
 /* ==== 11. main ======================================================================================================
    One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
 
-typedef enum { TEXT, WHOLE, SEED, REAL, LIST, FLAG } OptionType;
+typedef enum { TEXT, WHOLE, SEED, REAL, FLAG } OptionType;
 
 // To add an option: a member of Options, a row here, a line in README (a test compares them).
 typedef struct {
@@ -3935,7 +3503,7 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, logits, perplexity, inspect, export, bench, matmul" },
+      "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
@@ -3947,17 +3515,12 @@ static const Option option_table[] = {
     { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
       "positions: the model's own, at most 4096; 0 = all of the model's own" },
-    { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
+    { 'j', "threads", "N", WHOLE, OF(threads), 1, 1024, "the physical cores that this process may use" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
-    { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: so many tokens one by one: 128" },
-    { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: after so many others: 0" },
-    { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
-    { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
@@ -4009,23 +3572,10 @@ static const char *hint_for(const Option *o, const char *value) {
 // Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     void *place = (char *)to + o->offset;
-    const char *whole = value;
     char *end = "";
     double x = 0;
     bool starts = isdigit((unsigned char)*value) || (o->type != SEED && (*value == '-' || *value == '.'));
     errno = 0;
-    if (o->type == LIST) {
-        List *list = place;
-        for (list->n = 0; list->n < 16; value = end + 1) {
-            long number = strtol(value, &end, 10);
-            if (!isdigit((unsigned char)*value) || errno || number < o->min || number > o->max) break;
-            list->at[list->n++] = (int)number;
-            if (!*end) return true;
-            if (*end != ',') break;
-        }
-        return fail(e, MISUSE, "--%s %s: expected whole numbers from %.10g to %.10g, as in 1,2", o->name, whole, o->min,
-                    o->max);
-    }
     if (o->type == FLAG) *(bool *)place = true;
     else if (o->type == TEXT) *(const char **)place = value;
     else if (o->type == SEED) *(uint64_t *)place = strtoull(value, &end, 10);
@@ -4055,9 +3605,9 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
     return true;
 }
 
-typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
+typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
 static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect",
-                                                 "export", "bench", "matmul" };
+                                                 "export" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -4113,7 +3663,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
     if (!map_file(options.checkpoint, &m->file, e) ||
-        !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
+        !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e))
         return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;
     bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
@@ -4127,19 +3677,13 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, longest = largest(options.pp);
-    if (mode == BENCH && options.context < 0) {
-        longest = longest > largest(options.tg) ? longest : largest(options.tg);
-        usual = longest + largest(options.depth);
-        if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
-    }
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
-    s->threads = largest(options.threads);
+    s->threads = (int)options.threads;
     s->exact = options.exact;
     bool all_f32 = true;
     for (size_t i = 0; i < n_slots(m); i++) {
@@ -4168,8 +3712,7 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
     case EXPORT: ok = export_model(m, options.output, e); break;
-    case BENCH: ok = run_bench(m, s, e); break;
-    default: break;
+    case N_MODES: break;
     }
     free(tokens.ids);
     return ok;
@@ -4189,26 +3732,20 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     bool has_seed = false;
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .batch = 256, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } } };
+                         .batch = 256, .threads = count_cores(true) };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
-    if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
-    for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
-        if (options.threads.at[i] <= most) continue;
-        if (!options.quiet) fprintf(stderr, "-j %d: this process may use %d\n", options.threads.at[i], most);
-        options.threads.at[i] = most;
-    }
+    int most = count_cores(false);
+    if (options.threads > most && !options.quiet)
+        fprintf(stderr, "-j %d: this process may use %d\n", (int)options.threads, most);
+    options.threads = options.threads < most ? options.threads : most;
     if (options.help) print_help();
     if (options.version) printf("cria %s\n", CRIA_VERSION);
     if (options.help || options.version) return true;
-    if (!options.checkpoint && mode != MATMUL)
-        return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
+    if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
-    if (mode == MATMUL) return sigaction(SIGINT, &action, NULL) == 0 && run_matmul(e);
-    if (!open_files(m, mode, e, culprit)) return false;
+    if (!choose_kernels(options.kernel, e) || !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();

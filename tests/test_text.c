@@ -198,12 +198,13 @@ static size_t read_hex(const char *hex, size_t n, char *to) {
 
 // The bytes that the tokens give, decoded one after the other.
 static char *decode_all(const Tokenizer *t, const Tokens *tokens, size_t *n) {
-    char *text = get(1);
+    size_t capacity = 64;
+    char *text = get(capacity);
     *n = 0;
     for (size_t i = 0; i < tokens->n; i++) {
         size_t n_bytes;
         const char *bytes = decode(t, i ? tokens->ids[i - 1] : -1, tokens->ids[i], &n_bytes);
-        text = realloc(text, *n + n_bytes + 1);
+        if (*n + n_bytes > capacity) text = realloc(text, capacity = 2 * (*n + n_bytes));
         if (!text) exit(1);
         memcpy(text + *n, bytes, n_bytes);
         *n += n_bytes;
