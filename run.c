@@ -325,8 +325,8 @@ typedef struct {
     int context, batch;  // S and B as allocated
     int n_past;          // positions that are in the cache
     int threads;
-    bool exact;          // multiply with dequantised weights in float
-    bool cache_f32;      // keys and values in 32 bits, else in 16
+    size_t work;         // multiply-adds of a token: where they are few, one thread does them
+    bool exact, cache_f32; // multiply with dequantised weights in float; keys and values in 32 bits, else in 16
     bool rounds, copies; // some products are made in 8 bits, some in float
     size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
     size_t logits_stride;                              // V up to a multiple of 16
@@ -914,7 +914,7 @@ static bool forward(const Model *m, State *s, const int *tokens, int n, int n_lo
     make_angles(m, s, s->n_past + n);
     memset(s->broken, 0, (size_t)n * sizeof *s->broken);
     ForwardJob job = { m, s, tokens, n, n_logits };
-    run_team(s->threads, forward_team, &job);
+    run_team(times(s->work, (size_t)n) < 1000000 ? 1 : s->threads, forward_team, &job);
     if (!check_finite(m, s, n, n_logits, e)) return false;
     s->n_past += n;
     return true;
@@ -2887,6 +2887,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
         bool rounds = types[slot.tensor->type].quantised && !s->exact;
+        s->work += slot.rows * slot.cols;
         s->rounds |= rounds;
         s->copies |= !rounds;
     }

@@ -234,7 +234,9 @@ static bool start_state(const Model *m, Setting how, State *s, Error *e) {
     *s = (State){ .context = m->config.context, .batch = how.batch, .threads = how.threads, .exact = how.exact,
                   .cache_f32 = how.cache_f32 };
     if (how.kernels) kernels = how.kernels;
-    return make_state(m, s, e);
+    bool ok = make_state(m, s, e);
+    s->work = SIZE_MAX;  // small as they are: all threads shall work
+    return ok;
 }
 
 // The kernels that this machine can run, and a list of them that ends with NULL.
