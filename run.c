@@ -395,7 +395,7 @@ static size_t tensor_bytes(const Tensor *w) {
     return times(times(n_row_tiles(w), n_column_tiles(w)), types[w->type].tile_bytes);
 }
 
-// Functions that are compiled into several kernels, each time for another instruction set (chapter 4's end).
+// Functions that are compiled into several kernels, each time for another instruction set (chapter 8).
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float float_of_bits(uint32_t u) {
@@ -449,7 +449,7 @@ enum { TOGETHER = 4 };  // rows of c that share each number of b once it is load
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
-        float lane[TOGETHER][16], x[TOGETHER] = { 0 };
+        float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
         for (int r = 0; r < rows; r++) memcpy(lane[r], c + (size_t)r * c_stride, sizeof lane[r]);
         for (int k = 0; k < depth; k++) {
@@ -1552,7 +1552,7 @@ static bool map_file(const char *path, Map *map, Error *e) {
     if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
-    if (fstat(file, &info) || !S_ISREG(info.st_mode)) fail(e, BAD_FILE, "not a regular file, expected a checkpoint");
+    if (fstat(file, &info) || !S_ISREG(info.st_mode)) fail(e, BAD_FILE, "a directory, a pipe or a device, expected a checkpoint");
     else if (info.st_size == 0) fail(e, BAD_FILE, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
         fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
@@ -1566,8 +1566,10 @@ static bool map_file(const char *path, Map *map, Error *e) {
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[65536];
-    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stream)) > 0;)
-        if (!append(b, chunk, n, e)) return false;
+    while (!feof(stream) && !ferror(stream) && !interrupted) {  // a terminal's end is not there for a second time
+        size_t n = fread(chunk, 1, sizeof chunk, stream);
+        if (n && !append(b, chunk, n, e)) return false;
+    }
     if (interrupted) return fail(e, INTERRUPTED, "interrupted");
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
@@ -1575,6 +1577,10 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
 // The processors that this process may use, or only the physical cores among them: a core's second thread shares its
 // arithmetic, and would be in the way.
 static int count_cores(bool physical) {
+#ifndef _OPENMP
+    (void)physical;
+    return 1;
+#else
 #ifdef __linux__
     cpu_set_t allowed;
     int n = 0;
@@ -1595,6 +1601,7 @@ static int count_cores(bool physical) {
 #endif
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 && online < 1024 ? (int)online : 1;
+#endif
 }
 
 static void show_progress(const char *what, double start, size_t done, size_t total) {
@@ -1612,6 +1619,7 @@ static bool read_line(Buffer *line) {
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
     ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
     line->bytes = (unsigned char *)text;
+    if (n < 0 && !interrupted && isatty(STDIN_FILENO)) fputc('\n', stderr);
     if (n < 0) return false;
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
     line->n = (size_t)n;
@@ -2143,10 +2151,11 @@ typedef struct {
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
     bool exists = path && stat(path, &info) == 0;
-    *o = (Output){ .path = exists ? realpath(path, NULL) : path ? strdup(path) : NULL };
+    bool is_file = exists && S_ISREG(info.st_mode);
+    *o = (Output){ .path = is_file ? realpath(path, NULL) : path ? strdup(path) : NULL };
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
-    if (exists && !S_ISREG(info.st_mode)) {
+    if (exists && !is_file) {
         o->stream = fopen(o->path, "wb");
     } else {
         size_t length = strlen(o->path) + 32;
@@ -3623,12 +3632,13 @@ static bool find_mode(const char *name, Mode *mode, Error *e) {
 static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
     for (const char *p = text;;) {
         p += strspn(p, " \t\r\n,");
-        if (!*p) return tokens->n > 0 || fail(e, MISUSE, "--ids: no token ids");
+        if (!*p) return tokens->n > 0 || fail(e, MISUSE, "no token ids");
         char *end;
         errno = 0;
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
         if (id < 0 || errno || id >= n_tokens)
-            return fail(e, MISUSE, "--ids: \"%.12s\" is no token id from 0 to %d", p, n_tokens - 1);
+            return fail(e, MISUSE, "\"%.*s\" is no token id from 0 to %d", (int)strcspn(p, " \t\r\n,"), p,
+                        n_tokens - 1);
         if (!emit(tokens, (int)id, e)) return false;
         p = end;
     }
@@ -3636,6 +3646,8 @@ static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
 
 // The prompt as tokens: from --ids, -f or -i.
 static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
+    if (!!options.ids + !!options.file + !!options.prompt > 1)
+        return fail(e, MISUSE, "more than one prompt: -i, -f and --ids exclude each other");
     if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
     Buffer text = { 0 };
     struct stat info;
@@ -3702,6 +3714,8 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
 
 static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
+    if (mode == CHAT && (options.file || options.ids))
+        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
     bool takes_text = mode == GENERATE || mode == TOKENIZE || mode == LOGITS || mode == PERPLEXITY;
     bool ok = !takes_text || read_prompt(m, mode, &tokens, e);
     if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_state(m, mode, s, e);
@@ -3726,6 +3740,7 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
     for (char *c = line; *c; c++)
         if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
+    else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // after the terminal's ^C
     return e->status;
 }
 
@@ -3809,7 +3824,9 @@ static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char 
         else if (argv[i][0] == '-' || path) understood = false;
         else path = argv[i];
     }
-    if (!understood || !path) return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]");
+    if (!understood || !path)
+        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: text on stdin to ids; -b with "
+                               "the model's begin and end tokens, -s reads special ones in the text, -d ids to text");
     *culprit = path;
     if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
     *culprit = NULL;
