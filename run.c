@@ -1261,8 +1261,8 @@ typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   
 _Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
                sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320, "tiles lie in files: no padding");
 
-// To add a type: its struct above, a row here, a branch in unpack(), its source in the table below; the kernels of the
-// appendix need an unpacker each.
+// To add a type: its struct above, a row here, a branch in unpack(), its source in the table below; a branch in
+// unpack_bytes_of() for all kernels of the appendix.
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", sizeof(TileF32), false, false }, [F16] = { "f16", sizeof(TileF16), false, false },
     [BF16] = { "bf16", sizeof(TileF16), false, false }, [Q8] = { "q8", sizeof(TileQ8), true, false },
@@ -1552,7 +1552,8 @@ static bool map_file(const char *path, Map *map, Error *e) {
     if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
-    if (fstat(file, &info) || !S_ISREG(info.st_mode)) fail(e, BAD_FILE, "a directory, a pipe or a device, expected a checkpoint");
+    if (fstat(file, &info) || !S_ISREG(info.st_mode))
+        fail(e, BAD_FILE, "a directory, a pipe or a device, expected a checkpoint");
     else if (info.st_size == 0) fail(e, BAD_FILE, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
         fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
