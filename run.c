@@ -546,7 +546,13 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A
    prompt goes through in batches, a generated token alone; both take the same way, and with the same bits. First the
    leaves of the computation, which have no threads and know no model; then the steps of a layer, which a team of
-   threads shares by rows, heads or tokens; they wait for each other where one reads what another has written. */
+   threads shares by rows, heads or tokens; they wait for each other where one reads what another has written.
+
+   Attention, in words: every token has a question (its query), an address (its key) and something to tell (its value).
+   How well a key answers a query is their product; softmax makes weights of these scores, which add up to 1; and the
+   values so weighted are what the token learns. Several heads ask different questions at once. A token sees itself and
+   those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
+   token costs one pass and not the whole text again. */
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
 // 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
@@ -1109,13 +1115,6 @@ typedef struct {
 
 static void tell_speed(const Model *m, const Speed *v);  // chapter 10
 static void tell_seed(const Sampler *s);
-
-static bool is_end_token(const Tokenizer *t, int id) {
-    for (int i = 0; i < t->n_end; i++) {
-        if (t->end_id[i] == (uint32_t)id) return true;
-    }
-    return false;
-}
 
 typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
 static const char *const stop_names[] = { "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };

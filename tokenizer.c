@@ -692,6 +692,14 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     return s + 1;
 }
 
+// Whether an answer ends here.
+static bool is_end_token(const Tokenizer *t, int id) {
+    for (int i = 0; i < t->n_end; i++) {
+        if (t->end_id[i] == (uint32_t)id) return true;
+    }
+    return false;
+}
+
 /* ---- Opening a section ------------------------------------------------------------------------------------------- */
 
 static void close_tokenizer(Tokenizer *t) {
