@@ -220,7 +220,7 @@ static void wait_for_team(Team team) {
         atomic_store(&team.gate->arrived, 0);
         atomic_store(&team.gate->round, round + 1);
     }
-    for (int i = 0; atomic_load(&team.gate->round) == round; i++) {
+    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
         if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
     }
 }
@@ -639,7 +639,7 @@ typedef struct {
     const void *keys;    // (S/16, K, 16)
     const void *values;  // (S, row)
     bool cache_f32;
-    int group, n, n_queries;  // n_queries = n * group: number i is of token i / group and head i % group
+    int group, n_queries;     // number i is of token i / group and head i % group
     size_t head_dim, row;     // K, and that up to a multiple of 16
     size_t position;          // of the first of the n tokens
     float *queries, *sums;    // (n_queries, row)
@@ -830,7 +830,7 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
         Attention a = {
             .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
             .keys = (const char *)s->keys[l] + at * head_dim, .values = (const char *)s->values[l] + at * row,
-            .cache_f32 = s->cache_f32, .group = (int)group, .n = n_now, .n_queries = n_now * (int)group,
+            .cache_f32 = s->cache_f32, .group = (int)group, .n_queries = n_now * (int)group,
             .head_dim = head_dim, .row = row, .position = (size_t)s->n_past + t,
             .queries = scratch, .sums = scratch + n_queries * row, .tile = scratch + 2 * n_queries * row,
             .scores = scratch + (POSITIONS_TOGETHER + 2 * n_queries) * row, .score_stride = positions + 16,
@@ -1040,7 +1040,8 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
 static int choose_token(Sampler *s, const float *logits, int n) {
-    if (s->temperature == 0.0f) return likeliest(logits, n);
+    int best = likeliest(logits, n);  // what a temperature too small to divide by gives, too
+    if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
     make_probabilities(c, logits, n, s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
@@ -1944,6 +1945,8 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
                     slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
+    if (slot->tensor && types[type].quantised && slot->cols % TILE_COLS)
+        return fail(e, BAD_FILE, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) {
         set_slot(slot, s->data);
@@ -2150,19 +2153,22 @@ typedef struct {
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
-    bool exists = path && stat(path, &info) == 0;
-    bool is_file = exists && S_ISREG(info.st_mode);
+    bool exists = path && stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
     *o = (Output){ .path = is_file ? realpath(path, NULL) : path ? strdup(path) : NULL };
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
+    if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
+    if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
     if (exists && !is_file) {
         o->stream = fopen(o->path, "wb");
     } else {
         size_t length = strlen(o->path) + 32;
         if (!(o->temporary = allocate(length, 1, e))) return false;
         snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
-        int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, exists ? info.st_mode & 0777 : 0666);
-        o->stream = file < 0 ? NULL : fdopen(file, "wb");
+        unlink(o->temporary);  // what a run of the same number left when it was killed
+        int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
+        o->stream = same_mode ? fdopen(file, "wb") : NULL;
     }
     return o->stream || fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
 }
@@ -2173,7 +2179,7 @@ static bool close_output(Output *o, bool ok, Error *e) {
     if (o->stream) written = fclose(o->stream) == 0 && written;
     written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
-    if (!written && o->stream && o->temporary) unlink(o->temporary);
+    if (!written && o->temporary) unlink(o->temporary);
     free(o->path);
     free(o->temporary);
     return written;
@@ -2656,8 +2662,9 @@ static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
     { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
     { 0, "\177ELF", "a program" },
     { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<", "a web page: was it the right link?" },
-    { 8, "{", "a safetensors file: convert it first" },
+    { 0, "<!", "a web page: was it the right link?" },
+    { 0, "<h", "a web page: was it the right link?" },
+    { 8, "{\"", "a safetensors file: convert it first" },
     { 0, "FUGG", "a big-endian GGUF, which is not supported" },
 };
 
@@ -2922,8 +2929,10 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
         bool finite = true;
         for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
             finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite", s->n_past + t);
-        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite", layers, s->n_past + t);
+        if (layers == 0)
+            return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", s->n_past + t);
+        if (layers > 0)
+            return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, s->n_past + t);
         if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
     }
     return true;
@@ -3185,9 +3194,9 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
 }
 
 // add_tiles() of an instruction set, with the type known to the compiler.
-#define ADD_BYTE_TILES(isa, set, dot, signs, widen)                                                                    \
-    LEAF(isa) void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,             \
-                                   const Block *x, size_t n_all, int n) {                                              \
+#define ADD_BYTE_TILES(target, set, dot, signs, widen)                                                                 \
+    target void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
+                                const Block *x, size_t n_all, int n) {                                                 \
         switch (type) {                                                                                                \
         case Q8: add_byte_tiles(sum, Q8, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
         case Q8F: add_byte_tiles(sum, Q8F, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
@@ -3251,9 +3260,9 @@ LEAF_INLINE(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
     widen_floats(to + i, from + i, n - i);
 }
 
-ADD_BYTE_TILES(AVX2, avx2, dot_avx2, UNSIGNED_NIBBLES, widen_avx2)
-ADD_BYTE_TILES(AVXVNNI, avxvnni, dot_avxvnni, UNSIGNED, widen_avx2)
-ADD_BYTE_TILES(AVX512VL, avx512vl, dot_avx512vl, UNSIGNED, widen_avx2)
+ADD_BYTE_TILES(LEAF(AVX2), avx2, dot_avx2, UNSIGNED_NIBBLES, widen_avx2)
+ADD_BYTE_TILES(LEAF(AVXVNNI), avxvnni, dot_avxvnni, UNSIGNED, widen_avx2)
+ADD_BYTE_TILES(LEAF(AVX512VL), avx512vl, dot_avx512vl, UNSIGNED, widen_avx2)
 
 LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                     size_t b_stride, int m, int depth) {
@@ -3311,7 +3320,7 @@ LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n)
     widen_floats(to + i, from + i, n - i);
 }
 
-ADD_BYTE_TILES(AVX512, avx512, dot_avx512, UNSIGNED, widen_avx512)
+ADD_BYTE_TILES(LEAF(AVX512), avx512, dot_avx512, UNSIGNED, widen_avx512)
 
 LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                       size_t b_stride, int m, int depth) {
@@ -3380,7 +3389,7 @@ INLINE void dot_neon(int32_t dots[16], const ByteTile *u, Type type, const Block
     }
 }
 
-ADD_BYTE_TILES("arch=armv8-a", neon, dot_neon, SIGNED, widen_neon)
+ADD_BYTE_TILES(static, neon, dot_neon, SIGNED, widen_neon)
 
 INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
@@ -3416,11 +3425,19 @@ INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
 
 MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon)
 
-#if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__)  // clang's header has vdotq_s32 only under an -march
-#define NEON_DOT "arch=armv8.2-a+dotprod"
+// A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define NEON_DOT static
+#define NEON_DOT_INLINE INLINE
+#elif !defined(__clang__)
+#define NEON_DOT LEAF("arch=armv8.2-a+dotprod")
+#define NEON_DOT_INLINE LEAF_INLINE("arch=armv8.2-a+dotprod")
+#endif
+
+#ifdef NEON_DOT
 
 // [kernel neondot] One sdot a group of columns.
-LEAF_INLINE(NEON_DOT) void dot_neondot(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
     (void)type;
     for (int quarter = 0; quarter < 4; quarter++) {
         int32x4_t dot = vdupq_n_s32(0);
@@ -3434,7 +3451,7 @@ LEAF_INLINE(NEON_DOT) void dot_neondot(int32_t dots[16], const ByteTile *u, Type
 
 ADD_BYTE_TILES(NEON_DOT, neondot, dot_neondot, SIGNED, widen_neon)
 
-MAKE_KERNELS(neondot, LEAF(NEON_DOT), "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
+MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
 #endif
 #endif
 
@@ -3466,10 +3483,10 @@ static bool cpu_can_run(const Kernels *k) {
     __builtin_cpu_init();  // looks at what the operating system saves, too
     bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     cpuid_bit(1, 0, true, 29);  // f16c
-    bool has_vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (k == &avx512) return has_vnni && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
     if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
-    if (k == &avx512vl) return has_avx2 && has_vnni;
+    if (k == &avx512vl) return has_vnni;
     if (k == &avx2 || k == &scalar_avx2) return has_avx2;
 #elif defined(NEON_DOT) && defined(__linux__)
     if (k == &neondot) return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
@@ -3478,6 +3495,7 @@ static bool cpu_can_run(const Kernels *k) {
     size_t size = sizeof answer;
     if (k == &neondot) return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &answer, &size, NULL, 0) && answer;
 #endif
+    (void)k;
     return true;
 }
 
@@ -3490,7 +3508,8 @@ static bool choose_kernels(const char *name, Error *e) {
         if (!cpu_can_run(k)) continue;
         kernels = k;
         if (!name || !strcmp(name, k->name)) return true;
-        if (!strstr(names, k->name)) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", k->name);
+        bool again = i > 0 && !strcmp(k->name, all_kernels[i - 1]->name);
+        if (!again) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", k->name);
     }
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, names);
 }

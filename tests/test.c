@@ -292,9 +292,16 @@ int main(int argc, char **argv) {
     snprintf(folder, sizeof folder, "/tmp/cria-test-XXXXXX");
     if (!mkdtemp(folder)) return 1;
     options.quiet = true;
+    int n_unknown = argc - 1;
+    uint64_t known = 0;  // a bit for each argument that some group's name contains
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
         bool wanted = argc == 1;
-        for (int k = 1; k < argc; k++) wanted = wanted || strstr(groups[i].name, argv[k]);
+        for (int k = 1; k < argc; k++) {
+            bool fits = strstr(groups[i].name, argv[k]);
+            wanted = wanted || fits;
+            n_unknown -= fits && k < 64 && !(known >> k & 1);
+            known |= (uint64_t)fits << (k < 64 ? k : 0);
+        }
         if (!wanted) continue;
         group_name = groups[i].name;
         n_failed_in_group = 0;
@@ -305,6 +312,7 @@ int main(int argc, char **argv) {
         printf("%-20s %d passed, %d failed\n", group_name, n_passed - n, n_failed_in_group);
         fflush(stdout);
     }
+    if (n_unknown) printf("FAILED: %d arguments are in no group's name\n", n_unknown), n_failed++;
     if (rmdir(folder)) printf("FAILED: %s is not empty\n", folder), n_failed++;
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;

@@ -396,6 +396,8 @@ static void test_multiply(void) {
         }
         for (int n = 0; n < 8; n++)
             check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, tokens[n] });
+        for (int n = 127; n <= 257; n += 65)  // a weight is read once for 128 tokens
+            check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, n });
     }
 }
 
@@ -540,7 +542,7 @@ static void check_attention(AttentionCase c) {
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
     Attention a = {
         .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes,
-        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group, .n = c.n,
+        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group,
         .n_queries = (int)n_queries, .position = c.position, .scores = (float *)(void *)scores.bytes,
         .score_stride = score_stride, .tile = (float *)(void *)tile.bytes,
         .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,

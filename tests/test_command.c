@@ -626,8 +626,12 @@ static void test_exports(void) {
                          "test -p $T/pipe && cmp $T/piped $T/native.bin" },
         { "as logits, of the model that is being read", "$EMULATOR ./run $T/over.bin -q -m logits --ids '1 2' "
                                                         "-o $T/over.bin && test $(wc -c <$T/over.bin) -gt 8" },
-        { "as logits, into a pipe", "cat $T/pipe | wc -c >$T/piped & $EMULATOR ./run $tied -q -m logits --ids '1 2' "
-                                    "-o $T/pipe; wait; grep -q . $T/piped" },
+        { "as logits, into a pipe", "cat $T/pipe >$T/piped & $EMULATOR ./run $tied -q -m logits --ids '1 2' -o $T/pipe "
+                                    "&& wait && test $(wc -c <$T/piped) = 2216" },
+        { "through a link to nothing", "ln -s nowhere $T/dangling; $EMULATOR ./run $tied -m export -o $T/dangling "
+                                       "2>/dev/null; test $? = 3 && test -L $T/dangling && test ! -e $T/nowhere" },
+        { "over a file of another mode", "chmod 600 $T/over.bin; $EMULATOR ./run $tied -m export -o $T/over.bin && "
+                                         "test $(stat -c %a $T/over.bin) = 600" },
         { "with quotes and blanks in its name", "$EMULATOR ./run $tied -m export -o \"$T/a 'b\" && "
                                                 "cmp \"$T/a 'b\" $T/native.bin" },
     };

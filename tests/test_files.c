@@ -575,7 +575,7 @@ static void test_damaged_llama2c(void) {
     static const struct { const char *file; Patch patch; } cases[] = {
         { "llama2c_v0.bin", { "dim 0", 0, 4, 0, "" } }, { "llama2c_v0.bin", { "dim -24", 0, 4, (uint32_t)-24, "" } },
         { "llama2c_v0.bin", { "dim 2^31 - 4", 0, 4, 0x7ffffffc, "dim" } },
-        { "llama2c_v0.bin", { "dim 25", 0, 4, 25, "" } }, { "llama2c_v0.bin", { "dim 28", 0, 4, 28, "" } },
+        { "llama2c_v0.bin", { "dim 60", 0, 4, 60, "rope_dim" } }, { "llama2c_v0.bin", { "dim 28", 0, 4, 28, "" } },
         { "llama2c_v0.bin", { "ffn 0", 4, 4, 0, "ffn_dim" } },
         { "llama2c_v0.bin", { "ffn 2^30", 4, 4, 1 << 30, "ffn_dim" } },
         { "llama2c_v0.bin", { "ffn 37", 4, 4, 37, "" } }, { "llama2c_v0.bin", { "0 layers", 8, 4, 0, "n_layers" } },
@@ -616,6 +616,7 @@ static void test_damaged_llama2c(void) {
         { "PyTorch", "PK\3\4aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "PyTorch" },
         { "LFS", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS" },
         { "a web page", "<!DOCTYPE html><html><body>404</body></html>", "web page" },
+        { "another web page", "<html><body>404</body></html>", "web page" },
         { "big-endian GGUF", "FUGG\3", "big-endian" }, { "text", "Once upon a time, there was a little girl.", "" },
         { "one byte", "x", "" }, { "GGUF and no more", "GGUF", "" },
         { "a magic and no more", "\x89" "cria\r\n\x1a", "" }, { "ak42", "24ka", "" },

@@ -26,7 +26,7 @@ static int reference_choice(float temperature, int top_k, float top_p, float min
     Candidate *all = get((size_t)n * sizeof *all), *c = get((size_t)n * sizeof *c);
     float max = -INFINITY, sum = 0;
     int n_left = 0;
-    if (temperature == 0) {
+    if (temperature < 1e-30f) {  // what the limit of small temperatures is, in float too
         int best = 0;
         for (int i = n - 1; i >= 0; i--) best = logits[i] >= logits[best] ? i : best;
         free(all), free(c);
@@ -119,7 +119,7 @@ static void test_sampler(void) {
     free(zero.candidates);
 
     static const int sizes[] = { 1, 2, 3, 17, 100, 1000 }, ks[] = { 0, 1, 2, 5, 40, 100000 };
-    static const float temperatures[] = { 0, 0.1f, 0.7f, 1, 2, 50 }, min_ps[] = { 0, 0.05f, 0.3f, 1 };
+    static const float temperatures[] = { 0, 1e-40f, 0.1f, 0.7f, 2, 50 }, min_ps[] = { 0, 0.05f, 0.3f, 1 };
     static const float ps[] = { 0, 1e-9f, 0.1f, 0.5f, 0.9f, 0.999f, 1 };
     for (size_t n = 0; n < 6; n++) {
         for (size_t t = 0; t < 6; t++) {
