@@ -391,10 +391,14 @@ def main() -> int:
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "golden" / "chat.txt")
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    parser.add_argument("--without", default="", metavar="ROW,ROW",
+                        help="check all rows but these, whose sources are not at hand, and not who claims which source")
     parser.add_argument("--confusion", action="store_true", help="print the row that claims each source")
     parser.add_argument("--c-table", action="store_true", help="print the rows as C initialisers")
     options = parser.parse_args()
     sources = read_sources(options.sources)
+    without = options.without.split(",") if options.without else []
+    ROWS[:] = [row for row in ROWS if row.name not in without]
     errors = [f"row {row.name}: source {row.source} not found" for row in ROWS if row.source not in sources]
     for row in ROWS if not errors else []:
         jinja = sources[row.source]
@@ -402,9 +406,10 @@ def main() -> int:
             errors.append(f"row {row.name}, case {case}:\n  row   {render_row(row, CASES[case])!r}\n"
                           f"  jinja {render_cases(row.source, jinja)[case][0]!r}")
         claims = find_row(jinja)
-        if claims is not row:
+        if claims is not row and not without:
             errors.append(f"row {row.name}: its source is claimed by {claims.name if claims else 'no row'}")
-    errors += check_recognition(sources, options.confusion)
+    if not without:
+        errors += check_recognition(sources, options.confusion)
     if options.c_table:
         print(c_table())
     if errors:
@@ -412,7 +417,9 @@ def main() -> int:
         return 1
     text = golden(sources)
     if options.check:
-        same = options.output.is_file() and options.output.read_text("utf8") == text
+        kept = options.output.read_text("utf8") if options.output.is_file() else ""
+        blocks = [block.rstrip() for block in text.split("\n# ")[1:]]  # a row's source, its line "template", its cases
+        same = all(block in kept for block in blocks) if without else kept == text
         print(f"{options.output}: {'up to date' if same else 'differs from what the sources give'}", file=sys.stderr)
         return 0 if same else 1
     options.output.parent.mkdir(exist_ok=True)

@@ -310,7 +310,8 @@ def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str) -> in
             v = read_sentencepiece(path)
             write_gguf(pathlib.Path(folder) / "vocabulary.gguf", v, {"bos": 1, "eos": 2, "unk": 0})
         name = pre or v.pre or "default"
-        if v.kind is None or (v.kind == "bpe" and ALIASES.get(name, name) not in RULES):
+        unnamed = v.kind == "bpe" and not (pre or v.pre)  # refused by tokenizer.c, which asks for --pre
+        if v.kind is None or unnamed or (v.kind == "bpe" and ALIASES.get(name, name) not in RULES):
             print(f"{path.name}: {v.kind or 'another kind'}, pre-tokenizer {name}: not one of tokenizer.c's, left out")
             return 0
         start = time.time()
