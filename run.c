@@ -211,7 +211,7 @@ static void run_team(int threads, void (*work)(void *job, Team team), void *job)
 #endif
 }
 
-// Every thread of the team waits here for the others: awake, since that takes less than a microsecond. But where another
+// Every thread of the team waits here for the others: awake, since it takes less than a microsecond. But where another
 // program has got the processor of one of them, the others had better sleep than keep that program off their own.
 static void wait_for_team(Team team) {
     enum { PATIENCE = 1000000 };  // looks: half a millisecond, longer than uneven shares of work take
