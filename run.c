@@ -214,7 +214,7 @@ static void run_team(int threads, void (*work)(void *job, Team team), void *job)
 // Every thread of the team waits here for the others: awake, since it takes less than a microsecond. But where another
 // program has got the processor of one of them, the others had better sleep than keep that program off their own.
 static void wait_for_team(Team team) {
-    enum { PATIENCE = 1000000 };  // looks: half a millisecond, longer than uneven shares of work take
+    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
     unsigned round = atomic_load(&team.gate->round);
     if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
         atomic_store(&team.gate->arrived, 0);
@@ -222,6 +222,7 @@ static void wait_for_team(Team team) {
     }
     for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
         if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
+        else if (i > EAGER) sched_yield();
     }
 }
 
@@ -354,8 +355,7 @@ typedef struct {
 enum {
     LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
     QUERIES_TOGETHER = 24,    // queries of one key/value head that one thread attends with together
-    POSITIONS_TOGETHER = 64,  // whose values are looked at together
-    MAX_HEAD_DIM = 1024,
+    POSITIONS_TOGETHER = 64, MAX_HEAD_DIM = 1024,  // positions whose values are looked at together; K at most
 };
 
 /* ==== 4. Matrix multiplication ======================================================================================
