@@ -3154,8 +3154,7 @@ typedef struct {
 } ByteTile;
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. To add a format: a branch here.
-INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs,
-                            Widen *widen) {
+INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs, Widen *widen) {
     const TileQ8F *q8f = (const void *)tile;
     const TileQ4M *q4m = (const void *)tile;
     bool eight = type == Q8 || type == Q8F;
@@ -3175,8 +3174,7 @@ INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, S
 typedef void Dot(int32_t dots[16], const ByteTile *u, Type type, const Block *b);
 
 INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
-                           size_t n_all, int n, Dot *dot, Signs signs,
-                           Widen *widen) {
+                           size_t n_all, int n, Dot *dot, Signs signs, Widen *widen) {
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         ByteTile u;
         unpack_bytes_of(&u, type, tiles + c * types[type].tile_bytes, signs, widen);
