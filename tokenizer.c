@@ -33,10 +33,6 @@ typedef struct {
 _Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
 typedef struct {
-    uint32_t left, right, result, rank;  // left is UINT32_MAX in an empty slot
-} Merge;
-
-typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
     bool add_bos, add_eos, dummy_prefix, ignore_merges;
     const float *score;          // (n_tokens)        these lie in the section
@@ -46,12 +42,12 @@ typedef struct {
     const uint8_t *type;         // (n_tokens)
     const char *text;
     int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
-    Merge *merge_slots;          // (merge_mask + 1)  hash table: left and right -> rank and result
+    int *merge_slots;            // (merge_mask + 1)  hash table: left and right -> rank; -1 is empty
     size_t piece_mask, merge_mask;
-    uint16_t *class_of;          // (N_CLASSIFIED)    classes of characters by code point; BPE only
+    uint8_t *class_of;           // (N_CLASSIFIED)    classes of characters by code point; BPE only
     int byte_id[256];            // the token that stands for a single byte, or -1
     uint8_t begins[256];         // the set of types (1 << type) that pieces have that begin with this byte
-    bool space_leads;            // no piece has a space after another character: words can be joined one by one
+    bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
 } Tokenizer;
 
 // A token's own bytes; a control token's are its spelling.
@@ -107,20 +103,21 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-static int lookup_hashed(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    size_t slot = (size_t)(hash ^ hash >> 32) & t->piece_mask;
-    for (; t->piece_slots[slot] >= 0; slot = (slot + 1) & t->piece_mask) {
-        int id = t->piece_slots[slot];
+// Where the piece with these bytes and one of these types is in the table of pieces, or where it would be put.
+static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types, size_t *steps) {
+    for (size_t slot = (size_t)(hash ^ hash >> 32);; slot++, ++*steps) {
+        int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
-        const char *bytes = piece(t, id, &n_bytes);
-        if (n_bytes == n && types >> t->type[id] & 1 && memcmp(bytes, s, n) == 0) return id;
+        if (*id < 0) return id;
+        const char *bytes = piece(t, *id, &n_bytes);
+        if (n_bytes == n && types >> t->type[*id] & 1 && memcmp(bytes, s, n) == 0) return id;
     }
-    return -1;
 }
 
 // The lowest id of a piece with these bytes whose type is in `types`, or -1.
 static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
-    return lookup_hashed(t, s, n, hash_bytes(s, n), types);
+    size_t steps = 0;
+    return *piece_slot(t, s, n, hash_bytes(s, n), types, &steps);
 }
 
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
@@ -131,9 +128,10 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     int found = -1;
     if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
     uint64_t hash = 1;
+    size_t steps = 0;
     for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
-        int id = lookup_hashed(t, s, length, hash, 1u << type);
+        int id = *piece_slot(t, s, length, hash, 1u << type, &steps);
         if (id < 0) continue;
         found = id;
         *n_bytes = length;
@@ -142,38 +140,36 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
 }
 
 // Where the pair is in the table of merges, or where it would be put.
-static Merge *find_merge(const Tokenizer *t, uint32_t left, uint32_t right, size_t *steps) {
+static int *find_merge(const Tokenizer *t, uint32_t left, uint32_t right, size_t *steps) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     for (size_t slot = (size_t)(hash ^ hash >> 32);; slot++, ++*steps) {
-        Merge *m = &t->merge_slots[slot & t->merge_mask];
-        if (m->left == UINT32_MAX || (m->left == left && m->right == right)) return m;
+        int *rank = &t->merge_slots[slot & t->merge_mask];
+        if (*rank < 0 || (t->merge[*rank][0] == left && t->merge[*rank][1] == right)) return rank;
     }
 }
 
-// Memory for a table of at least n entries, all bytes 0xFF: a power of two slots, at most two thirds of them used.
-static void *make_table(size_t n, size_t size, size_t *mask, Error *e) {
+// Memory for a table of at least n entries, all of them -1: a power of two slots, at most two thirds of them used.
+static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
     while (slots < n + n / 2) slots *= 2;
-    void *table = allocate(slots, size, e);
-    if (table) memset(table, 0xFF, slots * size);
+    int *table = allocate(slots, sizeof *table, e);
+    if (table) memset(table, 0xFF, slots * sizeof *table);
     *mask = slots - 1;
     return table;
 }
 
 // Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
-    t->piece_slots = make_table((size_t)t->n_tokens, sizeof *t->piece_slots, &t->piece_mask, e);
+    t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     if (!t->piece_slots) return false;
     size_t steps = 0;
     for (int id = 0; id < t->n_tokens; id++) {
         size_t n;
         const char *s = piece(t, id, &n);
-        uint64_t hash = hash_bytes(s, n);
-        if (n == 0 || t->type[id] == PIECE_BYTE || lookup_hashed(t, s, n, hash, 1u << t->type[id]) >= 0) continue;
+        if (n == 0 || t->type[id] == PIECE_BYTE) continue;
         t->begins[(unsigned char)s[0]] |= (uint8_t)(1 << t->type[id]);
-        size_t slot = (size_t)(hash ^ hash >> 32);
-        for (; t->piece_slots[slot & t->piece_mask] >= 0; slot++) steps++;
-        t->piece_slots[slot & t->piece_mask] = id;
+        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << t->type[id], &steps);
+        if (*slot < 0) *slot = id;
         if (steps > 8 * t->piece_mask) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
     }
     return true;
@@ -181,13 +177,12 @@ static bool index_pieces(Tokenizer *t, Error *e) {
 
 // Fills the table of merges. Of two for the same pair the earlier counts.
 static bool index_merges(Tokenizer *t, Error *e) {
-    t->merge_slots = make_table((size_t)t->n_merges, sizeof *t->merge_slots, &t->merge_mask, e);
+    t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
     if (!t->merge_slots) return false;
     size_t steps = 0;
     for (int rank = 0; rank < t->n_merges; rank++) {
-        const uint32_t *m = t->merge[rank];
-        Merge *slot = find_merge(t, m[0], m[1], &steps);
-        if (slot->left == UINT32_MAX) *slot = (Merge){m[0], m[1], m[2], (uint32_t)rank};
+        int *slot = find_merge(t, t->merge[rank][0], t->merge[rank][1], &steps);
+        if (*slot < 0) *slot = rank;
         if (steps > 8 * t->merge_mask) return fail(e, BAD_FILE, "the vocabulary's merges are made to collide");
     }
     return true;
@@ -266,12 +261,14 @@ static bool unpack_classes(Tokenizer *t, Error *e) {
             count = count * 10 + (size_t)(*p - '0');
             continue;
         }
-        for (size_t end = code + (count ? count : 1); code < end; code++) t->class_of[code] = bits[(unsigned char)*p];
+        if (count == 0) count = 1;
+        memset(t->class_of + code, bits[(unsigned char)*p], count);
+        code += count;
         count = 0;
     }
     for (size_t i = 0; i < sizeof more_classes / sizeof *more_classes; i++)
         for (code = more_classes[i].first; code <= more_classes[i].last; code++)
-            t->class_of[code] |= (uint16_t)more_classes[i].bits;
+            t->class_of[code] |= (uint8_t)more_classes[i].bits;
     return true;
 }
 
@@ -510,9 +507,9 @@ static void offer_pair(Encoder *c, const char *s, int left) {
         if (pair.id >= 0) rank = score_order(t->score[pair.id]);
     } else {
         size_t steps = 0;
-        const Merge *m = find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        if (m->left != UINT32_MAX) pair.id = (int)m->result;
-        rank = m->rank;
+        int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
+        if (merge >= 0) pair.id = (int)t->merge[merge][2];
+        rank = (uint32_t)merge;
     }
     if (pair.id < 0) return;
     pair.order = (uint64_t)rank << 32 | (uint32_t)left;
@@ -591,7 +588,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
 // Tokens of text that holds no user-defined piece.
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
-    bool bpe = c->t->kind == BPE, spaces_cut = !bpe && c->t->space_leads;
+    bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
     if (bpe) cut_words(c->t, s, n, c->scratch);
     for (size_t at = 0, end; at < n; at = end) {
         end = at + 1;
@@ -763,12 +760,12 @@ static bool check_merges(const Tokenizer *t, Error *e) {
 static void summarise_pieces(Tokenizer *t) {
     int wanted = t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
-    t->space_leads = true;
+    t->space_leads = t->kind == SPM;
     for (int id = t->n_tokens - 1; id >= 0; id--) {
         size_t n;
         const char *s = piece(t, id, &n);
         if (n == 1 && t->type[id] == wanted) t->byte_id[(unsigned char)s[0]] = id;
-        for (size_t i = 1; i < n && TEXT_TYPES >> t->type[id] & 1; i++)
+        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> t->type[id] & 1; i++)
             if (s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
     }
 }
