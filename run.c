@@ -443,11 +443,11 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
-enum { TOGETHER = 4 };  // rows of c that share each number of b once it is loaded
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
 // c (m, c_stride)  a (m, a_stride)  b (depth, b_stride)
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
+    enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
@@ -476,6 +476,7 @@ INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile);
 // The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
                       size_t n_all, int n) {
+    enum { TOGETHER = 4 };
     for (size_t c = 0; c < n_tiles; c++, x += n_all) {
         UnpackedTile u;
         unpack(&u, type, tiles + c * types[type].tile_bytes);
@@ -511,6 +512,8 @@ typedef struct {
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t n, float scale);
     void (*swiglu)(float *gate, const float *up, size_t n);
+    double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
+    void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
@@ -1066,12 +1069,16 @@ static int choose_token(Sampler *s, const float *logits, int n) {
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
    into the form that the model was trained on, and with all that was said so far kept in the cache. */
 
+// Some numbers, written "1,2,4".
+typedef struct { int n, at[16]; } List;
+
 // What the user asked for on the command line; chapter 11 fills it in.
 typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre;
+    const char *cache, *kernel, *pre, *svg;
     double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, threads, batch;
+    int64_t n_predict, top_k, context, batch, reps;
+    List threads, pp, tg, depth;
     uint64_t seed;
     bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
 } Options;
@@ -1382,7 +1389,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
 }
 
 // The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
-#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of)                            \
+#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
                                 const Block *x, size_t n_all, int n) {                                                 \
         add_tiles_of(sum, type, tiles, n_tiles, x, n_all, n);                                                          \
@@ -1412,11 +1419,28 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
+    target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
+    target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
-                                 set##_exponentiate, set##_swiglu };
+                                 set##_exponentiate, set##_swiglu, set##_peak, set##_read };
 
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats)
+// Reads n numbers and keeps nothing of them but a sum.
+INLINE void read_memory(const uint64_t *memory, size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += memory[i];
+    volatile uint64_t kept = sum;
+    (void)kept;
+}
+
+// One multiply-add at a time, in float: the scalar loops multiply whole numbers as floats, too.
+static double peak_scalar(bool int8, size_t rounds) {
+    volatile float sum = int8;
+    for (size_t i = 0; i < rounds; i++) sum = fmaf(sum, 0.5f, 0.5f);
+    return 2.0 * (double)rounds;
+}
+
+MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
 // GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
@@ -3076,6 +3100,9 @@ static void put_word(const char *name, const char *text, bool first) {
     put_json_string(stdout, text, strlen(text));
 }
 
+static const char *kernel_names(void);  // the appendix
+static bool choose_kernels(const char *name, Error *e);
+
 // Sizes, types, costs: what one needs to know before running a model.
 static bool run_inspect(Model *m, const State *s, Error *e) {
     const Config *c = &m->config;
@@ -3124,8 +3151,389 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
     put_word("kernel", kernels->name, false);
+    put_word("kernels of this machine", kernel_names(), false);
     if (options.json) printf("\n}\n");
     return true;
+}
+
+// ---- What the machine can do ----
+
+// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most a second.
+typedef struct { double bytes, int8, f32; } Load;
+
+typedef struct {
+    const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
+    size_t n;                // numbers of memory, or rounds of multiplying
+    bool int8;
+} CeilingJob;
+
+static void work_at_ceiling(void *p, Team team) {
+    const CeilingJob *job = p;
+    Range r = share(job->n, team);
+    if (job->memory) kernels->read(job->memory + r.from, r.to - r.from);
+    else kernels->peak(job->int8, r.to - r.from);
+}
+
+// The best of several tries, of 20 ms at least; `each` is what one of job.n stands for.
+static double best_rate(CeilingJob job, int threads, double each) {
+    double best = 0;
+    for (int i = 0; i < 7; i++) {
+        double start = clock_seconds();
+        run_team(threads, work_at_ceiling, &job);
+        double seconds = clock_seconds() - start;
+        best = fmax(best, each * (double)job.n / seconds);
+        if (!job.memory && seconds < 0.02) job.n *= 2, i = 0;
+    }
+    return best;
+}
+
+// The ceilings of some threads, measured in the run that is held against them: machines are shared, and throttle.
+static bool measure_ceilings(int threads, Load *c, Error *e) {
+    size_t n_bytes = (size_t)256 << 20;  // many times the caches
+    uint64_t *memory = map_memory(n_bytes, e);
+    if (!memory) return false;
+    use_large_pages(memory, n_bytes);
+    memset(memory, 1, n_bytes);
+    c->bytes = best_rate((CeilingJob){ memory, n_bytes / sizeof *memory, false }, threads, sizeof *memory);
+    c->int8 = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1));
+    c->f32 = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1));
+    munmap(memory, n_bytes);
+    return true;
+}
+
+// Adds the product of a matrix with n tokens.
+static void add_product(Load *w, const Tensor *t, double n, bool exact) {
+    w->bytes += (double)tensor_bytes(t);
+    *(types[t->type].quantised && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
+}
+
+// n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
+static Load load_of(const Model *m, const State *s, int past, int n, int batch) {
+    Load w = { 0 };
+    for (int done = 0, now; done < n; done += now) {
+        now = n - done < batch ? n - done : batch;
+        double seen = past + done + (now + 1) / 2.0, last = past + done + now;
+        for (int l = 0; l < m->config.n_layers; l++) {
+            const Layer *y = &m->layers[l];
+            const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
+            for (int i = 0; i < 7; i++) add_product(&w, matrices[i], now, s->exact);
+            w.f32 += 4.0 * y->n_heads * m->config.head_dim * seen * now;
+            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * last;
+        }
+        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, s->exact);
+    }
+    return w;
+}
+
+// ---- Results: a table, and a picture ----
+
+enum { MAX_RUNS = 64, MAX_RESULTS = 512 };
+
+typedef struct {
+    char test[64];
+    const char *kernel;
+    int threads, n_runs;
+    double seconds[MAX_RUNS];  // of each run, in their order
+    Load load, ceiling;        // of one run; a second
+    double rate, spread;       // tokens a second: the median, and half of what lies between the least and the most
+    double gb, gop, percent;   // GB/s, Gop/s, % of what the ceilings allow
+    double gop_ceiling;        // for this mix of operations
+    bool by_memory;            // what bounds it
+} Measured;
+
+typedef struct {
+    char title[64];
+    int n;
+    Measured results[MAX_RESULTS];
+} Report;
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median_of(const double *x, int n) {
+    double sorted[MAX_RUNS];
+    memcpy(sorted, x, (size_t)n * sizeof *x);
+    qsort(sorted, (size_t)n, sizeof *sorted, by_size);
+    return (sorted[n / 2] + sorted[(n - 1) / 2]) / 2;
+}
+
+// Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
+static void conclude(Measured *r, double n_tokens) {
+    double least = INFINITY, most = 0, seconds = median_of(r->seconds, r->n_runs), ops = r->load.int8 + r->load.f32;
+    double reading = r->load.bytes / r->ceiling.bytes;
+    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
+    for (int i = 0; i < r->n_runs; i++) {
+        least = fmin(least, r->seconds[i]);
+        most = fmax(most, r->seconds[i]);
+    }
+    r->rate = n_tokens / seconds;
+    r->spread = (n_tokens / least - n_tokens / most) / 2;
+    r->gb = r->load.bytes / seconds * 1e-9;
+    r->gop = ops / seconds * 1e-9;
+    r->gop_ceiling = ops / multiplying * 1e-9;
+    r->by_memory = reading > multiplying;
+    r->percent = 100 * fmax(reading, multiplying) / seconds;
+    int half = r->n_runs / 2;
+    if (half < 2 || options.quiet) return;
+    double slower = median_of(r->seconds + half, r->n_runs - half) / median_of(r->seconds, half) - 1;
+    if (slower > 0.05) fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
+}
+
+// llama-bench's columns, then ours; or a member of a JSON list.
+static void put_result(const Measured *r, const char *title, bool first) {
+    static const char head[] = "| model                  | backend  | threads | test                 |              t/s "
+                               "|   GB/s |   Gop/s | of limit |\n";
+    if (options.json) {
+        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
+               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
+               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g}",
+               first ? "[" : ",", title, r->kernel, r->threads, r->test, r->rate, r->spread, r->n_runs, r->gb, r->gop,
+               r->by_memory ? "memory" : "arithmetic", r->ceiling.bytes * 1e-9, r->gop_ceiling, r->percent);
+    } else {
+        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
+        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
+        printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
+               r->threads, r->test, r->rate, r->spread, r->gb, r->gop, r->percent);
+    }
+    fflush(stdout);
+}
+
+// Times a test, to which the first run does not count, and puts it into the report. Each run does it `repeats` times.
+static bool measure(Report *report, bool (*run)(void *job, Error *e), void *job, size_t repeats, int n_tokens,
+                    Error *e) {
+    Measured *r = &report->results[report->n];
+    r->n_runs = (int)options.reps;
+    r->kernel = kernels->name;
+    for (int i = -1; i < r->n_runs; i++) {
+        double start = clock_seconds();
+        if (!run(job, e)) return false;
+        if (i >= 0) r->seconds[i] = (clock_seconds() - start) / (double)repeats;
+    }
+    conclude(r, n_tokens);
+    put_result(r, report->title, report->n == 0);
+    return ++report->n < MAX_RESULTS || fail(e, MISUSE, "more than %d tests at once", MAX_RESULTS - 1);
+}
+
+// The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
+// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
+static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
+static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
+
+// Up the slope of what can be read, then flat at the most operations a second.
+static void draw_roof(FILE *f, const Load *c, double ops, const char *style, const char *what) {
+    double start = fmax(0.1, 1e9 / c->bytes), top = plot_y(ops * 1e-9);
+    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>", style, plot_x(start),
+            plot_y(start * c->bytes * 1e-9), plot_x(ops / c->bytes), top);
+    fprintf(f, "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", top - 7, what, ops * 1e-9);
+}
+
+static void draw_frame(FILE *f, const char *title, const Load *c) {
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">"
+               "\n<style>\n"
+               ":root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --memory: #0969da; --sum: #bc4c00 }\n"
+               "@media (prefers-color-scheme: dark) {\n"
+               "  :root { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --memory: #58a6ff; --sum: #f0883e } }\n"
+               "text { fill: var(--ink); font-size: 13px } .grid { stroke: var(--faint) } .end { text-anchor: end }\n"
+               ".roof { stroke: var(--ink); stroke-width: 2; fill: none } .dash { stroke-dasharray: 6 5 }\n"
+               ".memory { fill: var(--memory) } .sum { fill: var(--sum) }\n</style>\n"
+               "<rect width=\"800\" height=\"530\" fill=\"var(--paper)\"/>\n<text x=\"70\" y=\"32\">%s: Gop/s</text>\n"
+               "<text x=\"760\" y=\"508\" class=\"end\">operations per byte that is read</text>\n", title);
+    for (double x = 0.1; x < 20000; x *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M%.0f 60v400\"/><text x=\"%.0f\" y=\"482\">%g</text>\n", plot_x(x),
+                plot_x(x) - 6, x);
+    for (double y = 1; y < 20000; y *= 10)
+        fprintf(f, "<path class=\"grid\" d=\"M70 %.0fh690\"/><text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n",
+                plot_y(y), plot_y(y) + 4, y);
+    draw_roof(f, c, c->int8, "", "multiply-adds in 8 bits");
+    draw_roof(f, c, c->f32, " dash", "in float");
+    fprintf(f, "<text x=\"84\" y=\"452\">memory: %.1f GB/s</text>\n", c->bytes * 1e-9);
+}
+
+// The ceilings of the most threads, and a point for each result, with its name where there is room for it.
+static bool draw_roofline(const Report *report, Error *e) {
+    Output out;
+    bool ok = open_output(&out, options.svg, e);
+    const Measured *most = report->results, *end = report->results + report->n;
+    for (const Measured *r = most; r < end; r++) most = r->ceiling.int8 > most->ceiling.int8 ? r : most;
+    if (ok) draw_frame(out.stream, report->title, &most->ceiling);
+    for (const Measured *r = report->results; ok && r < end; r++) {
+        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
+        bool left = x > 550;  // the name must not leave the picture
+        fprintf(out.stream, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\">", r->by_memory ? "memory" : "sum",
+                x, y);
+        fprintf(out.stream, "<title>%s, %d threads, %s: %.1f Gop/s, %.0f %% of its limit</title></circle>\n", r->test,
+                r->threads, r->kernel, r->gop, r->percent);
+        if (report->n > 12) continue;
+        fprintf(out.stream, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
+                left ? x - 9 : x + 9, y + 4, left ? "end" : "", r->test, r->threads, r->percent);
+    }
+    if (ok) fprintf(out.stream, "</svg>\n");
+    return close_output(&out, ok, e);
+}
+
+// What the figures say, in words, and the picture.
+static bool end_report(const Report *report, Error *e) {
+    if (options.json) printf("%s\n]\n", report->n ? "" : "[");
+    for (const Measured *r = report->results; !options.json && r < report->results + report->n; r++) {
+        printf("%s on %d thread%s, bound by ", r->test, r->threads, r->threads > 1 ? "s" : "");
+        if (r->by_memory)
+            printf("memory: it reads %.1f GB/s, %.0f %% of the %.1f that can be read here.\n", r->gb, r->percent,
+                   r->ceiling.bytes * 1e-9);
+        else
+            printf("arithmetic: %.0f Gop/s, %.0f %% of the %.0f that its mix of operations in 8 bits (%.0f) and in "
+                   "float (%.0f) allows here.\n", r->gop, r->percent, r->gop_ceiling, r->ceiling.int8 * 1e-9,
+                   r->ceiling.f32 * 1e-9);
+    }
+    return !options.svg || draw_roofline(report, e);
+}
+
+// ---- bench: a model ----
+
+// n tokens at a depth, as a prompt ("pp") or one by one ("tg").
+typedef struct {
+    const Model *m;
+    State *s;
+    int *tokens, depth, n;
+    bool one_by_one;
+} BenchJob;
+
+static bool bench_once(void *p, Error *e) {
+    const BenchJob *job = p;
+    job->s->n_past = job->depth;  // what the cache holds up to there is kept
+    if (!job->one_by_one) return prefill(job->m, job->s, job->tokens, (size_t)job->n, e);
+    for (int i = 0; i < job->n; i++) {
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(job->m, job->s, &job->tokens[i], 1, 1, e)) return false;
+    }
+    return true;
+}
+
+// All tests at one depth.
+static bool bench_at(BenchJob job, const Load *ceiling, Report *report, Error *e) {
+    bool ok = true;
+    job.s->n_past = 0;
+    if (job.depth) ok = prefill(job.m, job.s, job.tokens, (size_t)job.depth, e);
+    for (int i = 0; ok && i < options.pp.n + options.tg.n; i++) {
+        Measured *r = &report->results[report->n];
+        job.one_by_one = i >= options.pp.n;
+        job.n = job.one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
+        if (job.n == 0) continue;
+        int length = snprintf(r->test, sizeof r->test, "%s%d", job.one_by_one ? "tg" : "pp", job.n);
+        if (job.depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", job.depth);
+        r->threads = job.s->threads;
+        r->ceiling = *ceiling;
+        r->load = load_of(job.m, job.s, job.depth, job.n, job.one_by_one ? 1 : job.s->batch);
+        ok = measure(report, bench_once, &job, 1, job.n, e);
+    }
+    return ok;
+}
+
+static int largest(List list) {
+    int most = 0;
+    for (int i = 0; i < list.n; i++) most = list.at[i] > most ? list.at[i] : most;
+    return most;
+}
+
+static bool run_bench(const Model *m, State *s, Error *e) {
+    static Report report;
+    BenchJob job = { .m = m, .s = s, .tokens = allocate((size_t)s->context, sizeof *job.tokens, e) };
+    bool ok = job.tokens != NULL;
+    snprintf(report.title, sizeof report.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
+             bytes_per_token(m) / 1000000);
+    for (int i = 0; ok && i < s->context; i++)
+        job.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    for (int j = 0; ok && j < options.threads.n; j++) {
+        Load ceiling;
+        s->threads = options.threads.at[j];
+        ok = measure_ceilings(s->threads, &ceiling, e);
+        for (int i = 0; ok && i < options.depth.n; i++) {
+            job.depth = options.depth.at[i];
+            ok = bench_at(job, &ceiling, &report, e);
+        }
+    }
+    free(job.tokens);
+    return ok && end_report(&report, e);
+}
+
+// ---- matmul: products alone, without a model ----
+
+typedef struct {
+    Tensor w;
+    const unsigned char *memory;  // as many copies of the tiles as fit, so that none is found in a cache
+    size_t n_copies, n_products;
+    Activations x;
+    float *y;
+    int threads;
+} MatmulJob;
+
+static void matmul_team(void *p, Team team) {
+    const MatmulJob *job = p;
+    Tensor w = job->w;
+    Range rows = share(n_row_tiles(&w), team);
+    for (size_t i = 0; i < job->n_products; i++) {
+        w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
+        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x, (int)job->x.n, false);
+        wait_for_team(team);
+    }
+}
+
+static bool matmul_once(void *p, Error *e) {
+    run_team(((MatmulJob *)p)->threads, matmul_team, p);
+    return !interrupted || fail(e, INTERRUPTED, "interrupted");
+}
+
+// Shapes x types x numbers of tokens, with the kernels that are chosen.
+static bool matmul_with(MatmulJob job, size_t n_bytes, Report *report, Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
+    Load ceiling;
+    bool ok = measure_ceilings(job.threads, &ceiling, e);
+    for (int i = 0; ok && i < 3 * N_TYPES * options.pp.n; i++) {
+        const int *shape = shapes[i / options.pp.n / N_TYPES];
+        job.w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+        job.n_copies = n_bytes / tensor_bytes(&job.w);
+        job.x.n = (size_t)options.pp.at[i % options.pp.n];
+        if (job.x.n == 0) continue;
+        Measured *r = &report->results[report->n];
+        snprintf(r->test, sizeof r->test, "%dx%d %s x %zu", shape[0], shape[1], types[job.w.type].name, job.x.n);
+        r->threads = job.threads;
+        r->ceiling = ceiling;
+        add_product(&r->load, &job.w, (double)job.x.n, false);
+        double multiplying = r->load.int8 / ceiling.int8 + r->load.f32 / ceiling.f32;  // seconds, at the limit
+        job.n_products = (size_t)fmax(1, 0.02 / fmax(multiplying, r->load.bytes / ceiling.bytes));
+        ok = measure(report, matmul_once, &job, job.n_products, (int)job.x.n, e);
+    }
+    return ok;
+}
+
+static bool run_matmul(Error *e) {
+    static const char *const names[] = { "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar" };
+    enum { MOST_ROWS = 5632, MOST_COLS = 4096 };
+    static Report report = { .title = "matrix products" };
+    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp), n_blocks = n_tokens * MOST_COLS / 32;
+    unsigned char *memory = map_memory(n_bytes, e);
+    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e), (*x)[32] = allocate(n_blocks, sizeof *x, e);
+    Block *rounded = allocate(n_blocks, sizeof *rounded, e);
+    bool ok = memory && y && x && rounded;
+    if (ok) use_large_pages(memory, n_bytes);
+    if (ok) memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32 and bf16
+    for (size_t i = 0; ok && i < n_blocks; i++) {
+        for (size_t j = 0; j < 32; j++) x[i][j] = (float)((i + j) % 7) - 3;
+        kernels->round(&rounded[i], x[i], 32, 32, 1, (Range){ 0, 1 });
+    }
+    MatmulJob job = { .memory = memory, .x = { (const void *)x, rounded, 0 }, .y = y };
+    for (int k = 0; ok && k < 6; k++) {  // scalar ones only if they are asked for: they take minutes
+        Error cannot = { 0 };
+        if (options.kernel ? strcmp(options.kernel, names[k]) : k == 5) continue;
+        for (int j = 0; ok && choose_kernels(names[k], &cannot) && j < options.threads.n; j++) {
+            job.threads = options.threads.at[j];
+            ok = matmul_with(job, n_bytes, &report, e);
+        }
+    }
+    free(y), free(x), free(rounded);
+    if (memory) munmap(memory, n_bytes);
+    return ok && end_report(&report, e);
 }
 
 /* ==== Appendix A. Kernels ===========================================================================================
@@ -3201,6 +3609,27 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
         case Q4: add_byte_tiles(sum, Q4, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
         default: add_byte_tiles(sum, Q4M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                      \
         }                                                                                                              \
+    }
+
+// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
+// the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
+#define CHAINS(Vector, first, in_register, step)                                                                       \
+    do {                                                                                                               \
+        Vector x = first, sum[12];                                                                                     \
+        for (int i = 0; i < 12; i++) {                                                                                 \
+            sum[i] = x;                                                                                                \
+            __asm__ volatile("" : "+" in_register(sum[i]));                                                            \
+        }                                                                                                              \
+        for (size_t n = 0; n < rounds; n++)                                                                            \
+            for (int i = 0; i < 12; i++) sum[i] = step;                                                                \
+        for (int i = 0; i < 12; i++) __asm__ volatile("" ::in_register(sum[i]));                                       \
+    } while (0)
+
+#define MAKE_PEAK(isa, set, in_register, Bytes, ones, product, Floats, halves, multiply_add)                           \
+    isa double peak_##set(bool int8, size_t rounds) {                                                            \
+        if (int8) CHAINS(Bytes, ones, in_register, product);                                                           \
+        else CHAINS(Floats, halves, in_register, multiply_add);                                                        \
+        return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
     }
 
 #if defined(__x86_64__)
@@ -3298,6 +3727,13 @@ LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
+MAKE_PEAK(LEAF(AVX2), avx2, "x", __m256i, _mm256_set1_epi8(1), _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+MAKE_PEAK(LEAF(AVXVNNI), avxvnni, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(sum[i], x, x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+MAKE_PEAK(LEAF(AVX512VL), avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_epi32(sum[i], x, x),
+          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+
 // ---- 512 bits: AVX-512 VNNI ----
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
@@ -3350,11 +3786,17 @@ LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a,
     }
 }
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2)
+MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
+          __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
+
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
+             peak_avxvnni)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2,
+             peak_avx512vl)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2,
+             peak_avx512)
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -3421,7 +3863,14 @@ INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon)
+INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
+    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
+    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
+}
+
+MAKE_PEAK(static, neon, "w", int32x4_t, vdupq_n_s32(1), sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
+          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
+MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
 
 // A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -3449,7 +3898,10 @@ NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteTile *u, Type type,
 
 ADD_BYTE_TILES(NEON_DOT, neondot, dot_neondot, SIGNED, widen_neon)
 
-MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon)
+MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
+          vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
+          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
+MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
 
@@ -3497,25 +3949,31 @@ static bool cpu_can_run(const Kernels *k) {
     return true;
 }
 
+// The names of those that this machine can run, the best first.
+static const char *kernel_names(void) {
+    static char names[80];
+    for (int i = 0, n = 0; i < N_KERNELS; i++) {
+        bool again = i > 0 && !strcmp(all_kernels[i]->name, all_kernels[i - 1]->name) && cpu_can_run(all_kernels[i - 1]);
+        if (again || !cpu_can_run(all_kernels[i])) continue;
+        n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", n ? ", " : "", all_kernels[i]->name);
+    }
+    return names;
+}
+
 // Takes the best kernels that this machine can run, of those with that name if one is given.
 static bool choose_kernels(const char *name, Error *e) {
-    char names[80] = "";
     for (int i = 0; i < N_KERNELS; i++) {
-        const Kernels *k = all_kernels[i];
-        size_t n = strlen(names);
-        if (!cpu_can_run(k)) continue;
-        kernels = k;
-        if (!name || !strcmp(name, k->name)) return true;
-        bool again = i > 0 && !strcmp(k->name, all_kernels[i - 1]->name);
-        if (!again) snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", k->name);
+        if (!cpu_can_run(all_kernels[i])) continue;
+        kernels = all_kernels[i];
+        if (!name || !strcmp(name, kernels->name)) return true;
     }
-    return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, names);
+    return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
 /* ==== 11. main ======================================================================================================
    One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
 
-typedef enum { TEXT, WHOLE, SEED, REAL, FLAG } OptionType;
+typedef enum { TEXT, WHOLE, SEED, REAL, LIST, FLAG } OptionType;
 
 // To add an option: a member of Options, a row here, a line in README (a test compares them).
 typedef struct {
@@ -3530,7 +3988,7 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, logits, perplexity, inspect, export" },
+      "generate (default), chat, tokenize, logits, perplexity, inspect, export, bench, matmul" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
@@ -3542,12 +4000,17 @@ static const Option option_table[] = {
     { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
       "positions: the model's own, at most 4096; 0 = all of the model's own" },
-    { 'j', "threads", "N", WHOLE, OF(threads), 1, 1024, "the physical cores that this process may use" },
+    { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
+    { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: so many tokens one by one: 128" },
+    { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: after so many others: 0" },
+    { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
+    { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
@@ -3599,10 +4062,23 @@ static const char *hint_for(const Option *o, const char *value) {
 // Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     void *place = (char *)to + o->offset;
+    const char *whole = value;
     char *end = "";
     double x = 0;
     bool starts = isdigit((unsigned char)*value) || (o->type != SEED && (*value == '-' || *value == '.'));
     errno = 0;
+    if (o->type == LIST) {
+        List *list = place;
+        for (list->n = 0; list->n < 16; value = end + 1) {
+            long number = strtol(value, &end, 10);
+            if (!isdigit((unsigned char)*value) || errno || number < o->min || number > o->max) break;
+            list->at[list->n++] = (int)number;
+            if (!*end) return true;
+            if (*end != ',') break;
+        }
+        return fail(e, MISUSE, "--%s %s: expected whole numbers from %.10g to %.10g, as in 1,2", o->name, whole, o->min,
+                    o->max);
+    }
     if (o->type == FLAG) *(bool *)place = true;
     else if (o->type == TEXT) *(const char **)place = value;
     else if (o->type == SEED) *(uint64_t *)place = strtoull(value, &end, 10);
@@ -3632,9 +4108,9 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
     return true;
 }
 
-typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, N_MODES } Mode;
+typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
 static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect",
-                                                 "export" };
+                                                 "export", "bench", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (int i = 0; i < N_MODES; i++) {
@@ -3693,7 +4169,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
     if (!map_file(options.checkpoint, &m->file, e) ||
-        !open_model(m->file.bytes, m->file.n_bytes, (int)options.threads, m, e))
+        !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
         return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;
     bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
@@ -3707,13 +4183,19 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
+
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, longest = largest(options.pp);
+    if (mode == BENCH && options.context < 0) {
+        longest = longest > largest(options.tg) ? longest : largest(options.tg);
+        usual = longest + largest(options.depth);
+        if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
+    }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
-    s->threads = (int)options.threads;
+    s->threads = largest(options.threads);
     s->exact = options.exact;
     bool all_f32 = true;
     for (size_t i = 0; i < n_slots(m); i++) {
@@ -3744,7 +4226,8 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
     case EXPORT: ok = export_model(m, options.output, e); break;
-    case N_MODES: break;
+    case BENCH: ok = run_bench(m, s, e); break;
+    default: break;
     }
     free(tokens.ids);
     return ok;
@@ -3765,20 +4248,26 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     bool has_seed = false;
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .batch = 256, .threads = count_cores(true) };
+                         .batch = 256, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
+                         .depth = { 1, { 0 } } };
     if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
-    int most = count_cores(false);
-    if (options.threads > most && !options.quiet)
-        fprintf(stderr, "-j %d: this process may use %d\n", (int)options.threads, most);
-    options.threads = options.threads < most ? options.threads : most;
+    if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
+    for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
+        if (options.threads.at[i] <= most) continue;
+        if (!options.quiet) fprintf(stderr, "-j %d: this process may use %d\n", options.threads.at[i], most);
+        options.threads.at[i] = most;
+    }
     if (options.help) print_help();
     if (options.version) printf("cria %s\n", CRIA_VERSION);
     if (options.help || options.version) return true;
-    if (!options.checkpoint) return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
+    if (!options.checkpoint && mode != MATMUL)
+        return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
+    if (!choose_kernels(options.kernel, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
-    if (!choose_kernels(options.kernel, e) || !open_files(m, mode, e, culprit)) return false;
+    if (mode == MATMUL) return sigaction(SIGINT, &action, NULL) == 0 && run_matmul(e);
+    if (!open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();

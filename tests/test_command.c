@@ -597,6 +597,9 @@ static void test_json(void) {
         { "$tied -m inspect --json", "\"n_layers\": 2" }, { "$mixed -m inspect --json", "\"ffn_dim of layer 1\": 32" },
         { "$v0 -m inspect --json", "\"container\": \"llama2.c\"" },
         { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
+        { "$mixed -m bench --json -q --pp 8,3 --tg 2 --depth 0,5 --reps 2", "\"test\": \"tg2 @ d5\"" },
+        { "$tied -m bench --json -q --pp 4 --tg 0 --exact --reps 1 -j 1", "\"percent_of_ceiling\": " },
+        { "-m matmul --json -q --pp 1 --reps 1 -j 1 --kernel scalar", "\"test\": \"5632x2048 q4m x 1\"" },
     };
     for (size_t i = 0; i < sizeof printed / sizeof *printed; i++) {
         Result r = run_with(printed[i].arguments);
@@ -641,6 +644,19 @@ static void test_exports(void) {
               r.out, r.err);
         free_result(&r);
     }
+}
+
+// The picture of a bench is a whole SVG, with a point for each result.
+static void test_picture(void) {
+    Result r = run_with("$mixed -m bench -q --pp 4 --tg 2 --reps 1 -j 1 --svg $T/roof.svg");
+    char *svg = read_text(temporary("roof.svg"));
+    int n_points = 0;
+    for (const char *p = svg; p && (p = strstr(p, "<circle")); p++) n_points++;
+    check(r.status == 0 && svg && !strncmp(svg, "<svg ", 5) && n_points == 2 && strstr(svg, "</svg>\n") &&
+              strstr(r.out, "pp4 on 1 thread: ") && strstr(r.out, "tg2 on 1 thread: "),
+          "--svg: got status %d, %d points and \"%s\"", r.status, n_points, r.err);
+    free(svg);
+    free_result(&r);
 }
 
 // ---- The environment ----
@@ -841,6 +857,7 @@ static void test_command_line(void) {
     check_perplexity("$mixed -b 5", true, 33);
     test_json();
     test_exports();
+    test_picture();
     test_environment();
     test_chats();
     test_interrupts();
