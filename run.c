@@ -254,7 +254,7 @@ static volatile sig_atomic_t interrupted;
    Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
 
 // How the numbers of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
-typedef enum { F32, F16, BF16, Q8, Q8F, Q4, Q4M, N_TYPES } Type;
+typedef enum { F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, N_TYPES } Type;
 
 // A matrix in tiles of 16 rows by 32 columns (chapter 4).
 typedef struct {
@@ -368,6 +368,7 @@ enum {
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
        8- and 4-bit tiles:   the 16 rows' scales, minima if any, then groups of four columns:
                              row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15: c0 c1 c2 c3 |  next group ...
+                             of 5 bits the fifth stand apart, bit g of a byte being that of group g
 
    A quantised weight is scale * (q - offset), or scale * q + min. Its activations are rounded to 8 bits too, in blocks
    of 32 with a scale of their own, so that the inner product is one of small integers, which processors do fastest. */
@@ -379,6 +380,7 @@ typedef struct {
     const char *name;
     size_t tile_bytes;
     bool quantised, has_min;
+    int bits, offset;  // of a quantised weight q, which is stored as q + offset
 } TypeInfo;
 
 static const TypeInfo types[N_TYPES];
@@ -1265,16 +1267,20 @@ typedef struct { uint16_t scale[16]; int8_t q[8][16][4]; } TileQ8;
 typedef struct { float scale[16]; int8_t q[8][16][4]; } TileQ8F;                // llama2.c keeps scales in 32 bits
 typedef struct { uint16_t scale[16]; uint8_t q[4][16][4]; } TileQ4;             // low nibbles: columns 0-15,
 typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   // high nibbles: columns 16-31
+typedef struct { uint16_t scale[16]; uint8_t high[16][4], q[4][16][4]; } TileQ5;
+typedef struct { uint16_t scale[16], min[16]; uint8_t high[16][4], q[4][16][4]; } TileQ5M;
 _Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
-               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320, "tiles lie in files: no padding");
+               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320 && sizeof(TileQ5) == 352 && sizeof(TileQ5M) == 384,
+               "tiles lie in files: no padding");
 
-// To add a type: its struct above, a row here, a branch in unpack(), its source in the table below; a branch in
-// unpack_bytes_of() for all kernels of the appendix.
+// To add a type: its struct above, a row here, a branch in unpack_quants(), its source in the table below; a branch in
+// unpack_bytes_of() and a case in ADD_BYTE_TILES for all kernels of the appendix.
 static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", sizeof(TileF32), false, false }, [F16] = { "f16", sizeof(TileF16), false, false },
-    [BF16] = { "bf16", sizeof(TileF16), false, false }, [Q8] = { "q8", sizeof(TileQ8), true, false },
-    [Q8F] = { "q8f", sizeof(TileQ8F), true, false }, [Q4] = { "q4", sizeof(TileQ4), true, false },
-    [Q4M] = { "q4m", sizeof(TileQ4M), true, true },
+    [F32] = { "f32", sizeof(TileF32), false, false, 0, 0 }, [F16] = { "f16", sizeof(TileF16), false, false, 0, 0 },
+    [BF16] = { "bf16", sizeof(TileF16), false, false, 0, 0 }, [Q8] = { "q8", sizeof(TileQ8), true, false, 8, 0 },
+    [Q8F] = { "q8f", sizeof(TileQ8F), true, false, 8, 0 }, [Q4] = { "q4", sizeof(TileQ4), true, false, 4, 8 },
+    [Q4M] = { "q4m", sizeof(TileQ4M), true, true, 4, 0 }, [Q5] = { "q5", sizeof(TileQ5), true, false, 5, 16 },
+    [Q5M] = { "q5m", sizeof(TileQ5M), true, true, 5, 0 },
 };
 
 // f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
@@ -1347,26 +1353,29 @@ INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
     }
 }
 
-INLINE void unpack_nibbles(const uint8_t *q, int offset, UnpackedTile *u) {
+// Where the quants begin, and before them a fifth bit of each, if there is one.
+INLINE const uint8_t *quants_of(Type type, const unsigned char *tile) {
+    return tile + types[type].tile_bytes - (types[type].bits == 8 ? 512 : 256);
+}
+
+INLINE void unpack_nibbles(Type type, const uint8_t *q, UnpackedTile *u) {
     int8_t bytes[2][256];
+    const uint8_t *high = q - 64;
     for (int i = 0; i < 256; i++) {
-        bytes[0][i] = (int8_t)((q[i] & 15) - offset);
-        bytes[1][i] = (int8_t)((q[i] >> 4) - offset);
+        int group = i / 64, bit = types[type].bits == 5 ? high[i % 64] >> group : 0;
+        bytes[0][i] = (int8_t)(((q[i] & 15) | (bit & 1) << 4) - types[type].offset);
+        bytes[1][i] = (int8_t)((q[i] >> 4 | (bit & 16)) - types[type].offset);
     }
     unpack_bytes(&bytes[0][0], u);
 }
 
 INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
-    const TileQ8 *q8 = (const void *)tile;  // the scales come first in all of them
     const TileQ8F *q8f = (const void *)tile;
-    const TileQ4 *q4 = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
+    const TileQ4M *q4m = (const void *)tile;  // the scales come first in all of them
+    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q4m->scale[r]);
     for (int r = 0; r < 16; r++) u->min[r] = types[type].has_min ? float_of_half(q4m->min[r]) : 0.0f;
-    if (type == Q8) unpack_bytes(&q8->q[0][0][0], u);
-    else if (type == Q8F) unpack_bytes(&q8f->q[0][0][0], u);
-    else if (type == Q4) unpack_nibbles(&q4->q[0][0][0], 8, u);
-    else unpack_nibbles(&q4m->q[0][0][0], 0, u);
+    if (types[type].bits == 8) unpack_bytes((const int8_t *)quants_of(type, tile), u);
+    else unpack_nibbles(type, quants_of(type, tile), u);
 }
 
 INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
@@ -1446,8 +1455,10 @@ MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, na
 typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
 typedef struct { uint8_t scale[2]; uint8_t q[16]; } BlockQ4_0;          // scale * (nibble - 8); low nibbles: weights
 typedef struct { uint8_t scale[2], min[2]; uint8_t q[16]; } BlockQ4_1;  // 0-15, high ones 16-31; scale * nibble + min
-_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20,
-               "blocks lie in files: no padding");
+typedef struct { uint8_t scale[2], high[4], q[16]; } BlockQ5_0;           // scale * (q - 16); bit i of high is weight i's
+typedef struct { uint8_t scale[2], min[2], high[4], q[16]; } BlockQ5_1;   // fifth
+_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 &&
+               sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "blocks lie in files: no padding");
 
 // A matrix as a file has it: rows of blocks, one after the other.
 typedef struct SourceType SourceType;
@@ -1492,16 +1503,19 @@ static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// Scale, minimum if any, and quants. The file pairs weights 0-15 with 16-31 in one byte, as 4-bit tiles do: so four
-// bytes of a row move as they are, for 8 bits and for 4.
+// Scale, minimum if any, fifth bits if any, and quants. The file pairs weights 0-15 with 16-31 in one byte, as 4-bit
+// tiles do: so four bytes of a row move as they are, for 8 bits and for 4.
 static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    size_t n_scales = types[s->type->tile].has_min ? 2 : 1, n_groups = (s->type->block_bytes - 2 * n_scales) / 4;
+    Type type = s->type->tile;
+    size_t n_scales = types[type].has_min ? 2 : 1, n_groups = types[type].bits == 8 ? 8 : 4;
     uint16_t *scales = tile;
-    int8_t(*q)[16][4] = (void *)(scales + 16 * n_scales);
+    uint8_t(*q)[16][4] = (void *)(uintptr_t)quants_of(type, tile), (*high)[4] = q[-1];
     for (size_t r = 0; r < rows; r++) {
-        const unsigned char *from = source_block(s, row + r, col);
+        const unsigned char *from = source_block(s, row + r, col), *quants = from + s->type->block_bytes - 4 * n_groups;
         for (size_t i = 0; i < n_scales; i++) memcpy(&scales[16 * i + r], from + 2 * i, 2);
-        for (size_t g = 0; g < n_groups; g++) memcpy(q[g][r], from + 2 * n_scales + 4 * g, 4);
+        for (size_t g = 0; g < n_groups; g++) memcpy(q[g][r], quants + 4 * g, 4);
+        for (size_t c = 0; types[type].bits == 5 && c < 32; c++)
+            high[r][c % 4] |= (uint8_t)((quants[-4 + (int)c / 8] >> c % 8 & 1) << c / 4);
     }
 }
 
@@ -1524,6 +1538,8 @@ static const SourceType source_types[] = {
     { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_blocks },
     { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_blocks },
     { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_blocks },
+    { "Q5_0", 6, 32, sizeof(BlockQ5_0), Q5, pack_blocks },
+    { "Q5_1", 7, 32, sizeof(BlockQ5_1), Q5M, pack_blocks },
     { "int8 groups", -1, 32, 32, Q8F, pack_groups },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
@@ -3565,16 +3581,19 @@ typedef struct {
 INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs, Widen *widen) {
     const TileQ8F *q8f = (const void *)tile;
     const TileQ4M *q4m = (const void *)tile;
-    bool eight = type == Q8 || type == Q8F;
-    const uint8_t *q = tile + types[type].tile_bytes - (eight ? 512 : 256);
-    uint8_t flip = eight && signs == UNSIGNED ? 128 : 0, offset = type == Q4 && signs == SIGNED ? 8 : 0, *w = u->w[0];
+    const uint8_t *q = quants_of(type, tile), *high = q - 64;
+    bool subtracts = signs == SIGNED || (signs == UNSIGNED_NIBBLES && types[type].bits == 5);
+    uint8_t flip = signs == UNSIGNED ? 128 : 0, offset = subtracts ? (uint8_t)types[type].offset : 0, *w = u->w[0];
     if (type == Q8F) memcpy(u->scale, q8f->scale, sizeof u->scale);
     else widen(u->scale, q4m->scale, 16);
     if (types[type].has_min) widen(u->min, q4m->min, 16);
-    for (int i = 0; i < 512 && eight; i++) w[i] = q[i] ^ flip;
-    for (int i = 0; i < 256 && !eight; i++) {
-        w[i] = (uint8_t)((q[i] & 15) - offset);
-        w[i + 256] = (uint8_t)((q[i] >> 4) - offset);
+    for (int i = 0; i < 512 && types[type].bits == 8; i++) w[i] = q[i] ^ flip;
+    for (int g = 0; g < 4 && types[type].bits < 8; g++) {
+        for (int i = 64 * g, j = 0; j < 64; i++, j++) {
+            uint8_t bits = types[type].bits == 5 ? (uint8_t)(high[j] >> g) : 0;
+            w[i] = (uint8_t)(((q[i] & 15) | (uint8_t)((bits & 1) << 4)) - offset);
+            w[i + 256] = (uint8_t)((q[i] >> 4 | (bits & 16)) - offset);
+        }
     }
 }
 
@@ -3607,6 +3626,8 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
         case Q8: add_byte_tiles(sum, Q8, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
         case Q8F: add_byte_tiles(sum, Q8F, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
         case Q4: add_byte_tiles(sum, Q4, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
+        case Q5: add_byte_tiles(sum, Q5, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
+        case Q5M: add_byte_tiles(sum, Q5M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
         default: add_byte_tiles(sum, Q4M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                      \
         }                                                                                                              \
     }
@@ -3651,20 +3672,21 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteTile *u, Type type, 
         __m256i dot = _mm256_setzero_si256();
         for (int g = 0; g < 8; g++) {
             __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]), x = broadcast_256(b->q + 4 * g);
-            if (type == Q4 || type == Q4M) {
+            if (types[type].bits == 4) {
                 dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
             } else {
                 __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
                 dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
             }
         }
-        if (type == Q4 || type == Q4M) dot = _mm256_madd_epi16(dot, ones);
+        if (types[type].bits == 4) dot = _mm256_madd_epi16(dot, ones);
         if (type == Q4) dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum >> 4));
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
-// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset, 128 or 8, is taken off at the end.
+// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset, 128, 16 or 8, is taken off at the end.
+#define OFFSET_SHIFT(type) (8 - types[type].bits)
 #define DOT_VNNI(isa, set, dpbusd)                                                                                     \
     LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {                  \
         __m256i offset = _mm256_set1_epi32(b->minus_128_sum);                                                          \
@@ -3674,7 +3696,7 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteTile *u, Type type, 
                 __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);                                   \
                 dot = dpbusd(dot, w, broadcast_256(b->q + 4 * g));                                                     \
             }                                                                                                          \
-            if (type != Q4M) dot = _mm256_add_epi32(dot, type == Q4 ? _mm256_srai_epi32(offset, 4) : offset);          \
+            if (!types[type].has_min) dot = _mm256_add_epi32(dot, _mm256_srai_epi32(offset, OFFSET_SHIFT(type)));      \
             _mm256_store_si256((__m256i *)&dots[8 * half], dot);                                                       \
         }                                                                                                              \
     }
@@ -3743,7 +3765,7 @@ LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteTile *u, Type ty
     __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum);
     for (int g = 0; g < 8; g++)
         dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
-    if (type != Q4M) dot = _mm512_add_epi32(dot, type == Q4 ? _mm512_srai_epi32(offset, 4) : offset);
+    if (!types[type].has_min) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, OFFSET_SHIFT(type)));
     _mm512_store_si512(dots, dot);
 }
 

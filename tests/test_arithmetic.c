@@ -221,12 +221,14 @@ static Weight weight_of(const char *type, const unsigned char *row, size_t col) 
         memcpy(&f, &bits, 4);
         return (Weight){ f, 1, 0, 0 };
     }
-    size_t block_bytes = !strcmp(type, "Q8_0") ? 34 : !strcmp(type, "Q4_0") ? 18 : 20, i = col % 32;
+    size_t block_bytes = type[1] == '8' ? 34 : (type[1] == '4' ? 18 : 22) + (type[3] == '1' ? 2 : 0), i = col % 32;
     block = row + col / 32 * block_bytes;
     memcpy(half, block, 4);
     if (!strcmp(type, "Q8_0")) return (Weight){ (int8_t)block[2 + i], value_of_half(half[0]), 0, 0 };
     const unsigned char *quants = block + block_bytes - 16;
     int nibble = i < 16 ? quants[i] & 15 : quants[i - 16] >> 4;
+    if (type[1] == '5') nibble += 16 * (quants[-4 + (int)i / 8] >> i % 8 & 1);
+    if (!strcmp(type, "Q5_0")) return (Weight){ nibble, value_of_half(half[0]), 0, 16 };
     if (!strcmp(type, "Q4_0")) return (Weight){ nibble, value_of_half(half[0]), 0, 8 };
     return (Weight){ nibble, value_of_half(half[0]), value_of_half(half[1]), 0 };
 }
@@ -241,7 +243,7 @@ typedef struct {
 static float wanted_product(const Product *p, const Source *s, size_t r, const float *x, bool exact) {
     const SourceType *type = s->type;
     bool groups = type->gguf_id < 0, quantised = groups || type->block_cols == 32;
-    bool has_minimum = !strcmp(type->name, "Q4_1");
+    bool has_minimum = !strcmp(type->name + 2, "_1");
     const unsigned char *row = s->data + r * (p->cols / type->block_cols) * type->block_bytes;
     float y = 0;
     for (size_t c0 = 0; c0 < p->cols; c0 += 32) {
@@ -288,7 +290,7 @@ static void fill_random(unsigned char *data, size_t n, const SourceType *type, d
             half[0] = (uint16_t)(half[0] & 0x83ff), half[1] = (uint16_t)(random_bits() % 0x7000);
         if (!strcmp(type->name, "F32")) memcpy(data + i, &f, 4);
         else if (!strcmp(type->name, "BF16")) memcpy(data + i, (char *)&bits + 2, 2);
-        else if (type->gguf_id >= 0) memcpy(data + i, half, !strcmp(type->name, "Q4_1") ? 4 : 2);
+        else if (type->gguf_id >= 0) memcpy(data + i, half, !strcmp(type->name + 2, "_1") ? 4 : 2);
     }
 }
 
@@ -347,10 +349,16 @@ static void test_products_by_hand(void) {
     // (0-8)/2 = -4, (11-8)/2 = 1.5, ..., (9-8)/2 = 0.5
     memset(q4 + 2, 0x88, 16), q4[2] = 0x80, q4[3] = 0x8b, q4[17] = 0x98;
     q4m[4] = 0x0f, q4m[5] = 0x02, q4m[19] = 0x30;   // 7.5-0.5 = 7, 1-0.5 = 0.5, others -0.5, last 1.5-0.5 = 1
+    // (31-16)/2 = 7.5, (0-16)/2 = -8, the others as they are given, the last (15-16)/2 = -0.5
+    unsigned char q5[22] = { 0x00, 0x38, 0x01, 0, 0, 0, 0x0f, [21] = 0xf0 };
+    // 31/2-0.5 = 15, 0-0.5 = -0.5, ..., the last 15/2-0.5 = 7
+    unsigned char q5m[24] = { 0x00, 0x38, 0x00, 0xb8, 0x01, 0, 0, 0, 0x0f, [23] = 0xf0 };
     const struct { const char *type; const unsigned char *block; float wanted; } cases[] = {
         { "Q8_0", q8, 0.5f * (-128 * 1 + 3 * 2 + 1 * 127) },           // 2.5
         { "Q4_0", q4, -4 * 1 + 1.5f * 2 + 0.5f * 127 },                // 62.5
         { "Q4_1", q4m, 7 * 1 + 0.5f * 2 + 1 * 127 },                   // 135
+        { "Q5_0", q5, 7.5f * 1 - 8 * 2 - 0.5f * 127 },                 // -72
+        { "Q5_1", q5m, 15 * 1 - 0.5f * 2 + 7 * 127 },                  // 903
     };
     float x[32] = { 1, 2, [31] = 127 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
