@@ -254,7 +254,9 @@ static volatile sig_atomic_t interrupted;
    Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
 
 // How the numbers of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
-typedef enum { F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, N_TYPES } Type;
+typedef enum {
+    F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
+} Type;
 
 // A matrix in tiles of 16 rows by 32 columns (chapter 4).
 typedef struct {
@@ -309,8 +311,10 @@ typedef struct {
 // 32 numbers of a vector, rounded to 8 bits (chapter 4): a number is about scale * q.
 typedef struct {
     int8_t q[32];
-    float scale, scaled_sum;     // scaled_sum is scale * sum
-    int32_t sum, minus_128_sum;  // of the q; the other is where kernels for unsigned weights begin
+    float scale;
+    float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
+    int32_t minus_128_sum[3];  // likewise; where kernels for unsigned weights begin
+    int32_t unused;            // a block fills a line of the cache
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
@@ -366,35 +370,54 @@ enum {
 
        matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
-       8- and 4-bit tiles:   the 16 rows' scales, minima if any, then groups of four columns:
-                             row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15: c0 c1 c2 c3 |  next group ...
-                             of 5 bits the fifth stand apart, bit g of a byte being that of group g
+       quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns (there are tiles of 256)
+           8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
+           fewer bits in planes, each a part of every weight's bits, the lowest first:
+           4 bits: 256 bytes ordered like four groups; low halves: groups 0 to 3, high halves: groups 4 to 7
+           2 bits: 128 bytes like two groups;  1 bit: 64 bytes like one, bit g of a byte: group g
 
-   A quantised weight is scale * (q - offset), or scale * q + min. Its activations are rounded to 8 bits too, in blocks
-   of 32 with a scale of their own, so that the inner product is one of small integers, which processors do fastest. */
+   A quantised weight is scale * (q - offset), or scale * q + min, with one scale for 32 columns of a row or for 16. Its
+   activations are rounded to 8 bits too, in blocks of 32 with a scale of their own, so that the inner product is one of
+   small integers, which processors do fastest. */
 
-enum { TILE_ROWS = 16, TILE_COLS = 32 };
+enum { TILE_ROWS = 16, BLOCK = 32 };  // a block: columns whose activations share a scale
 
-// What is to be known of a type; chapter 8 has the table, the tiles' structs and the functions that unpack them.
+// What is to be known of a type; chapter 8 has the table and the functions that unpack tiles.
 typedef struct {
     const char *name;
-    size_t tile_bytes;
-    bool quantised, has_min;
-    int bits, offset;  // of a quantised weight q, which is stored as q + offset
+    int cols, per_scale;   // columns of a tile; those of a row that share a scale
+    int header;            // bytes of scales and minima at the tile's beginning; 0: the weights are floats
+    int bits, offset;      // a weight q is stored as q + offset in so many bits
+    bool has_min;
+    const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
 } TypeInfo;
 
 static const TypeInfo types[N_TYPES];
+
+static bool is_quantised(Type type) {
+    return types[type].header > 0;
+}
+
+static size_t tile_bytes(Type type) {
+    return (size_t)types[type].header + (size_t)types[type].cols * TILE_ROWS / 8 * (size_t)types[type].bits;
+}
 
 static size_t n_row_tiles(const Tensor *w) {
     return round_up((size_t)w->rows, TILE_ROWS) / TILE_ROWS;
 }
 
-static size_t n_column_tiles(const Tensor *w) {
-    return round_up((size_t)w->cols, TILE_COLS) / TILE_COLS;
+static size_t n_blocks(const Tensor *w) {
+    return round_up((size_t)w->cols, BLOCK) / BLOCK;
+}
+
+// The tiles of sixteen rows.
+static size_t row_tile_bytes(const Tensor *w) {
+    size_t cols = (size_t)types[w->type].cols;
+    return times(round_up((size_t)w->cols, cols) / cols, tile_bytes(w->type));
 }
 
 static size_t tensor_bytes(const Tensor *w) {
-    return times(times(n_row_tiles(w), n_column_tiles(w)), types[w->type].tile_bytes);
+    return times(n_row_tiles(w), row_tile_bytes(w));
 }
 
 // Functions that are compiled into several kernels, each time for another instruction set (chapter 8).
@@ -419,7 +442,7 @@ INLINE uint32_t bits_of_float(float x) {
 // max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
 // the scale NaN, and the check of the layer will find what comes of it.
 INLINE void round_block(Block *b, const float *x) {
-    int32_t max = 0, sum = 0;
+    int32_t max = 0, sum[3] = { 0 };
     for (int i = 0; i < 32; i++) {
         int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
         max = size > max ? size : max;
@@ -431,11 +454,12 @@ INLINE void round_block(Block *b, const float *x) {
         float product = finite ? x[i] * inverse : 0.0f;
         b->q[i] = (int8_t)(uint8_t)(bits_of_float(product + ROUNDER) & 0xff);
     }
-    for (int i = 0; i < 32; i++) sum += b->q[i];
+    for (int i = 0; i < 16; i++) sum[1] += b->q[i];
+    for (int i = 16; i < 32; i++) sum[2] += b->q[i];
+    sum[0] = sum[1] + sum[2];
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
-    b->scaled_sum = b->scale * (float)sum;
-    b->sum = sum;
-    b->minus_128_sum = -128 * sum;
+    for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
+    for (int i = 0; i < 3; i++) b->minus_128_sum[i] = -128 * sum[i];
 }
 
 // Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
@@ -466,32 +490,35 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
 
 typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
 
-// A tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, where w is a small whole number.
+// 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
+// number; the second scale and minimum are those of the last 16 columns, if they have their own.
 typedef struct {
-    float w[32][16], scale[16], min[16];
-} UnpackedTile;
+    float w[32][16], scale[2][16], min[2][16];
+} UnpackedBlock;
 
-INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile);
+INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block);
 
 // sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
-// for the quantised tiles of 16 rows, one after the other. x: the blocks of n of n_all tokens that meet the first tile.
+// for the blocks of 16 quantised rows, one after the other. x: the blocks of n of n_all tokens that meet the first one.
 // The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
-INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n) {
     enum { TOGETHER = 4 };
-    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        UnpackedTile u;
-        unpack(&u, type, tiles + c * types[type].tile_bytes);
+    int cols = types[type].per_scale;
+    for (size_t c = 0; c < n_blocks * 32 / (size_t)cols; c++) {
+        UnpackedBlock u;
+        size_t part = c * (size_t)cols / 16 % 2, place = cols == 32 ? 0 : 1 + part;  // which 16 columns, if not all 32
+        if (part == 0) unpack(&u, type, tiles, c * (size_t)cols / 32);
         for (int t0 = 0; t0 < n; t0 += TOGETHER) {
+            const Block *b = x + c * (size_t)cols / 32 * n_all + t0;
             float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
             int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-            for (int i = 0; i < now * 32; i++) q[i / 32][i % 32] = x[t0 + i / 32].q[i % 32];
-            add_products(dot[0], 16, q[0], 32, u.w[0], 16, now, 32);
+            for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = b[i / cols].q[16 * (int)part + i % cols];
+            add_products(dot[0], 16, q[0], 32, u.w[16 * part], 16, now, cols);
             for (int t = 0; t < now; t++) {
-                const Block *b = &x[t0 + t];
-                float *y = sum[t0 + t];
-                for (int r = 0; r < 16; r++) y[r] = fmaf(u.scale[r] * b->scale, dot[t][r], y[r]);
-                for (int r = 0; types[type].has_min && r < 16; r++) y[r] = fmaf(u.min[r], b->scaled_sum, y[r]);
+                float *y = sum[t0 + t], s = b[t].scale, scaled_sum = b[t].scaled_sum[place];
+                for (int r = 0; r < 16; r++) y[r] = fmaf(u.scale[part][r] * s, dot[t][r], y[r]);
+                for (int r = 0; types[type].has_min && r < 16; r++) y[r] = fmaf(u.min[part][r], scaled_sum, y[r]);
             }
         }
     }
@@ -501,12 +528,12 @@ INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, si
 // them again for other instruction sets, and `kernels` points to the set in use.
 typedef struct {
     const char *name;
-    void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
+    void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n);
     void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth);
     void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t rows, size_t cols, const float *x);
-    void (*dequantise)(float w[32][16], Type type, const unsigned char *tile);
+    void (*dequantise)(float w[32][16], Type type, const unsigned char *tiles, size_t block);
     void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
@@ -525,21 +552,21 @@ static const Kernels scalar, *kernels = &scalar;  // chapter 8
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a, int n,
                           bool exact) {
     enum { TOKENS = 128 };
-    bool rounded = types[w->type].quantised && !exact;
-    size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
-    const unsigned char *tiles = w->tiles + rows.from * n_tiles * tile_bytes;
-    if (n == 1 && !types[w->type].quantised) {
-        kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, n_tiles * 32, a->x[0]);
+    bool rounded = is_quantised(w->type) && !exact;
+    size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w);
+    const unsigned char *tiles = w->tiles + rows.from * row_bytes;
+    if (n == 1 && !is_quantised(w->type)) {
+        kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
         return;
     }
-    for (size_t row = rows.from; row < rows.to; row++, tiles += n_tiles * tile_bytes) {
+    for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
         for (int t0 = 0; t0 < n; t0 += TOKENS) {
             int now = n - t0 < TOKENS ? n - t0 : TOKENS;
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
             memset(sum, 0, (size_t)now * sizeof *sum);
-            if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
-            for (size_t c = 0; !rounded && c < n_tiles; c++) {
-                kernels->dequantise(columns, w->type, tiles + c * tile_bytes);
+            if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + t0, a->n, now);
+            for (size_t c = 0; !rounded && c < blocks; c++) {
+                kernels->dequantise(columns, w->type, tiles, c);
                 kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
             }
             for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof *sum);
@@ -719,12 +746,11 @@ static void attend_group(const Attention *a) {
 // x[t] = row tokens[t] of the embedding      x (n, x_stride)
 static void embed(const Model *m, State *s, const int *tokens, Range range) {
     const Tensor *w = &m->embedding;
-    size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
     for (size_t t = range.from; t < range.to; t++) {
         size_t row = (size_t)tokens[t];
-        for (size_t c = 0; c < n_tiles; c++) {
+        for (size_t c = 0; c < n_blocks(w); c++) {
             float columns[32][16];
-            kernels->dequantise(columns, w->type, w->tiles + (row / 16 * n_tiles + c) * tile_bytes);
+            kernels->dequantise(columns, w->type, w->tiles + row / 16 * row_tile_bytes(w), c);
             for (size_t i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + i] = columns[i][row % 16];
         }
     }
@@ -1261,26 +1287,31 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
    a tile holds the file's own integers and scales, only in another order. */
 
-typedef struct { float w[32][16]; } TileF32;
-typedef struct { uint16_t w[32][16]; } TileF16;                                 // bf16 as well
-typedef struct { uint16_t scale[16]; int8_t q[8][16][4]; } TileQ8;
-typedef struct { float scale[16]; int8_t q[8][16][4]; } TileQ8F;                // llama2.c keeps scales in 32 bits
-typedef struct { uint16_t scale[16]; uint8_t q[4][16][4]; } TileQ4;             // low nibbles: columns 0-15,
-typedef struct { uint16_t scale[16], min[16]; uint8_t q[4][16][4]; } TileQ4M;   // high nibbles: columns 16-31
-typedef struct { uint16_t scale[16]; uint8_t high[16][4], q[4][16][4]; } TileQ5;
-typedef struct { uint16_t scale[16], min[16]; uint8_t high[16][4], q[4][16][4]; } TileQ5M;
-_Static_assert(sizeof(TileF32) == 2048 && sizeof(TileF16) == 1024 && sizeof(TileQ8) == 544 && sizeof(TileQ8F) == 576 &&
-               sizeof(TileQ4) == 288 && sizeof(TileQ4M) == 320 && sizeof(TileQ5) == 352 && sizeof(TileQ5M) == 384,
-               "tiles lie in files: no padding");
+// What the weights of IQ4_NL and IQ4_XS stand for, places on a curve, and those of MXFP4, twice a float of 1 sign, 2
+// exponent, 1 fraction bit.
+static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
-// To add a type: its struct above, a row here, a branch in unpack_quants(), its source in the table below; a branch in
-// unpack_bytes_of() and a case in ADD_BYTE_TILES for all kernels of the appendix.
+// To add a type: a row here, a branch in unpack_scales() if its header is new, its source in the table below, and its
+// case in ADD_BYTE_TILES for the kernels of the appendix.
 static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", sizeof(TileF32), false, false, 0, 0 }, [F16] = { "f16", sizeof(TileF16), false, false, 0, 0 },
-    [BF16] = { "bf16", sizeof(TileF16), false, false, 0, 0 }, [Q8] = { "q8", sizeof(TileQ8), true, false, 8, 0 },
-    [Q8F] = { "q8f", sizeof(TileQ8F), true, false, 8, 0 }, [Q4] = { "q4", sizeof(TileQ4), true, false, 4, 8 },
-    [Q4M] = { "q4m", sizeof(TileQ4M), true, true, 4, 0 }, [Q5] = { "q5", sizeof(TileQ5), true, false, 5, 16 },
-    [Q5M] = { "q5m", sizeof(TileQ5M), true, true, 5, 0 },
+    [F32] = { "f32", 32, 32, 0, 32, 0, false, NULL },
+    [F16] = { "f16", 32, 32, 0, 16, 0, false, NULL },
+    [BF16] = { "bf16", 32, 32, 0, 16, 0, false, NULL },
+    [Q8] = { "q8", 32, 32, 32, 8, 0, false, NULL },           // header: f16 scale[16]
+    [Q8F] = { "q8f", 32, 32, 64, 8, 0, false, NULL },         // f32 scale[16]
+    [Q4] = { "q4", 32, 32, 32, 4, 8, false, NULL },
+    [Q4M] = { "q4m", 32, 32, 64, 4, 0, true, NULL },          // f16 scale[16], f16 min[16]
+    [Q5] = { "q5", 32, 32, 32, 5, 16, false, NULL },
+    [Q5M] = { "q5m", 32, 32, 64, 5, 0, true, NULL },
+    [Q2K] = { "q2k", 256, 16, 320, 2, 0, true, NULL },        // f16 d[16], f16 dmin[16], u8 scale and min[16][16]
+    [Q3K] = { "q3k", 256, 16, 288, 3, 4, false, NULL },       // f16 d[16], i8 scale[16][16]
+    [Q4K] = { "q4k", 256, 32, 320, 4, 0, true, NULL },        // f16 d[16], f16 dmin[16], i8 scale[8][16], u8 min[8][16]
+    [Q5K] = { "q5k", 256, 32, 320, 5, 0, true, NULL },
+    [Q6K] = { "q6k", 256, 16, 288, 6, 32, false, NULL },
+    [IQ4NL] = { "iq4nl", 32, 32, 32, 4, 0, false, curve },
+    [IQ4XS] = { "iq4xs", 256, 32, 160, 4, 0, false, curve },  // f16 d[16], i8 scale[8][16]
+    [MXFP4] = { "mxfp4", 32, 32, 16, 4, 0, false, small_floats },  // u8 exponent[16]
 };
 
 // f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
@@ -1346,62 +1377,87 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
         multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
 }
 
-INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
+// The stored weights of 32 columns as bytes, four columns of the 16 rows in each w[g].
+INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
+    const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
+    int low = bits & 4, lower = bits & 6;  // bits below the pair's, and below the single one
+#pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
+        for (int j = 0; j < 64; j++) {
+            int x = bits == 8 ? plane[64 * g + j] : 0;
+            if (bits & 4) x = plane[64 * (g % 4) + j] >> g / 4 * 4 & 15;
+            if (bits & 2) x |= (pairs[64 * (g / 4) + j] >> g % 4 * 2 & 3) << low;
+            if (bits & 1) x |= (singles[j] >> g & 1) << lower;
+            w[g][j] = (uint8_t)x;
+        }
     }
 }
 
-// Where the quants begin, and before them a fifth bit of each, if there is one.
-INLINE const uint8_t *quants_of(Type type, const unsigned char *tile) {
-    return tile + types[type].tile_bytes - (types[type].bits == 8 ? 512 : 256);
-}
-
-INLINE void unpack_nibbles(Type type, const uint8_t *q, UnpackedTile *u) {
-    int8_t bytes[2][256];
-    const uint8_t *high = q - 64;
-    for (int i = 0; i < 256; i++) {
-        int group = i / 64, bit = types[type].bits == 5 ? high[i % 64] >> group : 0;
-        bytes[0][i] = (int8_t)(((q[i] & 15) | (bit & 1) << 4) - types[type].offset);
-        bytes[1][i] = (int8_t)((q[i] >> 4 | (bit & 16)) - types[type].offset);
+// The scales and minima of a block: of its 32 columns, or of 16 and 16.
+INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, int part,
+                          Widen *widen) {
+    const TypeInfo *i = &types[type];
+    const uint8_t *narrow = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;  // of 256 columns
+    float d[16], dmin[16];
+    if (type == Q8F) memcpy(d, tile, sizeof d);
+    else if (type == MXFP4)  // 2^(e - 128), since the values are doubled
+        for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
+    else widen(d, (const void *)tile, 16);
+    if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
+    for (int h = 0; h < BLOCK / i->per_scale; h++) {
+        for (int r = 0; r < 16; r++) {
+            uint8_t x = i->cols == 256 ? narrow[16 * h + r] : 0, y = i->has_min && type != Q2K ? narrow[128 + r] : 0;
+            if (i->cols == 32) scale[h][r] = d[r];
+            else scale[h][r] = d[r] * (float)(type == Q2K ? x & 15 : (int8_t)x);
+            if (i->has_min) min[h][r] = i->cols == 32 ? dmin[r] : -(dmin[r] * (float)(type == Q2K ? x >> 4 : y));
+        }
     }
-    unpack_bytes(&bytes[0][0], u);
 }
 
-INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;  // the scales come first in all of them
-    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q4m->scale[r]);
-    for (int r = 0; r < 16; r++) u->min[r] = types[type].has_min ? float_of_half(q4m->min[r]) : 0.0f;
-    if (types[type].bits == 8) unpack_bytes((const int8_t *)quants_of(type, tile), u);
-    else unpack_nibbles(type, quants_of(type, tile), u);
+// Where the tile is that has the block, and the block's weights in it.
+INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
+    return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
 
-INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
+INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, size_t block) {
+    return tile + types[type].header + block % ((size_t)types[type].cols / 32) * 64 * (size_t)types[type].bits;
+}
+
+INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
+    const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
-    if (types[type].quantised) unpack_quants(type, tile, u);
-    else if (type == F32) memcpy(w, tile, sizeof u->w);
-    else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
-    else for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
+    if (is_quantised(type)) {
+        uint8_t q[8][64];
+        unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
+        unpack_planes(q, types[type].bits, weights);
+        for (int i = 0; i < 512; i++) {
+            int c = i / 16, r = i % 16, stored = q[c / 4][4 * r + c % 4];
+            w[i] = types[type].values ? types[type].values[stored] : (int8_t)(stored - types[type].offset);
+        }
+    } else if (type == F32) {
+        memcpy(w, tile, sizeof u->w);
+    } else {
+        for (int i = 0; i < 512; i++) w[i] = type == F16 ? float_of_half(half[i]) : float_of_bfloat(half[i]);
+    }
 }
 
-// The weights of a tile in float, dequantised by the operations of gguf-py, in their order.
-INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
-    UnpackedTile u;
-    unpack(&u, type, tile);
+// The weights of 32 columns in float, dequantised by the operations of gguf-py, in their order.
+INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {
+    UnpackedBlock u;
+    unpack(&u, type, tiles, block);
     for (int c = 0; c < 32; c++) {
-        for (int r = 0; r < 16; r++) w[c][r] = types[type].quantised ? u.w[c][r] * u.scale[r] : u.w[c][r];
-        for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[r];
+        int half = c / types[type].per_scale;
+        for (int r = 0; r < 16; r++) w[c][r] = is_quantised(type) ? u.w[c][r] * u.scale[half][r] : u.w[c][r];
+        for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
 
 // The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
 #define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
-    target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
+    target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
                                 const Block *x, size_t n_all, int n) {                                                 \
-        add_tiles_of(sum, type, tiles, n_tiles, x, n_all, n);                                                          \
+        add_tiles_of(sum, type, tiles, n_blocks, x, n_all, n);                                                         \
     }                                                                                                                  \
     target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,         \
                                    size_t b_stride, int m, int depth) {                                                \
@@ -1413,9 +1469,9 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tile) {
         else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen_of);                               \
         else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
     }                                                                                                                  \
-    target void set##_dequantise(float w[32][16], Type type, const unsigned char *tile) {                              \
-        if (type == F16) widen_of(&w[0][0], (const void *)tile, 512);                                                  \
-        else dequantise(w, type, tile);                                                                                \
+    target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
+        if (type == F16) widen_of(&w[0][0], (const void *)tile_of(type, tiles, block), 512);                           \
+        else dequantise(w, type, tiles, block);                                                                        \
     }                                                                                                                  \
     target void set##_widen(float *to, const uint16_t *from, size_t n) { widen_of(to, from, n); }                      \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
@@ -1451,15 +1507,6 @@ static double peak_scalar(bool int8, size_t rounds) {
 
 MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
-// GGUF's blocks of 32 weights; a file aligns them to nothing, so all members are bytes.
-typedef struct { uint8_t scale[2]; int8_t q[32]; } BlockQ8_0;           // weight i: scale * q[i]
-typedef struct { uint8_t scale[2]; uint8_t q[16]; } BlockQ4_0;          // scale * (nibble - 8); low nibbles: weights
-typedef struct { uint8_t scale[2], min[2]; uint8_t q[16]; } BlockQ4_1;  // 0-15, high ones 16-31; scale * nibble + min
-typedef struct { uint8_t scale[2], high[4], q[16]; } BlockQ5_0;           // scale * (q - 16); bit i of high is weight i's
-typedef struct { uint8_t scale[2], min[2], high[4], q[16]; } BlockQ5_1;   // fifth
-_Static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 &&
-               sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "blocks lie in files: no padding");
-
 // A matrix as a file has it: rows of blocks, one after the other.
 typedef struct SourceType SourceType;
 typedef struct {
@@ -1479,6 +1526,9 @@ struct SourceType {
     size_t block_cols, block_bytes;
     Type tile;
     PackTile *pack;
+    // Where in a block of quantised weights things are: the scale in 16 bits, with the minimum behind it if there is
+    // one; the smaller scales of 256 columns; the lowest bits of the weights; those above them.
+    int scale_at, scales_at, low_at, high_at;
 };
 
 static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
@@ -1491,69 +1541,137 @@ static size_t source_bytes(const Source *s) {
 }
 
 static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileF32 *f32 = tile;
-    TileF16 *f16 = tile;
     size_t size = s->type->block_bytes, cols = s->cols - col < 32 ? s->cols - col : 32;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) {
-            if (size == 4) memcpy(&f32->w[c][r], from + 4 * c, 4);
-            else memcpy(&f16->w[c][r], from + 2 * c, 2);
-        }
+        for (size_t c = 0; c < cols; c++) memcpy((char *)tile + (16 * c + r) * size, from + size * c, size);
     }
 }
 
-// Scale, minimum if any, fifth bits if any, and quants. The file pairs weights 0-15 with 16-31 in one byte, as 4-bit
-// tiles do: so four bytes of a row move as they are, for 8 bits and for 4.
+static uint32_t load_four(const unsigned char *p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// The stored weights of columns 4*g to 4*g + 3 of a part (32 columns) of a block, a byte each. Sources: ggml-quants.c.
+static uint32_t four_weights(const SourceType *t, const unsigned char *block, int part, int g) {
+    const unsigned char *low = block + t->low_at, *high = block + t->high_at;
+    int half = part / 4, quarter = part % 4, at = 4 * g;
+    uint32_t spread = 0;
+    switch (t->tile) {
+    case Q8: return load_four(low + at);
+    case Q2K: return load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303;
+    case Q3K:
+        return (load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303) |
+               (load_four(high + at) >> part & 0x01010101) << 2;
+    case Q4K: return load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f;
+    case Q5K:
+        return (load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f) |
+               (load_four(high + at) >> part & 0x01010101) << 4;
+    case Q6K:
+        return (load_four(low + 64 * half + 32 * (part % 2) + at) >> 4 * (quarter / 2) & 0x0f0f0f0f) |
+               (load_four(high + 32 * half + at) >> 2 * quarter & 0x03030303) << 4;
+    case Q5:
+    case Q5M:
+        for (int i = 0; i < 4; i++) spread |= (load_four(high) >> (at + i) & 1) << (8 * i + 4);
+        // fall through
+    default: return (load_four(low + 16 * part + 4 * (g % 4)) >> g / 4 * 4 & 0x0f0f0f0f) | spread;
+    }
+}
+
+// Puts them into the planes of a block of a tile: they are neighbours there, too.
+static void place_four(unsigned char *weights, int bits, size_t r, int g, uint32_t four) {
+    unsigned char *pairs = weights + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
+    unsigned char *places[] = { weights + 64 * (bits & 8 ? g : g % 4) + 4 * r, pairs + 64 * (g / 4) + 4 * r,
+                                singles + 4 * r };
+    uint32_t parts[] = { bits & 8 ? four : (four & 0x0f0f0f0f) << g / 4 * 4,
+                         (four >> (bits & 4) & 0x03030303) << g % 4 * 2, (four >> (bits & 6) & 0x01010101) << g };
+    for (int i = 0; i < 3; i++) {
+        if (!(bits & (i == 0 ? 12 : i == 1 ? 2 : 1))) continue;
+        uint32_t x = load_four(places[i]) | parts[i];
+        memcpy(places[i], &x, sizeof x);
+    }
+}
+
+// Scale i of a row of 256 columns, as it is stored in a tile, and the minimum of Q4_K and Q5_K. These have 6 bits each,
+// whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
+static uint8_t narrow_scale(const SourceType *t, const unsigned char *s, int i, uint8_t *min) {
+    switch (t->tile) {
+    case Q3K: return (uint8_t)((s[i % 8] >> i / 8 * 4 & 15) + (s[8 + i % 4] >> i / 4 * 2 & 3) * 16 - 32);
+    case IQ4XS: return (uint8_t)((s[2 + i / 2] >> i % 2 * 4 & 15) + (s[i / 4] >> i % 4 * 2 & 3) * 16 - 32);
+    case Q4K:
+    case Q5K:
+        *min = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | (s[i] >> 6) << 4;
+        return i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+    default: return s[i];
+    }
+}
+
 static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    Type type = s->type->tile;
-    size_t n_scales = types[type].has_min ? 2 : 1, n_groups = types[type].bits == 8 ? 8 : 4;
+    const SourceType *t = s->type;
+    const TypeInfo *info = &types[t->tile];
     uint16_t *scales = tile;
-    uint8_t(*q)[16][4] = (void *)(uintptr_t)quants_of(type, tile), (*high)[4] = q[-1];
     for (size_t r = 0; r < rows; r++) {
-        const unsigned char *from = source_block(s, row + r, col), *quants = from + s->type->block_bytes - 4 * n_groups;
-        for (size_t i = 0; i < n_scales; i++) memcpy(&scales[16 * i + r], from + 2 * i, 2);
-        for (size_t g = 0; g < n_groups; g++) memcpy(q[g][r], quants + 4 * g, 4);
-        for (size_t c = 0; types[type].bits == 5 && c < 32; c++)
-            high[r][c % 4] |= (uint8_t)((quants[-4 + (int)c / 8] >> c % 8 & 1) << c / 4);
+        const unsigned char *from = source_block(s, row + r, col);
+        if (t->tile == MXFP4) ((uint8_t *)tile)[r] = from[0];
+        else memcpy(&scales[r], from + t->scale_at, 2);
+        if (info->has_min) memcpy(&scales[16 + r], from + t->scale_at + 2, 2);
+        uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), min = 0;
+        for (int i = 0; info->cols == 256 && i < 256 / info->per_scale; i++) {
+            narrow[i][r] = narrow_scale(t, from + t->scales_at, i, &min);
+            if (t->tile == Q4K || t->tile == Q5K) narrow[i + 8][r] = min;
+        }
+        for (int i = 0; i < info->cols / 4; i++) {
+            unsigned char *weights = (unsigned char *)tile + info->header + i / 8 * 64 * info->bits;
+            place_four(weights, info->bits, r, i % 8, four_weights(t, from, i / 8, i % 8));
+        }
     }
 }
 
 // llama2.c's v2: all int8 weights of a matrix, then a float for every group of them.
 static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    TileQ8F *t = tile;
     for (size_t r = 0; r < rows; r++) {
         size_t i = (row + r) * s->cols + col;
-        memcpy(&t->scale[r], s->scales + i / s->group * 4, 4);
-        for (size_t g = 0; g < 8; g++) memcpy(t->q[g][r], s->data + i + 4 * g, 4);
+        memcpy((char *)tile + 4 * r, s->scales + i / s->group * 4, 4);
+        for (size_t g = 0; g < 8; g++) memcpy((char *)tile + 64 + 64 * g + 4 * r, s->data + i + 4 * g, 4);
     }
 }
 
 // The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
 // that it becomes is chapter 4's.
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_floats },
-    { "F16", 1, 1, 2, F16, pack_floats },
-    { "BF16", 30, 1, 2, BF16, pack_floats },
-    { "Q8_0", 8, 32, sizeof(BlockQ8_0), Q8, pack_blocks },
-    { "Q4_0", 2, 32, sizeof(BlockQ4_0), Q4, pack_blocks },
-    { "Q4_1", 3, 32, sizeof(BlockQ4_1), Q4M, pack_blocks },
-    { "Q5_0", 6, 32, sizeof(BlockQ5_0), Q5, pack_blocks },
-    { "Q5_1", 7, 32, sizeof(BlockQ5_1), Q5M, pack_blocks },
-    { "int8 groups", -1, 32, 32, Q8F, pack_groups },
+    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0 },
+    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0 },
+    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0 },
+    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 0 },
+    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 0 },
+    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 0 },
+    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 2 },
+    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 4 },
+    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 0 },
+    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 0 },
+    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 0 },
+    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 16 },
+    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 128 },
+    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 0 },
+    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 0 },
+    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 0 },
+    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0 },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
 
 // Makes row tiles `range` of a matrix from its source.
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
-    size_t n_tiles = round_up(s->cols, TILE_COLS) / TILE_COLS, tile_bytes = types[s->type->tile].tile_bytes;
+    size_t tile_cols = (size_t)types[s->type->tile].cols, n_tiles = round_up(s->cols, tile_cols) / tile_cols;
+    size_t n_bytes = tile_bytes(s->type->tile);
     for (size_t i = range.from; i < range.to; i++) {
         size_t row = i * TILE_ROWS, rows = s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
         for (size_t c = 0; c < n_tiles; c++) {
-            unsigned char *tile = tiles + (i * n_tiles + c) * tile_bytes;
-            memset(tile, 0, tile_bytes);
-            s->type->pack(tile, s, row, rows, c * TILE_COLS);
+            unsigned char *tile = tiles + (i * n_tiles + c) * n_bytes;
+            memset(tile, 0, n_bytes);
+            s->type->pack(tile, s, row, rows, c * tile_cols);
         }
     }
 }
@@ -1985,7 +2103,7 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
                     slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
-    if (slot->tensor && types[type].quantised && slot->cols % TILE_COLS)
+    if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
         return fail(e, BAD_FILE, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) {
@@ -2942,7 +3060,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
-        bool rounds = types[slot.tensor->type].quantised && !s->exact;
+        bool rounds = is_quantised(slot.tensor->type) && !s->exact;
         s->work += slot.rows * slot.cols;
         s->rounds |= rounds;
         s->copies |= !rounds;
@@ -3220,7 +3338,7 @@ static bool measure_ceilings(int threads, Load *c, Error *e) {
 // Adds the product of a matrix with n tokens.
 static void add_product(Load *w, const Tensor *t, double n, bool exact) {
     w->bytes += (double)tensor_bytes(t);
-    *(types[t->type].quantised && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
+    *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
 // n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
@@ -3299,8 +3417,8 @@ static void conclude(Measured *r, double n_tokens) {
 
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Measured *r, const char *title, bool first) {
-    static const char head[] = "| model                  | backend  | threads | test                 |              t/s "
-                               "|   GB/s |   Gop/s | of limit |\n";
+    static const char head[] = "| model                  | backend  | threads | test                 "
+                               "|              t/s |   GB/s |   Gop/s | of limit |\n";
     if (options.json) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
                "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
@@ -3569,66 +3687,88 @@ INLINE int32_t four_bytes(const int8_t *q) {
     return x;
 }
 
-// A quantised tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight q that
-// is stored as q + offset looks: q, or q + offset, or q + offset in 4 bits but q in 8.
+// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight
+// q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
 typedef struct {
     _Alignas(64) uint8_t w[8][64];
-    float scale[16], min[16];
-} ByteTile;
+    float scale[2][16], min[2][16];
+} ByteBlock;
 
-// A kernel's part for a format, in C that the compiler makes SIMD of. To add a format: a branch here.
-INLINE void unpack_bytes_of(ByteTile *u, Type type, const unsigned char *tile, Signs signs, Widen *widen) {
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4M *q4m = (const void *)tile;
-    const uint8_t *q = quants_of(type, tile), *high = q - 64;
-    bool subtracts = signs == SIGNED || (signs == UNSIGNED_NIBBLES && types[type].bits == 5);
-    uint8_t flip = signs == UNSIGNED ? 128 : 0, offset = subtracts ? (uint8_t)types[type].offset : 0, *w = u->w[0];
-    if (type == Q8F) memcpy(u->scale, q8f->scale, sizeof u->scale);
-    else widen(u->scale, q4m->scale, 16);
-    if (types[type].has_min) widen(u->min, q4m->min, 16);
-    for (int i = 0; i < 512 && types[type].bits == 8; i++) w[i] = q[i] ^ flip;
-    for (int g = 0; g < 4 && types[type].bits < 8; g++) {
-        for (int i = 64 * g, j = 0; j < 64; i++, j++) {
-            uint8_t bits = types[type].bits == 5 ? (uint8_t)(high[j] >> g) : 0;
-            w[i] = (uint8_t)(((q[i] & 15) | (uint8_t)((bits & 1) << 4)) - offset);
-            w[i + 256] = (uint8_t)((q[i] >> 4 | (bits & 16)) - offset);
-        }
-    }
+typedef void LookUp(uint8_t *w, size_t n, const int8_t values[16]);  // w = values[w], in place
+
+INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
+    for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
 }
 
-// dots[row] = the dot product of a row with a block
-typedef void Dot(int32_t dots[16], const ByteTile *u, Type type, const Block *b);
+// The leaves of an instruction set: dots[row] = the dot product of a row with all 32 columns (part 0), or with the
+// first (1) or the last (2) 16 of them.
+typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part);
+typedef struct {
+    Signs signs;
+    Dot *dot;
+    Widen *widen;
+    LookUp *look_up;
+} ByteLeaves;
 
-INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles, const Block *x,
-                           size_t n_all, int n, Dot *dot, Signs signs, Widen *widen) {
-    for (size_t c = 0; c < n_tiles; c++, x += n_all) {
-        ByteTile u;
-        unpack_bytes_of(&u, type, tiles + c * types[type].tile_bytes, signs, widen);
+// A kernel's part for a format, in C that the compiler makes SIMD of.
+INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, ByteLeaves leaves) {
+    const TypeInfo *i = &types[type];
+    const unsigned char *tile = tile_of(type, tiles, block);
+    bool is_signed = i->bits == 8 || i->values;
+    bool subtracts = leaves.signs == SIGNED || (leaves.signs == UNSIGNED_NIBBLES && i->bits > 4);
+    uint8_t *w = u->w[0];
+    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen);
+    unpack_planes(u->w, i->bits, weights_of(type, tile, block));
+    if (i->values) leaves.look_up(w, 512, i->values);
+    for (int j = 0; is_signed && leaves.signs == UNSIGNED && j < 512; j++) w[j] ^= 128;
+    for (int j = 0; i->offset && subtracts && j < 512; j++) w[j] = (uint8_t)(w[j] - i->offset);
+}
+
+INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                           size_t n_all, int n, ByteLeaves leaves) {
+    int halves = BLOCK / types[type].per_scale;
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        ByteBlock u;
+        unpack_bytes_of(&u, type, tiles, c, leaves);
         for (int t = 0; t < n; t++) {
-            _Alignas(64) int32_t dots[16];
-            float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum;
-            dot(dots, &u, type, &x[t]);
+            for (int h = 0; h < halves; h++) {
+                _Alignas(64) int32_t dots[16];
+                int part = halves == 1 ? 0 : 1 + h;
+                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
+                leaves.dot(dots, &u, type, &x[t], part);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-            for (int r = 0; r < 16; r++) {
-                y[r] = fmaf(u.scale[r] * scale, (float)dots[r], y[r]);
-                if (types[type].has_min) y[r] = fmaf(u.min[r], scaled_sum, y[r]);
+                for (int r = 0; r < 16; r++) {
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)dots[r], y[r]);
+                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
+                }
             }
         }
     }
 }
 
+// What is left to take off a dot product with weights that are stored with an offset, as a shift of 128 times the sum:
+// the offset is half of what the bits can hold.
+INLINE int offset_shift(Type type) { return types[type].values ? 0 : 8 - types[type].bits; }
+INLINE bool has_offset(Type type) { return types[type].bits == 8 || types[type].values || types[type].offset; }
+
+// The groups of columns of a part.
+INLINE int first_group(int part) { return part == 2 ? 4 : 0; }
+INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
+
 // add_tiles() of an instruction set, with the type known to the compiler.
-#define ADD_BYTE_TILES(target, set, dot, signs, widen)                                                                 \
-    target void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_tiles,                \
+#define FOR_TYPE(type, leaves) \
+    case type: add_byte_tiles(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+#define ADD_BYTE_TILES(target, set, ...)                                                                               \
+    target void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
                                 const Block *x, size_t n_all, int n) {                                                 \
+        const ByteLeaves leaves = { __VA_ARGS__ };                                                                     \
         switch (type) {                                                                                                \
-        case Q8: add_byte_tiles(sum, Q8, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
-        case Q8F: add_byte_tiles(sum, Q8F, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
-        case Q4: add_byte_tiles(sum, Q4, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
-        case Q5: add_byte_tiles(sum, Q5, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                       \
-        case Q5M: add_byte_tiles(sum, Q5M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                     \
-        default: add_byte_tiles(sum, Q4M, tiles, n_tiles, x, n_all, n, dot, signs, widen); break;                      \
+            FOR_TYPE(Q8, leaves) FOR_TYPE(Q8F, leaves) FOR_TYPE(Q4, leaves) FOR_TYPE(Q4M, leaves)                      \
+            FOR_TYPE(Q5, leaves) FOR_TYPE(Q5M, leaves) FOR_TYPE(Q2K, leaves) FOR_TYPE(Q3K, leaves)                     \
+            FOR_TYPE(Q4K, leaves) FOR_TYPE(Q5K, leaves) FOR_TYPE(Q6K, leaves) FOR_TYPE(IQ4NL, leaves)                  \
+            FOR_TYPE(IQ4XS, leaves) FOR_TYPE(MXFP4, leaves)                                                            \
+        default: break;                                                                                                \
         }                                                                                                              \
     }
 
@@ -3666,37 +3806,38 @@ LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_ep
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
 // 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
     __m256i ones = _mm256_set1_epi16(1);
+    bool nibbles = types[type].bits <= 4 && !types[type].values;
     for (int half = 0; half < 2; half++) {
         __m256i dot = _mm256_setzero_si256();
-        for (int g = 0; g < 8; g++) {
+        for (int g = first_group(part); g < end_group(part); g++) {
             __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]), x = broadcast_256(b->q + 4 * g);
-            if (types[type].bits == 4) {
+            if (nibbles) {
                 dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
             } else {
                 __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
                 dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
             }
         }
-        if (types[type].bits == 4) dot = _mm256_madd_epi16(dot, ones);
-        if (type == Q4) dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum >> 4));
+        if (nibbles) dot = _mm256_madd_epi16(dot, ones);
+        if (nibbles && types[type].offset)
+            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum[part] >> offset_shift(type)));
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
-// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset, 128, 16 or 8, is taken off at the end.
-#define OFFSET_SHIFT(type) (8 - types[type].bits)
+// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset is taken off at the end.
 #define DOT_VNNI(isa, set, dpbusd)                                                                                     \
-    LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {                  \
-        __m256i offset = _mm256_set1_epi32(b->minus_128_sum);                                                          \
+    LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {       \
+        __m256i offset = _mm256_set1_epi32(b->minus_128_sum[part]);                                                    \
         for (int half = 0; half < 2; half++) {                                                                         \
             __m256i dot = _mm256_setzero_si256();                                                                      \
-            for (int g = 0; g < 8; g++) {                                                                              \
+            for (int g = first_group(part); g < end_group(part); g++) {                                                \
                 __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);                                   \
                 dot = dpbusd(dot, w, broadcast_256(b->q + 4 * g));                                                     \
             }                                                                                                          \
-            if (!types[type].has_min) dot = _mm256_add_epi32(dot, _mm256_srai_epi32(offset, OFFSET_SHIFT(type)));      \
+            if (has_offset(type)) dot = _mm256_add_epi32(dot, _mm256_srai_epi32(offset, offset_shift(type)));          \
             _mm256_store_si256((__m256i *)&dots[8 * half], dot);                                                       \
         }                                                                                                              \
     }
@@ -3709,9 +3850,15 @@ LEAF_INLINE(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
     widen_floats(to + i, from + i, n - i);
 }
 
-ADD_BYTE_TILES(LEAF(AVX2), avx2, dot_avx2, UNSIGNED_NIBBLES, widen_avx2)
-ADD_BYTE_TILES(LEAF(AVXVNNI), avxvnni, dot_avxvnni, UNSIGNED, widen_avx2)
-ADD_BYTE_TILES(LEAF(AVX512VL), avx512vl, dot_avx512vl, UNSIGNED, widen_avx2)
+LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16]) {
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)values));
+    for (size_t i = 0; i < n; i += 32)
+        _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
+}
+
+ADD_BYTE_TILES(LEAF(AVX2), avx2, UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2)
+ADD_BYTE_TILES(LEAF(AVXVNNI), avxvnni, UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2)
+ADD_BYTE_TILES(LEAF(AVX512VL), avx512vl, UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2)
 
 LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                     size_t b_stride, int m, int depth) {
@@ -3761,11 +3908,11 @@ MAKE_PEAK(LEAF(AVX512VL), avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dp
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
-    __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum);
-    for (int g = 0; g < 8; g++)
+LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
+    __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum[part]);
+    for (int g = first_group(part); g < end_group(part); g++)
         dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
-    if (!types[type].has_min) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, OFFSET_SHIFT(type)));
+    if (has_offset(type)) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, (unsigned)offset_shift(type)));
     _mm512_store_si512(dots, dot);
 }
 
@@ -3776,7 +3923,7 @@ LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n)
     widen_floats(to + i, from + i, n - i);
 }
 
-ADD_BYTE_TILES(LEAF(AVX512), avx512, dot_avx512, UNSIGNED, widen_avx512)
+ADD_BYTE_TILES(LEAF(AVX512), avx512, UNSIGNED, dot_avx512, widen_avx512, look_up_avx2)
 
 LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
                                       size_t b_stride, int m, int depth) {
@@ -3837,11 +3984,11 @@ INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
 }
 
 // [kernel neon] Products in 16 bits, pairs of them added up in 32; a row's two halves at last.
-INLINE void dot_neon(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+INLINE void dot_neon(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
     (void)type;
     for (int quarter = 0; quarter < 4; quarter++) {
         int32x4_t low = vdupq_n_s32(0), high = low;
-        for (int g = 0; g < 8; g++) {
+        for (int g = first_group(part); g < end_group(part); g++) {
             int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter]));
             int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
             low = vpadalq_s16(low, vmull_s8(vget_low_s8(w), x));
@@ -3851,7 +3998,12 @@ INLINE void dot_neon(int32_t dots[16], const ByteTile *u, Type type, const Block
     }
 }
 
-ADD_BYTE_TILES(static, neon, dot_neon, SIGNED, widen_neon)
+INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
+    int8x16_t table = vld1q_s8(values);
+    for (size_t i = 0; i < n; i += 16) vst1q_u8(w + i, vreinterpretq_u8_s8(vqtbl1q_s8(table, vld1q_u8(w + i))));
+}
+
+ADD_BYTE_TILES(static, neon, SIGNED, dot_neon, widen_neon, look_up_neon)
 
 INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
                          int m, int depth) {
@@ -3906,11 +4058,11 @@ MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon
 #ifdef NEON_DOT
 
 // [kernel neondot] One sdot a group of columns.
-NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteTile *u, Type type, const Block *b) {
+NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
     (void)type;
     for (int quarter = 0; quarter < 4; quarter++) {
         int32x4_t dot = vdupq_n_s32(0);
-        for (int g = 0; g < 8; g++) {
+        for (int g = first_group(part); g < end_group(part); g++) {
             int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g)));
             dot = vdotq_s32(dot, vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter])), x);
         }
@@ -3918,7 +4070,7 @@ NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteTile *u, Type type,
     }
 }
 
-ADD_BYTE_TILES(NEON_DOT, neondot, dot_neondot, SIGNED, widen_neon)
+ADD_BYTE_TILES(NEON_DOT, neondot, SIGNED, dot_neondot, widen_neon, look_up_neon)
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
           vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
@@ -3975,8 +4127,7 @@ static bool cpu_can_run(const Kernels *k) {
 static const char *kernel_names(void) {
     static char names[80];
     for (int i = 0, n = 0; i < N_KERNELS; i++) {
-        bool again = i > 0 && !strcmp(all_kernels[i]->name, all_kernels[i - 1]->name) && cpu_can_run(all_kernels[i - 1]);
-        if (again || !cpu_can_run(all_kernels[i])) continue;
+        if (!cpu_can_run(all_kernels[i]) || (i > 0 && strstr(names, all_kernels[i]->name))) continue;
         n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", n ? ", " : "", all_kernels[i]->name);
     }
     return names;

@@ -128,13 +128,18 @@ static Rounded wanted_block(const float *x) {
     return r;
 }
 
-// Whether a block is what it must be; on all CPUs a scale that is no number is NaN.
+// Whether a block is what it must be, with the sums of all and of both halves; a scale that is no number is NaN on all
+// CPUs.
 static bool is_block(const Block *b, const Rounded *wanted) {
-    float scaled_sum = wanted->scale * (float)wanted->sum;
-    bool same_scale = isnan(wanted->scale) ? isnan(b->scale) && isnan(b->scaled_sum)
-                                           : b->scale == wanted->scale && b->scaled_sum == scaled_sum;
-    return same_scale && b->sum == wanted->sum && b->minus_128_sum == -128 * wanted->sum &&
-           !memcmp(b->q, wanted->q, 32);
+    bool same = isnan(wanted->scale) ? isnan(b->scale) : b->scale == wanted->scale;
+    for (int part = 0; part < 3; part++) {
+        int sum = 0;
+        for (int i = part == 2 ? 16 : 0; i < (part == 1 ? 16 : 32); i++) sum += wanted->q[i];
+        float scaled = wanted->scale * (float)sum;
+        same = same && (isnan(scaled) ? isnan(b->scaled_sum[part]) : b->scaled_sum[part] == scaled) &&
+               b->minus_128_sum[part] == -128 * sum;
+    }
+    return same && !memcmp(b->q, wanted->q, 32);
 }
 
 static void check_block(const Kernels *k, const float *block, const char *what) {
@@ -146,7 +151,7 @@ static void check_block(const Kernels *k, const float *block, const char *what) 
     int at = 0;
     while (at < 31 && b.q[at] == wanted.q[at]) at++;
     check(is_block(&b, &wanted), "%s, kernel %s: got scale %a, sum %d, q[%d] %d, wanted %a, %d, %d", what, k->name,
-          (double)b.scale, b.sum, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
+          (double)b.scale, b.minus_128_sum[0] / -128, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
 }
 
 static void test_quantise(void) {
@@ -206,31 +211,90 @@ typedef struct {
     int offset;
 } Weight;
 
-static Weight weight_of(const char *type, const unsigned char *row, size_t col) {
-    const unsigned char *block;
-    uint16_t half[2];
+// Bits n .. n + width - 1 of a string of bytes.
+static int bits_at(const unsigned char *bytes, size_t n, int width) {
+    int x = 0;
+    for (int i = 0; i < width; i++) x |= (bytes[(n + (size_t)i) / 8] >> (n + (size_t)i) % 8 & 1) << i;
+    return x;
+}
+
+static Weight weight_of_32(const char *type, const unsigned char *block, size_t i) {
+    static const int curve_points[] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+    static const double e2m1[] = { 0, 0.5, 1, 1.5, 2, 3, 4, 6 };
+    bool five = type[1] == '5', min = !strcmp(type + 2, "_1");
+    double scale = value_of_half((uint16_t)(block[0] | block[1] << 8));
+    if (!strcmp(type, "Q8_0")) return (Weight){ (int8_t)block[2 + i], scale, 0, 0 };
+    const unsigned char *high = block + (min ? 4 : 2), *quants = high + (five ? 4 : 0);
+    if (!strcmp(type, "MXFP4")) quants = block + 1;
+    int q = bits_at(quants, i % 16 * 8 + i / 16 * 4, 4);
+    if (!strcmp(type, "IQ4_NL")) return (Weight){ curve_points[q], scale, 0, 0 };
+    if (!strcmp(type, "MXFP4")) return (Weight){ (q & 8 ? -2 : 2) * e2m1[q & 7], ldexp(1, block[0] - 128), 0, 0 };
+    if (five) q += 16 * bits_at(high, i, 1);
+    if (min) return (Weight){ q, scale, value_of_half((uint16_t)(block[2] | block[3] << 8)), 0 };
+    return (Weight){ q, scale, 0, five ? 16 : 8 };
+}
+
+// Blocks of 256: scales of 16 or 32 weights are numbers of 4 to 8 bits times the block's own.
+static Weight weight_of_256(const char *type, const unsigned char *b, size_t i) {
+    static const int curve_points[] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+    size_t sixteen = i / 16, sub = i / 32, in = i % 32, half = i / 128;
+    if (!strcmp(type, "Q2_K")) {
+        double d = value_of_half((uint16_t)(b[80] | b[81] << 8)), m = value_of_half((uint16_t)(b[82] | b[83] << 8));
+        int q = bits_at(b + 16 + 32 * half + in, 2 * (sub % 4), 2);
+        return (Weight){ q, d * (b[sixteen] % 16), -(m * (b[sixteen] / 16)), 0 };
+    }
+    if (!strcmp(type, "Q3_K")) {
+        const unsigned char *s = b + 96;
+        int scale = bits_at(s + sixteen % 8, sixteen / 8 * 4, 4);
+        scale += 16 * bits_at(s + 8 + sixteen % 4, sixteen / 4 * 2, 2);
+        int q = bits_at(b + 32 + 32 * half + in, 2 * (sub % 4), 2) + 4 * bits_at(b + in, sub, 1);
+        return (Weight){ q, value_of_half((uint16_t)(b[108] | b[109] << 8)) * (scale - 32), 0, 4 };
+    }
+    if (!strcmp(type, "Q6_K")) {
+        int q = bits_at(b + 64 * half + i % 64, i % 128 / 64 * 4, 4);
+        q += 16 * bits_at(b + 128 + 32 * half + in, sub % 4 * 2, 2);
+        return (Weight){ q, value_of_half((uint16_t)(b[208] | b[209] << 8)) * (int8_t)b[192 + sixteen], 0, 32 };
+    }
+    if (!strcmp(type, "IQ4_XS")) {
+        int scale = bits_at(b + 4, 4 * sub, 4) + 16 * bits_at(b + 2, 2 * sub, 2);
+        int q = bits_at(b + 8 + 16 * sub + in % 16, in / 16 * 4, 4);
+        return (Weight){ curve_points[q], value_of_half((uint16_t)(b[0] | b[1] << 8)) * (scale - 32), 0, 0 };
+    }
+    // Q4_K, Q5_K: twelve bytes of scales; bits 6 and 7 of the first eight belong to the last four
+    const unsigned char *s = b + 4;
+    int scale = sub < 4 ? s[sub] % 64 : s[sub + 4] % 16 + s[sub - 4] / 64 * 16;
+    int min = sub < 4 ? s[sub + 4] % 64 : s[sub + 4] / 16 + s[sub] / 64 * 16;
+    bool five = type[1] == '5';
+    int q = bits_at(b + (five ? 48 : 16) + 32 * (sub / 2) + in, sub % 2 * 4, 4);
+    q += five ? 16 * bits_at(b + 16 + in, sub, 1) : 0;
+    return (Weight){ q, value_of_half((uint16_t)(b[0] | b[1] << 8)) * scale,
+                     -(value_of_half((uint16_t)(b[2] | b[3] << 8)) * min), 0 };
+}
+
+static Weight weight_of(const SourceType *type, const unsigned char *row, size_t col) {
+    uint16_t half;
     float f;
-    if (!strcmp(type, "F32")) {
-        memcpy(&f, row + 4 * col, 4);
+    const unsigned char *block = row + col / type->block_cols * type->block_bytes;
+    if (type->block_cols == 256) return weight_of_256(type->name, block, col % 256);
+    if (type->block_cols == 32) return weight_of_32(type->name, block, col % 32);
+    if (!strcmp(type->name, "F32")) {
+        memcpy(&f, block, 4);
         return (Weight){ f, 1, 0, 0 };
     }
-    if (!strcmp(type, "F16") || !strcmp(type, "BF16")) {
-        memcpy(half, row + 2 * col, 2);
-        if (type[0] == 'F') return (Weight){ value_of_half(half[0]), 1, 0, 0 };
-        uint32_t bits = (uint32_t)half[0] << 16;
-        memcpy(&f, &bits, 4);
-        return (Weight){ f, 1, 0, 0 };
-    }
-    size_t block_bytes = type[1] == '8' ? 34 : (type[1] == '4' ? 18 : 22) + (type[3] == '1' ? 2 : 0), i = col % 32;
-    block = row + col / 32 * block_bytes;
-    memcpy(half, block, 4);
-    if (!strcmp(type, "Q8_0")) return (Weight){ (int8_t)block[2 + i], value_of_half(half[0]), 0, 0 };
-    const unsigned char *quants = block + block_bytes - 16;
-    int nibble = i < 16 ? quants[i] & 15 : quants[i - 16] >> 4;
-    if (type[1] == '5') nibble += 16 * (quants[-4 + (int)i / 8] >> i % 8 & 1);
-    if (!strcmp(type, "Q5_0")) return (Weight){ nibble, value_of_half(half[0]), 0, 16 };
-    if (!strcmp(type, "Q4_0")) return (Weight){ nibble, value_of_half(half[0]), 0, 8 };
-    return (Weight){ nibble, value_of_half(half[0]), value_of_half(half[1]), 0 };
+    memcpy(&half, block, 2);
+    if (type->name[0] == 'F') return (Weight){ value_of_half(half), 1, 0, 0 };
+    uint32_t bits = (uint32_t)half << 16;
+    memcpy(&f, &bits, 4);
+    return (Weight){ f, 1, 0, 0 };
+}
+
+// Columns that share a scale, and whether there is a minimum.
+static size_t scale_columns(const SourceType *type) {
+    return strstr("Q2_K Q3_K Q6_K", type->name) ? 16 : 32;
+}
+
+static bool has_minimum(const SourceType *type) {
+    return strstr("Q4_1 Q5_1 Q2_K Q4_K Q5_K", type->name) != NULL;
 }
 
 typedef struct {
@@ -242,8 +306,7 @@ typedef struct {
 // y[t,r] by design.md, chapter 2, from the source's bytes. Sums of products of integers are exact in double.
 static float wanted_product(const Product *p, const Source *s, size_t r, const float *x, bool exact) {
     const SourceType *type = s->type;
-    bool groups = type->gguf_id < 0, quantised = groups || type->block_cols == 32;
-    bool has_minimum = !strcmp(type->name + 2, "_1");
+    bool groups = type->gguf_id < 0, quantised = type->block_cols > 1;
     const unsigned char *row = s->data + r * (p->cols / type->block_cols) * type->block_bytes;
     float y = 0;
     for (size_t c0 = 0; c0 < p->cols; c0 += 32) {
@@ -253,7 +316,7 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
         for (size_t i = 0; i < n; i++) {
             block[i] = x[c0 + i];
             if (!groups) {
-                w[i] = weight_of(type->name, row, c0 + i);
+                w[i] = weight_of(type, row, c0 + i);
                 continue;
             }
             float scale;
@@ -264,16 +327,21 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
             for (size_t i = 0; i < n; i++) {
                 // gguf-py: d * q, then + m, each rounded to float
                 float weight = (float)(w[i].scale * (w[i].q - w[i].offset));
-                if (has_minimum) weight = (float)((double)weight + w[i].min);
+                if (has_minimum(type)) weight = (float)((double)weight + w[i].min);
                 y = fmaf(weight, block[i], y);
             }
             continue;
         }
         Rounded a = wanted_block(block);
-        double dot = 0;
-        for (size_t i = 0; i < n; i++) dot += (w[i].q - w[i].offset) * a.q[i];
-        y = fmaf((float)(w[0].scale * a.scale), (float)dot, y);
-        if (has_minimum) y = fmaf((float)w[0].min, (float)((double)a.scale * a.sum), y);
+        for (size_t i = 0; i < 32; i += scale_columns(type)) {
+            double dot = 0, sum = 0;
+            for (size_t k = i; k < i + scale_columns(type); k++) {
+                dot += (w[k].q - w[k].offset) * a.q[k];
+                sum += a.q[k];
+            }
+            y = fmaf((float)(w[i].scale * a.scale), (float)dot, y);
+            if (has_minimum(type)) y = fmaf((float)w[i].min, (float)((double)a.scale * sum), y);
+        }
     }
     return y;
 }
@@ -282,15 +350,23 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
 static void fill_random(unsigned char *data, size_t n, const SourceType *type, double size) {
     for (size_t i = 0; i < n; i++) data[i] = (unsigned char)random_bits();
     bool wide = random_below(4) == 0;
+    static const struct { const char *type; size_t at; } scales[] = {
+        { "Q2_K", 80 }, { "Q3_K", 108 }, { "Q6_K", 208 }, { "Q4_K", 0 }, { "Q5_K", 0 },
+    };
+    size_t at = 0;
+    for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
+        if (!strcmp(scales[i].type, type->name)) at = scales[i].at;
     for (size_t i = 0; i + type->block_bytes <= n; i += type->block_bytes) {
         float f = random_float(size);
         uint16_t half[2] = { (uint16_t)half_of_value(f), (uint16_t)half_of_value(random_float(size)) };
         uint32_t bits = bits_of_float(f);
-        if (wide && type->block_cols == 32)
+        if (wide && type->block_cols > 1)
             half[0] = (uint16_t)(half[0] & 0x83ff), half[1] = (uint16_t)(random_bits() % 0x7000);
         if (!strcmp(type->name, "F32")) memcpy(data + i, &f, 4);
         else if (!strcmp(type->name, "BF16")) memcpy(data + i, (char *)&bits + 2, 2);
-        else if (type->gguf_id >= 0) memcpy(data + i, half, !strcmp(type->name + 2, "_1") ? 4 : 2);
+        else if (!strcmp(type->name, "MXFP4"))
+            data[i] = (unsigned char)(wide ? random_below(200) : 115 + random_below(12));
+        else if (type->gguf_id >= 0) memcpy(data + i + at, half, has_minimum(type) ? 4 : 2);
     }
 }
 
@@ -391,7 +467,7 @@ static void test_products_by_hand(void) {
 }
 
 static void test_multiply(void) {
-    static const size_t rows[] = { 1, 15, 16, 17, 37, 150 }, cols[] = { 1, 5, 31, 32, 33, 70, 96, 128 };
+    static const size_t rows[] = { 1, 15, 16, 17, 37, 150 }, cols[] = { 1, 5, 31, 32, 33, 70, 96, 256 };
     static const int tokens[] = { 1, 2, 3, 4, 5, 7, 8, 33 };
     test_products_by_hand();
     for (int i = 0; i < N_SOURCE_TYPES; i++) {
@@ -402,10 +478,11 @@ static void test_multiply(void) {
                               (Product){ source_types[i].name, rows[r], cols[c], tokens[(r + 3 * c) % 8] });
             }
         }
+        size_t wide = source_types[i].block_cols == 256 ? 512 : 64;
         for (int n = 0; n < 8; n++)
-            check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, tokens[n] });
+            check_product(&source_types[i], (Product){ source_types[i].name, 33, wide, tokens[n] });
         for (int n = 127; n <= 257; n += 65)  // a weight is read once for 128 tokens
-            check_product(&source_types[i], (Product){ source_types[i].name, 33, 64, n });
+            check_product(&source_types[i], (Product){ source_types[i].name, 33, wide, n });
     }
 }
 
