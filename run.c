@@ -4126,9 +4126,11 @@ static bool cpu_can_run(const Kernels *k) {
 // The names of those that this machine can run, the best first.
 static const char *kernel_names(void) {
     static char names[80];
+    const char *last = "";
     for (int i = 0, n = 0; i < N_KERNELS; i++) {
-        if (!cpu_can_run(all_kernels[i]) || (i > 0 && strstr(names, all_kernels[i]->name))) continue;
-        n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", n ? ", " : "", all_kernels[i]->name);
+        if (!cpu_can_run(all_kernels[i]) || !strcmp(last, all_kernels[i]->name)) continue;
+        last = all_kernels[i]->name;
+        n += snprintf(names + n, sizeof names - (size_t)n, "%s%s", n ? ", " : "", last);
     }
     return names;
 }
