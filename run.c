@@ -183,11 +183,8 @@ static double clock_seconds(void) {
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
 
-// Where the threads of a team wait for each other: the last one to come opens it.
-typedef struct { atomic_uint arrived, round; } Gate;
-
 // One thread's place in the team that works on a step.
-typedef struct { int thread, threads; Gate *gate; } Team;
+typedef struct { int thread, threads; struct Gate *gate; } Team;
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
 typedef struct { size_t from, to; } Range;
@@ -200,31 +197,10 @@ static Range share(size_t n, Team team) {
 }
 
 // Runs work(job) on a team of at most `threads` threads and waits for all of them.
-static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
-    Gate gate = { 0 };
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
-#else
-    (void)threads;
-    work(job, (Team){ 0, 1, &gate });
-#endif
-}
+static void run_team(int threads, void (*work)(void *job, Team team), void *job);  // chapter 9
 
-// Every thread of the team waits here for the others: awake, since it takes less than a microsecond. But where another
-// program has got the processor of one of them, the others had better sleep than keep that program off their own.
-static void wait_for_team(Team team) {
-    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
-    unsigned round = atomic_load(&team.gate->round);
-    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
-        atomic_store(&team.gate->arrived, 0);
-        atomic_store(&team.gate->round, round + 1);
-    }
-    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
-        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
-        else if (i > EAGER) sched_yield();
-    }
-}
+// Every thread of the team waits here for the others.
+static void wait_for_team(Team team);
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
@@ -317,7 +293,7 @@ typedef struct {
 // by side for all tokens, as a tile meets them. Zeros follow from the matrix's width on.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
-    const Block *rounded;  // (cols/32, n)
+    const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
     size_t n;
 } Activations;
 
@@ -517,27 +493,26 @@ static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, whose sums fit the nearest cache.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a, int n,
-                          bool exact) {
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
-    bool rounded = types[w->type].quantised && !exact;
+    bool quantised = types[w->type].quantised, rounded = quantised && a->rounded;
     size_t n_tiles = n_column_tiles(w), tile_bytes = types[w->type].tile_bytes;
     const unsigned char *tiles = w->tiles + rows.from * n_tiles * tile_bytes;
-    if (n == 1 && !types[w->type].quantised) {
+    if (a->n == 1 && !quantised) {
         kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, n_tiles * 32, a->x[0]);
         return;
     }
     for (size_t row = rows.from; row < rows.to; row++, tiles += n_tiles * tile_bytes) {
-        for (int t0 = 0; t0 < n; t0 += TOKENS) {
-            int now = n - t0 < TOKENS ? n - t0 : TOKENS;
+        for (size_t t0 = 0; t0 < a->n; t0 += TOKENS) {
+            int now = (int)(a->n - t0 < TOKENS ? a->n - t0 : TOKENS);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, n_tiles, a->rounded + t0, a->n, now);
             for (size_t c = 0; !rounded && c < n_tiles; c++) {
                 kernels->dequantise(columns, w->type, tiles + c * tile_bytes);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + t0], 32, columns[0], 16, now, 32);
             }
-            for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof *sum);
+            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
         }
     }
 }
@@ -774,16 +749,15 @@ static Activations prepare(const State *s, const float *x, size_t stride, size_t
             memcpy(s->blocks[c / 32 * (size_t)n + t], x + t * stride + c, sizeof *s->blocks);
     }
     if (n > 1) wait_for_team(team);
-    return (Activations){ blocks, rounded, (size_t)n };
+    return (Activations){ blocks, s->rounds ? rounded : NULL, (size_t)n };
 }
 
 // y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
-static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x,
-                    int n, Team team) {
+static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x, Team team) {
     Range tiles = share(n_row_tiles(w), team);
-    multiply_rows(y, y_stride, w, tiles, x, n, s->exact);
+    multiply_rows(y, y_stride, w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
-    for (size_t t = 0; bias && t < (size_t)n; t++) {
+    for (size_t t = 0; bias && t < x->n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
     }
     return rows;
@@ -805,8 +779,11 @@ static Activations normalise_stream(const Model *m, State *s, const float *weigh
     return prepare(s, normed, s->x_stride, dim, n, team);
 }
 
-// x += out for this thread's rows of all tokens
-static void add_to_stream(State *s, Range rows, int n, Team team) {
+// x += w input + bias for all tokens      w (D, columns of the input)  input (n, stride)
+static void add_to_stream(State *s, const Tensor *w, const float *bias, const float *input, size_t stride, int n,
+                          Team team) {
+    Activations a = prepare(s, input, stride, (size_t)w->cols, n, team);
+    Range rows = matmul(s->out, s->x_stride, w, bias, &a, team);
     for (size_t t = 0; t < (size_t)n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) s->x[t * s->x_stride + r] += s->out[t * s->x_stride + r];
     }
@@ -845,9 +822,9 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
     Activations input = normalise_stream(m, s, layer->attention_norm, 0, n, l, team);
-    matmul(s, s->query, s->q_stride, &layer->query, layer->query_bias, &input, n, team);
-    matmul(s, s->key, s->kv_stride, &layer->key, layer->key_bias, &input, n, team);
-    matmul(s, s->value, s->kv_stride, &layer->value, layer->value_bias, &input, n, team);
+    matmul(s->query, s->q_stride, &layer->query, layer->query_bias, &input, team);
+    matmul(s->key, s->kv_stride, &layer->key, layer->key_bias, &input, team);
+    matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
     wait_for_team(team);
 
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
@@ -866,24 +843,21 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
 
     attend(m, s, l, n, team);
     wait_for_team(team);
-    input = prepare(s, s->attended, s->q_stride, n_heads * head_dim, n, team);
-    Range rows = matmul(s, s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, n, team);
-    add_to_stream(s, rows, n, team);
+    add_to_stream(s, &layer->attention_out, layer->attention_out_bias, s->attended, s->q_stride, n, team);
 }
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
 static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     Activations input = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
-    Range rows = matmul(s, s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, n, team);
-    matmul(s, s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, n, team);
+    Range rows = matmul(s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, team);
+    matmul(s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, team);
     for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
         size_t i = t * s->ffn_stride + rows.from;
         if (rows.to > rows.from) kernels->swiglu(s->gate + i, s->up + i, rows.to - rows.from);
     }
     wait_for_team(team);
-    input = prepare(s, s->gate, s->ffn_stride, (size_t)layer->ffn_dim, n, team);
-    add_to_stream(s, matmul(s, s->out, s->x_stride, &layer->down, layer->down_bias, &input, n, team), n, team);
+    add_to_stream(s, &layer->down, layer->down_bias, s->gate, s->ffn_stride, n, team);
 }
 
 typedef struct {
@@ -906,7 +880,7 @@ static void forward_team(void *p, Team team) {
     if (job->n_logits == 0) return;
     int first = job->n - job->n_logits;
     Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
-    matmul(s, s->logits, s->logits_stride, &m->head, NULL, &input, job->n_logits, team);
+    matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
 }
 
 // False, and the first position named, where a token's vector or its logits are not finite.
@@ -1003,39 +977,37 @@ static void sink(Candidate *c, size_t i, size_t n) {
     }
 }
 
+// Moves the likeliest of a heap of *n candidates to a place behind them.
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+    Candidate top = heap[0];
+    heap[0] = heap[--*n];
+    sink(heap, 0, *n);
+    *to = top;
+}
+
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
 // from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total = 1.0f, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_left = 0, n_all = n;
+    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    size_t n_heap = 0, n_sorted = 0;
     for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
         if (c[i].p >= cutoff) c[n_heap++] = c[i];
     }
     if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
     for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
     size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    float least = 0.0f;
+    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
+    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
+        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
     *sum = 0.0f;
-    while (n_left < limit) {
-        Candidate top = c[0];
-        if (top.p < least && !(has_top_p && s->top_k)) break;  // else below, since top-p comes before min-p
-        c[0] = c[--n_heap];
-        sink(c, 0, n_heap);
-        c[n_all - ++n_left] = top;
-        *sum += top.p;
-        least = s->min_p * c[n_all - 1].p;
-        if (has_top_p && !s->top_k && *sum > s->top_p) break;
+    for (size_t i = 1; i <= limit; i++) {
+        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
+        if (c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
+        *sum += c[n - i].p;
+        if (has_top_p && *sum > s->top_p * total) return i;
     }
-    if (!has_top_p || !s->top_k) return n_left;
-    total = *sum;  // top-p of what top-k has left
-    *sum = 0.0f;
-    for (size_t i = 1; i <= n_left; i++) {
-        if (c[n_all - i].p < least) return i - 1;
-        *sum += c[n_all - i].p;
-        if (*sum > s->top_p * total) return i;
-    }
-    return n_left;
+    return limit;
 }
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
@@ -1084,7 +1056,10 @@ typedef struct {
     size_t n_held;
 } Printer;
 
-static void print_bytes(Printer *p, const char *bytes, size_t n) {
+// Prints what a token adds to the text after the token before it.
+static void print_token(const Model *m, Printer *p, int before, int token) {
+    size_t n;
+    const char *bytes = decode(&m->tokenizer, before, token, &n);
     for (size_t i = 0; i < n; i++) {
         p->held[p->n_held++] = bytes[i];
         size_t whole = whole_characters(p->held, p->n_held);
@@ -1092,13 +1067,6 @@ static void print_bytes(Printer *p, const char *bytes, size_t n) {
         p->n_held -= whole;
         memmove(p->held, p->held + whole, p->n_held);
     }
-}
-
-// What a token adds to the text after the token before it.
-static void print_token(const Model *m, Printer *p, int before, int token) {
-    size_t n_bytes;
-    const char *bytes = decode(&m->tokenizer, before, token, &n_bytes);
-    print_bytes(p, bytes, n_bytes);
 }
 
 // What is held at the end was never completed; it is printed all the same, since nothing is lost.
@@ -1127,13 +1095,12 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
     double start = clock_seconds();
     size_t n = 0, limit = options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict;
     bool ok = true;
-    *why = limit ? AT_CONTEXT : AT_LIMIT;
-    while (ok && n < limit && *why == AT_CONTEXT) {
+    *why = AT_LIMIT;
+    while (ok && n < limit) {
         int token = choose_token(sampler, s->logits, m->config.n_tokens);
-        if (interrupted) *why = AT_INTERRUPT;
-        else if (is_end_token(&m->tokenizer, token)) *why = AT_END_TOKEN;
-        else if (++n == limit) *why = AT_LIMIT;
-        if (*why == AT_INTERRUPT || *why == AT_END_TOKEN) break;
+        *why = interrupted ? AT_INTERRUPT : is_end_token(&m->tokenizer, token) ? AT_END_TOKEN : AT_CONTEXT;
+        if (*why != AT_CONTEXT) break;
+        if (++n == limit) *why = AT_LIMIT;
         print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
@@ -1180,16 +1147,7 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
 }
 
 // The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
-typedef struct {
-    const char *name;
-    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
-    const char *system_open, *system_close;     // NULL: this form knows no system text
-    const char *user_open, *user_close;
-    const char *answer_open, *answer_close;
-    bool trims;                                 // white space round the texts is dropped
-    bool system_in_user;                        // the system text stands in the first user text, at its beginning
-} ChatTemplate;
+typedef struct ChatTemplate ChatTemplate;
 
 enum { MAX_SPANS = 8 };
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
@@ -1603,6 +1561,35 @@ static int count_cores(bool physical) {
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 && online < 1024 ? (int)online : 1;
 #endif
+}
+
+// Where the threads of a team wait for each other: the last one to come opens it.
+typedef struct Gate { atomic_uint arrived, round; } Gate;
+
+static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
+    Gate gate = { 0 };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
+#else
+    (void)threads;
+    work(job, (Team){ 0, 1, &gate });
+#endif
+}
+
+// They wait awake, since it takes less than a microsecond. But where another program has got the processor of one of
+// them, the others had better sleep than keep that program off their own.
+static void wait_for_team(Team team) {
+    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
+    unsigned round = atomic_load(&team.gate->round);
+    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
+        atomic_store(&team.gate->arrived, 0);
+        atomic_store(&team.gate->round, round + 1);
+    }
+    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
+        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
+        else if (i > EAGER) sched_yield();
+    }
 }
 
 static void show_progress(const char *what, double start, size_t done, size_t total) {
@@ -2727,6 +2714,17 @@ static void close_model(Model *m) {
 }
 
 // ---- Chat templates ----
+
+struct ChatTemplate {
+    const char *name;
+    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
+    const char *system_open, *system_close;     // NULL: this form knows no system text
+    const char *user_open, *user_close;
+    const char *answer_open, *answer_close;
+    bool trims;                                 // white space round the texts is dropped
+    bool system_in_user;                        // the system text stands in the first user text, at its beginning
+};
 
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
