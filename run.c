@@ -158,27 +158,7 @@ typedef struct {
 } Buffer;
 
 // Appends n bytes (zeros where `from` is NULL).
-static bool append(Buffer *b, const void *from, size_t n, Error *e) {
-    size_t needed = plus(b->n, n);
-    if (needed > b->capacity) {
-        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
-        unsigned char *bytes = realloc(b->bytes, capacity);
-        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
-        b->bytes = bytes;
-        b->capacity = capacity;
-    }
-    if (from) memcpy(b->bytes + b->n, from, n);
-    else memset(b->bytes + b->n, 0, n);
-    b->n = needed;
-    return true;
-}
-
-// Seconds since some fixed moment.
-static double clock_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter 9
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
@@ -201,6 +181,9 @@ static void run_team(int threads, void (*work)(void *job, Team team), void *job)
 
 // Every thread of the team waits here for the others.
 static void wait_for_team(Team team);
+
+// Seconds since some fixed moment.
+static double clock_seconds(void);
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
@@ -285,8 +268,8 @@ typedef struct {
 // 32 numbers of a vector, rounded to 8 bits (chapter 4): a number is about scale * q.
 typedef struct {
     int8_t q[32];
-    float scale, scaled_sum;     // scaled_sum is scale * sum
-    int32_t sum, minus_128_sum;  // of the q; the other is where kernels for unsigned weights begin
+    float scale, scaled_sum;  // scaled_sum is scale * the sum of the q
+    int32_t minus_128_sum;    // where kernels for unsigned weights begin
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
@@ -374,17 +357,8 @@ static size_t tensor_bytes(const Tensor *w) {
 // Functions that are compiled into several kernels, each time for another instruction set (chapter 8).
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE float float_of_bits(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-INLINE uint32_t bits_of_float(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
+INLINE float float_of_bits(uint32_t u) { return (union { uint32_t u; float x; }){ .u = u }.x; }
+INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; }){ .x = x }.u; }
 
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
@@ -408,7 +382,6 @@ INLINE void round_block(Block *b, const float *x) {
     for (int i = 0; i < 32; i++) sum += b->q[i];
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     b->scaled_sum = b->scale * (float)sum;
-    b->sum = sum;
     b->minus_128_sum = -128 * sum;
 }
 
@@ -529,23 +502,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
    token costs one pass and not the whole text again. */
 
-// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
-// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
-INLINE float exponential(float x) {
-    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
-    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
-    r = fmaf(n, -0x1.7f7d1cp-20f, r);
-    float e = 0x1.6ac6b2p-10f;
-    e = fmaf(e, r, 0x1.123de0p-7f);
-    e = fmaf(e, r, 0x1.555858p-5f);
-    e = fmaf(e, r, 0x1.55548cp-3f);
-    e = fmaf(e, r, 0x1.fffffcp-2f);
-    e = fmaf(e, r, 1.0f);
-    e = fmaf(e, r, 1.0f);
-    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
-    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
-    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
-}
+INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
@@ -645,8 +602,7 @@ static void score_keys(const Attention *a) {
         recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries,
-                              (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries, (int)a->head_dim);
     }
 }
 
@@ -1208,7 +1164,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
 
 /* ==== 8. Number formats, and packing them into tiles ================================================================
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
-   a tile holds the file's own integers and scales, only in another order. */
+   a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
 
 typedef struct { float w[32][16]; } TileF32;
 typedef struct { uint16_t w[32][16]; } TileF16;                                 // bf16 as well
@@ -1228,6 +1184,24 @@ static const TypeInfo types[N_TYPES] = {
     [Q4M] = { "q4m", sizeof(TileQ4M), true, true },
 };
 
+// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
+// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
+INLINE float exponential(float x) {
+    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float e = 0x1.6ac6b2p-10f;
+    e = fmaf(e, r, 0x1.123de0p-7f);
+    e = fmaf(e, r, 0x1.555858p-5f);
+    e = fmaf(e, r, 0x1.55548cp-3f);
+    e = fmaf(e, r, 0x1.fffffcp-2f);
+    e = fmaf(e, r, 1.0f);
+    e = fmaf(e, r, 1.0f);
+    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
+    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
+    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
+}
+
 // f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
 // multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
 INLINE float float_of_half(uint16_t h) {
@@ -1236,9 +1210,8 @@ INLINE float float_of_half(uint16_t h) {
     return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
 }
 
-// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last
-// bit is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it
-// must.
+// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit
+// is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
 INLINE uint16_t half_of_float(float x) {
     uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
     uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
@@ -1291,41 +1264,37 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
         multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
 }
 
-INLINE void unpack_bytes(const int8_t *q, UnpackedTile *u) {
+INLINE void unpack_bytes(UnpackedTile *u, const int8_t *q) {
     for (int g = 0; g < 8; g++) {
         for (int r = 0; r < 16; r++)
             for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = q[g * 64 + r * 4 + c];
     }
 }
 
-INLINE void unpack_nibbles(const uint8_t *q, int offset, UnpackedTile *u) {
-    int8_t bytes[2][256];
-    for (int i = 0; i < 256; i++) {
-        bytes[0][i] = (int8_t)((q[i] & 15) - offset);
-        bytes[1][i] = (int8_t)((q[i] >> 4) - offset);
-    }
-    unpack_bytes(&bytes[0][0], u);
-}
-
-INLINE void unpack_quants(Type type, const unsigned char *tile, UnpackedTile *u) {
-    const TileQ8 *q8 = (const void *)tile;  // the scales come first in all of them
-    const TileQ8F *q8f = (const void *)tile;
-    const TileQ4 *q4 = (const void *)tile;
+INLINE void unpack_quants(UnpackedTile *u, Type type, const unsigned char *tile) {
+    const TileQ8F *q8f = (const void *)tile;  // the scales come first in all types, then minima; the quants come last
     const TileQ4M *q4m = (const void *)tile;
-    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q8->scale[r]);
+    const unsigned char *end = tile + types[type].tile_bytes;
+    int8_t bytes[2][256];
+    for (int r = 0; r < 16; r++) u->scale[r] = type == Q8F ? q8f->scale[r] : float_of_half(q4m->scale[r]);
     for (int r = 0; r < 16; r++) u->min[r] = types[type].has_min ? float_of_half(q4m->min[r]) : 0.0f;
-    if (type == Q8) unpack_bytes(&q8->q[0][0][0], u);
-    else if (type == Q8F) unpack_bytes(&q8f->q[0][0][0], u);
-    else if (type == Q4) unpack_nibbles(&q4->q[0][0][0], 8, u);
-    else unpack_nibbles(&q4m->q[0][0][0], 0, u);
+    if (type == Q8 || type == Q8F) {
+        unpack_bytes(u, (const int8_t *)end - 512);
+        return;
+    }
+    for (int i = 0; i < 256; i++) {
+        bytes[0][i] = (int8_t)((end[i - 256] & 15) - (type == Q4 ? 8 : 0));
+        bytes[1][i] = (int8_t)((end[i - 256] >> 4) - (type == Q4 ? 8 : 0));
+    }
+    unpack_bytes(u, &bytes[0][0]);
 }
 
 INLINE void unpack(UnpackedTile *u, Type type, const unsigned char *tile) {
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
-    if (types[type].quantised) unpack_quants(type, tile, u);
+    if (types[type].quantised) unpack_quants(u, type, tile);
     else if (type == F32) memcpy(w, tile, sizeof u->w);
-    else if (type == F16) for (int i = 0; i < 512; i++) w[i] = float_of_half(half[i]);
+    else if (type == F16) widen_floats(w, half, 512);
     else for (int i = 0; i < 512; i++) w[i] = float_of_bfloat(half[i]);
 }
 
@@ -1522,6 +1491,21 @@ static bool map_file(const char *path, Map *map, Error *e) {
     return true;
 }
 
+static bool append(Buffer *b, const void *from, size_t n, Error *e) {
+    size_t needed = plus(b->n, n);
+    if (needed > b->capacity) {
+        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
+        unsigned char *bytes = realloc(b->bytes, capacity);
+        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
+        b->bytes = bytes;
+        b->capacity = capacity;
+    }
+    if (from) memcpy(b->bytes + b->n, from, n);
+    else memset(b->bytes + b->n, 0, n);
+    b->n = needed;
+    return true;
+}
+
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[65536];
@@ -1590,6 +1574,12 @@ static void wait_for_team(Team team) {
         if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
         else if (i > EAGER) sched_yield();
     }
+}
+
+static double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static void show_progress(const char *what, double start, size_t done, size_t total) {
@@ -2995,19 +2985,26 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
+// Sends the first of n tokens through the model, as many as logits of all of them are to be had for: their number, or 0
+// if that failed.
+static size_t forward_some(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
+    n = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
+    n = n < (size_t)s->batch ? n : (size_t)s->batch;
+    bool ok = interrupted ? fail(e, INTERRUPTED, "interrupted") : forward(m, s, tokens, (int)n, (int)n, e);
+    return ok ? n : 0;
+}
+
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
 static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
     if (tokens->n > (size_t)s->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
     Output out;
+    size_t n_tokens = (size_t)m->config.n_tokens;
     bool ok = open_output(&out, options.output, e);
     for (size_t done = 0, n; ok && done < tokens->n; done += n) {
-        n = tokens->n - done < LOGITS_AT_ONCE ? tokens->n - done : LOGITS_AT_ONCE;
-        n = n < (size_t)s->batch ? n : (size_t)s->batch;
-        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
-        ok = ok && forward(m, s, tokens->ids + done, (int)n, (int)n, e);
+        n = forward_some(m, s, tokens->ids + done, tokens->n - done, e);
+        ok = n > 0;
         for (size_t t = 0; ok && t < n; t++) {
-            size_t n_tokens = (size_t)m->config.n_tokens;
             if (fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream) != n_tokens)
                 ok = fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno));
         }
@@ -3029,20 +3026,17 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
     if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
-    double sum = 0, sum_of_squares = 0;
-    double start = clock_seconds();
+    double sum = 0, sum_of_squares = 0, start = clock_seconds();
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
         int *ids = tokens->ids + chunk * size;
         if (m->tokenizer.add_bos) ids[0] = m->tokenizer.bos;
         s->n_past = 0;
         if (!prefill(m, s, ids, size / 2, e)) return false;
         for (size_t i = size / 2; i < size - 1;) {
-            int n = size - 1 - i < LOGITS_AT_ONCE ? (int)(size - 1 - i) : LOGITS_AT_ONCE;
-            n = n < s->batch ? n : s->batch;
-            if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-            if (!forward(m, s, ids + i, n, n, e)) return false;
-            for (int t = 0; t < n; t++, i++, n_scored++) {
-                double x = surprise(s->logits + (size_t)t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
+            size_t n = forward_some(m, s, ids + i, size - 1 - i, e);
+            if (!n) return false;
+            for (size_t t = 0; t < n; t++, i++, n_scored++) {
+                double x = surprise(s->logits + t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
                 sum += x;
                 sum_of_squares += x * x;
             }
@@ -3061,8 +3055,7 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
 // A line of -m inspect: "name  value unit", or a member of its JSON object.
 static void put_figure(const char *name, double value, const char *unit) {
     if (options.json) printf(",\n  \"%s\": %.17g", name, value);
-    else if (value == floor(value) && value < 1e15) printf("  %-28s %.0f%s%s\n", name, value, *unit ? " " : "", unit);
-    else printf("  %-28s %.6g%s%s\n", name, value, *unit ? " " : "", unit);
+    else printf("  %-28s %.*g%s\n", name, value == floor(value) ? 15 : 6, value, unit);
 }
 
 static void put_word(const char *name, const char *text, bool first) {
@@ -3077,11 +3070,10 @@ static void put_word(const char *name, const char *text, bool first) {
 // Sizes, types, costs: what one needs to know before running a model.
 static bool run_inspect(Model *m, const State *s, Error *e) {
     const Config *c = &m->config;
-    double parameters = 0, bytes = 0, multiplied = 0, cache = 0, by_type[N_TYPES] = { 0 };
+    double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
         double size = (double)slot.rows * (double)slot.cols;
-        if (is_multiplied(m, &slot)) multiplied += size;
         if (!is_stored(m, &slot)) continue;
         parameters += size;
         bytes += (double)slot_bytes(&slot);
@@ -3094,14 +3086,12 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_word("family", c->family, false);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
-        double first = get_field(m, f, 0);
         bool same = true;
-        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == first;
-        if (same) put_figure(f->name, first, "");
-        for (int l = 0; !same && l < c->n_layers; l++) {
+        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == get_field(m, f, 0);
+        for (int l = 0; l < (same ? 1 : c->n_layers); l++) {
             char name[48];
             snprintf(name, sizeof name, "%s of layer %d", f->name, l);
-            put_figure(name, get_field(m, f, l), "");
+            put_figure(same ? f->name : name, get_field(m, f, l), "");
         }
     }
     put_word("tokenizer", tokenizers[m->tokenizer.kind], false);
@@ -3117,10 +3107,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("bytes of weights", bytes, "");
     put_figure("bytes read per token", (double)bytes_per_token(m), "");
     put_figure("bytes of cache per position", cache, "");
-    put_figure("context in use (-c)", s->context, "positions");
-    put_figure("memory for it", (double)s->arena_bytes / 1048576, "MiB");
-    put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
-    put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
+    put_figure("context in use (-c)", s->context, " positions");
+    put_figure("memory for it", (double)s->arena_bytes / 1048576, " MiB");
+    put_figure("FLOPs per token", 2 * (double)s->work, " and what attention takes");
+    put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
     put_word("kernel", kernels->name, false);
     if (options.json) printf("\n}\n");
     return true;
@@ -3550,8 +3540,7 @@ static const Option option_table[] = {
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
-    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0,
-      "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
+    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
     { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
@@ -3566,9 +3555,8 @@ static void print_help(void) {
     printf("usage: ./run CHECKPOINT [options]\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
-        char left[48];
-        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ',
-                 o->letter ? ", " : "  ", o->name, o->argument ? " " : "", o->argument ? o->argument : "");
+        char left[48], letter[] = { '-', o->letter, ',', ' ', 0 };
+        snprintf(left, sizeof left, "%s--%s %s", o->letter ? letter : "    ", o->name, o->argument ? o->argument : "");
         printf("  %-24s %s\n", left, o->help);
     }
     printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS,
@@ -3613,7 +3601,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
                 o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
 }
 
-static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Error *e) {
+static bool parse_options(int argc, char **argv, Options *to, Error *e) {
     for (int i = 1; i < argc; i++) {
         const char *word = argv[i];
         if (word[0] != '-' || !word[1]) {
@@ -3624,7 +3612,6 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
         const Option *o = find_option(word);
         if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
         if (o->type != FLAG && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-        if (o->type == SEED) *has_seed = true;
         if (!set_option(o, argv[i], to, e)) return false;
     }
     return true;
@@ -3635,10 +3622,8 @@ static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize",
                                                  "export" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
-    for (int i = 0; i < N_MODES; i++) {
-        *mode = (Mode)i;
-        if (!strcmp(mode_names[i], name)) return true;
-    }
+    for (*mode = GENERATE; *mode < N_MODES; ++*mode)
+        if (!strcmp(mode_names[*mode], name)) return true;
     const Option *o = find_option("-m");
     return fail(e, MISUSE, "-m %s: expected %s%s", name, o->help, hint_for(o, name));
 }
@@ -3760,11 +3745,11 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
 }
 
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
-    bool has_seed = false;
+    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .batch = 256, .threads = count_cores(true) };
-    if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
+                         .batch = 256, .threads = count_cores(true), .seed = clock_seed };
+    if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     int most = count_cores(false);
     if (options.threads > most && !options.quiet)
         fprintf(stderr, "-j %d: this process may use %d\n", (int)options.threads, most);
@@ -3779,10 +3764,9 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!choose_kernels(options.kernel, e) || !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
-    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    *sampler = (Sampler){ .from_clock = !has_seed, .temperature = (float)options.temperature,
+    *sampler = (Sampler){ .from_clock = options.seed == clock_seed, .temperature = (float)options.temperature,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
-    if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
+    if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
     sigaction(SIGINT, &action, NULL);
     return run_mode(m, mode, s, sampler, e);
 }
