@@ -158,36 +158,13 @@ typedef struct {
 } Buffer;
 
 // Appends n bytes (zeros where `from` is NULL).
-static bool append(Buffer *b, const void *from, size_t n, Error *e) {
-    size_t needed = plus(b->n, n);
-    if (needed > b->capacity) {
-        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
-        unsigned char *bytes = realloc(b->bytes, capacity);
-        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
-        b->bytes = bytes;
-        b->capacity = capacity;
-    }
-    if (from) memcpy(b->bytes + b->n, from, n);
-    else memset(b->bytes + b->n, 0, n);
-    b->n = needed;
-    return true;
-}
-
-// Seconds since some fixed moment.
-static double clock_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter 9
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
 
-// Where the threads of a team wait for each other: the last one to come opens it.
-typedef struct { atomic_uint arrived, round; } Gate;
-
 // One thread's place in the team that works on a step.
-typedef struct { int thread, threads; Gate *gate; } Team;
+typedef struct { int thread, threads; struct Gate *gate; } Team;
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
 typedef struct { size_t from, to; } Range;
@@ -200,31 +177,13 @@ static Range share(size_t n, Team team) {
 }
 
 // Runs work(job) on a team of at most `threads` threads and waits for all of them.
-static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
-    Gate gate = { 0 };
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
-#else
-    (void)threads;
-    work(job, (Team){ 0, 1, &gate });
-#endif
-}
+static void run_team(int threads, void (*work)(void *job, Team team), void *job);  // chapter 9
 
-// Every thread of the team waits here for the others: awake, since it takes less than a microsecond. But where another
-// program has got the processor of one of them, the others had better sleep than keep that program off their own.
-static void wait_for_team(Team team) {
-    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
-    unsigned round = atomic_load(&team.gate->round);
-    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
-        atomic_store(&team.gate->arrived, 0);
-        atomic_store(&team.gate->round, round + 1);
-    }
-    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
-        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
-        else if (i > EAGER) sched_yield();
-    }
-}
+// Every thread of the team waits here for the others.
+static void wait_for_team(Team team);
+
+// Seconds since some fixed moment.
+static double clock_seconds(void);
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
@@ -321,7 +280,7 @@ typedef struct {
 // by side for all tokens, as a tile meets them. Zeros follow from the matrix's width on.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
-    const Block *rounded;  // (cols/32, n)
+    const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
     size_t n;
 } Activations;
 
@@ -423,17 +382,8 @@ static size_t tensor_bytes(const Tensor *w) {
 // Functions that are compiled into several kernels, each time for another instruction set (chapter 8).
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE float float_of_bits(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-INLINE uint32_t bits_of_float(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
+INLINE float float_of_bits(uint32_t u) { return (union { uint32_t u; float x; }){ .u = u }.x; }
+INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; }){ .x = x }.u; }
 
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
@@ -549,27 +499,26 @@ static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, whose sums fit the nearest cache.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a, int n,
-                          bool exact) {
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
-    bool rounded = is_quantised(w->type) && !exact;
+    bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
     size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w);
     const unsigned char *tiles = w->tiles + rows.from * row_bytes;
-    if (n == 1 && !is_quantised(w->type)) {
+    if (a->n == 1 && !quantised) {
         kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
         return;
     }
     for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
-        for (int t0 = 0; t0 < n; t0 += TOKENS) {
-            int now = n - t0 < TOKENS ? n - t0 : TOKENS;
+        for (size_t t0 = 0; t0 < a->n; t0 += TOKENS) {
+            int now = (int)(a->n - t0 < TOKENS ? a->n - t0 : TOKENS);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
                 kernels->dequantise(columns, w->type, tiles, c);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + (size_t)t0], 32, columns[0], 16, now, 32);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + t0], 32, columns[0], 16, now, 32);
             }
-            for (int t = 0; t < now; t++) memcpy(y + (size_t)(t0 + t) * y_stride + row * 16, sum[t], sizeof *sum);
+            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
         }
     }
 }
@@ -586,23 +535,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
    token costs one pass and not the whole text again. */
 
-// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
-// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
-INLINE float exponential(float x) {
-    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
-    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
-    r = fmaf(n, -0x1.7f7d1cp-20f, r);
-    float e = 0x1.6ac6b2p-10f;
-    e = fmaf(e, r, 0x1.123de0p-7f);
-    e = fmaf(e, r, 0x1.555858p-5f);
-    e = fmaf(e, r, 0x1.55548cp-3f);
-    e = fmaf(e, r, 0x1.fffffcp-2f);
-    e = fmaf(e, r, 1.0f);
-    e = fmaf(e, r, 1.0f);
-    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
-    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
-    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
-}
+INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
@@ -702,8 +635,7 @@ static void score_keys(const Attention *a) {
         recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries,
-                              (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries, (int)a->head_dim);
     }
 }
 
@@ -805,16 +737,15 @@ static Activations prepare(const State *s, const float *x, size_t stride, size_t
             memcpy(s->blocks[c / 32 * (size_t)n + t], x + t * stride + c, sizeof *s->blocks);
     }
     if (n > 1) wait_for_team(team);
-    return (Activations){ blocks, rounded, (size_t)n };
+    return (Activations){ blocks, s->rounds ? rounded : NULL, (size_t)n };
 }
 
 // y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
-static Range matmul(const State *s, float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x,
-                    int n, Team team) {
+static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x, Team team) {
     Range tiles = share(n_row_tiles(w), team);
-    multiply_rows(y, y_stride, w, tiles, x, n, s->exact);
+    multiply_rows(y, y_stride, w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
-    for (size_t t = 0; bias && t < (size_t)n; t++) {
+    for (size_t t = 0; bias && t < x->n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
     }
     return rows;
@@ -836,8 +767,11 @@ static Activations normalise_stream(const Model *m, State *s, const float *weigh
     return prepare(s, normed, s->x_stride, dim, n, team);
 }
 
-// x += out for this thread's rows of all tokens
-static void add_to_stream(State *s, Range rows, int n, Team team) {
+// x += w input + bias for all tokens      w (D, columns of the input)  input (n, stride)
+static void add_to_stream(State *s, const Tensor *w, const float *bias, const float *input, size_t stride, int n,
+                          Team team) {
+    Activations a = prepare(s, input, stride, (size_t)w->cols, n, team);
+    Range rows = matmul(s->out, s->x_stride, w, bias, &a, team);
     for (size_t t = 0; t < (size_t)n; t++) {
         for (size_t r = rows.from; r < rows.to; r++) s->x[t * s->x_stride + r] += s->out[t * s->x_stride + r];
     }
@@ -876,9 +810,9 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
     Activations input = normalise_stream(m, s, layer->attention_norm, 0, n, l, team);
-    matmul(s, s->query, s->q_stride, &layer->query, layer->query_bias, &input, n, team);
-    matmul(s, s->key, s->kv_stride, &layer->key, layer->key_bias, &input, n, team);
-    matmul(s, s->value, s->kv_stride, &layer->value, layer->value_bias, &input, n, team);
+    matmul(s->query, s->q_stride, &layer->query, layer->query_bias, &input, team);
+    matmul(s->key, s->kv_stride, &layer->key, layer->key_bias, &input, team);
+    matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
     wait_for_team(team);
 
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
@@ -897,24 +831,21 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
 
     attend(m, s, l, n, team);
     wait_for_team(team);
-    input = prepare(s, s->attended, s->q_stride, n_heads * head_dim, n, team);
-    Range rows = matmul(s, s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, n, team);
-    add_to_stream(s, rows, n, team);
+    add_to_stream(s, &layer->attention_out, layer->attention_out_bias, s->attended, s->q_stride, n, team);
 }
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
 static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     Activations input = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
-    Range rows = matmul(s, s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, n, team);
-    matmul(s, s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, n, team);
+    Range rows = matmul(s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, team);
+    matmul(s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, team);
     for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
         size_t i = t * s->ffn_stride + rows.from;
         if (rows.to > rows.from) kernels->swiglu(s->gate + i, s->up + i, rows.to - rows.from);
     }
     wait_for_team(team);
-    input = prepare(s, s->gate, s->ffn_stride, (size_t)layer->ffn_dim, n, team);
-    add_to_stream(s, matmul(s, s->out, s->x_stride, &layer->down, layer->down_bias, &input, n, team), n, team);
+    add_to_stream(s, &layer->down, layer->down_bias, s->gate, s->ffn_stride, n, team);
 }
 
 typedef struct {
@@ -937,7 +868,7 @@ static void forward_team(void *p, Team team) {
     if (job->n_logits == 0) return;
     int first = job->n - job->n_logits;
     Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
-    matmul(s, s->logits, s->logits_stride, &m->head, NULL, &input, job->n_logits, team);
+    matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
 }
 
 // False, and the first position named, where a token's vector or its logits are not finite.
@@ -1034,39 +965,37 @@ static void sink(Candidate *c, size_t i, size_t n) {
     }
 }
 
+// Moves the likeliest of a heap of *n candidates to a place behind them.
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+    Candidate top = heap[0];
+    heap[0] = heap[--*n];
+    sink(heap, 0, *n);
+    *to = top;
+}
+
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
 // from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total = 1.0f, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_left = 0, n_all = n;
+    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    size_t n_heap = 0, n_sorted = 0;
     for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
         if (c[i].p >= cutoff) c[n_heap++] = c[i];
     }
     if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
     for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
     size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    float least = 0.0f;
+    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
+    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
+        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
     *sum = 0.0f;
-    while (n_left < limit) {
-        Candidate top = c[0];
-        if (top.p < least && !(has_top_p && s->top_k)) break;  // else below, since top-p comes before min-p
-        c[0] = c[--n_heap];
-        sink(c, 0, n_heap);
-        c[n_all - ++n_left] = top;
-        *sum += top.p;
-        least = s->min_p * c[n_all - 1].p;
-        if (has_top_p && !s->top_k && *sum > s->top_p) break;
+    for (size_t i = 1; i <= limit; i++) {
+        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
+        if (c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
+        *sum += c[n - i].p;
+        if (has_top_p && *sum > s->top_p * total) return i;
     }
-    if (!has_top_p || !s->top_k) return n_left;
-    total = *sum;  // top-p of what top-k has left
-    *sum = 0.0f;
-    for (size_t i = 1; i <= n_left; i++) {
-        if (c[n_all - i].p < least) return i - 1;
-        *sum += c[n_all - i].p;
-        if (*sum > s->top_p * total) return i;
-    }
-    return n_left;
+    return limit;
 }
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
@@ -1119,7 +1048,10 @@ typedef struct {
     size_t n_held;
 } Printer;
 
-static void print_bytes(Printer *p, const char *bytes, size_t n) {
+// Prints what a token adds to the text after the token before it.
+static void print_token(const Model *m, Printer *p, int before, int token) {
+    size_t n;
+    const char *bytes = decode(&m->tokenizer, before, token, &n);
     for (size_t i = 0; i < n; i++) {
         p->held[p->n_held++] = bytes[i];
         size_t whole = whole_characters(p->held, p->n_held);
@@ -1127,13 +1059,6 @@ static void print_bytes(Printer *p, const char *bytes, size_t n) {
         p->n_held -= whole;
         memmove(p->held, p->held + whole, p->n_held);
     }
-}
-
-// What a token adds to the text after the token before it.
-static void print_token(const Model *m, Printer *p, int before, int token) {
-    size_t n_bytes;
-    const char *bytes = decode(&m->tokenizer, before, token, &n_bytes);
-    print_bytes(p, bytes, n_bytes);
 }
 
 // What is held at the end was never completed; it is printed all the same, since nothing is lost.
@@ -1162,13 +1087,12 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
     double start = clock_seconds();
     size_t n = 0, limit = options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict;
     bool ok = true;
-    *why = limit ? AT_CONTEXT : AT_LIMIT;
-    while (ok && n < limit && *why == AT_CONTEXT) {
+    *why = AT_LIMIT;
+    while (ok && n < limit) {
         int token = choose_token(sampler, s->logits, m->config.n_tokens);
-        if (interrupted) *why = AT_INTERRUPT;
-        else if (is_end_token(&m->tokenizer, token)) *why = AT_END_TOKEN;
-        else if (++n == limit) *why = AT_LIMIT;
-        if (*why == AT_INTERRUPT || *why == AT_END_TOKEN) break;
+        *why = interrupted ? AT_INTERRUPT : is_end_token(&m->tokenizer, token) ? AT_END_TOKEN : AT_CONTEXT;
+        if (*why != AT_CONTEXT) break;
+        if (++n == limit) *why = AT_LIMIT;
         print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
@@ -1215,16 +1139,7 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
 }
 
 // The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
-typedef struct {
-    const char *name;
-    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
-    const char *system_open, *system_close;     // NULL: this form knows no system text
-    const char *user_open, *user_close;
-    const char *answer_open, *answer_close;
-    bool trims;                                 // white space round the texts is dropped
-    bool system_in_user;                        // the system text stands in the first user text, at its beginning
-} ChatTemplate;
+typedef struct ChatTemplate ChatTemplate;
 
 enum { MAX_SPANS = 8 };
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
@@ -1285,7 +1200,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
 
 /* ==== 8. Number formats, and packing them into tiles ================================================================
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
-   a tile holds the file's own integers and scales, only in another order. */
+   a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
 
 // What the weights of IQ4_NL and IQ4_XS stand for, places on a curve, and those of MXFP4, twice a float of 1 sign, 2
 // exponent, 1 fraction bit.
@@ -1314,6 +1229,24 @@ static const TypeInfo types[N_TYPES] = {
     [MXFP4] = { "mxfp4", 32, 32, 16, 4, 0, false, small_floats },  // u8 exponent[16]
 };
 
+// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
+// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
+INLINE float exponential(float x) {
+    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float e = 0x1.6ac6b2p-10f;
+    e = fmaf(e, r, 0x1.123de0p-7f);
+    e = fmaf(e, r, 0x1.555858p-5f);
+    e = fmaf(e, r, 0x1.55548cp-3f);
+    e = fmaf(e, r, 0x1.fffffcp-2f);
+    e = fmaf(e, r, 1.0f);
+    e = fmaf(e, r, 1.0f);
+    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
+    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
+    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
+}
+
 // f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
 // multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
 INLINE float float_of_half(uint16_t h) {
@@ -1322,9 +1255,8 @@ INLINE float float_of_half(uint16_t h) {
     return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
 }
 
-// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last
-// bit is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it
-// must.
+// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit
+// is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
 INLINE uint16_t half_of_float(float x) {
     uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
     uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
@@ -1722,6 +1654,21 @@ static bool map_file(const char *path, Map *map, Error *e) {
     return true;
 }
 
+static bool append(Buffer *b, const void *from, size_t n, Error *e) {
+    size_t needed = plus(b->n, n);
+    if (needed > b->capacity) {
+        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
+        unsigned char *bytes = realloc(b->bytes, capacity);
+        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
+        b->bytes = bytes;
+        b->capacity = capacity;
+    }
+    if (from) memcpy(b->bytes + b->n, from, n);
+    else memset(b->bytes + b->n, 0, n);
+    b->n = needed;
+    return true;
+}
+
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[65536];
@@ -1761,6 +1708,41 @@ static int count_cores(bool physical) {
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 && online < 1024 ? (int)online : 1;
 #endif
+}
+
+// Where the threads of a team wait for each other: the last one to come opens it.
+typedef struct Gate { atomic_uint arrived, round; } Gate;
+
+static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
+    Gate gate = { 0 };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
+#else
+    (void)threads;
+    work(job, (Team){ 0, 1, &gate });
+#endif
+}
+
+// They wait awake, since it takes less than a microsecond. But where another program has got the processor of one of
+// them, the others had better sleep than keep that program off their own.
+static void wait_for_team(Team team) {
+    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
+    unsigned round = atomic_load(&team.gate->round);
+    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
+        atomic_store(&team.gate->arrived, 0);
+        atomic_store(&team.gate->round, round + 1);
+    }
+    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
+        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
+        else if (i > EAGER) sched_yield();
+    }
+}
+
+static double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static void show_progress(const char *what, double start, size_t done, size_t total) {
@@ -2886,6 +2868,17 @@ static void close_model(Model *m) {
 
 // ---- Chat templates ----
 
+struct ChatTemplate {
+    const char *name;
+    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
+    const char *system_open, *system_close;     // NULL: this form knows no system text
+    const char *user_open, *user_close;
+    const char *answer_open, *answer_close;
+    bool trims;                                 // white space round the texts is dropped
+    bool system_in_user;                        // the system text stands in the first user text, at its beginning
+};
+
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
 // published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
@@ -3155,19 +3148,26 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
+// Sends the first of n tokens through the model, as many as logits of all of them are to be had for: their number, or 0
+// if that failed.
+static size_t forward_some(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
+    n = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
+    n = n < (size_t)s->batch ? n : (size_t)s->batch;
+    bool ok = interrupted ? fail(e, INTERRUPTED, "interrupted") : forward(m, s, tokens, (int)n, (int)n, e);
+    return ok ? n : 0;
+}
+
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
 static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
     if (tokens->n > (size_t)s->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
     Output out;
+    size_t n_tokens = (size_t)m->config.n_tokens;
     bool ok = open_output(&out, options.output, e);
     for (size_t done = 0, n; ok && done < tokens->n; done += n) {
-        n = tokens->n - done < LOGITS_AT_ONCE ? tokens->n - done : LOGITS_AT_ONCE;
-        n = n < (size_t)s->batch ? n : (size_t)s->batch;
-        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
-        ok = ok && forward(m, s, tokens->ids + done, (int)n, (int)n, e);
+        n = forward_some(m, s, tokens->ids + done, tokens->n - done, e);
+        ok = n > 0;
         for (size_t t = 0; ok && t < n; t++) {
-            size_t n_tokens = (size_t)m->config.n_tokens;
             if (fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream) != n_tokens)
                 ok = fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno));
         }
@@ -3189,20 +3189,17 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
     if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
-    double sum = 0, sum_of_squares = 0;
-    double start = clock_seconds();
+    double sum = 0, sum_of_squares = 0, start = clock_seconds();
     for (size_t chunk = 0; chunk < n_chunks; chunk++) {
         int *ids = tokens->ids + chunk * size;
         if (m->tokenizer.add_bos) ids[0] = m->tokenizer.bos;
         s->n_past = 0;
         if (!prefill(m, s, ids, size / 2, e)) return false;
         for (size_t i = size / 2; i < size - 1;) {
-            int n = size - 1 - i < LOGITS_AT_ONCE ? (int)(size - 1 - i) : LOGITS_AT_ONCE;
-            n = n < s->batch ? n : s->batch;
-            if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-            if (!forward(m, s, ids + i, n, n, e)) return false;
-            for (int t = 0; t < n; t++, i++, n_scored++) {
-                double x = surprise(s->logits + (size_t)t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
+            size_t n = forward_some(m, s, ids + i, size - 1 - i, e);
+            if (!n) return false;
+            for (size_t t = 0; t < n; t++, i++, n_scored++) {
+                double x = surprise(s->logits + t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
                 sum += x;
                 sum_of_squares += x * x;
             }
@@ -3221,8 +3218,7 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
 // A line of -m inspect: "name  value unit", or a member of its JSON object.
 static void put_figure(const char *name, double value, const char *unit) {
     if (options.json) printf(",\n  \"%s\": %.17g", name, value);
-    else if (value == floor(value) && value < 1e15) printf("  %-28s %.0f%s%s\n", name, value, *unit ? " " : "", unit);
-    else printf("  %-28s %.6g%s%s\n", name, value, *unit ? " " : "", unit);
+    else printf("  %-28s %.*g%s\n", name, value == floor(value) ? 15 : 6, value, unit);
 }
 
 static void put_word(const char *name, const char *text, bool first) {
@@ -3240,11 +3236,10 @@ static bool choose_kernels(const char *name, Error *e);
 // Sizes, types, costs: what one needs to know before running a model.
 static bool run_inspect(Model *m, const State *s, Error *e) {
     const Config *c = &m->config;
-    double parameters = 0, bytes = 0, multiplied = 0, cache = 0, by_type[N_TYPES] = { 0 };
+    double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
         double size = (double)slot.rows * (double)slot.cols;
-        if (is_multiplied(m, &slot)) multiplied += size;
         if (!is_stored(m, &slot)) continue;
         parameters += size;
         bytes += (double)slot_bytes(&slot);
@@ -3257,14 +3252,12 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_word("family", c->family, false);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
-        double first = get_field(m, f, 0);
         bool same = true;
-        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == first;
-        if (same) put_figure(f->name, first, "");
-        for (int l = 0; !same && l < c->n_layers; l++) {
+        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == get_field(m, f, 0);
+        for (int l = 0; l < (same ? 1 : c->n_layers); l++) {
             char name[48];
             snprintf(name, sizeof name, "%s of layer %d", f->name, l);
-            put_figure(name, get_field(m, f, l), "");
+            put_figure(same ? f->name : name, get_field(m, f, l), "");
         }
     }
     put_word("tokenizer", tokenizers[m->tokenizer.kind], false);
@@ -3280,10 +3273,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("bytes of weights", bytes, "");
     put_figure("bytes read per token", (double)bytes_per_token(m), "");
     put_figure("bytes of cache per position", cache, "");
-    put_figure("context in use (-c)", s->context, "positions");
-    put_figure("memory for it", (double)s->arena_bytes / 1048576, "MiB");
-    put_figure("FLOPs per token", 2 * multiplied, "and what attention takes");
-    put_figure("training tokens (Chinchilla)", 20 * parameters, "= 20 per parameter");
+    put_figure("context in use (-c)", s->context, " positions");
+    put_figure("memory for it", (double)s->arena_bytes / 1048576, " MiB");
+    put_figure("FLOPs per token", 2 * (double)s->work, " and what attention takes");
+    put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
     put_word("kernel", kernels->name, false);
     put_word("kernels of this machine", kernel_names(), false);
     if (options.json) printf("\n}\n");
@@ -3608,7 +3601,7 @@ static void matmul_team(void *p, Team team) {
     Range rows = share(n_row_tiles(&w), team);
     for (size_t i = 0; i < job->n_products; i++) {
         w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
-        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x, (int)job->x.n, false);
+        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x);
         wait_for_team(team);
     }
 }
@@ -4190,8 +4183,7 @@ static const Option option_table[] = {
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
-    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0,
-      "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
+    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
     { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
@@ -4206,9 +4198,8 @@ static void print_help(void) {
     printf("usage: ./run CHECKPOINT [options]\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
-        char left[48];
-        snprintf(left, sizeof left, "%c%c%s--%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ',
-                 o->letter ? ", " : "  ", o->name, o->argument ? " " : "", o->argument ? o->argument : "");
+        char left[48], letter[] = { '-', o->letter, ',', ' ', 0 };
+        snprintf(left, sizeof left, "%s--%s %s", o->letter ? letter : "    ", o->name, o->argument ? o->argument : "");
         printf("  %-24s %s\n", left, o->help);
     }
     printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS,
@@ -4266,7 +4257,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
                 o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
 }
 
-static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Error *e) {
+static bool parse_options(int argc, char **argv, Options *to, Error *e) {
     for (int i = 1; i < argc; i++) {
         const char *word = argv[i];
         if (word[0] != '-' || !word[1]) {
@@ -4277,7 +4268,6 @@ static bool parse_options(int argc, char **argv, Options *to, bool *has_seed, Er
         const Option *o = find_option(word);
         if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
         if (o->type != FLAG && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-        if (o->type == SEED) *has_seed = true;
         if (!set_option(o, argv[i], to, e)) return false;
     }
     return true;
@@ -4288,10 +4278,8 @@ static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize",
                                                  "export", "bench", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
-    for (int i = 0; i < N_MODES; i++) {
-        *mode = (Mode)i;
-        if (!strcmp(mode_names[i], name)) return true;
-    }
+    for (*mode = GENERATE; *mode < N_MODES; ++*mode)
+        if (!strcmp(mode_names[*mode], name)) return true;
     const Option *o = find_option("-m");
     return fail(e, MISUSE, "-m %s: expected %s%s", name, o->help, hint_for(o, name));
 }
@@ -4420,12 +4408,12 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
 }
 
 static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
-    bool has_seed = false;
+    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
                          .batch = 256, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } } };
-    if (!parse_options(argc, argv, &options, &has_seed, e) || !find_mode(options.mode, &mode, e)) return false;
+                         .depth = { 1, { 0 } }, .seed = clock_seed };
+    if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
         if (options.threads.at[i] <= most) continue;
@@ -4445,10 +4433,9 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     if (!open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
-    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    *sampler = (Sampler){ .from_clock = !has_seed, .temperature = (float)options.temperature,
+    *sampler = (Sampler){ .from_clock = options.seed == clock_seed, .temperature = (float)options.temperature,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
-    if (!make_sampler(sampler, m->config.n_tokens, has_seed ? options.seed : clock_seed, e)) return false;
+    if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
     sigaction(SIGINT, &action, NULL);
     return run_mode(m, mode, s, sampler, e);
 }

@@ -392,14 +392,14 @@ static void check_product(const SourceType *type, Product p) {
     }
     for (size_t i = 0; i < (size_t)p.n * x_stride; i += 32)  // block c of token t is [c * n + t]
         memcpy(blocks.bytes + (i % x_stride * (size_t)p.n + i / x_stride * 32) * 4, x + i, 128);
-    Activations a = { (const void *)blocks.bytes, (const void *)rounded.bytes, (size_t)p.n };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         kernels = *k;
         kernels->round((void *)rounded.bytes, x, x_stride, p.cols, (size_t)p.n, (Range){ 0, (size_t)p.n });
         for (int exact = 0; exact < 2; exact++) {
+            Activations a = { (const void *)blocks.bytes, exact ? NULL : (const void *)rounded.bytes, (size_t)p.n };
             for (size_t i = 0; i < (size_t)p.n * y_stride; i++) y[i] = 12345;
-            multiply_rows(y, y_stride, &w, (Range){ 0, n_row_tiles(&w) / 2 }, &a, p.n, exact);
-            multiply_rows(y, y_stride, &w, (Range){ n_row_tiles(&w) / 2, n_row_tiles(&w) }, &a, p.n, exact);
+            multiply_rows(y, y_stride, &w, (Range){ 0, n_row_tiles(&w) / 2 }, &a);
+            multiply_rows(y, y_stride, &w, (Range){ n_row_tiles(&w) / 2, n_row_tiles(&w) }, &a);
             size_t wrong = 0, t1 = 0, r1 = 0;
             for (size_t t = 0; t < (size_t)p.n; t++) {
                 for (size_t r = 0; r < p.rows; r++) {
@@ -451,11 +451,11 @@ static void test_products_by_hand(void) {
         for (const Kernels *const *k = usable_kernels(); *k; k++) {
             float y[16];
             Block rounded;
-            Activations a = { (const void *)x, &rounded, 1 };
             kernels = *k;
             kernels->round(&rounded, x, 32, 32, 1, (Range){ 0, 1 });
             for (int exact = 0; exact < 2; exact++) {
-                multiply_rows(y, 16, &w, (Range){ 0, 1 }, &a, 1, exact);
+                Activations a = { (const void *)x, exact ? NULL : &rounded, 1 };
+                multiply_rows(y, 16, &w, (Range){ 0, 1 }, &a);
                 check(y[0] == cases[i].wanted, "%s by hand, exact %d: got %g, wanted %g", cases[i].type, exact,
                       (double)y[0], (double)cases[i].wanted);
                 check(y[1] == 0 && y[15] == 0, "%s by hand: got %g in a row of padding, wanted 0", cases[i].type,
