@@ -67,13 +67,10 @@ static int read_character(const char *s, size_t n, uint32_t *code) {
     if (u[0] < 0xC2 || u[0] > 0xF4) return -1;
     int length = u[0] < 0xE0 ? 2 : u[0] < 0xF0 ? 3 : 4;
     *code = u[0] & (0xFFu >> (length + 1));
-    for (int i = 1; i < length; i++) {
+    unsigned char low = u[0] == 0xE0 ? 0xA0 : u[0] == 0xF0 ? 0x90 : 0x80;  // the second byte's limits
+    unsigned char high = u[0] == 0xED ? 0x9F : u[0] == 0xF4 ? 0x8F : 0xBF;
+    for (int i = 1; i < length; i++, low = 0x80, high = 0xBF) {
         if ((size_t)i == n) return 0;
-        unsigned char low = 0x80, high = 0xBF;
-        if (i == 1 && u[0] == 0xE0) low = 0xA0;
-        if (i == 1 && u[0] == 0xED) high = 0x9F;
-        if (i == 1 && u[0] == 0xF0) low = 0x90;
-        if (i == 1 && u[0] == 0xF4) high = 0x8F;
         if (u[i] < low || u[i] > high) return -1;
         *code = *code << 6 | (u[i] & 0x3F);
     }
@@ -158,17 +155,24 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
     return table;
 }
 
-// Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
+// Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
+// Of pieces with the same bytes and the same type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
     t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     if (!t->piece_slots) return false;
-    size_t steps = 0;
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    t->space_leads = t->kind == SPM;
+    size_t n, steps = 0;
     for (int id = 0; id < t->n_tokens; id++) {
-        size_t n;
         const char *s = piece(t, id, &n);
-        if (n == 0 || t->type[id] == PIECE_BYTE) continue;
-        t->begins[(unsigned char)s[0]] |= (uint8_t)(1 << t->type[id]);
-        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << t->type[id], &steps);
+        int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
+        if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
+            t->byte_id[first] = id;
+        if (n == 0 || type == PIECE_BYTE) continue;
+        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
+            t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
+        t->begins[first] |= (uint8_t)(1 << type);
+        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type, &steps);
         if (*slot < 0) *slot = id;
         if (steps > 8 * t->piece_mask) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
     }
@@ -500,20 +504,18 @@ static void offer_pair(Encoder *c, const char *s, int left) {
     const Symbol *a = &c->symbols[left];
     if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
-    Pair pair = {.length = a->length + b->length, .id = -1};
-    uint32_t rank = 0;
+    uint32_t length = a->length + b->length, rank;
+    int id;
     if (t->kind == SPM) {
-        pair.id = find_piece(t, s + a->start, pair.length);
-        if (pair.id >= 0) rank = score_order(t->score[pair.id]);
+        id = find_piece(t, s + a->start, length);
+        rank = id < 0 ? 0 : score_order(t->score[id]);
     } else {
         size_t steps = 0;
         int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        if (merge >= 0) pair.id = (int)t->merge[merge][2];
+        id = merge < 0 ? -1 : (int)t->merge[merge][2];
         rank = (uint32_t)merge;
     }
-    if (pair.id < 0) return;
-    pair.order = (uint64_t)rank << 32 | (uint32_t)left;
-    push_pair(c, pair);
+    if (id >= 0) push_pair(c, (Pair){(uint64_t)rank << 32 | (uint32_t)left, length, id});
 }
 
 static void join_symbols(Encoder *c, const char *s) {
@@ -643,12 +645,11 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
 
 // Tokens of the joined text of the spans. A control token must lie wholly in special spans.
 static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
-    size_t begin = 0, at = 0;
-    for (int i = 0; i < n_spans;) {
-        bool special = spans[i].special;
-        size_t end = at;
-        for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
-        if (special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
+    size_t begin = 0, at = 0, end = 0;
+    for (int i = 0; i < n_spans; i++) {
+        end += spans[i].n_bytes;
+        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
+        if (spans[i].special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
         at = end;
     }
     return encode_plain(c, text + begin, n - begin);
@@ -743,31 +744,14 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
 // A merge's result must be the bytes of its parts: else what is decoded would not be what was encoded.
 static bool check_merges(const Tokenizer *t, Error *e) {
     for (int rank = 0; rank < t->n_merges; rank++) {
+        const uint32_t *merge = t->merge[rank];
         const char *s[3];
         size_t n[3];
-        for (int i = 0; i < 3; i++) {
-            if (t->merge[rank][i] >= (uint32_t)t->n_tokens)
-                return fail(e, BAD_FILE, "merge %d: no token %u", rank, t->merge[rank][i]);
-            s[i] = piece(t, (int)t->merge[rank][i], &n[i]);
-        }
+        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes where there is no such token
         if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
-            return fail(e, BAD_FILE, "merge %d: its result is not its parts", rank);
+            return fail(e, BAD_FILE, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
     }
     return true;
-}
-
-// What can be known about single bytes, and about spaces, before any text is seen.
-static void summarise_pieces(Tokenizer *t) {
-    int wanted = t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL;
-    memset(t->byte_id, 0xFF, sizeof t->byte_id);
-    t->space_leads = t->kind == SPM;
-    for (int id = t->n_tokens - 1; id >= 0; id--) {
-        size_t n;
-        const char *s = piece(t, id, &n);
-        if (n == 1 && t->type[id] == wanted) t->byte_id[(unsigned char)s[0]] = id;
-        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> t->type[id] & 1; i++)
-            if (s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
-    }
 }
 
 // Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
@@ -795,9 +779,8 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
                     c.bad ? "more" : "fewer");
     while (c.left > 0)
         if (*take(&c, 1)) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
-    if (!check_pieces(t, h.text_bytes, e) || !check_merges(t, e)) return false;
-    summarise_pieces(t);
-    return index_pieces(t, e) && index_merges(t, e) && (t->kind == SPM || unpack_classes(t, e));
+    return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
+           (t->kind == SPM || unpack_classes(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
@@ -971,8 +954,7 @@ static bool pack_parts(const Vocabulary *v, Buffer *part, TokenizerHeader *h, To
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, v->pre_bytes, &h->pre, e)) return false;
     if (!pack_pieces(v, part, e)) return false;
     *t = (Tokenizer){.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                     .text_start = (const uint32_t *)(const void *)part[STARTS].bytes,
-                     .text = (const char *)part[PIECE_TEXT].bytes};
+                     .text_start = (const void *)part[STARTS].bytes, .text = (const void *)part[PIECE_TEXT].bytes};
     if (!index_pieces(t, e)) return false;
     pack_header(v, t, h);
     if (!pack_merges(v, t, &part[MERGES], e) || !pack_end_ids(v, t, h->eos, &part[END_IDS], e)) return false;
