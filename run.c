@@ -1179,16 +1179,16 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
     return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
 }
 
-// The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
+// The form that a family of models was trained to chat in. In system, user and answer, @ stands for the text; what is
+// round it are the template's own words.
 typedef struct {
     const char *name;
-    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
-    const char *system_open, *system_close;     // NULL: this form knows no system text
-    const char *user_open, *user_close;
-    const char *answer_open, *answer_close;
-    bool trims;                                 // white space round the texts is dropped
-    bool system_in_user;                        // the system text stands in the first user text, at its beginning
+    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;        // where the user says nothing; NULL: then there is no system text
+    const char *system;                // NULL: this form knows no system text
+    const char *user, *answer;
+    bool trims;                        // white space round the texts is dropped
+    bool system_in_user;               // the system text stands in the first user text, at its beginning
 } ChatTemplate;
 
 enum { MAX_SPANS = 8 };
@@ -1201,19 +1201,19 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 static bool read_line(Buffer *line);  // from stdin, without its end; false at the end of input or after Ctrl-C
 
 // One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
-// *pending: the last token of an answer that was cut short, which the cache does not have yet; else -1.
-static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *pending,
+// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
+static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
-    Tokens tokens = { 0 };
     Span spans[MAX_SPANS];
-    int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
+    size_t n_unread = unread->n;
+    int n_past = s->n_past, last = -1;
+    int n_spans = render_turn(t, n_past == 0, options.system, message, n_message, spans);
     Stop why = AT_INTERRUPT;
-    int last = -1, before = first && m->tokenizer.add_bos ? m->tokenizer.bos : *pending;
-    bool ok = (before < 0 || emit(&tokens, before, e)) && encode(&m->tokenizer, spans, n_spans, &tokens, e) &&
-              take_prompt(m, s, tokens.ids, tokens.n, speed, e);
-    if (ok) *pending = -1;
+    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) &&
+              take_prompt(m, s, unread->ids, unread->n, speed, e);
+    unread->n = ok ? 0 : n_unread;
     ok = ok && generate(m, s, sampler, &last, &why, speed, e);
-    if (why == AT_LIMIT || why == AT_CONTEXT) *pending = last;
+    if (last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, last, e);
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
         s->n_past = n_past;
         ok = true;
@@ -1222,7 +1222,6 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
     fflush(stdout);
     if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
     if (ok && why == AT_INTERRUPT) interrupted = 0;
-    free(tokens.ids);
     return ok;
 }
 
@@ -1232,17 +1231,15 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     if (!t) return false;
     tell_seed(sampler);
     Buffer line = { 0 };
+    Tokens unread = { 0 };
     Speed speed = { 0 };
-    int pending = -1;
-    bool ok = true, first = true;
-    const char *message = options.prompt;
-    while (ok && (message || read_line(&line))) {
+    bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
+    for (const char *message = options.prompt; ok && (message || read_line(&line)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, s, sampler, t, first, &pending, message ? message : (const char *)line.bytes, n, &speed, e);
-        first = first && s->n_past == 0;
-        message = NULL;
+        ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
     free(line.bytes);
+    free(unread.ids);
     if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
     return ok;
@@ -2731,11 +2728,11 @@ static void close_model(Model *m) {
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
 // published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
-#define CHATML "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", \
-               "<|im_start|>assistant\n", "<|im_end|>\n", false, false
-#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates, "<|eot_id|>", \
-                      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", \
-                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false
+#define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
+               "<|im_start|>assistant\n@<|im_end|>\n", false, false
+#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
+                      "<|start_header_id|>user<|end_header_id|>\n\n@<|eot_id|>", \
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n@<|eot_id|>", true, false
 static const ChatTemplate chat_templates[] = {
     { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
       "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
@@ -2752,38 +2749,36 @@ static const ChatTemplate chat_templates[] = {
       "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
     { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
     { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
-      NULL, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
+      NULL, "<<SYS>>\n@\n<</SYS>>\n\n", "[INST] @ [/INST]", "@ </s><s>", true, true },
     { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
-      NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ", "[/INST]", "", "</s>", false, false },
+      NULL, "[SYSTEM_PROMPT] @[/SYSTEM_PROMPT]", "[INST] @[/INST]", "@</s>", false, false },
     { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
-      NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "", "</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" },
-      NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>", false, true },
+      NULL, "[SYSTEM_PROMPT]@[/SYSTEM_PROMPT]", "[INST]@[/INST]", "@</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "@\n\n", "[INST]@[/INST]", "@</s>", false, true },
     { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
-      NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>", false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" },
-      NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false, true },
+      NULL, "@\n\n", "[INST] @[/INST]", "@</s>", false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "@\n\n", " [INST] @ [/INST]", "@</s>", false, true },
     { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
-      NULL, NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
+      NULL, NULL, "[INST] @ [/INST]", "@</s>", false, false },
     { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
-      NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n", "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
+      NULL, "<|system|>\n@<|end|>\n", "<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", false, false },
     { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
-      NULL, "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
+      NULL, "<|system|>\n@</s>\n", "<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", false, false },
     { "vicuna", { "USER: ", "A chat between a curious user" },
       "A chat between a curious user and an artificial intelligence assistant. "
       "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-      "", " ", "USER: ", " ", "ASSISTANT:", "</s>", false, false },
+      "@ ", "USER: @ ", "ASSISTANT:@</s>", false, false },
     { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
-      NULL, "", "\n\n", "USER: ", "\n", "ASSISTANT:", "</s>\n", false, false },
+      NULL, "@\n\n", "USER: @\n", "ASSISTANT:@</s>\n", false, false },
     { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
       "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
-      "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", false, false },
+      "@\n\n", "### Instruction:\n@\n\n", "### Response:\n@</s>\n\n", false, false },
     { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
-      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜><think>\n@<｜end▁of▁sentence｜>", false, false },
     { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
-      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
     { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
-      NULL, "", "\n\n", "User: ", "\n\n", "Assistant:", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
@@ -2813,23 +2808,31 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
     return (Span){ text, n, false };
 }
 
-// What the model is to read before it answers: the end of its last answer or the system text, and the message. Only in
-// the template's own words are special tokens read as such.
+// The template's own words before the text, and after it. Only in these special tokens are read as such.
+static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
+
+static Span closing(const char *form) {
+    const char *words = strchr(form, '@') + 1;
+    return (Span){ words, strlen(words), true };
+}
+
+// What the model is to read before it answers: the end of its last answer or the system text, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
                        Span *spans) {
     int i = 0;
-    system = !first || !t->system_open ? NULL : system ? system : t->default_system;
-    if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
-    if (t->system_in_user || !system) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    bool inside = t->system_in_user, trims_system = t->trims && !inside;
+    system = !first || !t->system ? NULL : system ? system : t->default_system;
+    if (!first) spans[i++] = closing(t->answer);
+    if (inside) spans[i++] = opening(t->user);
     if (system) {
-        spans[i++] = (Span){ t->system_open, strlen(t->system_open), true };
-        spans[i++] = trimmed(system, strlen(system), t->trims && !t->system_in_user, t->trims && !t->system_in_user);
-        spans[i++] = (Span){ t->system_close, strlen(t->system_close), true };
-        if (!t->system_in_user) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+        spans[i++] = opening(t->system);
+        spans[i++] = trimmed(system, strlen(system), trims_system, trims_system);
+        spans[i++] = closing(t->system);
     }
-    spans[i++] = trimmed(message, n, t->trims && !(system && t->system_in_user), t->trims);
-    spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
-    spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
+    if (!inside) spans[i++] = opening(t->user);
+    spans[i++] = trimmed(message, n, t->trims && !(system && inside), t->trims);
+    spans[i++] = closing(t->user);
+    spans[i++] = opening(t->answer);
     return i;
 }
 
