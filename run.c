@@ -3792,71 +3792,48 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     return run_mode(m, mode, s, sampler, e);
 }
 
-// ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes.
-// -b puts the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many
-// texts, one in hexadecimal on each line.
-static bool put_ids(const Tokenizer *t, const char *text, size_t n, bool ends, bool special, Error *e) {
+// Stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts the model's begin and end tokens round
+// the ids, -s reads special tokens in the text, and with -d writes them.
+static bool convert_input(const Tokenizer *t, bool ends, bool special, bool decodes, Error *e) {
+    Buffer text = { 0 };
     Tokens tokens = { 0 };
-    Span span = { text, n, special };
-    bool ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
-              (!ends || !t->add_eos || emit(&tokens, t->eos, e));
-    if (ok) print_tokens(t, &tokens);
-    free(tokens.ids);
-    return ok;
-}
-
-static bool put_text(const Tokenizer *t, const char *ids, bool special, Error *e) {
-    Tokens tokens = { 0 };
-    bool ok = !ids[strspn(ids, " \n")] || read_ids(ids, t->n_tokens, &tokens, e);
-    for (size_t i = 0; ok && i < tokens.n; i++) {
-        size_t n;
+    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
+    const char *s = (const char *)text.bytes;
+    if (ok && decodes) {
+        ok = !s[strspn(s, " \n")] || read_ids(s, t->n_tokens, &tokens, e);
+    } else if (ok) {
+        Span span = { s, text.n - 1, special };
+        ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
+             (!ends || !t->add_eos || emit(&tokens, t->eos, e));
+    }
+    if (ok && !decodes) print_tokens(t, &tokens);
+    for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
         const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
         if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
         fwrite(bytes, 1, n, stdout);
     }
+    free(text.bytes);
     free(tokens.ids);
     return ok;
 }
 
-static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
-    Buffer line = { 0 };
-    bool ok = true;
-    while (ok && read_line(&line)) {
-        for (size_t i = 0; i + 1 < line.n; i += 2) {
-            unsigned byte = 0;
-            sscanf((const char *)line.bytes + i, "%2x", &byte);
-            line.bytes[i / 2] = (unsigned char)byte;
-        }
-        ok = put_ids(t, (const char *)line.bytes, line.n / 2, ends, special, e);
-    }
-    free(line.bytes);
-    return ok;
-}
-
+// ./tokenizer FILE [-b] [-s] [-d]
 static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
-    bool ends = false, special = false, decodes = false, lines = false, understood = true;
+    bool given[128] = { false }, understood = true;  // given: by an option's letter
     const char *path = NULL;
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "-b")) ends = true;
-        else if (!strcmp(argv[i], "-s")) special = true;
-        else if (!strcmp(argv[i], "-d")) decodes = true;
-        else if (!strcmp(argv[i], "--lines-hex")) lines = true;
-        else if (argv[i][0] == '-' || path) understood = false;
-        else path = argv[i];
+        const char *word = argv[i];
+        if (word[0] == '-' && word[1] && strchr("bsd", word[1]) && !word[2]) given[(int)word[1]] = true;
+        else if (word[0] == '-' || path) understood = false;
+        else path = word;
     }
     if (!understood || !path)
-        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: text on stdin to ids; -b with "
-                               "the model's begin and end tokens, -s reads special ones in the text, -d ids to text");
+        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d]: text on stdin to ids; -b with the model's "
+                               "begin and end tokens, -s reads special ones in the text, -d ids to text");
     *culprit = path;
     if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
     *culprit = NULL;
-    if (lines) return put_lines(&m->tokenizer, ends, special, e);
-    Buffer text = { 0 };
-    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
-    if (ok && decodes) ok = put_text(&m->tokenizer, (const char *)text.bytes, special, e);
-    else if (ok) ok = put_ids(&m->tokenizer, (const char *)text.bytes, text.n - 1, ends, special, e);
-    free(text.bytes);
-    return ok;
+    return convert_input(&m->tokenizer, given['b'], given['s'], given['d'], e);
 }
 
 #ifndef TOKENIZER_COMMAND
