@@ -120,9 +120,10 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The longest piece of this type that the n bytes at s begin with, or -1.
+// The longest piece of this type that the n bytes at s begin with; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
+    *n_bytes = 1;
     if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
     uint64_t hash = 1;
     size_t steps = 0;
@@ -259,16 +260,13 @@ static bool unpack_classes(Tokenizer *t, Error *e) {
     if (!(t->class_of = allocate(N_CLASSIFIED, sizeof *t->class_of, e))) return false;
     static const uint8_t bits[128] = {
         ['c'] = LETTER | CASED, ['l'] = LETTER, ['n'] = NUMBER, ['p'] = SYMBOL, ['s'] = SPACE};
-    size_t code = 0, count = 0;
+    size_t code = 0;
     for (const char *p = character_classes; *p; p++) {
-        if (*p >= '0' && *p <= '9') {
-            count = count * 10 + (size_t)(*p - '0');
-            continue;
-        }
+        size_t count = 0;
+        for (; *p <= '9'; p++) count = count * 10 + (size_t)(*p - '0');
         if (count == 0) count = 1;
         memset(t->class_of + code, bits[(unsigned char)*p], count);
         code += count;
-        count = 0;
     }
     for (size_t i = 0; i < sizeof more_classes / sizeof *more_classes; i++)
         for (code = more_classes[i].first; code <= more_classes[i].last; code++)
@@ -504,18 +502,20 @@ static void offer_pair(Encoder *c, const char *s, int left) {
     const Symbol *a = &c->symbols[left];
     if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
-    uint32_t length = a->length + b->length, rank;
-    int id;
+    Pair pair = {.length = a->length + b->length, .id = -1};
+    uint32_t rank = 0;
     if (t->kind == SPM) {
-        id = find_piece(t, s + a->start, length);
-        rank = id < 0 ? 0 : score_order(t->score[id]);
+        pair.id = find_piece(t, s + a->start, pair.length);
+        if (pair.id >= 0) rank = score_order(t->score[pair.id]);
     } else {
         size_t steps = 0;
         int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        id = merge < 0 ? -1 : (int)t->merge[merge][2];
+        if (merge >= 0) pair.id = (int)t->merge[merge][2];
         rank = (uint32_t)merge;
     }
-    if (id >= 0) push_pair(c, (Pair){(uint64_t)rank << 32 | (uint32_t)left, length, id});
+    if (pair.id < 0) return;
+    pair.order = (uint64_t)rank << 32 | (uint32_t)left;
+    push_pair(c, pair);
 }
 
 static void join_symbols(Encoder *c, const char *s) {
@@ -552,12 +552,11 @@ static bool emit_unknown(Encoder *c, const char *s, size_t n) {
 
 static bool reserve_symbols(Encoder *c, size_t n) {
     if (n <= c->capacity) return true;
-    size_t capacity = n > 2 * c->capacity ? n : 2 * c->capacity;
     free(c->symbols);
     free(c->heap);
-    c->symbols = allocate(capacity, sizeof *c->symbols, c->e);
-    c->heap = allocate(2 * capacity, sizeof *c->heap, c->e);
-    c->capacity = c->symbols && c->heap ? capacity : 0;
+    c->symbols = allocate(n, sizeof *c->symbols, c->e);
+    c->heap = allocate(2 * n, sizeof *c->heap, c->e);
+    c->capacity = c->symbols && c->heap ? n : 0;
     return c->capacity > 0;
 }
 
@@ -615,15 +614,11 @@ static size_t normalise(const char *s, size_t n, char *to) {
 // What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
 static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
-    while (at < end) {
-        size_t length;
+    for (size_t length; at < end; at += length) {
         int id = longest_special(c->t, type, s + at, end - at, &length);
-        if (id < 0) {
-            at++;
-            continue;
-        }
+        if (id < 0) continue;
         if (!rest(c, s + *begin, at - *begin) || !emit(c->out, id, c->e)) return false;
-        *begin = at += length;
+        *begin = at + length;
     }
     return true;
 }
@@ -826,16 +821,17 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 
 // Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
 static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, char *to) {
-    size_t length = 0;
     if (*type == PIECE_BYTE) {
         int byte = spelled_byte(s, n);
         to[0] = (char)byte;
         return byte >= 0;
     }
     if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s, n, to);
-    if (kind == BPE && *type == PIECE_NORMAL) length = unspell_bytes(s, n, to);
-    if (length > 0) return length;
-    if (kind == BPE && *type == PIECE_NORMAL) *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+    if (kind == BPE && *type == PIECE_NORMAL) {
+        size_t length = unspell_bytes(s, n, to);
+        if (length > 0) return length;
+        *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+    }
     memcpy(to, s, n);
     return n;
 }
@@ -875,7 +871,8 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     return append(&part[STARTS], &end, 4, e);
 }
 
-// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out.
+// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out, as is one whose
+// spelling is wrong: nothing is the length of that, and no piece.
 static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges, Error *e) {
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
@@ -887,11 +884,9 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
         if (!space) continue;
         size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
-        if (n_left == 0 || n_right == 0) continue;
         int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
                       find_piece(t, bytes, n_left + n_right)};
-        if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0) continue;
-        if (!append(merges, ids, sizeof ids, e)) return false;
+        if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
     }
     return true;
 }
@@ -918,11 +913,11 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
 // *pre = the row of pre_tokenizers[] with this name (which may be NULL).
 static bool choose_pre_tokenizer(const char *name, size_t n, uint32_t *pre, Error *e) {
     char known[160] = "";
-    for (uint32_t row = 0; row < N_PRE_TOKENIZERS; row++) {
-        const char *names = pre_tokenizers[row].names;
+    for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
+        const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
-        snprintf(known + end, sizeof known - end, "%s%.*s", row ? ", " : "", (int)length, names);
-        for (*pre = row; *names; names += length + strspn(names + length, " ")) {
+        snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
+        for (; *names; names += length + strspn(names + length, " ")) {
             length = strcspn(names, " ");
             if (name && length == n && memcmp(names, name, n) == 0) return true;
         }
