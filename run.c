@@ -1139,7 +1139,7 @@ static bool run_generate(const Model *m, State *s, Sampler *sampler, const Token
 }
 
 // The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
-typedef struct ChatTemplate ChatTemplate;
+typedef struct ChatTemplate ChatTemplate;  // chapter 9
 
 enum { MAX_SPANS = 8 };
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
@@ -1151,19 +1151,19 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 static bool read_line(Buffer *line);  // from stdin, without its end; false at the end of input or after Ctrl-C
 
 // One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
-// *pending: the last token of an answer that was cut short, which the cache does not have yet; else -1.
-static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, bool first, int *pending,
+// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
+static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
-    Tokens tokens = { 0 };
     Span spans[MAX_SPANS];
-    int n_spans = render_turn(t, first, options.system, message, n_message, spans), n_past = s->n_past;
+    size_t n_unread = unread->n;
+    int n_past = s->n_past, last = -1;
+    int n_spans = render_turn(t, n_past == 0, options.system, message, n_message, spans);
     Stop why = AT_INTERRUPT;
-    int last = -1, before = first && m->tokenizer.add_bos ? m->tokenizer.bos : *pending;
-    bool ok = (before < 0 || emit(&tokens, before, e)) && encode(&m->tokenizer, spans, n_spans, &tokens, e) &&
-              take_prompt(m, s, tokens.ids, tokens.n, speed, e);
-    if (ok) *pending = -1;
+    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) &&
+              take_prompt(m, s, unread->ids, unread->n, speed, e);
+    unread->n = ok ? 0 : n_unread;
     ok = ok && generate(m, s, sampler, &last, &why, speed, e);
-    if (why == AT_LIMIT || why == AT_CONTEXT) *pending = last;
+    if (last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, last, e);
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
         s->n_past = n_past;
         ok = true;
@@ -1172,7 +1172,6 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
     fflush(stdout);
     if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
     if (ok && why == AT_INTERRUPT) interrupted = 0;
-    free(tokens.ids);
     return ok;
 }
 
@@ -1182,17 +1181,15 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     if (!t) return false;
     tell_seed(sampler);
     Buffer line = { 0 };
+    Tokens unread = { 0 };
     Speed speed = { 0 };
-    int pending = -1;
-    bool ok = true, first = true;
-    const char *message = options.prompt;
-    while (ok && (message || read_line(&line))) {
+    bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
+    for (const char *message = options.prompt; ok && (message || read_line(&line)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, s, sampler, t, first, &pending, message ? message : (const char *)line.bytes, n, &speed, e);
-        first = first && s->n_past == 0;
-        message = NULL;
+        ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
     free(line.bytes);
+    free(unread.ids);
     if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
     return ok;
@@ -2868,25 +2865,25 @@ static void close_model(Model *m) {
 
 // ---- Chat templates ----
 
+// In system, user and answer, @ stands for the text; what is round it are the template's own words.
 struct ChatTemplate {
     const char *name;
-    const char *signs[6];                       // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;                 // where the user says nothing; NULL: then there is no system text
-    const char *system_open, *system_close;     // NULL: this form knows no system text
-    const char *user_open, *user_close;
-    const char *answer_open, *answer_close;
-    bool trims;                                 // white space round the texts is dropped
-    bool system_in_user;                        // the system text stands in the first user text, at its beginning
+    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;        // where the user says nothing; NULL: then there is no system text
+    const char *system;                // NULL: this form knows no system text
+    const char *user, *answer;
+    bool trims;                        // white space round the texts is dropped
+    bool system_in_user;               // the system text stands in the first user text, at its beginning
 };
 
 // The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
 // form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
 // published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
-#define CHATML "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", \
-               "<|im_start|>assistant\n", "<|im_end|>\n", false, false
-#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates, "<|eot_id|>", \
-                      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", \
-                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false
+#define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
+               "<|im_start|>assistant\n@<|im_end|>\n", false, false
+#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
+                      "<|start_header_id|>user<|end_header_id|>\n\n@<|eot_id|>", \
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n@<|eot_id|>", true, false
 static const ChatTemplate chat_templates[] = {
     { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
       "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
@@ -2903,38 +2900,36 @@ static const ChatTemplate chat_templates[] = {
       "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
     { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
     { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
-      NULL, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", " [/INST]", "", " </s><s>", true, true },
+      NULL, "<<SYS>>\n@\n<</SYS>>\n\n", "[INST] @ [/INST]", "@ </s><s>", true, true },
     { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
-      NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ", "[/INST]", "", "</s>", false, false },
+      NULL, "[SYSTEM_PROMPT] @[/SYSTEM_PROMPT]", "[INST] @[/INST]", "@</s>", false, false },
     { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
-      NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "", "</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" },
-      NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>", false, true },
+      NULL, "[SYSTEM_PROMPT]@[/SYSTEM_PROMPT]", "[INST]@[/INST]", "@</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "@\n\n", "[INST]@[/INST]", "@</s>", false, true },
     { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
-      NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>", false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" },
-      NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false, true },
+      NULL, "@\n\n", "[INST] @[/INST]", "@</s>", false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "@\n\n", " [INST] @ [/INST]", "@</s>", false, true },
     { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
-      NULL, NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
+      NULL, NULL, "[INST] @ [/INST]", "@</s>", false, false },
     { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
-      NULL, "<|system|>\n", "<|end|>\n", "<|user|>\n", "<|end|>\n", "<|assistant|>\n", "<|end|>\n", false, false },
+      NULL, "<|system|>\n@<|end|>\n", "<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", false, false },
     { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
-      NULL, "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", false, false },
+      NULL, "<|system|>\n@</s>\n", "<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", false, false },
     { "vicuna", { "USER: ", "A chat between a curious user" },
       "A chat between a curious user and an artificial intelligence assistant. "
       "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-      "", " ", "USER: ", " ", "ASSISTANT:", "</s>", false, false },
+      "@ ", "USER: @ ", "ASSISTANT:@</s>", false, false },
     { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
-      NULL, "", "\n\n", "USER: ", "\n", "ASSISTANT:", "</s>\n", false, false },
+      NULL, "@\n\n", "USER: @\n", "ASSISTANT:@</s>\n", false, false },
     { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
       "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
-      "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", false, false },
+      "@\n\n", "### Instruction:\n@\n\n", "### Response:\n@</s>\n\n", false, false },
     { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
-      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜><think>\n@<｜end▁of▁sentence｜>", false, false },
     { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
-      NULL, "", "", "<｜User｜>", "", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
     { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
-      NULL, "", "\n\n", "User: ", "\n\n", "Assistant:", "<｜end▁of▁sentence｜>", false, false },
+      NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
@@ -2964,23 +2959,31 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
     return (Span){ text, n, false };
 }
 
-// What the model is to read before it answers: the end of its last answer or the system text, and the message. Only in
-// the template's own words are special tokens read as such.
+// The template's own words before the text, and after it. Only in these special tokens are read as such.
+static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
+
+static Span closing(const char *form) {
+    const char *words = strchr(form, '@') + 1;
+    return (Span){ words, strlen(words), true };
+}
+
+// What the model is to read before it answers: the end of its last answer or the system text, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
                        Span *spans) {
     int i = 0;
-    system = !first || !t->system_open ? NULL : system ? system : t->default_system;
-    if (!first) spans[i++] = (Span){ t->answer_close, strlen(t->answer_close), true };
-    if (t->system_in_user || !system) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+    bool inside = t->system_in_user, trims_system = t->trims && !inside;
+    system = !first || !t->system ? NULL : system ? system : t->default_system;
+    if (!first) spans[i++] = closing(t->answer);
+    if (inside) spans[i++] = opening(t->user);
     if (system) {
-        spans[i++] = (Span){ t->system_open, strlen(t->system_open), true };
-        spans[i++] = trimmed(system, strlen(system), t->trims && !t->system_in_user, t->trims && !t->system_in_user);
-        spans[i++] = (Span){ t->system_close, strlen(t->system_close), true };
-        if (!t->system_in_user) spans[i++] = (Span){ t->user_open, strlen(t->user_open), true };
+        spans[i++] = opening(t->system);
+        spans[i++] = trimmed(system, strlen(system), trims_system, trims_system);
+        spans[i++] = closing(t->system);
     }
-    spans[i++] = trimmed(message, n, t->trims && !(system && t->system_in_user), t->trims);
-    spans[i++] = (Span){ t->user_close, strlen(t->user_close), true };
-    spans[i++] = (Span){ t->answer_open, strlen(t->answer_open), true };
+    if (!inside) spans[i++] = opening(t->user);
+    spans[i++] = trimmed(message, n, t->trims && !(system && inside), t->trims);
+    spans[i++] = closing(t->user);
+    spans[i++] = opening(t->answer);
     return i;
 }
 
@@ -4440,71 +4443,48 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     return run_mode(m, mode, s, sampler, e);
 }
 
-// ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: stdin's text to ids on one line, or with -d ids to the text's bytes.
-// -b puts the model's begin and end tokens round it, -s reads special tokens in the text; --lines-hex does it for many
-// texts, one in hexadecimal on each line.
-static bool put_ids(const Tokenizer *t, const char *text, size_t n, bool ends, bool special, Error *e) {
+// Stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts the model's begin and end tokens round
+// the ids, -s reads special tokens in the text, and with -d writes them.
+static bool convert_input(const Tokenizer *t, bool ends, bool special, bool decodes, Error *e) {
+    Buffer text = { 0 };
     Tokens tokens = { 0 };
-    Span span = { text, n, special };
-    bool ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
-              (!ends || !t->add_eos || emit(&tokens, t->eos, e));
-    if (ok) print_tokens(t, &tokens);
-    free(tokens.ids);
-    return ok;
-}
-
-static bool put_text(const Tokenizer *t, const char *ids, bool special, Error *e) {
-    Tokens tokens = { 0 };
-    bool ok = !ids[strspn(ids, " \n")] || read_ids(ids, t->n_tokens, &tokens, e);
-    for (size_t i = 0; ok && i < tokens.n; i++) {
-        size_t n;
+    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
+    const char *s = (const char *)text.bytes;
+    if (ok && decodes) {
+        ok = !s[strspn(s, " \n")] || read_ids(s, t->n_tokens, &tokens, e);
+    } else if (ok) {
+        Span span = { s, text.n - 1, special };
+        ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
+             (!ends || !t->add_eos || emit(&tokens, t->eos, e));
+    }
+    if (ok && !decodes) print_tokens(t, &tokens);
+    for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
         const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
         if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
         fwrite(bytes, 1, n, stdout);
     }
+    free(text.bytes);
     free(tokens.ids);
     return ok;
 }
 
-static bool put_lines(const Tokenizer *t, bool ends, bool special, Error *e) {
-    Buffer line = { 0 };
-    bool ok = true;
-    while (ok && read_line(&line)) {
-        for (size_t i = 0; i + 1 < line.n; i += 2) {
-            unsigned byte = 0;
-            sscanf((const char *)line.bytes + i, "%2x", &byte);
-            line.bytes[i / 2] = (unsigned char)byte;
-        }
-        ok = put_ids(t, (const char *)line.bytes, line.n / 2, ends, special, e);
-    }
-    free(line.bytes);
-    return ok;
-}
-
+// ./tokenizer FILE [-b] [-s] [-d]
 static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
-    bool ends = false, special = false, decodes = false, lines = false, understood = true;
+    bool given[128] = { false }, understood = true;  // given: by an option's letter
     const char *path = NULL;
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "-b")) ends = true;
-        else if (!strcmp(argv[i], "-s")) special = true;
-        else if (!strcmp(argv[i], "-d")) decodes = true;
-        else if (!strcmp(argv[i], "--lines-hex")) lines = true;
-        else if (argv[i][0] == '-' || path) understood = false;
-        else path = argv[i];
+        const char *word = argv[i];
+        if (word[0] == '-' && word[1] && strchr("bsd", word[1]) && !word[2]) given[(int)word[1]] = true;
+        else if (word[0] == '-' || path) understood = false;
+        else path = word;
     }
     if (!understood || !path)
-        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d] [--lines-hex]: text on stdin to ids; -b with "
-                               "the model's begin and end tokens, -s reads special ones in the text, -d ids to text");
+        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d]: text on stdin to ids; -b with the model's "
+                               "begin and end tokens, -s reads special ones in the text, -d ids to text");
     *culprit = path;
     if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
     *culprit = NULL;
-    if (lines) return put_lines(&m->tokenizer, ends, special, e);
-    Buffer text = { 0 };
-    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
-    if (ok && decodes) ok = put_text(&m->tokenizer, (const char *)text.bytes, special, e);
-    else if (ok) ok = put_ids(&m->tokenizer, (const char *)text.bytes, text.n - 1, ends, special, e);
-    free(text.bytes);
-    return ok;
+    return convert_input(&m->tokenizer, given['b'], given['s'], given['d'], e);
 }
 
 #ifndef TOKENIZER_COMMAND

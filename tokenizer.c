@@ -67,13 +67,10 @@ static int read_character(const char *s, size_t n, uint32_t *code) {
     if (u[0] < 0xC2 || u[0] > 0xF4) return -1;
     int length = u[0] < 0xE0 ? 2 : u[0] < 0xF0 ? 3 : 4;
     *code = u[0] & (0xFFu >> (length + 1));
-    for (int i = 1; i < length; i++) {
+    unsigned char low = u[0] == 0xE0 ? 0xA0 : u[0] == 0xF0 ? 0x90 : 0x80;  // the second byte's limits
+    unsigned char high = u[0] == 0xED ? 0x9F : u[0] == 0xF4 ? 0x8F : 0xBF;
+    for (int i = 1; i < length; i++, low = 0x80, high = 0xBF) {
         if ((size_t)i == n) return 0;
-        unsigned char low = 0x80, high = 0xBF;
-        if (i == 1 && u[0] == 0xE0) low = 0xA0;
-        if (i == 1 && u[0] == 0xED) high = 0x9F;
-        if (i == 1 && u[0] == 0xF0) low = 0x90;
-        if (i == 1 && u[0] == 0xF4) high = 0x8F;
         if (u[i] < low || u[i] > high) return -1;
         *code = *code << 6 | (u[i] & 0x3F);
     }
@@ -123,9 +120,10 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The longest piece of this type that the n bytes at s begin with, or -1.
+// The longest piece of this type that the n bytes at s begin with; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
+    *n_bytes = 1;
     if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
     uint64_t hash = 1;
     size_t steps = 0;
@@ -158,17 +156,24 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
     return table;
 }
 
-// Fills the table behind lookup(). Of pieces with the same bytes and the same type only the first has an entry.
+// Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
+// Of pieces with the same bytes and the same type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
     t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     if (!t->piece_slots) return false;
-    size_t steps = 0;
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    t->space_leads = t->kind == SPM;
+    size_t n, steps = 0;
     for (int id = 0; id < t->n_tokens; id++) {
-        size_t n;
         const char *s = piece(t, id, &n);
-        if (n == 0 || t->type[id] == PIECE_BYTE) continue;
-        t->begins[(unsigned char)s[0]] |= (uint8_t)(1 << t->type[id]);
-        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << t->type[id], &steps);
+        int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
+        if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
+            t->byte_id[first] = id;
+        if (n == 0 || type == PIECE_BYTE) continue;
+        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
+            t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
+        t->begins[first] |= (uint8_t)(1 << type);
+        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type, &steps);
         if (*slot < 0) *slot = id;
         if (steps > 8 * t->piece_mask) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
     }
@@ -255,16 +260,13 @@ static bool unpack_classes(Tokenizer *t, Error *e) {
     if (!(t->class_of = allocate(N_CLASSIFIED, sizeof *t->class_of, e))) return false;
     static const uint8_t bits[128] = {
         ['c'] = LETTER | CASED, ['l'] = LETTER, ['n'] = NUMBER, ['p'] = SYMBOL, ['s'] = SPACE};
-    size_t code = 0, count = 0;
+    size_t code = 0;
     for (const char *p = character_classes; *p; p++) {
-        if (*p >= '0' && *p <= '9') {
-            count = count * 10 + (size_t)(*p - '0');
-            continue;
-        }
+        size_t count = 0;
+        for (; *p <= '9'; p++) count = count * 10 + (size_t)(*p - '0');
         if (count == 0) count = 1;
         memset(t->class_of + code, bits[(unsigned char)*p], count);
         code += count;
-        count = 0;
     }
     for (size_t i = 0; i < sizeof more_classes / sizeof *more_classes; i++)
         for (code = more_classes[i].first; code <= more_classes[i].last; code++)
@@ -550,12 +552,11 @@ static bool emit_unknown(Encoder *c, const char *s, size_t n) {
 
 static bool reserve_symbols(Encoder *c, size_t n) {
     if (n <= c->capacity) return true;
-    size_t capacity = n > 2 * c->capacity ? n : 2 * c->capacity;
     free(c->symbols);
     free(c->heap);
-    c->symbols = allocate(capacity, sizeof *c->symbols, c->e);
-    c->heap = allocate(2 * capacity, sizeof *c->heap, c->e);
-    c->capacity = c->symbols && c->heap ? capacity : 0;
+    c->symbols = allocate(n, sizeof *c->symbols, c->e);
+    c->heap = allocate(2 * n, sizeof *c->heap, c->e);
+    c->capacity = c->symbols && c->heap ? n : 0;
     return c->capacity > 0;
 }
 
@@ -613,15 +614,11 @@ static size_t normalise(const char *s, size_t n, char *to) {
 // What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
 static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
-    while (at < end) {
-        size_t length;
+    for (size_t length; at < end; at += length) {
         int id = longest_special(c->t, type, s + at, end - at, &length);
-        if (id < 0) {
-            at++;
-            continue;
-        }
+        if (id < 0) continue;
         if (!rest(c, s + *begin, at - *begin) || !emit(c->out, id, c->e)) return false;
-        *begin = at += length;
+        *begin = at + length;
     }
     return true;
 }
@@ -643,12 +640,11 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
 
 // Tokens of the joined text of the spans. A control token must lie wholly in special spans.
 static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
-    size_t begin = 0, at = 0;
-    for (int i = 0; i < n_spans;) {
-        bool special = spans[i].special;
-        size_t end = at;
-        for (; i < n_spans && spans[i].special == special; i++) end += spans[i].n_bytes;
-        if (special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
+    size_t begin = 0, at = 0, end = 0;
+    for (int i = 0; i < n_spans; i++) {
+        end += spans[i].n_bytes;
+        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
+        if (spans[i].special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
         at = end;
     }
     return encode_plain(c, text + begin, n - begin);
@@ -743,31 +739,14 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
 // A merge's result must be the bytes of its parts: else what is decoded would not be what was encoded.
 static bool check_merges(const Tokenizer *t, Error *e) {
     for (int rank = 0; rank < t->n_merges; rank++) {
+        const uint32_t *merge = t->merge[rank];
         const char *s[3];
         size_t n[3];
-        for (int i = 0; i < 3; i++) {
-            if (t->merge[rank][i] >= (uint32_t)t->n_tokens)
-                return fail(e, BAD_FILE, "merge %d: no token %u", rank, t->merge[rank][i]);
-            s[i] = piece(t, (int)t->merge[rank][i], &n[i]);
-        }
+        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes where there is no such token
         if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
-            return fail(e, BAD_FILE, "merge %d: its result is not its parts", rank);
+            return fail(e, BAD_FILE, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
     }
     return true;
-}
-
-// What can be known about single bytes, and about spaces, before any text is seen.
-static void summarise_pieces(Tokenizer *t) {
-    int wanted = t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL;
-    memset(t->byte_id, 0xFF, sizeof t->byte_id);
-    t->space_leads = t->kind == SPM;
-    for (int id = t->n_tokens - 1; id >= 0; id--) {
-        size_t n;
-        const char *s = piece(t, id, &n);
-        if (n == 1 && t->type[id] == wanted) t->byte_id[(unsigned char)s[0]] = id;
-        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> t->type[id] & 1; i++)
-            if (s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
-    }
 }
 
 // Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
@@ -795,9 +774,8 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
                     c.bad ? "more" : "fewer");
     while (c.left > 0)
         if (*take(&c, 1)) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
-    if (!check_pieces(t, h.text_bytes, e) || !check_merges(t, e)) return false;
-    summarise_pieces(t);
-    return index_pieces(t, e) && index_merges(t, e) && (t->kind == SPM || unpack_classes(t, e));
+    return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
+           (t->kind == SPM || unpack_classes(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
@@ -843,16 +821,17 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 
 // Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
 static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, char *to) {
-    size_t length = 0;
     if (*type == PIECE_BYTE) {
         int byte = spelled_byte(s, n);
         to[0] = (char)byte;
         return byte >= 0;
     }
     if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s, n, to);
-    if (kind == BPE && *type == PIECE_NORMAL) length = unspell_bytes(s, n, to);
-    if (length > 0) return length;
-    if (kind == BPE && *type == PIECE_NORMAL) *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+    if (kind == BPE && *type == PIECE_NORMAL) {
+        size_t length = unspell_bytes(s, n, to);
+        if (length > 0) return length;
+        *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+    }
     memcpy(to, s, n);
     return n;
 }
@@ -892,7 +871,8 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     return append(&part[STARTS], &end, 4, e);
 }
 
-// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out.
+// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out, as is one whose
+// spelling is wrong: nothing is the length of that, and no piece.
 static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges, Error *e) {
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
@@ -904,11 +884,9 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
         if (!space) continue;
         size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
-        if (n_left == 0 || n_right == 0) continue;
         int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
                       find_piece(t, bytes, n_left + n_right)};
-        if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0) continue;
-        if (!append(merges, ids, sizeof ids, e)) return false;
+        if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
     }
     return true;
 }
@@ -935,11 +913,11 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
 // *pre = the row of pre_tokenizers[] with this name (which may be NULL).
 static bool choose_pre_tokenizer(const char *name, size_t n, uint32_t *pre, Error *e) {
     char known[160] = "";
-    for (uint32_t row = 0; row < N_PRE_TOKENIZERS; row++) {
-        const char *names = pre_tokenizers[row].names;
+    for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
+        const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
-        snprintf(known + end, sizeof known - end, "%s%.*s", row ? ", " : "", (int)length, names);
-        for (*pre = row; *names; names += length + strspn(names + length, " ")) {
+        snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
+        for (; *names; names += length + strspn(names + length, " ")) {
             length = strcspn(names, " ");
             if (name && length == n && memcmp(names, name, n) == 0) return true;
         }
@@ -971,8 +949,7 @@ static bool pack_parts(const Vocabulary *v, Buffer *part, TokenizerHeader *h, To
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, v->pre_bytes, &h->pre, e)) return false;
     if (!pack_pieces(v, part, e)) return false;
     *t = (Tokenizer){.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                     .text_start = (const uint32_t *)(const void *)part[STARTS].bytes,
-                     .text = (const char *)part[PIECE_TEXT].bytes};
+                     .text_start = (const void *)part[STARTS].bytes, .text = (const void *)part[PIECE_TEXT].bytes};
     if (!index_pieces(t, e)) return false;
     pack_header(v, t, h);
     if (!pack_merges(v, t, &part[MERGES], e) || !pack_end_ids(v, t, h->eos, &part[END_IDS], e)) return false;

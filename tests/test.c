@@ -283,8 +283,30 @@ static const struct {
     { "style", test_style },
 };
 
+// Ids of many texts, one in hexadecimal on each line of stdin: build/test FILE --lines-hex [--pre NAME], for
+// make_token_goldens.py --tokenizer build/test
+static int encode_lines(const char *path, const char *pre) {
+    Error e = { 0 };
+    Model m = { 0 };
+    Buffer line = { 0 };
+    options.pre = pre;
+    if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
+        return tell_error("test", path, &e);
+    while (read_line(&line)) {
+        size_t n = read_hex((char *)line.bytes, line.n, (char *)line.bytes);
+        Tokens tokens = encode_text(&m.tokenizer, (char *)line.bytes, n, false);
+        print_tokens(&m.tokenizer, &tokens);
+        free(tokens.ids);
+    }
+    free(line.bytes);
+    close_model(&m);
+    return n_failed > 0;
+}
+
 // With arguments, only the groups whose names contain one of them.
 int main(int argc, char **argv) {
+    if (argc > 2 && !strcmp(argv[2], "--lines-hex"))
+        return encode_lines(argv[1], argc == 5 && !strcmp(argv[3], "--pre") ? argv[4] : NULL);
     if (!getenv("OMP_WAIT_POLICY")) {  // threads that wait leave the cores to others; OpenMP reads this when it starts
         setenv("OMP_WAIT_POLICY", "passive", 1);
         execv(argv[0], argv);
