@@ -1780,40 +1780,32 @@ typedef struct {
     size_t first_row, fused_rows;  // where it begins in the fused tensor, and what that has in all
 } Slot;
 
-static size_t size_of(const Model *m, int layer, Size size) {
-    const Config *c = &m->config;
-    switch (size) {
-    case ONE: return 1;
-    case DIM: return (size_t)c->dim;
-    case Q_DIM: return (size_t)m->layers[layer].n_heads * (size_t)c->head_dim;
-    case KV_DIM: return (size_t)m->layers[layer].n_kv_heads * (size_t)c->head_dim;
-    case FFN_DIM: return (size_t)m->layers[layer].ffn_dim;
-    case N_TOKENS: return (size_t)c->n_tokens;
-    default: return (size_t)c->rope_dim / 2;
-    }
-}
-
 static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
 
 // The i-th tensor of the model, in the order in which native files hold them.
 static Slot get_slot(Model *m, size_t i) {
     bool whole = i < N_MODEL_RULES;
-    int layer = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
+    int index = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
     const TensorRule *rule = whole ? &model_rules[i] : &layer_rules[(i - N_MODEL_RULES) % N_LAYER_RULES];
-    char *place = (char *)(whole ? (void *)m : (void *)&m->layers[layer]) + rule->offset;
-    Slot slot = {
-        .rule = rule, .layer = layer, .rows = size_of(m, layer, rule->rows), .cols = size_of(m, layer, rule->cols)
+    Layer *layer = &m->layers[whole ? 0 : index];
+    char *place = (whole ? (char *)m : (char *)layer) + rule->offset;
+    size_t head_dim = (size_t)m->config.head_dim;
+    const size_t sizes[] = {
+        [ONE] = 1, [DIM] = (size_t)m->config.dim, [FFN_DIM] = (size_t)layer->ffn_dim,
+        [PAIRS] = (size_t)m->config.rope_dim / 2, [N_TOKENS] = (size_t)m->config.n_tokens,
+        [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
     };
+    Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
     if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
     else slot.tensor = (Tensor *)(void *)place;
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
-    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", layer, rule->name);
+    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", index, rule->name);
     if (!rule->fused) return slot;
-    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
+    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
     for (const TensorRule *r = layer_rules; r < layer_rules + N_LAYER_RULES; r++) {
         if (!r->fused || strcmp(r->fused, rule->fused)) continue;
         if (r == rule) slot.first_row = slot.fused_rows;
-        slot.fused_rows += size_of(m, layer, r->rows);
+        slot.fused_rows += sizes[r->rows];
     }
     return slot;
 }
@@ -1856,17 +1848,11 @@ typedef struct {
     size_t n;
 } Directory;
 
-static int by_name(const void *a, const void *b) { return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name); }
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // an Entry begins with its name
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
     return x < y ? -1 : x > y;
-}
-
-static Entry *find_entry(const Directory *d, const char *name) {
-    Entry wanted;
-    snprintf(wanted.name, NAME_BYTES, "%s", name);
-    return bsearch(&wanted, d->entries, d->n, sizeof *d->entries, by_name);
 }
 
 // Finds each tensor's bytes in those of all, which begin at a multiple of `step`, as every tensor must.
@@ -1883,25 +1869,22 @@ static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
     return true;
 }
 
-// No two tensors may share bytes or names. Leaves the directory sorted by name.
+// No two tensors may share bytes. Leaves the directory sorted by name.
 static bool check_directory(const Directory *d, Error *e) {
     qsort(d->entries, d->n, sizeof *d->entries, by_place);
-    for (size_t i = 1; i < d->n; i++) {
-        const Entry *a = &d->entries[i - 1], *b = &d->entries[i];
-        if (a->n_bytes > (size_t)(b->source.data - a->source.data))
-            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
-    }
+    for (const Entry *a = d->entries; a + 1 < d->entries + d->n; a++)
+        if (a->n_bytes > (size_t)(a[1].source.data - a->source.data))
+            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, a[1].name);
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
-    for (size_t i = 1; i < d->n; i++)
-        if (!by_name(&d->entries[i - 1], &d->entries[i]))
-            return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
     return true;
 }
 
 // The entry for a slot: its own or the fused one, or NULL. Native files have no fused tensors.
 static Entry *entry_for(const Directory *d, const Slot *slot) {
-    Entry *own = find_entry(d, slot->name), *fused = own || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
-    return fused && fused->source.type ? fused : own;
+    Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name);
+    if (own || !slot->rule->fused) return own;
+    Entry *fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
+    return fused && fused->source.type ? fused : NULL;
 }
 
 static bool is_fused(const Entry *entry, const Slot *slot) { return strcmp(entry->name, slot->name) != 0; }
@@ -1970,7 +1953,8 @@ static bool bind_slots(Model *m, Directory *d, Error *e) {
     }
     for (size_t i = 0; i < d->n; i++)
         if (!d->entries[i].used)
-            return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
+            return fail(e, BAD_FILE, "tensor %s is there twice, or no %s model has it", d->entries[i].name,
+                        m->config.family);
     return true;
 }
 
@@ -2069,6 +2053,10 @@ static bool use_vocabulary(Model *m, Cursor section, Error *e) {
     return open_tokenizer(section.at, section.left, &m->tokenizer, e);
 }
 
+static bool use_packed_vocabulary(Model *m, Error *e) {
+    return use_vocabulary(m, (Cursor){ m->packed_vocabulary.bytes, m->packed_vocabulary.n, false }, e);
+}
+
 // The header, and the sections as cursors.
 static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Cursor *sections, Error *e) {
     Cursor c = { bytes, n_bytes, false };
@@ -2089,11 +2077,13 @@ static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *
     return true;
 }
 
-// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are.
+// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are; or,
+// where there is no directory to put these in, the vocabulary only.
 static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
     FileHeader h;
     Cursor sections[N_SECTIONS];
     if (!read_header(bytes, n_bytes, &h, sections, e)) return false;
+    if (!d) return use_vocabulary(m, sections[TOKENIZER], e);
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
     m->chat_template_bytes = sections[CHAT_TEMPLATE].left;
     m->chat_template = m->chat_template_bytes ? (const char *)sections[CHAT_TEMPLATE].at : NULL;
@@ -2212,9 +2202,10 @@ typedef enum {
     G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G,
     G_NUMBER = N_G,  // any but G_STRING
 } GgufType;
-static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
-static const char *const gguf_names[] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
-                                          "u64", "i64", "f64", "number" };
+static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = {
+    { "u8", 1 }, { "i8", 1 }, { "u16", 2 }, { "i16", 2 }, { "u32", 4 }, { "i32", 4 }, { "f32", 4 }, { "bool", 1 },
+    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "number", 0 },
+};
 
 // Bytes of the file, with no NUL behind them; `at` is NULL where there is no such text.
 typedef struct {
@@ -2257,7 +2248,7 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     k->type = (GgufType)type;
     k->count = (size_t)count;
     k->value = *c;
-    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_sizes[type], n;
+    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes, n;
     c->bad = count > c->left / least;  // strings have to be walked one by one: not more than there can be
     if (type != G_STRING) take(c, k->count * least);
     for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c, &n);
@@ -2280,17 +2271,13 @@ static Key *find_key(Gguf *g, const char *name) {
 
 // Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
-    union { uint64_t u; int8_t i8; int16_t i16; int32_t i32; int64_t i64; float f32; double f64; } x = { 0 };
-    memcpy(&x, k->value.at + i * gguf_sizes[k->type], gguf_sizes[k->type]);
-    switch (k->type) {
-    case G_I8: return x.i8;
-    case G_I16: return x.i16;
-    case G_I32: return x.i32;
-    case G_I64: return (double)x.i64;
-    case G_F32: return (double)x.f32;
-    case G_F64: return x.f64;
-    default: return (double)x.u;
-    }
+    union { uint64_t u; float f32; double f64; } x = { 0 };
+    size_t n = gguf_types[k->type].n_bytes;
+    memcpy(&x, k->value.at + i * n, n);
+    if (k->type == G_F32) return (double)x.f32;
+    if (k->type == G_F64) return x.f64;
+    if (gguf_types[k->type].name[0] != 'i') return (double)x.u;
+    return (double)((int64_t)(x.u << (64 - 8 * n)) >> (64 - 8 * n));  // the shift to the right copies the sign
 }
 
 // A copy of the key of that name, which must hold a value, or an array of values, of that type; zeros if there is none.
@@ -2299,8 +2286,8 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
     if (k && !fits)
         g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name,
-                                 k->is_array ? "an array of " : "", gguf_names[k->type],
-                                 is_array ? "an array of " : "", gguf_names[type]);
+                                 k->is_array ? "an array of " : "", gguf_types[k->type].name,
+                                 is_array ? "an array of " : "", gguf_types[type].name);
     return fits ? *k : (Key){ .value = { NULL, 0, false } };
 }
 
@@ -2330,15 +2317,10 @@ static const struct {
     const char *key;
     double harmless;  // NAN: any value is
 } other_keys[] = {
-    { ".attention.causal", 1 },
-    { ".rope.scaling.attn_factor", 1 },
-    { ".logit_scale", 1 },
-    { ".residual_scale", 1 },
-    { ".embedding_scale", 1 },
+    { ".attention.causal", 1 }, { ".rope.scaling.attn_factor", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 },
+    { ".embedding_scale", 1 }, { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
     { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
-    { ".rope.scaling.finetuned", NAN },
-    { ".tensor_data_layout", NAN },
-    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
+    { ".expert_feed_forward_length", NAN },            // of experts that expert_count says there are not
 };
 
 static bool is_harmless(const Gguf *g, const Key *k) {
@@ -2360,16 +2342,19 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     if (!k && isnan(f->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, f->key);
     if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
         return fail(e, BAD_FILE, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
-                    gguf_names[k->type], f->per_layer ? ", or one for each layer" : "");
+                    gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
     for (int l = 0; l < n && (k || f->otherwise > 0); l++)
         if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
     return true;
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
-static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
+static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
+    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++)
+        if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
+            c->n_tokens = (int)entry->source.rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++)
@@ -2380,12 +2365,14 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
-    Text scaling = get_text(g, ".rope.scaling.type");
+    Text scaling = get_text(g, ".rope.scaling.type"), chat_template = get_text(g, "tokenizer.chat_template");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
     if (g->bad) return false;
     if (scaling.at && !is_text(scaling, "none") && !is_text(scaling, "linear"))
         return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
     c->rope_scale = factor == 0 || is_text(scaling, "none") ? 1 : factor;
+    m->chat_template = chat_template.at;
+    m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
         if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
@@ -2454,7 +2441,7 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
 // The directory, from the cursor on; `bytes` is where the file begins.
 static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Directory *d, Error *e) {
     size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
-    if (g->bad) return false;
+    if (g->bad || !find_family(g->family, e)) return false;
     if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS || n > c->left / 24)
         return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n);
@@ -2496,33 +2483,23 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
     Cursor c = { bytes, n_bytes, false };
     Gguf g = { 0 };
     uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) && find_family(g.family, e) &&
-              read_gguf_tensors(&g, &c, bytes, n_tensors, d, e);
-    for (size_t i = 0; ok && i < d->n; i++) {
-        size_t rows = d->entries[i].source.rows;
-        if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
-    }
-    ok = ok && read_gguf_config(&g, m, e) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e);
-    Text template = ok ? get_text(&g, "tokenizer.chat_template") : (Text){ NULL, 0 };
-    m->chat_template = template.at;
-    m->chat_template_bytes = template.n;
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
+    if (d) ok = ok && read_gguf_tensors(&g, &c, bytes, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
+    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) && use_packed_vocabulary(m, e);
     free(g.keys);
-    return ok && !g.bad && use_vocabulary(m, (Cursor){ m->packed_vocabulary.bytes, m->packed_vocabulary.n, false }, e);
+    return ok;
 }
 
 // ---- llama2.c ----
 
 // v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats,
-// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; "" stands for v0's table
-// of angles.
-static const char *const llama2c_order[2][14] = {
-    { "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-      "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "",
-      "output.weight", NULL },
-    { "attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "token_embd.weight", "attn_q.weight",
-      "attn_k.weight", "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight",
-      "output.weight", NULL, NULL },
+// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; from v1 on all vectors
+// come before all matrices. "" stands for v0's table of angles.
+static const char *const llama2c_order[] = {
+    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
+    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
 };
+enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
 typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
@@ -2545,12 +2522,15 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
 
 static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Directory *d, Error *e) {
     if (!(d->entries = allocate(n_slots(m), sizeof *d->entries, e))) return false;
-    for (const char *const *name = llama2c_order[version > 0]; *name; name++) {
-        if (!**name) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
-        if (shared && !strcmp(*name, "output.weight")) continue;
-        for (size_t i = 0; **name && i < n_slots(m); i++) {
-            Slot slot = get_slot(m, i);
-            if (!strcmp(slot.rule->name, *name) && !add_llama2c_tensor(&slot, c, group, d, e)) return false;
+    for (int i = 0; i < (version ? 2 : 1) * N_LLAMA2C; i++) {
+        const char *name = llama2c_order[i % N_LLAMA2C];
+        bool vectors = !version || i < N_LLAMA2C, matrices = !version || i >= N_LLAMA2C;
+        if (!*name && !version) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
+        if (!*name || (shared && !strcmp(name, "output.weight"))) continue;
+        for (size_t j = 0; j < n_slots(m); j++) {
+            Slot slot = get_slot(m, j);
+            if (strcmp(slot.rule->name, name) || !(slot.vector ? vectors : matrices)) continue;
+            if (!add_llama2c_tensor(&slot, c, group, d, e)) return false;
         }
     }
     return c->left == 0 || fail(e, BAD_FILE, "%zu bytes are left after the weights that its header asks for", c->left);
@@ -2561,6 +2541,7 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     Llama2cHeader h;
     uint32_t version = 0;
     int32_t group = 0;
+    if (!d) return read_llama2c_tokenizer(bytes, n_bytes, &m->packed_vocabulary, e) && use_packed_vocabulary(m, e);
     if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
         take_u32(&c);
         version = take_u32(&c);
@@ -2610,6 +2591,10 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
+static bool (*const parsers[])(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) = {
+    [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
+};
+
 // A model's parts from a file's bytes. On failure too, close_model() frees what there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
@@ -2617,9 +2602,6 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
         if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
             return fail(e, BAD_FILE, "is %s", mistakes[i].thing);
     }
-    static bool (*const parsers[])(const unsigned char *, size_t, Model *, Directory *, Error *) = {
-        [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
-    };
     Directory d = { 0 };
     bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
               bind_model(m, &d, threads, e);
@@ -2631,20 +2613,8 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
 
 // The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    Container kind = recognise(bytes, n_bytes);
-    Cursor c = { bytes, n_bytes, false }, sections[N_SECTIONS] = { 0 };
-    Buffer *made = &m->packed_vocabulary;
-    Gguf g = { 0 };
-    FileHeader h;
-    uint64_t n_tensors;
-    bool ok;
-    made->n = 0;
-    if (kind == NATIVE) ok = read_header(bytes, n_bytes, &h, sections, e);
-    else if (kind == GGUF) ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, made, e);
-    else ok = read_llama2c_tokenizer(bytes, n_bytes, made, e);
-    free(g.keys);
-    Cursor section = kind == NATIVE ? sections[TOKENIZER] : (Cursor){ made->bytes, made->n, false };
-    if (!ok || !use_vocabulary(m, section, e)) return false;
+    m->packed_vocabulary.n = 0;
+    if (!parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, NULL, e)) return false;
     int n = m->tokenizer.n_tokens;
     return n_tokens < 0 || n == n_tokens ||
            fail(e, BAD_FILE, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
