@@ -1578,31 +1578,26 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
 // The processors that this process may use, or only the physical cores among them: a core's second thread shares its
 // arithmetic, and would be in the way.
 static int count_cores(bool physical) {
-#ifndef _OPENMP
-    (void)physical;
-    return 1;
-#else
-#ifdef __linux__
+    long n = 0;
+#if defined(_OPENMP) && defined(__linux__)
     cpu_set_t allowed;
-    int n = 0;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-            char path[80];
-            int first = cpu;
-            if (!CPU_ISSET(cpu, &allowed)) continue;
-            if (!physical && ++n) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            FILE *f = fopen(path, "r");
-            if (f && fscanf(f, "%d", &first) != 1) first = cpu;
-            if (f) fclose(f);
-            n += first == cpu || !CPU_ISSET(first, &allowed);
-        }
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) CPU_ZERO(&allowed);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        char path[80];
+        int first = cpu;  // of the threads of its core
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *f = physical ? fopen(path, "r") : NULL;
+        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+        if (f) fclose(f);
+        n += first == cpu || !CPU_ISSET(first, &allowed);
     }
-    if (n > 0) return n;
 #endif
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 && online < 1024 ? (int)online : 1;
+#ifdef _OPENMP
+    if (n == 0) n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    (void)physical;
+    return n > 0 && n <= 1024 ? (int)n : 1;
 }
 
 static void show_progress(const char *what, double start, size_t done, size_t total) {
@@ -1610,10 +1605,7 @@ static void show_progress(const char *what, double start, size_t done, size_t to
     fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
 }
 
-static void on_interrupt(int number) {
-    (void)number;
-    interrupted = 1;
-}
+static void on_interrupt(int number) { interrupted = number; }
 
 static bool read_line(Buffer *line) {
     char *text = (char *)line->bytes;
@@ -1629,10 +1621,8 @@ static bool read_line(Buffer *line) {
 
 // ---- What a model consists of ----
 
-enum {
-    MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20,
-    MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536,
-};
+enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20 };
+enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
 typedef struct {
@@ -1715,8 +1705,7 @@ static bool check_config(Model *m, Error *e) {
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
     }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
-                    c->head_dim);
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
         if (heads % groups)
@@ -1741,14 +1730,12 @@ typedef struct {
     const char *fused;
 } TensorRule;
 
-static const TensorRule model_rules[] = {
+static const TensorRule rules[] = {
     { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, NEEDED, NULL },
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, NEEDED, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
-};
-
-static const TensorRule layer_rules[] = {
+    // and of each layer
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, NEEDED, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, NEEDED, "attn_qkv.weight" },
     { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
@@ -1766,8 +1753,7 @@ static const TensorRule layer_rules[] = {
     { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
 };
-enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules, NAME_BYTES = 64 };
-enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
+enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -1786,7 +1772,7 @@ static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config
 static Slot get_slot(Model *m, size_t i) {
     bool whole = i < N_MODEL_RULES;
     int index = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
-    const TensorRule *rule = whole ? &model_rules[i] : &layer_rules[(i - N_MODEL_RULES) % N_LAYER_RULES];
+    const TensorRule *rule = &rules[whole ? i : N_MODEL_RULES + (i - N_MODEL_RULES) % N_LAYER_RULES];
     Layer *layer = &m->layers[whole ? 0 : index];
     char *place = (whole ? (char *)m : (char *)layer) + rule->offset;
     size_t head_dim = (size_t)m->config.head_dim;
@@ -1802,7 +1788,7 @@ static Slot get_slot(Model *m, size_t i) {
     else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", index, rule->name);
     if (!rule->fused) return slot;
     snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
-    for (const TensorRule *r = layer_rules; r < layer_rules + N_LAYER_RULES; r++) {
+    for (const TensorRule *r = rules; r < rules + N_MODEL_RULES + N_LAYER_RULES; r++) {
         if (!r->fused || strcmp(r->fused, rule->fused)) continue;
         if (r == rule) slot.first_row = slot.fused_rows;
         slot.fused_rows += sizes[r->rows];
@@ -1811,14 +1797,13 @@ static Slot get_slot(Model *m, size_t i) {
 }
 
 static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
+// Bytes in the form in which it is used.
+static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
 
 static void set_slot(const Slot *s, const unsigned char *data) {
     if (s->tensor) s->tensor->tiles = data;
     else *s->vector = (const float *)(const void *)data;
 }
-
-// Bytes in the form in which it is used.
-static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
 
 // Whether the model has it, and not as a second name of the embedding.
 static bool is_stored(const Model *m, const Slot *s) {
@@ -1855,27 +1840,19 @@ static int by_place(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// Finds each tensor's bytes in those of all, which begin at a multiple of `step`, as every tensor must.
+// Finds each tensor's bytes in those of all. It must begin at a multiple of `step`, and no two may share any.
 static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
-    for (size_t i = 0; i < d->n; i++) {
-        Entry *entry = &d->entries[i];
-        unsigned long long offset = entry->offset;
-        if (offset % step)
-            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, offset, step);
-        if (data.bad || offset > data.left || entry->n_bytes > data.left - offset)
+    for (Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
+        unsigned long long at = entry->offset;
+        if (at % step) return fail(e, BAD_FILE, "%s begins at %llu, no multiple of %zu", entry->name, at, step);
+        if (data.bad || at > data.left || entry->n_bytes > data.left - at)
             return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
-        entry->source.data = data.at + offset;
+        entry->source.data = data.at + at;
     }
-    return true;
-}
-
-// No two tensors may share bytes. Leaves the directory sorted by name.
-static bool check_directory(const Directory *d, Error *e) {
     qsort(d->entries, d->n, sizeof *d->entries, by_place);
     for (const Entry *a = d->entries; a + 1 < d->entries + d->n; a++)
         if (a->n_bytes > (size_t)(a[1].source.data - a->source.data))
             return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, a[1].name);
-    qsort(d->entries, d->n, sizeof *d->entries, by_name);
     return true;
 }
 
@@ -1919,8 +1896,7 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
     size_t rows = is_fused(entry, slot) ? slot->fused_rows : slot->rows;
     if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
-        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows,
-                    slot->cols);
+        return fail(e, BAD_FILE, "%s: %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows, slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && types[type].quantised && slot->cols % TILE_COLS)
@@ -1937,9 +1913,11 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     return true;
 }
 
-// Finds every tensor that the configuration needs, and sees that none is left over.
-static bool bind_slots(Model *m, Directory *d, Error *e) {
+// From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
+// configuration needs, and sees that none is left over.
+static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     bool needs_bias = find_family(m->config.family, e)->needs_bias;
+    qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
         Entry *entry = entry_for(d, &slot);
@@ -1951,16 +1929,8 @@ static bool bind_slots(Model *m, Directory *d, Error *e) {
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
             return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
     }
-    for (size_t i = 0; i < d->n; i++)
-        if (!d->entries[i].used)
-            return fail(e, BAD_FILE, "tensor %s is there twice, or no %s model has it", d->entries[i].name,
-                        m->config.family);
-    return true;
-}
-
-// From a checked configuration and what a file says it has to a model that can run.
-static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    if (!check_directory(d, e) || !bind_slots(m, d, e)) return false;
+    for (const Entry *a = d->entries; a < d->entries + d->n; a++)
+        if (!a->used) return fail(e, BAD_FILE, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
     PackJob job = { m, d, clock_seconds() };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
     if (m->packed) {
@@ -2062,12 +2032,11 @@ static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *
     Cursor c = { bytes, n_bytes, false };
     take_into(&c, h, sizeof *h);
     if (c.bad) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
+    unsigned long long whole = h->file_bytes;
     if (h->layout != LAYOUT)
         return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
                     h->layout, LAYOUT);
-    if (h->file_bytes != n_bytes)
-        return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes,
-                    (unsigned long long)h->file_bytes);
+    if (whole != n_bytes) return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes, whole);
     for (int i = 0; i < N_SECTIONS; i++) {
         Section s = h->sections[i];
         if (s.at > n_bytes || s.n_bytes > n_bytes - s.at || s.at % 64)
@@ -2091,13 +2060,6 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
            place_entries(d, sections[WEIGHTS], 64, e) && use_vocabulary(m, sections[TOKENIZER], e);
 }
 
-// Where the next part of a file being laid out begins.
-static Section next_section(uint64_t *end, size_t n_bytes) {
-    Section s = { *end, n_bytes };
-    *end = round_up((size_t)*end + n_bytes, 64);
-    return s;
-}
-
 // The tensor records, with places from where the weights begin on, and how many bytes those take.
 static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
@@ -2106,7 +2068,7 @@ static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) 
         TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
                            .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = slot_bytes(&slot) };
         memcpy(r.name, slot.name, NAME_BYTES);
-        next_section(end, (size_t)r.n_bytes);
+        *end = round_up(*end + r.n_bytes, 64);
         if (!append(b, &r, sizeof r, e)) return false;
     }
     return true;
@@ -2175,7 +2137,10 @@ static bool export_model(Model *m, const char *path, Error *e) {
         [TOKENIZER] = { m->vocabulary, m->vocabulary_bytes, false },
         [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template, m->chat_template_bytes, false },
     };
-    for (int i = 0; i < WEIGHTS; i++) h.sections[i] = next_section(&h.weights.at, sections[i].left);
+    for (int i = 0; i < WEIGHTS; i++) {
+        h.sections[i] = (Section){ h.weights.at, sections[i].left };
+        h.weights.at = round_up(h.weights.at + sections[i].left, 64);
+    }
     h.file_bytes = h.weights.at + h.weights.n_bytes;
     h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
     for (uint32_t i = 0; i < h.n_tensors; i++) ((TensorRecord *)(void *)records.bytes)[i].at += h.weights.at;
@@ -2402,13 +2367,11 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
-        return fail(e, BAD_FILE, "key tokenizer.ggml.model is \"%.*s\", which is not implemented", shown(model),
-                    model.at ? model.at : "");
+        return fail(e, BAD_FILE, "key tokenizer.ggml.model: \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
     if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
-        return fail(e, BAD_FILE, "%zu scores and %zu types of tokens, expected one for each of %zu", scores.count,
-                    piece_types.count, v.n_tokens);
+        return fail(e, BAD_FILE, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, section, e);
 }
 
@@ -2512,8 +2475,7 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
     entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
     if (grouped && (slot->cols % (size_t)group || group % 32))
-        return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group,
-                    slot->cols, slot->name);
+        return fail(e, BAD_FILE, "groups of %d in %s: no multiple of 32 that divides %zu", group, slot->name, slot->cols);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
     if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
@@ -2757,20 +2719,16 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static void lay_out_state(const Model *m, State *s, Arena *a) {
     const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = QUERIES_TOGETHER;
-    for (int l = 0; l < c->n_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        n_heads = larger(n_heads, (size_t)layer->n_heads);
-        n_kv_heads = larger(n_kv_heads, (size_t)layer->n_kv_heads);
-        ffn_dim = larger(ffn_dim, (size_t)layer->ffn_dim);
+    size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER;
+    for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
+        s->q_stride = larger(s->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
+        s->kv_stride = larger(s->kv_stride, round_up((size_t)layer->n_kv_heads * head_dim, 32));
+        s->ffn_stride = larger(s->ffn_stride, round_up((size_t)layer->ffn_dim, 32));
         group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
     }
     size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
     size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
-    s->q_stride = round_up(n_heads * head_dim, 32);
-    s->kv_stride = round_up(n_kv_heads * head_dim, 32);
-    s->ffn_stride = round_up(ffn_dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
     s->x = place(a, n * s->x_stride, sizeof(float));
     s->normed = place(a, n_or_threads * s->x_stride, sizeof(float));
@@ -2828,16 +2786,13 @@ static void free_state(State *s) {
 // Not finite is what no weights should give and no token may be chosen from.
 static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
     for (int t = 0; t < n; t++) {
-        int layers = s->broken[t] - 1, row = t - (n - n_logits);
-        const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
+        int layers = s->broken[t] - 1, row = t - (n - n_logits), at = s->n_past + t;
         bool finite = true;
         for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
-            finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0)
-            return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", s->n_past + t);
-        if (layers > 0)
-            return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, s->n_past + t);
-        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
+            finite &= (bits_of_float(s->logits[(size_t)row * s->logits_stride + (size_t)i]) & 0x7fffffff) < 0x7f800000;
+        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", at);
+        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, at);
+        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", at);
     }
     return true;
 }
