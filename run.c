@@ -1699,11 +1699,9 @@ static bool check_config(Model *m, Error *e) {
     const Family *family = find_family(c->family, e);
     if (!family) return false;
     c->pairing = family->pairing;
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
-    }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
         return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
@@ -1763,7 +1761,7 @@ typedef struct {
     Tensor *tensor;     // one of these two is where it belongs
     const float **vector;
     char name[NAME_BYTES], fused[NAME_BYTES];
-    size_t first_row, fused_rows;  // where it begins in the fused tensor, and what that has in all
+    size_t first_row, all_rows;  // where it begins in the fused tensor, and what that has in all
 } Slot;
 
 static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
@@ -1790,8 +1788,8 @@ static Slot get_slot(Model *m, size_t i) {
     snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
     for (const TensorRule *r = rules; r < rules + N_MODEL_RULES + N_LAYER_RULES; r++) {
         if (!r->fused || strcmp(r->fused, rule->fused)) continue;
-        if (r == rule) slot.first_row = slot.fused_rows;
-        slot.fused_rows += sizes[r->rows];
+        if (r == rule) slot.first_row = slot.all_rows;
+        slot.all_rows += sizes[r->rows];
     }
     return slot;
 }
@@ -1827,11 +1825,7 @@ typedef struct {
 } Entry;
 
 enum { NATIVE_VECTOR = 255 };
-
-typedef struct {
-    Entry *entries;
-    size_t n;
-} Directory;
+typedef struct { Entry *entries; size_t n; } Directory;
 
 static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // an Entry begins with its name
 
@@ -1856,22 +1850,18 @@ static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
     return true;
 }
 
-// The entry for a slot: its own or the fused one, or NULL. Native files have no fused tensors.
-static Entry *entry_for(const Directory *d, const Slot *slot) {
-    Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name);
-    if (own || !slot->rule->fused) return own;
-    Entry *fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
-    return fused && fused->source.type ? fused : NULL;
+// The entry for a slot, or NULL: its own, which is all that native files have, or the fused one.
+static Entry *entry_for(const Directory *d, Slot *slot) {
+    Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name), *fused = NULL;
+    if (!own && slot->rule->fused) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
+    if (fused && fused->source.type) return fused;
+    slot->first_row = 0;
+    slot->all_rows = slot->rows;
+    return own;
 }
 
-static bool is_fused(const Entry *entry, const Slot *slot) { return strcmp(entry->name, slot->name) != 0; }
-
 // Makes the tiles of a file that has none, in one block.
-typedef struct {
-    Model *m;
-    const Directory *d;
-    double start;
-} PackJob;
+typedef struct { Model *m; const Directory *d; double start; } PackJob;
 
 static void pack_team(void *p, Team team) {
     PackJob *job = p;
@@ -1882,7 +1872,7 @@ static void pack_team(void *p, Team team) {
         if (!entry) continue;
         Source part = entry->source;
         part.rows = slot.rows;
-        if (is_fused(entry, &slot)) part.data = source_block(&part, slot.first_row, 0);
+        part.data = source_block(&part, slot.first_row, 0);
         if (slot.tensor) pack_rows(to, &part, share(n_row_tiles(slot.tensor), team));
         else if (team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
         if (team.thread == 0) set_slot(&slot, to);
@@ -1894,22 +1884,20 @@ static void pack_team(void *p, Team team) {
 // Fills one slot from its entry: points into a native file, or counts what is to be packed.
 static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
-    size_t rows = is_fused(entry, slot) ? slot->fused_rows : slot->rows;
-    if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
-        return fail(e, BAD_FILE, "%s: %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows, slot->cols);
+    if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols)
+        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, slot->all_rows,
+                    slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && types[type].quantised && slot->cols % TILE_COLS)
         return fail(e, BAD_FILE, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
-    if (!s->type) {
-        set_slot(slot, s->data);
-        return slot_bytes(slot) == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name,
-                                                          entry->n_bytes, slot_bytes(slot));
-    }
-    if (slot->vector && s->type != &source_types[SOURCE_F32])
+    if (!s->type) set_slot(slot, s->data);
+    if (!s->type && slot_bytes(slot) != entry->n_bytes)
+        return fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
+    if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
-    m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
+    if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
 
@@ -1965,10 +1953,7 @@ typedef struct {
 } FileHeader;
 
 // Followed by `count` doubles: one, or one for each layer.
-typedef struct {
-    char name[28];
-    uint32_t count;
-} ConfigRecord;
+typedef struct { char name[28]; uint32_t count; } ConfigRecord;
 
 typedef struct {
     char name[NAME_BYTES];
@@ -2016,15 +2001,11 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Err
 }
 
 // Makes a vocabulary section the model's tokenizer, in place of the one it may have.
-static bool use_vocabulary(Model *m, Cursor section, Error *e) {
+static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_bytes, Error *e) {
     close_tokenizer(&m->tokenizer);
-    m->vocabulary = section.at;
-    m->vocabulary_bytes = section.left;
-    return open_tokenizer(section.at, section.left, &m->tokenizer, e);
-}
-
-static bool use_packed_vocabulary(Model *m, Error *e) {
-    return use_vocabulary(m, (Cursor){ m->packed_vocabulary.bytes, m->packed_vocabulary.n, false }, e);
+    m->vocabulary = section;
+    m->vocabulary_bytes = n_bytes;
+    return open_tokenizer(section, n_bytes, &m->tokenizer, e);
 }
 
 // The header, and the sections as cursors.
@@ -2052,12 +2033,13 @@ static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, D
     FileHeader h;
     Cursor sections[N_SECTIONS];
     if (!read_header(bytes, n_bytes, &h, sections, e)) return false;
-    if (!d) return use_vocabulary(m, sections[TOKENIZER], e);
+    const Cursor *tokenizer = &sections[TOKENIZER];
+    if (!d) return use_vocabulary(m, tokenizer->at, tokenizer->left, e);
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
     m->chat_template_bytes = sections[CHAT_TEMPLATE].left;
     m->chat_template = m->chat_template_bytes ? (const char *)sections[CHAT_TEMPLATE].at : NULL;
     return transfer_config(m, sections[CONFIG], NULL, e) && read_tensor_records(&h, sections[TENSORS], d, e) &&
-           place_entries(d, sections[WEIGHTS], 64, e) && use_vocabulary(m, sections[TOKENIZER], e);
+           place_entries(d, sections[WEIGHTS], 64, e) && use_vocabulary(m, tokenizer->at, tokenizer->left, e);
 }
 
 // The tensor records, with places from where the weights begin on, and how many bytes those take.
@@ -2173,10 +2155,7 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
 };
 
 // Bytes of the file, with no NUL behind them; `at` is NULL where there is no such text.
-typedef struct {
-    const char *at;
-    size_t n;
-} Text;
+typedef struct { const char *at; size_t n; } Text;
 
 typedef struct {
     Text name;
@@ -2367,7 +2346,7 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
-        return fail(e, BAD_FILE, "key tokenizer.ggml.model: \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
+        return fail(e, BAD_FILE, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
     if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
@@ -2377,17 +2356,17 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
 
 // One tensor's name, shape, type and offset; place_entries() finds its data.
 static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
-    size_t n_name;
-    const char *name = take_string(c, &n_name);
+    Text name;
+    name.at = take_string(c, &name.n);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
     for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
     entry->offset = take_u64(c);
     if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
-    if (n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
-        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", n_name);
-    memcpy(entry->name, name, n_name);
+    if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
+        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", name.n);
+    memcpy(entry->name, name.at, name.n);
     const SourceType *source = NULL;
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
@@ -2444,11 +2423,12 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
 
 static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
     Cursor c = { bytes, n_bytes, false };
+    Buffer *made = &m->packed_vocabulary;
     Gguf g = { 0 };
     uint64_t n_tensors;
     bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
     if (d) ok = ok && read_gguf_tensors(&g, &c, bytes, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
-    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) && use_packed_vocabulary(m, e);
+    ok = ok && read_gguf_vocabulary(&g, made, e) && use_vocabulary(m, made->bytes, made->n, e);
     free(g.keys);
     return ok;
 }
@@ -2470,12 +2450,13 @@ typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, 
 static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
     Entry *entry = &d->entries[d->n++];
     bool grouped = group && slot->tensor;
-    memcpy(entry->name, slot->name, NAME_BYTES);
-    entry->is_vector = slot->vector != NULL;
     const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
     entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
+    entry->is_vector = slot->vector != NULL;
+    memcpy(entry->name, slot->name, NAME_BYTES);
     if (grouped && (slot->cols % (size_t)group || group % 32))
-        return fail(e, BAD_FILE, "groups of %d in %s: no multiple of 32 that divides %zu", group, slot->name, slot->cols);
+        return fail(e, BAD_FILE, "groups of %d: no multiple of 32 that divides the %zu columns of %s", group,
+                    slot->cols, slot->name);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
     if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
@@ -2503,7 +2484,8 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     Llama2cHeader h;
     uint32_t version = 0;
     int32_t group = 0;
-    if (!d) return read_llama2c_tokenizer(bytes, n_bytes, &m->packed_vocabulary, e) && use_packed_vocabulary(m, e);
+    Buffer *made = &m->packed_vocabulary;
+    if (!d) return read_llama2c_tokenizer(bytes, n_bytes, made, e) && use_vocabulary(m, made->bytes, made->n, e);
     if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
         take_u32(&c);
         version = take_u32(&c);
@@ -2538,12 +2520,10 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
 // Things that people take for a checkpoint, by the bytes at some place.
 static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
     { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
-    { 0, "\177ELF", "a program" },
-    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<!", "a web page: was it the right link?" },
-    { 0, "<h", "a web page: was it the right link?" },
     { 8, "{\"", "a safetensors file: convert it first" },
-    { 0, "FUGG", "a big-endian GGUF, which is not supported" },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
+    { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
 };
 
 typedef enum { NATIVE, GGUF, LLAMA2C } Container;
@@ -2602,6 +2582,7 @@ static void close_model(Model *m) {
 #define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates, "<|eot_id|>", \
                       "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", \
                       "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", true, false
+#define MISTRAL(open, close) NULL, "", "\n\n", open, close, "", "</s>", false, true
 static const ChatTemplate chat_templates[] = {
     { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
       "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
@@ -2623,12 +2604,9 @@ static const ChatTemplate chat_templates[] = {
       NULL, "[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]", "[INST] ", "[/INST]", "", "</s>", false, false },
     { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
       NULL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "", "</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" },
-      NULL, "", "\n\n", "[INST]", "[/INST]", "", "</s>", false, true },
-    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
-      NULL, "", "\n\n", "[INST] ", "[/INST]", "", "</s>", false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" },
-      NULL, "", "\n\n", " [INST] ", " [/INST]", "", "</s>", false, true },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, MISTRAL("[INST]", "[/INST]") },
+    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" }, MISTRAL("[INST] ", "[/INST]") },
+    { "mistral-v1", { "' [INST] ' + system_message" }, MISTRAL(" [INST] ", " [/INST]") },
     { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
       NULL, NULL, NULL, "[INST] ", " [/INST]", "", "</s>", false, false },
     { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
@@ -2701,23 +2679,17 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block. lay_out_state() runs twice: with base NULL, which counts the
-// bytes, then with the block itself.
-typedef struct {
-    unsigned char *base;
-    size_t used;
-} Arena;
-
-// count things of the given size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
-static void *place(Arena *a, size_t count, size_t size) {
-    unsigned char *p = a->base ? a->base + a->used : NULL;
-    a->used = round_up(plus(a->used, times(count, size)), 64);
+// All buffers of the forward pass come from one block: lay_out_state() runs twice, first without the block, which counts
+// its bytes. Here are count things of the given size, 64-byte aligned; a sum beyond SIZE_MAX stays there.
+static void *place(State *s, size_t count, size_t size) {
+    unsigned char *p = s->arena ? (unsigned char *)s->arena + s->arena_bytes : NULL;
+    s->arena_bytes = round_up(plus(s->arena_bytes, times(count, size)), 64);
     return p;
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static void lay_out_state(const Model *m, State *s, Arena *a) {
+static void lay_out_state(const Model *m, State *s) {
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER;
     for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
@@ -2730,37 +2702,36 @@ static void lay_out_state(const Model *m, State *s, Arena *a) {
     size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->x = place(a, n * s->x_stride, sizeof(float));
-    s->normed = place(a, n_or_threads * s->x_stride, sizeof(float));
-    s->out = place(a, n * s->x_stride, sizeof(float));
-    s->query = place(a, n * s->q_stride, sizeof(float));
-    s->attended = place(a, n * s->q_stride, sizeof(float));
-    s->key = place(a, n * s->kv_stride, sizeof(float));
-    s->value = place(a, n * s->kv_stride, sizeof(float));
-    s->gate = place(a, n * s->ffn_stride, sizeof(float));
-    s->up = place(a, n * s->ffn_stride, sizeof(float));
+    s->x = place(s, n * s->x_stride, sizeof(float));
+    s->normed = place(s, n_or_threads * s->x_stride, sizeof(float));
+    s->out = place(s, n * s->x_stride, sizeof(float));
+    s->query = place(s, n * s->q_stride, sizeof(float));
+    s->attended = place(s, n * s->q_stride, sizeof(float));
+    s->key = place(s, n * s->kv_stride, sizeof(float));
+    s->value = place(s, n * s->kv_stride, sizeof(float));
+    s->gate = place(s, n * s->ffn_stride, sizeof(float));
+    s->up = place(s, n * s->ffn_stride, sizeof(float));
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
-    s->blocks = place(a, n * s->widest / 32, sizeof *s->blocks);
-    s->rounded = place(a, n_or_threads * s->widest / 32, sizeof *s->rounded);
-    s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
-    s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
+    s->blocks = place(s, n * s->widest / 32, sizeof *s->blocks);
+    s->rounded = place(s, n_or_threads * s->widest / 32, sizeof *s->rounded);
+    s->logits = place(s, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
+    s->angles = place(s, positions * (size_t)c->rope_dim, sizeof(float));
     s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
-    s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
-    s->broken = place(a, n, sizeof *s->broken);
-    s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
-    s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
+    s->scratch = place(s, (size_t)s->threads * s->scratch_stride, sizeof(float));
+    s->broken = place(s, n, sizeof *s->broken);
+    s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
+    s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
     for (int l = 0; l < c->n_layers; l++) {
         size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *key = place(a, size, head_dim), *value = place(a, size, round_up(head_dim, 16));
-        if (!a->base) continue;
+        void *key = place(s, size, head_dim), *value = place(s, size, round_up(head_dim, 16));
+        if (!s->arena) continue;
         s->keys[l] = key;
         s->values[l] = value;
     }
 }
 
-// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32.
+// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.
 static bool make_state(const Model *m, State *s, Error *e) {
-    Arena counted = { NULL, 0 }, placed = { NULL, 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
@@ -2769,12 +2740,11 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->rounds |= rounds;
         s->copies |= !rounds;
     }
-    lay_out_state(m, s, &counted);
-    if (!(placed.base = map_memory(counted.used, e))) return false;
-    lay_out_state(m, s, &placed);
-    use_large_pages(placed.base, (size_t)((unsigned char *)s->keys - placed.base));  // all before the cache
-    s->arena = placed.base;
-    s->arena_bytes = placed.used;
+    lay_out_state(m, s);
+    if (!(s->arena = map_memory(s->arena_bytes, e))) return false;
+    s->arena_bytes = 0;
+    lay_out_state(m, s);
+    use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
     return true;
 }
 
