@@ -1978,8 +1978,9 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
             if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
     }
-    return from.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know",
-                                  (const char *)from.at);
+    int n = from.left < 28 ? (int)from.left : 28;
+    return n == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.*s\", which is not known", n,
+                          (const char *)from.at);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
@@ -2679,8 +2680,8 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block: lay_out_state() runs twice, first without the block, which counts
-// its bytes. Here are count things of the given size, 64-byte aligned; a sum beyond SIZE_MAX stays there.
+// All buffers of the forward pass come from one block. lay_out_state() runs twice, first without it, to count bytes.
+// The next count things of that size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
 static void *place(State *s, size_t count, size_t size) {
     unsigned char *p = s->arena ? (unsigned char *)s->arena + s->arena_bytes : NULL;
     s->arena_bytes = round_up(plus(s->arena_bytes, times(count, size)), 64);
