@@ -1680,31 +1680,26 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
 // The processors that this process may use, or only the physical cores among them: a core's second thread shares its
 // arithmetic, and would be in the way.
 static int count_cores(bool physical) {
-#ifndef _OPENMP
-    (void)physical;
-    return 1;
-#else
-#ifdef __linux__
+    long n = 0;
+#if defined(_OPENMP) && defined(__linux__)
     cpu_set_t allowed;
-    int n = 0;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-            char path[80];
-            int first = cpu;
-            if (!CPU_ISSET(cpu, &allowed)) continue;
-            if (!physical && ++n) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            FILE *f = fopen(path, "r");
-            if (f && fscanf(f, "%d", &first) != 1) first = cpu;
-            if (f) fclose(f);
-            n += first == cpu || !CPU_ISSET(first, &allowed);
-        }
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) CPU_ZERO(&allowed);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        char path[80];
+        int first = cpu;  // of the threads of its core
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *f = physical ? fopen(path, "r") : NULL;
+        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+        if (f) fclose(f);
+        n += first == cpu || !CPU_ISSET(first, &allowed);
     }
-    if (n > 0) return n;
 #endif
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 && online < 1024 ? (int)online : 1;
+#ifdef _OPENMP
+    if (n == 0) n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    (void)physical;
+    return n > 0 && n <= 1024 ? (int)n : 1;
 }
 
 // Where the threads of a team wait for each other: the last one to come opens it.
@@ -1747,10 +1742,7 @@ static void show_progress(const char *what, double start, size_t done, size_t to
     fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
 }
 
-static void on_interrupt(int number) {
-    (void)number;
-    interrupted = 1;
-}
+static void on_interrupt(int number) { interrupted = number; }
 
 static bool read_line(Buffer *line) {
     char *text = (char *)line->bytes;
@@ -1766,10 +1758,8 @@ static bool read_line(Buffer *line) {
 
 // ---- What a model consists of ----
 
-enum {
-    MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20,
-    MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536,
-};
+enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20 };
+enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
 typedef struct {
@@ -1783,9 +1773,10 @@ static const Family families[] = {
     { "qwen2", HALVES, true },     // Qwen 1.5, 2, 2.5
 };
 
-static const Family *find_family(const char *name) {
+static const Family *find_family(const char *name, Error *e) {
     for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (!strcmp(families[i].name, name)) return &families[i];
+    fail(e, BAD_FILE, "models of family \"%s\" are not supported", name);
     return NULL;
 }
 
@@ -1798,21 +1789,21 @@ typedef struct {
     size_t offset;  // in Config or in Layer
     double min, max;
     const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
-    double otherwise;  // where there is no such key; NAN: it is needed; -1: worked out from others
+    double otherwise;  // where there is no such key; NAN: it is needed; 0: worked out from others
 } ConfigField;
 
 static const ConfigField config_fields[] = {
     { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN },
     { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN },
     { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0 },
-    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", -1 },
-    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", -1 },
+    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0 },
+    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0 },
     { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS, ".attention.head_count", NAN },
-    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", -1 },
+    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", 0 },
     { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN },
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
@@ -1826,7 +1817,7 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
     return f->type == INTEGER ? *(const int *)p : f->type == SINGLE ? (double)*(const float *)p : *(const double *)p;
 }
 
-// Sets a field, if the value is one that it may have.
+// Sets a field, if the value is one that it may have; the number of layers makes room for these.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
         return fail(e, BAD_FILE, "%s is %g, expected %s%g to %g", f->name, value,
@@ -1835,23 +1826,21 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     if (f->type == INTEGER) *(int *)p = (int)value;
     else if (f->type == SINGLE) *(float *)p = (float)value;
     else *(double *)p = value;
-    return true;
+    if (f == config_fields && !m->layers) m->layers = allocate((size_t)m->config.n_layers, sizeof *m->layers, e);
+    return m->layers != NULL;
 }
 
 // What the fields must be to each other; completes the configuration from its family.
 static bool check_config(Model *m, Error *e) {
     Config *c = &m->config;
-    const Family *family = find_family(c->family);
-    if (!family) return fail(e, BAD_FILE, "models of family \"%s\" are not supported", c->family);
+    const Family *family = find_family(c->family, e);
+    if (!family) return false;
     c->pairing = family->pairing;
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
-    }
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to head_dim, %d", c->rope_dim,
-                    c->head_dim);
+        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
         if (heads % groups)
@@ -1860,13 +1849,6 @@ static bool check_config(Model *m, Error *e) {
             return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
-}
-
-static bool make_layers(Model *m, Error *e) {
-    int n = m->config.n_layers;
-    if (n < 1 || n > MAX_LAYERS) return fail(e, BAD_FILE, "n_layers is %d, expected 1 to %d", n, MAX_LAYERS);
-    m->layers = allocate((size_t)n, sizeof *m->layers, e);
-    return m->layers != NULL;
 }
 
 // A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
@@ -1883,14 +1865,12 @@ typedef struct {
     const char *fused;
 } TensorRule;
 
-static const TensorRule model_rules[] = {
+static const TensorRule rules[] = {
     { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, NEEDED, NULL },
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, NEEDED, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
-};
-
-static const TensorRule layer_rules[] = {
+    // and of each layer
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, NEEDED, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, NEEDED, "attn_qkv.weight" },
     { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
@@ -1908,8 +1888,7 @@ static const TensorRule layer_rules[] = {
     { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
 };
-enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules, NAME_BYTES = 64 };
-enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
+enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -1919,56 +1898,47 @@ typedef struct {
     Tensor *tensor;     // one of these two is where it belongs
     const float **vector;
     char name[NAME_BYTES], fused[NAME_BYTES];
-    size_t first_row, fused_rows;  // where it begins in the fused tensor, and what that has in all
+    size_t first_row, all_rows;  // where it begins in the fused tensor, and what that has in all
 } Slot;
-
-static size_t size_of(const Model *m, int layer, Size size) {
-    const Config *c = &m->config;
-    switch (size) {
-    case ONE: return 1;
-    case DIM: return (size_t)c->dim;
-    case Q_DIM: return (size_t)m->layers[layer].n_heads * (size_t)c->head_dim;
-    case KV_DIM: return (size_t)m->layers[layer].n_kv_heads * (size_t)c->head_dim;
-    case FFN_DIM: return (size_t)m->layers[layer].ffn_dim;
-    case N_TOKENS: return (size_t)c->n_tokens;
-    default: return (size_t)c->rope_dim / 2;
-    }
-}
 
 static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
 
 // The i-th tensor of the model, in the order in which native files hold them.
 static Slot get_slot(Model *m, size_t i) {
     bool whole = i < N_MODEL_RULES;
-    int layer = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
-    const TensorRule *rule = whole ? &model_rules[i] : &layer_rules[(i - N_MODEL_RULES) % N_LAYER_RULES];
-    char *place = (char *)(whole ? (void *)m : (void *)&m->layers[layer]) + rule->offset;
-    Slot slot = {
-        .rule = rule, .layer = layer, .rows = size_of(m, layer, rule->rows), .cols = size_of(m, layer, rule->cols)
+    int index = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
+    const TensorRule *rule = &rules[whole ? i : N_MODEL_RULES + (i - N_MODEL_RULES) % N_LAYER_RULES];
+    Layer *layer = &m->layers[whole ? 0 : index];
+    char *place = (whole ? (char *)m : (char *)layer) + rule->offset;
+    size_t head_dim = (size_t)m->config.head_dim;
+    const size_t sizes[] = {
+        [ONE] = 1, [DIM] = (size_t)m->config.dim, [FFN_DIM] = (size_t)layer->ffn_dim,
+        [PAIRS] = (size_t)m->config.rope_dim / 2, [N_TOKENS] = (size_t)m->config.n_tokens,
+        [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
     };
+    Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
     if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
     else slot.tensor = (Tensor *)(void *)place;
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
-    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", layer, rule->name);
+    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", index, rule->name);
     if (!rule->fused) return slot;
-    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", layer, rule->fused);
-    for (const TensorRule *r = layer_rules; r < layer_rules + N_LAYER_RULES; r++) {
+    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
+    for (const TensorRule *r = rules; r < rules + N_MODEL_RULES + N_LAYER_RULES; r++) {
         if (!r->fused || strcmp(r->fused, rule->fused)) continue;
-        if (r == rule) slot.first_row = slot.fused_rows;
-        slot.fused_rows += size_of(m, layer, r->rows);
+        if (r == rule) slot.first_row = slot.all_rows;
+        slot.all_rows += sizes[r->rows];
     }
     return slot;
 }
 
 static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
+// Bytes in the form in which it is used.
+static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
 
 static void set_slot(const Slot *s, const unsigned char *data) {
     if (s->tensor) s->tensor->tiles = data;
     else *s->vector = (const float *)(const void *)data;
 }
-
-// Bytes in the form in which it is used.
-static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
 
 // Whether the model has it, and not as a second name of the embedding.
 static bool is_stored(const Model *m, const Slot *s) {
@@ -1992,68 +1962,43 @@ typedef struct {
 } Entry;
 
 enum { NATIVE_VECTOR = 255 };
+typedef struct { Entry *entries; size_t n; } Directory;
 
-typedef struct {
-    Entry *entries;
-    size_t n;
-} Directory;
-
-static int by_name(const void *a, const void *b) { return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name); }
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // an Entry begins with its name
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
     return x < y ? -1 : x > y;
 }
 
-static Entry *find_entry(const Directory *d, const char *name) {
-    Entry wanted;
-    snprintf(wanted.name, NAME_BYTES, "%s", name);
-    return bsearch(&wanted, d->entries, d->n, sizeof *d->entries, by_name);
-}
-
-// Finds each tensor's bytes in those of all, which begin at a multiple of `step`, as every tensor must.
+// Finds each tensor's bytes in those of all. It must begin at a multiple of `step`, and no two may share any.
 static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
-    for (size_t i = 0; i < d->n; i++) {
-        Entry *entry = &d->entries[i];
-        unsigned long long offset = entry->offset;
-        if (offset % step)
-            return fail(e, BAD_FILE, "%s begins at %llu, which is no multiple of %zu", entry->name, offset, step);
-        if (data.bad || offset > data.left || entry->n_bytes > data.left - offset)
+    for (Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
+        unsigned long long at = entry->offset;
+        if (at % step) return fail(e, BAD_FILE, "%s begins at %llu, no multiple of %zu", entry->name, at, step);
+        if (data.bad || at > data.left || entry->n_bytes > data.left - at)
             return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
-        entry->source.data = data.at + offset;
+        entry->source.data = data.at + at;
     }
-    return true;
-}
-
-// No two tensors may share bytes or names. Leaves the directory sorted by name.
-static bool check_directory(const Directory *d, Error *e) {
     qsort(d->entries, d->n, sizeof *d->entries, by_place);
-    for (size_t i = 1; i < d->n; i++) {
-        const Entry *a = &d->entries[i - 1], *b = &d->entries[i];
-        if (a->n_bytes > (size_t)(b->source.data - a->source.data))
-            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, b->name);
-    }
-    qsort(d->entries, d->n, sizeof *d->entries, by_name);
-    for (size_t i = 1; i < d->n; i++)
-        if (!by_name(&d->entries[i - 1], &d->entries[i]))
-            return fail(e, BAD_FILE, "tensor %s is there twice", d->entries[i].name);
+    for (const Entry *a = d->entries; a + 1 < d->entries + d->n; a++)
+        if (a->n_bytes > (size_t)(a[1].source.data - a->source.data))
+            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, a[1].name);
     return true;
 }
 
-// The entry for a slot: its own or the fused one, or NULL. Native files have no fused tensors.
-static Entry *entry_for(const Directory *d, const Slot *slot) {
-    Entry *own = find_entry(d, slot->name), *fused = own || !slot->rule->fused ? NULL : find_entry(d, slot->fused);
-    return fused && fused->source.type ? fused : own;
+// The entry for a slot, or NULL: its own, which is all that native files have, or the fused one.
+static Entry *entry_for(const Directory *d, Slot *slot) {
+    Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name), *fused = NULL;
+    if (!own && slot->rule->fused) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
+    if (fused && fused->source.type) return fused;
+    slot->first_row = 0;
+    slot->all_rows = slot->rows;
+    return own;
 }
-
-static bool is_fused(const Entry *entry, const Slot *slot) { return strcmp(entry->name, slot->name) != 0; }
 
 // Makes the tiles of a file that has none, in one block.
-typedef struct {
-    Model *m;
-    const Directory *d;
-    double start;
-} PackJob;
+typedef struct { Model *m; const Directory *d; double start; } PackJob;
 
 static void pack_team(void *p, Team team) {
     PackJob *job = p;
@@ -2064,7 +2009,7 @@ static void pack_team(void *p, Team team) {
         if (!entry) continue;
         Source part = entry->source;
         part.rows = slot.rows;
-        if (is_fused(entry, &slot)) part.data = source_block(&part, slot.first_row, 0);
+        part.data = source_block(&part, slot.first_row, 0);
         if (slot.tensor) pack_rows(to, &part, share(n_row_tiles(slot.tensor), team));
         else if (team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
         if (team.thread == 0) set_slot(&slot, to);
@@ -2076,29 +2021,28 @@ static void pack_team(void *p, Team team) {
 // Fills one slot from its entry: points into a native file, or counts what is to be packed.
 static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
-    size_t rows = is_fused(entry, slot) ? slot->fused_rows : slot->rows;
-    if (entry->is_vector != (slot->vector != NULL) || s->rows != rows || s->cols != slot->cols)
-        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, rows,
+    if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols)
+        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, slot->all_rows,
                     slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
         return fail(e, BAD_FILE, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
-    if (!s->type) {
-        set_slot(slot, s->data);
-        return slot_bytes(slot) == entry->n_bytes || fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name,
-                                                          entry->n_bytes, slot_bytes(slot));
-    }
-    if (slot->vector && s->type != &source_types[SOURCE_F32])
+    if (!s->type) set_slot(slot, s->data);
+    if (!s->type && slot_bytes(slot) != entry->n_bytes)
+        return fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
+    if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
         return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
-    m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
+    if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
 
-// Finds every tensor that the configuration needs, and sees that none is left over.
-static bool bind_slots(Model *m, Directory *d, Error *e) {
-    bool needs_bias = find_family(m->config.family)->needs_bias;
+// From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
+// configuration needs, and sees that none is left over.
+static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
+    bool needs_bias = find_family(m->config.family, e)->needs_bias;
+    qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
         Entry *entry = entry_for(d, &slot);
@@ -2110,15 +2054,8 @@ static bool bind_slots(Model *m, Directory *d, Error *e) {
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
             return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
     }
-    for (size_t i = 0; i < d->n; i++)
-        if (!d->entries[i].used)
-            return fail(e, BAD_FILE, "tensor %s is not one that a %s model has", d->entries[i].name, m->config.family);
-    return true;
-}
-
-// From a checked configuration and what a file says it has to a model that can run.
-static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    if (!check_directory(d, e) || !bind_slots(m, d, e)) return false;
+    for (const Entry *a = d->entries; a < d->entries + d->n; a++)
+        if (!a->used) return fail(e, BAD_FILE, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
     PackJob job = { m, d, clock_seconds() };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
     if (m->packed) {
@@ -2138,72 +2075,64 @@ enum { LAYOUT = 1 };  // of tiles and sections: it changes when either does
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
 typedef struct { uint64_t at, n_bytes; } Section;
+enum { CONFIG, TENSORS, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, N_SECTIONS };
 
 typedef struct {
     unsigned char magic[8];
     uint32_t layout, n_tensors;
     uint64_t file_bytes;
     char family[16];
-    Section config, tensors, tokenizer, chat_template, weights;
+    union {
+        struct { Section config, tensors, tokenizer, chat_template, weights; };
+        Section sections[N_SECTIONS];
+    };
     uint64_t zero;
 } FileHeader;
-_Static_assert(sizeof(FileHeader) == 128, "a file's header: no padding");
 
 // Followed by `count` doubles: one, or one for each layer.
-typedef struct {
-    char name[28];
-    uint32_t count;
-} ConfigRecord;
+typedef struct { char name[28]; uint32_t count; } ConfigRecord;
 
 typedef struct {
     char name[NAME_BYTES];
     uint32_t type, rows, cols, zero;  // type: Type, or NATIVE_VECTOR
     uint64_t at, n_bytes;             // from the beginning of the file
 } TensorRecord;
-_Static_assert(sizeof(ConfigRecord) == 32 && sizeof(TensorRecord) == 96, "records lie in files: no padding");
+_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && sizeof(TensorRecord) == 96, "no padding");
 
-// The bytes of a section that lies in the file, as a cursor that is bad if it does not.
-static Cursor open_section(const unsigned char *bytes, size_t n_bytes, Section s) {
-    if (s.at > n_bytes || s.n_bytes > n_bytes - s.at || s.at % 64) return (Cursor){ bytes, 0, true };
-    return (Cursor){ bytes + s.at, (size_t)s.n_bytes, false };
-}
-
-static bool read_config(Model *m, Cursor c, Error *e) {
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
-        ConfigRecord record;
-        take_into(&c, &record, sizeof record);
-        if (c.bad) return fail(e, BAD_FILE, "the configuration ends before %s", f->name);
-        if (strncmp(record.name, f->name, sizeof record.name))
-            return fail(e, BAD_FILE, "the configuration has \"%.28s\", expected %s", record.name, f->name);
-        int count = f->per_layer ? m->config.n_layers : 1;
-        if (record.count != (uint32_t)count)
-            return fail(e, BAD_FILE, "%s has %u values, expected %d", f->name, record.count, count);
-        for (int l = 0; l < count; l++) {
-            double value;
-            take_into(&c, &value, sizeof value);
-            if (!set_field(m, f, l, value, e)) return false;
+// Appends the configuration to `to` or, where that is NULL, reads it from the cursor.
+static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
+        ConfigRecord record = { .count = f->per_layer ? (uint32_t)m->config.n_layers : 1 }, found;
+        snprintf(record.name, sizeof record.name, "%s", f->name);
+        if (to && !append(to, &record, sizeof record, e)) return false;
+        if (!to) take_into(&from, &found, sizeof found);
+        if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
+            return fail(e, BAD_FILE, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
+                        found.name, record.count, record.name);
+        for (int l = 0; l < (int)record.count; l++) {
+            double value = to ? get_field(m, f, l) : 0;
+            if (!to) take_into(&from, &value, sizeof value);
+            if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
-        if (i == 0 && !make_layers(m, e)) return false;
     }
-    return c.left == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.28s\", which this version does not know",
-                               (const char *)c.at);
+    int n = from.left < 28 ? (int)from.left : 28;
+    return n == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.*s\", which is not known", n,
+                          (const char *)from.at);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
     if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
         return fail(e, BAD_FILE, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
     if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
-    for (d->n = 0; d->n < h->n_tensors; d->n++) {
+    for (; d->n < h->n_tensors; d->n++) {
         TensorRecord r;
         take_into(&c, &r, sizeof r);
         r.name[NAME_BYTES - 1] = 0;
         if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
             return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
         Entry *entry = &d->entries[d->n];
-        *entry = (Entry){ .native_type = (int)r.type, .is_vector = r.type == NATIVE_VECTOR,
-                          .source = { .rows = r.rows, .cols = r.cols }, .offset = r.at - h->weights.at,
-                          .n_bytes = (size_t)r.n_bytes };
+        *entry = (Entry){ .source = { .rows = r.rows, .cols = r.cols }, .native_type = (int)r.type,
+                          .is_vector = r.type == NATIVE_VECTOR, .offset = r.at - h->weights.at, .n_bytes = r.n_bytes };
         memcpy(entry->name, r.name, NAME_BYTES);
     }
     return true;
@@ -2217,54 +2146,38 @@ static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_byte
     return open_tokenizer(section, n_bytes, &m->tokenizer, e);
 }
 
-static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Error *e) {
-    if (n_bytes < sizeof *h) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
-    memcpy(h, bytes, sizeof *h);
-    return h->layout == LAYOUT ||
-           fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
-                h->layout, LAYOUT);
-}
-
-// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are.
-static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
-    FileHeader h;
-    if (!read_header(bytes, n_bytes, &h, e)) return false;
-    if (h.file_bytes != n_bytes)
-        return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes,
-                    (unsigned long long)h.file_bytes);
-    Cursor config = open_section(bytes, n_bytes, h.config), tensors = open_section(bytes, n_bytes, h.tensors);
-    Cursor tokenizer = open_section(bytes, n_bytes, h.tokenizer), weights = open_section(bytes, n_bytes, h.weights);
-    Cursor chat_template = open_section(bytes, n_bytes, h.chat_template);
-    if (config.bad || tensors.bad || tokenizer.bad || chat_template.bad || weights.bad)
-        return fail(e, BAD_FILE, "a section of the header lies outside the file");
-    memcpy(m->config.family, h.family, sizeof h.family);
-    m->config.family[sizeof h.family - 1] = 0;
-    if (!read_config(m, config, e) || !read_tensor_records(&h, tensors, d, e) || !place_entries(d, weights, 64, e))
-        return false;
-    m->chat_template = chat_template.left ? (const char *)chat_template.at : NULL;
-    m->chat_template_bytes = chat_template.left;
-    return use_vocabulary(m, tokenizer.at, tokenizer.left, e);
-}
-
-// Where the next part of a file being laid out begins.
-static Section next_section(uint64_t *end, size_t n_bytes) {
-    Section s = { *end, n_bytes };
-    *end = round_up((size_t)*end + n_bytes, 64);
-    return s;
-}
-
-static bool append_config(const Model *m, Buffer *b, Error *e) {
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
-        ConfigRecord record = { .count = f->per_layer ? (uint32_t)m->config.n_layers : 1 };
-        snprintf(record.name, sizeof record.name, "%s", f->name);
-        if (!append(b, &record, sizeof record, e)) return false;
-        for (uint32_t l = 0; l < record.count; l++) {
-            double value = get_field(m, f, (int)l);
-            if (!append(b, &value, sizeof value, e)) return false;
-        }
+// The header, and the sections as cursors.
+static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Cursor *sections, Error *e) {
+    Cursor c = { bytes, n_bytes, false };
+    take_into(&c, h, sizeof *h);
+    if (c.bad) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
+    unsigned long long whole = h->file_bytes;
+    if (h->layout != LAYOUT)
+        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
+                    h->layout, LAYOUT);
+    if (whole != n_bytes) return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes, whole);
+    for (int i = 0; i < N_SECTIONS; i++) {
+        Section s = h->sections[i];
+        if (s.at > n_bytes || s.n_bytes > n_bytes - s.at || s.at % 64)
+            return fail(e, BAD_FILE, "a section of the header lies outside the file");
+        sections[i] = (Cursor){ bytes + s.at, (size_t)s.n_bytes, false };
     }
     return true;
+}
+
+// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are; or,
+// where there is no directory to put these in, the vocabulary only.
+static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
+    FileHeader h;
+    Cursor sections[N_SECTIONS];
+    if (!read_header(bytes, n_bytes, &h, sections, e)) return false;
+    const Cursor *tokenizer = &sections[TOKENIZER];
+    if (!d) return use_vocabulary(m, tokenizer->at, tokenizer->left, e);
+    snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
+    m->chat_template_bytes = sections[CHAT_TEMPLATE].left;
+    m->chat_template = m->chat_template_bytes ? (const char *)sections[CHAT_TEMPLATE].at : NULL;
+    return transfer_config(m, sections[CONFIG], NULL, e) && read_tensor_records(&h, sections[TENSORS], d, e) &&
+           place_entries(d, sections[WEIGHTS], 64, e) && use_vocabulary(m, tokenizer->at, tokenizer->left, e);
 }
 
 // The tensor records, with places from where the weights begin on, and how many bytes those take.
@@ -2275,7 +2188,7 @@ static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) 
         TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
                            .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = slot_bytes(&slot) };
         memcpy(r.name, slot.name, NAME_BYTES);
-        next_section(end, (size_t)r.n_bytes);
+        *end = round_up(*end + r.n_bytes, 64);
         if (!append(b, &r, sizeof r, e)) return false;
     }
     return true;
@@ -2290,9 +2203,10 @@ typedef struct {
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
-    bool exists = path && stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
-    *o = (Output){ .path = is_file ? realpath(path, NULL) : path ? strdup(path) : NULL };
+    *o = (Output){ NULL, NULL, NULL };
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
+    bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
+    o->path = is_file ? realpath(path, NULL) : strdup(path);
     if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
     if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
@@ -2312,7 +2226,8 @@ static bool open_output(Output *o, const char *path, Error *e) {
 
 // Ends the file, if all went well so far (ok); else removes what there is of it, and passes the failure on.
 static bool close_output(Output *o, bool ok, Error *e) {
-    bool written = o->stream && fflush(o->stream) == 0 && (!o->temporary || fsync(fileno(o->stream)) == 0);
+    bool written = o->stream && !ferror(o->stream) && fflush(o->stream) == 0;
+    written = written && (!o->temporary || fsync(fileno(o->stream)) == 0);
     if (o->stream) written = fclose(o->stream) == 0 && written;
     written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
@@ -2322,40 +2237,43 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
-static bool write_padded(FILE *f, const void *bytes, size_t n) {
+// What fails here, close_output() finds in the stream.
+static void write_padded(FILE *f, Cursor part) {
     static const char zeros[64];
-    size_t padding = round_up(n, 64) - n;
-    return (n == 0 || fwrite(bytes, 1, n, f) == n) && fwrite(zeros, 1, padding, f) == padding;
+    if (part.left) fwrite(part.at, 1, part.left, f);
+    fwrite(zeros, 1, round_up(part.left, 64) - part.left, f);
 }
 
 // Writes the model as a native file.
 static bool export_model(Model *m, const char *path, Error *e) {
     Buffer config = { 0 }, records = { 0 };
-    FileHeader h = { .layout = LAYOUT };
+    FileHeader h = { .layout = LAYOUT, .weights = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = append_config(m, &config, e) && append_tensor_records(m, &records, &h.weights.n_bytes, e);
-    const struct { Section *place; const void *bytes; size_t n_bytes; } sections[] = {
-        { &h.config, config.bytes, config.n }, { &h.tensors, records.bytes, records.n },
-        { &h.tokenizer, m->vocabulary, m->vocabulary_bytes },
-        { &h.chat_template, m->chat_template, m->chat_template_bytes },
+    bool ok = transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
+              append_tensor_records(m, &records, &h.weights.n_bytes, e);
+    const Cursor sections[WEIGHTS] = {
+        [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { records.bytes, records.n, false },
+        [TOKENIZER] = { m->vocabulary, m->vocabulary_bytes, false },
+        [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template, m->chat_template_bytes, false },
     };
-    h.weights.at = sizeof h;
-    for (int i = 0; i < 4; i++) *sections[i].place = next_section(&h.weights.at, sections[i].n_bytes);
+    for (int i = 0; i < WEIGHTS; i++) {
+        h.sections[i] = (Section){ h.weights.at, sections[i].left };
+        h.weights.at = round_up(h.weights.at + sections[i].left, 64);
+    }
     h.file_bytes = h.weights.at + h.weights.n_bytes;
     h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
     for (uint32_t i = 0; i < h.n_tensors; i++) ((TensorRecord *)(void *)records.bytes)[i].at += h.weights.at;
 
     Output out = { 0 };
-    bool opened = ok && open_output(&out, path, e);
-    ok = opened && write_padded(out.stream, &h, sizeof h);
-    for (int i = 0; ok && i < 4; i++) ok = write_padded(out.stream, sections[i].bytes, sections[i].n_bytes);
-    for (size_t i = 0; ok && i < n_slots(m); i++) {
+    ok = ok && open_output(&out, path, e);
+    if (ok) write_padded(out.stream, (Cursor){ (const unsigned char *)&h, sizeof h, false });
+    for (int i = 0; ok && i < WEIGHTS; i++) write_padded(out.stream, sections[i]);
+    for (size_t i = 0; ok && i < n_slots(m) && !ferror(out.stream); i++) {
         Slot slot = get_slot(m, i);
-        if (is_stored(m, &slot)) ok = !interrupted && write_padded(out.stream, slot_data(&slot), slot_bytes(&slot));
+        if (is_stored(m, &slot)) write_padded(out.stream, (Cursor){ slot_data(&slot), slot_bytes(&slot), false });
+        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     }
-    if (interrupted) fail(e, INTERRUPTED, "interrupted");
-    else if (opened && !ok) fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
     ok = close_output(&out, ok, e);
     free(config.bytes);
     free(records.bytes);
@@ -2366,135 +2284,113 @@ static bool export_model(Model *m, const char *path, Error *e) {
 
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
-    G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G
+    G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G,
+    G_NUMBER = N_G,  // any but G_STRING
 } GgufType;
-static const unsigned char gguf_sizes[N_G] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
-static const char *const gguf_names[N_G] = { "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
-                                             "u64", "i64", "f64" };
+static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = {
+    { "u8", 1 }, { "i8", 1 }, { "u16", 2 }, { "i16", 2 }, { "u32", 4 }, { "i32", 4 }, { "f32", 4 }, { "bool", 1 },
+    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "number", 0 },
+};
+
+// Bytes of the file, with no NUL behind them; `at` is NULL where there is no such text.
+typedef struct { const char *at; size_t n; } Text;
 
 typedef struct {
-    const char *name;
-    size_t name_bytes;
-    GgufType type, item_type;  // item_type and count: of an array; else the type itself and 1
+    Text name;
+    GgufType type;  // of its items
+    bool is_array, used;
     size_t count;
     Cursor value;  // from the first item on
-    bool used;
 } Key;
 
 typedef struct {
     Key *keys;
     size_t n_keys;
     char family[16];
+    Error *error;  // of the first key that was asked for and is not as it must be, so that a parser may ask for
+    bool bad;      // many and look once
 } Gguf;
 
-// How much of a name a message shows.
-static int shown(size_t n_bytes) { return n_bytes < 64 ? (int)n_bytes : 64; }
+// How much of a text a message shows.
+static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
-// Steps over `count` items; strings have to be walked one by one, so a count is first held against the bytes left.
-static bool skip_items(Cursor *c, GgufType type, uint64_t count) {
-    size_t least = type == G_STRING ? 8 : gguf_sizes[type], n;
-    if (count > c->left / least) return false;
-    if (type != G_STRING) return take(c, (size_t)count * least) != NULL;
-    for (uint64_t i = 0; i < count; i++)
-        if (!take_string(c, &n)) return false;
-    return true;
+static bool is_text(Text t, const char *expected) {
+    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
 }
 
 static bool read_key(Cursor *c, Key *k, Error *e) {
-    k->name = take_string(c, &k->name_bytes);
-    uint32_t type = take_u32(c), item_type = type;
-    uint64_t count = 1;
-    int n = shown(k->name_bytes);
-    if (type == G_ARRAY) {
-        item_type = take_u32(c);
-        count = take_u64(c);
-    }
+    k->name.at = take_string(c, &k->name.n);
+    uint32_t type = take_u32(c);
+    k->is_array = type == G_ARRAY;
+    if (k->is_array) type = take_u32(c);
+    uint64_t count = k->is_array ? take_u64(c) : 1;
     if (c->bad) return fail(e, BAD_FILE, "the file ends within its keys");
-    if (type >= N_G || item_type >= N_G || (type == G_ARRAY && item_type == G_ARRAY))
-        return fail(e, BAD_FILE, "key %.*s has type %u of %u, which is not known", n, k->name, type, item_type);
+    if (type >= N_G || type == G_ARRAY)
+        return fail(e, BAD_FILE, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
     k->type = (GgufType)type;
-    k->item_type = (GgufType)item_type;
-    k->value = *c;
-    if (!skip_items(c, k->item_type, count)) return fail(e, BAD_FILE, "key %.*s is longer than the file", n, k->name);
-    k->value.left -= c->left;
     k->count = (size_t)count;
+    k->value = *c;
+    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes, n;
+    c->bad = count > c->left / least;  // strings have to be walked one by one: not more than there can be
+    if (type != G_STRING) take(c, k->count * least);
+    for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c, &n);
+    if (c->bad) return fail(e, BAD_FILE, "key %.*s is longer than the file", shown(k->name), k->name.at);
+    k->value.left -= c->left;
     return true;
-}
-
-static bool is_text(const char *text, size_t n_bytes, const char *expected) {
-    return text && strlen(expected) == n_bytes && !memcmp(text, expected, n_bytes);
 }
 
 // The key of that name, or NULL; a name that begins with a dot is the family's.
 static Key *find_key(Gguf *g, const char *name) {
     char full[128];
     snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
-    for (size_t i = 0; i < g->n_keys; i++) {
-        if (!is_text(g->keys[i].name, g->keys[i].name_bytes, full)) continue;
-        g->keys[i].used = true;
-        return &g->keys[i];
+    for (Key *k = g->keys; k < g->keys + g->n_keys; k++) {
+        if (!is_text(k->name, full)) continue;
+        k->used = true;
+        return k;
     }
     return NULL;
 }
 
 // Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
-    union { uint64_t u; int8_t i8; int16_t i16; int32_t i32; int64_t i64; float f32; double f64; } x = { 0 };
-    memcpy(&x, k->value.at + i * gguf_sizes[k->item_type], gguf_sizes[k->item_type]);
-    switch (k->item_type) {
-    case G_I8: return x.i8;
-    case G_I16: return x.i16;
-    case G_I32: return x.i32;
-    case G_I64: return (double)x.i64;
-    case G_F32: return (double)x.f32;
-    case G_F64: return x.f64;
-    default: return (double)x.u;
-    }
+    union { uint64_t u; float f32; double f64; } x = { 0 };
+    size_t n = gguf_types[k->type].n_bytes;
+    memcpy(&x, k->value.at + i * n, n);
+    if (k->type == G_F32) return (double)x.f32;
+    if (k->type == G_F64) return x.f64;
+    if (gguf_types[k->type].name[0] != 'i') return (double)x.u;
+    return (double)((int64_t)(x.u << (64 - 8 * n)) >> (64 - 8 * n));  // the shift to the right copies the sign
 }
 
-static bool is_number(GgufType type) { return type != G_STRING && type != G_ARRAY; }
-
-// *value = a key's number, in range; unchanged if there is no such key.
-static bool get_number(Gguf *g, const char *name, double min, double max, double *value, Error *e) {
+// A copy of the key of that name, which must hold a value, or an array of values, of that type; zeros if there is none.
+static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
-    if (!k) return true;
-    if (!is_number(k->type))
-        return fail(e, BAD_FILE, "key %s is of type %s, expected a number", name, gguf_names[k->type]);
-    double x = *value = key_number(k, 0);
-    return (x >= min && x <= max) || fail(e, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
+    bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
+    if (k && !fits)
+        g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name,
+                                 k->is_array ? "an array of " : "", gguf_types[k->type].name,
+                                 is_array ? "an array of " : "", gguf_types[type].name);
+    return fits ? *k : (Key){ .value = { NULL, 0, false } };
 }
 
-// A text key, NULL if there is none.
-static bool get_text(Gguf *g, const char *name, const char **text, size_t *n_bytes, Error *e) {
-    const Key *k = find_key(g, name);
-    *text = NULL;
-    *n_bytes = 0;
-    if (!k) return true;
-    if (k->type != G_STRING)
-        return fail(e, BAD_FILE, "key %s is of type %s, expected string", name, gguf_names[k->type]);
-    Cursor c = k->value;
-    *text = take_string(&c, n_bytes);
-    return true;
+// A key's number, or `otherwise` where there is no such key.
+static double get_number(Gguf *g, const char *name, double min, double max, double otherwise) {
+    Key k = get_key(g, name, G_NUMBER, false);
+    double x = k.value.at ? key_number(&k, 0) : otherwise;
+    if (!k.value.at || (x >= min && x <= max)) return x;
+    g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
+    return otherwise;
 }
 
-// The values of an array: left as they are if there is no such key, else of that type and, where expected is not 0,
-// that many.
-static bool get_array(Gguf *g, const char *name, GgufType type, size_t expected, size_t *count, Cursor *values,
-                      Error *e) {
-    const Key *k = find_key(g, name);
-    if (!k) return true;
-    if (k->type != G_ARRAY || k->item_type != type)
-        return fail(e, BAD_FILE, "key %s is %s, expected an array of %s", name, gguf_names[k->item_type],
-                    gguf_names[type]);
-    if (expected && k->count != expected)
-        return fail(e, BAD_FILE, "key %s has %zu values for %zu tokens", name, k->count, expected);
-    *count = k->count;
-    *values = k->value;
-    return true;
+static Text get_text(Gguf *g, const char *name) {
+    Key k = get_key(g, name, G_STRING, false);
+    Text t = { NULL, 0 };
+    if (k.value.at) t.at = take_string(&k.value, &t.n);
+    return t;
 }
 
 static bool refuse_key(const Key *k, Error *e) {
-    return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", shown(k->name_bytes), k->name);
+    return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
 }
 
 // A key of the family that nobody has asked for may change what a model computes, and is refused by name, but for the
@@ -2503,25 +2399,20 @@ static const struct {
     const char *key;
     double harmless;  // NAN: any value is
 } other_keys[] = {
-    { ".attention.causal", 1 },
-    { ".rope.scaling.attn_factor", 1 },
-    { ".logit_scale", 1 },
-    { ".residual_scale", 1 },
-    { ".embedding_scale", 1 },
+    { ".attention.causal", 1 }, { ".rope.scaling.attn_factor", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 },
+    { ".embedding_scale", 1 }, { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
     { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
-    { ".rope.scaling.finetuned", NAN },
-    { ".tensor_data_layout", NAN },
-    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
+    { ".expert_feed_forward_length", NAN },            // of experts that expert_count says there are not
 };
 
 static bool is_harmless(const Gguf *g, const Key *k) {
-    size_t length = strlen(g->family);
-    if (k->used || k->name_bytes <= length || memcmp(k->name, g->family, length) || k->name[length] != '.') return true;
+    size_t n = strlen(g->family);
+    if (k->used || k->name.n <= n || memcmp(k->name.at, g->family, n) || k->name.at[n] != '.') return true;
     double harmless = 0;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
-        if (is_text(k->name + length, k->name_bytes - length, other_keys[i].key)) harmless = other_keys[i].harmless;
+        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key)) harmless = other_keys[i].harmless;
     if (isnan(harmless)) return true;
-    if (!is_number(k->item_type)) return false;
+    if (k->type == G_STRING) return false;
     for (size_t i = 0; i < k->count; i++)
         if (key_number(k, i) != harmless) return false;
     return true;
@@ -2529,120 +2420,97 @@ static bool is_harmless(const Gguf *g, const Key *k) {
 
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
     const Key *k = find_key(g, f->key);
+    int n = f->per_layer ? m->config.n_layers : 1;
     if (!k && isnan(f->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, f->key);
-    if (k && !is_number(k->item_type))
-        return fail(e, BAD_FILE, "key %s%s is of type %s, expected a number", g->family, f->key,
-                    gguf_names[k->item_type]);
-    int n_layers = f->per_layer ? m->config.n_layers : 1;
-    if (k && k->type == G_ARRAY && (!f->per_layer || k->count != (size_t)n_layers))
-        return fail(e, BAD_FILE, "key %s%s has %zu values, expected %d", g->family, f->key, k->count, n_layers);
-    for (int l = 0; l < n_layers; l++) {
-        double value = k ? key_number(k, k->type == G_ARRAY ? (size_t)l : 0) : f->otherwise;
-        if (!k && value < 0) {
-            int heads = m->layers[l].n_heads, dim = m->config.dim;
-            if (!strcmp(f->name, "n_kv_heads")) value = heads;
-            else if (!strcmp(f->name, "rope_dim")) value = m->config.head_dim;
-            else if (dim % heads) return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", heads, dim);
-            else value = dim / heads;
-        }
-        if (!set_field(m, f, l, value, e)) return false;
-    }
-    return true;
-}
-
-static bool get_rope_scaling(Gguf *g, Model *m, Error *e) {
-    const char *type;
-    size_t n;
-    double factor = 1;
-    if (!get_text(g, ".rope.scaling.type", &type, &n, e) ||
-        !get_number(g, ".rope.scale_linear", 1e-6, 1e6, &factor, e) ||
-        !get_number(g, ".rope.scaling.factor", 0, 1e6, &factor, e))
-        return false;
-    if (type && !is_text(type, n, "none") && !is_text(type, n, "linear"))
-        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(n), type);
-    m->config.rope_scale = factor == 0 || is_text(type, n, "none") ? 1 : factor;
+    if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
+        return fail(e, BAD_FILE, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
+                    gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
+    for (int l = 0; l < n && (k || f->otherwise > 0); l++)
+        if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
     return true;
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
-static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
-    snprintf(m->config.family, sizeof m->config.family, "%s", g->family);
-    for (int i = 0; i < 2 * N_CONFIG_FIELDS; i++) {  // what is worked out from others comes in a second round
-        const ConfigField *f = &config_fields[i % N_CONFIG_FIELDS];
-        if (!f->key || (f->otherwise < 0) != (i >= N_CONFIG_FIELDS)) continue;
-        if (!get_field_of_key(g, m, f, e) || (i == 0 && !make_layers(m, e))) return false;
-    }
-    double head_dim = m->config.head_dim, n_tokens = m->config.n_tokens, value;
-    if (!get_number(g, ".attention.value_length", head_dim, head_dim, &value, e) ||
-        !get_number(g, ".vocab_size", n_tokens, n_tokens, &value, e) || !get_rope_scaling(g, m, e))
-        return false;
-    for (size_t i = 0; i < g->n_keys; i++)
-        if (!is_harmless(g, &g->keys[i])) return refuse_key(&g->keys[i], e);
+static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
+    Config *c = &m->config;
+    snprintf(c->family, sizeof c->family, "%s", g->family);
+    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++)
+        if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
+            c->n_tokens = (int)entry->source.rows;
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
+        if (f->key && !get_field_of_key(g, m, f, e)) return false;
+    for (Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++)
+        if (!layer->n_kv_heads) layer->n_kv_heads = layer->n_heads;
+    if (!c->head_dim && c->dim % m->layers->n_heads)
+        return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
+    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
+    if (!c->rope_dim) c->rope_dim = c->head_dim;
+    get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
+    get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
+    Text scaling = get_text(g, ".rope.scaling.type"), chat_template = get_text(g, "tokenizer.chat_template");
+    double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
+    if (g->bad) return false;
+    if (scaling.at && !is_text(scaling, "none") && !is_text(scaling, "linear"))
+        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
+    c->rope_scale = factor == 0 || is_text(scaling, "none") ? 1 : factor;
+    m->chat_template = chat_template.at;
+    m->chat_template_bytes = chat_template.n;
+    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
+        if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
 }
 
 // The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
-    Vocabulary v = { .pre = NULL };
-    Cursor scores = { 0 }, piece_types = { 0 };
-    const char *model;
-    size_t n_model, n;
-    double strips;
-    if (!get_text(g, "tokenizer.ggml.model", &model, &n_model, e)) return false;
-    if (!model) return fail(e, BAD_FILE, "key tokenizer.ggml.model is missing");
-    v.kind = is_text(model, n_model, "llama") ? SPM : BPE;
-    if (v.kind == BPE && !is_text(model, n_model, "gpt2"))
-        return fail(e, BAD_FILE, "tokenizers of kind \"%.*s\" are not implemented", shown(n_model), model);
+    Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
+    Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true);
+    Key scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
+    Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
+    Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
+    Vocabulary v = {
+        .kind = is_text(model, "llama") ? SPM : BPE,
+        .pre = options.pre ? options.pre : pre.at, .pre_bytes = options.pre ? strlen(options.pre) : pre.n,
+        .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
+        .scores = scores.value.at, .types = piece_types.value.at,
+        .bos = (int)get_number(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
+        .eos = (int)get_number(g, "tokenizer.ggml.eos_token_id", 0, INT32_MAX, -1),
+        .eot = (int)get_number(g, "tokenizer.ggml.eot_token_id", 0, INT32_MAX, -1),
+        .eom = (int)get_number(g, "tokenizer.ggml.eom_token_id", 0, INT32_MAX, -1),
+        .unk = (int)get_number(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
+        .add_bos = (int)get_number(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
+        .add_eos = (int)get_number(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
+        .dummy_prefix = (int)get_number(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
+    };
+    get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
+    if (g->bad) return false;
+    if (v.kind == BPE && !is_text(model, "gpt2"))
+        return fail(e, BAD_FILE, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
     if (map && map->count > 0) return refuse_key(map, e);
-    if (!get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, &strips, e) ||
-        !get_text(g, "tokenizer.ggml.pre", &v.pre, &v.pre_bytes, e) ||
-        !get_array(g, "tokenizer.ggml.tokens", G_STRING, 0, &v.n_tokens, &v.pieces, e) ||
-        !get_array(g, "tokenizer.ggml.scores", G_F32, v.n_tokens, &n, &scores, e) ||
-        !get_array(g, "tokenizer.ggml.token_type", G_I32, v.n_tokens, &n, &piece_types, e) ||
-        !get_array(g, "tokenizer.ggml.merges", G_STRING, 0, &v.n_merges, &v.merges, e))
-        return false;
-    if (!v.n_tokens) return fail(e, BAD_FILE, "key tokenizer.ggml.tokens is missing");
-    v.scores = scores.at;
-    v.types = piece_types.at;
-    if (options.pre) {
-        v.pre = options.pre;
-        v.pre_bytes = strlen(options.pre);
-    }
-    const struct { const char *name; int *value; double max; } numbers[] = {
-        { "tokenizer.ggml.bos_token_id", &v.bos, INT32_MAX }, { "tokenizer.ggml.eos_token_id", &v.eos, INT32_MAX },
-        { "tokenizer.ggml.eot_token_id", &v.eot, INT32_MAX }, { "tokenizer.ggml.eom_token_id", &v.eom, INT32_MAX },
-        { "tokenizer.ggml.unknown_token_id", &v.unk, INT32_MAX }, { "tokenizer.ggml.add_bos_token", &v.add_bos, 1 },
-        { "tokenizer.ggml.add_eos_token", &v.add_eos, 1 }, { "tokenizer.ggml.add_space_prefix", &v.dummy_prefix, 1 },
-    };
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        double value = -1;
-        if (!get_number(g, numbers[i].name, 0, numbers[i].max, &value, e)) return false;
-        *numbers[i].value = (int)value;
-    }
+    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
+        return fail(e, BAD_FILE, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, section, e);
 }
 
-// One tensor's name, shape, type and offset; `data` is filled in when it is known where the data begin.
+// One tensor's name, shape, type and offset; place_entries() finds its data.
 static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
-    size_t n_name;
-    const char *name = take_string(c, &n_name);
+    Text name;
+    name.at = take_string(c, &name.n);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
     for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
     entry->offset = take_u64(c);
     if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
-    if (n_name == 0 || n_name >= NAME_BYTES || memchr(name, 0, n_name))
-        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", n_name);
-    memcpy(entry->name, name, n_name);
-    if (n_dims < 1 || n_dims > 4)
-        return fail(e, BAD_FILE, "%s has %u dimensions, expected 1 or 2", entry->name, n_dims);
+    if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
+        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", name.n);
+    memcpy(entry->name, name.at, name.n);
     const SourceType *source = NULL;
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    if (dims[0] == 0 || dims[1] == 0 || dims[2] != 1 || dims[3] != 1 || dims[0] % source->block_cols)
+    if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || dims[2] != 1 || dims[3] != 1 ||
+        dims[0] % source->block_cols)
         return fail(e, BAD_FILE, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
     entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
@@ -2651,23 +2519,21 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
 }
 
 // The directory, from the cursor on; `bytes` is where the file begins.
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n_tensors, Directory *d,
-                              Error *e) {
-    double alignment = 32;
-    if (!get_number(g, "general.alignment", 8, 1 << 20, &alignment, e)) return false;
-    size_t step = (size_t)alignment;
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Directory *d, Error *e) {
+    size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
+    if (g->bad || !find_family(g->family, e)) return false;
     if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
-    if (n_tensors > MAX_TENSORS || n_tensors > c->left / 24)
-        return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n_tensors);
-    if (!(d->entries = allocate((size_t)n_tensors, sizeof *d->entries, e))) return false;
-    for (; d->n < n_tensors; d->n++)
+    if (n > MAX_TENSORS || n > c->left / 24)
+        return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n);
+    if (!(d->entries = allocate((size_t)n, sizeof *d->entries, e))) return false;
+    for (; d->n < n; d->n++)
         if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
     take(c, round_up(n_read, step) - n_read);
     return place_entries(d, *c, step, e);
 }
 
-// The header and all keys; the cursor is left at the tensors.
+// The header and all keys; the cursor is left at the tensors. The caller frees g->keys.
 static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint32_t magic = take_u32(c), version = take_u32(c);
     *n_tensors = take_u64(c);
@@ -2676,38 +2542,31 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     if (version != 2 && version != 3) return fail(e, BAD_FILE, "has GGUF version %u, expected 2 or 3", version);
     if (n_keys > MAX_KEYS || n_keys > c->left / 13)
         return fail(e, BAD_FILE, "claims to have %llu keys", (unsigned long long)n_keys);
-    if (!(g->keys = allocate((size_t)n_keys, sizeof *g->keys, e))) return false;
+    *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
+    if (!g->keys) return false;
     for (; g->n_keys < n_keys; g->n_keys++) {
         Key *k = &g->keys[g->n_keys];
         if (!read_key(c, k, e)) return false;
-        for (size_t i = 0; i < g->n_keys && n_keys < 4096; i++)
-            if (g->keys[i].name_bytes == k->name_bytes && !memcmp(g->keys[i].name, k->name, k->name_bytes))
-                return fail(e, BAD_FILE, "key %.*s is there twice", shown(k->name_bytes), k->name);
+        for (const Key *other = g->keys; other < k && n_keys < 4096; other++)
+            if (other->name.n == k->name.n && !memcmp(other->name.at, k->name.at, k->name.n))
+                return fail(e, BAD_FILE, "key %.*s is there twice", shown(k->name), k->name.at);
     }
-    const char *family;
-    size_t n_family;
-    if (!get_text(g, "general.architecture", &family, &n_family, e)) return false;
-    if (!family) return fail(e, BAD_FILE, "key general.architecture is missing");
-    snprintf(g->family, sizeof g->family, "%.*s", (int)(n_family < 16 ? n_family : 15), family);
-    double parts = 0;
-    if (!get_number(g, "split.count", 0, 65535, &parts, e)) return false;
+    Text family = get_text(g, "general.architecture");
+    snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
+    double parts = get_number(g, "split.count", 0, 65535, 0);
+    if (g->bad) return false;
+    if (!family.at) return fail(e, BAD_FILE, "key general.architecture is missing");
     return parts <= 1 || fail(e, BAD_FILE, "is one part of a GGUF split into %g: merge them first", parts);
 }
 
 static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
     Cursor c = { bytes, n_bytes, false };
+    Buffer *made = &m->packed_vocabulary;
     Gguf g = { 0 };
     uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e) &&
-              (find_family(g.family) || fail(e, BAD_FILE, "models of family \"%s\" are not supported", g.family)) &&
-              read_gguf_tensors(&g, &c, bytes, n_tensors, d, e);
-    for (size_t i = 0; ok && i < d->n; i++) {
-        size_t rows = d->entries[i].source.rows;
-        if (!strcmp(d->entries[i].name, "token_embd.weight")) m->config.n_tokens = rows > MAX_TOKENS ? 0 : (int)rows;
-    }
-    ok = ok && read_gguf_config(&g, m, e) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
-         use_vocabulary(m, m->packed_vocabulary.bytes, m->packed_vocabulary.n, e) &&
-         get_text(&g, "tokenizer.chat_template", &m->chat_template, &m->chat_template_bytes, e);
+    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
+    if (d) ok = ok && read_gguf_tensors(&g, &c, bytes, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
+    ok = ok && read_gguf_vocabulary(&g, made, e) && use_vocabulary(m, made->bytes, made->n, e);
     free(g.keys);
     return ok;
 }
@@ -2715,16 +2574,13 @@ static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Dir
 // ---- llama2.c ----
 
 // v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats,
-// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; "" stands for v0's table
-// of angles.
-static const char *const llama2c_order[2][14] = {
-    { "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-      "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "",
-      "output.weight", NULL },
-    { "attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "token_embd.weight", "attn_q.weight",
-      "attn_k.weight", "attn_v.weight", "attn_output.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight",
-      "output.weight", NULL, NULL },
+// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; from v1 on all vectors
+// come before all matrices. "" stands for v0's table of angles.
+static const char *const llama2c_order[] = {
+    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
+    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
 };
+enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
 typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
@@ -2732,12 +2588,12 @@ typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, 
 static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
     Entry *entry = &d->entries[d->n++];
     bool grouped = group && slot->tensor;
-    memcpy(entry->name, slot->name, NAME_BYTES);
-    entry->is_vector = slot->vector != NULL;
     const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
     entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
+    entry->is_vector = slot->vector != NULL;
+    memcpy(entry->name, slot->name, NAME_BYTES);
     if (grouped && (slot->cols % (size_t)group || group % 32))
-        return fail(e, BAD_FILE, "groups of %d do not divide the %zu columns of %s into multiples of 32", group,
+        return fail(e, BAD_FILE, "groups of %d: no multiple of 32 that divides the %zu columns of %s", group,
                     slot->cols, slot->name);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
@@ -2747,12 +2603,15 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
 
 static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Directory *d, Error *e) {
     if (!(d->entries = allocate(n_slots(m), sizeof *d->entries, e))) return false;
-    for (const char *const *name = llama2c_order[version > 0]; *name; name++) {
-        if (!**name) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
-        if (shared && !strcmp(*name, "output.weight")) continue;
-        for (size_t i = 0; **name && i < n_slots(m); i++) {
-            Slot slot = get_slot(m, i);
-            if (!strcmp(slot.rule->name, *name) && !add_llama2c_tensor(&slot, c, group, d, e)) return false;
+    for (int i = 0; i < (version ? 2 : 1) * N_LLAMA2C; i++) {
+        const char *name = llama2c_order[i % N_LLAMA2C];
+        bool vectors = !version || i < N_LLAMA2C, matrices = !version || i >= N_LLAMA2C;
+        if (!*name && !version) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
+        if (!*name || (shared && !strcmp(name, "output.weight"))) continue;
+        for (size_t j = 0; j < n_slots(m); j++) {
+            Slot slot = get_slot(m, j);
+            if (strcmp(slot.rule->name, name) || !(slot.vector ? vectors : matrices)) continue;
+            if (!add_llama2c_tensor(&slot, c, group, d, e)) return false;
         }
     }
     return c->left == 0 || fail(e, BAD_FILE, "%zu bytes are left after the weights that its header asks for", c->left);
@@ -2763,6 +2622,8 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     Llama2cHeader h;
     uint32_t version = 0;
     int32_t group = 0;
+    Buffer *made = &m->packed_vocabulary;
+    if (!d) return read_llama2c_tokenizer(bytes, n_bytes, made, e) && use_vocabulary(m, made->bytes, made->n, e);
     if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
         take_u32(&c);
         version = take_u32(&c);
@@ -2786,7 +2647,7 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
                           .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
                           .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
-    if (!make_layers(m, e)) return false;
+    if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
     return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
@@ -2797,12 +2658,10 @@ static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, 
 // Things that people take for a checkpoint, by the bytes at some place.
 static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
     { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
-    { 0, "\177ELF", "a program" },
-    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<!", "a web page: was it the right link?" },
-    { 0, "<h", "a web page: was it the right link?" },
     { 8, "{\"", "a safetensors file: convert it first" },
-    { 0, "FUGG", "a big-endian GGUF, which is not supported" },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
+    { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
 };
 
 typedef enum { NATIVE, GGUF, LLAMA2C } Container;
@@ -2812,6 +2671,10 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
+static bool (*const parsers[])(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) = {
+    [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
+};
+
 // A model's parts from a file's bytes. On failure too, close_model() frees what there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
@@ -2819,9 +2682,6 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
         if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
             return fail(e, BAD_FILE, "is %s", mistakes[i].thing);
     }
-    static bool (*const parsers[])(const unsigned char *, size_t, Model *, Directory *, Error *) = {
-        [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
-    };
     Directory d = { 0 };
     bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
               bind_model(m, &d, threads, e);
@@ -2833,21 +2693,8 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
 
 // The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    Container kind = recognise(bytes, n_bytes);
-    Buffer *made = &m->packed_vocabulary;
-    Cursor c = { bytes, n_bytes, false };
-    Gguf g = { 0 };
-    FileHeader h;
-    uint64_t n_tensors;
-    bool ok;
-    made->n = 0;
-    if (kind == NATIVE) ok = read_header(bytes, n_bytes, &h, e);
-    else if (kind == GGUF) ok = read_gguf_keys(&c, &g, &n_tensors, e) && read_gguf_vocabulary(&g, made, e);
-    else ok = read_llama2c_tokenizer(bytes, n_bytes, made, e);
-    free(g.keys);
-    if (ok) c = kind == NATIVE ? open_section(bytes, n_bytes, h.tokenizer) : (Cursor){ made->bytes, made->n, false };
-    if (ok && c.bad) ok = fail(e, BAD_FILE, "its tokenizer lies outside the file");
-    if (!ok || !use_vocabulary(m, c.at, c.left, e)) return false;
+    m->packed_vocabulary.n = 0;
+    if (!parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, NULL, e)) return false;
     int n = m->tokenizer.n_tokens;
     return n_tokens < 0 || n == n_tokens ||
            fail(e, BAD_FILE, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
@@ -2989,70 +2836,59 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block. lay_out_state() runs twice: with base NULL, which counts the
-// bytes, then with the block itself.
-typedef struct {
-    unsigned char *base;
-    size_t used;
-} Arena;
-
-// count things of the given size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
-static void *place(Arena *a, size_t count, size_t size) {
-    unsigned char *p = a->base ? a->base + a->used : NULL;
-    a->used = round_up(plus(a->used, times(count, size)), 64);
+// All buffers of the forward pass come from one block. lay_out_state() runs twice, first without it, to count bytes.
+// The next count things of that size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
+static void *place(State *s, size_t count, size_t size) {
+    unsigned char *p = s->arena ? (unsigned char *)s->arena + s->arena_bytes : NULL;
+    s->arena_bytes = round_up(plus(s->arena_bytes, times(count, size)), 64);
     return p;
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static void lay_out_state(const Model *m, State *s, Arena *a) {
+static void lay_out_state(const Model *m, State *s) {
     const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = 0, n_kv_heads = 0, ffn_dim = 0, group = QUERIES_TOGETHER;
-    for (int l = 0; l < c->n_layers; l++) {
-        const Layer *layer = &m->layers[l];
-        n_heads = larger(n_heads, (size_t)layer->n_heads);
-        n_kv_heads = larger(n_kv_heads, (size_t)layer->n_kv_heads);
-        ffn_dim = larger(ffn_dim, (size_t)layer->ffn_dim);
+    size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER;
+    for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
+        s->q_stride = larger(s->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
+        s->kv_stride = larger(s->kv_stride, round_up((size_t)layer->n_kv_heads * head_dim, 32));
+        s->ffn_stride = larger(s->ffn_stride, round_up((size_t)layer->ffn_dim, 32));
         group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
     }
     size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
     size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
-    s->q_stride = round_up(n_heads * head_dim, 32);
-    s->kv_stride = round_up(n_kv_heads * head_dim, 32);
-    s->ffn_stride = round_up(ffn_dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->x = place(a, n * s->x_stride, sizeof(float));
-    s->normed = place(a, n_or_threads * s->x_stride, sizeof(float));
-    s->out = place(a, n * s->x_stride, sizeof(float));
-    s->query = place(a, n * s->q_stride, sizeof(float));
-    s->attended = place(a, n * s->q_stride, sizeof(float));
-    s->key = place(a, n * s->kv_stride, sizeof(float));
-    s->value = place(a, n * s->kv_stride, sizeof(float));
-    s->gate = place(a, n * s->ffn_stride, sizeof(float));
-    s->up = place(a, n * s->ffn_stride, sizeof(float));
+    s->x = place(s, n * s->x_stride, sizeof(float));
+    s->normed = place(s, n_or_threads * s->x_stride, sizeof(float));
+    s->out = place(s, n * s->x_stride, sizeof(float));
+    s->query = place(s, n * s->q_stride, sizeof(float));
+    s->attended = place(s, n * s->q_stride, sizeof(float));
+    s->key = place(s, n * s->kv_stride, sizeof(float));
+    s->value = place(s, n * s->kv_stride, sizeof(float));
+    s->gate = place(s, n * s->ffn_stride, sizeof(float));
+    s->up = place(s, n * s->ffn_stride, sizeof(float));
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
-    s->blocks = place(a, n * s->widest / 32, sizeof *s->blocks);
-    s->rounded = place(a, n_or_threads * s->widest / 32, sizeof *s->rounded);
-    s->logits = place(a, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
-    s->angles = place(a, positions * (size_t)c->rope_dim, sizeof(float));
+    s->blocks = place(s, n * s->widest / 32, sizeof *s->blocks);
+    s->rounded = place(s, n_or_threads * s->widest / 32, sizeof *s->rounded);
+    s->logits = place(s, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
+    s->angles = place(s, positions * (size_t)c->rope_dim, sizeof(float));
     s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
-    s->scratch = place(a, (size_t)s->threads * s->scratch_stride, sizeof(float));
-    s->broken = place(a, n, sizeof *s->broken);
-    s->keys = place(a, (size_t)c->n_layers, sizeof *s->keys);
-    s->values = place(a, (size_t)c->n_layers, sizeof *s->values);
+    s->scratch = place(s, (size_t)s->threads * s->scratch_stride, sizeof(float));
+    s->broken = place(s, n, sizeof *s->broken);
+    s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
+    s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
     for (int l = 0; l < c->n_layers; l++) {
         size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *key = place(a, size, head_dim), *value = place(a, size, round_up(head_dim, 16));
-        if (!a->base) continue;
+        void *key = place(s, size, head_dim), *value = place(s, size, round_up(head_dim, 16));
+        if (!s->arena) continue;
         s->keys[l] = key;
         s->values[l] = value;
     }
 }
 
-// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32.
+// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.
 static bool make_state(const Model *m, State *s, Error *e) {
-    Arena counted = { NULL, 0 }, placed = { NULL, 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
@@ -3061,12 +2897,11 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->rounds |= rounds;
         s->copies |= !rounds;
     }
-    lay_out_state(m, s, &counted);
-    if (!(placed.base = map_memory(counted.used, e))) return false;
-    lay_out_state(m, s, &placed);
-    use_large_pages(placed.base, (size_t)((unsigned char *)s->keys - placed.base));  // all before the cache
-    s->arena = placed.base;
-    s->arena_bytes = placed.used;
+    lay_out_state(m, s);
+    if (!(s->arena = map_memory(s->arena_bytes, e))) return false;
+    s->arena_bytes = 0;
+    lay_out_state(m, s);
+    use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
     return true;
 }
 
@@ -3078,16 +2913,13 @@ static void free_state(State *s) {
 // Not finite is what no weights should give and no token may be chosen from.
 static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
     for (int t = 0; t < n; t++) {
-        int layers = s->broken[t] - 1, row = t - (n - n_logits);
-        const float *logits = s->logits + (size_t)(row < 0 ? 0 : row) * s->logits_stride;
+        int layers = s->broken[t] - 1, row = t - (n - n_logits), at = s->n_past + t;
         bool finite = true;
         for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
-            finite &= (bits_of_float(logits[i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0)
-            return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", s->n_past + t);
-        if (layers > 0)
-            return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, s->n_past + t);
-        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", s->n_past + t);
+            finite &= (bits_of_float(s->logits[(size_t)row * s->logits_stride + (size_t)i]) & 0x7fffffff) < 0x7f800000;
+        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", at);
+        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, at);
+        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", at);
     }
     return true;
 }
