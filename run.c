@@ -449,28 +449,35 @@ typedef struct {
 INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block);
 
 // sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
-// for the blocks of 16 quantised rows, one after the other. x: the blocks of n of n_all tokens that meet the first one.
+// for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
 // The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
+    enum { TOGETHER = 4 };
+    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
+    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
+    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
+        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
+        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
+        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
+        add_products(dot[0], 16, q[0], 32, u->w[first], 16, now, cols);
+        for (int t = 0; t < now; t++) {
+            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
+            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
+            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
+        }
+    }
+}
+
+// Adds the products of quantised tiles, one block after the other. x: the blocks of n of n_all tokens for the first.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n) {
-    enum { TOGETHER = 4 };
-    int cols = types[type].per_scale;
-    for (size_t c = 0; c < n_blocks * 32 / (size_t)cols; c++) {
+    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         UnpackedBlock u;
-        size_t part = c * (size_t)cols / 16 % 2, place = cols == 32 ? 0 : 1 + part;  // which 16 columns, if not all 32
-        if (part == 0) unpack(&u, type, tiles, c * (size_t)cols / 32);
-        for (int t0 = 0; t0 < n; t0 += TOGETHER) {
-            const Block *b = x + c * (size_t)cols / 32 * n_all + t0;
-            float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
-            int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-            for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = b[i / cols].q[16 * (int)part + i % cols];
-            add_products(dot[0], 16, q[0], 32, u.w[16 * part], 16, now, cols);
-            for (int t = 0; t < now; t++) {
-                float *y = sum[t0 + t], s = b[t].scale, scaled_sum = b[t].scaled_sum[place];
-                for (int r = 0; r < 16; r++) y[r] = fmaf(u.scale[part][r] * s, dot[t][r], y[r]);
-                for (int r = 0; types[type].has_min && r < 16; r++) y[r] = fmaf(u.min[part][r], scaled_sum, y[r]);
-            }
-        }
+        unpack(&u, type, tiles, c);
+        if (!halves) add_part(sum, &u, has_min, x, n, 0);
+        if (halves) add_part(sum, &u, has_min, x, n, 1);
+        if (halves) add_part(sum, &u, has_min, x, n, 2);
     }
 }
 
@@ -1306,6 +1313,12 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
         multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
 }
 
+typedef void LookUp(uint8_t *w, size_t n, const int8_t values[16]);  // w = values[w], in place
+
+INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
+    for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
+}
+
 // The stored weights of 32 columns as bytes, four columns of the 16 rows in each w[g].
 INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
@@ -1357,12 +1370,20 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
     const uint16_t *half = (const void *)tile;
     float *w = &u->w[0][0];
     if (is_quantised(type)) {
-        uint8_t q[8][64];
+        _Alignas(64) uint8_t q[8][64];
         unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
-        unpack_planes(q, types[type].bits, weights);
-        for (int i = 0; i < 512; i++) {
-            int c = i / 16, r = i % 16, stored = q[c / 4][4 * r + c % 4];
-            w[i] = types[type].values ? types[type].values[stored] : (int8_t)(stored - types[type].offset);
+        switch (types[type].bits) {  // a loop of its own for each
+        case 2: unpack_planes(q, 2, weights); break;
+        case 3: unpack_planes(q, 3, weights); break;
+        case 4: unpack_planes(q, 4, weights); break;
+        case 5: unpack_planes(q, 5, weights); break;
+        case 6: unpack_planes(q, 6, weights); break;
+        default: unpack_planes(q, 8, weights); break;
+        }
+        if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
+        for (int g = 0; g < 8; g++) {
+            for (int r = 0; r < 16; r++)
+                for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
         }
     } else if (type == F32) {
         memcpy(w, tile, sizeof u->w);
@@ -3448,10 +3469,10 @@ static bool matmul_once(void *p, Error *e) {
 
 // Shapes x types x numbers of tokens, with the kernels that are chosen.
 static bool matmul_with(MatmulJob job, size_t n_bytes, Report *report, Error *e) {
-    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 }, { 4096, 4096 } };
+    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 } };
     Load ceiling;
     bool ok = measure_ceilings(job.threads, &ceiling, e);
-    for (int i = 0; ok && i < 3 * N_TYPES * options.pp.n; i++) {
+    for (int i = 0; ok && i < 2 * N_TYPES * options.pp.n; i++) {
         const int *shape = shapes[i / options.pp.n / N_TYPES];
         job.w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
         job.n_copies = n_bytes / tensor_bytes(&job.w);
@@ -3463,7 +3484,7 @@ static bool matmul_with(MatmulJob job, size_t n_bytes, Report *report, Error *e)
         r->ceiling = ceiling;
         add_product(&r->load, &job.w, (double)job.x.n, false);
         double multiplying = r->load.int8 / ceiling.int8 + r->load.f32 / ceiling.f32;  // seconds, at the limit
-        job.n_products = (size_t)fmax(1, 0.02 / fmax(multiplying, r->load.bytes / ceiling.bytes));
+        job.n_products = (size_t)fmax(1, 0.005 / fmax(multiplying, r->load.bytes / ceiling.bytes));
         ok = measure(report, matmul_once, &job, job.n_products, (int)job.x.n, e);
     }
     return ok;
@@ -3471,7 +3492,7 @@ static bool matmul_with(MatmulJob job, size_t n_bytes, Report *report, Error *e)
 
 static bool run_matmul(Error *e) {
     static const char *const names[] = { "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar" };
-    enum { MOST_ROWS = 5632, MOST_COLS = 4096 };
+    enum { MOST_ROWS = 5632, MOST_COLS = 2048 };
     static Report report = { .title = "matrix products" };
     size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp), n_blocks = n_tokens * MOST_COLS / 32;
     unsigned char *memory = map_memory(n_bytes, e);
@@ -3522,12 +3543,6 @@ typedef struct {
     _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
 } ByteBlock;
-
-typedef void LookUp(uint8_t *w, size_t n, const int8_t values[16]);  // w = values[w], in place
-
-INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
-    for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
-}
 
 // The leaves of an instruction set: dots[row] = the dot product of a row with all 32 columns (part 0), or with the
 // first (1) or the last (2) 16 of them.
