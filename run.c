@@ -509,15 +509,16 @@ static const Kernels scalar, *kernels = &scalar;  // chapter 8
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
-    size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w);
+    size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w), together = 8192 / blocks;
     const unsigned char *tiles = w->tiles + rows.from * row_bytes;
+    together = together < 16 ? 16 : together > TOKENS ? TOKENS : together;
     if (a->n == 1 && !quantised) {
         kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
         return;
     }
     for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
-        for (size_t t0 = 0; t0 < a->n; t0 += TOKENS) {
-            int now = (int)(a->n - t0 < TOKENS ? a->n - t0 : TOKENS);
+        for (size_t t0 = 0; t0 < a->n; t0 += together) {
+            int now = (int)(a->n - t0 < together ? a->n - t0 : together);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + t0, a->n, now);
@@ -4019,7 +4020,7 @@ static const Option option_table[] = {
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
       "positions: the model's own, at most 4096; 0 = all of the model's own" },
     { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
-    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 256" },
+    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
@@ -4261,7 +4262,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .batch = 256, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
+                         .batch = 128, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
                          .depth = { 1, { 0 } }, .seed = clock_seed };
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
