@@ -392,7 +392,7 @@ INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; })
 // max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
 // the scale NaN, and the check of the layer will find what comes of it.
 INLINE void round_block(Block *b, const float *x) {
-    int32_t max = 0, sum[3] = { 0 };
+    int32_t max = 0, q[32], sum[3] = { 0 };
     for (int i = 0; i < 32; i++) {
         int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
         max = size > max ? size : max;
@@ -400,12 +400,11 @@ INLINE void round_block(Block *b, const float *x) {
     float largest = float_of_bits((uint32_t)max);
     bool finite = max < 0x7f800000, tiny = largest < 0x1p-100f;
     float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < 32; i++) {
-        float product = finite ? x[i] * inverse : 0.0f;
-        b->q[i] = (int8_t)(uint8_t)(bits_of_float(product + ROUNDER) & 0xff);
-    }
-    for (int i = 0; i < 16; i++) sum[1] += b->q[i];
-    for (int i = 16; i < 32; i++) sum[2] += b->q[i];
+    for (int i = 0; i < 32; i++)  // the low 22 bits of the sum are the whole number
+        q[i] = (int32_t)(bits_of_float((finite ? x[i] * inverse : 0.0f) + ROUNDER) << 10) >> 10;
+    for (int i = 0; i < 32; i++) b->q[i] = (int8_t)q[i];
+    for (int i = 0; i < 16; i++) sum[1] += q[i];
+    for (int i = 16; i < 32; i++) sum[2] += q[i];
     sum[0] = sum[1] + sum[2];
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
