@@ -88,6 +88,9 @@ __attribute__((format(printf, 3, 4))) static bool fail(Error *e, int status, con
     return false;
 }
 
+// Likewise, where it is the file that is wrong.
+#define refuse(e, ...) fail(e, BAD_FILE, __VA_ARGS__)
+
 // Zeroed memory for count things of the given size; NULL (and the error filled in) where there is not that much.
 static void *allocate(size_t count, size_t size, Error *e) {
     void *p = calloc(count ? count : 1, size ? size : 1);
@@ -1434,11 +1437,10 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
     target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
-    target double set##_peak(bool int8, size_t rounds) { return peak_of(int8, rounds); }                               \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
-                                 set##_exponentiate, set##_swiglu, set##_peak, set##_read };
+                                 set##_exponentiate, set##_swiglu, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -1657,12 +1659,12 @@ static void use_large_pages(const void *p, size_t n_bytes) {
 
 static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
-    if (file < 0) return fail(e, BAD_FILE, "%s", strerror(errno));
+    if (file < 0) return refuse(e, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
     if (fstat(file, &info) || !S_ISREG(info.st_mode))
-        fail(e, BAD_FILE, "a directory, a pipe or a device, expected a checkpoint");
-    else if (info.st_size == 0) fail(e, BAD_FILE, "an empty file, expected a checkpoint");
+        refuse(e, "a directory, a pipe or a device, expected a checkpoint");
+    else if (info.st_size == 0) refuse(e, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
         fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
     close(file);
@@ -1797,7 +1799,7 @@ static const Family families[] = {
 static const Family *find_family(const char *name, Error *e) {
     for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (!strcmp(families[i].name, name)) return &families[i];
-    fail(e, BAD_FILE, "models of family \"%s\" are not supported", name);
+    refuse(e, "models of family \"%s\" are not supported", name);
     return NULL;
 }
 
@@ -1841,7 +1843,7 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
 // Sets a field, if the value is one that it may have; the number of layers makes room for these.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
-        return fail(e, BAD_FILE, "%s is %g, expected %s%g to %g", f->name, value,
+        return refuse(e, "%s is %g, expected %s%g to %g", f->name, value,
                     f->type == INTEGER ? "a whole number " : "", f->min, f->max);
     void *p = field_place(m, f, layer);
     if (f->type == INTEGER) *(int *)p = (int)value;
@@ -1861,13 +1863,13 @@ static bool check_config(Model *m, Error *e) {
         for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return fail(e, BAD_FILE, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
+        return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
         if (heads % groups)
-            return fail(e, BAD_FILE, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
+            return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
         if (heads * c->head_dim > MAX_FFN_DIM)
-            return fail(e, BAD_FILE, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
+            return refuse(e, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
 }
@@ -1996,15 +1998,15 @@ static int by_place(const void *a, const void *b) {
 static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
     for (Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
         unsigned long long at = entry->offset;
-        if (at % step) return fail(e, BAD_FILE, "%s begins at %llu, no multiple of %zu", entry->name, at, step);
+        if (at % step) return refuse(e, "%s begins at %llu, no multiple of %zu", entry->name, at, step);
         if (data.bad || at > data.left || entry->n_bytes > data.left - at)
-            return fail(e, BAD_FILE, "%s ends after the file does: not copied whole?", entry->name);
+            return refuse(e, "%s ends after the file does: not copied whole?", entry->name);
         entry->source.data = data.at + at;
     }
     qsort(d->entries, d->n, sizeof *d->entries, by_place);
     for (const Entry *a = d->entries; a + 1 < d->entries + d->n; a++)
         if (a->n_bytes > (size_t)(a[1].source.data - a->source.data))
-            return fail(e, BAD_FILE, "tensors %s and %s overlap", a->name, a[1].name);
+            return refuse(e, "tensors %s and %s overlap", a->name, a[1].name);
     return true;
 }
 
@@ -2043,18 +2045,18 @@ static void pack_team(void *p, Team team) {
 static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
     if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols)
-        return fail(e, BAD_FILE, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, slot->all_rows,
+        return refuse(e, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, slot->all_rows,
                     slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
-        return fail(e, BAD_FILE, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
+        return refuse(e, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
     if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
     if (!s->type) set_slot(slot, s->data);
     if (!s->type && slot_bytes(slot) != entry->n_bytes)
-        return fail(e, BAD_FILE, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
+        return refuse(e, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
     if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
-        return fail(e, BAD_FILE, "%s is of type %s, expected F32", entry->name, s->type->name);
+        return refuse(e, "%s is of type %s, expected F32", entry->name, s->type->name);
     if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
@@ -2069,14 +2071,14 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         Entry *entry = entry_for(d, &slot);
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
         if (!entry && (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)))
-            return fail(e, BAD_FILE, "tensor %s is missing", slot.name);
+            return refuse(e, "tensor %s is missing", slot.name);
         if (slot.layer < 1) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
-            return fail(e, BAD_FILE, "tensor %s is missing", entry ? before.name : slot.name);
+            return refuse(e, "tensor %s is missing", entry ? before.name : slot.name);
     }
     for (const Entry *a = d->entries; a < d->entries + d->n; a++)
-        if (!a->used) return fail(e, BAD_FILE, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
+        if (!a->used) return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
     PackJob job = { m, d, clock_seconds() };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
     if (m->packed) {
@@ -2128,7 +2130,7 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
         if (to && !append(to, &record, sizeof record, e)) return false;
         if (!to) take_into(&from, &found, sizeof found);
         if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
-            return fail(e, BAD_FILE, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
+            return refuse(e, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
                         found.name, record.count, record.name);
         for (int l = 0; l < (int)record.count; l++) {
             double value = to ? get_field(m, f, l) : 0;
@@ -2137,20 +2139,19 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
         }
     }
     int n = from.left < 28 ? (int)from.left : 28;
-    return n == 0 || fail(e, BAD_FILE, "the configuration asks for \"%.*s\", which is not known", n,
-                          (const char *)from.at);
+    return n == 0 || refuse(e, "the configuration asks for \"%.*s\", which is not known", n, (const char *)from.at);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
     if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
-        return fail(e, BAD_FILE, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
+        return refuse(e, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
     if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
     for (; d->n < h->n_tensors; d->n++) {
         TensorRecord r;
         take_into(&c, &r, sizeof r);
         r.name[NAME_BYTES - 1] = 0;
         if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
-            return fail(e, BAD_FILE, "%s is of type %u, which is not known", r.name, r.type);
+            return refuse(e, "%s is of type %u, which is not known", r.name, r.type);
         Entry *entry = &d->entries[d->n];
         *entry = (Entry){ .source = { .rows = r.rows, .cols = r.cols }, .native_type = (int)r.type,
                           .is_vector = r.type == NATIVE_VECTOR, .offset = r.at - h->weights.at, .n_bytes = r.n_bytes };
@@ -2159,46 +2160,32 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Err
     return true;
 }
 
-// Makes a vocabulary section the model's tokenizer, in place of the one it may have.
-static bool use_vocabulary(Model *m, const unsigned char *section, size_t n_bytes, Error *e) {
-    close_tokenizer(&m->tokenizer);
-    m->vocabulary = section;
-    m->vocabulary_bytes = n_bytes;
-    return open_tokenizer(section, n_bytes, &m->tokenizer, e);
-}
-
-// The header, and the sections as cursors.
-static bool read_header(const unsigned char *bytes, size_t n_bytes, FileHeader *h, Cursor *sections, Error *e) {
-    Cursor c = { bytes, n_bytes, false };
-    take_into(&c, h, sizeof *h);
-    if (c.bad) return fail(e, BAD_FILE, "%zu bytes, expected a header of %zu", n_bytes, sizeof *h);
-    unsigned long long whole = h->file_bytes;
-    if (h->layout != LAYOUT)
-        return fail(e, BAD_FILE, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
-                    h->layout, LAYOUT);
-    if (whole != n_bytes) return fail(e, BAD_FILE, "%zu bytes, expected %llu: not copied whole?", n_bytes, whole);
-    for (int i = 0; i < N_SECTIONS; i++) {
-        Section s = h->sections[i];
-        if (s.at > n_bytes || s.n_bytes > n_bytes - s.at || s.at % 64)
-            return fail(e, BAD_FILE, "a section of the header lies outside the file");
-        sections[i] = (Cursor){ bytes + s.at, (size_t)s.n_bytes, false };
-    }
-    return true;
-}
-
 // What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are; or,
 // where there is no directory to put these in, the vocabulary only.
-static bool parse_native(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
+static bool parse_native(Cursor file, Model *m, Directory *d, Error *e) {
     FileHeader h;
-    Cursor sections[N_SECTIONS];
-    if (!read_header(bytes, n_bytes, &h, sections, e)) return false;
-    const Cursor *tokenizer = &sections[TOKENIZER];
-    if (!d) return use_vocabulary(m, tokenizer->at, tokenizer->left, e);
+    Cursor c = file, sections[N_SECTIONS];
+    take_into(&c, &h, sizeof h);
+    if (c.bad) return refuse(e, "%zu bytes, expected a header of %zu", file.left, sizeof h);
+    unsigned long long whole = h.file_bytes;
+    if (h.layout != LAYOUT)
+        return refuse(e, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
+                      h.layout, LAYOUT);
+    if (whole != file.left) return refuse(e, "%zu bytes, expected %llu: not copied whole?", file.left, whole);
+    for (int i = 0; i < N_SECTIONS; i++) {
+        Section s = h.sections[i];
+        if (s.at > file.left || s.n_bytes > file.left - s.at || s.at % 64)
+            return refuse(e, "a section of the header lies outside the file");
+        sections[i] = (Cursor){ file.at + s.at, (size_t)s.n_bytes, false };
+    }
+    m->vocabulary = sections[TOKENIZER].at;
+    m->vocabulary_bytes = sections[TOKENIZER].left;
+    if (!d) return true;
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
     m->chat_template_bytes = sections[CHAT_TEMPLATE].left;
     m->chat_template = m->chat_template_bytes ? (const char *)sections[CHAT_TEMPLATE].at : NULL;
     return transfer_config(m, sections[CONFIG], NULL, e) && read_tensor_records(&h, sections[TENSORS], d, e) &&
-           place_entries(d, sections[WEIGHTS], 64, e) && use_vocabulary(m, tokenizer->at, tokenizer->left, e);
+           place_entries(d, sections[WEIGHTS], 64, e);
 }
 
 // The tensor records, with places from where the weights begin on, and how many bytes those take.
@@ -2313,9 +2300,6 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
     { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "number", 0 },
 };
 
-// Bytes of the file, with no NUL behind them; `at` is NULL where there is no such text.
-typedef struct { const char *at; size_t n; } Text;
-
 typedef struct {
     Text name;
     GgufType type;  // of its items
@@ -2340,22 +2324,22 @@ static bool is_text(Text t, const char *expected) {
 }
 
 static bool read_key(Cursor *c, Key *k, Error *e) {
-    k->name.at = take_string(c, &k->name.n);
+    k->name = take_string(c);
     uint32_t type = take_u32(c);
     k->is_array = type == G_ARRAY;
     if (k->is_array) type = take_u32(c);
     uint64_t count = k->is_array ? take_u64(c) : 1;
-    if (c->bad) return fail(e, BAD_FILE, "the file ends within its keys");
+    if (c->bad) return refuse(e, "the file ends within its keys");
     if (type >= N_G || type == G_ARRAY)
-        return fail(e, BAD_FILE, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
+        return refuse(e, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
     k->type = (GgufType)type;
     k->count = (size_t)count;
     k->value = *c;
-    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes, n;
+    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes;
     c->bad = count > c->left / least;  // strings have to be walked one by one: not more than there can be
     if (type != G_STRING) take(c, k->count * least);
-    for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c, &n);
-    if (c->bad) return fail(e, BAD_FILE, "key %.*s is longer than the file", shown(k->name), k->name.at);
+    for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
+    if (c->bad) return refuse(e, "key %.*s is longer than the file", shown(k->name), k->name.at);
     k->value.left -= c->left;
     return true;
 }
@@ -2391,7 +2375,7 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
         g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name,
                                  k->is_array ? "an array of " : "", gguf_types[k->type].name,
                                  is_array ? "an array of " : "", gguf_types[type].name);
-    return fits ? *k : (Key){ .value = { NULL, 0, false } };
+    return fits ? *k : (Key){ 0 };
 }
 
 // A key's number, or `otherwise` where there is no such key.
@@ -2405,13 +2389,11 @@ static double get_number(Gguf *g, const char *name, double min, double max, doub
 
 static Text get_text(Gguf *g, const char *name) {
     Key k = get_key(g, name, G_STRING, false);
-    Text t = { NULL, 0 };
-    if (k.value.at) t.at = take_string(&k.value, &t.n);
-    return t;
+    return take_string(&k.value);
 }
 
 static bool refuse_key(const Key *k, Error *e) {
-    return fail(e, BAD_FILE, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
+    return refuse(e, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
 }
 
 // A key of the family that nobody has asked for may change what a model computes, and is refused by name, but for the
@@ -2442,9 +2424,9 @@ static bool is_harmless(const Gguf *g, const Key *k) {
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
     const Key *k = find_key(g, f->key);
     int n = f->per_layer ? m->config.n_layers : 1;
-    if (!k && isnan(f->otherwise)) return fail(e, BAD_FILE, "key %s%s is missing", g->family, f->key);
+    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, f->key);
     if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
-        return fail(e, BAD_FILE, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
+        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
                     gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
     for (int l = 0; l < n && (k || f->otherwise > 0); l++)
         if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
@@ -2463,7 +2445,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     for (Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++)
         if (!layer->n_kv_heads) layer->n_kv_heads = layer->n_heads;
     if (!c->head_dim && c->dim % m->layers->n_heads)
-        return fail(e, BAD_FILE, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
+        return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
@@ -2472,7 +2454,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
     if (g->bad) return false;
     if (scaling.at && !is_text(scaling, "none") && !is_text(scaling, "linear"))
-        return fail(e, BAD_FILE, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
+        return refuse(e, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
     c->rope_scale = factor == 0 || is_text(scaling, "none") ? 1 : factor;
     m->chat_template = chat_template.at;
     m->chat_template_bytes = chat_template.n;
@@ -2490,7 +2472,7 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
     Vocabulary v = {
         .kind = is_text(model, "llama") ? SPM : BPE,
-        .pre = options.pre ? options.pre : pre.at, .pre_bytes = options.pre ? strlen(options.pre) : pre.n,
+        .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
         .scores = scores.value.at, .types = piece_types.value.at,
         .bos = (int)get_number(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
@@ -2505,34 +2487,33 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
-        return fail(e, BAD_FILE, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
+        return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
     if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
-        return fail(e, BAD_FILE, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
+        return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, section, e);
 }
 
 // One tensor's name, shape, type and offset; place_entries() finds its data.
 static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
-    Text name;
-    name.at = take_string(c, &name.n);
+    Text name = take_string(c);
     uint32_t n_dims = take_u32(c);
     uint64_t dims[4] = { 1, 1, 1, 1 };
     for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
     entry->offset = take_u64(c);
-    if (c->bad) return fail(e, BAD_FILE, "the file ends within its list of tensors");
+    if (c->bad) return refuse(e, "the file ends within its list of tensors");
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
-        return fail(e, BAD_FILE, "a tensor's name has %zu bytes or a NUL", name.n);
+        return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(entry->name, name.at, name.n);
     const SourceType *source = NULL;
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
-    if (!source) return fail(e, BAD_FILE, "%s is of GGUF type %u, which is not supported", entry->name, type);
+    if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
     if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || dims[2] != 1 || dims[3] != 1 ||
         dims[0] % source->block_cols)
-        return fail(e, BAD_FILE, "%s has a shape that %s cannot have", entry->name, source->name);
+        return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
     entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
     entry->n_bytes = source_bytes(&entry->source);
@@ -2543,9 +2524,8 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
 static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Directory *d, Error *e) {
     size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad || !find_family(g->family, e)) return false;
-    if (step & (step - 1)) return fail(e, BAD_FILE, "key general.alignment is %zu, expected a power of two", step);
-    if (n > MAX_TENSORS || n > c->left / 24)
-        return fail(e, BAD_FILE, "claims to have %llu tensors", (unsigned long long)n);
+    if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
+    if (n > MAX_TENSORS || n > c->left / 24) return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
     if (!(d->entries = allocate((size_t)n, sizeof *d->entries, e))) return false;
     for (; d->n < n; d->n++)
         if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
@@ -2559,10 +2539,10 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint32_t magic = take_u32(c), version = take_u32(c);
     *n_tensors = take_u64(c);
     uint64_t n_keys = take_u64(c);
-    if (c->bad || magic != 0x46554747) return fail(e, BAD_FILE, "the file ends within its header");
-    if (version != 2 && version != 3) return fail(e, BAD_FILE, "has GGUF version %u, expected 2 or 3", version);
+    if (c->bad || magic != 0x46554747) return refuse(e, "the file ends within its header");
+    if (version != 2 && version != 3) return refuse(e, "has GGUF version %u, expected 2 or 3", version);
     if (n_keys > MAX_KEYS || n_keys > c->left / 13)
-        return fail(e, BAD_FILE, "claims to have %llu keys", (unsigned long long)n_keys);
+        return refuse(e, "claims to have %llu keys", (unsigned long long)n_keys);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
     for (; g->n_keys < n_keys; g->n_keys++) {
@@ -2570,24 +2550,23 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         if (!read_key(c, k, e)) return false;
         for (const Key *other = g->keys; other < k && n_keys < 4096; other++)
             if (other->name.n == k->name.n && !memcmp(other->name.at, k->name.at, k->name.n))
-                return fail(e, BAD_FILE, "key %.*s is there twice", shown(k->name), k->name.at);
+                return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     }
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     double parts = get_number(g, "split.count", 0, 65535, 0);
     if (g->bad) return false;
-    if (!family.at) return fail(e, BAD_FILE, "key general.architecture is missing");
-    return parts <= 1 || fail(e, BAD_FILE, "is one part of a GGUF split into %g: merge them first", parts);
+    if (!family.at) return refuse(e, "key general.architecture is missing");
+    return parts <= 1 || refuse(e, "is one part of a GGUF split into %g: merge them first", parts);
 }
 
-static bool parse_gguf(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
-    Cursor c = { bytes, n_bytes, false };
-    Buffer *made = &m->packed_vocabulary;
+static bool parse_gguf(Cursor file, Model *m, Directory *d, Error *e) {
+    Cursor c = file;
     Gguf g = { 0 };
     uint64_t n_tensors;
     bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
-    if (d) ok = ok && read_gguf_tensors(&g, &c, bytes, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
-    ok = ok && read_gguf_vocabulary(&g, made, e) && use_vocabulary(m, made->bytes, made->n, e);
+    if (d) ok = ok && read_gguf_tensors(&g, &c, file.at, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
+    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e);
     free(g.keys);
     return ok;
 }
@@ -2614,12 +2593,12 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     entry->is_vector = slot->vector != NULL;
     memcpy(entry->name, slot->name, NAME_BYTES);
     if (grouped && (slot->cols % (size_t)group || group % 32))
-        return fail(e, BAD_FILE, "groups of %d: no multiple of 32 that divides the %zu columns of %s", group,
+        return refuse(e, "groups of %d: no multiple of 32 that divides the %zu columns of %s", group,
                     slot->cols, slot->name);
     entry->n_bytes = source_bytes(&entry->source);
     take(c, entry->n_bytes);
     if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
-    return !c->bad || fail(e, BAD_FILE, "the file ends within %s: not copied whole?", slot->name);
+    return !c->bad || refuse(e, "the file ends within %s: not copied whole?", slot->name);
 }
 
 static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Directory *d, Error *e) {
@@ -2635,35 +2614,30 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
             if (!add_llama2c_tensor(&slot, c, group, d, e)) return false;
         }
     }
-    return c->left == 0 || fail(e, BAD_FILE, "%zu bytes are left after the weights that its header asks for", c->left);
+    return c->left == 0 || refuse(e, "%zu bytes are left after the weights that its header asks for", c->left);
 }
 
-static bool parse_llama2c(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) {
-    Cursor c = { bytes, n_bytes, false };
+static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
+    if (!d) return read_llama2c_tokenizer(file, &m->packed_vocabulary, e);
+    Cursor c = file;
     Llama2cHeader h;
     uint32_t version = 0;
     int32_t group = 0;
-    Buffer *made = &m->packed_vocabulary;
-    if (!d) return read_llama2c_tokenizer(bytes, n_bytes, made, e) && use_vocabulary(m, made->bytes, made->n, e);
-    if (n_bytes >= 4 && !memcmp(bytes, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
+    if (file.left >= 4 && !memcmp(file.at, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
         take_u32(&c);
         version = take_u32(&c);
         if (version < 1 || version > 2)
-            return fail(e, BAD_FILE, "has version %u of llama2.c's format, expected 1 or 2", version);
+            return refuse(e, "has version %u of llama2.c's format, expected 1 or 2", version);
     }
     take_into(&c, &h, sizeof h);
-    bool shared = h.n_tokens > 0;
-    if (version) {
-        const unsigned char *flag = take(&c, 1);
-        if (flag && *flag > 1) return fail(e, BAD_FILE, "its shared-classifier byte is %d, expected 0 or 1", *flag);
-        shared = flag && *flag;
-        if (version == 2) take_into(&c, &group, sizeof group);
-        take(&c, 256 - (size_t)(c.at - bytes));
-    } else if (h.n_tokens < 0 && h.n_tokens > INT32_MIN) {
-        h.n_tokens = -h.n_tokens;  // v0 says by a negative number that the head has weights of its own
-    }
+    uint8_t shared = h.n_tokens > 0;  // v0 says by a negative number that the head has weights of its own
+    if (!version && h.n_tokens < 0 && h.n_tokens > INT32_MIN) h.n_tokens = -h.n_tokens;
+    if (version) take_into(&c, &shared, sizeof shared);
+    if (shared > 1) return refuse(e, "its shared-classifier byte is %d, expected 0 or 1", shared);
+    if (version == 2) take_into(&c, &group, sizeof group);
+    if (version) take(&c, 256 - (size_t)(c.at - file.at));
     if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
-        return fail(e, BAD_FILE, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
+        return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
                           .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
@@ -2692,33 +2666,42 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
-static bool (*const parsers[])(const unsigned char *bytes, size_t n_bytes, Model *m, Directory *d, Error *e) = {
-    [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
-};
+// Parses the file, and opens the vocabulary that is in it or was made from it, in place of the one there may be.
+static bool parse_file(Cursor file, Model *m, Directory *d, Error *e) {
+    static bool (*const parsers[])(Cursor file, Model *m, Directory *d, Error *e) = {
+        [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
+    };
+    const Buffer *made = &m->packed_vocabulary;
+    close_tokenizer(&m->tokenizer);
+    m->vocabulary = NULL;
+    m->packed_vocabulary.n = 0;
+    if (!parsers[recognise(file.at, file.left)](file, m, d, e)) return false;
+    if (made->n) m->vocabulary = made->bytes;
+    if (made->n) m->vocabulary_bytes = made->n;
+    return !m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e);
+}
 
 // A model's parts from a file's bytes. On failure too, close_model() frees what there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
         size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
         if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
-            return fail(e, BAD_FILE, "is %s", mistakes[i].thing);
+            return refuse(e, "is %s", mistakes[i].thing);
     }
     Directory d = { 0 };
-    bool ok = parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, &d, e) && check_config(m, e) &&
-              bind_model(m, &d, threads, e);
+    Cursor file = { bytes, n_bytes, false };
+    bool ok = parse_file(file, m, &d, e) && check_config(m, e) && bind_model(m, &d, threads, e);
     free(d.entries);
     int n = m->tokenizer.n_tokens;
     return ok && (n == 0 || n == m->config.n_tokens ||
-                  fail(e, BAD_FILE, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
+                  refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
 // The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    m->packed_vocabulary.n = 0;
-    if (!parsers[recognise(bytes, n_bytes)](bytes, n_bytes, m, NULL, e)) return false;
+    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, NULL, e)) return false;
     int n = m->tokenizer.n_tokens;
-    return n_tokens < 0 || n == n_tokens ||
-           fail(e, BAD_FILE, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
+    return n_tokens < 0 || n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
 }
 
 static void close_model(Model *m) {
@@ -2880,22 +2863,19 @@ static void lay_out_state(const Model *m, State *s) {
     size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->x = place(s, n * s->x_stride, sizeof(float));
-    s->normed = place(s, n_or_threads * s->x_stride, sizeof(float));
-    s->out = place(s, n * s->x_stride, sizeof(float));
-    s->query = place(s, n * s->q_stride, sizeof(float));
-    s->attended = place(s, n * s->q_stride, sizeof(float));
-    s->key = place(s, n * s->kv_stride, sizeof(float));
-    s->value = place(s, n * s->kv_stride, sizeof(float));
-    s->gate = place(s, n * s->ffn_stride, sizeof(float));
-    s->up = place(s, n * s->ffn_stride, sizeof(float));
+    s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
+    const struct { float **at; size_t rows, stride; } floats[] = {
+        { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
+        { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
+        { &s->value, n, s->kv_stride }, { &s->gate, n, s->ffn_stride }, { &s->up, n, s->ffn_stride },
+        { &s->logits, LOGITS_AT_ONCE, s->logits_stride }, { &s->angles, positions, (size_t)c->rope_dim },
+        { &s->scratch, (size_t)s->threads, s->scratch_stride },
+    };
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
+        *floats[i].at = place(s, floats[i].rows * floats[i].stride, sizeof(float));
     s->blocks = place(s, n * s->widest / 32, sizeof *s->blocks);
     s->rounded = place(s, n_or_threads * s->widest / 32, sizeof *s->rounded);
-    s->logits = place(s, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
-    s->angles = place(s, positions * (size_t)c->rope_dim, sizeof(float));
-    s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
-    s->scratch = place(s, (size_t)s->threads * s->scratch_stride, sizeof(float));
     s->broken = place(s, n, sizeof *s->broken);
     s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
@@ -2938,9 +2918,9 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
         bool finite = true;
         for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
             finite &= (bits_of_float(s->logits[(size_t)row * s->logits_stride + (size_t)i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0) return fail(e, BAD_FILE, "the embedding at position %d is not finite or too large", at);
-        if (layers > 0) return fail(e, BAD_FILE, "layer %d at position %d is not finite or too large", layers, at);
-        if (!finite) return fail(e, BAD_FILE, "the logits at position %d are not finite", at);
+        if (layers == 0) return refuse(e, "the embedding at position %d is not finite or too large", at);
+        if (layers > 0) return refuse(e, "layer %d at position %d is not finite or too large", layers, at);
+        if (!finite) return refuse(e, "the logits at position %d are not finite", at);
     }
     return true;
 }
@@ -3020,15 +3000,12 @@ static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e)
     Output out;
     size_t n_tokens = (size_t)m->config.n_tokens;
     bool ok = open_output(&out, options.output, e);
-    for (size_t done = 0, n; ok && done < tokens->n; done += n) {
+    for (size_t done = 0, n; ok && done < tokens->n && !ferror(out.stream); done += n) {
         n = forward_some(m, s, tokens->ids + done, tokens->n - done, e);
         ok = n > 0;
-        for (size_t t = 0; ok && t < n; t++) {
-            if (fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream) != n_tokens)
-                ok = fail(e, BROKEN_IO, "%s: cannot be written: %s", options.output, strerror(errno));
-        }
+        for (size_t t = 0; t < n; t++) fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream);
     }
-    return close_output(&out, ok, e);
+    return close_output(&out, ok, e);  // which also looks whether all was written
 }
 
 // -log softmax(logits)[token], in double      logits (n)
@@ -3077,13 +3054,10 @@ static void put_figure(const char *name, double value, const char *unit) {
     else printf("  %-28s %.*g%s\n", name, value == floor(value) ? 15 : 6, value, unit);
 }
 
-static void put_word(const char *name, const char *text, bool first) {
-    if (!options.json) {
-        printf("  %-28s %s\n", name, text);
-        return;
-    }
-    printf("%s\n  \"%s\": ", first ? "{" : ",", name);
-    put_json_string(stdout, text, strlen(text));
+static void put_word(const char *name, const char *text) {
+    printf(options.json ? ",\n  \"%s\": " : "  %-28s ", name);
+    if (options.json) put_json_string(stdout, text, strlen(text));
+    else puts(text);
 }
 
 static const char *kernel_names(void);  // the appendix
@@ -3104,8 +3078,9 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
-    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)], true);
-    put_word("family", c->family, false);
+    if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
+    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
+    put_word("family", c->family);
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
         bool same = true;
@@ -3116,10 +3091,10 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
             put_figure(same ? f->name : name, get_field(m, f, l), "");
         }
     }
-    put_word("tokenizer", tokenizers[m->tokenizer.kind], false);
+    put_word("tokenizer", tokenizers[m->tokenizer.kind]);
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t && options.template_name) return false;
-    put_word("chat template", t ? t->name : "none", false);
+    put_word("chat template", t ? t->name : "none");
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
         char name[48];
@@ -3133,16 +3108,19 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     put_figure("memory for it", (double)s->arena_bytes / 1048576, " MiB");
     put_figure("FLOPs per token", 2 * (double)s->work, " and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
-    put_word("kernel", kernels->name, false);
-    put_word("kernels of this machine", kernel_names(), false);
+    put_word("kernel", kernels->name);
+    put_word("kernels of this machine", kernel_names());
     if (options.json) printf("\n}\n");
     return true;
 }
 
 // ---- What the machine can do ----
 
-// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most a second.
+// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most in a
+// nanosecond, which makes GB/s and Gop/s of them.
 typedef struct { double bytes, int8, f32; } Load;
+
+enum { MAX_RUNS = 64, MAX_RESULTS = 512, MEMORY_BYTES = 256 << 20 };  // of memory: many times the caches
 
 typedef struct {
     const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
@@ -3157,31 +3135,18 @@ static void work_at_ceiling(void *p, Team team) {
     else kernels->peak(job->int8, r.to - r.from);
 }
 
-// The best of several tries, of 20 ms at least; `each` is what one of job.n stands for.
-static double best_rate(CeilingJob job, int threads, double each) {
-    double best = 0;
+// The most that a team can read or do in a nanosecond: the best of several tries, of 20 ms at least.
+static double best_rate(int threads, const uint64_t *memory, bool int8) {
+    CeilingJob job = { memory, memory ? MEMORY_BYTES / sizeof *memory : 1 << 16, int8 };
+    double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
     for (int i = 0; i < 7; i++) {
         double start = clock_seconds();
         run_team(threads, work_at_ceiling, &job);
         double seconds = clock_seconds() - start;
-        best = fmax(best, each * (double)job.n / seconds);
-        if (!job.memory && seconds < 0.02) job.n *= 2, i = 0;
+        best = fmax(best, each * (double)job.n / seconds * 1e-9);
+        if (!memory && seconds < 0.02) job.n *= 2, i = 0;
     }
     return best;
-}
-
-// The ceilings of some threads, measured in the run that is held against them: machines are shared, and throttle.
-static bool measure_ceilings(int threads, Load *c, Error *e) {
-    size_t n_bytes = (size_t)256 << 20;  // many times the caches
-    uint64_t *memory = map_memory(n_bytes, e);
-    if (!memory) return false;
-    use_large_pages(memory, n_bytes);
-    memset(memory, 1, n_bytes);
-    c->bytes = best_rate((CeilingJob){ memory, n_bytes / sizeof *memory, false }, threads, sizeof *memory);
-    c->int8 = best_rate((CeilingJob){ NULL, 1 << 16, true }, threads, kernels->peak(true, 1));
-    c->f32 = best_rate((CeilingJob){ NULL, 1 << 16, false }, threads, kernels->peak(false, 1));
-    munmap(memory, n_bytes);
-    return true;
 }
 
 // Adds the product of a matrix with n tokens.
@@ -3196,8 +3161,7 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
     for (int done = 0, now; done < n; done += now) {
         now = n - done < batch ? n - done : batch;
         double seen = past + done + (now + 1) / 2.0, last = past + done + now;
-        for (int l = 0; l < m->config.n_layers; l++) {
-            const Layer *y = &m->layers[l];
+        for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
             const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
             for (int i = 0; i < 7; i++) add_product(&w, matrices[i], now, s->exact);
             w.f32 += 4.0 * y->n_heads * m->config.head_dim * seen * now;
@@ -3210,58 +3174,71 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
 
 // ---- Results: a table, and a picture ----
 
-enum { MAX_RUNS = 64, MAX_RESULTS = 512 };
+// How fast something went, and how fast it could.
+typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
 
 typedef struct {
     char test[64];
     const char *kernel;
-    int threads, n_runs;
-    double seconds[MAX_RUNS];  // of each run, in their order
-    Load load, ceiling;        // of one run; a second
-    double rate, spread;       // tokens a second: the median, and half of what lies between the least and the most
-    double gb, gop, percent;   // GB/s, Gop/s, % of what the ceilings allow
-    double gop_ceiling;        // for this mix of operations
-    bool by_memory;            // what bounds it
+    int threads, n_tokens;
+    Load load, ceiling;       // of a run; in a nanosecond
+    double ns[MAX_RUNS];      // that each run took
+    double per_s, spread;     // tokens a second: the median, and half of what lies between the least and the most
+    Rate memory, arithmetic;  // reading; this mix of operations
+    const Rate *bound;        // the one that is nearer to its ceiling, and
+    double percent;           // how near
 } Measured;
 
-typedef struct {
+// A list of tests, and what came out. prepare() makes the test of a number: its name, its load and its number of tokens
+// (0: there is no such test); run() does it.
+typedef struct Bench {
     char title[64];
-    int n;
+    int n_tests, n_results;
+    bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
+    bool (*run)(struct Bench *b, const Measured *r, Error *e);
+    uint64_t *memory;  // (MEMORY_BYTES)  to read, as matrices and vectors too: 0.16 in f16, 2.6e-9 in f32 and bf16
+    // bench: tokens at a depth, as a prompt ("pp") or one by one ("tg")
+    const Model *m;
+    State *s;
+    int *tokens, depth;  // (S)
+    bool one_by_one;
+    // matmul: products, without a model
+    Tensor w;
+    size_t n_products;
+    Activations x;
+    float *y;  // (n, MOST_ROWS)
     Measured results[MAX_RESULTS];
-} Report;
+} Bench;
 
 static int by_size(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-static double median_of(const double *x, int n) {
-    double sorted[MAX_RUNS];
-    memcpy(sorted, x, (size_t)n * sizeof *x);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_size);
-    return (sorted[n / 2] + sorted[(n - 1) / 2]) / 2;
+// The median of n numbers, which it sorts.
+static double median_of(double *x, int n) {
+    qsort(x, (size_t)n, sizeof *x, by_size);
+    return (x[n / 2] + x[(n - 1) / 2]) / 2;
+}
+
+// The nanoseconds that a run's operations take at the ceilings.
+static double multiplying_time(const Measured *r) {
+    return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
 
 // Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
-static void conclude(Measured *r, double n_tokens) {
-    double least = INFINITY, most = 0, seconds = median_of(r->seconds, r->n_runs), ops = r->load.int8 + r->load.f32;
-    double reading = r->load.bytes / r->ceiling.bytes;
-    double multiplying = r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
-    for (int i = 0; i < r->n_runs; i++) {
-        least = fmin(least, r->seconds[i]);
-        most = fmax(most, r->seconds[i]);
-    }
-    r->rate = n_tokens / seconds;
-    r->spread = (n_tokens / least - n_tokens / most) / 2;
-    r->gb = r->load.bytes / seconds * 1e-9;
-    r->gop = ops / seconds * 1e-9;
-    r->gop_ceiling = ops / multiplying * 1e-9;
-    r->by_memory = reading > multiplying;
-    r->percent = 100 * fmax(reading, multiplying) / seconds;
-    int half = r->n_runs / 2;
-    if (half < 2 || options.quiet) return;
-    double slower = median_of(r->seconds + half, r->n_runs - half) / median_of(r->seconds, half) - 1;
-    if (slower > 0.05) fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
+static void conclude(Measured *r, int n_runs) {
+    int half = n_runs / 2;
+    double slower = median_of(r->ns + half, n_runs - half) / median_of(r->ns, half) - 1;
+    double ns = median_of(r->ns, n_runs), ops = r->load.int8 + r->load.f32;
+    r->per_s = 1e9 * r->n_tokens / ns;
+    r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
+    r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
+    r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
+    r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
+    r->percent = 100 * r->bound->reached / r->bound->ceiling;
+    if (half >= 2 && slower > 0.05 && !options.quiet)
+        fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
 }
 
 // llama-bench's columns, then ours; or a member of a JSON list.
@@ -3272,145 +3249,139 @@ static void put_result(const Measured *r, const char *title, bool first) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
                "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
                "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g}",
-               first ? "[" : ",", title, r->kernel, r->threads, r->test, r->rate, r->spread, r->n_runs, r->gb, r->gop,
-               r->by_memory ? "memory" : "arithmetic", r->ceiling.bytes * 1e-9, r->gop_ceiling, r->percent);
+               first ? "" : ",", title, r->kernel, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
+               r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
+               r->percent);
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
         printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
-               r->threads, r->test, r->rate, r->spread, r->gb, r->gop, r->percent);
+               r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
     }
     fflush(stdout);
 }
 
-// Times a test, to which the first run does not count, and puts it into the report. Each run does it `repeats` times.
-static bool measure(Report *report, bool (*run)(void *job, Error *e), void *job, size_t repeats, int n_tokens,
-                    Error *e) {
-    Measured *r = &report->results[report->n];
-    r->n_runs = (int)options.reps;
-    r->kernel = kernels->name;
-    for (int i = -1; i < r->n_runs; i++) {
-        double start = clock_seconds();
-        if (!run(job, e)) return false;
-        if (i >= 0) r->seconds[i] = (clock_seconds() - start) / (double)repeats;
-    }
-    conclude(r, n_tokens);
-    put_result(r, report->title, report->n == 0);
-    return ++report->n < MAX_RESULTS || fail(e, MISUSE, "more than %d tests at once", MAX_RESULTS - 1);
-}
-
 // The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
-// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
+// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 100,000.
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
-static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
+static double plot_y(double gop) { return 460 - 80 * fmin(5, fmax(0, log10(gop))); }
 
 // Up the slope of what can be read, then flat at the most operations a second.
-static void draw_roof(FILE *f, const Load *c, double ops, const char *style, const char *what) {
-    double start = fmax(0.1, 1e9 / c->bytes), top = plot_y(ops * 1e-9);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>", style, plot_x(start),
-            plot_y(start * c->bytes * 1e-9), plot_x(ops / c->bytes), top);
-    fprintf(f, "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", top - 7, what, ops * 1e-9);
+static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
+    double start = fmax(0.1, 1 / gb), top = plot_y(gop);
+    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
+               "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", style, plot_x(start), plot_y(start * gb),
+            plot_x(gop / gb), top, top - 7, what, gop);
 }
 
-static void draw_frame(FILE *f, const char *title, const Load *c) {
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">"
-               "\n<style>\n"
-               ":root { --paper: #fff; --ink: #24292f; --faint: #d8dee4; --memory: #0969da; --sum: #bc4c00 }\n"
-               "@media (prefers-color-scheme: dark) {\n"
-               "  :root { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; --memory: #58a6ff; --sum: #f0883e } }\n"
-               "text { fill: var(--ink); font-size: 13px } .grid { stroke: var(--faint) } .end { text-anchor: end }\n"
-               ".roof { stroke: var(--ink); stroke-width: 2; fill: none } .dash { stroke-dasharray: 6 5 }\n"
-               ".memory { fill: var(--memory) } .sum { fill: var(--sum) }\n</style>\n"
-               "<rect width=\"800\" height=\"530\" fill=\"var(--paper)\"/>\n<text x=\"70\" y=\"32\">%s: Gop/s</text>\n"
-               "<text x=\"760\" y=\"508\" class=\"end\">operations per byte that is read</text>\n", title);
-    for (double x = 0.1; x < 20000; x *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M%.0f 60v400\"/><text x=\"%.0f\" y=\"482\">%g</text>\n", plot_x(x),
-                plot_x(x) - 6, x);
-    for (double y = 1; y < 20000; y *= 10)
-        fprintf(f, "<path class=\"grid\" d=\"M70 %.0fh690\"/><text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n",
-                plot_y(y), plot_y(y) + 4, y);
-    draw_roof(f, c, c->int8, "", "multiply-adds in 8 bits");
-    draw_roof(f, c, c->f32, " dash", "in float");
-    fprintf(f, "<text x=\"84\" y=\"452\">memory: %.1f GB/s</text>\n", c->bytes * 1e-9);
-}
-
-// The ceilings of the most threads, and a point for each result, with its name where there is room for it.
-static bool draw_roofline(const Report *report, Error *e) {
-    Output out;
-    bool ok = open_output(&out, options.svg, e);
-    const Measured *most = report->results, *end = report->results + report->n;
-    for (const Measured *r = most; r < end; r++) most = r->ceiling.int8 > most->ceiling.int8 ? r : most;
-    if (ok) draw_frame(out.stream, report->title, &most->ceiling);
-    for (const Measured *r = report->results; ok && r < end; r++) {
-        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
+// The ceilings of the most threads, and a point for each result, with its name where there is room for it. The colours
+// do on a light page and on a dark one.
+static void draw_roofline(const Bench *b, FILE *f) {
+    const Load *c = &b->results[0].ceiling;
+    const Measured *end = b->results + b->n_results;
+    for (const Measured *r = b->results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">\n"
+               "<style>text { fill: #7d8590; font-size: 13px } .end { text-anchor: end }\n"
+               "path { stroke: #7d8590; fill: none } .grid { opacity: 0.3 } .roof { stroke-width: 2 }\n"
+               ".dash { stroke-dasharray: 6 5 } .memory { fill: #2f81f7 } .arithmetic { fill: #db6d28 }</style>\n"
+               "<text x=\"70\" y=\"32\">%s: Gop/s</text><text x=\"84\" y=\"452\">memory: %.1f GB/s</text>\n"
+               "<text x=\"760\" y=\"508\" class=\"end\">operations per byte that is read</text>\n",
+            b->title, c->bytes);
+    for (double gop = 1; gop < 2e5; gop *= 10) {
+        double x = plot_x(gop / 10), y = plot_y(gop);
+        fprintf(f, "<path class=\"grid\" d=\"M%.0f 60v400M70 %.0fh690\"/><text x=\"%.0f\" y=\"482\">%g</text>"
+                   "<text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n", x, y, x - 6, gop / 10, y + 4, gop);
+    }
+    draw_roof(f, c->bytes, c->int8, "", "multiply-adds in 8 bits");
+    draw_roof(f, c->bytes, c->f32, " dash", "in float");
+    for (const Measured *r = b->results; r < end; r++) {
+        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->arithmetic.reached);
         bool left = x > 550;  // the name must not leave the picture
-        fprintf(out.stream, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\">", r->by_memory ? "memory" : "sum",
-                x, y);
-        fprintf(out.stream, "<title>%s, %d threads, %s: %.1f Gop/s, %.0f %% of its limit</title></circle>\n", r->test,
-                r->threads, r->kernel, r->gop, r->percent);
-        if (report->n > 12) continue;
-        fprintf(out.stream, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
+        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound->what, x, y);
+        if (b->n_results > 12) continue;
+        fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
                 left ? x - 9 : x + 9, y + 4, left ? "end" : "", r->test, r->threads, r->percent);
     }
-    if (ok) fprintf(out.stream, "</svg>\n");
-    return close_output(&out, ok, e);
+    fprintf(f, "</svg>\n");
 }
 
-// What the figures say, in words, and the picture.
-static bool end_report(const Report *report, Error *e) {
-    if (options.json) printf("%s\n]\n", report->n ? "" : "[");
-    for (const Measured *r = report->results; !options.json && r < report->results + report->n; r++) {
-        printf("%s on %d thread%s, bound by ", r->test, r->threads, r->threads > 1 ? "s" : "");
-        if (r->by_memory)
-            printf("memory: it reads %.1f GB/s, %.0f %% of the %.1f that can be read here.\n", r->gb, r->percent,
-                   r->ceiling.bytes * 1e-9);
-        else
-            printf("arithmetic: %.0f Gop/s, %.0f %% of the %.0f that its mix of operations in 8 bits (%.0f) and in "
-                   "float (%.0f) allows here.\n", r->gop, r->percent, r->gop_ceiling, r->ceiling.int8 * 1e-9,
-                   r->ceiling.f32 * 1e-9);
+// ---- Tests ----
+
+// Times a test; the first run does not count.
+static bool time_test(Bench *b, Measured *r, Error *e) {
+    for (int i = -1; i < options.reps; i++) {
+        double start = clock_seconds();
+        if (!b->run(b, r, e)) return false;
+        if (i >= 0) r->ns[i] = (clock_seconds() - start) * 1e9;
     }
-    return !options.svg || draw_roofline(report, e);
+    conclude(r, (int)options.reps);
+    put_result(r, b->title, b->n_results++ == 0);
+    return b->n_results < MAX_RESULTS || fail(e, MISUSE, "more than %d tests at once", MAX_RESULTS - 1);
 }
 
-// ---- bench: a model ----
-
-// n tokens at a depth, as a prompt ("pp") or one by one ("tg").
-typedef struct {
-    const Model *m;
-    State *s;
-    int *tokens, depth, n;
-    bool one_by_one;
-} BenchJob;
-
-static bool bench_once(void *p, Error *e) {
-    const BenchJob *job = p;
-    job->s->n_past = job->depth;  // what the cache holds up to there is kept
-    if (!job->one_by_one) return prefill(job->m, job->s, job->tokens, (size_t)job->n, e);
-    for (int i = 0; i < job->n; i++) {
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(job->m, job->s, &job->tokens[i], 1, 1, e)) return false;
+// Every test with every number of threads. The ceilings are measured in the run that is held against them: machines are
+// shared, and throttle.
+static bool time_tests(Bench *b, Error *e) {
+    for (int j = 0; j < options.threads.n; j++) {
+        int threads = options.threads.at[j];
+        Load ceiling = { best_rate(threads, b->memory, false), best_rate(threads, NULL, true),
+                         best_rate(threads, NULL, false) };
+        for (int i = 0; i < b->n_tests; i++) {
+            Measured *r = &b->results[b->n_results];
+            *r = (Measured){ .kernel = kernels->name, .threads = threads, .ceiling = ceiling };
+            if (!b->prepare(b, i, r, e) || (r->n_tokens && !time_test(b, r, e))) return false;
+        }
     }
     return true;
 }
 
-// All tests at one depth.
-static bool bench_at(BenchJob job, const Load *ceiling, Report *report, Error *e) {
+// All tests, with those of the kernels that this machine has; then what the figures say, in words, and the picture.
+static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
+    Error cannot;
     bool ok = true;
-    job.s->n_past = 0;
-    if (job.depth) ok = prefill(job.m, job.s, job.tokens, (size_t)job.depth, e);
-    for (int i = 0; ok && i < options.pp.n + options.tg.n; i++) {
-        Measured *r = &report->results[report->n];
-        job.one_by_one = i >= options.pp.n;
-        job.n = job.one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
-        if (job.n == 0) continue;
-        int length = snprintf(r->test, sizeof r->test, "%s%d", job.one_by_one ? "tg" : "pp", job.n);
-        if (job.depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", job.depth);
-        r->threads = job.s->threads;
-        r->ceiling = *ceiling;
-        r->load = load_of(job.m, job.s, job.depth, job.n, job.one_by_one ? 1 : job.s->batch);
-        ok = measure(report, bench_once, &job, 1, job.n, e);
+    if (!(b->memory = map_memory(MEMORY_BYTES, e))) return false;
+    use_large_pages(b->memory, MEMORY_BYTES);
+    memset(b->memory, 0x31, MEMORY_BYTES);
+    if (options.json) putchar('[');
+    for (int i = 0; ok && i < n_sets; i++)
+        if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
+    munmap(b->memory, MEMORY_BYTES);
+    if (!ok) return false;
+    if (options.json) printf("\n]\n");
+    for (const Measured *r = b->results; !options.json && r < b->results + b->n_results; r++)
+        printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
+               r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
+               r->bound->unit, r->percent);
+    if (!options.svg) return true;
+    Output out;
+    ok = open_output(&out, options.svg, e);
+    if (ok) draw_roofline(b, out.stream);
+    return close_output(&out, ok, e);
+}
+
+// ---- bench: a model ----
+
+static bool run_model(Bench *b, const Measured *r, Error *e) {
+    b->s->n_past = b->depth;  // what the cache holds up to there is kept
+    if (!b->one_by_one) return prefill(b->m, b->s, b->tokens, (size_t)r->n_tokens, e);
+    for (int i = 0; i < r->n_tokens; i++) {
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(b->m, b->s, &b->tokens[i], 1, 1, e)) return false;
     }
-    return ok;
+    return true;
+}
+
+static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
+    int n_at_depth = options.pp.n + options.tg.n, i = number % n_at_depth;
+    b->depth = options.depth.at[number / n_at_depth];
+    b->one_by_one = i >= options.pp.n;
+    b->s->threads = r->threads;
+    r->n_tokens = b->one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
+    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one ? 1 : b->s->batch);
+    int length = snprintf(r->test, sizeof r->test, "%s%d", b->one_by_one ? "tg" : "pp", r->n_tokens);
+    if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
+    b->s->n_past = 0;
+    return i > 0 || b->depth == 0 || prefill(b->m, b->s, b->tokens, (size_t)b->depth, e);
 }
 
 static int largest(List list) {
@@ -3420,103 +3391,64 @@ static int largest(List list) {
 }
 
 static bool run_bench(const Model *m, State *s, Error *e) {
-    static Report report;
-    BenchJob job = { .m = m, .s = s, .tokens = allocate((size_t)s->context, sizeof *job.tokens, e) };
-    bool ok = job.tokens != NULL;
-    snprintf(report.title, sizeof report.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
+    static Bench b = { .prepare = prepare_model, .run = run_model };
+    b.n_tests = options.depth.n * (options.pp.n + options.tg.n);
+    b.m = m, b.s = s;
+    if (!(b.tokens = allocate((size_t)s->context, sizeof *b.tokens, e))) return false;
+    for (int i = 0; i < s->context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
-    for (int i = 0; ok && i < s->context; i++)
-        job.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
-    for (int j = 0; ok && j < options.threads.n; j++) {
-        Load ceiling;
-        s->threads = options.threads.at[j];
-        ok = measure_ceilings(s->threads, &ceiling, e);
-        for (int i = 0; ok && i < options.depth.n; i++) {
-            job.depth = options.depth.at[i];
-            ok = bench_at(job, &ceiling, &report, e);
-        }
-    }
-    free(job.tokens);
-    return ok && end_report(&report, e);
+    bool ok = run_tests(&b, &kernels->name, 1, e);
+    free(b.tokens);
+    return ok;
 }
 
 // ---- matmul: products alone, without a model ----
 
-typedef struct {
-    Tensor w;
-    const unsigned char *memory;  // as many copies of the tiles as fit, so that none is found in a cache
-    size_t n_copies, n_products;
-    Activations x;
-    float *y;
-    int threads;
-} MatmulJob;
-
-static void matmul_team(void *p, Team team) {
-    const MatmulJob *job = p;
-    Tensor w = job->w;
+static void multiply_team(void *p, Team team) {
+    const Bench *b = p;
+    Tensor w = b->w;
+    size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that none is found in a cache
     Range rows = share(n_row_tiles(&w), team);
-    for (size_t i = 0; i < job->n_products; i++) {
-        w.tiles = job->memory + i % job->n_copies * tensor_bytes(&w);
-        multiply_rows(job->y, round_up((size_t)w.rows, 16), &w, rows, &job->x);
+    for (size_t i = 0; i < b->n_products; i++) {
+        w.tiles = (const unsigned char *)b->memory + i % n_copies * n_bytes;
+        multiply_rows(b->y, round_up((size_t)w.rows, 16), &w, rows, &b->x);
         wait_for_team(team);
     }
 }
 
-static bool matmul_once(void *p, Error *e) {
-    run_team(((MatmulJob *)p)->threads, matmul_team, p);
+static bool run_products(Bench *b, const Measured *r, Error *e) {
+    run_team(r->threads, multiply_team, b);
     return !interrupted || fail(e, INTERRUPTED, "interrupted");
 }
 
-// Shapes x types x numbers of tokens, with the kernels that are chosen.
-static bool matmul_with(MatmulJob job, size_t n_bytes, Report *report, Error *e) {
-    static const int shapes[][2] = { { 1536, 576 }, { 5632, 2048 } };
-    Load ceiling;
-    bool ok = measure_ceilings(job.threads, &ceiling, e);
-    for (int i = 0; ok && i < 2 * N_TYPES * options.pp.n; i++) {
-        const int *shape = shapes[i / options.pp.n / N_TYPES];
-        job.w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-        job.n_copies = n_bytes / tensor_bytes(&job.w);
-        job.x.n = (size_t)options.pp.at[i % options.pp.n];
-        if (job.x.n == 0) continue;
-        Measured *r = &report->results[report->n];
-        snprintf(r->test, sizeof r->test, "%dx%d %s x %zu", shape[0], shape[1], types[job.w.type].name, job.x.n);
-        r->threads = job.threads;
-        r->ceiling = ceiling;
-        add_product(&r->load, &job.w, (double)job.x.n, false);
-        double multiplying = r->load.int8 / ceiling.int8 + r->load.f32 / ceiling.f32;  // seconds, at the limit
-        job.n_products = (size_t)fmax(1, 0.005 / fmax(multiplying, r->load.bytes / ceiling.bytes));
-        ok = measure(report, matmul_once, &job, job.n_products, (int)job.x.n, e);
+enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
+
+// Shapes x types x numbers of tokens. A test is as many products as take 5 ms at the ceilings.
+static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
+    static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
+    const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
+    (void)e;
+    b->w = (Tensor){ (Type)(number / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n };
+    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
+    for (b->n_products = 0; fmax(r->load.bytes / r->ceiling.bytes, multiplying_time(r)) < 5e6; b->n_products++) {
+        add_product(&r->load, &b->w, n, false);
+        r->n_tokens += n;
     }
-    return ok;
+    return true;
 }
 
 static bool run_matmul(Error *e) {
-    static const char *const names[] = { "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar" };
-    enum { MOST_ROWS = 5632, MOST_COLS = 2048 };
-    static Report report = { .title = "matrix products" };
-    size_t n_bytes = (size_t)256 << 20, n_tokens = (size_t)largest(options.pp), n_blocks = n_tokens * MOST_COLS / 32;
-    unsigned char *memory = map_memory(n_bytes, e);
-    float *y = allocate(n_tokens * MOST_ROWS, sizeof *y, e), (*x)[32] = allocate(n_blocks, sizeof *x, e);
-    Block *rounded = allocate(n_blocks, sizeof *rounded, e);
-    bool ok = memory && y && x && rounded;
-    if (ok) use_large_pages(memory, n_bytes);
-    if (ok) memset(memory, 0x31, n_bytes);  // about 0.16 in f16, 2.6e-9 in f32 and bf16
-    for (size_t i = 0; ok && i < n_blocks; i++) {
-        for (size_t j = 0; j < 32; j++) x[i][j] = (float)((i + j) % 7) - 3;
-        kernels->round(&rounded[i], x[i], 32, 32, 1, (Range){ 0, 1 });
-    }
-    MatmulJob job = { .memory = memory, .x = { (const void *)x, rounded, 0 }, .y = y };
-    for (int k = 0; ok && k < 6; k++) {  // scalar ones only if they are asked for: they take minutes
-        Error cannot = { 0 };
-        if (options.kernel ? strcmp(options.kernel, names[k]) : k == 5) continue;
-        for (int j = 0; ok && choose_kernels(names[k], &cannot) && j < options.threads.n; j++) {
-            job.threads = options.threads.at[j];
-            ok = matmul_with(job, n_bytes, &report, e);
-        }
-    }
-    free(y), free(x), free(rounded);
-    if (memory) munmap(memory, n_bytes);
-    return ok && end_report(&report, e);
+    static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar takes minutes
+    static Bench b = { .title = "matrix products", .prepare = prepare_products, .run = run_products };
+    int n = largest(options.pp);
+    if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
+    if (!(b.y = allocate((size_t)n * MOST_ROWS, sizeof *b.y, e))) return false;
+    b.n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n;
+    bool ok = options.kernel ? run_tests(&b, &options.kernel, 1, e) : run_tests(&b, sets, 5, e);
+    free(b.y);
+    return ok;
 }
 
 /* ==== Appendix A. Kernels ===========================================================================================
@@ -3616,23 +3548,24 @@ INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
     }
 
 // The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
-// the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
-#define CHAINS(Vector, first, in_register, step)                                                                       \
+// the number of operations. The compiler must not see what x is, nor that nobody wants the results.
+#define CHAINS(Vector, in_register, step)                                                                              \
     do {                                                                                                               \
-        Vector x = first, sum[12];                                                                                     \
-        for (int i = 0; i < 12; i++) {                                                                                 \
-            sum[i] = x;                                                                                                \
-            __asm__ volatile("" : "+" in_register(sum[i]));                                                            \
+        Vector x = (Vector){ 0 } + 1, sum[12] = { x };                                                                 \
+        __asm__ volatile("" : "+" in_register(x));                                                                     \
+        for (size_t n = 0; n < rounds; n++) {                                                                          \
+            _Pragma("GCC unroll 12")                                                                                   \
+            for (int i = 0; i < 12; i++) {                                                                             \
+                sum[i] = step;                                                                                         \
+                __asm__ volatile("" : "+" in_register(sum[i]));                                                        \
+            }                                                                                                          \
         }                                                                                                              \
-        for (size_t n = 0; n < rounds; n++)                                                                            \
-            for (int i = 0; i < 12; i++) sum[i] = step;                                                                \
-        for (int i = 0; i < 12; i++) __asm__ volatile("" ::in_register(sum[i]));                                       \
     } while (0)
 
-#define MAKE_PEAK(isa, set, in_register, Bytes, ones, product, Floats, halves, multiply_add)                           \
-    isa double peak_##set(bool int8, size_t rounds) {                                                            \
-        if (int8) CHAINS(Bytes, ones, in_register, product);                                                           \
-        else CHAINS(Floats, halves, in_register, multiply_add);                                                        \
+#define MAKE_PEAK(isa, set, in_register, Bytes, product, Floats, multiply_add)                                         \
+    isa double peak_##set(bool int8, size_t rounds) {                                                                  \
+        if (int8) CHAINS(Bytes, in_register, product);                                                                 \
+        else CHAINS(Floats, in_register, multiply_add);                                                                \
         return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
     }
 
@@ -3739,12 +3672,11 @@ LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     narrow_floats(to + i, from + i, n - i);
 }
 
-MAKE_PEAK(LEAF(AVX2), avx2, "x", __m256i, _mm256_set1_epi8(1), _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
-MAKE_PEAK(LEAF(AVXVNNI), avxvnni, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_avx_epi32(sum[i], x, x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
-MAKE_PEAK(LEAF(AVX512VL), avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dpbusd_epi32(sum[i], x, x),
-          __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
+#define PEAK_256(isa, set, product)                                                                                    \
+    MAKE_PEAK(LEAF(isa), set, "x", __m256i, product, __m256, _mm256_fmadd_ps(sum[i], x, x))
+PEAK_256(AVX2, avx2, _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x))
+PEAK_256(AVXVNNI, avxvnni, _mm256_dpbusd_avx_epi32(sum[i], x, x))
+PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 
 // ---- 512 bits: AVX-512 VNNI ----
 
@@ -3798,8 +3730,8 @@ LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a,
     }
 }
 
-MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
-          __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
+MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
+          __m512, _mm512_fmadd_ps(sum[i], x, x))
 
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
@@ -3885,8 +3817,8 @@ INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
     return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
 }
 
-MAKE_PEAK(static, neon, "w", int32x4_t, vdupq_n_s32(1), sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
-          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
+MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
+          float32x4_t, vfmaq_f32(x, sum[i], x))
 MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
 
 // A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
@@ -3915,9 +3847,8 @@ NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type
 
 ADD_BYTE_TILES(NEON_DOT, neondot, SIGNED, dot_neondot, widen_neon, look_up_neon)
 
-MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
-          vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
-          float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
+MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
+          float32x4_t, vfmaq_f32(x, sum[i], x))
 MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
@@ -4011,13 +3942,12 @@ static const Option option_table[] = {
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
     { 'n', "n-predict", "N", WHOLE, OF(n_predict), -1, 1e9, "new tokens at most: 256; -1 = until the context is full" },
-    { 't', "temp", "T", REAL, OF(temperature), 0, 100, "temperature: 1.0; 0 = always the likeliest token" },
-    { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "choose among the likeliest that make up P: 0.9; 0 or 1 = off" },
+    { 't', "temp", "T", REAL, OF(temperature), 0, 100, "1.0; 0 = always the likeliest token; threads are -j" },
+    { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "the likeliest that make up P: 0.9; 0 or 1 = off; the prompt is -i" },
     { 'k', "top-k", "K", WHOLE, OF(top_k), 0, 1e9, "choose among the K likeliest; 0 = off" },
     { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
-    { 's', "seed", "S", SEED, OF(seed), 0, 0, "of the random numbers: the clock, and printed" },
-    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20,
-      "positions: the model's own, at most 4096; 0 = all of the model's own" },
+    { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "of the random numbers: the clock, and printed" },
+    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's, at most 4096; 0 = all it has" },
     { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
@@ -4065,46 +3995,32 @@ static const Option *find_option(const char *word) {
     return NULL;
 }
 
-// What someone probably meant who gave this value.
-static const char *hint_for(const Option *o, const char *value) {
-    switch (o->letter) {
-    case 'p': return isalpha((unsigned char)*value) ? " (-p is top-p; the prompt is -i)" : "";
-    case 'm': return strchr(value, '.') ? " (the checkpoint comes first: ./run FILE)" : "";
-    case 't': return " (-t is the temperature; threads are -j)";
-    default: return "";
-    }
-}
-
 // Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
+    static const char *const kinds[] = { [WHOLE] = "a whole number", [SEED] = "a whole number", [REAL] = "a number",
+                                         [LIST] = "whole numbers, as in 1,2," };
+    const char *starts = o->min < 0 ? "0123456789-" : "0123456789.";
     void *place = (char *)to + o->offset;
-    const char *whole = value;
-    char *end = "";
-    double x = 0;
-    bool starts = isdigit((unsigned char)*value) || (o->type != SEED && (*value == '-' || *value == '.'));
-    errno = 0;
-    if (o->type == LIST) {
-        List *list = place;
-        for (list->n = 0; list->n < 16; value = end + 1) {
-            long number = strtol(value, &end, 10);
-            if (!isdigit((unsigned char)*value) || errno || number < o->min || number > o->max) break;
-            list->at[list->n++] = (int)number;
-            if (!*end) return true;
-            if (*end != ',') break;
-        }
-        return fail(e, MISUSE, "--%s %s: expected whole numbers from %.10g to %.10g, as in 1,2", o->name, whole, o->min,
-                    o->max);
-    }
+    List *list = place;
+    char *end;
     if (o->type == FLAG) *(bool *)place = true;
-    else if (o->type == TEXT) *(const char **)place = value;
-    else if (o->type == SEED) *(uint64_t *)place = strtoull(value, &end, 10);
-    else if (o->type == WHOLE) x = (double)(*(int64_t *)place = strtoll(value, &end, 10));
-    else x = *(double *)place = strtod(value, &end);
+    if (o->type == TEXT) *(const char **)place = value;
     if (o->type == FLAG || o->type == TEXT) return true;
-    if (starts && !*end && end != value && !errno && x >= o->min && x <= o->max) return true;
-    if (o->type == SEED) return fail(e, MISUSE, "--%s %s: expected a number from 0 to 2^64 - 1", o->name, value);
-    return fail(e, MISUSE, "--%s %s: expected a %snumber from %.10g to %.10g%s", o->name, value,
-                o->type == WHOLE ? "whole " : "", o->min, o->max, hint_for(o, value));
+    if (o->type == LIST) list->n = 0;
+    for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
+        double x;
+        errno = 0;
+        if (o->type == SEED) x = (double)(*(uint64_t *)place = strtoull(at, &end, 10));
+        else if (o->type == REAL) x = *(double *)place = strtod(at, &end);
+        else if (o->type == WHOLE) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
+        else x = (double)strtol(at, &end, 10);
+        if (errno || !(x >= o->min && x <= o->max)) break;
+        if (o->type == LIST) list->at[list->n++] = (int)x;
+        if (!*end) return true;
+        if (o->type != LIST || *end != ',' || list->n == 16) break;
+    }
+    return fail(e, MISUSE, "--%s %s: expected %s from %.10g to %.10g (%s)", o->name, value, kinds[o->type], o->min,
+                o->max, o->help);
 }
 
 static bool parse_options(int argc, char **argv, Options *to, Error *e) {
@@ -4123,15 +4039,15 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
     return true;
 }
 
-typedef enum { GENERATE, CHAT, TOKENIZE, LOGITS, PERPLEXITY, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "generate", "chat", "tokenize", "logits", "perplexity", "inspect",
+// Up to PERPLEXITY they take a text.
+typedef enum { GENERATE, TOKENIZE, LOGITS, PERPLEXITY, CHAT, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
+static const char *const mode_names[N_MODES] = { "generate", "tokenize", "logits", "perplexity", "chat", "inspect",
                                                  "export", "bench", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = GENERATE; *mode < N_MODES; ++*mode)
         if (!strcmp(mode_names[*mode], name)) return true;
-    const Option *o = find_option("-m");
-    return fail(e, MISUSE, "-m %s: expected %s%s", name, o->help, hint_for(o, name));
+    return fail(e, MISUSE, "-m %s: expected %s; the checkpoint comes first: ./run FILE", name, find_option("-m")->help);
 }
 
 // Token ids from a text of numbers.
@@ -4140,11 +4056,9 @@ static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
         p += strspn(p, " \t\r\n,");
         if (!*p) return tokens->n > 0 || fail(e, MISUSE, "no token ids");
         char *end;
-        errno = 0;
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
-        if (id < 0 || errno || id >= n_tokens)
-            return fail(e, MISUSE, "\"%.*s\" is no token id from 0 to %d", (int)strcspn(p, " \t\r\n,"), p,
-                        n_tokens - 1);
+        if (id < 0 || id >= n_tokens)
+            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, " \t\r\n,"), p, n_tokens);
         if (!emit(tokens, (int)id, e)) return false;
         p = end;
     }
@@ -4157,7 +4071,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
     Buffer text = { 0 };
     struct stat info;
-    bool ok = true, begins = m->tokenizer.add_bos;
+    bool ok = true;
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
         if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
@@ -4167,12 +4081,11 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);
     }
     // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
-    if (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0) begins = true;
+    bool begins = m->tokenizer.add_bos || (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0);
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
     if (ok && tokens->n_dropped)
-        fprintf(stderr, "%zu bytes of the text have no token in this vocabulary and were left out\n",
-                tokens->n_dropped);
+        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
     free(text.bytes);
     return ok && (tokens->n > 0 || mode == TOKENIZE ||
                   fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
@@ -4185,7 +4098,7 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
         !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
         return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;
-    bool ids_only = options.ids && (mode == GENERATE || mode == LOGITS || mode == PERPLEXITY);
+    bool ids_only = options.ids && mode <= PERPLEXITY && mode != TOKENIZE;
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
     if (!options.tokenizer && access(path, R_OK)) {
         if (ids_only || mode == INSPECT) return true;
@@ -4196,13 +4109,12 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-
 // A state as the options ask for it.
 static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, longest = largest(options.pp);
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
     if (mode == BENCH && options.context < 0) {
-        longest = longest > largest(options.tg) ? longest : largest(options.tg);
-        usual = longest + largest(options.depth);
+        int pp = largest(options.pp), tg = largest(options.tg);
+        usual = largest(options.depth) + (pp > tg ? pp : tg);
         if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
     }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
@@ -4228,15 +4140,14 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     Tokens tokens = { 0 };
     if (mode == CHAT && (options.file || options.ids))
         return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
-    bool takes_text = mode == GENERATE || mode == TOKENIZE || mode == LOGITS || mode == PERPLEXITY;
-    bool ok = !takes_text || read_prompt(m, mode, &tokens, e);
+    bool ok = mode > PERPLEXITY || read_prompt(m, mode, &tokens, e);
     if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_state(m, mode, s, e);
     switch (ok ? mode : N_MODES) {
     case GENERATE: ok = run_generate(m, s, sampler, &tokens, e); break;
-    case CHAT: ok = run_chat(m, s, sampler, e); break;
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
     case LOGITS: ok = run_logits(m, s, &tokens, e); break;
     case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
+    case CHAT: ok = run_chat(m, s, sampler, e); break;
     case INSPECT: ok = run_inspect(m, s, e); break;
     case EXPORT: ok = export_model(m, options.output, e); break;
     case BENCH: ok = run_bench(m, s, e); break;
@@ -4303,8 +4214,8 @@ static bool convert_input(const Tokenizer *t, bool ends, bool special, bool deco
         Span span = { s, text.n - 1, special };
         ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
              (!ends || !t->add_eos || emit(&tokens, t->eos, e));
+        if (ok) print_tokens(t, &tokens);
     }
-    if (ok && !decodes) print_tokens(t, &tokens);
     for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
         const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
         if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);

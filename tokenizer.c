@@ -175,7 +175,7 @@ static bool index_pieces(Tokenizer *t, Error *e) {
         t->begins[first] |= (uint8_t)(1 << type);
         int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type, &steps);
         if (*slot < 0) *slot = id;
-        if (steps > 8 * t->piece_mask) return fail(e, BAD_FILE, "the vocabulary's pieces are made to collide");
+        if (steps > 8 * t->piece_mask) return refuse(e, "the vocabulary's pieces are made to collide");
     }
     return true;
 }
@@ -188,7 +188,7 @@ static bool index_merges(Tokenizer *t, Error *e) {
     for (int rank = 0; rank < t->n_merges; rank++) {
         int *slot = find_merge(t, t->merge[rank][0], t->merge[rank][1], &steps);
         if (*slot < 0) *slot = rank;
-        if (steps > 8 * t->merge_mask) return fail(e, BAD_FILE, "the vocabulary's merges are made to collide");
+        if (steps > 8 * t->merge_mask) return refuse(e, "the vocabulary's merges are made to collide");
     }
     return true;
 }
@@ -283,7 +283,6 @@ static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int 
 static size_t next_character(const Characters *x, size_t at, size_t end) {
     return run_end(x, at + 1, end, CONTINUES, CONTINUES);
 }
-
 
 // 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
@@ -687,9 +686,8 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
 
 // Whether an answer ends here.
 static bool is_end_token(const Tokenizer *t, int id) {
-    for (int i = 0; i < t->n_end; i++) {
+    for (int i = 0; i < t->n_end; i++)
         if (t->end_id[i] == (uint32_t)id) return true;
-    }
     return false;
 }
 
@@ -704,35 +702,35 @@ static void close_tokenizer(Tokenizer *t) {
 
 static bool check_header(const TokenizerHeader *h, Error *e) {
     if ((h->kind != SPM && h->kind != BPE) || h->pre >= N_PRE_TOKENIZERS || h->flags > ALL_TOKENIZER_FLAGS)
-        return fail(e, BAD_FILE, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
+        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
     if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
-        return fail(e, BAD_FILE, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
+        return refuse(e, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
     if (h->n_merges > (h->kind == BPE ? MAX_MERGES : 0) || h->n_end > h->n_tokens)
-        return fail(e, BAD_FILE, "vocabulary with %u merges and %u end tokens", h->n_merges, h->n_end);
+        return refuse(e, "vocabulary with %u merges and %u end tokens", h->n_merges, h->n_end);
     const int32_t ids[] = {h->bos, h->eos, h->unk};
     for (int i = 0; i < 3; i++)
         if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
-            return fail(e, BAD_FILE, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
+            return refuse(e, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
     if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
-        return fail(e, BAD_FILE, "the vocabulary adds a begin or end token that it does not have");
+        return refuse(e, "the vocabulary adds a begin or end token that it does not have");
     return true;
 }
 
 static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
     if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != text_bytes)
-        return fail(e, BAD_FILE, "the pieces do not fill the vocabulary's text of %u bytes", text_bytes);
+        return refuse(e, "the pieces do not fill the vocabulary's text of %u bytes", text_bytes);
     for (int id = 0; id < t->n_tokens; id++) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
-        if (start > end || end > text_bytes) return fail(e, BAD_FILE, "token %d: it ends before it begins", id);
-        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %d has type %d", id, type);
+        if (start > end || end > text_bytes) return refuse(e, "token %d: it ends before it begins", id);
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %d has type %d", id, type);
         uint32_t limit = type == PIECE_BYTE ? 1 : SPECIAL_TYPES >> type & 1 ? MAX_SPECIAL_PIECE : MAX_PIECE;
         if (end - start > limit || (type == PIECE_BYTE && start == end))
-            return fail(e, BAD_FILE, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
-        if (!isfinite(t->score[id])) return fail(e, BAD_FILE, "token %d: its score is not a finite number", id);
+            return refuse(e, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
+        if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not a finite number", id);
     }
     for (int i = 0; i < t->n_end; i++)
-        if (t->end_id[i] >= (uint32_t)t->n_tokens) return fail(e, BAD_FILE, "no end token %u", t->end_id[i]);
+        if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
     return true;
 }
 
@@ -744,7 +742,7 @@ static bool check_merges(const Tokenizer *t, Error *e) {
         size_t n[3];
         for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes where there is no such token
         if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
-            return fail(e, BAD_FILE, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
+            return refuse(e, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
     }
     return true;
 }
@@ -755,7 +753,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     Cursor c = {.at = section, .left = n_bytes};
     TokenizerHeader h;
     take_into(&c, &h, sizeof h);
-    if (c.bad) return fail(e, BAD_FILE, "the vocabulary is cut short");
+    if (c.bad) return refuse(e, "the vocabulary is cut short");
     if (!check_header(&h, e)) return false;
     size_t n = h.n_tokens;
     *t = (Tokenizer){.kind = (int)h.kind, .pre = (int)h.pre, .bos = h.bos, .eos = h.eos, .unk = h.unk,
@@ -770,23 +768,25 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     t->type = take(&c, n);
     t->text = (const void *)take(&c, h.text_bytes);
     if (c.bad || c.left > 3 || n_bytes % 4)
-        return fail(e, BAD_FILE, "the vocabulary has %zu bytes, its header asks for %s", n_bytes,
-                    c.bad ? "more" : "fewer");
+        return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
     while (c.left > 0)
-        if (*take(&c, 1)) return fail(e, BAD_FILE, "the vocabulary's last bytes are not zero");
+        if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
     return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_classes(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
 
+// Bytes of a file, with no NUL behind them; `at` is NULL where there is no such text.
+typedef struct { const char *at; size_t n; } Text;
+
 // A vocabulary as containers have it. Arrays may be unaligned; -1 is an id, or an answer, that the file does not give.
 typedef struct {
     int kind;
-    const char *pre;              // the pre-tokenizer's name, or NULL; BPE only
-    size_t pre_bytes;
+    Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    Cursor pieces;                // strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
+    bool llama2c;                 // the pieces are those of a tokenizer.bin, which have their scores with them
+    Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
     Cursor merges;                // strings: left part, space, right part
@@ -820,46 +820,56 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 }
 
 // Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
-static size_t unspell_piece(int kind, const char *s, size_t n, int32_t *type, char *to) {
+static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
-        int byte = spelled_byte(s, n);
+        int byte = spelled_byte(s.at, s.n);
         to[0] = (char)byte;
         return byte >= 0;
     }
-    if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s, n, to);
+    if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s.at, s.n, to);
     if (kind == BPE && *type == PIECE_NORMAL) {
-        size_t length = unspell_bytes(s, n, to);
+        size_t length = unspell_bytes(s.at, s.n, to);
         if (length > 0) return length;
         *type = PIECE_UNUSED;  // not in that spelling: no text can become it
     }
-    memcpy(to, s, n);
-    return n;
+    memcpy(to, s.at, s.n);
+    return s.n;
 }
 
-// A string as in GGUF: 64 bits of length, then bytes. NULL where it does not fit.
-static const char *take_string(Cursor *c, size_t *n_bytes) {
+// A string as in GGUF: 64 bits of length, then bytes.
+static Text take_string(Cursor *c) {
     uint64_t n = take_u64(c);
-    *n_bytes = (size_t)n;
     if (n > c->left) c->bad = true;
-    return (const char *)take(c, *n_bytes);
+    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
+}
+
+// A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. Spaces are spaces; ids 0, 1, 2 are <unk>,
+// <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or as U+00AB.
+static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type, char *spelled) {
+    take_into(c, score, sizeof *score);
+    size_t n = take_u32(c);
+    const char *s = (const char *)take(c, n);
+    *type = id == 0 ? PIECE_UNKNOWN : id < 3 ? PIECE_CONTROL : id < 259 ? PIECE_BYTE : PIECE_NORMAL;
+    if (s && *type == PIECE_CONTROL && n > 2 && s[0] == '\n' && s[n - 1] == '\n') return (Text){s + 1, n - 2};
+    if (!s || *type != PIECE_BYTE) return (Text){s, n};
+    return (Text){spelled, (size_t)snprintf(spelled, 8, "<0x%02X>", (unsigned)id - 3)};
 }
 
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
     for (size_t id = 0; id < v->n_tokens; id++) {
-        char bytes[MAX_PIECE];
-        size_t n_string;
-        const char *s = take_string(&c, &n_string);
-        if (!s) return fail(e, BAD_FILE, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
-        if (n_string > MAX_PIECE) return fail(e, BAD_FILE, "token %zu has more than %d bytes", id, MAX_PIECE);
+        char bytes[MAX_PIECE], spelled[8];
         int32_t type = PIECE_NORMAL;
         float score = 0;
+        Text s = v->llama2c ? take_llama2c_piece(&c, id, &score, &type, spelled) : take_string(&c);
+        if (!s.at) return refuse(e, "the vocabulary ends in token %zu of %zu", id, v->n_tokens);
+        if (s.n > MAX_PIECE) return refuse(e, "token %zu has more than %d bytes", id, MAX_PIECE);
         if (v->types) memcpy(&type, v->types + 4 * id, 4);
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
-        if (type < PIECE_NORMAL || type > PIECE_BYTE) return fail(e, BAD_FILE, "token %zu has type %d", id, type);
-        size_t n = unspell_piece(v->kind, s, n_string, &type, bytes);
-        if (type == PIECE_BYTE && n == 0) return fail(e, BAD_FILE, "byte token %zu is not one of <0x00> to <0xFF>", id);
+        if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %zu has type %d", id, type);
+        size_t n = unspell_piece(v->kind, s, &type, bytes);
+        if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
         uint8_t packed_type = (uint8_t)type;
         uint32_t start = (uint32_t)part[PIECE_TEXT].n;
         if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
@@ -867,7 +877,7 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
             return false;
     }
     uint32_t end = (uint32_t)part[PIECE_TEXT].n;
-    if (end < part[PIECE_TEXT].n) return fail(e, BAD_FILE, "the vocabulary's text has more than 2^32 bytes");
+    if (end < part[PIECE_TEXT].n) return refuse(e, "the vocabulary's text has more than 2^32 bytes");
     return append(&part[STARTS], &end, 4, e);
 }
 
@@ -877,13 +887,12 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
         char bytes[2 * MAX_PIECE];
-        size_t n;
-        const char *s = take_string(&c, &n);
-        if (!s) return fail(e, BAD_FILE, "the vocabulary ends in merge %zu of %zu", rank, v->n_merges);
-        const char *space = n > 2 && n < sizeof bytes ? memchr(s + 1, ' ', n - 1) : NULL;
+        Text s = take_string(&c);
+        if (!s.at) return refuse(e, "the vocabulary ends in merge %zu of %zu", rank, v->n_merges);
+        const char *space = s.n > 2 && s.n < sizeof bytes ? memchr(s.at + 1, ' ', s.n - 1) : NULL;
         if (!space) continue;
-        size_t n_left = unspell_bytes(s, (size_t)(space - s), bytes);
-        size_t n_right = unspell_bytes(space + 1, (size_t)(s + n - space - 1), bytes + n_left);
+        size_t n_left = unspell_bytes(s.at, (size_t)(space - s.at), bytes);
+        size_t n_right = unspell_bytes(space + 1, (size_t)(s.at + s.n - space - 1), bytes + n_left);
         int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
                       find_piece(t, bytes, n_left + n_right)};
         if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
@@ -910,8 +919,8 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     return true;
 }
 
-// *pre = the row of pre_tokenizers[] with this name (which may be NULL).
-static bool choose_pre_tokenizer(const char *name, size_t n, uint32_t *pre, Error *e) {
+// *pre = the row of pre_tokenizers[] with this name (which may be none).
+static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
     char known[160] = "";
     for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
         const char *names = pre_tokenizers[*pre].names;
@@ -919,11 +928,11 @@ static bool choose_pre_tokenizer(const char *name, size_t n, uint32_t *pre, Erro
         snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
         for (; *names; names += length + strspn(names + length, " ")) {
             length = strcspn(names, " ");
-            if (name && length == n && memcmp(names, name, n) == 0) return true;
+            if (name.at && length == name.n && memcmp(names, name.at, name.n) == 0) return true;
         }
     }
-    return fail(e, BAD_FILE, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
-                (int)(n < 40 ? n : 40), name ? name : "", known);
+    return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
+                (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
 }
 
 // Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
@@ -941,31 +950,24 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
     if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
 }
 
-static bool pack_parts(const Vocabulary *v, Buffer *part, TokenizerHeader *h, Tokenizer *t, Error *e) {
-    if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return fail(e, BAD_FILE, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d",
-                    v->n_tokens, v->n_merges, MAX_TOKENS, MAX_MERGES);
-    h->kind = (uint32_t)v->kind;
-    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, v->pre_bytes, &h->pre, e)) return false;
-    if (!pack_pieces(v, part, e)) return false;
-    *t = (Tokenizer){.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                     .text_start = (const void *)part[STARTS].bytes, .text = (const void *)part[PIECE_TEXT].bytes};
-    if (!index_pieces(t, e)) return false;
-    pack_header(v, t, h);
-    if (!pack_merges(v, t, &part[MERGES], e) || !pack_end_ids(v, t, h->eos, &part[END_IDS], e)) return false;
-    h->n_tokens = (uint32_t)v->n_tokens;
-    h->n_merges = (uint32_t)(part[MERGES].n / 12);
-    h->n_end = (uint32_t)(part[END_IDS].n / 4);
-    h->text_bytes = (uint32_t)part[PIECE_TEXT].n;
-    return true;
-}
-
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
+    if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
+        return refuse(e, "vocabulary of %zu tokens and %zu merges, expected 1 to %d and at most %d", v->n_tokens,
+                      v->n_merges, MAX_TOKENS, MAX_MERGES);
+    TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
+    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
-    TokenizerHeader h = {0};
-    Tokenizer t = {0};
-    bool ok = pack_parts(v, part, &h, &t, e) && append(section, &h, sizeof h, e);
+    bool ok = pack_pieces(v, part, e);
+    Tokenizer t = {.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
+                   .text_start = (const void *)part[STARTS].bytes, .text = (const void *)part[PIECE_TEXT].bytes};
+    ok = ok && index_pieces(&t, e);
+    if (ok) pack_header(v, &t, &h);
+    ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, h.eos, &part[END_IDS], e);
+    h.n_merges = (uint32_t)(part[MERGES].n / 12);
+    h.n_end = (uint32_t)(part[END_IDS].n / 4);
+    h.text_bytes = (uint32_t)part[PIECE_TEXT].n;
+    ok = ok && append(section, &h, sizeof h, e);
     for (size_t i = 0; i < N_PARTS; i++) {
         if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
         free(part[i].bytes);
@@ -974,40 +976,19 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     return ok && append(section, NULL, round_up(section->n, 4) - section->n, e);
 }
 
-// llama2.c's tokenizer.bin: | i32 longest piece | then per token | f32 score | i32 length | bytes |. Spaces are spaces;
-// ids 0, 1, 2 are <unk>, <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or
-// as the character U+00AB.
-static bool read_llama2c_tokenizer(const unsigned char *bytes, size_t n_bytes, Buffer *section, Error *e) {
-    Cursor c = {.at = bytes, .left = n_bytes};
-    Buffer pieces = {0}, scores = {0}, types = {0};
-    size_t n = 0;
-    bool ok = true;
+// llama2.c's tokenizer.bin: | i32 longest piece | pieces |.
+static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     take_u32(&c);  // nothing here needs the longest piece
-    for (; ok && c.left > 0 && n <= MAX_TOKENS; n++) {
-        const unsigned char *score = take(&c, 4);
-        uint64_t length = take_u32(&c);
-        const char *s = (const char *)take(&c, (size_t)length);
-        char spelled[8];
-        int32_t type = n == 0 ? PIECE_UNKNOWN : n < 3 ? PIECE_CONTROL : n < 259 ? PIECE_BYTE : PIECE_NORMAL;
-        if (s && type == PIECE_CONTROL && length > 2 && s[0] == '\n' && s[length - 1] == '\n') s++, length -= 2;
-        if (s && type == PIECE_BYTE) {
-            length = (uint64_t)snprintf(spelled, sizeof spelled, "<0x%02X>", (unsigned)(n - 3));
-            s = spelled;
-        }
-        ok = s || fail(e, BAD_FILE, "not a tokenizer.bin, or cut short: token %zu does not end", n);
-        ok = ok && append(&pieces, &length, 8, e) && (!length || append(&pieces, s, (size_t)length, e)) &&
-             append(&scores, score, 4, e) && append(&types, &type, 4, e);
-    }
-    if (ok && n < 3) ok = fail(e, BAD_FILE, "not a tokenizer.bin: it has %zu tokens, expected at least 3", n);
-    Vocabulary v = {.kind = SPM, .n_tokens = n, .pieces = {.at = pieces.bytes, .left = pieces.n},
-                    .scores = scores.bytes, .types = types.bytes, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
+    Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
                     .eot = 1,  // llama2.c stops at a begin token, too: its stories follow each other
                     .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
-    ok = ok && pack_vocabulary(&v, section, e);
-    free(pieces.bytes);
-    free(scores.bytes);
-    free(types.bytes);
-    return ok;
+    for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
+        take_u32(&c);
+        take(&c, take_u32(&c));
+        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", v.n_tokens);
+    }
+    if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
+    return pack_vocabulary(&v, section, e);
 }
 
 #endif
