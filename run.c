@@ -229,6 +229,8 @@ typedef struct {
 
 // Which numbers of a head are rotated together: (0,1) (2,3) ..., or (0,R/2) (1,R/2+1) ...
 typedef enum { ADJACENT, HALVES } Pairing;
+typedef enum { SILU, GELU } Activation;             // x / (1 + e^-x), or nearly that with tanh
+typedef enum { UNROTATED, ROTATED, LOCAL } Angles;  // of a layer: none, those by rope_theta, those by local_theta
 
 typedef struct {
     char family[16];
@@ -238,15 +240,24 @@ typedef struct {
     float norm_eps;
     double rope_theta;  // the slowest pair turns about theta times slower than the fastest
     double rope_scale;  // positions are divided by this; 1 = not scaled
+    double local_theta;                     // rope_theta of the layers whose angles are LOCAL; 0: there are none
+    float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
+    float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
+    float attention_cap, logit_cap;         // c * tanh(y / c) keeps scores and logits below c; 0: it does not
+    int activation;                         // of the gate
     Pairing pairing;
+    bool wide_head_norms;                   // query and key are normalised over all heads, not each
 } Config;
 
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
-    const float *attention_norm;       // (D)
+    int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
+    const float *attention_norm;       // (D)  NULL: OLMo2 has only the norms behind the blocks, Gemma has both
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
-    const float *ffn_norm;             // (D)
+    const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
+    const float *ffn_norm;                          // (D)  or NULL
+    const float *attention_post_norm, *ffn_post_norm;  // (D)  of what a block adds, or NULL
     Tensor gate, up, down;             // (F,D) (F,D) (D,F)
     // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
     const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
@@ -307,7 +318,7 @@ typedef struct {
     Block *rounded;             // (B or threads, widest/32)  and rounded
     size_t widest;              // of the strides above but the logits'
     float *logits;              // (LOGITS_AT_ONCE, V)
-    float *angles;              // (S, R/2, 2)  cosine and sine of each position's rotation
+    float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
     int n_angles;               // positions whose angles are there
     void **keys;                // (L)(G, S/16, K, 16)  sixteen positions side by side, f16 or f32
     void **values;              // (L)(G, S, K up to a multiple of 16)
@@ -498,8 +509,8 @@ typedef struct {
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
     bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
-    float (*exponentiate)(float *p, size_t n, float scale);
-    void (*swiglu)(float *gate, const float *up, size_t n);
+    float (*exponentiate)(float *p, size_t from, size_t n, float scale, float cap);
+    void (*activate)(float *gate, const float *up, size_t n, Activation how);
     double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
     void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
@@ -546,6 +557,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    token costs one pass and not the whole text again. */
 
 INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
+INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
@@ -569,9 +581,14 @@ INLINE bool rms_normalise(float *out, const float *x, const float *weight, size_
     return sum < INFINITY;
 }
 
-// gate = silu(gate) * up, silu(x) = x / (1 + e^-x)      both (n)
-INLINE void swiglu(float *gate, const float *up, size_t n) {
-    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+// gate = silu(gate) * up or gelu(gate) * up      both (n)
+// silu(x) = x / (1 + e^-x); gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
+    for (size_t i = 0; i < n && how == SILU; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    for (size_t i = 0; i < n && how == GELU; i++) {
+        float x = gate[i], inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+        gate[i] = 0.5f * x * (1.0f + hyperbolic_tangent(inner)) * up[i];
+    }
 }
 
 // Turns the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
@@ -585,9 +602,13 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
     }
 }
 
-// p[i] = e^(p[i] * scale - max) for the first n of p, and zeros up to a multiple of 16; returns their sum.
-INLINE float exponentiate(float *p, size_t n, float scale) {
+// p[i] = e^(y - max), y = p[i] * scale or, if there is a cap, cap * tanh(p[i] * scale / cap), for numbers `from` to n of
+// p; zeros before them, and behind up to a multiple of 16; returns their sum.
+INLINE float exponentiate(float *p, size_t from, size_t n, float scale, float cap) {
     float max[16], lane[16] = { 0 };
+    for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap * hyperbolic_tangent(p[i] * scale / cap);
+    if (cap > 0) scale = 1;
+    for (size_t i = 0; i < from; i++) p[i] = -INFINITY;
     for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
     for (int j = 0; j < 16; j++) max[j] = -INFINITY;
     for (size_t i = 0; i < n; i += 16) {
@@ -616,7 +637,8 @@ typedef struct {
     bool cache_f32;
     int group, n_queries;     // number i is of token i / group and head i % group
     size_t head_dim, row;     // K, and that up to a multiple of 16
-    size_t position;          // of the first of the n tokens
+    size_t position, window;  // of the first of the n tokens; how many each sees
+    float scale, cap;         // of the scores
     float *queries, *sums;    // (n_queries, row)
     float *tile;              // (POSITIONS_TOGETHER, row)      room for keys or values in f32
     float *scores;            // (n_queries, score_stride)
@@ -633,6 +655,15 @@ static size_t seen_by(const Attention *a, int i) {
     return a->position + (size_t)(i / a->group) + 1;
 }
 
+// The first that it may see, and a multiple of 16 before the first that any query may see.
+static size_t seen_from(const Attention *a, int i) {
+    return seen_by(a, i) > a->window ? seen_by(a, i) - a->window : 0;
+}
+
+static size_t begin_of(const Attention *a) {
+    return seen_from(a, 0) / 16 * 16;
+}
+
 // n numbers of the cache from number i on, as floats.
 static void recall(float *to, const void *cache, size_t i, size_t n, bool f32) {
     if (f32) memcpy(to, (const float *)cache + i, n * sizeof *to);
@@ -641,7 +672,7 @@ static void recall(float *to, const void *cache, size_t i, size_t n, bool f32) {
 
 // scores[i,p] = query[i] . key[p] for all positions that some query may see, sixteen at a time
 static void score_keys(const Attention *a) {
-    for (size_t p = 0; p < seen_by(a, a->n_queries - 1); p += 16) {
+    for (size_t p = begin_of(a); p < seen_by(a, a->n_queries - 1); p += 16) {
         recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
@@ -652,7 +683,7 @@ static void score_keys(const Attention *a) {
 // sums[i] = sum over the positions p that query i may see of scores[i,p] * value[p]
 static void mix_values(const Attention *a) {
     size_t n = seen_by(a, a->n_queries - 1);
-    for (size_t p = 0, now; p < n; p += now) {
+    for (size_t p = begin_of(a), now; p < n; p += now) {
         now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
         recall(a->tile, a->values, p * a->row, now * a->row, a->cache_f32);
         bool all_see = p + now <= seen_by(a, 0);
@@ -667,16 +698,17 @@ static void mix_values(const Attention *a) {
     }
 }
 
-// out = softmax(query . keys / sqrt(K)) . values: the positions up to the token's own, weighted by how well they fit
+// out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
 static void attend_group(const Attention *a) {
-    float scale = 1.0f / sqrtf((float)a->head_dim);
+    size_t begin = begin_of(a);
     for (int i = 0; i < a->n_queries; i++)
         memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
     score_keys(a);
     memset(a->sums, 0, (size_t)a->n_queries * a->row * sizeof(float));
     for (int i = 0; i < a->n_queries; i++) {
         float *p = a->scores + (size_t)i * a->score_stride;
-        p[a->score_stride - 1] = kernels->exponentiate(p, seen_by(a, i), scale);  // a row's last place is free for this
+        p[a->score_stride - 1] = kernels->exponentiate(  // a row's last place is free for this
+            p + begin, seen_from(a, i) - begin, seen_by(a, i) - begin, a->scale, a->cap);
     }
     mix_values(a);
     for (int i = 0; i < a->n_queries; i++) {
@@ -693,7 +725,8 @@ static void embed(const Model *m, State *s, const int *tokens, Range range) {
         for (size_t c = 0; c < n_blocks(w); c++) {
             float columns[32][16];
             kernels->dequantise(columns, w->type, w->tiles + row / 16 * row_tile_bytes(w), c);
-            for (size_t i = 0; i < 32; i++) s->x[t * s->x_stride + c * 32 + i] = columns[i][row % 16];
+            for (size_t i = 0; i < 32; i++)
+                s->x[t * s->x_stride + c * 32 + i] = columns[i][row % 16] * m->config.embedding_scale;
         }
     }
 }
@@ -702,13 +735,17 @@ static void embed(const Model *m, State *s, const int *tokens, Range range) {
 // model sees how far apart two tokens are by how far their rotations differ (Su et al., "RoFormer").
 static void make_angles(const Model *m, State *s, int n) {
     const Config *c = &m->config;
+    size_t positions = round_up((size_t)s->context, 16);
     for (; s->n_angles < n; s->n_angles++) {
-        float *angle = s->angles + (size_t)s->n_angles * (size_t)c->rope_dim;
-        for (int i = 0; i < c->rope_dim / 2; i++) {
-            double turn = pow(c->rope_theta, -2.0 * i / c->rope_dim) / c->rope_scale;
-            if (m->rope_factors) turn /= m->rope_factors[i];
-            angle[2 * i] = (float)cos(s->n_angles * turn);
-            angle[2 * i + 1] = (float)sin(s->n_angles * turn);
+        for (int i = 0; i < c->rope_dim; i++) {  // first the usual angles, then local ones, if there are any
+            int pair = i % (c->rope_dim / 2), local = i >= c->rope_dim / 2;
+            double theta = local ? c->local_theta : c->rope_theta;
+            if (theta == 0) break;
+            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : c->rope_scale);
+            if (m->rope_factors && !local) turn /= m->rope_factors[pair];
+            float *angle = s->angles + ((size_t)local * positions + (size_t)s->n_angles) * (size_t)c->rope_dim;
+            angle[2 * pair] = (float)cos(s->n_angles * turn);
+            angle[2 * pair + 1] = (float)sin(s->n_angles * turn);
         }
     }
 }
@@ -770,20 +807,29 @@ static Activations normalise_stream(const Model *m, State *s, const float *weigh
     Range tokens = own_share(n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         const float *x = s->x + ((size_t)first + t) * s->x_stride;
-        bool finite = kernels->normalise(normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
+        if (!weight) memcpy(normed + t * s->x_stride, x, dim * sizeof *x);
+        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
         int *broken = &s->broken[(size_t)first + t];
         if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
     }
     return prepare(s, normed, s->x_stride, dim, n, team);
 }
 
-// x += w input + bias for all tokens      w (D, columns of the input)  input (n, stride)
-static void add_to_stream(State *s, const Tensor *w, const float *bias, const float *input, size_t stride, int n,
-                          Team team) {
+// x += residual_scale * (w input + bias), normalised before if there is a norm for it
+// w (D, columns of the input)  input (n, stride)
+static void add_to_stream(const Model *m, State *s, const Tensor *w, const float *bias, const float *norm,
+                          const float *input, size_t stride, int n, Team team) {
     Activations a = prepare(s, input, stride, (size_t)w->cols, n, team);
-    Range rows = matmul(s->out, s->x_stride, w, bias, &a, team);
-    for (size_t t = 0; t < (size_t)n; t++) {
-        for (size_t r = rows.from; r < rows.to; r++) s->x[t * s->x_stride + r] += s->out[t * s->x_stride + r];
+    Range rows = matmul(s->out, s->x_stride, w, bias, &a, team), tokens = { 0, (size_t)n };
+    if (norm) {  // needs whole vectors, so that the tokens are shared and not the rows
+        wait_for_team(team);
+        rows = (Range){ 0, (size_t)m->config.dim };
+        tokens = share((size_t)n, team);
+    }
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        float *x = s->x + t * s->x_stride, *out = s->out + t * s->x_stride;
+        if (norm) kernels->normalise(out, out, norm, rows.to, m->config.norm_eps);
+        for (size_t r = rows.from; r < rows.to; r++) x[r] += out[r] * m->config.residual_scale;
     }
     wait_for_team(team);
 }
@@ -807,11 +853,26 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
             .keys = (const char *)s->keys[l] + at * head_dim, .values = (const char *)s->values[l] + at * row,
             .cache_f32 = s->cache_f32, .group = (int)group, .n_queries = n_now * (int)group,
             .head_dim = head_dim, .row = row, .position = (size_t)s->n_past + t,
+            .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
+            .cap = m->config.attention_cap,
             .queries = scratch, .sums = scratch + n_queries * row, .tile = scratch + 2 * n_queries * row,
             .scores = scratch + (POSITIONS_TOGETHER + 2 * n_queries) * row, .score_stride = positions + 16,
         };
         attend_group(&a);
     }
+}
+
+// Queries and keys of all heads normalised at once, in models that do so (OLMo2).
+static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
+    size_t head_dim = (size_t)m->config.head_dim;
+    if (!m->config.wide_head_norms) return;
+    Range tokens = share((size_t)n, team);
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
+        kernels->normalise(query, query, layer->query_norm, (size_t)layer->n_heads * head_dim, m->config.norm_eps);
+        kernels->normalise(key, key, layer->key_norm, (size_t)layer->n_kv_heads * head_dim, m->config.norm_eps);
+    }
+    wait_for_team(team);
 }
 
 // What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
@@ -825,23 +886,24 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
     wait_for_team(team);
 
+    normalise_heads(m, s, layer, n, team);
+    const float *angles = s->angles + (layer->angles == LOCAL) * round_up((size_t)s->context, 16) * (size_t)c->rope_dim;
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
     for (size_t i = heads.from; i < heads.to; i++) {
         size_t t = i / (n_heads + n_kv_heads), h = i % (n_heads + n_kv_heads), position = (size_t)s->n_past + t;
-        const float *angle = s->angles + position * (size_t)c->rope_dim;
-        if (h < n_heads) {
-            kernels->rotate(s->query + t * s->q_stride + h * head_dim, angle, c->rope_dim, c->pairing);
-        } else {
-            float *key = s->key + t * s->kv_stride + (h - n_heads) * head_dim;
-            kernels->rotate(key, angle, c->rope_dim, c->pairing);
-            remember(s, l, h - n_heads, head_dim, position, key, s->value + (key - s->key));
-        }
+        float *head = h < n_heads ? s->query + t * s->q_stride + h * head_dim
+                                  : s->key + t * s->kv_stride + (h - n_heads) * head_dim;
+        const float *norm = c->wide_head_norms ? NULL : h < n_heads ? layer->query_norm : layer->key_norm;
+        if (norm) kernels->normalise(head, head, norm, head_dim, c->norm_eps);
+        if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
+        if (h >= n_heads) remember(s, l, h - n_heads, head_dim, position, head, s->value + (head - s->key));
     }
     wait_for_team(team);
 
     attend(m, s, l, n, team);
     wait_for_team(team);
-    add_to_stream(s, &layer->attention_out, layer->attention_out_bias, s->attended, s->q_stride, n, team);
+    add_to_stream(m, s, &layer->attention_out, layer->attention_out_bias, layer->attention_post_norm, s->attended,
+                  s->q_stride, n, team);
 }
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
@@ -852,10 +914,11 @@ static void feed_forward_block(const Model *m, State *s, int l, int n, Team team
     matmul(s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, team);
     for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
         size_t i = t * s->ffn_stride + rows.from;
-        if (rows.to > rows.from) kernels->swiglu(s->gate + i, s->up + i, rows.to - rows.from);
+        if (rows.to > rows.from)
+            kernels->activate(s->gate + i, s->up + i, rows.to - rows.from, (Activation)m->config.activation);
     }
     wait_for_team(team);
-    add_to_stream(s, &layer->down, layer->down_bias, s->gate, s->ffn_stride, n, team);
+    add_to_stream(m, s, &layer->down, layer->down_bias, layer->ffn_post_norm, s->gate, s->ffn_stride, n, team);
 }
 
 typedef struct {
@@ -878,7 +941,14 @@ static void forward_team(void *p, Team team) {
     if (job->n_logits == 0) return;
     int first = job->n - job->n_logits;
     Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
-    matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
+    Range rows = matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
+    float scale = m->config.logit_scale, cap = m->config.logit_cap;
+    for (size_t t = 0; t < (size_t)job->n_logits && (scale != 1 || cap > 0); t++) {
+        for (size_t r = rows.from; r < rows.to; r++) {
+            float *y = &s->logits[t * s->logits_stride + r];
+            *y = cap > 0 ? cap * hyperbolic_tangent(*y * scale / cap) : *y * scale;
+        }
+    }
 }
 
 // False, and the first position named, where a token's vector or its logits are not finite.
@@ -1435,12 +1505,14 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         return rms_normalise(out, x, weight, dim, eps);                                                                \
     }                                                                                                                  \
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
-    target float set##_exponentiate(float *p, size_t n, float scale) { return exponentiate(p, n, scale); }             \
-    target void set##_swiglu(float *gate, const float *up, size_t n) { swiglu(gate, up, n); }                          \
+    target float set##_exponentiate(float *p, size_t from, size_t n, float scale, float cap) {                         \
+        return exponentiate(p, from, n, scale, cap);                                                                   \
+    }                                                                                                                  \
+    target void set##_activate(float *gate, const float *up, size_t n, Activation a) { activate(gate, up, n, a); }     \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
-                                 set##_exponentiate, set##_swiglu, peak_of, set##_read };
+                                 set##_exponentiate, set##_activate, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -1785,15 +1857,30 @@ enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
+enum {
+    BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, POST_NORMS = 8, NO_PRE_NORMS = 16,
+    SCALES = 32,  // of embedding, residual and logits
+    GEMMA = 64,   // GELU, and embeddings times sqrt(D)
+};
 typedef struct {
     const char *name;
     Pairing pairing;
-    bool needs_bias;  // of query, key and value
+    int features;       // a set of those above
+    int global_every;   // where there is a window, the last of so many layers has none
+    int no_rope_every;  // the last of so many layers does not rotate
+    double local_theta; // of layers with a window
 } Family;
 
 static const Family families[] = {
-    { "llama", ADJACENT, false },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
-    { "qwen2", HALVES, true },     // Qwen 1.5, 2, 2.5
+    { "llama", ADJACENT, 0, 0, 0, 0 },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "qwen2", HALVES, BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
+    { "qwen3", HALVES, HEAD_NORMS, 0, 0, 0 },
+    { "phi3", HALVES, 0, 0, 0, 0 },
+    { "granite", ADJACENT, SCALES, 0, 0, 0 },
+    { "smollm3", ADJACENT, 0, 0, 4, 0 },
+    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS | NO_PRE_NORMS, 0, 0, 0 },
+    { "gemma2", HALVES, POST_NORMS | GEMMA, 2, 0, 0 },
+    { "gemma3", HALVES, HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
 
 static const Family *find_family(const char *name, Error *e) {
@@ -1813,21 +1900,32 @@ typedef struct {
     double min, max;
     const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
     double otherwise;  // where there is no such key; NAN: it is needed; 0: worked out from others
+    int feature;       // 0, or the one without which a family does not have the key
 } ConfigField;
 
 static const ConfigField config_fields[] = {
-    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN },
-    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN },
-    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0 },
-    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0 },
-    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0 },
-    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN },
-    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN },
-    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000 },
-    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0 },
-    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS, ".attention.head_count", NAN },
-    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", 0 },
-    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN },
+    { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN, 0 },
+    { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN, 0 },
+    { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0, 0 },
+    { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
+    { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
+    { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
+    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
+    { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
+    { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
+    { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
+    { "embedding_scale", SINGLE, false, offsetof(Config, embedding_scale), 1e-6, 1e6, ".embedding_scale", 1, SCALES },
+    { "residual_scale", SINGLE, false, offsetof(Config, residual_scale), 1e-6, 1e6, ".residual_scale", 1, SCALES },
+    { "attention_scale", SINGLE, false, offsetof(Config, attention_scale), 1e-6, 1e6, ".attention.scale", 0, 0 },
+    { "logit_scale", SINGLE, false, offsetof(Config, logit_scale), 1e-6, 1e6, ".logit_scale", 1, SCALES },
+    { "attention_cap", SINGLE, false, offsetof(Config, attention_cap), 0, 1e6, ".attn_logit_softcapping", 0, 0 },
+    { "logit_cap", SINGLE, false, offsetof(Config, logit_cap), 0, 1e6, ".final_logit_softcapping", 0, 0 },
+    { "activation", INTEGER, false, offsetof(Config, activation), SILU, GELU, NULL, 0, 0 },
+    { "n_heads", INTEGER, true, offsetof(Layer, n_heads), 1, MAX_HEADS, ".attention.head_count", NAN, 0 },
+    { "n_kv_heads", INTEGER, true, offsetof(Layer, n_kv_heads), 1, MAX_HEADS, ".attention.head_count_kv", 0, 0 },
+    { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN, 0 },
+    { "window", INTEGER, true, offsetof(Layer, window), 0, MAX_CONTEXT, ".attention.sliding_window", 0, 0 },
+    { "angles", INTEGER, true, offsetof(Layer, angles), UNROTATED, LOCAL, NULL, 0, 0 },
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
@@ -1859,6 +1957,7 @@ static bool check_config(Model *m, Error *e) {
     const Family *family = find_family(c->family, e);
     if (!family) return false;
     c->pairing = family->pairing;
+    c->wide_head_norms = family->features & WIDE_HEAD_NORMS;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
             if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
@@ -1866,6 +1965,7 @@ static bool check_config(Model *m, Error *e) {
         return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
+        if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
         if (heads % groups)
             return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
         if (heads * c->head_dim > MAX_FFN_DIM)
@@ -1877,8 +1977,10 @@ static bool check_config(Model *m, Error *e) {
 // A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
 // tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
 // other in the order of this table.
-typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS } Size;
-typedef enum { NEEDED, OPTIONAL, BIAS } Need;  // BIAS: of query, key and value, needed where the family says so
+typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM } Size;
+typedef enum {
+    NEEDED, OPTIONAL, BIAS, PRE_NORM, POST_NORM, HEAD_NORM  // BIAS: of query, key and value, needed in some families;
+} Need;                                                     // norms are needed or must not be there, by the family
 
 typedef struct {
     const char *name;
@@ -1894,22 +1996,26 @@ static const TensorRule rules[] = {
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
     // and of each layer
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, NEEDED, NULL },
+    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORM, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, NEEDED, "attn_qkv.weight" },
     { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
     { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
     { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIAS, NULL },
     { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIAS, NULL },
     { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIAS, NULL },
+    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORM, NULL },
+    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORM, NULL },
     { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, NEEDED, NULL },
     { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, NEEDED, NULL },
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, NEEDED, NULL },
+    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORM, NULL },
+    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORM, NULL },
+    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, NEEDED, "ffn_up.weight" },
     { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, NEEDED, NULL },
+    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, NEEDED, "ffn_up.weight" },
     { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
     { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORM, NULL },
 };
 enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
@@ -1938,6 +2044,8 @@ static Slot get_slot(Model *m, size_t i) {
         [ONE] = 1, [DIM] = (size_t)m->config.dim, [FFN_DIM] = (size_t)layer->ffn_dim,
         [PAIRS] = (size_t)m->config.rope_dim / 2, [N_TOKENS] = (size_t)m->config.n_tokens,
         [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
+        [Q_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_heads : 1) * head_dim,
+        [K_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_kv_heads : 1) * head_dim,
     };
     Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
     if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
@@ -2013,11 +2121,23 @@ static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
 // The entry for a slot, or NULL: its own, which is all that native files have, or the fused one.
 static Entry *entry_for(const Directory *d, Slot *slot) {
     Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name), *fused = NULL;
-    if (!own && slot->rule->fused) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
-    if (fused && fused->source.type) return fused;
+    if (slot->rule->fused) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
+    bool is_up = fused && fused->source.rows != slot->all_rows && !strcmp(slot->rule->fused, "ffn_up.weight");
+    if (fused && fused->source.type && !is_up && (!own || own == fused)) return fused;
     slot->first_row = 0;
     slot->all_rows = slot->rows;
     return own;
+}
+
+// Whether a model of the family must have the tensor, and whether it may.
+static bool is_needed(const TensorRule *r, int features) {
+    return r->need == NEEDED || (r->need == BIAS && features & BIASES) ||
+           (r->need == POST_NORM && features & POST_NORMS) || (r->need == PRE_NORM && !(features & NO_PRE_NORMS)) ||
+           (r->need == HEAD_NORM && features & (HEAD_NORMS | WIDE_HEAD_NORMS));
+}
+
+static bool is_allowed(const TensorRule *r, int features) {
+    return r->need == OPTIONAL || r->need == BIAS || is_needed(r, features);
 }
 
 // Makes the tiles of a file that has none, in one block.
@@ -2064,13 +2184,13 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
 // From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
 // configuration needs, and sees that none is left over.
 static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    bool needs_bias = find_family(m->config.family, e)->needs_bias;
+    int features = find_family(m->config.family, e)->features;
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        Entry *entry = entry_for(d, &slot);
+        Entry *entry = is_allowed(slot.rule, features) ? entry_for(d, &slot) : NULL;
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
-        if (!entry && (slot.rule->need == NEEDED || (slot.rule->need == BIAS && needs_bias)))
+        if (!entry && is_needed(slot.rule, features))
             return refuse(e, "tensor %s is missing", slot.name);
         if (slot.layer < 1) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
@@ -2094,7 +2214,7 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
 // | header, 128 bytes | configuration | tensor records | tokenizer (tokenizer.c) | chat template | weights |
 // Everything is little-endian; every section and every tensor begins at a multiple of 64 and is padded with zeros. The
 // weights lie in the tiles of chapter 4, so that a mapped file is ready. README draws it byte by byte.
-enum { LAYOUT = 1 };  // of tiles and sections: it changes when either does
+enum { LAYOUT = 2 };  // of tiles and sections: it changes when either does
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
 typedef struct { uint64_t at, n_bytes; } Section;
@@ -2422,7 +2542,8 @@ static bool is_harmless(const Gguf *g, const Key *k) {
 }
 
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
-    const Key *k = find_key(g, f->key);
+    bool known = !f->feature || find_family(g->family, e)->features & f->feature;
+    const Key *k = known ? find_key(g, f->key) : NULL;
     int n = f->per_layer ? m->config.n_layers : 1;
     if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, f->key);
     if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
@@ -2434,6 +2555,26 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
+// What files of a family leave to the programs that know it. pattern: which layers have the window, or NULL.
+static void complete_config(Model *m, const Family *f, const Key *pattern) {
+    Config *c = &m->config;
+    bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
+    c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
+    if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim);
+    if (f->features & GEMMA) c->activation = GELU;
+    float width = largest_gemma ? (float)c->dim / (float)m->layers->n_heads : (float)c->head_dim;
+    if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
+    if (c->local_theta == 0) c->local_theta = f->local_theta;
+    for (int l = 0; l < c->n_layers; l++) {
+        Layer *layer = &m->layers[l];
+        if (pattern ? pattern->count == (size_t)c->n_layers && !key_number(pattern, (size_t)l)
+                    : f->global_every && (l + 1) % f->global_every == 0)
+            layer->window = 0;
+        bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
+        layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
+    }
+}
+
 static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
@@ -2448,6 +2589,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
+    complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     Text scaling = get_text(g, ".rope.scaling.type"), chat_template = get_text(g, "tokenizer.chat_template");
@@ -2641,10 +2783,12 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
                           .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1 };
+                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .embedding_scale = 1,
+                          .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
+    complete_config(m, families, NULL);
     return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
 }
 
@@ -2869,7 +3013,8 @@ static void lay_out_state(const Model *m, State *s) {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
         { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
         { &s->value, n, s->kv_stride }, { &s->gate, n, s->ffn_stride }, { &s->up, n, s->ffn_stride },
-        { &s->logits, LOGITS_AT_ONCE, s->logits_stride }, { &s->angles, positions, (size_t)c->rope_dim },
+        { &s->logits, LOGITS_AT_ONCE, s->logits_stride },
+        { &s->angles, c->local_theta > 0 ? 2 * positions : positions, (size_t)c->rope_dim },
         { &s->scratch, (size_t)s->threads, s->scratch_stride },
     };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
@@ -3468,8 +3613,8 @@ INLINE int32_t four_bytes(const int8_t *q) {
     return x;
 }
 
-// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight
-// q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
+// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
+// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
 typedef struct {
     _Alignas(64) uint8_t w[8][64];

@@ -264,7 +264,7 @@ static const struct {
     { "exponential", test_exponential },
     { "quantise", test_quantise },
     { "multiply", test_multiply },
-    { "normalise, swiglu", test_vectors },
+    { "normalise, activate", test_vectors },
     { "attention", test_attention },
     { "rotation", test_rotation },
     { "goldens", test_goldens },

@@ -523,7 +523,7 @@ static void check_normalise(size_t dim, double size, float eps) {
     free(x), free(weight), free(out), free(first);
 }
 
-static void check_swiglu(size_t n, double size) {
+static void check_activation(Activation how, size_t n, double size) {
     float *gate = get(n * 4 + 4), *up = get(n * 4 + 4), *out = get(n * 4 + 4), *first = get(n * 4 + 4);
     for (size_t i = 0; i < n; i++) gate[i] = random_float(size), up[i] = random_float(1);
     if (n > 6) gate[0] = -100, gate[1] = 100, gate[2] = 0, gate[3] = -87.5f, gate[4] = 88.5f, gate[5] = -0.0f;
@@ -531,19 +531,22 @@ static void check_swiglu(size_t n, double size) {
         double worst = 0, worst_at = 0;
         memcpy(out, gate, n * 4);
         out[n] = 4711;
-        (*k)->swiglu(out, up, n);
+        (*k)->activate(out, up, n, how);
         for (size_t i = 0; i < n; i++) {
-            double wanted = gate[i] / (1 + exp(-(double)gate[i])) * up[i];
+            double x = gate[i], inner = sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x);
+            double wanted = (how == SILU ? x / (1 + exp(-x)) : 0.5 * x * (1 + tanh(inner))) * up[i];
             // e^-x within 1 ulp (2 roundings), 1 + it, the quotient, the product. Beyond 88 e^-x is Inf and the result
             // 0, which differs from the truth by less than 88 * e^-88 * |up|.
             double error = (fabs(out[i] - wanted) - (gate[i] < -87 ? 1e-36 * fabs(up[i]) : 0)) / (fabs(wanted) + 1e-38);
+            // GELU adds 1 to a tanh that ends a few roundings of 1 away from its own, however near to -1 it is.
+            if (how == GELU) error = fabs(out[i] - wanted) / (fabs(x * up[i]) * (1 + fabs(inner)) + 1e-38);
             if (error > worst) worst = error, worst_at = gate[i];
         }
-        check(worst <= 6 * UNIT, "swiglu of %g, kernel %s: got a relative error of %g, wanted at most %g", worst_at,
+        check(worst <= 6 * UNIT, "activation of %g, kernel %s: got a relative error of %g, wanted at most %g", worst_at,
               (*k)->name, worst, 6 * UNIT);
-        check(out[n] == 4711, "swiglu of %zu numbers, kernel %s: wrote behind them", n, (*k)->name);
+        check(out[n] == 4711, "activation of %zu numbers, kernel %s: wrote behind them", n, (*k)->name);
         if (k == usable_kernels()) memcpy(first, out, n * 4);
-        check(!memcmp(first, out, n * 4), "swiglu of %zu numbers: kernels %s and %s differ", n,
+        check(!memcmp(first, out, n * 4), "activation of %zu numbers: kernels %s and %s differ", n,
               usable_kernels()[0]->name, (*k)->name);
     }
     free(gate), free(up), free(out), free(first);
@@ -555,8 +558,10 @@ static void test_vectors(void) {
         check_normalise(sizes[i], 1, 1e-5f);
         check_normalise(sizes[i], 1e-4, 1e-5f);
         check_normalise(sizes[i], 1e6, 1e-6f);
-        check_swiglu(sizes[i], 1);
-        check_swiglu(sizes[i], 40);
+        for (int how = SILU; how <= GELU; how++) {
+            check_activation((Activation)how, sizes[i], 1);
+            check_activation((Activation)how, sizes[i], 40);
+        }
     }
 }
 
@@ -567,25 +572,30 @@ typedef struct {
     size_t position;
     bool cache_f32;
     double size;  // of queries and keys
+    size_t window;  // 0: none
+    double cap;     // 0: none
 } AttentionCase;
 
-// softmax(q . k / sqrt(K)) . v in double, and how far a float result may be from it.
+// softmax(cap(q . k / sqrt(K))) . v over the window in double, and how far a float result may be from it.
 static double wanted_attention(const AttentionCase *c, const float *query, const double *keys, const double *values,
                                size_t n, int d, double *bound) {
     double sum = 0, out = 0, max = -INFINITY, largest = 0, score_error = 0, *score = get(n * sizeof *score);
-    for (size_t p = 0; p < n; p++) {
+    size_t from = c->window && n > c->window ? n - c->window : 0;
+    for (size_t p = from; p < n; p++) {
         double dot = 0, absolute = 0;
         for (int i = 0; i < c->head_dim; i++) {
             dot += query[i] * keys[p * (size_t)c->head_dim + (size_t)i];
             absolute += fabs(query[i] * keys[p * (size_t)c->head_dim + (size_t)i]);
         }
         score[p] = dot / sqrt(c->head_dim);
+        if (c->cap > 0) score[p] = c->cap * tanh(score[p] / c->cap);
         max = score[p] > max ? score[p] : max;
         // a chain of K roundings of at most the sum of absolute values, then the scale's two and the product
         double error = (c->head_dim + 3) * UNIT * absolute / sqrt(c->head_dim);
+        error += 6 * c->cap * UNIT;  // the cap's roundings, and those of 1 - 2 / (e^2x + 1)
         score_error = error > score_error ? error : score_error;
     }
-    for (size_t p = 0; p < n; p++) {
+    for (size_t p = from; p < n; p++) {
         double weight = exp(score[p] - max);
         sum += weight;
         out += weight * values[p * (size_t)c->head_dim + (size_t)d];
@@ -628,7 +638,8 @@ static void check_attention(AttentionCase c) {
     Attention a = {
         .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes,
         .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group,
-        .n_queries = (int)n_queries, .position = c.position, .scores = (float *)(void *)scores.bytes,
+        .n_queries = (int)n_queries, .position = c.position, .window = c.window ? c.window : SIZE_MAX,
+        .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap, .scores = (float *)(void *)scores.bytes,
         .score_stride = score_stride, .tile = (float *)(void *)tile.bytes,
         .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,
     };
@@ -669,13 +680,14 @@ static void test_attention(void) {
         for (size_t d = 0; d < 6; d++) {
             for (int n = 1; n <= 8; n++) {
                 int group = 1 + (int)(p + d) % 7;
-                check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2, 1 });
-                check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2 == 0, n == 3 ? 4 : 0.1 });
+                check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2, 1, 0, 0 });
+                check_attention((AttentionCase){ head_dims[d], group, n, positions[p], n % 2 == 0, n == 3 ? 4 : 0.1,
+                                                 1 + (size_t)(7 * n) % 40, n % 3 });
             }
         }
     }
-    check_attention((AttentionCase){ 64, 1, 24, 100, false, 1 });
-    check_attention((AttentionCase){ 32, 32, 2, 70, false, 1 });
+    check_attention((AttentionCase){ 64, 1, 24, 100, false, 1, 30, 0 });
+    check_attention((AttentionCase){ 32, 32, 2, 70, false, 1, 0, 2 });
 }
 
 // ---- Rotation ----

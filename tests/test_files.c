@@ -336,8 +336,8 @@ static const DamageCase gguf_cases[] = {
     { K_F32, "llama.rope.scaling.factor", NAN, NULL, "factor" },
     { K_F32, "llama.rope.scaling.factor", -2, NULL, "factor" },
     { K_U32, "llama.expert_count", 8, NULL, "llama.expert_count" },
-    { K_U32, "llama.attention.sliding_window", 4096, NULL, "llama.attention.sliding_window" },
-    { K_F32, "llama.attn_logit_softcapping", 50, NULL, "attn_logit_softcapping" },
+    { K_F32, "llama.attention.sliding_window", 0.5f, NULL, "window" },
+    { K_F32, "llama.attn_logit_softcapping", -1, NULL, "attention_cap" },
     { K_F32, "llama.logit_scale", 2, NULL, "llama.logit_scale" },
     { K_BOOL, "llama.attention.causal", 0, NULL, "llama.attention.causal" },
     { K_TEXT, "llama.something_new", 0, "on", "llama.something_new" }, { K_U32, "split.count", 3, NULL, "split" },
@@ -520,7 +520,8 @@ static void test_damaged_native(void) {
     memcpy(&first, b.bytes + record, sizeof first);
     memcpy(&second, b.bytes + record + sizeof first, sizeof second);
     const Patch patches[] = {
-        { "layout 2", offsetof(FileHeader, layout), 4, 2, "make it again" },
+        { "layout 1", offsetof(FileHeader, layout), 4, 1, "make it again" },
+        { "layout 3", offsetof(FileHeader, layout), 4, 3, "make it again" },
         { "layout 0", offsetof(FileHeader, layout), 4, 0, "make it again" },
         { "longer than it is", offsetof(FileHeader, file_bytes), 8, b.n + 1, "not copied whole" },
         { "another family", offsetof(FileHeader, family), 8, 0x78787878, "xxxx" },
