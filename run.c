@@ -1565,25 +1565,28 @@ static size_t source_bytes(const Source *s) {
 }
 
 static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    size_t size = s->type->block_bytes, cols = s->cols - col < 32 ? s->cols - col : 32;
+    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy((char *)tile + (16 * c + r) * size, from + size * c, size);
+        float *f32 = (float *)tile + r;
+        uint16_t *f16 = (uint16_t *)tile + r;
+        for (size_t c = 0; c < cols && s->type->block_bytes == 4; c++) memcpy(f32 + 16 * c, from + 4 * c, 4);
+        for (size_t c = 0; c < cols && s->type->block_bytes == 2; c++) memcpy(f16 + 16 * c, from + 2 * c, 2);
     }
 }
 
-static uint32_t load_four(const unsigned char *p) {
+INLINE uint32_t load_four(const unsigned char *p) {
     uint32_t x;
     memcpy(&x, p, sizeof x);
     return x;
 }
 
 // The stored weights of columns 4*g to 4*g + 3 of a part (32 columns) of a block, a byte each. Sources: ggml-quants.c.
-static uint32_t four_weights(const SourceType *t, const unsigned char *block, int part, int g) {
+INLINE uint32_t four_weights(Type type, const SourceType *t, const unsigned char *block, int part, int g) {
     const unsigned char *low = block + t->low_at, *high = block + t->high_at;
     int half = part / 4, quarter = part % 4, at = 4 * g;
     uint32_t spread = 0;
-    switch (t->tile) {
+    switch (type) {
     case Q8: return load_four(low + at);
     case Q2K: return load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303;
     case Q3K:
@@ -1605,7 +1608,7 @@ static uint32_t four_weights(const SourceType *t, const unsigned char *block, in
 }
 
 // Puts them into the planes of a block of a tile: they are neighbours there, too.
-static void place_four(unsigned char *weights, int bits, size_t r, int g, uint32_t four) {
+INLINE void place_four(unsigned char *weights, int bits, size_t r, int g, uint32_t four) {
     unsigned char *pairs = weights + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
     unsigned char *places[] = { weights + 64 * (bits & 8 ? g : g % 4) + 4 * r, pairs + 64 * (g / 4) + 4 * r,
                                 singles + 4 * r };
@@ -1632,6 +1635,14 @@ static uint8_t narrow_scale(const SourceType *t, const unsigned char *s, int i, 
     }
 }
 
+INLINE void pack_weights(Type type, const SourceType *t, void *tile, const unsigned char *from, size_t r) {
+    int bits = types[type].bits;
+    unsigned char *weights = (unsigned char *)tile + types[type].header;
+    for (int part = 0; part < types[type].cols / 32; part++, weights += 64 * bits) {
+        for (int g = 0; g < 8; g++) place_four(weights, bits, r, g, four_weights(type, t, from, part, g));
+    }
+}
+
 static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     const SourceType *t = s->type;
     const TypeInfo *info = &types[t->tile];
@@ -1646,9 +1657,11 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
             narrow[i][r] = narrow_scale(t, from + t->scales_at, i, &min);
             if (t->tile == Q4K || t->tile == Q5K) narrow[i + 8][r] = min;
         }
-        for (int i = 0; i < info->cols / 4; i++) {
-            unsigned char *weights = (unsigned char *)tile + info->header + i / 8 * 64 * info->bits;
-            place_four(weights, info->bits, r, i % 8, four_weights(t, from, i / 8, i % 8));
+        switch (t->tile) {  // a loop of its own for each
+#define PACK(type) case type: pack_weights(type, t, tile, from, r); break;
+            PACK(Q8) PACK(Q4) PACK(Q4M) PACK(Q5) PACK(Q5M) PACK(Q2K) PACK(Q3K) PACK(Q4K) PACK(Q5K) PACK(Q6K)
+            PACK(IQ4NL) PACK(IQ4XS) PACK(MXFP4)
+        default: break;
         }
     }
 }
@@ -2143,6 +2156,15 @@ static bool is_allowed(const TensorRule *r, int features) {
 // Makes the tiles of a file that has none, in one block.
 typedef struct { Model *m; const Directory *d; double start; } PackJob;
 
+// The file's pages of these row tiles are not needed any more: two copies of a model would be one too many.
+static void give_back(const Source *s, Range tiles) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
+    size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
+    uintptr_t begin = round_up((uintptr_t)s->data + tiles.from * TILE_ROWS * row_bytes, page);
+    uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
+}
+
 static void pack_team(void *p, Team team) {
     PackJob *job = p;
     unsigned char *to = job->m->packed;
@@ -2153,8 +2175,10 @@ static void pack_team(void *p, Team team) {
         Source part = entry->source;
         part.rows = slot.rows;
         part.data = source_block(&part, slot.first_row, 0);
-        if (slot.tensor) pack_rows(to, &part, share(n_row_tiles(slot.tensor), team));
-        else if (team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
+        Range tiles = slot.tensor ? share(n_row_tiles(slot.tensor), team) : (Range){ 0, 0 };
+        if (slot.tensor) pack_rows(to, &part, tiles);
+        if (tiles.to > tiles.from) give_back(&part, tiles);
+        if (!slot.tensor && team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
         if (team.thread == 0) set_slot(&slot, to);
         if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
         to += round_up(slot_bytes(&slot), 64);
