@@ -1,0 +1,2813 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26"]
+# ///
+"""Turns checkpoints of other programs into cria's, and back.
+
+    python export_model.py SmolLM2-135M-Instruct -o smollm2.bin              a Hugging Face folder
+    python export_model.py Qwen2.5-1.5B-Instruct -o qwen.bin --type mixed    the same, quantised
+    python export_model.py Llama-2-7b -o llama.gguf --to gguf --type q8      Meta's folder, for llama.cpp too
+    python export_model.py model.gguf --lora my-adapter -o tuned.bin         with a LoRA adapter merged in
+    python export_model.py tuned.bin -o folder --to hf                       back to transformers
+
+Read are: a Hugging Face folder (config.json and safetensors or pytorch_model*.bin), Meta's (params.json and
+consolidated.NN.pth), a llama2.c .pt, a GGUF file, cria's own file. Written are: cria's own file, GGUF, llama2.c's .bin,
+a Hugging Face folder.
+
+In between a model always has the same form: GGUF's keys and tensors, as llama.cpp names and orders them. A reader makes
+it, a writer takes it; a tensor is read only when its turn to be written comes. Only numpy is needed, and torch where
+the source is a pickle (.pth, .pt, .bin), which is opened in torch's mode for weights alone.
+
+    1 Numbers and blocks     2 Tensors          3 GGUF               4 cria's own file      5 Families
+    6 Tokenizers             7 Sources          8 LoRA               9 Numpy forward pass  10 Writers
+   11 Verification          12 The command line
+
+Letters in the shapes: V vocabulary, D dim, H heads, G kv heads, K head_dim, R rotated part of K, F ffn, E experts,
+L layers, T tokens. Shapes are outermost first.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Refusal(Exception):
+    """What cannot be exported, in one line for the user. Exit status 1."""
+
+
+# ==== 1. Numbers and blocks ====
+# A matrix is stored in one of these types. The first three are arrays of numbers (bf16, which numpy has not, as the
+# upper halves of f32 in uint16). The others are ggml's blocks, kept as bytes: uint8 (rows, bytes of a row).
+
+@dataclass(frozen=True)
+class Type:
+    name: str            # in the option --type, and in messages
+    ggml: int            # its number in GGUF files
+    cols: int            # weights of a block
+    n_bytes: int         # bytes of a block
+    file_type: int = -1  # general.file_type of a GGUF file that is mostly of this type; -1: not written by this program
+
+
+TYPES = {t.name: t for t in (
+    Type("f32", 0, 1, 4, 0), Type("f16", 1, 1, 2, 1), Type("bf16", 30, 1, 2, 32),
+    Type("q8", 8, 32, 34, 7), Type("q4", 2, 32, 18, 2), Type("q4m", 3, 32, 20, 3),
+    Type("q5", 6, 32, 22), Type("q5m", 7, 32, 24), Type("q2k", 10, 256, 84), Type("q3k", 11, 256, 110),
+    Type("q4k", 12, 256, 144), Type("q5k", 13, 256, 176), Type("q6k", 14, 256, 210), Type("iq4nl", 20, 32, 18),
+    Type("iq4xs", 23, 256, 136), Type("mxfp4", 39, 32, 17))}
+UNREAD = ("q2k", "q3k", "iq4nl", "iq4xs", "mxfp4")  # kept as they are, never made into numbers
+FLOATS = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
+SLAB = 1 << 16  # weights that are converted at once: they stay in the processor's cache
+
+
+def row_bytes(type_name: str, cols: int) -> int:
+    return cols // TYPES[type_name].cols * TYPES[type_name].n_bytes
+
+
+def bfloat_of_float(x: np.ndarray) -> np.ndarray:
+    """The upper half of each f32, rounded to nearest, ties to even; NaN stays NaN      x f32   out uint16"""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7fff) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), (bits >> 16 | 0x40).astype(np.uint16), rounded)
+
+
+def float_of_bfloat(x: np.ndarray) -> np.ndarray:
+    return (np.asarray(x).astype(np.uint32) << 16).view(np.float32)
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    """x rounded to f16, as f32: what a scale becomes in a file."""
+    return x.astype(np.float16).astype(np.float32)
+
+
+def quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x / y, and 0 where y is 0."""
+    return np.divide(x, y, out=np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32), where=y != 0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The whole numbers that a block can hold, and where to look for its scale and minimum: x ~ q * scale + minimum."""
+    low: int
+    high: int
+    has_minimum: bool
+    starts: tuple  # has_minimum: which parts of the range are cut off below and above; else by what the scale shrinks
+
+    def store(self, x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+        """q      x (blocks, 32)   scale, minimum (blocks, 1)"""
+        q = x - minimum if self.has_minimum else x.copy()
+        q *= quotient(np.ones_like(scale), scale)
+        return np.clip(np.rint(q, out=q), self.low, self.high, out=q)
+
+    def guesses(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Scales and minima to start from. The first is ggml's: the whole range fits."""
+        if self.has_minimum:
+            least, most = x.min(1, keepdims=True), x.max(1, keepdims=True)
+            for below, above in self.starts:
+                yield half((most - least) * ((1 - below - above) / self.high)), half(least + below * (most - least))
+            return
+        peak = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)  # becomes `low` or, less the factor, is cut off
+        for factor in self.starts:
+            yield half(peak / (self.low * factor)), np.zeros_like(peak)
+
+    def fit(self, x: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The scale and minimum with the least squared error for these q: linear regression."""
+        product, square = (np.einsum("bi,bi->b", q, y)[:, None] for y in (x, q))
+        if not self.has_minimum:
+            return half(quotient(product, square)), np.zeros_like(product)
+        mean_q, mean_x = q.mean(1, keepdims=True), x.mean(1, keepdims=True)
+        scale = half(quotient(product - 32 * mean_q * mean_x, square - 32 * mean_q * mean_q))
+        return scale, half(mean_x - scale * mean_q)
+
+    def search(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all guesses, and of what fits their q best, for each block the one with the least squared error.
+        x (blocks, 32)   out q (blocks, 32), scale (blocks, 1), minimum (blocks, 1)"""
+        best = None
+        for guess in self.guesses(x):
+            for scale, minimum in (guess, self.fit(x, self.store(x, *guess))):
+                off = self.store(x, scale, minimum)
+                off *= scale
+                off += minimum - x if self.has_minimum else -x
+                error = np.einsum("bi,bi->b", off, off)[:, None]
+                if best is None:
+                    best = error, scale, minimum
+                    continue
+                better = error < best[0]
+                best = tuple(np.where(better, new, old) for new, old in zip((error, scale, minimum), best))
+        return self.store(x, *best[1:]), *best[1:]
+
+
+GRIDS = {"q8": Grid(-127, 127, False, (1, 0.996, 1.004)), "q4": Grid(-8, 7, False, (1, 0.93, 1.07)),
+         "q4m": Grid(0, 15, True, ((0, 0), (0.05, 0.05), (0, 0.06), (0.06, 0)))}
+
+
+def nibbles(q: np.ndarray) -> np.ndarray:
+    """Columns 0 to 15 of a block in the low halves of 16 bytes, 16 to 31 in the high halves."""
+    q = q.astype(np.uint8)
+    return q[:, :16] | q[:, 16:] << 4
+
+
+def halves(x: np.ndarray) -> np.ndarray:
+    return x.astype("<f2").view(np.uint8)
+
+
+def quantise(x: np.ndarray, type_name: str) -> np.ndarray:
+    """Blocks of 32 as ggml stores them      x f32 (blocks, 32)   out uint8 (blocks, bytes of a block)"""
+    q, scale, minimum = GRIDS[type_name].search(x)
+    if type_name == "q8":
+        return np.hstack([halves(scale), q.astype(np.int8).view(np.uint8)])
+    if type_name == "q4":
+        return np.hstack([halves(scale), nibbles(q + 8)])
+    return np.hstack([halves(scale), halves(minimum), nibbles(q)])
+
+
+def encode(x: np.ndarray, type_name: str) -> np.ndarray:
+    """Rows of numbers as a file stores them.
+    x f32 (rows, cols)   out (rows, cols) of f32, f16 or uint16, or uint8 (rows, bytes of a row)"""
+    if type_name == "f32":
+        return x
+    if type_name == "bf16":
+        return bfloat_of_float(x)
+    if type_name == "f16":
+        with np.errstate(over="ignore"):
+            narrow = x.astype(np.float16)
+        if not np.array_equal(np.isfinite(narrow), np.isfinite(x)):
+            raise Refusal("has numbers beyond the range of f16; use --type bf16 or f32")
+        return narrow
+    if not np.isfinite(x).all():
+        raise Refusal("has numbers that are not finite and cannot be quantised")
+    return quantise(x.reshape(-1, 32), type_name).reshape(len(x), -1)
+
+
+def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
+    """(blocks, 16) -> f32 (blocks, 32)"""
+    return np.hstack([packed & 15, packed >> 4]).astype(np.float32)
+
+
+def high_bits(packed: np.ndarray) -> np.ndarray:
+    """The fifth bits of q5 and q5m, 4 bytes a block, as 0 or 16      (blocks, 4) -> f32 (blocks, 32)"""
+    return np.unpackbits(packed, axis=1, bitorder="little").astype(np.float32) * 16
+
+
+def k_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 scales and minima of q4k and q5k, 6 bits each      s (blocks, 12)   out 2 * f32 (blocks, 8)"""
+    scale = np.hstack([s[:, :4] & 63, s[:, 8:] & 15 | (s[:, :4] >> 6) << 4])
+    minimum = np.hstack([s[:, 4:8] & 63, s[:, 8:] >> 4 | (s[:, 4:8] >> 6) << 4])
+    return scale.astype(np.float32), minimum.astype(np.float32)
+
+
+def dequantise_256(b: np.ndarray, type_name: str) -> np.ndarray:
+    """Blocks of 256 of q4k, q5k and q6k      b uint8 (blocks, bytes)   out f32 (blocks, 256)"""
+    if type_name == "q6k":
+        low, high = b[:, :128].reshape(-1, 2, 64), b[:, 128:192].reshape(-1, 2, 32)
+        q = np.stack([low[..., :32] & 15 | (high & 3) << 4, low[..., 32:] & 15 | (high >> 2 & 3) << 4,
+                      low[..., :32] >> 4 | (high >> 4 & 3) << 4, low[..., 32:] >> 4 | (high >> 6) << 4], 2)
+        scale = b[:, 208:].view("<f2").astype(np.float32) * b[:, 192:208].view(np.int8).astype(np.float32)
+        return ((q.reshape(-1, 16, 16).astype(np.float32) - 32) * scale[..., None]).reshape(-1, 256)
+    d, dmin = b[:, :2].view("<f2").astype(np.float32), b[:, 2:4].view("<f2").astype(np.float32)
+    scale, minimum = k_scales(b[:, 4:16])
+    packed = b[:, -128:].reshape(-1, 4, 32)
+    q = np.stack([packed & 15, packed >> 4], 2).reshape(-1, 8, 32)
+    if type_name == "q5k":
+        q = q | (b[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1).transpose(0, 2, 1) << 4
+    return (q.astype(np.float32) * (d * scale)[..., None] - (dmin * minimum)[..., None]).reshape(-1, 256)
+
+
+def dequantise(b: np.ndarray, type_name: str) -> np.ndarray:
+    """b uint8 (blocks, bytes of a block)   out f32 (blocks, cols of a block)"""
+    if type_name in ("q4k", "q5k", "q6k"):
+        return dequantise_256(b, type_name)
+    scale = b[:, :2].view("<f2").astype(np.float32) if b.shape[1] % 2 == 0 else None
+    if type_name == "q8":
+        return b[:, 2:].view(np.int8).astype(np.float32) * scale
+    if type_name == "q4":
+        return (unpack_nibbles(b[:, 2:]) - 8) * scale
+    if type_name == "q5":
+        return (unpack_nibbles(b[:, 6:]) + high_bits(b[:, 2:6]) - 16) * scale
+    if type_name in ("q4m", "q5m"):
+        minimum = b[:, 2:4].view("<f2").astype(np.float32)
+        q = unpack_nibbles(b[:, 4:]) if type_name == "q4m" else unpack_nibbles(b[:, 8:]) + high_bits(b[:, 4:8])
+        return q * scale + minimum
+    raise Refusal(f"is stored as {type_name}, which can only be kept as it is: leave --type, --lora and --to hf")
+
+
+def decode(stored: np.ndarray, type_name: str) -> np.ndarray:
+    """The inverse of encode()."""
+    if type_name == "bf16":
+        return float_of_bfloat(stored)
+    if type_name in FLOATS:
+        return np.asarray(stored, np.float32)
+    blocks = np.ascontiguousarray(stored).reshape(-1, TYPES[type_name].n_bytes)
+    return dequantise(blocks, type_name).reshape(*stored.shape[:-1], -1)
+
+
+# ==== 2. Tensors ====
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a source, not read yet."""
+    shape: tuple[int, ...]
+    type: str                               # of TYPES
+    read: Callable[[], np.ndarray]          # as stored: (shape) of numbers, or uint8 (shape[:-1], bytes of a row)
+    original: Tensor | None = None          # as the source had it, where the rows of query and key had to be reordered
+
+    def floats(self) -> np.ndarray:
+        """f32 (shape), the caller's own"""
+        return np.require(decode(self.read(), self.type).reshape(self.shape), requirements="W")
+
+    def then(self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...] | None = None) -> Tensor:
+        """The same, with whole rows moved: no number changes."""
+        return replace(self, read=lambda: change(self.read()), shape=shape or self.shape, original=None)
+
+    def computed(self, change: Callable[[np.ndarray], np.ndarray], type_name: str = "f32") -> Tensor:
+        """With other numbers, in f32 unless said otherwise."""
+        return Tensor(self.shape, type_name, lambda: encode(change(self.floats()), type_name))
+
+
+def constant(x: Any) -> Tensor:
+    x = np.asarray(x, np.float32)
+    return Tensor(x.shape, "f32", lambda: x)
+
+
+def stack(parts: list[Tensor]) -> Tensor:
+    """Tensors of one shape and type as one with an axis more, outermost."""
+    return Tensor((len(parts), *parts[0].shape), parts[0].type, lambda: np.stack([p.read() for p in parts]))
+
+
+def pair_rows(w: np.ndarray, heads: int) -> np.ndarray:
+    """Rows 0, K/2, 1, K/2+1, ... of each head: what is rotated together becomes neighbours      w (heads*K, ...)"""
+    return np.ascontiguousarray(w.reshape(heads, 2, len(w) // heads // 2, *w.shape[1:]).swapaxes(1, 2)).reshape(w.shape)
+
+
+def unpair_rows(w: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of pair_rows()."""
+    return np.ascontiguousarray(w.reshape(heads, len(w) // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2)).reshape(w.shape)
+
+
+SAFETENSORS_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """| u64 n | n bytes of JSON: name -> dtype, shape, begin and end of its data | data |"""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if n > size - 8:
+            raise Refusal(f"{path}: not a safetensors file, or cut short")
+        header = parse_json(file.read(n), path)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise Refusal(f"{path}: the entry of {name} is not one of safetensors") from None
+        if dtype not in SAFETENSORS_TYPES:
+            raise Refusal(f"{path}: {name} has dtype {dtype}, expected F32, F16 or BF16")
+        number = FLOATS[SAFETENSORS_TYPES[dtype]]
+        if not 0 <= begin <= end <= size - 8 - n or end - begin != math.prod(shape) * number.itemsize:
+            raise Refusal(f"{path}: {name} does not lie within the file: not copied whole?")
+        tensors[name] = mapped(path, 8 + n + begin, number, shape, SAFETENSORS_TYPES[dtype])
+    return tensors
+
+
+def mapped(path: Path, offset: int, number: np.dtype, stored: tuple[int, ...], type_name: str,
+           shape: tuple[int, ...] | None = None) -> Tensor:
+    """Numbers of a file, read when they are wanted      stored: as the file has them"""
+    def read() -> np.ndarray:
+        return np.fromfile(path, number, math.prod(stored), offset=offset).reshape(stored)
+    return Tensor(shape or stored, type_name, read)
+
+
+def open_pickle(path: Path) -> dict[str, Any]:
+    """A file of torch.save(), by torch's reader that makes nothing but tensors and plain containers."""
+    try:
+        import torch
+    except ImportError:
+        raise Refusal(f"{path}: reading this needs torch: pip install torch") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Refusal(f"{path}: torch cannot open it: {reason}") from None
+
+
+def of_torch(name: str, t: Any) -> Tensor:
+    types = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
+    if str(t.dtype) not in types:
+        raise Refusal(f"{name} has dtype {t.dtype}, expected float32, float16 or bfloat16")
+    type_name = types[str(t.dtype)]
+
+    def read() -> np.ndarray:
+        import torch
+        whole = t.detach().contiguous()
+        return whole.view(torch.int16).numpy().view(np.uint16) if type_name == "bf16" else whole.numpy()
+    return Tensor(tuple(t.shape), type_name, read)
+
+
+def parse_json(text: bytes | str, path: Path) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Refusal(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{path}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, or an empty one if there is no such file."""
+    return parse_json(path.read_bytes(), path) if path.is_file() else {}
+
+
+# ==== 3. GGUF ====
+# | "GGUF" | u32 version | u64 n_tensors | u64 n_keys | keys | tensor entries | zeros | data, each aligned |
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+NUMBERS = {U8: "<u1", I8: "<i1", U16: "<u2", I16: "<i2", U32: "<u4", I32: "<i4", F32: "<f4", BOOL: "<u1", U64: "<u8",
+           I64: "<i8", F64: "<f8"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """Of a key. An array has an item kind, and its data are a list of str, or a numpy array."""
+    kind: int
+    data: Any
+    item: int = -1
+
+
+def u32(x: int) -> Value:
+    return Value(U32, int(x))
+
+
+def f32(x: float) -> Value:
+    return Value(F32, float(np.float32(x)))
+
+
+def boolean(x: Any) -> Value:
+    return Value(BOOL, bool(x))
+
+
+def text(x: str) -> Value:
+    return Value(STRING, x)
+
+
+def array(item: int, values: list) -> Value:
+    return Value(ARRAY, values if item == STRING else np.asarray(values, NUMBERS[item]), item)
+
+
+@dataclass
+class Model:
+    """A model between reader and writer: GGUF's keys and tensors."""
+    source: Path
+    keys: dict[str, Value]
+    tensors: dict[str, Tensor]
+    hf_config: dict = field(default_factory=dict)  # the source's config.json, if it has one
+
+    @property
+    def arch(self) -> str:
+        return self.get("general.architecture", "")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.keys[key].data if key in self.keys else default
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Of a key of the architecture."""
+        return self.get(f"{self.arch}.{key}", default)
+
+    def n_parameters(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors.values())
+
+
+class Bytes:
+    """A cursor over a file that is mapped into memory; what does not fit is refused."""
+
+    def __init__(self, path: Path):
+        self.path, self.at = path, 0
+        self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+    def take(self, n: int) -> bytes:
+        if n > len(self.data) - self.at:
+            raise Refusal(f"{self.path}: the file ends too early: not copied whole?")
+        self.at += n
+        return self.data[self.at - n:self.at].tobytes()
+
+    def number(self, kind: int) -> Any:
+        return np.frombuffer(self.take(np.dtype(NUMBERS[kind]).itemsize), NUMBERS[kind])[0].item()
+
+    def string(self) -> str:
+        return self.take(self.number(U64)).decode("utf-8", "surrogateescape")
+
+
+def read_value(c: Bytes, kind: int) -> Value:
+    if kind == STRING:
+        return Value(STRING, c.string())
+    if kind == BOOL:
+        return Value(BOOL, bool(c.number(U8)))
+    if kind in NUMBERS:
+        return Value(kind, c.number(kind))
+    item, count = c.number(U32), c.number(U64)
+    if kind != ARRAY or item not in (*NUMBERS, STRING):
+        raise Refusal(f"{c.path}: a key has a value of kind {kind}/{item}, which is not known")
+    if item == STRING:
+        if count > len(c.data):
+            raise Refusal(f"{c.path}: an array of {count} strings does not fit the file")
+        return Value(ARRAY, [c.string() for _ in range(count)], STRING)
+    return Value(ARRAY, np.frombuffer(c.take(count * np.dtype(NUMBERS[item]).itemsize), NUMBERS[item]), item)
+
+
+def open_gguf(path: Path) -> Model:
+    c = Bytes(path)
+    c.take(4)
+    version, n_tensors, n_keys = c.number(U32), c.number(U64), c.number(U64)
+    if version not in (2, 3):
+        raise Refusal(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian)")
+    keys = {}
+    for _ in range(n_keys):
+        name = c.string()
+        keys[name] = read_value(c, c.number(U32))
+    entries = []
+    for _ in range(n_tensors):
+        name = c.string()
+        dims = [c.number(U64) for _ in range(min(c.number(U32), 5))]
+        entries.append((name, tuple(reversed(dims)), c.number(U32), c.number(U64)))
+    alignment = keys["general.alignment"].data if "general.alignment" in keys else 32
+    begin = -(-c.at // alignment) * alignment
+    names = {t.ggml: t.name for t in TYPES.values()}
+    tensors = {}
+    for name, shape, ggml, offset in entries:
+        if ggml not in names:
+            raise Refusal(f"{path}: {name} is of GGUF type {ggml}, which is not known")
+        tensors[name] = gguf_tensor(c, name, shape, names[ggml], begin + offset)
+    return Model(path, keys, tensors)
+
+
+def gguf_tensor(c: Bytes, name: str, shape: tuple[int, ...], type_name: str, at: int) -> Tensor:
+    if not 1 <= len(shape) <= 4 or shape[-1] % TYPES[type_name].cols:
+        raise Refusal(f"{c.path}: {name} has the shape {shape}, which {type_name} cannot have")
+    if type_name in FLOATS:
+        number, stored = FLOATS[type_name], shape
+    else:
+        number, stored = np.dtype(np.uint8), (*shape[:-1], row_bytes(type_name, shape[-1]))
+    if at + math.prod(stored) * number.itemsize > len(c.data):
+        raise Refusal(f"{c.path}: {name} does not lie within the file: not copied whole?")
+    return mapped(c.path, at, number, stored, type_name, shape)
+
+
+def pack_string(s: str) -> bytes:
+    encoded = s.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def pack_value(v: Value) -> bytes:
+    if v.kind == STRING:
+        return pack_string(v.data)
+    if v.kind != ARRAY:
+        return np.array(v.data, NUMBERS[v.kind]).tobytes()
+    items = b"".join(map(pack_string, v.data)) if v.item == STRING else np.asarray(v.data, NUMBERS[v.item]).tobytes()
+    return struct.pack("<IQ", v.item, len(v.data)) + items
+
+
+def pack_gguf_header(keys: dict[str, Value], tensors: dict[str, tuple[Tensor, str]]) -> bytes:
+    """All before the data      tensors: name -> tensor and the type that it is written in"""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
+    for key, value in keys.items():
+        parts += [pack_string(key), struct.pack("<I", value.kind), pack_value(value)]
+    offset = 0
+    for name, (tensor, type_name) in tensors.items():
+        shape = tensor.shape
+        parts += [pack_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *reversed(shape)),
+                  struct.pack("<IQ", TYPES[type_name].ggml, offset)]
+        offset += -(-stored_bytes(shape, type_name) // 32) * 32
+    header = b"".join(parts)
+    return header + bytes(-len(header) % 32)
+
+
+def stored_bytes(shape: tuple[int, ...], type_name: str) -> int:
+    return math.prod(shape[:-1]) * row_bytes(type_name, shape[-1])
+
+
+# ==== 4. cria's own file ====
+# Drawn in README, "The native file, byte by byte". A matrix lies in tiles of 16 rows x 32 columns: here they become
+# GGUF's rows of blocks again, with the same bits.
+
+NATIVE_MAGIC = b"\x89cria\r\n\x1a"
+NATIVE_LAYOUT = 1
+NATIVE_TYPES = ("f32", "f16", "bf16", "q8", "q8f", "q4", "q4m", "q5", "q5m")
+NATIVE_VECTOR = 255
+NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "default")
+NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
+                 "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
+                 "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "rope_scale": "",
+                 "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
+                 "ffn_dim": "feed_forward_length"}
+
+
+def rows_of_tiles(tiles: np.ndarray) -> np.ndarray:
+    """(row tiles, column tiles, groups, 16, bytes of a group) -> (rows, column tiles, groups * bytes of a group)"""
+    r, c, groups, _, n = tiles.shape
+    return tiles.transpose(0, 3, 1, 2, 4).reshape(r * 16, c, groups * n)
+
+
+def fifth_bits(packed: np.ndarray) -> np.ndarray:
+    """From bit g of byte c % 4 to bit c of 32, c = 4*g + c % 4      uint8 (rows, column tiles, 4) -> the same shape"""
+    bits = np.unpackbits(packed[..., None], axis=-1, bitorder="little")
+    return np.packbits(bits.swapaxes(-1, -2).reshape(*packed.shape[:2], 32), axis=-1, bitorder="little")
+
+
+def untile(tiles: np.ndarray, type_name: str, rows: int) -> np.ndarray:
+    """uint8 (row tiles, column tiles, bytes of a tile) -> rows as in a GGUF file; of q8f, floats"""
+    r, c, _ = tiles.shape
+    if type_name in FLOATS:
+        numbers = tiles.reshape(r, c, -1).view(FLOATS[type_name]).reshape(r, c, 32, 16)
+        return numbers.transpose(0, 3, 1, 2).reshape(r * 16, c * 32)[:rows]
+    n_scale = 4 if type_name == "q8f" else 2
+    n_header = 16 * n_scale * (2 if type_name in ("q4m", "q5m") else 1)
+    parts = [rows_of_tiles(tiles[..., i:i + 16 * n_scale].reshape(r, c, 1, 16, n_scale))
+             for i in range(0, n_header, 16 * n_scale)]
+    n_weights = 512 if type_name in ("q8", "q8f") else 256
+    weights = tiles[..., n_header:n_header + n_weights]
+    if type_name in ("q5", "q5m"):
+        parts.append(fifth_bits(rows_of_tiles(tiles[..., n_header + n_weights:].reshape(r, c, 1, 16, 4))))
+    parts.append(rows_of_tiles(weights.reshape(r, c, n_weights // 64, 16, 4)))
+    if type_name == "q8f":
+        scale = np.ascontiguousarray(parts[0]).view("<f4")
+        return (parts[1].view(np.int8).astype(np.float32) * scale).reshape(r * 16, -1)[:rows]
+    return np.concatenate(parts, 2).reshape(r * 16, -1)[:rows]
+
+
+def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
+    """| name[64] | u32 type, rows, columns, 0 | u64 at, n_bytes |"""
+    name = record[:64].rstrip(b"\0").decode("ascii", "replace")
+    kind, rows, cols, _, at, n_bytes = struct.unpack("<4I2Q", record[64:])
+    if at + n_bytes > len(c.data):
+        raise Refusal(f"{c.path}: {name} does not lie within the file: not copied whole?")
+    if kind == NATIVE_VECTOR:
+        return name, mapped(c.path, at, FLOATS["f32"], (cols,), "f32")
+    if kind >= len(NATIVE_TYPES):
+        raise Refusal(f"{c.path}: {name} is in tiles of type {kind}, which can only be read from the GGUF file "
+                      f"that this was made of")
+    type_name = NATIVE_TYPES[kind]
+    grid = -(-rows // 16), -(-cols // 32)
+    if n_bytes % math.prod(grid):
+        raise Refusal(f"{c.path}: {name} has {n_bytes} bytes for {math.prod(grid)} tiles")
+
+    def read() -> np.ndarray:
+        tiles = np.fromfile(c.path, np.uint8, n_bytes, offset=at).reshape(*grid, -1)
+        stored = untile(tiles, type_name, rows)
+        return np.ascontiguousarray(stored[:, :cols]) if type_name in FLOATS else stored
+    return name, Tensor((rows, cols), "f32" if type_name == "q8f" else type_name, read)
+
+
+def native_config(section: bytes, arch: str, path: Path) -> dict[str, Value]:
+    """Records | name[28] | u32 count | f64[count] | as GGUF's keys."""
+    keys, at = {}, 0
+    while at < len(section):
+        name = section[at:at + 28].rstrip(b"\0").decode("ascii", "replace")
+        (count,) = struct.unpack_from("<I", section, at + 28)
+        values = struct.unpack_from(f"<{count}d", section, at + 32)
+        at += 32 + 8 * count
+        if name not in NATIVE_CONFIG:
+            raise Refusal(f"{path}: its configuration has {name}, which is not known here")
+        if name == "rope_scale":
+            if values[0] != 1:
+                keys[f"{arch}.rope.scaling.type"] = text("linear")
+                keys[f"{arch}.rope.scaling.factor"] = f32(values[0])
+            continue
+        make = f32 if name in ("norm_eps", "rope_theta") else u32
+        same = len(set(values)) == 1
+        keys[f"{arch}.{NATIVE_CONFIG[name]}"] = make(values[0]) if same else array(U32, [int(v) for v in values])
+    keys[f"{arch}.attention.value_length"] = keys[f"{arch}.attention.key_length"]
+    return keys
+
+
+def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
+    """The tokenizer's section as GGUF's keys."""
+    kind, pre, flags, bos, eos, unk, n_end, n, n_merges, n_text = struct.unpack_from("<3I3i4I", section)
+    at, arrays = 40, []
+    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end), ("<u1", n)):
+        arrays.append(np.frombuffer(section, number, count, at))
+        at += arrays[-1].nbytes
+    scores, starts, merges, ends, types = arrays
+    if pre >= len(NATIVE_PRE):
+        raise Refusal(f"{path}: its pre-tokenizer has number {pre}, which is not known here")
+    raw = [section[at + starts[i]:at + starts[i + 1]] for i in range(n)]
+    spm = kind == 1
+    pieces = [spell_piece(piece, int(t), spm) for piece, t in zip(raw, types)]
+    keys = {"tokenizer.ggml.model": text("llama" if spm else "gpt2"),
+            "tokenizer.ggml.pre": text("default" if spm else NATIVE_PRE[pre]),
+            "tokenizer.ggml.tokens": array(STRING, pieces), "tokenizer.ggml.token_type": array(I32, list(types))}
+    if spm:
+        keys["tokenizer.ggml.scores"] = array(F32, scores)
+        keys["tokenizer.ggml.add_space_prefix"] = boolean(flags & 4)
+    else:
+        pairs = [f"{pieces[a]} {pieces[b]}" for a, b, _ in merges.reshape(-1, 3)]
+        keys["tokenizer.ggml.merges"] = array(STRING, pairs)
+    others = [i for i in ends if i != eos]
+    ids = {"bos": bos, "eos": eos, "unknown": unk, "eot": others[0] if others else -1,
+           "eom": others[1] if len(others) > 1 else -1}
+    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0}
+    return keys | {"tokenizer.ggml.add_bos_token": boolean(flags & 1),
+                   "tokenizer.ggml.add_eos_token": boolean(flags & 2)}
+
+
+def spell_piece(piece: bytes, token_type: int, spm: bool) -> str:
+    """A piece as it stands in texts, in GGUF's spelling."""
+    if token_type == BYTE:
+        return f"<0x{piece[0]:02X}>"
+    if not spm and token_type == NORMAL:
+        return "".join(BYTE_CHARACTERS[b] for b in piece)
+    string = piece.decode("utf-8", "surrogateescape")
+    return string.replace(" ", "\u2581") if spm and token_type in (NORMAL, UNUSED) else string
+
+
+def open_native(path: Path) -> Model:
+    c = Bytes(path)
+    header = c.take(128)
+    layout, n_tensors, n_bytes = struct.unpack_from("<IIQ", header, 8)
+    if layout != NATIVE_LAYOUT:
+        raise Refusal(f"{path}: has layout {layout}, expected {NATIVE_LAYOUT}: make it again from its source")
+    if n_bytes != len(c.data):
+        raise Refusal(f"{path}: {len(c.data)} bytes, expected {n_bytes}: not copied whole?")
+    arch = header[24:40].rstrip(b"\0").decode("ascii", "replace")
+    sections = []
+    for i in range(4):
+        c.at, size = struct.unpack_from("<QQ", header, 40 + 16 * i)
+        sections.append(c.take(size))
+    config, records, tokenizer, template = sections
+    keys = {"general.architecture": text(arch)} | native_config(config, arch, path)
+    keys |= native_vocabulary(tokenizer, path)
+    if template:
+        keys["tokenizer.chat_template"] = text(template.decode("utf-8", "surrogateescape"))
+    tensors = dict(native_tensor(c, records[96 * i:96 * i + 96]) for i in range(n_tensors))
+    return Model(path, keys, tensors)
+
+
+# ==== 5. Families ====
+# What the config.json of a family says, as GGUF's keys, and which tensors of Hugging Face's become which of GGUF's.
+# To add a family: a row in FAMILIES, what is its own in read_config() and layer_parts(), and in the numpy forward pass.
+
+class Config:
+    """A config.json. It notes which keys have been asked for: any other is refused, for it may change the model."""
+
+    # Of no consequence for what a model computes from a text, whatever their values.
+    HARMLESS = {"architectures", "auto_map", "_name_or_path", "_commit_hash", "name_or_path", "transformers_version",
+                "torch_dtype", "dtype", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
+                "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout",
+                "hidden_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout", "id2label", "label2id",
+                "problem_type", "task_specific_params", "finetuning_task", "return_dict", "output_attentions",
+                "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+                "output_scores", "return_dict_in_generate", "use_bfloat16", "torchscript", "tokenizer_class", "prefix",
+                "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+                "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+                "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+                "num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty",
+                "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+                "cache_implementation", "_attn_implementation_autoset", "attn_implementation", "unsloth_version",
+                "unsloth_fixed", "transformers.js_config", "is_llama_config", "max_window_layers",
+                "max_sequence_length", "pretraining_tp", "_attn_implementation", "use_flash_attn"}
+    # Of no consequence at these values.
+    NEUTRAL = {"is_encoder_decoder": (False,), "is_decoder": (False, True),
+               "add_cross_attention": (False,), "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False,),
+               "pruned_heads": ({},), "chunk_size_feed_forward": (0,), "tf_legacy_loss": (False,),
+               "use_bidirectional_attention": (False, None), "rope_interleaved": (False,),
+               "lm_head_bias": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,),
+               "rotary_scaling_factor": (1,), "use_mrope": (False,)}
+
+    def __init__(self, values: dict, where: str):
+        self.values, self.where, self.asked = values, where, set()
+
+    def get(self, key: str, otherwise: Any = None) -> Any:
+        """Its value; `otherwise` where there is none, or null."""
+        self.asked.add(key)
+        value = self.values.get(key)
+        return otherwise if value is None else value
+
+    def integer(self, key: str, otherwise: int | None = None) -> int:
+        value = self.get(key, otherwise)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a positive whole number")
+        return value
+
+    def real(self, key: str, otherwise: float | None = None) -> float:
+        value = self.get(key, otherwise)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a number")
+        return float(value)
+
+    def demand(self, key: str, *allowed: Any) -> None:
+        """Its value, if it is there, must be one of these."""
+        self.asked.add(key)
+        if key in self.values and self.values[key] not in allowed:
+            raise Refusal(f"{self.where}: {key} = {json.dumps(self.values[key])} is not supported")
+
+    def finish(self) -> None:
+        for key, allowed in self.NEUTRAL.items():
+            self.demand(key, *allowed)
+        for key in self.values:
+            if key not in self.asked and key not in self.HARMLESS:
+                raise Refusal(f"{self.where}: key {key} is not known: it may change what the model computes")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of Hugging Face's model types."""
+    model_type: str
+    arch: str                   # general.architecture
+    pairs: bool = False         # llama.cpp rotates neighbours: rows of query and key are put in that order
+    norm_plus_one: bool = False  # Hugging Face's norms multiply by 1 + weight; GGUF holds the sum
+    own_output: bool = False    # llama.cpp wants an output matrix even where it is the embedding
+    head_norms: bool = False    # norms of each head of query and key
+    experts: str = ""           # where the experts are: the module's name
+    activation: str = "silu"
+    windows: bool = False       # attention.sliding_window is always written
+    defaults: dict = field(default_factory=dict)  # what config.json means where it is silent, if that is unusual
+
+
+GEMMA2 = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+          "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "tie_word_embeddings": True}
+GEMMA3 = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+          "sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+          "tie_word_embeddings": True}
+GELU = "gelu_pytorch_tanh"
+FAMILIES = {f.model_type: f for f in (
+    Family("llama", "llama", pairs=True),
+    Family("mistral", "llama", pairs=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe",
+           defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+    Family("qwen2", "qwen2"),
+    Family("qwen3", "qwen3", head_norms=True, defaults={"head_dim": 128}),
+    Family("qwen3_moe", "qwen3moe", head_norms=True, experts="mlp"),
+    Family("phi3", "phi3", windows=True, defaults={"rms_norm_eps": 1e-5}),
+    Family("granite", "granite", pairs=True),
+    Family("smollm3", "smollm3", pairs=True,
+           defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}),
+    Family("olmo2", "olmo2", own_output=True, defaults={"rms_norm_eps": 1e-5}),
+    Family("stablelm", "stablelm", own_output=True, defaults={"partial_rotary_factor": 0.25}),
+    Family("gemma2", "gemma2", norm_plus_one=True, activation=GELU, windows=True, defaults=GEMMA2),
+    Family("gemma3_text", "gemma3", norm_plus_one=True, head_norms=True, activation=GELU, windows=True,
+           defaults=GEMMA3))}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of a model's tensors are made of."""
+    V: int
+    D: int
+    H: int
+    G: int
+    K: int
+    F: int
+    E: int = 0
+
+    @property
+    def Q(self) -> int:
+        """Rows of query, key and value in one matrix."""
+        return (self.H + 2 * self.G) * self.K
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """"HK D" -> (H * K, D); a digit is a factor"""
+        return tuple(math.prod(int(c) if c.isdigit() else getattr(self, c) for c in word) for word in letters.split())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor in both worlds. `{e}` in Hugging Face's name stands for the number of an expert or of a head."""
+    gguf: str
+    hf: str
+    shape: str                    # in GGUF's world; letters of Sizes
+    move: str = ""                # "q", "k": rows in pairs; "+1": one is added; "stack": one tensor for each {e}
+    needed: bool = True
+
+
+def layer_parts(f: Family) -> list[Part]:
+    """A layer's tensors, without the prefixes `blk.N.` and `model.layers.N.`"""
+    q, k = ("q", "k") if f.pairs else ("", "")
+    plus = "+1" if f.norm_plus_one else ""
+    if f.arch == "phi3":
+        attention = [Part("attn_qkv.weight", "self_attn.qkv_proj.weight", "Q D")]
+    else:
+        attention = []
+        for name, heads, move in (("q", "HK", q), ("k", "GK", k), ("v", "GK", "")):
+            attention.append(Part(f"attn_{name}.weight", f"self_attn.{name}_proj.weight", f"{heads} D", move))
+            if f.arch in ("llama", "qwen2", "stablelm", "granite"):
+                attention.append(Part(f"attn_{name}.bias", f"self_attn.{name}_proj.bias", heads, move,
+                                      f.arch == "qwen2"))
+    attention.append(Part("attn_output.weight", "self_attn.o_proj.weight", "D HK"))
+    if f.arch in ("llama", "granite"):
+        attention.append(Part("attn_output.bias", "self_attn.o_proj.bias", "D", needed=False))
+    if f.head_norms:
+        attention += [Part("attn_q_norm.weight", "self_attn.q_norm.weight", "K", plus),
+                      Part("attn_k_norm.weight", "self_attn.k_norm.weight", "K", plus)]
+    return norm_parts(f, plus) + attention + feed_forward_parts(f)
+
+
+def norm_parts(f: Family, plus: str) -> list[Part]:
+    def norm(gguf: str, hf: str, shape: str = "D", needed: bool = True, move: str = plus) -> Part:
+        return Part(f"{gguf}.weight", f"{hf}.weight", shape, move, needed)
+    if f.arch == "olmo2":
+        return [norm("attn_q_norm", "self_attn.q_norm", "HK"), norm("attn_k_norm", "self_attn.k_norm", "GK"),
+                norm("post_attention_norm", "post_attention_layernorm"),
+                norm("post_ffw_norm", "post_feedforward_layernorm")]
+    if f.arch in ("gemma2", "gemma3"):
+        return [norm("attn_norm", "input_layernorm"), norm("post_attention_norm", "post_attention_layernorm"),
+                norm("ffn_norm", "pre_feedforward_layernorm"), norm("post_ffw_norm", "post_feedforward_layernorm")]
+    if f.arch == "stablelm":
+        return [norm("attn_norm", "input_layernorm"), Part("attn_norm.bias", "input_layernorm.bias", "D"),
+                norm("ffn_norm", "post_attention_layernorm", needed=False),
+                Part("ffn_norm.bias", "post_attention_layernorm.bias", "D", needed=False),
+                norm("attn_q_norm", "self_attn.q_layernorm.norms.{e}", "H K", False, "stack"),
+                norm("attn_k_norm", "self_attn.k_layernorm.norms.{e}", "G K", False, "stack")]
+    return [norm("attn_norm", "input_layernorm"), norm("ffn_norm", "post_attention_layernorm")]
+
+
+def feed_forward_parts(f: Family) -> list[Part]:
+    if f.arch == "phi3":
+        return [Part("ffn_up.weight", "mlp.gate_up_proj.weight", "2F D"),
+                Part("ffn_down.weight", "mlp.down_proj.weight", "D F")]
+    if f.experts:
+        names = ("w1", "w3", "w2") if f.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        parts = [Part("ffn_gate_inp.weight", f"{f.experts}.gate.weight", "E D")]
+        for gguf, hf, shape in zip(("gate", "up", "down"), names, ("E F D", "E F D", "E D F")):
+            parts.append(Part(f"ffn_{gguf}_exps.weight", f"{f.experts}.experts.{{e}}.{hf}.weight", shape, "stack"))
+        return parts
+    parts = []
+    for name, shape in (("gate", "F D"), ("up", "F D"), ("down", "D F")):
+        parts.append(Part(f"ffn_{name}.weight", f"mlp.{name}_proj.weight", shape))
+        if f.arch in ("llama", "granite"):
+            parts.append(Part(f"ffn_{name}.bias", f"mlp.{name}_proj.bias", shape.split()[0], needed=False))
+    return parts
+
+
+def model_parts(f: Family, n_layers: int) -> list[Part]:
+    """All tensors of a model, in the order in which they are written."""
+    plus = "+1" if f.norm_plus_one else ""
+    parts = [Part("token_embd.weight", "model.embed_tokens.weight", "V D"),
+             Part("output_norm.weight", "model.norm.weight", "D", plus),
+             Part("output_norm.bias", "model.norm.bias", "D", needed=False),
+             Part("output.weight", "lm_head.weight", "V D", needed=False)]
+    layer = layer_parts(f)
+    return parts + [replace(p, gguf=f"blk.{i}.{p.gguf}", hf=f"model.layers.{i}.{p.hf}")
+                    for i in range(n_layers) for p in layer]
+
+
+def heads_of(part: Part, sizes: Sizes) -> int:
+    return sizes.H if part.move == "q" else sizes.G
+
+
+def to_gguf(part: Part, tensor: Tensor, sizes: Sizes) -> Tensor:
+    """Of Hugging Face's tensor (if stacked: of the stack), GGUF's."""
+    if part.move in ("q", "k"):
+        moved = tensor.then(lambda w: pair_rows(w, heads_of(part, sizes)))
+        return replace(moved, original=tensor)
+    return tensor.computed(lambda w: w + 1) if part.move == "+1" else tensor
+
+
+def from_gguf(part: Part, tensor: Tensor, sizes: Sizes) -> Tensor:
+    """The inverse of to_gguf()."""
+    if part.move in ("q", "k"):
+        return tensor.original or tensor.then(lambda w: unpair_rows(w, heads_of(part, sizes)))
+    return tensor.computed(lambda w: w - 1) if part.move == "+1" else tensor
+
+
+def take_part(part: Part, tensors: dict[str, Tensor], sizes: Sizes, where: Path) -> Tensor | None:
+    """Takes a part's tensors out of Hugging Face's; None if they are not there and need not be."""
+    shape = sizes.shape(part.shape)
+    if part.move == "stack":
+        names = [part.hf.format(e=e) for e in range(shape[0])]
+        found = [tensors.pop(name, None) for name in names]
+        missing = [name for name, t in zip(names, found) if t is None]
+        if len(missing) == len(names) and not part.needed:
+            return None
+        if missing:
+            raise Refusal(f"{where}: tensor {missing[0]} is missing")
+        for name, t in zip(names, found):
+            check_shape(name, t, shape[1:], where)
+        return stack(found)
+    tensor = tensors.pop(part.hf, None)
+    if tensor is None and part.needed:
+        raise Refusal(f"{where}: tensor {part.hf} is missing")
+    if tensor is not None:
+        check_shape(part.hf, tensor, shape, where)
+    return tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: Path) -> None:
+    if tensor.shape != shape:
+        raise Refusal(f"{where}: {name} has the shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def split_fused_experts(tensors: dict[str, Tensor], f: Family) -> None:
+    """transformers 5 may hold all experts in one tensor, gate and up together: as single ones."""
+    for name in [n for n in tensors if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        fused = tensors.pop(name)
+        prefix, kind = name.rsplit(".", 1)
+        gate, up, down = ("w1", "w3", "w2") if f.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        prefix = prefix.replace(".mlp.", f".{f.experts}.")
+        n, rows, cols = fused.shape
+        parts = ((gate, 0, rows // 2), (up, rows // 2, rows)) if kind == "gate_up_proj" else ((down, 0, rows),)
+        for e in range(n):
+            for part, a, b in parts:
+                tensors[f"{prefix}.{e}.{part}.weight"] = fused.then(lambda w, e=e, a=a, b=b: w[e, a:b], (b - a, cols))
+    for name in [n for n in tensors if ".mlp.gate.weight" in n]:
+        tensors[name.replace(".mlp.", f".{f.experts}.")] = tensors.pop(name)
+
+
+def map_tensors(f: Family, n_layers: int, sizes: Sizes, tied: bool, tensors: dict[str, Tensor],
+                where: Path) -> dict[str, Tensor]:
+    """Hugging Face's tensors as GGUF's. What is left over is refused by name."""
+    tensors = {n: t for n, t in tensors.items() if not n.endswith((".rotary_emb.inv_freq", ".masked_bias"))}
+    if f.experts:
+        split_fused_experts(tensors, f)
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    elif "lm_head.weight" not in tensors:
+        raise Refusal(f"{where}: tensor lm_head.weight is missing")
+    mapped_tensors = {}
+    for part in model_parts(f, n_layers):
+        tensor = take_part(part, tensors, sizes, where)
+        if tensor is not None:
+            mapped_tensors[part.gguf] = to_gguf(part, tensor, sizes)
+    if tied and f.own_output:
+        mapped_tensors["output.weight"] = mapped_tensors["token_embd.weight"]
+    if tensors:
+        raise Refusal(f"{where}: tensor {next(iter(tensors))} is not one of a {f.model_type} model")
+    return mapped_tensors
+
+
+# -- config.json -> keys --
+
+ROPE_KEYS = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+             "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+             "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings",
+                          "attention_factor")}
+
+
+def read_rope(c: Config) -> tuple[dict, dict]:
+    """The rotation of whole and of windowed attention: rope_parameters of transformers 5, or rope_theta and
+    rope_scaling of 4, in the form of 5. Unknown keys are refused."""
+    theta, scaling, both = c.get("rope_theta"), c.get("rope_scaling", {}), c.get("rope_parameters", {})
+    local = c.get("rope_local_base_freq")
+    if "full_attention" in both:
+        full, windowed = both["full_attention"] or {}, both.get("sliding_attention") or {}
+    else:
+        full = {"rope_theta": theta} | scaling | both if theta is not None else {**scaling, **both}
+        windowed = {"rope_theta": local} if local is not None else {}
+    return check_rope(c, full), check_rope(c, windowed)
+
+
+def check_rope(c: Config, rope: dict) -> dict:
+    rope = dict(rope)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    kind = {"su": "longrope"}.get(kind, kind)
+    if kind not in ROPE_KEYS:
+        raise Refusal(f"{c.where}: rope_scaling type {json.dumps(kind)} is not supported")
+    for key, value in rope.items():
+        if key not in (*ROPE_KEYS[kind], "rope_theta", "partial_rotary_factor") and value is not None:
+            if not (key == "original_max_position_embeddings" or (key == "truncate" and value is True)):
+                raise Refusal(f"{c.where}: rope_scaling.{key} = {json.dumps(value)} is not supported with {kind}")
+    for key in ROPE_KEYS[kind]:
+        if key not in ("attention_factor", "beta_fast", "beta_slow") and rope.get(key) is None \
+                and not (kind == "longrope" and key in ("factor", "original_max_position_embeddings")):
+            raise Refusal(f"{c.where}: rope_scaling.{key} is missing")
+    return {key: value for key, value in rope.items() if value is not None} | {"rope_type": kind}
+
+
+def llama3_factors(rope: dict, dim: int) -> np.ndarray:
+    """By how much each angle is divided: LLaMA 3.1's long waves by `factor`, its short ones not, those between by
+    something between      out (dim / 2)"""
+    wave = 2 * math.pi * rope.get("rope_theta", 10000.0) ** (np.arange(0, dim, 2) / dim)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / wave
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+
+
+def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, context: int) \
+        -> tuple[dict[str, Value], dict[str, Tensor]]:
+    """Keys (without the architecture) and tensors that say how positions are rotated in."""
+    kind, keys, tensors = rope["rope_type"], {}, {}
+    partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * partial)
+    keys["rope.freq_base"] = f32(rope.get("rope_theta", 10000.0))
+    keys["rope.dimension_count"] = u32(dim)
+    if windowed["rope_type"] != "default":
+        raise Refusal(f"{c.where}: rope_parameters.sliding_attention is scaled, which is not supported")
+    if f.arch == "gemma3":
+        keys["rope.freq_base_swa"] = f32(windowed.get("rope_theta", 10000.0))
+    original = rope.get("original_max_position_embeddings", c.get("original_max_position_embeddings", context))
+    if f.arch == "phi3" or kind == "yarn":
+        keys["rope.scaling.original_context_length"] = u32(original)
+    if kind == "longrope" and f.arch != "phi3":
+        keys |= {"rope.scaling.type": text(kind), "rope.scaling.original_context_length": u32(original)}
+    if kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": text(kind), "rope.scaling.factor": f32(rope["factor"])}
+    if kind == "llama3":
+        tensors["rope_freqs.weight"] = constant(llama3_factors(rope, dim))
+    if kind == "yarn":
+        usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+        if abs(rope.get("attention_factor", usual) - usual) > 1e-6:
+            raise Refusal(f"{c.where}: rope_scaling.attention_factor = {rope['attention_factor']} is not supported")
+        keys |= {f"rope.scaling.yarn_{key}": f32(rope[key]) for key in ("beta_fast", "beta_slow") if key in rope}
+    if kind == "longrope":
+        factor = context / original
+        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        keys["rope.scaling.attn_factor"] = f32(rope.get("attention_factor", usual))
+        for name in ("long", "short"):
+            if len(rope[f"{name}_factor"]) != dim // 2:
+                raise Refusal(f"{c.where}: rope_scaling.{name}_factor has {len(rope[f'{name}_factor'])} values, "
+                              f"expected {dim // 2}")
+            tensors[f"rope_factors_{name}.weight"] = constant(rope[f"{name}_factor"])
+    return keys, tensors
+
+
+WINDOW_STEPS = {"gemma2": 2, "gemma3": 6}  # every so manieth layer sees everything
+
+
+def every_but(step: int, n_layers: int) -> list[bool]:
+    return [(i + 1) % step != 0 for i in range(n_layers)]
+
+
+def usual_windows(arch: str, n_layers: int) -> list[bool]:
+    """Which layers llama.cpp takes to have a window where a file has no pattern."""
+    return every_but(WINDOW_STEPS[arch], n_layers) if arch in WINDOW_STEPS else [True] * n_layers
+
+
+def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, Value]:
+    """How far back attention looks, and in which layers. A window that is as long as the context changes nothing."""
+    size, kinds, usual = c.get("sliding_window", 0), c.get("layer_types"), [True] * n_layers
+    if f.norm_plus_one:
+        step = c.get("_sliding_window_pattern", WINDOW_STEPS[f.arch])
+        usual = every_but(c.integer("sliding_window_pattern", step), n_layers)
+    elif f.model_type in ("qwen2", "qwen3"):
+        usual = [i >= c.get("max_window_layers", 28) for i in range(n_layers)]
+    if f.arch in ("qwen2", "qwen3", "qwen3moe", "smollm3") and not c.get("use_sliding_window", False):
+        size = 0
+    if f.arch == "smollm3" and size:
+        raise Refusal(f"{c.where}: use_sliding_window = true is not supported")
+    if kinds is not None and (len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}):
+        raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} is not supported")
+    layers = [kind == "sliding_attention" for kind in kinds] if kinds else usual
+    if not f.windows and (size == 0 or size >= context or not any(layers)):
+        return {}
+    keys = {"attention.sliding_window": u32(size)}
+    if layers != usual_windows(f.arch, n_layers) and size:
+        keys["attention.sliding_window_pattern"] = array(BOOL, layers)
+    return keys
+
+
+def gemma_scale(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
+    """The scale of attention, where it is not 1 / sqrt(K). llama.cpp knows only two values, by the number of layers:
+    where it would take another, the key is for cria alone."""
+    scalar = c.real("query_pre_attn_scalar")
+    known = sizes.D // sizes.H if n_layers == {"gemma2": 46, "gemma3": 62}[f.arch] else sizes.K
+    if scalar != known:
+        warn(f"llama.cpp would take {known} for query_pre_attn_scalar = {scalar:g}")
+    return {} if scalar == sizes.K else {"attention.scale": f32(scalar ** -0.5)}
+
+
+def own_keys(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
+    """The keys that only this family has."""
+    if f.arch == "granite":
+        names = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+                 "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
+        return {gguf: f32(c.real(hf, 1.0)) for hf, gguf in names.items()}
+    if f.arch in ("gemma2", "gemma3"):
+        caps = {name: c.get(f"{name}_logit_softcapping", 0) for name in ("final", "attn")}
+        if f.arch == "gemma2" and not all(caps.values()):
+            raise Refusal(f"{c.where}: final_logit_softcapping or attn_logit_softcapping is null, which llama.cpp's "
+                          f"format cannot say")
+        if f.arch == "gemma3" and caps["attn"]:
+            raise Refusal(f"{c.where}: attn_logit_softcapping = {caps['attn']} is not supported in {f.model_type}")
+        return {f"{name}_logit_softcapping": f32(cap) for name, cap in caps.items() if cap} \
+            | gemma_scale(c, f, n_layers, sizes)
+    if f.arch == "stablelm":
+        c.get("use_qkv_bias"), c.get("qk_layernorm")  # the tensors say so
+        return {"use_parallel_residual": boolean(c.get("use_parallel_residual", False))}
+    if f.arch == "smollm3":
+        step = c.get("no_rope_layer_interval", 4)
+        layers = c.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n_layers)])
+        if [bool(x) for x in layers] != [(i + 1) % 4 != 0 for i in range(n_layers)]:
+            raise Refusal(f"{c.where}: no_rope_layers = {json.dumps(layers)} is not supported: llama.cpp's format "
+                          f"means every fourth layer")
+    if f.experts:
+        n_used = c.integer("num_experts_per_tok", 2 if f.arch == "llama" else 8)
+        keys = {"expert_count": u32(sizes.E), "expert_used_count": u32(n_used)}
+        if f.arch == "qwen3moe":
+            c.demand("norm_topk_prob", True)
+            if "norm_topk_prob" not in c.values:
+                raise Refusal(f"{c.where}: norm_topk_prob = false is not supported")
+            c.demand("decoder_sparse_step", 1)
+            c.demand("mlp_only_layers", [], None)
+            keys["expert_feed_forward_length"] = u32(sizes.F)
+        return keys
+    return {}
+
+
+def read_sizes(c: Config, f: Family) -> Sizes:
+    D, H = c.integer("hidden_size"), c.integer("num_attention_heads")
+    if c.get("head_dim") is None and D % H:
+        raise Refusal(f"{c.where}: num_attention_heads = {H} does not divide hidden_size = {D}")
+    K = c.integer("head_dim", D // H)
+    if f.arch in ("granite", "phi3", "olmo2", "smollm3", "stablelm") and K != D // H:
+        raise Refusal(f"{c.where}: head_dim = {K} is not supported: llama.cpp's format of {f.arch} means {D // H}")
+    width = "moe_intermediate_size" if f.arch == "qwen3moe" else "intermediate_size"
+    experts = 0
+    if f.experts:
+        experts = c.integer("num_local_experts", c.get("num_experts", 8))  # one name or the other
+    return Sizes(c.integer("vocab_size"), D, H, c.integer("num_key_value_heads", H), K, c.integer(width), experts)
+
+
+def read_config(values: dict, where: Path) -> tuple[Family, Sizes, int, bool, dict[str, Value], dict[str, Tensor]]:
+    """config.json as: family, sizes, number of layers, whether the output matrix is the embedding, GGUF's keys, and
+    the tensors that GGUF has in place of keys."""
+    f = FAMILIES.get(values.get("model_type"))
+    if not f:
+        raise Refusal(f"{where}: model_type = {json.dumps(values.get('model_type'))} is not supported; known are "
+                      f"{', '.join(FAMILIES)}")
+    c = Config(f.defaults | values, f"{where}")
+    c.get("model_type")
+    if any(not str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in c.get("architectures", [])):
+        raise Refusal(f"{where}: architectures = {json.dumps(c.get('architectures'))} is not supported")
+    sizes, n_layers = read_sizes(c, f), c.integer("num_hidden_layers")
+    context = c.integer("max_position_embeddings")
+    eps = c.real("layer_norm_eps", 1e-5) if f.arch == "stablelm" else c.real("rms_norm_eps", 1e-6)
+    for key in ("hidden_act", "hidden_activation"):
+        c.demand(key, f.activation, *(["gelu"] if key == "hidden_act" and f.norm_plus_one else []), None)
+    if f.model_type not in ("llama", "granite"):
+        c.demand("attention_bias", False)
+        c.demand("mlp_bias", False)
+    c.get("attention_bias"), c.get("mlp_bias")  # the tensors say so
+    ffn = c.integer("intermediate_size")
+    rope, windowed = read_rope(c)
+    rotation, tensors = rope_keys(c, f, rope, windowed, sizes.K, context)
+    norm = "attention.layer_norm_epsilon" if f.arch == "stablelm" else "attention.layer_norm_rms_epsilon"
+    keys = {"block_count": u32(n_layers), "context_length": u32(context), "embedding_length": u32(sizes.D),
+            "feed_forward_length": u32(ffn), "attention.head_count": u32(sizes.H),
+            "attention.head_count_kv": u32(sizes.G), norm: f32(eps), "vocab_size": u32(sizes.V)} | rotation
+    if c.get("head_dim") is not None and f.arch != "granite":
+        keys |= {"attention.key_length": u32(sizes.K), "attention.value_length": u32(sizes.K)}
+    keys |= window_keys(c, f, n_layers, context) | own_keys(c, f, n_layers, sizes)
+    tied = bool(c.get("tie_word_embeddings", False))
+    c.finish()
+    named = {f"{f.arch}.{key}": value for key, value in keys.items()}
+    return f, sizes, n_layers, tied, {"general.architecture": text(f.arch)} | named, tensors
+
+
+def family_of(model: Model) -> Family:
+    """Which of Hugging Face's model types a GGUF model is."""
+    candidates = [f for f in FAMILIES.values() if f.arch == model.arch]
+    if model.arch == "llama":
+        experts, window = model.value("expert_count", 0), model.value("attention.sliding_window", 0)
+        candidates = [FAMILIES["mixtral" if experts else "mistral" if window else "llama"]]
+    if not candidates:
+        raise Refusal(f"{model.source}: models of family {model.arch!r} are not known here")
+    return candidates[0]
+
+
+def sizes_of(model: Model) -> Sizes:
+    numbers = {}
+    for name, key in (("H", "attention.head_count"), ("G", "attention.head_count_kv"), ("F", "feed_forward_length")):
+        value = model.value(key)
+        if value is None and name == "G":
+            value = numbers["H"]
+        if not isinstance(value, int):
+            raise Refusal(f"{model.source}: {key} is not one number for all layers, which is needed here")
+        numbers[name] = value
+    D = model.value("embedding_length")
+    if not isinstance(D, int) or "token_embd.weight" not in model.tensors:
+        raise Refusal(f"{model.source}: embedding_length or token_embd.weight is missing")
+    numbers["F"] = model.value("expert_feed_forward_length", numbers["F"]) or numbers["F"]
+    return Sizes(model.tensors["token_embd.weight"].shape[0], D, K=model.value("attention.key_length",
+                 D // numbers["H"]), E=model.value("expert_count", 0), **numbers)
+
+
+# ==== 6. Tokenizers ====
+# GGUF's keys tokenizer.ggml.* from tokenizer.json, SentencePiece's tokenizer.model, Meta's tiktoken text or llama2.c's
+# tokenizer.bin; and tokenizer.json from the keys.
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte: its own, or, where that cannot be seen, U+0100, U+0101, ..."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = iter(range(256, 512))
+    return [chr(b) if b in visible else chr(next(hidden)) for b in range(256)]
+
+
+BYTE_CHARACTERS = byte_characters()
+
+# How byte-level BPE cuts a text into words before it merges, as tokenizer.json spells it, and llama.cpp's name.
+# "digits" is the pre-tokenizer Digits, "bytes" ByteLevel with GPT-2's own pattern; patterns are those of Split.
+ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+ENGLISH_LONG = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = r"[^\r\n\p{L}\p{N}]?" + UPPER + "*" + LOWER + r"+%s|[^\r\n\p{L}\p{N}]?" + UPPER + "+" + LOWER + \
+    r"*%s|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+DEEPSEEK_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|" \
+    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MARKED_WORDS = WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+PRE_TOKENIZERS = {
+    "gpt-2": ("bytes",),
+    "smollm": ("digits", "bytes"),
+    "llama-bpe": (ENGLISH + WORDS % "{1,3}",),
+    "dbrx": (ENGLISH + WORDS % "{1,3}",),  # the same words, but merged even where a word is a token
+    "qwen2": (ENGLISH + WORDS % "",),
+    "qwen35": (ENGLISH + MARKED_WORDS % "",),
+    "tekken": (CASED % ("", "", ""),),
+    "gpt-4o": (CASED % (SUFFIX, SUFFIX, "{1,3}"),),
+    "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK_WORD),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", "digits"),
+}
+# Other names that llama.cpp has for the same words.
+SAME_WORDS = {"gpt-2": "phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat",
+              "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+              "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", "dbrx": "smaug-bpe",
+              "qwen2": "deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", "gpt-4o": "llama4 kanana2"}
+# DeepSeek LLM's second pattern lists 140 ranges of letters; its beginning is enough to know it by.
+DEEPSEEK_LETTERS = r"\s?[A-Za-z" + "\u00b5\u00c0-\u00d6"
+
+
+def split_steps(pre: dict | None) -> tuple[str, ...]:
+    """A pre_tokenizer of tokenizer.json in the words of PRE_TOKENIZERS; `?...` for what is not among them."""
+    pre = pre or {}
+    kind = pre.get("type")
+    if kind == "Sequence":
+        return sum((split_steps(p) for p in pre.get("pretokenizers", [])), ())
+    if kind == "Digits" and pre.get("individual_digits"):
+        return ("digits",)
+    if kind == "ByteLevel" and not pre.get("add_prefix_space"):
+        return ("bytes",) if pre.get("use_regex", True) else ()
+    pattern = pre.get("pattern", {})
+    if kind == "Split" and pre.get("behavior") == "Isolated" and not pre.get("invert"):
+        if "Regex" in pattern or pattern.get("String") == "\n":
+            regex = pattern.get("Regex", "\n")
+            return ("digits",) if regex in (r"\p{N}", r"\d") else (regex.replace(ENGLISH_LONG, ENGLISH),)
+    if kind == "Split" and pre.get("behavior") == "Removed" and pre.get("invert") and "Regex" in pattern:
+        return (pattern["Regex"].replace(ENGLISH_LONG, ENGLISH),)
+    return (f"?{kind}",)
+
+
+def recognise_pre_tokenizer(tokenizer: dict, where: Path) -> str:
+    steps = split_steps(tokenizer.get("pre_tokenizer"))
+    if len(steps) > 1 and steps[1].startswith(DEEPSEEK_LETTERS):
+        return "deepseek-llm"
+    names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
+    if not names:
+        raise Refusal(f"{where}: its pre-tokenizer ({', '.join(steps) or 'none'}) is not known; "
+                      f"name the one that splits texts alike: --pre NAME")
+    if names[0] == "llama-bpe" and not tokenizer["model"].get("ignore_merges"):
+        return "dbrx"
+    return names[0]
+
+
+def looks_special(token: str) -> bool:
+    """Some checkpoints do not mark these as special, but they are no text."""
+    return bool(re.fullmatch(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", token, re.S))
+
+
+@dataclass
+class Vocabulary:
+    """Tokens by id while they are collected from several files."""
+    size: int                                           # of the embedding
+    tokens: dict[int, str] = field(default_factory=dict)
+    types: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
+
+    def put(self, i: int, token: str, kind: int, score: float = 0.0) -> None:
+        self.tokens[i], self.types[i], self.scores[i] = token, kind, score
+
+    def add(self, entries: list[tuple[int, str, bool]]) -> None:
+        """Tokens beside the trained ones: (id, text, whether it is special). The model has no row for some."""
+        for i, token, special in entries:
+            if i >= self.size:
+                warn(f"token {i}, {token}, is beyond vocab_size = {self.size} and left out")
+            elif special or looks_special(token):
+                self.put(i, token, CONTROL, -1000.0)
+            else:
+                self.put(i, token.replace("\u2581", " "), USER_DEFINED, -1000.0)
+
+    def id_of(self, token: str) -> int | None:
+        return next((i for i, t in self.tokens.items() if t == token), None)
+
+    def keys(self, where: Path, scores: bool) -> dict[str, Value]:
+        if self.tokens and max(self.tokens) >= self.size:
+            raise Refusal(f"{where}: token {max(self.tokens)} is beyond vocab_size = {self.size}")
+        for i in range(self.size):
+            if i not in self.tokens:
+                self.put(i, f"[PAD{i}]", UNUSED, -10000.0)
+        ordered = range(self.size)
+        keys = {"tokenizer.ggml.tokens": array(STRING, [self.tokens[i] for i in ordered])}
+        if scores:
+            keys["tokenizer.ggml.scores"] = array(F32, [self.scores[i] for i in ordered])
+        return keys | {"tokenizer.ggml.token_type": array(I32, [self.types[i] for i in ordered])}
+
+
+def content(token: Any) -> str | None:
+    """A special token as tokenizer_config.json has it: a string or an object."""
+    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+
+
+def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[tuple[int, str, bool]]:
+    """From added_tokens.json, tokenizer_config.json and tokenizer.json; the last has the last word."""
+    found = {i: (t, False) for t, i in more.items()}
+    found |= {int(i): (t["content"], bool(t.get("special"))) for i, t in config.get("added_tokens_decoder", {}).items()}
+    found |= {t["id"]: (t["content"], bool(t.get("special"))) for t in tokenizer.get("added_tokens", [])}
+    return [(i, *entry) for i, entry in sorted(found.items())]
+
+
+def check_normalizer(normalizer: dict | None, known: tuple[str, ...], where: Path) -> None:
+    """NFC is harmless: cria and llama.cpp leave it out, and almost all text is in that form."""
+    for step in (normalizer or {}).get("normalizers", [normalizer] if normalizer else []):
+        if step.get("type") not in known:
+            raise Refusal(f"{where}: normalizer {step.get('type')} is not supported")
+
+
+def byte_level_keys(tokenizer: dict, added: list, size: int, pre: str, where: Path) \
+        -> tuple[dict[str, Value], Vocabulary]:
+    model = tokenizer["model"]
+    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise Refusal(f"{where}: its BPE has dropout, a prefix or a suffix, which is not supported")
+    check_normalizer(tokenizer.get("normalizer"), ("NFC",), where)
+    vocabulary = Vocabulary(size)
+    for token, i in model["vocab"].items():
+        vocabulary.put(i, token, NORMAL)
+    vocabulary.add(added)
+    merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "\u0120") for part in m) for m in model["merges"]]
+    keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre)}
+    return keys | vocabulary.keys(where, False) | {"tokenizer.ggml.merges": array(STRING, merges)}, vocabulary
+
+
+def spm_json_keys(tokenizer: dict, added: list, size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
+    """SentencePiece's BPE as tokenizer.json has it. Merges come in the order of the scores: a piece's score is how
+    early it is merged."""
+    check_normalizer(tokenizer.get("normalizer"), ("Prepend", "Replace"), where)
+    model, vocabulary = tokenizer["model"], Vocabulary(size)
+    first: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    for token, i in model["vocab"].items():
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+        kind = UNKNOWN if token == model.get("unk_token") else BYTE if is_byte else NORMAL
+        vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
+    vocabulary.add([entry for entry in added if entry[1] != model.get("unk_token")])
+    normalizer = json.dumps(tokenizer.get("normalizer") or {}) + json.dumps(tokenizer.get("pre_tokenizer") or {})
+    space = '"Prepend"' in normalizer or re.search('"prepend_scheme": "(first|always)"', normalizer) is not None
+    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
+        | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(space)}, vocabulary
+
+
+# -- SentencePiece's tokenizer.model: a protocol buffer --
+
+def proto_fields(data: bytes, where: Path) -> Iterator[tuple[int, Any]]:
+    """The fields of a message: (number, int, float or bytes). A field is | varint number << 3 | kind | value |"""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 128:
+                return value
+    try:
+        while at < len(data):
+            tag = varint()
+            if tag & 7 == 0:
+                value = varint()
+            elif tag & 7 == 5:
+                value, at = struct.unpack_from("<f", data, at)[0], at + 4
+            elif tag & 7 == 1:
+                value, at = struct.unpack_from("<d", data, at)[0], at + 8
+            elif tag & 7 == 2:
+                n = varint()
+                value, at = data[at:at + n], at + n
+            else:
+                raise IndexError
+            yield tag >> 3, value
+        if at > len(data):
+            raise IndexError
+    except (IndexError, struct.error):
+        raise Refusal(f"{where}: not a SentencePiece model, or cut short") from None
+
+
+def spm_model_keys(path: Path, added: list, size: int) -> tuple[dict[str, Value], Vocabulary]:
+    """ModelProto: pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2 (model_type = 3),
+    normalizer_spec = 3 (precompiled_charsmap = 2, add_dummy_prefix = 3, remove_extra_whitespaces = 4)"""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in proto_fields(path.read_bytes(), path):
+        if number == 1:
+            pieces.append({1: b"", 2: 0.0, 3: NORMAL} | dict(proto_fields(value, path)))
+        elif number == 2:
+            trainer = dict(proto_fields(value, path))
+        elif number == 3:
+            normalizer = dict(proto_fields(value, path))
+    if trainer.get(3, 1) != 2:
+        raise Refusal(f"{path}: its model_type is {trainer.get(3, 1)}, expected 2 (BPE)")
+    if normalizer.get(2):
+        raise Refusal(f"{path}: it normalises characters (precompiled_charsmap), which is not supported")
+    vocabulary = Vocabulary(max(size, 1) if size else len(pieces))
+    for i, piece in enumerate(pieces[:vocabulary.size]):
+        vocabulary.put(i, piece[1].decode("utf-8", "surrogateescape"), piece[3], piece[2])
+    vocabulary.add([entry for entry in added if vocabulary.types.get(entry[0]) != UNKNOWN])
+    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
+        | vocabulary.keys(path, True) | {
+            "tokenizer.ggml.add_space_prefix": boolean(normalizer.get(3, 1)),
+            "tokenizer.ggml.remove_extra_whitespaces": boolean(normalizer.get(4, 1))}, vocabulary
+
+
+# -- Meta's tiktoken text: "base64 rank" lines --
+
+def is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", file.readline(200).strip()) is not None
+
+
+def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The last two parts that merging makes of a token, by merges that come before it."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, 1 << 31) for a, b in zip(parts, parts[1:])]
+        least = min(joined)
+        if least >= ranks[token]:
+            return None
+        i = joined.index(least)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+                  7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+
+
+def llama3_specials(n_ranks: int, with_tools: bool) -> list[tuple[int, str, bool]]:
+    """LLaMA 3's 256 special tokens; from 3.1 on (with_tools) three of those that 3 had reserved have names."""
+    named = LLAMA3_SPECIAL if with_tools else {i: n for i, n in LLAMA3_SPECIAL.items() if i not in (4, 8, 10)}
+    names, n_reserved = [], 0
+    for i in range(256):
+        if i in named:
+            names.append(named[i])
+        else:
+            names.append(f"reserved_special_token_{n_reserved}")
+            n_reserved += 1
+    return [(n_ranks + i, f"<|{name}|>", True) for i, name in enumerate(names)]
+
+
+def tiktoken_keys(path: Path, size: int, with_tools: bool) -> tuple[dict[str, Value], Vocabulary]:
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            encoded, rank = line.split()
+            ranks[base64.b64decode(encoded, validate=True)] = int(rank)
+    except ValueError:
+        raise Refusal(f"{path}: not a tiktoken file: expected lines of base64 and a number") from None
+
+    def spell(part: bytes) -> str:
+        return "".join(BYTE_CHARACTERS[b] for b in part)
+    if len(ranks) + 256 > size:
+        raise Refusal(f"{path}: {len(ranks)} tokens and 256 special ones are more than vocab_size = {size}")
+    pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
+    tokenizer = {"model": {"vocab": {spell(t): i for t, i in ranks.items()},
+                           "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}}
+    keys, vocabulary = byte_level_keys(tokenizer, llama3_specials(len(ranks), with_tools), size, "llama-bpe", path)
+    return keys | special_keys(vocabulary, "<|begin_of_text|>", "<|end_of_text|>", ["<|eot_id|>", "<|eom_id|>"]) \
+        | {"tokenizer.ggml.add_bos_token": boolean(True)}, vocabulary
+
+
+def special_keys(vocabulary: Vocabulary, bos: str, eos: str, others: list[str]) -> dict[str, Value]:
+    ids = {"bos": vocabulary.id_of(bos), "eos": vocabulary.id_of(eos)}
+    ids |= dict(zip(("eot", "eom"), map(vocabulary.id_of, others)))
+    return {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i is not None}
+
+
+# -- llama2.c's tokenizer.bin --
+
+def llama2c_tokenizer_keys(path: Path, size: int) -> dict[str, Value]:
+    """| i32 longest piece | then per token | f32 score | i32 length | bytes |. Ids 0, 1, 2 are <unk>, <s>, </s>, 3 to
+    258 the bytes."""
+    c, vocabulary = Bytes(path), Vocabulary(size)
+    c.take(4)
+    for i in range(size):
+        score, piece = c.number(F32), c.take(c.number(U32)).decode("utf-8", "surrogateescape")
+        if i < 3:
+            vocabulary.put(i, ("<unk>", "<s>", "</s>")[i], UNKNOWN if i == 0 else CONTROL, score)
+        elif i < 259:
+            vocabulary.put(i, f"<0x{i - 3:02X}>", BYTE, score)
+        else:
+            vocabulary.put(i, piece.replace(" ", "\u2581"), NORMAL, score)
+    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
+        | vocabulary.keys(path, True) \
+        | {"tokenizer.ggml.bos_token_id": u32(1), "tokenizer.ggml.eos_token_id": u32(2),
+           "tokenizer.ggml.eot_token_id": u32(1),  # its stories follow each other
+           "tokenizer.ggml.unknown_token_id": u32(0), "tokenizer.ggml.add_bos_token": boolean(True),
+           "tokenizer.ggml.add_space_prefix": boolean(True)}
+
+
+def llama2c_tokenizer(model: Model) -> bytes | None:
+    """tokenizer.bin of a SentencePiece vocabulary in llama2.c's order of ids; None if it has another."""
+    tokens, types = model.get("tokenizer.ggml.tokens", []), model.get("tokenizer.ggml.token_type", [])
+    if model.get("tokenizer.ggml.model") != "llama" or len(tokens) < 259 or any(t != BYTE for t in types[3:259]):
+        return None
+    texts = [t.replace("\u2581", " ").encode("utf-8", "surrogateescape") for t in tokens]
+    texts[1:3] = b"\n<s>\n", b"\n</s>\n"
+    parts = [struct.pack("<i", max(map(len, texts)))]
+    for score, piece in zip(model.get("tokenizer.ggml.scores"), texts):
+        parts += [struct.pack("<fi", score, len(piece)), piece]
+    return b"".join(parts)
+
+
+# -- A Hugging Face folder's --
+
+def template_ends(tokenizer: dict) -> tuple[str | None, str | None]:
+    """The special tokens that the post-processor puts before and after a text."""
+    processor = tokenizer.get("post_processor") or {}
+    for p in processor.get("processors", [processor]):
+        single = p.get("single", []) if p.get("type") == "TemplateProcessing" else []
+        if len(single) > 1:
+            first, last = single[0].get("SpecialToken", {}), single[-1].get("SpecialToken", {})
+            return first.get("id"), last.get("id")
+    return None, None
+
+
+def chat_template(folder: Path, config: dict) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template}
+        template = named.get("default", next(iter(named.values()), None))
+    return template if isinstance(template, str) else None
+
+
+def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: dict, vocabulary: Vocabulary) \
+        -> dict[str, Value]:
+    """The ids of special tokens, and whether some are added to a text."""
+    generation = read_json(folder / "generation_config.json")
+    keys, spm = {}, not tokenizer or tokenizer["model"].get("byte_fallback")
+    for name, gguf in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = content(config.get(f"{name}_token"))
+        i = vocabulary.id_of(token) if token else None
+        for more in (hf_config, generation):
+            other = more.get(f"{name}_token_id")
+            i = (other[0] if isinstance(other, list) and other else other) if i is None else i
+        if isinstance(i, int) and 0 <= i < vocabulary.size:
+            keys[f"tokenizer.ggml.{gguf}_token_id"] = u32(i)
+    ends = []
+    for ids in (generation.get("eos_token_id"), hf_config.get("eos_token_id")):
+        ends += [i for i in (ids if isinstance(ids, list) else [ids]) if i in vocabulary.tokens]
+    eos = keys["tokenizer.ggml.eos_token_id"].data if "tokenizer.ggml.eos_token_id" in keys else None
+    others = [i for i in dict.fromkeys(ends) if i != eos]
+    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in zip(("eot", "eom"), others)}
+    first, last = template_ends(tokenizer)
+    for token, name in ((first, "bos"), (last, "eos")):
+        if token and keys.get(f"tokenizer.ggml.{name}_token_id") != u32(vocabulary.id_of(token) or 0):
+            raise Refusal(f"{folder / 'tokenizer.json'}: its post_processor adds {token}, which is not {name}_token")
+    add_bos = bool(first) if first or not isinstance(config.get("add_bos_token"), bool) else config["add_bos_token"]
+    if not tokenizer and not isinstance(config.get("add_bos_token"), bool):
+        add_bos = bool(spm)  # as SentencePiece's users do, where nothing says otherwise
+    keys["tokenizer.ggml.add_bos_token"] = boolean(add_bos)
+    keys["tokenizer.ggml.add_eos_token"] = boolean(last or config.get("add_eos_token"))
+    return keys
+
+
+def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | None) -> dict[str, Value]:
+    """The keys tokenizer.* of a Hugging Face folder."""
+    config, more = read_json(folder / "tokenizer_config.json"), read_json(folder / "added_tokens.json")
+    path, spm_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    tokenizer = read_json(path)
+    added = added_tokens(tokenizer, config, more)
+    kind = (tokenizer.get("model") or {}).get("type", "BPE" if tokenizer else None)
+    if tokenizer and kind != "BPE":
+        raise Refusal(f"{path}: a tokenizer of type {kind} is not supported, only BPE")
+    try:
+        if tokenizer and not tokenizer["model"].get("byte_fallback"):
+            name = pre or recognise_pre_tokenizer(tokenizer, path)
+            keys, vocabulary = byte_level_keys(tokenizer, added, size, name, path)
+        elif spm_path.is_file() and not is_tiktoken(spm_path):
+            keys, vocabulary = spm_model_keys(spm_path, added, size)
+        elif tokenizer:
+            keys, vocabulary = spm_json_keys(tokenizer, added, size, path)
+        else:
+            raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model")
+        keys |= folder_special_keys(folder, tokenizer, config, hf_config, vocabulary)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"{path}: not as tokenizers writes it: {error!r}") from None
+    template = chat_template(folder, config)
+    return keys | ({"tokenizer.chat_template": text(template)} if template else {})
+
+
+# -- GGUF's keys -> tokenizer.json --
+
+def split_rule(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def pre_tokenizer_json(name: str, where: Path) -> dict:
+    """The inverse of recognise_pre_tokenizer()."""
+    name = next((first for first, others in SAME_WORDS.items() if name in others.split()), name)
+    if name not in PRE_TOKENIZERS:
+        raise Refusal(f"{where}: no tokenizer.json can be made for the pre-tokenizer {name!r}")
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    steps = []
+    for step in PRE_TOKENIZERS[name]:
+        digits = {"type": "Digits", "individual_digits": True}
+        steps.append(digits if step == "digits" else bytes_only | {"use_regex": True} if step == "bytes" else
+                     split_rule(step))
+    if PRE_TOKENIZERS[name][-1] != "bytes":
+        steps.append(bytes_only)
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
+
+
+def merges_of_scores(tokens: list[str], scores: np.ndarray, types: np.ndarray) -> list[list[str]]:
+    """SentencePiece merges the pair whose piece has the highest score: all pairs in the order of their scores."""
+    ids = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
+    pairs = [(-scores[i], ids[token[:cut]], ids[token[cut:]], token[:cut], token[cut:])
+             for token, i in ids.items() for cut in range(1, len(token)) if token[:cut] in ids and token[cut:] in ids]
+    return [[left, right] for *_, left, right in sorted(pairs)]
+
+
+def tokenizer_json(model: Model) -> dict:
+    """tokenizer.json of a model that has none."""
+    tokens = model.get("tokenizer.ggml.tokens", [])
+    types = np.asarray(model.get("tokenizer.ggml.token_type", np.ones(len(tokens))))
+    spm = model.get("tokenizer.ggml.model") == "llama"
+    added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": bool(types[i] != USER_DEFINED)}
+             for i, token in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)]
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+           "end_of_word_suffix": None, "fuse_unk": spm, "byte_fallback": spm, "ignore_merges": False,
+           "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}}
+    made = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": None, "post_processor": template_json(model, tokens), "decoder": None, "model": bpe}
+    if not spm:
+        pre = model.get("tokenizer.ggml.pre", "default")
+        bpe["merges"] = [m.split(" ") for m in model.get("tokenizer.ggml.merges", [])]
+        bpe["ignore_merges"] = pre in ("llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split())
+        bytes_all = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        return made | {"pre_tokenizer": pre_tokenizer_json(pre, model.source), "decoder": bytes_all}
+    bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
+    bpe["merges"] = merges_of_scores(tokens, model.get("tokenizer.ggml.scores", np.zeros(len(tokens))), types)
+    space = bool(model.get("tokenizer.ggml.add_space_prefix", True))
+    prepend, strip = {"type": "Prepend", "prepend": "\u2581"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    replace_back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return made | {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]},
+                   "decoder": {"type": "Sequence", "decoders": [replace_back, {"type": "ByteFallback"},
+                                                                {"type": "Fuse"}] + [strip] * space}}
+
+
+def template_json(model: Model, tokens: list[str]) -> dict | None:
+    """The post-processor that adds the begin and end tokens that the model wants."""
+    usual = model.get("tokenizer.ggml.model") == "llama"
+    ends = []
+    for name, otherwise in (("bos", usual), ("eos", False)):
+        i = model.get(f"tokenizer.ggml.{name}_token_id")
+        if model.get(f"tokenizer.ggml.add_{name}_token", otherwise) and i is not None:
+            ends.append((name, tokens[i], i))
+    if not ends:
+        return None
+
+    def around(letter: str, type_id: int) -> list[dict]:
+        def special(name: str) -> list[dict]:
+            return [{"SpecialToken": {"id": token, "type_id": type_id}} for n, token, _ in ends if n == name]
+        return [*special("bos"), {"Sequence": {"id": letter, "type_id": type_id}}, *special("eos")]
+    return {"type": "TemplateProcessing", "single": around("A", 0), "pair": around("A", 0) + around("B", 1),
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for _, token, i in ends}}
+
+
+# ==== 7. Sources ====
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command line says about reading a source."""
+    tokenizer: Path | None = None
+    pre: str | None = None
+    context: int | None = None
+
+
+def open_source(path: Path, choices: Choices) -> Model:
+    """A checkpoint of any kind: folders by their files, files by their first bytes."""
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return open_hf(path, choices)
+        if (path / "params.json").is_file():
+            return open_meta(path, choices)
+        raise Refusal(f"{path}: has neither config.json (Hugging Face) nor params.json (Meta)")
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic[:4] == b"GGUF":
+        return open_gguf(path)
+    if magic == NATIVE_MAGIC:
+        return open_native(path)
+    if magic[:2] in (b"PK", b"\x80\x02"):
+        return open_llama2c(path, choices)
+    raise Refusal(f"{path}: neither GGUF, cria's own file nor a llama2.c .pt; of safetensors, name the folder")
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder that hold weights."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing or any("/" in name for name in names):
+                raise Refusal(f"{folder}: {index} names {(missing or names)[0]}, which is not here")
+            return [folder / name for name in names]
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise Refusal(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
+
+
+def open_weights(paths: list[Path]) -> dict[str, Tensor]:
+    tensors = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            tensors |= open_safetensors(path)
+        else:
+            tensors |= {name: of_torch(name, t) for name, t in open_pickle(path).items()}
+    return tensors
+
+
+def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Of a Gemma 3 that sees, the part that reads and writes text."""
+    if values.get("model_type") != "gemma3" or "text_config" not in values:
+        return values, tensors
+    warn("the vision tower is left out")
+    config = {"architectures": ["Gemma3ForCausalLM"]} | values["text_config"] | {"model_type": "gemma3_text"}
+    kept = {}
+    for name, tensor in tensors.items():
+        if "vision_tower" not in name and "multi_modal_projector" not in name:
+            name = name.replace("model.language_model.", "model.").removeprefix("language_model.")
+            kept[name] = tensor
+    return config, kept
+
+
+def open_hf(folder: Path, choices: Choices) -> Model:
+    values, tensors = text_part(read_json(folder / "config.json"), open_weights(shards(folder)))
+    f, sizes, n_layers, tied, keys, extra = read_config(values, folder / "config.json")
+    named = map_tensors(f, n_layers, sizes, tied, tensors, folder) | extra
+    keys |= folder_tokenizer_keys(folder, values, sizes.V, choices.pre)
+    keys["general.name"] = text(folder.resolve().name)
+    return Model(folder, keys, named, values)
+
+
+# -- Meta's folder, and llama2.c's .pt, which has the same names. Rows of q and k lie as in GGUF. --
+
+META_NAMES = {"attention_norm.weight": "attn_norm.weight", "attention.wq.weight": "attn_q.weight",
+              "attention.wk.weight": "attn_k.weight", "attention.wv.weight": "attn_v.weight",
+              "attention.wo.weight": "attn_output.weight", "ffn_norm.weight": "ffn_norm.weight",
+              "feed_forward.w1.weight": "ffn_gate.weight", "feed_forward.w3.weight": "ffn_up.weight",
+              "feed_forward.w2.weight": "ffn_down.weight"}
+META_WHOLE = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
+              "output.weight": "output.weight"}
+
+
+def meta_name(name: str, where: Path) -> str | None:
+    """GGUF's name; None for what follows from the configuration."""
+    name = name.removeprefix("_orig_mod.")
+    if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
+        return None
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if found and found[2] in META_NAMES:
+        return f"blk.{found[1]}.{META_NAMES[found[2]]}"
+    if name not in META_WHOLE:
+        raise Refusal(f"{where}: tensor {name} is not one of a LLaMA model")
+    return META_WHOLE[name]
+
+
+def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Path) -> Tensor:
+    """A tensor whose rows or columns are spread over the files of a model-parallel checkpoint. Vectors are in each."""
+    if parts[0].shape == shape:
+        return parts[0]
+    for axis in range(len(shape)):
+        joined = list(parts[0].shape)
+        joined[axis] = sum(p.shape[axis] for p in parts)
+        if tuple(joined) == shape:
+            return replace(parts[0], shape=shape, read=lambda: np.concatenate([p.read() for p in parts], axis))
+    raise Refusal(f"{where}: {name} has the shape {list(parts[0].shape)} in each of {len(parts)} parts, "
+                  f"expected {list(shape)} in all")
+
+
+def meta_keys(p: dict, sizes: Sizes, n_layers: int, context: int) -> dict[str, Value]:
+    keys = {"block_count": u32(n_layers), "context_length": u32(context), "embedding_length": u32(sizes.D),
+            "feed_forward_length": u32(sizes.F), "attention.head_count": u32(sizes.H),
+            "attention.head_count_kv": u32(sizes.G), "attention.layer_norm_rms_epsilon": f32(p["norm_eps"]),
+            "vocab_size": u32(sizes.V), "rope.freq_base": f32(p.get("rope_theta") or 10000.0),
+            "rope.dimension_count": u32(sizes.K)}
+    return {"general.architecture": text("llama")} | {f"llama.{key}": value for key, value in keys.items()}
+
+
+def meta_tensors(path: Path, parts: list[dict[str, Tensor]], sizes: Sizes, n_layers: int) -> dict[str, Tensor]:
+    """Whole tensors, of the files' parts."""
+    tensors = {}
+    for part in model_parts(FAMILIES["llama"], n_layers):
+        name, pieces = part.gguf, [p[part.gguf] for p in parts if part.gguf in p]
+        if len(pieces) == len(parts):
+            tensors[name] = join_parts(name, pieces, sizes.shape(part.shape), path)
+        elif part.needed:
+            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
+    left = [name for name in parts[0] if name not in tensors]
+    if left:
+        raise Refusal(f"{path}: {left[0]} (by GGUF's name) is beyond n_layers = {n_layers}")
+    return tensors
+
+
+def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], context: int | None) -> Model:
+    """p: params.json's, or a .pt's arguments      parts: what each file holds, by GGUF's names"""
+    c = Config(p, f"{path}")
+    n_parts, first = len(parts), parts[0]
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
+        if name not in first:
+            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
+    D, n_layers, H = c.integer("dim"), c.integer("n_layers"), c.integer("n_heads")
+    rows, cols = first["token_embd.weight"].shape
+    V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
+    F = first["blk.0.ffn_gate.weight"].shape[0] * n_parts
+    sizes = Sizes(V, D, H, c.integer("n_kv_heads", H), D // H, F)
+    eps, theta, scaled = c.real("norm_eps", 1e-5), c.real("rope_theta", 10000.0), c.get("use_scaled_rope", False)
+    for key in ("vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "max_seq_len", "max_batch_size",
+                "dropout"):
+        c.get(key)  # the tensors say so, or they are of no consequence
+    factor = c.get("rope_scaling_factor", 32 if D in (2048, 3072) else 8)  # LLaMA 3.2's 1B and 3B do not say it
+    c.finish()
+    if context is None:  # the file does not say it: 3.1 and later, Code Llama, 3, 2, 1
+        context = p.get("max_seq_len") or (131072 if scaled else 16384 if theta == 1e6 else 8192 if theta == 5e5 else
+                                           4096 if eps == 1e-5 else 2048)
+    tensors = meta_tensors(path, parts, sizes, n_layers)
+    if scaled:
+        rope = {"rope_theta": theta, "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+                "original_max_position_embeddings": 8192}
+        tensors["rope_freqs.weight"] = constant(llama3_factors(rope, sizes.K))
+    return Model(path, meta_keys(p | {"norm_eps": eps}, sizes, n_layers, context), tensors)
+
+
+def open_meta(folder: Path, choices: Choices) -> Model:
+    paths = sorted(folder.glob("consolidated.*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    if not paths:
+        raise Refusal(f"{folder}: has params.json but no consolidated.NN.pth")
+    parts = []
+    for path in paths:
+        tensors = open_weights([path])
+        parts.append({meta_name(n, path): t for n, t in tensors.items() if meta_name(n, path)})
+    p = read_json(folder / "params.json")
+    model = meta_model(folder, p, parts, choices.context)
+    path = choices.tokenizer or folder / "tokenizer.model"
+    model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
+    model.keys["general.name"] = text(folder.resolve().name)
+    return model
+
+
+def open_llama2c(path: Path, choices: Choices) -> Model:
+    """A .pt of llama2.c's training: model_args and the state of the model."""
+    checkpoint = open_pickle(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_args"), dict):
+        raise Refusal(f"{path}: not a llama2.c checkpoint: it has no model_args")
+    named = {meta_name(n, path): of_torch(n, t) for n, t in checkpoint.get("model", {}).items() if meta_name(n, path)}
+    tied = named.get("output.weight") and named["output.weight"].shape == named["token_embd.weight"].shape
+    if tied and np.array_equal(named["output.weight"].read(), named["token_embd.weight"].read()):
+        del named["output.weight"]
+    model = meta_model(path, checkpoint["model_args"], [named], choices.context)
+    tokenizer = choices.tokenizer or next((p for name in ("tokenizer.model", "tokenizer.bin")
+                                           if (p := path.parent / name).is_file()), path.parent / "tokenizer.model")
+    model.keys |= loose_tokenizer_keys(tokenizer, model, False)
+    return model
+
+
+def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str, Value]:
+    """Of a vocabulary that comes as a file of its own: tokenizer.model of either kind, or tokenizer.bin."""
+    size = model.value("vocab_size")
+    if not path.is_file():
+        raise Refusal(f"{path}: no such file: name the vocabulary with --tokenizer FILE")
+    if path.suffix == ".bin":
+        return llama2c_tokenizer_keys(path, size)
+    if is_tiktoken(path):
+        return tiktoken_keys(path, size, with_tools)[0]
+    keys, vocabulary = spm_model_keys(path, [], size)
+    return keys | special_keys(vocabulary, "<s>", "</s>", []) | {"tokenizer.ggml.add_bos_token": boolean(True)}
+
+
+# ==== 8. LoRA ====
+# A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+
+LORA_HARMLESS = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
+                 "init_lora_weights", "layers_to_transform", "layers_pattern", "loftq_config", "peft_version",
+                 "runtime_config", "qalora_group_size", "megatron_core", "target_modules"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale."""
+    folder: Path
+    modules: dict[str, tuple[Tensor, Tensor, float]]
+
+
+def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
+    """Of rank_pattern or alpha_pattern: the first entry that the end of the module's name matches."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
+
+
+def open_adapter(folder: Path) -> Adapter:
+    c = Config(read_json(folder / "adapter_config.json"), f"{folder / 'adapter_config.json'}")
+    if not c.values:
+        raise Refusal(f"{folder}: has no adapter_config.json")
+    c.demand("peft_type", "LORA")
+    c.demand("bias", "none")
+    rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
+    ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
+    for key, value in c.values.items():  # PEFT writes all keys that it has: null, false or empty is a feature unused
+        if key not in c.asked | LORA_HARMLESS and value:
+            raise Refusal(f"{c.where}: {key} = {json.dumps(value)} is not supported")
+    safe = folder / "adapter_model.safetensors"
+    tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
+    modules = {}
+    for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        a, b = tensors.pop(name), tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
+        if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise Refusal(f"{folder}: lora_A and lora_B of {module} do not fit together")
+        r = pattern_value(ranks, module, rank)
+        if r != a.shape[0]:
+            raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
+        scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
+        modules[module] = a, b, scale
+    if tensors:
+        raise Refusal(f"{folder}: tensor {next(iter(tensors))} is not one of a LoRA of linear maps")
+    return Adapter(folder, modules)
+
+
+def merge_adapter(model: Model, adapter: Adapter) -> None:
+    """Into the model's tensors, in the source's order of rows."""
+    f, sizes = family_of(model), sizes_of(model)
+    left = dict(adapter.modules)
+    for part in model_parts(f, model.value("block_count")):
+        found = left.pop(part.hf.removesuffix(".weight"), None) if part.hf.endswith(".weight") else None
+        if found is None or part.gguf not in model.tensors:
+            if found:
+                left[part.hf] = found
+            continue
+        a, b, scale = found
+        base = from_gguf(part, model.tensors[part.gguf], sizes)
+        if base.shape != (b.shape[0], a.shape[1]):
+            raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, its LoRA "
+                          f"{[b.shape[0], a.shape[1]]}")
+        merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
+                               base.type if TYPES[base.type].file_type >= 0 else "q8")
+        moved = to_gguf(part, merged, sizes)
+        original = moved.original if model.tensors[part.gguf].original else None  # of all tensors, or of none
+        model.tensors[part.gguf] = replace(moved, original=original)
+    if left:
+        raise Refusal(f"{adapter.folder}: the base has no module {next(iter(left))}")
+
+
+# ==== 9. Numpy forward pass ====
+# What the model computes, in float32 and in the plainest way, from GGUF's keys alone: so it finds a key that is missing
+# or wrong. Where rows of query and key were reordered, it takes the source's order, and so finds a wrong order, too.
+
+PAIRED = {f.arch for f in FAMILIES.values() if f.pairs}
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps)) * weight
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, eps: float) -> np.ndarray:
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps)) * weight + bias
+
+
+def rotate(x: np.ndarray, angles: tuple[np.ndarray, np.ndarray], paired: bool) -> np.ndarray:
+    """x (T, heads, K)   angles: cos and sin, each (T, R/2); of a head, its first R numbers are rotated: neighbours
+    (paired), or i and i + R/2"""
+    cos, sin = (a[:, None].astype(np.float32) for a in angles)
+    R, out = 2 * cos.shape[-1], x.copy()
+    first, second = (slice(0, R, 2), slice(1, R, 2)) if paired else (slice(0, R // 2), slice(R // 2, R))
+    a, b = x[..., first], x[..., second]
+    out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
+    return out
+
+
+def yarn_ramp(model: Model, theta: float, R: int) -> np.ndarray:
+    """How much of each angle YaRN divides by the factor: from 0 for fast turns to 1 for slow ones      out (R/2)"""
+    def turning(n: float) -> float:
+        """The number of the angle that turns n times within the original context."""
+        return R * math.log(model.value("rope.scaling.original_context_length") / (n * 2 * math.pi)) \
+            / (2 * math.log(theta))
+    low = max(math.floor(turning(model.value("rope.scaling.yarn_beta_fast", 32.0))), 0)
+    high = min(math.ceil(turning(model.value("rope.scaling.yarn_beta_slow", 1.0))), R - 1)
+    return np.clip((np.arange(R // 2) - low) / (high - low or 0.001), 0, 1)
+
+
+class Network:
+    """A forward pass over T tokens. Matrices are read when they are used."""
+
+    def __init__(self, model: Model, types: dict[str, str] | None = None):
+        """types: the type that each tensor is rounded to before it is used; none: as it is"""
+        self.model, self.types, self.s = model, types or {}, sizes_of(model)
+        self.arch = model.arch
+        self.eps = model.value("attention.layer_norm_rms_epsilon", model.value("attention.layer_norm_epsilon"))
+        query = model.tensors.get("blk.0.attn_q.weight")
+        self.paired = self.arch in PAIRED and not (query and query.original)
+
+    def weight(self, name: str) -> np.ndarray | None:
+        tensor = self.model.tensors.get(name)
+        if tensor is None:
+            return None
+        tensor = tensor.original or tensor
+        type_name, w = self.types.get(name, tensor.type), tensor.floats()
+        rows = w.reshape(-1, w.shape[-1])
+        n = max(1, SLAB // w.shape[-1])
+        for i in range(0, len(rows) if type_name != tensor.type else 0, n):
+            rows[i:i + n] = decode(encode(rows[i:i + n], type_name), type_name)
+        return w
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        y, bias = x @ self.weight(f"{name}.weight").T, self.weight(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """x itself where there is no such norm."""
+        weight = self.weight(f"{name}.weight")
+        if weight is None:
+            return x
+        if self.arch == "stablelm":
+            bias = self.weight(f"{name}.bias")
+            return layer_norm(x, weight, 0.0 if bias is None else bias, self.eps)
+        return rms_norm(x, weight, self.eps)
+
+    def angles(self, n: int, windowed: bool) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, each (T, R/2)"""
+        v = self.model.value
+        R, theta = v("rope.dimension_count", self.s.K), v("rope.freq_base", 10000.0)
+        kind, factor, scale = v("rope.scaling.type", "none"), v("rope.scaling.factor", 1.0), 1.0
+        if windowed and self.arch == "gemma3":
+            theta, kind = v("rope.freq_base_swa", 10000.0), "none"
+        turn = theta ** (-np.arange(0, R, 2) / R)
+        if kind == "linear":
+            turn = turn / factor
+        elif kind == "yarn":
+            ramp = yarn_ramp(self.model, theta, R)
+            turn = turn * (1 - ramp) + turn / factor * ramp
+            scale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        elif "rope_factors_long.weight" in self.model.tensors:
+            long = n > v("rope.scaling.original_context_length")
+            turn = turn / self.weight(f"rope_factors_{'long' if long else 'short'}.weight").astype(float)
+            scale = v("rope.scaling.attn_factor", 1.0)
+        factors = self.weight("rope_freqs.weight")
+        turn = turn if factors is None else turn / factors.astype(float)
+        angle = np.arange(n)[:, None] * turn
+        return np.cos(angle) * scale, np.sin(angle) * scale
+
+    def is_windowed(self, layer: int) -> bool:
+        pattern = self.model.value("attention.sliding_window_pattern")
+        pattern = usual_windows(self.arch, layer + 1) if pattern is None else pattern
+        return self.model.value("attention.sliding_window", 0) > 0 and bool(pattern[layer])
+
+    def attention_scale(self) -> float:
+        v, deep = self.model.value, {"gemma2": 46, "gemma3": 62}.get(self.arch)
+        usual = self.s.D // self.s.H if v("block_count") == deep else self.s.K
+        return v("attention.scale") or usual ** -0.5
+
+    def query_key_value(self, x: np.ndarray, blk: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(T, D) -> (T, H, K), (T, G, K), (T, G, K), normed, not rotated"""
+        s, n = self.s, len(x)
+        if f"{blk}attn_qkv.weight" in self.model.tensors:
+            fused = self.linear(x, f"{blk}attn_qkv")
+            q, k, v = np.split(fused, [s.H * s.K, (s.H + s.G) * s.K], 1)
+        else:
+            q, k, v = (self.linear(x, f"{blk}attn_{name}") for name in "qkv")
+        if self.arch == "olmo2":
+            q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
+        q, k, v = q.reshape(n, s.H, s.K), k.reshape(n, s.G, s.K), v.reshape(n, s.G, s.K)
+        if self.arch != "olmo2":
+            q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
+        return q, k, v
+
+    def attention(self, x: np.ndarray, layer: int) -> np.ndarray:
+        """(T, D) -> (T, D)"""
+        blk, n, windowed = f"blk.{layer}.", len(x), self.is_windowed(layer)
+        q, k, v = self.query_key_value(x, blk)
+        if self.arch != "smollm3" or (layer + 1) % 4:
+            angles = self.angles(n, windowed)
+            q, k = rotate(q, angles, self.paired), rotate(k, angles, self.paired)
+        k, v = (np.repeat(t, self.s.H // self.s.G, 1) for t in (k, v))
+        scores = np.einsum("thk,shk->hts", q, k) * np.float32(self.attention_scale())
+        if cap := self.model.value("attn_logit_softcapping", 0):
+            scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
+        back = np.arange(n)[:, None] - np.arange(n)
+        seen = (back >= 0) & (back < (self.model.value("attention.sliding_window") if windowed else n))
+        mixed = np.einsum("hts,shk->thk", softmax(np.where(seen, scores, np.float32(-1e30))), v)
+        return self.linear(mixed.reshape(n, -1), f"{blk}attn_output")
+
+    def activate(self, x: np.ndarray) -> np.ndarray:
+        if self.arch in ("gemma2", "gemma3"):
+            return 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x ** 3)))
+        return x / (1 + np.exp(-x))
+
+    def feed_forward(self, x: np.ndarray, blk: str) -> np.ndarray:
+        """(T, D) -> (T, D)"""
+        if f"{blk}ffn_gate_inp.weight" in self.model.tensors:
+            return self.mixture(x, blk)
+        if self.arch == "phi3":
+            gate, up = np.split(self.linear(x, f"{blk}ffn_up"), 2, 1)
+        else:
+            gate, up = self.linear(x, f"{blk}ffn_gate"), self.linear(x, f"{blk}ffn_up")
+        return self.linear(self.activate(gate) * up, f"{blk}ffn_down")
+
+    def mixture(self, x: np.ndarray, blk: str) -> np.ndarray:
+        """The likeliest experts of each token, weighted      (T, D) -> (T, D)"""
+        p = softmax(self.linear(x, f"{blk}ffn_gate_inp"))
+        chosen = np.argsort(-p, 1, kind="stable")[:, :self.model.value("expert_used_count")]
+        weights = np.take_along_axis(p, chosen, 1)
+        weights /= weights.sum(1, keepdims=True)
+        gate, up, down = (self.weight(f"{blk}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
+        y = np.zeros_like(x)
+        for e in range(len(gate)):
+            token, place = np.nonzero(chosen == e)
+            hidden = self.activate(x[token] @ gate[e].T) * (x[token] @ up[e].T)
+            y[token] += hidden @ down[e].T * weights[token, place, None]
+        return y
+
+    def layer(self, x: np.ndarray, layer: int) -> np.ndarray:
+        """(T, D) -> (T, D)"""
+        blk, scale = f"blk.{layer}.", np.float32(self.model.value("residual_scale", 1.0))
+        normed = self.norm(x, f"{blk}attn_norm")
+        attended = self.norm(self.attention(normed, layer), f"{blk}post_attention_norm") * scale
+        if self.arch == "stablelm" and f"{blk}ffn_norm.weight" not in self.model.tensors:
+            return x + attended + self.feed_forward(normed, blk)  # side by side
+        x = x + attended
+        fed = self.feed_forward(self.norm(x, f"{blk}ffn_norm"), blk)
+        return x + self.norm(fed, f"{blk}post_ffw_norm") * scale
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """ids (T)   out f32 (T, V)"""
+        v = self.model.value
+        embedding = self.weight("token_embd.weight")
+        x = embedding[ids] * np.float32(v("embedding_scale", 1.0))
+        if self.arch in ("gemma2", "gemma3"):
+            x = x * np.float32(math.sqrt(self.s.D))
+        for layer in range(v("block_count")):
+            x = self.layer(x, layer)
+        x = self.norm(x, "output_norm")
+        head = "output.weight" if "output.weight" in self.model.tensors else "token_embd.weight"
+        y = x @ (embedding if head == "token_embd.weight" else self.weight(head)).T
+        y = y / np.float32(v("logit_scale", 1.0) or 1.0)
+        cap = np.float32(v("final_logit_softcapping", 0))
+        return np.tanh(y / cap) * cap if cap else y
+
+
+# ==== 10. Writers ====
+
+def sensitive(name: str) -> bool:
+    """What --type mixed gives more bits: an error in these shows most."""
+    return name.startswith(("token_embd", "output")) or any(
+        part in name for part in (".attn_v.", ".attn_qkv.", ".ffn_down"))
+
+
+def planned_type(name: str, tensor: Tensor, choice: str) -> str:
+    """The type that a tensor is written in. Vectors, norms and routers stay f32, as everywhere."""
+    if len(tensor.shape) == 1 or name.endswith("_norm.weight") or ".ffn_gate_inp." in name:
+        return "f32"
+    if choice == "keep":
+        return tensor.type
+    type_name = ("q8" if sensitive(name) else "q4m") if choice == "mixed" else choice
+    return "f16" if tensor.shape[-1] % TYPES[type_name].cols else type_name
+
+
+@dataclass
+class Errors:
+    """How far stored weights are from the source's, gathered over the slabs of a tensor."""
+    squares: float = 0.0
+    norm: float = 0.0
+    worst: float = 0.0  # of a block of 32: its root mean square error in parts of its root mean square
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """x, y f32 (rows, cols)"""
+        x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
+        self.squares += float(np.square(x - y).sum())
+        self.norm += float(np.square(x).sum())
+        n = len(x) // 32 * 32
+        size, error = (np.square(t[:n]).reshape(-1, 32).sum(1) for t in (x, x - y))
+        ratio = np.sqrt(np.divide(error, size, out=np.zeros_like(size), where=size > 0))
+        self.worst = max(self.worst, float(ratio.max(initial=0)))
+
+    def line(self, name: str, source: str, target: str) -> str:
+        rmse = math.sqrt(self.squares / self.norm) if self.norm else 0.0
+        return f"{name:32} {source:>5} -> {target:5} RMSE {rmse:9.3e}  worst block {self.worst:9.3e}"
+
+
+def slabs(tensor: Tensor, type_name: str, errors: Errors | None = None) -> Iterator[bytes]:
+    """A tensor's bytes in this type, a few rows at a time."""
+    stored = tensor.read()
+    rows = stored.reshape(-1, stored.shape[-1])
+    n_rows = max(1, SLAB // tensor.shape[-1])
+    for i in range(0, len(rows), n_rows):
+        slab = rows[i:i + n_rows]
+        if type_name != tensor.type:
+            x = decode(slab, tensor.type)
+            slab = encode(x, type_name)
+            if errors:
+                errors.add(x, decode(slab, type_name))
+        yield slab.tobytes()
+
+
+class Progress:
+    """A bar on stderr, if that is a terminal."""
+
+    def __init__(self, total: int, label: str):
+        self.total, self.done, self.label, self.shown = max(total, 1), 0, label, -1
+        self.active = sys.stderr.isatty()
+
+    def add(self, n: int) -> None:
+        self.done += n
+        share = self.done * 40 // self.total
+        if self.active and share != self.shown:
+            self.shown = share
+            bar = "#" * share + "." * (40 - share)
+            print(f"\r{self.label} [{bar}] {self.done >> 20} of {self.total >> 20} MiB", end="", file=sys.stderr)
+            if self.done >= self.total:
+                print(file=sys.stderr)
+
+
+def write_tensors(file: Any, tensors: dict[str, tuple[Tensor, str]], alignment: int, report: bool, label: str) -> None:
+    """The data of tensors in their order, each padded with zeros      tensors: name -> tensor, type to write"""
+    progress = Progress(sum(stored_bytes(t.shape, type_name) for t, type_name in tensors.values()), label)
+    for name, (tensor, type_name) in tensors.items():
+        errors, n = Errors() if report else None, 0
+        try:
+            for slab in slabs(tensor, type_name, errors):
+                file.write(slab)
+                n += len(slab)
+                progress.add(len(slab))
+        except Refusal as refusal:
+            raise Refusal(f"{name} {refusal}") from None
+        file.write(bytes(-n % alignment))
+        if errors and type_name != tensor.type:
+            print(errors.line(name, tensor.type, type_name), file=sys.stderr)
+
+
+def file_type(types: list[str]) -> int:
+    """general.file_type: that of most matrices."""
+    known = [TYPES[t].file_type for t in types if t != "f32" and TYPES[t].file_type >= 0]
+    return max(sorted(set(known)), key=known.count) if known else 0
+
+
+def write_gguf(model: Model, types: dict[str, str], path: Path, report: bool) -> None:
+    keys = {"general.architecture": model.keys["general.architecture"], "general.type": text("model")}
+    keys |= {k: v for k, v in model.keys.items() if k != "general.alignment"}
+    if any(t != t_new for t, t_new in zip((t.type for t in model.tensors.values()), types.values())) \
+            or "general.file_type" not in keys:
+        keys["general.file_type"] = u32(file_type(list(types.values())))
+    keys["general.quantization_version"] = u32(2)
+    tensors = {name: (tensor, types[name]) for name, tensor in model.tensors.items()}
+    with path.open("wb") as file:
+        file.write(pack_gguf_header(keys, tensors))
+        write_tensors(file, tensors, 32, report, "writing")
+
+
+def write_native(model: Model, types: dict[str, str], path: Path, report: bool, run: Path) -> None:
+    """By way of a GGUF file, which the C program turns into its own."""
+    gguf = path.with_name(path.name + ".gguf")
+    try:
+        write_gguf(model, types, gguf, report)
+        done = call(run, gguf, "-m", "export", "-o", path)
+        if done.returncode:
+            raise Refusal(f"{run} cannot make a native file of it: {last_line(done.stderr).replace(str(gguf), 'it')}")
+    finally:
+        gguf.unlink(missing_ok=True)
+
+
+def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
+    return subprocess.run([str(run), *map(str, words)], capture_output=True, text=True, errors="replace")
+
+
+def last_line(s: str) -> str:
+    return (s.strip().splitlines() or ["it says nothing"])[-1]
+
+
+# -- llama2.c's .bin --
+
+LLAMA2C_ORDER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_down", "ffn_up")
+
+
+def check_llama2c(model: Model) -> Sizes:
+    """llama2.c's program has the rest of the configuration in its source."""
+    sizes, v = sizes_of(model), model.value
+    wrong = None
+    if model.arch != "llama" or v("expert_count", 0):
+        wrong = f"family {model.arch}"
+    elif v("rope.freq_base", 10000.0) != 10000.0:
+        wrong = f"rope.freq_base = {v('rope.freq_base'):g}"
+    elif abs(v("attention.layer_norm_rms_epsilon") - 1e-5) > 1e-9:
+        wrong = f"attention.layer_norm_rms_epsilon = {v('attention.layer_norm_rms_epsilon'):g}"
+    elif sizes.K * sizes.H != sizes.D or v("rope.dimension_count", sizes.K) != sizes.K:
+        wrong = "attention.key_length or rope.dimension_count"
+    elif v("rope.scaling.type", "none") != "none" or v("attention.sliding_window", 0):
+        wrong = "rope.scaling.type or attention.sliding_window"
+    known = {f"blk.{i}.{name}.weight" for i in range(v("block_count")) for name in LLAMA2C_ORDER}
+    others = set(model.tensors) - known - {"token_embd.weight", "output_norm.weight", "output.weight"}
+    if wrong or others:
+        raise Refusal(f"{model.source}: llama2.c's format has no place for {wrong or sorted(others)[0]}")
+    return sizes
+
+
+def group_quantise(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """llama2.c's v2: int8 and one f32 scale for each group      w f32 (any)   out int8 (groups, group), f32 (groups)"""
+    w = w.reshape(-1, group)
+    scale = np.abs(w).max(1) / np.float32(127)
+    return np.rint(quotient(w, scale[:, None])).astype(np.int8), scale
+
+
+def write_llama2c(model: Model, path: Path, version: int) -> None:
+    sizes, n_layers = check_llama2c(model), model.value("block_count")
+    context, tied = model.value("context_length"), "output.weight" not in model.tensors
+
+    def of_layers(name: str) -> list[str]:
+        return [f"blk.{i}.{name}.weight" for i in range(n_layers)]
+    norms = [*of_layers("attn_norm"), *of_layers("ffn_norm"), "output_norm.weight"]
+    head = [] if tied else ["output.weight"]
+    numbers = (sizes.D, sizes.F, n_layers, sizes.H, sizes.G, sizes.V if tied or version == 2 else -sizes.V, context)
+    with path.open("wb") as file:
+        if version == 0:
+            file.write(struct.pack("<7i", *numbers))
+            names = ["token_embd.weight", *(n for name in LLAMA2C_ORDER for n in of_layers(name)), "output_norm.weight"]
+            write_tensors(file, {n: (model.tensors[n], "f32") for n in names}, 1, False, "writing")
+            file.write(bytes(4 * context * sizes.K))  # tables of cos and sin, which nobody reads
+            write_tensors(file, {n: (model.tensors[n], "f32") for n in head}, 1, False, "writing")
+            return
+        group = next((g for g in (64, 32) if sizes.D % g == 0 and sizes.F % g == 0 and sizes.G * sizes.K % g == 0), 0)
+        if not group:
+            raise Refusal(f"{model.source}: rows of {sizes.D} and {sizes.F} cannot be cut into groups of 32")
+        header = b"24ka" + struct.pack("<i7iBi", 2, *numbers, tied, group)
+        file.write(header.ljust(256, b"\0"))
+        write_tensors(file, {n: (model.tensors[n], "f32") for n in norms}, 1, False, "writing")
+        matrices = [n for name in LLAMA2C_ORDER if not name.endswith("_norm") for n in of_layers(name)]
+        for name in ["token_embd.weight", *matrices, *head]:
+            q, scale = group_quantise(model.tensors[name].floats(), group)
+            file.write(q.tobytes() + scale.astype("<f4").tobytes())
+
+
+# -- A Hugging Face folder --
+
+def hf_tensors(model: Model) -> dict[str, Tensor]:
+    """GGUF's tensors by Hugging Face's names, in its order of rows."""
+    f, sizes, left = family_of(model), sizes_of(model), dict(model.tensors)
+    tensors = {}
+    for part in model_parts(f, model.value("block_count")):
+        tensor = left.pop(part.gguf, None)
+        if tensor is None:
+            if part.needed:
+                raise Refusal(f"{model.source}: tensor {part.gguf} is missing")
+            continue
+        check_shape(part.gguf, tensor, sizes.shape(part.shape), model.source)
+        tensor = from_gguf(part, tensor, sizes)
+        if part.move == "stack":
+            for e in range(tensor.shape[0]):
+                tensors[part.hf.format(e=e)] = tensor.then(lambda w, e=e: w[e], tensor.shape[1:])
+        else:
+            tensors[part.hf] = tensor
+    if model.hf_config and (f.defaults | model.hf_config).get("tie_word_embeddings", False):
+        tensors.pop("lm_head.weight", None)
+    for name in left:
+        if name not in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
+            raise Refusal(f"{model.source}: tensor {name} has no place in a {f.model_type} folder")
+    return tensors
+
+
+def llama3_scaling(model: Model, theta: float) -> dict:
+    """rope_scaling of which the factors in rope_freqs.weight come: those between 1 and the greatest say which context
+    the model had before."""
+    factors = model.tensors["rope_freqs.weight"].floats().astype(float)
+    most, n = factors.max(), len(factors)
+    between = (factors > 1.0001) & (factors < most * 0.9999)
+    smooth = (1 / factors - 1 / most) / (1 - 1 / most)
+    contexts = ((1 + 3 * smooth) * 2 * math.pi * theta ** (np.arange(n) / n))[between]
+    scaling = {"rope_type": "llama3", "factor": round(float(most), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": round(float(np.median(contexts))) if len(contexts) else 8192}
+    if not np.allclose(factors, llama3_factors(scaling | {"rope_theta": theta}, 2 * n), rtol=1e-4):
+        raise Refusal(f"{model.source}: rope_freqs.weight is not of LLaMA 3.1's form; config.json cannot say it")
+    return scaling
+
+
+def hf_rope(model: Model) -> dict:
+    """rope_theta and rope_scaling of config.json."""
+    v = model.value
+    kind = v("rope.scaling.type", "none")
+    out: dict = {"rope_theta": v("rope.freq_base", 10000.0)}
+    if "rope_freqs.weight" in model.tensors:
+        return out | {"rope_scaling": llama3_scaling(model, out["rope_theta"])}
+    if kind in ("linear", "yarn"):
+        scaling = {"rope_type": kind, "factor": v("rope.scaling.factor")}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = v("rope.scaling.original_context_length")
+            scaling |= {b: v(f"rope.scaling.yarn_{b}") for b in ("beta_fast", "beta_slow")
+                        if v(f"rope.scaling.yarn_{b}")}
+        return out | {"rope_scaling": scaling}
+    if "rope_factors_long.weight" in model.tensors:
+        scaling = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist()
+                   for n in ("long", "short")}
+        return out | {"rope_scaling": {"rope_type": "longrope"} | scaling,
+                      "original_max_position_embeddings": v("rope.scaling.original_context_length")}
+    return out
+
+
+def hf_window(model: Model, f: Family, n_layers: int) -> dict:
+    window, pattern = model.value("attention.sliding_window", 0), model.value("attention.sliding_window_pattern")
+    if not window:
+        return {"sliding_window": None} if f.model_type in ("mistral", "mixtral", "phi3") else {}
+    out = {"sliding_window": window}
+    if f.model_type.startswith("qwen"):
+        out |= {"use_sliding_window": True, "max_window_layers": 0}
+    network = Network(model)
+    if f.norm_plus_one or pattern is not None:
+        out["layer_types"] = ["sliding_attention" if network.is_windowed(i) else "full_attention"
+                              for i in range(n_layers)]
+    return out
+
+
+def hf_own(model: Model, f: Family) -> dict:
+    """What only this family's config.json has."""
+    v, has = model.value, model.tensors.__contains__
+    if f.arch == "granite":
+        return {"attention_multiplier": v("attention.scale", 1.0), "embedding_multiplier": v("embedding_scale", 1.0),
+                "residual_multiplier": v("residual_scale", 1.0), "logits_scaling": v("logit_scale", 1.0)}
+    if f.norm_plus_one:
+        out = {"query_pre_attn_scalar": round(Network(model).attention_scale() ** -2),
+               "final_logit_softcapping": v("final_logit_softcapping")}
+        if f.arch == "gemma2":
+            return out | {"attn_logit_softcapping": v("attn_logit_softcapping", 50.0),
+                          "final_logit_softcapping": v("final_logit_softcapping", 30.0)}
+        return out | {"rope_local_base_freq": v("rope.freq_base_swa", 10000.0)}
+    if f.arch == "stablelm":
+        return {"use_qkv_bias": has("blk.0.attn_q.bias"), "qk_layernorm": has("blk.0.attn_q_norm.weight"),
+                "use_parallel_residual": not has("blk.0.ffn_norm.weight"),
+                "partial_rotary_factor": v("rope.dimension_count") / sizes_of(model).K}
+    if f.arch == "phi3":
+        return {"partial_rotary_factor": v("rope.dimension_count") / sizes_of(model).K,
+                "original_max_position_embeddings": v("rope.scaling.original_context_length", v("context_length"))}
+    if f.model_type == "mixtral":
+        return {"num_local_experts": v("expert_count"), "num_experts_per_tok": v("expert_used_count")}
+    if f.arch == "qwen3moe":
+        return {"num_experts": v("expert_count"), "num_experts_per_tok": v("expert_used_count"),
+                "moe_intermediate_size": v("expert_feed_forward_length"), "norm_topk_prob": True,
+                "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return {"mlp_bias": has("blk.0.ffn_gate.bias"), "attention_bias": has("blk.0.attn_output.bias")} \
+        if f.model_type == "llama" else {}
+
+
+HF_CLASSES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+              "qwen3_moe": "Qwen3Moe", "phi3": "Phi3", "granite": "Granite", "smollm3": "SmolLM3", "olmo2": "Olmo2",
+              "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+
+
+def hf_config(model: Model) -> dict:
+    """config.json of a model that has none."""
+    f, s, v, n_layers = family_of(model), sizes_of(model), model.value, model.value("block_count")
+    eps = "layer_norm_eps" if f.arch == "stablelm" else "rms_norm_eps"
+    activation = "hidden_activation" if f.norm_plus_one else "hidden_act"
+    config = {"architectures": [HF_CLASSES[f.model_type] + "ForCausalLM"], "model_type": f.model_type,
+              "vocab_size": s.V, "hidden_size": s.D, "num_hidden_layers": n_layers, "num_attention_heads": s.H,
+              "num_key_value_heads": s.G, "intermediate_size": v("feed_forward_length"),
+              "max_position_embeddings": v("context_length"), activation: f.activation,
+              eps: v("attention.layer_norm_rms_epsilon", v("attention.layer_norm_epsilon")),
+              "tie_word_embeddings": "output.weight" not in model.tensors}
+    if s.K * s.H != s.D or f.head_norms or f.norm_plus_one:
+        config["head_dim"] = s.K
+    ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    config |= {f"{hf}_token_id": model.get(f"tokenizer.ggml.{gguf}_token_id") for hf, gguf in ids.items()}
+    return config | hf_rope(model) | hf_window(model, f, n_layers) | hf_own(model, f)
+
+
+def write_safetensors(tensors: dict[str, tuple[Tensor, str]], path: Path, report: bool) -> None:
+    names = {type_name: dtype for dtype, type_name in SAFETENSORS_TYPES.items()}
+    header: dict = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (tensor, type_name) in tensors.items():
+        n = stored_bytes(tensor.shape, type_name)
+        header[name] = {"dtype": names[type_name], "shape": list(tensor.shape), "data_offsets": [at, at + n]}
+        at += n
+    packed = json.dumps(header, separators=(",", ":")).encode()
+    packed += b" " * (-len(packed) % 8)
+    with path.open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        write_tensors(file, tensors, 1, report, "writing")
+
+
+def hf_type(tensors: dict[str, Tensor], choice: str) -> str:
+    """The type of all matrices of a folder: the one that is asked for, or the source's, or f32."""
+    if choice != "keep":
+        return choice
+    types = {t.type for t in tensors.values() if len(t.shape) > 1}
+    return types.pop() if len(types) == 1 and types <= set(FLOATS) else "f32"
+
+
+def vector_type(tensor: Tensor, type_name: str) -> str:
+    """A norm or a bias goes in the type of the matrices, if that loses nothing."""
+    x = tensor.floats()
+    with np.errstate(over="ignore"):
+        narrow = decode(x.astype(np.float16) if type_name == "f16" else encode(x, type_name), type_name)
+    return type_name if np.array_equal(narrow, x) else "f32"
+
+
+def write_hf(model: Model, choice: str, folder: Path, report: bool) -> None:
+    tensors = hf_tensors(model)
+    type_name = hf_type(tensors, choice)
+    types = {n: type_name if len(t.shape) > 1 else vector_type(t, type_name) for n, t in tensors.items()}
+    dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
+    config = {k: v for k, v in (model.hf_config or hf_config(model)).items() if k not in ("dtype", "torch_dtype")}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n", "utf-8")
+    write_tokenizer(model, folder)
+    write_safetensors({n: (t, types[n]) for n, t in tensors.items()}, folder / "model.safetensors", report)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+
+def write_tokenizer(model: Model, folder: Path) -> None:
+    """The source's files, or new ones."""
+    if model.hf_config:
+        for name in TOKENIZER_FILES:
+            if (model.source / name).is_file():
+                shutil.copyfile(model.source / name, folder / name)
+        return
+    tokens = model.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return
+    config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for hf, gguf in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = model.get(f"tokenizer.ggml.{gguf}_token_id")
+        if i is not None:
+            config[f"{hf}_token"] = tokens[i]
+    if template := model.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template, "utf-8", "surrogateescape")
+    ends = [i for name in ("eos", "eot", "eom") if (i := model.get(f"tokenizer.ggml.{name}_token_id")) is not None]
+    generation = {"eos_token_id": ends} if ends else {}
+    for name, value in (("tokenizer.json", tokenizer_json(model)), ("tokenizer_config.json", config),
+                        ("generation_config.json", generation)):
+        encoded = json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "surrogateescape")
+        (folder / name).write_bytes(encoded + b"\n")
+
+
+# ==== 11. Verification ====
+
+N_VERIFIED = 24            # tokens
+TOLERANCE = 5e-4           # of a logit, in parts of the greatest: what float32 in another order may differ by
+SMALL = 1_000_000_000      # parameters up to which a model is verified unless --no-verify
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """The mean over tokens of KL(p || q), in nats      p, q logits (T, V)"""
+    p, q = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def program_logits(run: Path, path: Path, ids: np.ndarray, n_tokens: int) -> np.ndarray:
+    """What the C program computes, f32 (T, V). Raises Unopened where it does not open the file at all: llama.cpp knows
+    families that cria does not."""
+    path = path.resolve()
+    if (done := call(run, path, "-m", "inspect")).returncode:
+        raise Unopened(last_line(done.stderr).replace(str(path), "the result"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logits"
+        done = call(run, path, "-m", "logits", "--exact", "--ids", " ".join(map(str, ids)), "-o", out)
+        if done.returncode:
+            raise Refusal(f"verification failed: {last_line(done.stderr)}")
+        return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)
+
+
+class Unopened(Exception):
+    """Why there is nothing to compare with."""
+
+
+def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
+    """Compares the file that was written with the source: its logits must be those of the source's weights, rounded to
+    the types that they were written in. Raises Refusal if they are not."""
+    ids = np.random.default_rng(1).integers(0, sizes_of(model).V, N_VERIFIED)
+    source = Network(model).logits(ids)
+    exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
+    rounded = source if exact else Network(model, types).logits(ids)
+    if o.to == "hf":
+        made = Network(open_source(path, Choices(pre=o.pre))).logits(ids)
+    else:
+        made = program_logits(run, path, ids, source.shape[1])
+    if made.shape != rounded.shape or not np.isfinite(made).all():
+        raise Refusal("verification failed: the result has logits that are not finite, or of another number")
+    off, scale = float(np.abs(made - rounded).max()), max(1.0, float(np.abs(rounded).max()))
+    change = float(np.abs(made - source).max())
+    if off > TOLERANCE * scale:
+        raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}")
+    print(f"verified on {N_VERIFIED} tokens: computed as written within {off:.2g}; to the source, greatest difference "
+          f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
+
+
+# ==== 12. The command line ====
+
+def warn(message: str) -> None:
+    print(f"export_model.py: {message}", file=sys.stderr)
+
+
+EXAMPLES = """examples:
+  export_model.py SmolLM2-135M-Instruct -o smollm2.bin
+  export_model.py Qwen2.5-1.5B-Instruct -o qwen.bin --type mixed --report
+  export_model.py Llama-2-7b -o llama.gguf --to gguf --type q8
+  export_model.py Qwen2.5-0.5B --lora adapter -o tuned.gguf --to gguf
+  export_model.py stories15M.pt --tokenizer tokenizer.model -o stories15M.bin --to llama2c
+  export_model.py smollm2.bin -o folder --to hf
+"""
+
+
+def parse_options(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="export_model.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="Turns checkpoints of other programs into cria's, and back.",
+                                     epilog=EXAMPLES)
+    parser.add_argument("source", type=Path, help="a Hugging Face folder, Meta's folder, a llama2.c .pt, a GGUF file "
+                        "or cria's own file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write; with --to hf a new folder")
+    parser.add_argument("--to", choices=("native", "gguf", "llama2c", "hf"), default="native",
+                        help="the format to write: native")
+    parser.add_argument("--type", choices=("keep", "f32", "f16", "bf16", "q8", "q4", "q4m", "mixed"), default="keep",
+                        help="of the matrices: keep, as in the source; mixed: q8 where errors show most, else q4m")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="a PEFT adapter to merge in")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="vocabulary of a Meta or llama2.c checkpoint")
+    parser.add_argument("--pre", metavar="NAME", help="how texts are split before merging, where it is not recognised")
+    parser.add_argument("--context", type=int, metavar="N", help="positions, where a Meta checkpoint does not say them")
+    parser.add_argument("--run", type=Path, metavar="FILE", help="the C program: beside this script")
+    parser.add_argument("--report", action="store_true", help="the error of each tensor that is rounded")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
+                        help="compare the result's logits with the source's: if it has at most 10^9 parameters")
+    return parser.parse_args(words)
+
+
+def find_run(named: Path | None, needed: bool) -> Path | None:
+    run = named or Path(__file__).resolve().parent / "run"
+    if os.access(run, os.X_OK) and run.is_file():
+        return run.resolve()
+    if needed or named:
+        raise Refusal(f"{run}: no such program: build it with make, or name it with --run FILE")
+    return None
+
+
+def check_choices(o: argparse.Namespace) -> None:
+    """What can be said before anything is read."""
+    if not o.source.exists():
+        raise Refusal(f"{o.source}: no such file or folder")
+    if not o.output.resolve().parent.is_dir():
+        raise Refusal(f"{o.output}: its folder does not exist")
+    if o.output.exists() and (o.to == "hf" or not o.output.is_file() or o.output.samefile(o.source)):
+        raise Refusal(f"{o.output}: exists already")
+    if o.to == "hf" and o.type not in ("keep", *FLOATS):
+        raise Refusal(f"--type {o.type} is not one of a Hugging Face folder: keep, f32, f16 or bf16")
+    if o.to == "llama2c" and o.type not in ("keep", "f32", "q8"):
+        raise Refusal(f"--type {o.type} is not one of llama2.c: f32 (its v0) or q8 (its v2)")
+
+
+def write(model: Model, o: argparse.Namespace, types: dict[str, str], path: Path, run: Path | None) -> None:
+    if o.to == "hf":
+        write_hf(model, o.type, path, o.report)
+    elif o.to == "llama2c":
+        write_llama2c(model, path, 2 if o.type == "q8" else 0)
+    elif o.to == "gguf":
+        write_gguf(model, types, path, o.report)
+    else:
+        write_native(model, types, path, o.report, run)
+
+
+def plan_types(model: Model, o: argparse.Namespace) -> dict[str, str]:
+    if o.to == "hf":
+        choice = hf_type(model.tensors, o.type)
+    else:
+        choice = {"keep": "f32"}.get(o.type, o.type) if o.to == "llama2c" else o.type
+    return {name: planned_type(name, tensor, choice) for name, tensor in model.tensors.items()}
+
+
+def try_to_verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
+    """Only a failed comparison is an error, unless --verify asks for one."""
+    try:
+        family_of(model), sizes_of(model)
+        if any(t.type in UNREAD for t in model.tensors.values()):
+            raise Refusal(f"of {', '.join(UNREAD)}, the numbers are not known here")
+    except Refusal as refusal:
+        reason = str(refusal)
+    else:
+        try:
+            return verify(model, types, path, o, run)
+        except Unopened as unopened:
+            reason = str(unopened)
+    if o.verify:
+        raise Refusal(f"cannot be verified: {reason}")
+    warn(f"not verified: {reason}")
+
+
+def export(o: argparse.Namespace) -> None:
+    check_choices(o)
+    run = find_run(o.run, o.to == "native" or (o.verify and o.to != "hf"))
+    model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
+    if o.pre and "tokenizer.ggml.pre" in model.keys:
+        model.keys["tokenizer.ggml.pre"] = text(o.pre)
+    if o.lora:
+        merge_adapter(model, open_adapter(o.lora))
+    types = plan_types(model, o)
+    temporary = o.output.with_name(f"{o.output.name}.{os.getpid()}.tmp")
+    wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    try:
+        write(model, o, types, temporary, run)
+        if wanted and (o.to == "hf" or run) and (o.to, o.type) != ("llama2c", "q8"):  # its groups are not blocks of q8
+            try_to_verify(model, types, temporary, o, run)
+        temporary.replace(o.output)
+        if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
+            o.output.with_suffix(".tokenizer.bin").write_bytes(packed)
+    finally:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def main(words: list[str]) -> int:
+    options = parse_options(words)
+    try:
+        export(options)
+        return 0
+    except Refusal as refusal:
+        warn(str(refusal))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
+        warn(f"{options.source}: damaged, or not of the form that is expected here: {error!r}".replace("\n", " "))
+    except MemoryError:
+        warn("not enough memory")
+    except OSError as error:
+        warn(f"{error.filename or options.output}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        warn("interrupted")
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,713 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26", "torch>=2.4", "transformers>=5.0", "gguf>=0.17", "tokenizers>=0.20",
+#                 "sentencepiece", "safetensors"]
+# ///
+"""Tests of export_model.py.
+
+    python tests/test_export.py              all; needs ./run, which make builds
+    python tests/test_export.py NAME         those whose names contain NAME
+
+Tiny random models of every family are made with transformers, exported, and read back with gguf-py; their logits by the
+C program, or by export_model's numpy forward pass where the C program has not the family, are compared with
+transformers' in float32. The weights are larger than usual, so that every feature moves the logits. LoRA is compared
+with PEFT's merge if that is installed.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import export_model  # noqa: E402
+
+RUN = ROOT / "run"
+TOKENS = 45          # not a multiple of any tile or batch
+TOLERANCE = 2e-4     # of a logit
+VOCAB = 320
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ==== Tiny models ====
+
+COMMON = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+              tie_word_embeddings=False)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+            "short_factor": [1 + i / 4 for i in range(4)], "long_factor": [1 + i for i in range(4)],
+            "partial_rotary_factor": 0.5}
+# name -> transformers' configuration class, what differs from COMMON, and GGUF keys that must be there
+CASES = {
+    "llama": ("Llama", {}, {"rope.dimension_count": 16}),
+    "llama tied": ("Llama", dict(tie_word_embeddings=True), {}),
+    "llama bias": ("Llama", dict(attention_bias=True, mlp_bias=True), {}),
+    "llama head_dim": ("Llama", dict(head_dim=24), {"attention.key_length": 24}),
+    "llama linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+                     {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "llama llama3": ("Llama", dict(rope_parameters=LLAMA3), {}),
+    "llama yarn": ("Llama", dict(rope_parameters=YARN), {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                                                         "rope.scaling.original_context_length": 32}),
+    "mistral": ("Mistral", dict(sliding_window=None), {}),
+    "mistral window": ("Mistral", dict(sliding_window=7), {"attention.sliding_window": 7}),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2),
+                {"expert_count": 4, "expert_used_count": 2}),
+    "qwen2": ("Qwen2", {}, {}),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True), {}),
+    "qwen3": ("Qwen3", dict(head_dim=24), {"attention.key_length": 24}),
+    "qwen3_moe": ("Qwen3Moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=16,
+                                   norm_topk_prob=True, mlp_only_layers=[]),
+                  {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 48}),
+    "phi3": ("Phi3", dict(sliding_window=9), {"attention.sliding_window": 9}),
+    "phi3 longrope": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=32),
+                      {"rope.dimension_count": 8, "rope.scaling.original_context_length": 32}),
+    "granite": ("Granite", dict(attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.7,
+                                logits_scaling=0.5),
+                {"attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 0.5}),
+    "smollm3": ("SmolLM3", dict(num_hidden_layers=5), {}),
+    "olmo2": ("Olmo2", {}, {}),
+    "olmo2 tied": ("Olmo2", dict(tie_word_embeddings=True), {}),
+    "stablelm": ("StableLm", dict(use_qkv_bias=True), {"use_parallel_residual": False, "rope.dimension_count": 4}),
+    "stablelm 12b": ("StableLm", dict(qk_layernorm=True, use_parallel_residual=True), {"use_parallel_residual": True}),
+    "gemma2": ("Gemma2", dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=9, attn_logit_softcapping=5.0,
+                              final_logit_softcapping=6.0, tie_word_embeddings=True, num_hidden_layers=4),
+               {"attention.sliding_window": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0}),
+    "gemma3": ("Gemma3Text", dict(head_dim=16, query_pre_attn_scalar=10, sliding_window=9, tie_word_embeddings=True,
+                                  num_hidden_layers=7),
+               {"attention.sliding_window": 9, "rope.freq_base_swa": 1e4, "rope.freq_base": 1e6,
+                "attention.scale": 10 ** -0.5}),
+    "gemma3 pattern": ("Gemma3Text", dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=9, num_hidden_layers=2,
+                                          layer_types=["full_attention", "sliding_attention"],
+                                          tie_word_embeddings=True),
+                       {"attention.sliding_window_pattern": [False, True]}),
+}
+BY_PROGRAM = ("llama", "llama tied", "llama bias", "llama head_dim", "llama linear", "llama llama3", "mistral", "qwen2",
+              "qwen2 tied")
+
+
+def make_network(case: str, **more):
+    """A random model: weights of spread 0.15, norms around 1."""
+    name, differs, _ = CASES[case]
+    config = getattr(transformers, name + "Config")(**(COMMON | differs | more))
+    torch.manual_seed(1)
+    network = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")._from_config(
+        config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, p in network.named_parameters():
+            p.normal_(0, 0.3 if key.endswith("bias") or "norm" in key else 0.15)
+            if "norm" in key and not key.endswith("bias") and "gemma" not in config.model_type:
+                p.add_(1)
+    return network
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Byte-level BPE: two special tokens, the bytes, some merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u0120", "t"), ("h", "e"), ("\u0120t", "he"), ("i", "n"), ("a", "n"), ("\u0120", "a")]
+    tokens = ["<|begin|>", "<|end|>", *alphabet, *("".join(m) for m in merges)]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", pair="<|begin|> $A $B",
+                                                             special_tokens=[("<|begin|>", 0)])
+    return tokenizer
+
+
+def save_tokenizer(folder: Path) -> None:
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}, "tokenizer_class": "PreTrainedTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def save_model(folder: Path, network, dtype: torch.dtype = torch.float32) -> Path:
+    network.to(dtype).save_pretrained(folder)
+    network.to(torch.float32)
+    save_tokenizer(folder)
+    return folder
+
+
+IDS = np.random.default_rng(7).integers(0, VOCAB, TOKENS)
+
+
+def reference(network) -> np.ndarray:
+    """transformers' logits      out (TOKENS, VOCAB)"""
+    with torch.no_grad():
+        return network(torch.tensor(IDS[None])).logits[0].float().numpy()
+
+
+# ==== Helpers ====
+
+passed = failed = 0
+
+
+def check(what: str, holds: bool, more: str = "") -> None:
+    global passed, failed
+    if holds:
+        passed += 1
+    else:
+        failed += 1
+        print(f"    FAILED {what} {more}")
+
+
+def export(*words) -> tuple[int, str]:
+    """Exit status and stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            status = export_model.main([str(w) for w in words])
+        except SystemExit as leaving:
+            status = leaving.code
+    return status, stderr.getvalue()
+
+
+def exported(*words) -> str:
+    status, stderr = export(*words)
+    check(" ".join(map(str, words)), status == 0, stderr)
+    return stderr
+
+
+def run_logits(path: Path) -> np.ndarray:
+    """The C program's, --exact      out (TOKENS, VOCAB)"""
+    out = path.with_suffix(".logits")
+    subprocess.run([RUN, path, "-m", "logits", "--exact", "--ids", " ".join(map(str, IDS)), "-o", out], check=True)
+    return np.fromfile(out, "<f4").reshape(TOKENS, -1)
+
+
+def check_logits(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    difference = np.abs(got - wanted).max()
+    same = (got.argmax(1) == wanted.argmax(1)).sum()
+    print(f"  {what:44} max difference {difference:.1e} of {np.abs(wanted).max():5.1f}, top-1 {same}/{len(wanted)}")
+    check(what, difference <= tolerance and same == len(wanted), f"{difference}")
+
+
+def gguf_tensors(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = gguf_tensors(a), gguf_tensors(b)
+    return first.keys() == second.keys() and all(
+        t.tensor_type == second[n].tensor_type and np.array_equal(t.data, second[n].data) for n, t in first.items())
+
+
+def numpy_logits(path: Path) -> np.ndarray:
+    return export_model.Network(export_model.open_source(path, export_model.Choices())).logits(IDS)
+
+
+# ==== Tests ====
+
+def test_families(folder: Path) -> None:
+    """Each family: the forward pass on the folder and on the GGUF file against transformers; keys by gguf-py."""
+    for case, (_, _, keys) in CASES.items():
+        network = make_network(case)
+        wanted, source = reference(network), save_model(folder / case, network)
+        made = folder / f"{case}.gguf"
+        exported(source, "-o", made, "--to", "gguf")
+        check_logits(f"{case}: numpy, folder", numpy_logits(source), wanted)
+        check_logits(f"{case}: numpy, gguf", numpy_logits(made), wanted)
+        fields = gguf.GGUFReader(made).fields
+        arch = fields["general.architecture"].contents()
+        for key, value in keys.items():
+            got = fields[f"{arch}.{key}"].contents() if f"{arch}.{key}" in fields else None
+            check(f"{case}: {key}", got is not None and np.allclose(got, value, 1e-6) if not isinstance(value, str)
+                  else got == value, f"is {got}, expected {value}")
+        if case in BY_PROGRAM:
+            check_logits(f"{case}: the C program, gguf", run_logits(made), wanted)
+
+
+def test_formats_of_folders(folder: Path) -> None:
+    """Sharded safetensors and pytorch_model.bin give what one file of safetensors gives."""
+    network = make_network("llama")
+    whole = save_model(folder / "whole", network)
+    network.save_pretrained(folder / "sharded", max_shard_size="100KB")
+    save_tokenizer(folder / "sharded")
+    (folder / "pickled").mkdir()
+    (folder / "pickled/config.json").write_bytes((whole / "config.json").read_bytes())
+    save_tokenizer(folder / "pickled")
+    torch.save(network.state_dict(), folder / "pickled/pytorch_model.bin")
+    check("several shards", len(list((folder / "sharded").glob("*.safetensors"))) > 2)
+    for name in ("whole", "sharded", "pickled"):
+        exported(folder / name, "-o", folder / f"{name}.gguf", "--to", "gguf")
+        check(f"{name}: weights", same_weights(folder / f"{name}.gguf", folder / "whole.gguf"))
+
+
+def test_fused_experts(folder: Path) -> None:
+    """As transformers 5 has them in memory: all experts in one tensor, gate and up together."""
+    for case, block, names in (("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+                               ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj"))):
+        source = save_model(folder / case, make_network(case))
+        exported(source, "-o", folder / f"{case}.gguf", "--to", "gguf")
+        tensors = load_file(source / "model.safetensors")
+        for layer in range(2):
+            prefix = f"model.layers.{layer}."
+            parts = [torch.stack([tensors.pop(f"{prefix}{block}.experts.{e}.{n}.weight") for e in range(4)])
+                     for n in names]
+            tensors[f"{prefix}mlp.experts.gate_up_proj"] = torch.cat(parts[:2], 1)
+            tensors[f"{prefix}mlp.experts.down_proj"] = parts[2]
+            tensors[f"{prefix}mlp.gate.weight"] = tensors.pop(f"{prefix}{block}.gate.weight")
+        save_file(tensors, source / "model.safetensors")
+        exported(source, "-o", folder / f"{case} fused.gguf", "--to", "gguf")
+        check(f"{case}: the same weights", same_weights(folder / f"{case}.gguf", folder / f"{case} fused.gguf"))
+
+
+def test_gemma3_that_sees(folder: Path) -> None:
+    """Of a model with a vision tower, the part that reads and writes text."""
+    source = save_model(folder / "model", make_network("gemma3 pattern"))
+    exported(source, "-o", folder / "text.gguf", "--to", "gguf")
+    config = json.loads((source / "config.json").read_text())
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": config,
+             "vision_config": {"hidden_size": 8}, "mm_tokens_per_image": 4}
+    (source / "config.json").write_text(json.dumps(outer))
+    tensors = {f"language_model.{n}": t for n, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors | {"vision_tower.x.weight": torch.zeros(3, 4)}, source / "model.safetensors")
+    stderr = exported(source, "-o", folder / "seeing.gguf", "--to", "gguf")
+    check("the same weights", same_weights(folder / "text.gguf", folder / "seeing.gguf"))
+    check("it says so", "vision tower is left out" in stderr)
+
+
+def test_round_trips(folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in ("llama bias", "qwen2 tied"):
+            network = make_network(case)
+            name = f"{case} {dtype}"
+            source = save_model(folder / name, network, dtype)
+            exported(source, "-o", folder / f"{name}.bin")
+            exported(folder / f"{name}.bin", "-o", folder / f"{name} again", "--to", "hf")
+            before, after = (load_file(f / "model.safetensors") for f in (source, folder / f"{name} again"))
+            check(f"{name}: native and back", before.keys() == after.keys() and all(
+                t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items()))
+            again = transformers.AutoModelForCausalLM.from_pretrained(folder / f"{name} again", dtype=torch.float32,
+                                                                      attn_implementation="eager").eval()
+            check_logits(f"{name}: transformers on it", reference(again), run_logits(folder / f"{name}.bin"))
+    golden = ROOT / "tests/golden"
+    for name in ("mixed", "llama3_rope", "qwen2_untied"):
+        exported(golden / f"{name}.gguf", "-o", folder / f"{name}.bin")
+        exported(folder / f"{name}.bin", "-o", folder / f"{name}.gguf", "--to", "gguf")
+        check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
+
+
+def test_five_bits(folder: Path) -> None:
+    """Q5_0 and Q5_1, which export_model reads but does not make."""
+    save_model(folder / "model", make_network("llama"))
+    model = export_model.open_source(folder / "model", export_model.Choices())
+    for name, kind in (("q5", "Q5_0"), ("q5m", "Q5_1")):
+        kind = getattr(gguf.GGMLQuantizationType, kind)
+        for key, tensor in list(model.tensors.items()):
+            if len(tensor.shape) == 2:
+                blocks = gguf.quantize(model.tensors[key].floats(), kind)
+                model.tensors[key] = export_model.Tensor(tensor.shape, name, lambda blocks=blocks: blocks)
+        types = {key: t.type for key, t in model.tensors.items()}
+        export_model.write_gguf(model, types, folder / f"{name}.gguf", False)
+        exported(folder / f"{name}.gguf", "-o", folder / f"{name}.bin")
+        exported(folder / f"{name}.bin", "-o", folder / f"{name} again.gguf", "--to", "gguf")
+        check(f"{name}: GGUF, native, GGUF", same_weights(folder / f"{name}.gguf", folder / f"{name} again.gguf"))
+
+
+def test_back_to_transformers(folder: Path) -> None:
+    """GGUF to a folder, whose config.json is made from the keys: transformers computes the same."""
+    for case in CASES:
+        wanted = reference(network := make_network(case))
+        source = save_model(folder / case, network)
+        exported(source, "-o", folder / f"{case}.gguf", "--to", "gguf")
+        exported(folder / f"{case}.gguf", "-o", folder / f"{case} again", "--to", "hf")
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder / f"{case} again", dtype=torch.float32,
+                                                                  attn_implementation="eager").eval()
+        check_logits(f"{case}: transformers on the new folder", reference(again), wanted)
+
+
+def test_quantisers(folder: Path) -> None:
+    """Blocks are ggml's, by gguf-py, and better than its round to nearest."""
+    x = np.random.default_rng(3).normal(size=(32, 256)).astype(np.float32)
+    x[0, :32], x[1, :32], x[2, :32] = 0, 1, np.arange(32)
+    kinds = {"q8": "Q8_0", "q4": "Q4_0", "q4m": "Q4_1", "q5": "Q5_0", "q5m": "Q5_1"}
+    for name, kind in kinds.items():
+        kind = getattr(gguf.GGMLQuantizationType, kind)
+        theirs = gguf.quantize(x, kind)
+        check(f"{name}: decoded", np.array_equal(export_model.decode(theirs, name), gguf.dequantize(theirs, kind)))
+        if name[1] == "5":
+            continue
+        ours = export_model.encode(x, name)
+        check(f"{name}: bytes", np.array_equal(export_model.decode(ours, name), gguf.dequantize(ours, kind)))
+        errors = [np.square(gguf.dequantize(b, kind) - x).sum() for b in (ours, theirs)]
+        print(f"  {name:4} squared error {errors[0] / errors[1]:.3f} of round to nearest")
+        check(f"{name}: error", errors[0] < errors[1])
+    grid, blocks = export_model.GRIDS["q4m"], x.reshape(-1, 32)
+
+    def squares(q: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+        return np.square(q * scale + minimum - blocks).sum(1)
+    few = [squares(grid.store(blocks, *guess), *guess) for guess in grid.guesses(blocks)]
+    check("no guess is better than the best", (squares(*grid.search(blocks)) <= np.min(few, 0) * (1 + 1e-5)).all())
+    rng = np.random.default_rng(5)
+    for name, kind, at in (("q4k", "Q4_K", 0), ("q5k", "Q5_K", 0), ("q6k", "Q6_K", 208)):
+        blocks = rng.integers(0, 256, (9, export_model.TYPES[name].n_bytes)).astype(np.uint8)
+        scales = rng.normal(size=(9, 2)).astype(np.float16).view(np.uint8)
+        blocks[:, at:at + 4] = scales[:, :blocks[:, at:at + 4].shape[1]]
+        wanted = gguf.dequantize(blocks, getattr(gguf.GGMLQuantizationType, kind))
+        check(f"{name}: decoded", np.array_equal(export_model.decode(blocks, name), wanted))
+
+
+def test_types(folder: Path) -> None:
+    network = make_network("llama")
+    wanted, source = reference(network), save_model(folder / "model", network)
+    limits = {"f16": 0.02, "bf16": 0.2, "q8": 0.3, "q4": 6, "q4m": 5, "mixed": 5}
+    for name, limit in limits.items():
+        stderr = exported(source, "-o", folder / f"{name}.bin", "--type", name, "--report")
+        difference = np.abs(run_logits(folder / f"{name}.bin") - wanted).max()
+        print(f"  {name:6} max difference {difference:.2e};{stderr.splitlines()[-1].split(';')[-1]}")
+        check(f"{name}: error", difference < limit, f"{difference}")
+        check(f"{name}: report", stderr.count("RMSE") == 16 and "verified" in stderr, stderr)
+    exported(source, "-o", folder / "mixed.gguf", "--type", "mixed", "--to", "gguf")
+    types = {n: t.tensor_type.name for n, t in gguf_tensors(folder / "mixed.gguf").items()}
+    for name, kind in (("token_embd", "Q8_0"), ("output", "Q8_0"), ("blk.0.attn_v", "Q8_0"), ("blk.1.ffn_down", "Q8_0"),
+                       ("blk.0.attn_q", "Q4_1"), ("blk.1.ffn_up", "Q4_1"), ("blk.0.attn_norm", "F32")):
+        check(f"mixed: {name}", types[f"{name}.weight"] == kind, types[f"{name}.weight"])
+    exported(source, "-o", folder / "q4.gguf", "--type", "q4", "--to", "gguf")
+    exported(folder / "q4.gguf", "-o", folder / "kept.gguf", "--to", "gguf")
+    check("q4 is kept", same_weights(folder / "q4.gguf", folder / "kept.gguf"))
+
+
+META_PARTS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
+
+
+def meta_state(network) -> dict[str, torch.Tensor]:
+    """A LLaMA's tensors as Meta names and orders them."""
+    names = {v: k for k, v in export_model.META_NAMES.items()} | {v: k for k, v in export_model.META_WHOLE.items()}
+    config, state = network.config, network.state_dict()
+    out = {}
+    for part in export_model.model_parts(export_model.FAMILIES["llama"], config.num_hidden_layers):
+        if part.hf in state:
+            w = state[part.hf].numpy()
+            heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(part.move)
+            if heads:  # rows of a head: 0, K/2, 1, K/2+1, ...
+                K = len(w) // heads
+                order = np.arange(K).reshape(2, K // 2).T.ravel()
+                w = w.reshape(heads, K, -1)[:, order].reshape(w.shape)
+            layer, _, rest = part.gguf.removeprefix("blk.").partition(".")
+            out[f"layers.{layer}.{names[rest]}" if layer.isdigit() else names[part.gguf]] = torch.tensor(w)
+    return out
+
+
+def save_meta(folder: Path, state: dict, n_parts: int, embedding_axis: int = 1, **params) -> None:
+    folder.mkdir()
+    for i in range(n_parts):
+        part = {}
+        for name, w in state.items():
+            kind = name.split(".")[-2]
+            axis = META_PARTS.get(kind)
+            axis = embedding_axis if kind == "tok_embeddings" else axis
+            part[name] = w if axis is None else w.chunk(n_parts, axis)[i].clone()
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+def train_sentencepiece(folder: Path, size: int) -> Path:
+    import sentencepiece
+    text = [f"the {a} {b} of {c}, 12a" for a in ("sea", "moon", "ship") for b in ("east", "sun")
+            for c in ("Zürich", "Rome")]
+    if size > 400:  # more letters than the small vocabulary has room for
+        text += (ROOT / "LICENSE").read_text().split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=size, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
+        minloglevel=2, character_coverage=1.0)
+    return folder / "tokenizer.model"
+
+
+def save_tiktoken(path: Path) -> None:
+    """The bytes, then three merges."""
+    import base64
+    tokens = [*(bytes([b]) for b in range(256)), b"he", b" t", b" the"]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+
+
+def test_meta(folder: Path) -> None:
+    network = make_network("llama")
+    wanted, state = reference(network), meta_state(network)
+    params = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=-1, multiple_of=32, norm_eps=1e-6)
+    vocabulary = train_sentencepiece(folder, VOCAB)
+    for n, axis in ((1, 1), (2, 1), (4, 1), (2, 0)):
+        name = f"meta {n} {axis}"
+        save_meta(folder / name, state, n, axis, **params)
+        exported(folder / name, "-o", folder / f"{name}.gguf", "--to", "gguf", "--tokenizer", vocabulary)
+        check(f"{name}: the bits of one part", same_weights(folder / f"{name}.gguf", folder / "meta 1 1.gguf"))
+    check_logits("meta: the C program", run_logits(folder / "meta 1 1.gguf"), wanted)
+    save_meta(folder / "scaled", state, 2, 0, **params, use_scaled_rope=True, rope_theta=500000.0)
+    save_tiktoken(folder / "scaled/tokenizer.model")
+    status, stderr = export(folder / "scaled", "-o", folder / "scaled.bin")
+    check("meta: a vocabulary that is too large", status == 1 and "vocab_size = 320" in stderr, stderr)
+
+
+def test_tiktoken(folder: Path) -> None:
+    """LLaMA 3's: merges worked out from ranks; its special tokens."""
+    save_tiktoken(folder / "tokenizer.model")
+    keys, _ = export_model.tiktoken_keys(folder / "tokenizer.model", 600, True)
+    tokens = keys["tokenizer.ggml.tokens"].data
+    ranks = {bytes([b]): b for b in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258, b"abcd": 300, b"cd": 301}
+    check("tiktoken: the last two parts", export_model.merge_of(b"abc", ranks) == (b"a", b"bc"))
+    check("tiktoken: no way to it", export_model.merge_of(b"wxyz", ranks | {b"wxyz": 400}) is None)
+    check("tiktoken: by earlier merges", export_model.merge_of(b"abcd", ranks) == (b"abc", b"d"))
+    check("tiktoken: merges", keys["tokenizer.ggml.merges"].data == ["h e", "\u0120 t", "\u0120t he"],
+          str(keys["tokenizer.ggml.merges"].data))
+    check("tiktoken: special", tokens[259] == "<|begin_of_text|>" and tokens[259 + 9] == "<|eot_id|>"
+          and tokens[259 + 255] == "<|reserved_special_token_247|>", str(tokens[-90:-80]))
+
+
+def test_llama2c(folder: Path) -> None:
+    network = make_network("llama")
+    network.model.norm.variance_epsilon = 1e-5
+    for layer in network.model.layers:
+        layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon = 1e-5
+    wanted = reference(network)
+    arguments = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32, max_seq_len=128,
+                     dropout=0.0)
+    state = {f"_orig_mod.{n}": t for n, t in meta_state(network).items()}
+    torch.save({"model": state, "model_args": arguments, "iter_num": 3}, folder / "model.pt")
+    train_sentencepiece(folder, VOCAB)
+    exported(folder / "model.pt", "-o", folder / "model.bin")
+    check_logits("llama2.c .pt: native", run_logits(folder / "model.bin"), wanted)
+    exported(folder / "model.bin", "-o", folder / "v0.bin", "--to", "llama2c")
+    check_logits("llama2.c v0", run_logits(folder / "v0.bin"), wanted)
+    exported(folder / "model.bin", "-o", folder / "v2.bin", "--to", "llama2c", "--type", "q8")
+    check("llama2.c v2", 1e-4 < np.abs(run_logits(folder / "v2.bin") - wanted).max() < 0.3)
+    text = "the moon of Zürich, 12a \u2603"
+    ids = [tokenize(folder / name, text, *more) for name, *more in
+           (("model.bin",), ("v0.bin", "-z", folder / "v0.tokenizer.bin"))]
+    check("llama2.c: tokenizer.bin", ids[0] == ids[1], f"{ids}")
+    exported(folder / "model.pt", "-o", folder / "again.bin", "--tokenizer", folder / "v0.tokenizer.bin")
+    check("llama2.c: tokenizer.bin is read", tokenize(folder / "again.bin", text) == ids[0])
+
+
+def test_lora(folder: Path) -> None:
+    try:
+        import peft
+    except ImportError:
+        return print("  skipped: peft is not installed")
+    base = {"alpha": dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]),
+            "rslora": dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["k_proj", "v_proj", "gate_proj"]),
+            "patterns": dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "up_proj"],
+                             rank_pattern={"k_proj": 2, "layers.1.mlp.up_proj": 8}, alpha_pattern={"q_proj": 20})}
+    for case in ("llama", "qwen2", "phi3"):
+        save_model(folder / case, make_network(case))
+        exported(folder / case, "-o", folder / f"{case}.gguf", "--to", "gguf")
+        for name, options in base.items():
+            if case == "phi3":
+                options = options | {"target_modules": ["qkv_proj", "down_proj"]}
+            network = peft.get_peft_model(make_network(case), peft.LoraConfig(**options))
+            torch.manual_seed(4)
+            with torch.no_grad():
+                for key, p in network.named_parameters():
+                    if "lora_" in key:
+                        p.normal_(0, 0.1)
+            network.save_pretrained(folder / f"{case} {name}")
+            wanted = reference(network.merge_and_unload())
+            for source in (folder / case, folder / f"{case}.gguf"):
+                made = folder / f"{case} {name} {source.suffix}.gguf"
+                exported(source, "--lora", folder / f"{case} {name}", "-o", made, "--to", "gguf")
+                got = run_logits(made) if case in BY_PROGRAM else numpy_logits(made)
+                check_logits(f"{case}: LoRA {name} into {source.suffix or 'folder'}", got, wanted)
+    adapter = folder / "llama alpha/adapter_config.json"
+    config = json.loads(adapter.read_text())
+    for key, value in (("fan_in_fan_out", True), ("modules_to_save", ["lm_head"]), ("use_dora", True), ("bias", "all"),
+                       ("something_new", 1)):
+        adapter.write_text(json.dumps(config | {key: value}))
+        status, stderr = export(folder / "llama", "--lora", folder / "llama alpha", "-o", folder / "no.bin")
+        check(f"LoRA: {key} is refused", status == 1 and key in stderr and not (folder / "no.bin").exists(), stderr)
+
+
+# -- Tokenizers --
+
+TEXTS = ("the man and the thin hat", "  two  spaces\n\nlines\t", "Zürich, 1234 \u2603 don't", "a<tool>b", "")
+
+
+def tokenize(path: Path, text: str, *more) -> list[int]:
+    done = subprocess.run([RUN, path, "-m", "tokenize", "-i", text, *more], capture_output=True, check=True)
+    return [int(i) for i in done.stdout.split()]
+
+
+def test_byte_level(folder: Path) -> None:
+    source = save_model(folder / "model", make_network("llama"))
+    exported(source, "-o", folder / "model.bin")
+    exported(folder / "model.bin", "-o", folder / "again", "--to", "hf")
+    theirs, again = byte_tokenizer(), Tokenizer.from_file(str(folder / "again/tokenizer.json"))
+    for text in TEXTS:
+        wanted = theirs.encode(text).ids
+        check(f"the C program: {text!r}", tokenize(folder / "model.bin", text) == wanted,
+              f"{tokenize(folder / 'model.bin', text)} {wanted}")
+        check(f"tokenizer.json made anew: {text!r}", again.encode(text).ids == wanted, str(again.encode(text).ids))
+    exported(source, "-o", folder / "model.gguf", "--to", "gguf")
+    fields = {n: f.contents() for n, f in gguf.GGUFReader(folder / "model.gguf").fields.items() if "token" in n}
+    types = fields["tokenizer.ggml.token_type"]
+    check("types", types[:3] == [3, 3, 1] and types[264:266] == [4, 5], f"{types[:3]} {types[262:268]}")
+    check("keys", fields["tokenizer.ggml.pre"] == "gpt-2" and fields["tokenizer.ggml.add_bos_token"]
+          and fields["tokenizer.ggml.eos_token_id"] == 1 and fields["tokenizer.chat_template"] == "{{ messages }}")
+    check("the template comes back", (folder / "again/chat_template.jinja").read_text() == "{{ messages }}")
+
+
+def test_sentencepiece(folder: Path) -> None:
+    import sentencepiece
+    source = save_model(folder / "model", make_network("llama", vocab_size=700))
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    theirs = sentencepiece.SentencePieceProcessor(str(train_sentencepiece(source, 690)))
+    exported(source, "-o", folder / "model.bin")
+    exported(folder / "model.bin", "-o", folder / "again", "--to", "hf")
+    again = Tokenizer.from_file(str(folder / "again/tokenizer.json"))
+    fast = folder / "fast"
+    fast.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
+        (fast / name).write_bytes((source / name).read_bytes())
+    (fast / "tokenizer.json").write_bytes((folder / "again/tokenizer.json").read_bytes())
+    exported(fast, "-o", folder / "fast.bin")
+    for text in (*TEXTS[:-1], "\U0001f600", *(ROOT / "README.md").read_text().split("\n")[:40:3]):
+        wanted = [theirs.bos_id(), *theirs.encode(text)]
+        check(f"the C program: {text!r}", tokenize(folder / "model.bin", text) == wanted,
+              f"{tokenize(folder / 'model.bin', text)} {wanted}")
+        check(f"tokenizer.json made anew: {text!r}", again.encode(text).ids == wanted, str(again.encode(text).ids))
+        check(f"tokenizer.json read: {text!r}", tokenize(folder / "fast.bin", text) == wanted)
+
+
+def split(regex: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def test_pre_tokenizers(folder: Path) -> None:
+    """The forms in which published checkpoints have them (as llama.cpp quotes them)."""
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    bytes_only = words | {"use_regex": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+              r"\s+(?!\S)|\s+")
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    tekken = (rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*|\p{{N}}|"
+              r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    suffix = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    gpt4o = tekken.replace("+|[^", f"+{suffix}|[^", 1).replace(r"*|\p{N}|", rf"*{suffix}|\p{{N}}{{1,3}}|", 1)
+    cases = {"gpt-2": words, "smollm": [digits, words], "llama-bpe": [split(llama3), bytes_only],
+             "dbrx": [split(llama3), bytes_only], "qwen2": [split(llama3.replace("{1,3}", "")), bytes_only],
+             "tekken": [split(tekken), bytes_only], "gpt-4o": [split(gpt4o), bytes_only],
+             "deepseek-llm": [split("[\r\n]"), split("\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6]+"),
+                              split(r"\s?[!-/]+"), split(r"\s+$"), split("[\u4e00-\u9fa5]+"), digits, bytes_only]}
+    for name, steps in cases.items():
+        pre = {"type": "Sequence", "pretokenizers": steps} if isinstance(steps, list) else steps
+        tokenizer = {"pre_tokenizer": pre, "model": {"ignore_merges": name == "llama-bpe"}}
+        check(name, export_model.recognise_pre_tokenizer(tokenizer, folder) == name)
+        if name in export_model.PRE_TOKENIZERS:
+            made = {"pre_tokenizer": export_model.pre_tokenizer_json(name, folder), "model": tokenizer["model"]}
+            check(f"{name} made", export_model.recognise_pre_tokenizer(made, folder) == name)
+
+
+# -- What is refused --
+
+def test_refusals(folder: Path) -> None:
+    """Each says what it is by name, in one line, and leaves no file."""
+    source = save_model(folder / "model", make_network("llama"))
+    config = json.loads((source / "config.json").read_text())
+    weights, tokenizer = (source / "model.safetensors").read_bytes(), (source / "tokenizer.json").read_text()
+    spaced = json.loads(tokenizer)
+    spaced["pre_tokenizer"] = {"type": "Whitespace"}
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    n = struct.unpack("<Q", weights[:8])[0]
+    header = json.loads(weights[8:8 + n])
+    norm = header["model.norm.weight"]
+    longer = norm | {"data_offsets": [0, 260]}
+
+    def with_header(change: dict) -> bytes:
+        packed = json.dumps({k: v for k, v in (header | change).items() if v is not None}).encode()
+        return struct.pack("<Q", len(packed)) + packed + weights[8 + n:]
+    cases = [("config.json", json.dumps(config | change), word) for change, word in (
+        ({"new_feature": 1}, "new_feature"), ({"model_type": "rwkv"}, "model_type"),
+        ({"rope_parameters": dynamic}, "dynamic"), ({"rope_parameters": LLAMA3 | {"twist": 2}}, "twist"),
+        ({"hidden_act": "relu"}, "hidden_act"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"add_cross_attention": True}, "add_cross_attention"), ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"hidden_size": "64"}, "hidden_size"), ({"vocab_size": 321}, "embed_tokens"),
+        ({"num_hidden_layers": 3}, "layers.2."), ({"num_hidden_layers": 1}, "layers.1."),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"rms_norm_eps": None, "norm_eps": 1e-5}, "norm_eps"))]
+    moe = config | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
+    cases += [("config.json", "{", "not JSON"), ("config.json", json.dumps(moe), "norm_topk_prob"),
+              ("config.json", "[]", "expected an object"), ("tokenizer.json", json.dumps(spaced), "--pre NAME"),
+              ("tokenizer.json", "{}", "tokenizer"), ("model.safetensors", weights[:-4], "not copied whole"),
+              ("model.safetensors", weights[:50], "cut short"),
+              ("model.safetensors", with_header({"model.norm.weight": longer}), "lie within"),
+              ("model.safetensors", with_header({"lm_head.weight": None}), "lm_head.weight"),
+              ("model.safetensors", with_header({"model.extra": norm}), "model.extra"),
+              ("model.safetensors", with_header({"lm_head.weight": header["lm_head.weight"] | {"dtype": "F8_E4M3"}}),
+               "F8_E4M3")]
+    for name, content, word in cases:
+        kept = (source / name).read_bytes()
+        (source / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        status, stderr = export(source, "-o", folder / "no.bin")
+        check(f"{name}: {word}", status == 1 and word in stderr and stderr.count("\n") == 1, f"{status} {stderr}")
+        (source / name).write_bytes(kept)
+    exported(source, "-o", folder / "yes.gguf", "--to", "gguf", "--pre", "olmo")
+    pre = gguf.GGUFReader(folder / "yes.gguf").fields["tokenizer.ggml.pre"].contents()
+    check("--pre", pre == "olmo", pre)
+    for words, status_wanted in ((["nothing", "-o", folder / "no.bin"], 1), ([source], 2),
+                                 ([source, "-o", folder / "no.bin", "--type", "q9"], 2),
+                                 ([source, "-o", folder / "model", "--to", "hf"], 1),
+                                 ([folder / "yes.gguf", "-o", folder / "yes.gguf", "--to", "gguf"], 1),
+                                 ([source, "-o", folder / "no.bin", "--run", folder / "norun"], 1)):
+        status, stderr = export(*words)
+        check(f"{words[1:]}", status == status_wanted and "Traceback" not in stderr, f"{status} {stderr}")
+    damaged = (folder / "yes.gguf").read_bytes()
+    for n in (3, 20, 200, 5000, len(damaged) - 8):
+        (folder / "short.gguf").write_bytes(damaged[:n])
+        status, stderr = export(folder / "short.gguf", "-o", folder / "no.bin")
+        check(f"GGUF of {n} bytes", status == 1 and stderr.count("\n") == 1, stderr)
+    check("no file is left", {p.name for p in folder.iterdir()} == {"model", "yes.gguf", "short.gguf"},
+          str(list(folder.iterdir())))
+
+
+def test_verification_fails(folder: Path) -> None:
+    """A writer that errs is found out: rows of the key in the wrong order, a scale a little off."""
+    source = save_model(folder / "model", make_network("llama"))
+    pair_rows, quantise = export_model.pair_rows, export_model.quantise
+    try:
+        export_model.pair_rows = lambda w, heads: pair_rows(w, 2 * heads)
+        status, stderr = export(source, "-o", folder / "no.bin")
+        check("wrong order of rows", status == 1 and "verification failed" in stderr, stderr)
+        export_model.pair_rows = pair_rows
+        export_model.slabs, slabs = lambda t, name, errors=None: (
+            s[:-1] + bytes([s[-1] ^ 64]) for s in slabs(t, name, errors)), export_model.slabs
+        status, stderr = export(source, "-o", folder / "no.bin", "--type", "f16")
+        check("a wrong bit", status == 1 and "verification failed" in stderr, stderr)
+        export_model.slabs = slabs
+    finally:
+        export_model.pair_rows, export_model.quantise = pair_rows, quantise
+    check("no file is left", [p.name for p in folder.iterdir()] == ["model"])
+
+
+def main() -> None:
+    chosen = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, test in list(globals().items()):
+        if name.startswith("test_") and chosen in name:
+            print(name.removeprefix("test_").replace("_", " "))
+            with tempfile.TemporaryDirectory() as folder:
+                test(Path(folder))
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
