@@ -602,8 +602,8 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
     }
 }
 
-// p[i] = e^(y - max), y = p[i] * scale or, if there is a cap, cap * tanh(p[i] * scale / cap), for numbers `from` to n of
-// p; zeros before them, and behind up to a multiple of 16; returns their sum.
+// p[i] = e^(y - max), y = p[i] * scale or, if there is a cap, cap * tanh(p[i] * scale / cap), for numbers `from` to n
+// of p; zeros before them, and behind up to a multiple of 16; returns their sum.
 INLINE float exponentiate(float *p, size_t from, size_t n, float scale, float cap) {
     float max[16], lane[16] = { 0 };
     for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap * hyperbolic_tangent(p[i] * scale / cap);
@@ -655,13 +655,9 @@ static size_t seen_by(const Attention *a, int i) {
     return a->position + (size_t)(i / a->group) + 1;
 }
 
-// The first that it may see, and a multiple of 16 before the first that any query may see.
+// The first that it may see.
 static size_t seen_from(const Attention *a, int i) {
     return seen_by(a, i) > a->window ? seen_by(a, i) - a->window : 0;
-}
-
-static size_t begin_of(const Attention *a) {
-    return seen_from(a, 0) / 16 * 16;
 }
 
 // n numbers of the cache from number i on, as floats.
@@ -672,7 +668,7 @@ static void recall(float *to, const void *cache, size_t i, size_t n, bool f32) {
 
 // scores[i,p] = query[i] . key[p] for all positions that some query may see, sixteen at a time
 static void score_keys(const Attention *a) {
-    for (size_t p = begin_of(a); p < seen_by(a, a->n_queries - 1); p += 16) {
+    for (size_t p = seen_from(a, 0) / 16 * 16; p < seen_by(a, a->n_queries - 1); p += 16) {
         recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
@@ -683,7 +679,7 @@ static void score_keys(const Attention *a) {
 // sums[i] = sum over the positions p that query i may see of scores[i,p] * value[p]
 static void mix_values(const Attention *a) {
     size_t n = seen_by(a, a->n_queries - 1);
-    for (size_t p = begin_of(a), now; p < n; p += now) {
+    for (size_t p = seen_from(a, 0) / 16 * 16, now; p < n; p += now) {
         now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
         recall(a->tile, a->values, p * a->row, now * a->row, a->cache_f32);
         bool all_see = p + now <= seen_by(a, 0);
@@ -700,7 +696,7 @@ static void mix_values(const Attention *a) {
 
 // out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
 static void attend_group(const Attention *a) {
-    size_t begin = begin_of(a);
+    size_t begin = seen_from(a, 0) / 16 * 16;
     for (int i = 0; i < a->n_queries; i++)
         memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
     score_keys(a);
@@ -997,13 +993,6 @@ typedef struct {
     Candidate *candidates; // (V)
 } Sampler;
 
-// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
-static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
-    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
-    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
-    return s->candidates != NULL;
-}
-
 // A number in [0, 1): xorshift* (Marsaglia, "Xorshift RNGs"; Vigna, "An experimental exploration of ...").
 static float flip_coin(uint64_t *state) {
     *state ^= *state >> 12;
@@ -1030,28 +1019,10 @@ static void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-static bool is_likelier(Candidate a, Candidate b) {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
-}
-
-// Lets c[i] sink in the heap of n candidates to where none below it is likelier.
-static void sink(Candidate *c, size_t i, size_t n) {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
-        if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
-    }
-}
-
-// Moves the likeliest of a heap of *n candidates to a place behind them.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
-}
+// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier; the top of *n candidates
+// is moved to a place behind them (chapter 9).
+static void sink(Candidate *c, size_t i, size_t n);
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n);
 
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
 // from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
@@ -1862,6 +1833,36 @@ static bool read_line(Buffer *line) {
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
     line->n = (size_t)n;
     return true;
+}
+
+// ---- For the sampler ----
+
+// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
+static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
+    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
+    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
+    return s->candidates != NULL;
+}
+
+static bool is_likelier(Candidate a, Candidate b) {
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+static void sink(Candidate *c, size_t i, size_t n) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
+        if (!is_likelier(c[child], c[i])) return;
+        Candidate above = c[i];
+        c[i] = c[child];
+        c[child] = above;
+    }
+}
+
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+    Candidate top = heap[0];
+    heap[0] = heap[--*n];
+    sink(heap, 0, *n);
+    *to = top;
 }
 
 // ---- What a model consists of ----
@@ -3254,11 +3255,11 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         const ConfigField *f = &config_fields[i];
         bool same = true;
         for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == get_field(m, f, 0);
-        for (int l = 0; l < (same ? 1 : c->n_layers); l++) {
-            char name[48];
-            snprintf(name, sizeof name, "%s of layer %d", f->name, l);
-            put_figure(same ? f->name : name, get_field(m, f, l), "");
-        }
+        if (same) put_figure(f->name, get_field(m, f, 0), "");
+        else printf(options.json ? ",\n  \"%s\": [" : "  %-28s ", f->name);
+        for (int l = 0; !same && l < c->n_layers; l++)
+            printf("%s%g", l == 0 ? "" : options.json ? ", " : " ", get_field(m, f, l));
+        if (!same) printf(options.json ? "]" : "\n");
     }
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
     const ChatTemplate *t = choose_template(m, options.template_name, e);
