@@ -1212,7 +1212,7 @@ static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 1
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
 // To add a type: a row here, a branch in unpack_scales() if its header is new, its source in the table below, and its
-// case in ADD_BYTE_TILES for the kernels of the appendix.
+// case in add_byte_tiles() for the kernels of the appendix.
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", 32, 32, 0, 32, 0, false, NULL },
     [F16] = { "f16", 32, 32, 0, 16, 0, false, NULL },
@@ -3552,10 +3552,10 @@ typedef struct {
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
-} ByteLeaves;
+} Leaves;
 
 // A kernel's part for a format, in C that the compiler makes SIMD of.
-INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, ByteLeaves leaves) {
+INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block);
     bool is_signed = i->bits == 8 || i->values;
@@ -3568,8 +3568,8 @@ INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles,
     for (int j = 0; i->offset && subtracts && j < 512; j++) w[j] = (uint8_t)(w[j] - i->offset);
 }
 
-INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                           size_t n_all, int n, ByteLeaves leaves) {
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
     int halves = BLOCK / types[type].per_scale;
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
@@ -3599,21 +3599,55 @@ INLINE bool has_offset(Type type) { return types[type].bits == 8 || types[type].
 INLINE int first_group(int part) { return part == 2 ? 4 : 0; }
 INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
 
-// add_tiles() of an instruction set, with the type known to the compiler.
-#define FOR_TYPE(type, leaves) \
-    case type: add_byte_tiles(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
-#define ADD_BYTE_TILES(target, set, ...)                                                                               \
-    target void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
-                                const Block *x, size_t n_all, int n) {                                                 \
-        const ByteLeaves leaves = { __VA_ARGS__ };                                                                     \
-        switch (type) {                                                                                                \
-            FOR_TYPE(Q8, leaves) FOR_TYPE(Q8F, leaves) FOR_TYPE(Q4, leaves) FOR_TYPE(Q4M, leaves)                      \
-            FOR_TYPE(Q5, leaves) FOR_TYPE(Q5M, leaves) FOR_TYPE(Q2K, leaves) FOR_TYPE(Q3K, leaves)                     \
-            FOR_TYPE(Q4K, leaves) FOR_TYPE(Q5K, leaves) FOR_TYPE(Q6K, leaves) FOR_TYPE(IQ4NL, leaves)                  \
-            FOR_TYPE(IQ4XS, leaves) FOR_TYPE(MXFP4, leaves)                                                            \
-        default: break;                                                                                                \
-        }                                                                                                              \
+// add_tiles() by the leaves of an instruction set, with the type known to the compiler.
+INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                           size_t n_all, int n, Leaves leaves) {
+#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+    switch (type) {
+        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
+        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
+    default: break;
     }
+}
+
+// A leaf for add_products(): m rows of chains, m known to the compiler, side by side; step: sum[i][j] + w[j] * x.
+typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                      int m, int depth);
+#define MAKE_PRODUCTS(isa, set, Vector, step)                                                                          \
+    isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,                \
+                            size_t b_stride, int m, int depth) {                                                       \
+        enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
+        Vector sum[12][VECTORS], w[VECTORS];                                                                           \
+        _Pragma("GCC unroll 12")                                                                                       \
+        for (int i = 0; i < m; i++) memcpy(sum[i], c + (size_t)i * c_stride, sizeof sum[i]);                           \
+        for (int k = 0; k < depth; k++, a++, b += b_stride) {                                                          \
+            memcpy(w, b, sizeof w);                                                                                    \
+            _Pragma("GCC unroll 12")                                                                                   \
+            for (int i = 0; i < m; i++) {                                                                              \
+                float x = a[(size_t)i * a_stride];                                                                     \
+                for (int j = 0; j < VECTORS; j++) sum[i][j] = step;                                                    \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 12")                                                                                       \
+        for (int i = 0; i < m; i++) memcpy(c + (size_t)i * c_stride, sum[i], sizeof sum[i]);                           \
+    }
+
+// add_products() by that leaf, `most` rows of c at a time: as many as keep the multipliers busy and fit the registers.
+// With the strides of a product with a matrix known, their addresses cost nothing.
+INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                     int m, int depth, int most, Products *leaf) {
+    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
+    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
+        int left = m - i;
+        now = left >= most ? most : left >= 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+        if (now == most && of_matrix) leaf(c, 16, a, 32, b, 16, most, depth);
+        else if (now == most) leaf(c, c_stride, a, a_stride, b, b_stride, most, depth);
+        else if (now == 8) leaf(c, c_stride, a, a_stride, b, b_stride, 8, depth);
+        else if (now == 4) leaf(c, c_stride, a, a_stride, b, b_stride, 4, depth);
+        else if (now == 3) leaf(c, c_stride, a, a_stride, b, b_stride, 3, depth);
+        else leaf(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+    }
+}
 
 // The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
 // the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
@@ -3699,39 +3733,7 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
         _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
 }
 
-ADD_BYTE_TILES(LEAF(AVX2), avx2, UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2)
-ADD_BYTE_TILES(LEAF(AVXVNNI), avxvnni, UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2)
-ADD_BYTE_TILES(LEAF(AVX512VL), avx512vl, UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2)
-
-LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                    size_t b_stride, int m, int depth) {
-    __m256 sum[6][2];
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 2; j++) sum[i][j] = _mm256_loadu_ps(c + (size_t)i * c_stride + 8 * j);
-    }
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        __m256 w0 = _mm256_loadu_ps(b), w1 = _mm256_loadu_ps(b + 8);
-        for (int i = 0; i < m; i++) {
-            __m256 x = _mm256_set1_ps(a[(size_t)i * a_stride]);
-            sum[i][0] = _mm256_fmadd_ps(w0, x, sum[i][0]);
-            sum[i][1] = _mm256_fmadd_ps(w1, x, sum[i][1]);
-        }
-    }
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 2; j++) _mm256_storeu_ps(c + (size_t)i * c_stride + 8 * j, sum[i][j]);
-    }
-}
-
-// Six rows of c fill twelve of the sixteen registers.
-LEAF(AVX2) void add_products_avx2(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                  size_t b_stride, int m, int depth) {
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 6 ? 6 : m - i >= 3 ? 3 : 1;
-        if (now == 6) products_256(c, c_stride, a, a_stride, b, b_stride, 6, depth);
-        else if (now == 3) products_256(c, c_stride, a, a_stride, b, b_stride, 3, depth);
-        else products_256(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
+MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]))
 
 LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
     size_t i = 0;
@@ -3766,49 +3768,26 @@ LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n)
     widen_floats(to + i, from + i, n - i);
 }
 
-ADD_BYTE_TILES(LEAF(AVX512), avx512, UNSIGNED, dot_avx512, widen_avx512, look_up_avx2)
-
-LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                      size_t b_stride, int m, int depth) {
-    __m512 sum[12];
-#pragma GCC unroll 12
-    for (int i = 0; i < m; i++) sum[i] = _mm512_loadu_ps(c + (size_t)i * c_stride);
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        __m512 w = _mm512_loadu_ps(b);
-#pragma GCC unroll 12
-        for (int i = 0; i < m; i++) sum[i] = _mm512_fmadd_ps(w, _mm512_set1_ps(a[(size_t)i * a_stride]), sum[i]);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < m; i++) _mm512_storeu_ps(c + (size_t)i * c_stride, sum[i]);
-}
-
-// Twelve rows of c are twelve chains side by side, enough to keep two multipliers busy. With the strides of a product
-// with a matrix known, their addresses cost nothing.
-LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                      size_t b_stride, int m, int depth) {
-    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 12 ? 12 : m - i >= 8 ? 8 : m - i >= 4 ? 4 : m - i == 3 ? 3 : 1;
-        if (now == 12 && of_matrix) products_512(c, 16, a, 32, b, 16, 12, depth);
-        else if (now == 12) products_512(c, c_stride, a, a_stride, b, b_stride, 12, depth);
-        else if (now == 8) products_512(c, c_stride, a, a_stride, b, b_stride, 8, depth);
-        else if (now == 4) products_512(c, c_stride, a, a_stride, b, b_stride, 4, depth);
-        else if (now == 3) products_512(c, c_stride, a, a_stride, b, b_stride, 3, depth);
-        else products_512(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
+MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]))
 
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(sum[i], x, x))
 
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avxvnni)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avx512vl)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2,
-             peak_avx512)
+
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2 })
+#define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
+
+#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2 })
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
+
+#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2 })
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
+
+#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, widen_avx512, look_up_avx2 })
+#define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -3846,33 +3825,7 @@ INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     for (size_t i = 0; i < n; i += 16) vst1q_u8(w + i, vreinterpretq_u8_s8(vqtbl1q_s8(table, vld1q_u8(w + i))));
 }
 
-ADD_BYTE_TILES(static, neon, SIGNED, dot_neon, widen_neon, look_up_neon)
-
-INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                         int m, int depth) {
-    float32x4_t sum[4][4];
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 4; j++) sum[i][j] = vld1q_f32(c + (size_t)i * c_stride + 4 * j);
-    }
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        for (int i = 0; i < m; i++) {
-            float x = a[(size_t)i * a_stride];
-            for (int j = 0; j < 4; j++) sum[i][j] = vfmaq_n_f32(sum[i][j], vld1q_f32(b + 4 * j), x);
-        }
-    }
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 4; j++) vst1q_f32(c + (size_t)i * c_stride + 4 * j, sum[i][j]);
-    }
-}
-
-static void add_products_neon(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                              size_t b_stride, int m, int depth) {
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 4 ? 4 : 1;
-        if (now == 4) products_128(c, c_stride, a, a_stride, b, b_stride, 4, depth);
-        else products_128(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
+MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x))
 
 INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
     size_t i = 0;
@@ -3887,7 +3840,10 @@ INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
 
 MAKE_PEAK(static, neon, "w", int32x4_t, vdupq_n_s32(1), sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
           float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
+
+#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, widen_neon, look_up_neon })
+#define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
+MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
 // A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -3913,12 +3869,12 @@ NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type
     }
 }
 
-ADD_BYTE_TILES(NEON_DOT, neondot, SIGNED, dot_neondot, widen_neon, look_up_neon)
-
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
           vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vdupq_n_f32(0.5f), vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon, peak_neondot)
+
+#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, widen_neon, look_up_neon })
+MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
 
