@@ -1281,21 +1281,22 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-// Sixteen weights of a float tile from number i on.
-INLINE void load_weights(float w[16], Type type, const unsigned char *tile, size_t i, Widen *widen) {
-    const uint16_t *half = (const uint16_t *)(const void *)tile + i;
-    if (type == F32) memcpy(w, tile + 4 * i, 16 * sizeof *w);
-    else if (type == F16) widen(w, half, 16);
-    else for (int r = 0; r < 16; r++) w[r] = float_of_bfloat(half[r]);
+// n weights of a tile of floats.
+INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
+    const uint16_t *half = from;
+    if (type == F32) memcpy(w, from, n * sizeof *w);
+    else if (type == F16) widen(w, half, n);
+    else for (size_t i = 0; i < n; i++) w[i] = float_of_bfloat(half[i]);
 }
 
 // y = w x for one token and the rows of `n` row tiles, whose chains run side by side.
-INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t row_bytes, size_t cols,
-                          const float *x, size_t n, Widen *widen) {
+INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t cols, const float *x, size_t n,
+                          Widen *widen) {
     _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
+    size_t col_bytes = 2 * (size_t)types[type].bits;
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
-            load_weights(w, type, tiles + i * row_bytes, c * 16, widen);
+            load_weights(w, type, tiles + (i * cols + c) * col_bytes, 16, widen);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
             for (int r = 0; r < 16; r++) sum[i][r] = fmaf(w[r], x[c], sum[i][r]);
         }
@@ -1306,11 +1307,16 @@ INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_
 // y = w x for one token and the rows of some tiles of floats, in which the columns simply follow each other
 INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x,
                             Widen *widen) {
-    size_t row_bytes = cols * 16 * (type == F32 ? sizeof(float) : sizeof(uint16_t)), row = 0;
-    for (; row + 4 <= n_rows; row += 4)
-        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 4, widen);
-    for (; row < n_rows; row++)
-        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
+    size_t row_bytes = cols * 2 * (size_t)types[type].bits, row = 0;
+    for (; row + 4 <= n_rows; row += 4) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 4, widen);
+    for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
+}
+
+// Four bytes as one number.
+INLINE uint32_t load_four(const void *p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
 }
 
 typedef void LookUp(uint8_t *w, size_t n, const int8_t values[16]);  // w = values[w], in place
@@ -1367,38 +1373,31 @@ INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, siz
 
 INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
     const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
-    const uint16_t *half = (const void *)tile;
-    float *w = &u->w[0][0];
-    if (is_quantised(type)) {
-        _Alignas(64) uint8_t q[8][64];
-        unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
-        switch (types[type].bits) {  // a loop of its own for each
-        case 2: unpack_planes(q, 2, weights); break;
-        case 3: unpack_planes(q, 3, weights); break;
-        case 4: unpack_planes(q, 4, weights); break;
-        case 5: unpack_planes(q, 5, weights); break;
-        case 6: unpack_planes(q, 6, weights); break;
-        default: unpack_planes(q, 8, weights); break;
-        }
-        if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
-        for (int g = 0; g < 8; g++) {
-            for (int r = 0; r < 16; r++)
-                for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
-        }
-    } else if (type == F32) {
-        memcpy(w, tile, sizeof u->w);
-    } else {
-        for (int i = 0; i < 512; i++) w[i] = type == F16 ? float_of_half(half[i]) : float_of_bfloat(half[i]);
+    _Alignas(64) uint8_t q[8][64];
+    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
+    switch (types[type].bits) {  // a loop of its own for each
+    case 2: unpack_planes(q, 2, weights); break;
+    case 3: unpack_planes(q, 3, weights); break;
+    case 4: unpack_planes(q, 4, weights); break;
+    case 5: unpack_planes(q, 5, weights); break;
+    case 6: unpack_planes(q, 6, weights); break;
+    default: unpack_planes(q, 8, weights); break;
+    }
+    if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
     }
 }
 
 // The weights of 32 columns in float, dequantised by the operations of gguf-py, in their order.
-INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {
+INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block, Widen *widen) {
     UnpackedBlock u;
-    unpack(&u, type, tiles, block);
-    for (int c = 0; c < 32; c++) {
+    if (is_quantised(type)) unpack(&u, type, tiles, block);
+    else load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
+    for (int c = 0; c < 32 && is_quantised(type); c++) {
         int half = c / types[type].per_scale;
-        for (int r = 0; r < 16; r++) w[c][r] = is_quantised(type) ? u.w[c][r] * u.scale[half][r] : u.w[c][r];
+        for (int r = 0; r < 16; r++) w[c][r] = u.w[c][r] * u.scale[half][r];
         for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
@@ -1420,8 +1419,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
     }                                                                                                                  \
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
-        if (type == F16) widen_of(&w[0][0], (const void *)tile_of(type, tiles, block), 512);                           \
-        else dequantise(w, type, tiles, block);                                                                        \
+        dequantise(w, type, tiles, block, widen_of);                                                                   \
     }                                                                                                                  \
     target void set##_widen(float *to, const uint16_t *from, size_t n) { widen_of(to, from, n); }                      \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
@@ -1477,8 +1475,9 @@ struct SourceType {
     Type tile;
     PackTile *pack;
     // Where in a block of quantised weights things are: the scale in 16 bits, with the minimum behind it if there is
-    // one; the smaller scales of 256 columns; the lowest bits of the weights; those above them.
-    int scale_at, scales_at, low_at, high_at;
+    // one; the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either,
+    // the first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
+    int scale_at, scales_at, low_at, low_run, high_at, high_run;
 };
 
 static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
@@ -1498,62 +1497,31 @@ static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-static uint32_t load_four(const unsigned char *p) {
-    uint32_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-// The stored weights of columns 4*g to 4*g + 3 of a part (32 columns) of a block, a byte each. Sources: ggml-quants.c.
-static uint32_t four_weights(const SourceType *t, const unsigned char *block, int part, int g) {
-    const unsigned char *low = block + t->low_at, *high = block + t->high_at;
-    int half = part / 4, quarter = part % 4, at = 4 * g;
-    uint32_t spread = 0;
-    switch (t->tile) {
-    case Q8: return load_four(low + at);
-    case Q2K: return load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303;
-    case Q3K:
-        return (load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303) |
-               (load_four(high + at) >> part & 0x01010101) << 2;
-    case Q4K: return load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f;
-    case Q5K:
-        return (load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f) |
-               (load_four(high + at) >> part & 0x01010101) << 4;
-    case Q6K:
-        return (load_four(low + 64 * half + 32 * (part % 2) + at) >> 4 * (quarter / 2) & 0x0f0f0f0f) |
-               (load_four(high + 32 * half + at) >> 2 * quarter & 0x03030303) << 4;
-    case Q5:
-    case Q5M:
-        for (int i = 0; i < 4; i++) spread |= (load_four(high) >> (at + i) & 1) << (8 * i + 4);
-        // fall through
-    default: return (load_four(low + 16 * part + 4 * (g % 4)) >> g / 4 * 4 & 0x0f0f0f0f) | spread;
+// Moves so many bits of each weight of 32 columns, `first` the first of them, to their plane of the tile, in which four
+// columns are neighbours, too.      to: the plane from row r on      Sources: ggml-quants.c
+static void pack_plane(unsigned char *to, const unsigned char *from, int bits, int run, int first) {
+    int per_byte = 8 / bits;
+    uint32_t mask = 0x01010101u * (255u >> (8 - bits));
+    for (int g = 0; g < 8; g++) {
+        int i = first + 4 * g, shift = bits == 2 ? g % 4 * 2 : g / bits * bits;
+        unsigned char *place = to + 64 * (bits == 2 ? g / 4 : g % bits);
+        uint32_t four;
+        if (run == 1) four = (load_four(from) >> i & 15) * 0x00204081u;  // the single bits of 32 weights: j to byte j
+        else four = load_four(from + i / (run * per_byte) * run + i % run) >> i / run % per_byte * bits;
+        four = load_four(place) | (four & mask) << shift;
+        memcpy(place, &four, sizeof four);
     }
 }
 
-// Puts them into the planes of a block of a tile: they are neighbours there, too.
-static void place_four(unsigned char *weights, int bits, size_t r, int g, uint32_t four) {
-    unsigned char *pairs = weights + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
-    unsigned char *places[] = { weights + 64 * (bits & 8 ? g : g % 4) + 4 * r, pairs + 64 * (g / 4) + 4 * r,
-                                singles + 4 * r };
-    uint32_t parts[] = { bits & 8 ? four : (four & 0x0f0f0f0f) << g / 4 * 4,
-                         (four >> (bits & 4) & 0x03030303) << g % 4 * 2, (four >> (bits & 6) & 0x01010101) << g };
-    for (int i = 0; i < 3; i++) {
-        if (!(bits & (i == 0 ? 12 : i == 1 ? 2 : 1))) continue;
-        uint32_t x = load_four(places[i]) | parts[i];
-        memcpy(places[i], &x, sizeof x);
-    }
-}
-
-// Scale i of a row of 256 columns, as it is stored in a tile, and the minimum of Q4_K and Q5_K. These have 6 bits each,
-// whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
-static uint8_t narrow_scale(const SourceType *t, const unsigned char *s, int i, uint8_t *min) {
-    switch (t->tile) {
+// Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
+// there, whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
+static uint8_t narrow_scale(Type type, const unsigned char *s, int i) {
+    const unsigned char *k = s + i % 4 + i / 8 * 4;
+    switch (type) {
     case Q3K: return (uint8_t)((s[i % 8] >> i / 8 * 4 & 15) + (s[8 + i % 4] >> i / 4 * 2 & 3) * 16 - 32);
     case IQ4XS: return (uint8_t)((s[2 + i / 2] >> i % 2 * 4 & 15) + (s[i / 4] >> i % 4 * 2 & 3) * 16 - 32);
     case Q4K:
-    case Q5K:
-        *min = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | (s[i] >> 6) << 4;
-        return i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+    case Q5K: return i % 8 < 4 ? *k & 63 : (s[8 + i % 4] >> i / 8 * 4 & 15) | *k >> 6 << 4;
     default: return s[i];
     }
 }
@@ -1562,19 +1530,22 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
     const SourceType *t = s->type;
     const TypeInfo *info = &types[t->tile];
     uint16_t *scales = tile;
+    uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *weights = (uint8_t *)tile + info->header;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
         if (t->tile == MXFP4) ((uint8_t *)tile)[r] = from[0];
         else memcpy(&scales[r], from + t->scale_at, 2);
         if (info->has_min) memcpy(&scales[16 + r], from + t->scale_at + 2, 2);
-        uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), min = 0;
-        for (int i = 0; info->cols == 256 && i < 256 / info->per_scale; i++) {
-            narrow[i][r] = narrow_scale(t, from + t->scales_at, i, &min);
-            if (t->tile == Q4K || t->tile == Q5K) narrow[i + 8][r] = min;
-        }
-        for (int i = 0; i < info->cols / 4; i++) {
-            unsigned char *weights = (unsigned char *)tile + info->header + i / 8 * 64 * info->bits;
-            place_four(weights, info->bits, r, i % 8, four_weights(t, from, i / 8, i % 8));
+        for (int i = 0; narrow[i] < weights; i++) narrow[i][r] = narrow_scale(t->tile, from + t->scales_at, i);
+        uint8_t *to = weights + 4 * r;
+        for (int c = 0; c < info->cols; c += 32) {
+            for (int bits = 8; bits; bits /= 2) {
+                bool is_low = info->bits < 2 * bits;
+                if (!(info->bits & bits)) continue;
+                if (is_low) pack_plane(to, from + t->low_at, bits, t->low_run, c);
+                else pack_plane(to, from + t->high_at, bits, t->high_run, c);
+                to += 64 * bits;
+            }
         }
     }
 }
@@ -1591,23 +1562,23 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
 // The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
 // that it becomes is chapter 4's.
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0 },
-    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0 },
-    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0 },
-    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 0 },
-    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 0 },
-    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 0 },
-    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 2 },
-    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 4 },
-    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 0 },
-    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 0 },
-    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 0 },
-    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 16 },
-    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 128 },
-    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 0 },
-    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 0 },
-    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 0 },
-    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0 },
+    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 32, 0, 0 },
+    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 16, 0, 0 },
+    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 16, 0, 0 },
+    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 16, 2, 1 },
+    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 16, 4, 1 },
+    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 32, 0, 0 },
+    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 32, 0, 32 },
+    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 32, 0, 0 },
+    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 32, 16, 32 },
+    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 64, 128, 32 },
+    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 16, 0, 0 },
+    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 16, 0, 0 },
+    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 16, 0, 0 },
+    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0, 0, 0 },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
@@ -3529,13 +3500,6 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// Four activations as one number, to be broadcast.
-INLINE int32_t four_bytes(const int8_t *q) {
-    int32_t x;
-    memcpy(&x, q, sizeof x);
-    return x;
-}
-
 // 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight
 // q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
@@ -3679,7 +3643,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32(four_bytes(q)); }
+LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32((int32_t)load_four(q)); }
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
 // 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
@@ -3756,7 +3720,7 @@ MAKE_PEAK(LEAF(AVX512VL), avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dp
 LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
     __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum[part]);
     for (int g = first_group(part); g < end_group(part); g++)
-        dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
+        dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32((int32_t)load_four(b->q + 4 * g)));
     if (has_offset(type)) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, (unsigned)offset_shift(type)));
     _mm512_store_si512(dots, dot);
 }
@@ -3812,7 +3776,7 @@ INLINE void dot_neon(int32_t dots[16], const ByteBlock *u, Type type, const Bloc
         int32x4_t low = vdupq_n_s32(0), high = low;
         for (int g = first_group(part); g < end_group(part); g++) {
             int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter]));
-            int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
+            int8x8_t x = vreinterpret_s8_s32(vdup_n_s32((int32_t)load_four(b->q + 4 * g)));
             low = vpadalq_s16(low, vmull_s8(vget_low_s8(w), x));
             high = vpadalq_s16(high, vmull_s8(vget_high_s8(w), x));
         }
@@ -3862,7 +3826,7 @@ NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type
     for (int quarter = 0; quarter < 4; quarter++) {
         int32x4_t dot = vdupq_n_s32(0);
         for (int g = first_group(part); g < end_group(part); g++) {
-            int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g)));
+            int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32((int32_t)load_four(b->q + 4 * g)));
             dot = vdotq_s32(dot, vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter])), x);
         }
         vst1q_s32(dots + 4 * quarter, dot);
