@@ -3500,17 +3500,16 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a weight
-// q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
+// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
+// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
 typedef struct {
     _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
 } ByteBlock;
 
-// The leaves of an instruction set: dots[row] = the dot product of a row with all 32 columns (part 0), or with the
-// first (1) or the last (2) 16 of them.
-typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part);
+// The leaves of an instruction set: dots[row] = the dot product of a row with groups `from` to `to` of the columns.
+typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to);
 typedef struct {
     Signs signs;
     Dot *dot;
@@ -3518,23 +3517,28 @@ typedef struct {
     LookUp *look_up;
 } Leaves;
 
+// What is to be taken off a byte to get its weight.
+INLINE int byte_offset(Type type, Signs signs) {
+    const TypeInfo *i = &types[type];
+    if (signs == UNSIGNED && (i->bits == 8 || i->values)) return 128;
+    return signs == UNSIGNED || (signs == UNSIGNED_NIBBLES && i->bits <= 4) ? i->offset : 0;
+}
+
 // A kernel's part for a format, in C that the compiler makes SIMD of.
 INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block);
-    bool is_signed = i->bits == 8 || i->values;
-    bool subtracts = leaves.signs == SIGNED || (leaves.signs == UNSIGNED_NIBBLES && i->bits > 4);
+    int change = byte_offset(type, leaves.signs) - i->offset;
     uint8_t *w = u->w[0];
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen);
     unpack_planes(u->w, i->bits, weights_of(type, tile, block));
     if (i->values) leaves.look_up(w, 512, i->values);
-    for (int j = 0; is_signed && leaves.signs == UNSIGNED && j < 512; j++) w[j] ^= 128;
-    for (int j = 0; i->offset && subtracts && j < 512; j++) w[j] = (uint8_t)(w[j] - i->offset);
+    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(w[j] + change);
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                               size_t n_all, int n, Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale;
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.signs);
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
         unpack_bytes_of(&u, type, tiles, c, leaves);
@@ -3542,11 +3546,12 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
             for (int h = 0; h < halves; h++) {
                 _Alignas(64) int32_t dots[16];
                 int part = halves == 1 ? 0 : 1 + h;
+                int32_t correction = (x[t].minus_128_sum[part] >> 7) * offset;
                 float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, &u, type, &x[t], part);
+                leaves.dot(dots, &u, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
                 for (int r = 0; r < 16; r++) {
-                    y[r] = fmaf(u.scale[h][r] * scale, (float)dots[r], y[r]);
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
                     if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
                 }
             }
@@ -3554,14 +3559,20 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
     }
 }
 
-// What is left to take off a dot product with weights that are stored with an offset, as a shift of 128 times the sum:
-// the offset is half of what the bits can hold.
-INLINE int offset_shift(Type type) { return types[type].values ? 0 : 8 - types[type].bits; }
-INLINE bool has_offset(Type type) { return types[type].bits == 8 || types[type].values || types[type].offset; }
-
-// The groups of columns of a part.
-INLINE int first_group(int part) { return part == 2 ? 4 : 0; }
-INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
+// A leaf for dot products, one vector of rows after the other, step: dot from w, four columns of the rows, and x.
+#define MAKE_DOT(isa, set, Vector, step)                                                                               \
+    isa void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {           \
+        (void)type;                                                                                                    \
+        for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
+            Vector dot = { 0 }, w;                                                                                     \
+            for (int g = from; g < to; g++) {                                                                          \
+                int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
+                memcpy(&w, u->w[g] + 4 * row, sizeof w);                                                               \
+                dot = step;                                                                                            \
+            }                                                                                                          \
+            memcpy(dots + row, &dot, sizeof dot);                                                                      \
+        }                                                                                                              \
+    }
 
 // add_tiles() by the leaves of an instruction set, with the type known to the compiler.
 INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -3613,6 +3624,13 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     }
 }
 
+// to[i] = from[i] as another type: `width` numbers at a time by `step`, the rest by the plain loop.
+#define MAKE_CONVERSION(isa, name, To, From, width, step, plain)                                                       \
+    isa void name(To *to, const From *from, size_t n) {                                                                \
+        for (; n >= width; n -= width, to += width, from += width) step;                                               \
+        plain(to, from, n);                                                                                            \
+    }
+
 // The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
 // the number of operations. The compiler must not see that the chains are alike, nor that nobody wants their results.
 #define CHAINS(Vector, first, in_register, step)                                                                       \
@@ -3643,17 +3661,16 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32((int32_t)load_four(q)); }
-
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
 // 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {
     __m256i ones = _mm256_set1_epi16(1);
     bool nibbles = types[type].bits <= 4 && !types[type].values;
     for (int half = 0; half < 2; half++) {
         __m256i dot = _mm256_setzero_si256();
-        for (int g = first_group(part); g < end_group(part); g++) {
-            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]), x = broadcast_256(b->q + 4 * g);
+        for (int g = from; g < to; g++) {
+            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);
+            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * g));
             if (nibbles) {
                 dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
             } else {
@@ -3662,34 +3679,18 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type,
             }
         }
         if (nibbles) dot = _mm256_madd_epi16(dot, ones);
-        if (nibbles && types[type].offset)
-            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum[part] >> offset_shift(type)));
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
-// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset is taken off at the end.
-#define DOT_VNNI(isa, set, dpbusd)                                                                                     \
-    LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {       \
-        __m256i offset = _mm256_set1_epi32(b->minus_128_sum[part]);                                                    \
-        for (int half = 0; half < 2; half++) {                                                                         \
-            __m256i dot = _mm256_setzero_si256();                                                                      \
-            for (int g = first_group(part); g < end_group(part); g++) {                                                \
-                __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);                                   \
-                dot = dpbusd(dot, w, broadcast_256(b->q + 4 * g));                                                     \
-            }                                                                                                          \
-            if (has_offset(type)) dot = _mm256_add_epi32(dot, _mm256_srai_epi32(offset, offset_shift(type)));          \
-            _mm256_store_si256((__m256i *)&dots[8 * half], dot);                                                       \
-        }                                                                                                              \
-    }
-DOT_VNNI(AVXVNNI, avxvnni, _mm256_dpbusd_avx_epi32)
-DOT_VNNI(AVX512VL, avx512vl, _mm256_dpbusd_epi32)
+// [kernel avxvnni] One vpdpbusd for three instructions.
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, w, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, w, _mm256_set1_epi32(x)))
 
-LEAF_INLINE(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
+MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
+                _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const void *)from))), widen_floats)
+MAKE_CONVERSION(LEAF_INLINE(AVX2), narrow_avx2, uint16_t, float, 8,
+                _mm_storeu_si128((void *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), 0)), narrow_floats)
 
 LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16]) {
     __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)values));
@@ -3698,12 +3699,6 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
 }
 
 MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]))
-
-LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-    narrow_floats(to + i, from + i, n - i);
-}
 
 MAKE_PEAK(LEAF(AVX2), avx2, "x", __m256i, _mm256_set1_epi8(1), _mm256_add_epi16(_mm256_maddubs_epi16(x, sum[i]), x),
           __m256, _mm256_set1_ps(0.5f), _mm256_fmadd_ps(sum[i], x, x))
@@ -3717,21 +3712,9 @@ MAKE_PEAK(LEAF(AVX512VL), avx512vl, "x", __m256i, _mm256_set1_epi8(1), _mm256_dp
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum[part]);
-    for (int g = first_group(part); g < end_group(part); g++)
-        dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32((int32_t)load_four(b->q + 4 * g)));
-    if (has_offset(type)) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, (unsigned)offset_shift(type)));
-    _mm512_store_si512(dots, dot);
-}
-
-LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
-
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
+MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
+                _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]))
 
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_set1_epi8(1), _mm512_dpbusd_epi32(sum[i], x, x),
@@ -3763,26 +3746,17 @@ MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_av
 
 // ---- NEON: 128 bits, with and without the instruction for dot products ----
 
-INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
+MAKE_CONVERSION(INLINE, widen_neon, float, uint16_t, 4,
+                vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))), widen_floats)
+MAKE_CONVERSION(INLINE, narrow_neon, uint16_t, float, 4,
+                vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from)))), narrow_floats)
 
-// [kernel neon] Products in 16 bits, pairs of them added up in 32; a row's two halves at last.
-INLINE void dot_neon(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    (void)type;
-    for (int quarter = 0; quarter < 4; quarter++) {
-        int32x4_t low = vdupq_n_s32(0), high = low;
-        for (int g = first_group(part); g < end_group(part); g++) {
-            int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter]));
-            int8x8_t x = vreinterpret_s8_s32(vdup_n_s32((int32_t)load_four(b->q + 4 * g)));
-            low = vpadalq_s16(low, vmull_s8(vget_low_s8(w), x));
-            high = vpadalq_s16(high, vmull_s8(vget_high_s8(w), x));
-        }
-        vst1q_s32(dots + 4 * quarter, vpaddq_s32(low, high));
-    }
+// [kernel neon] Products in 16 bits, where two of them fit: 2 * 128 * 127 = 32512; pairs of these are added up in 32.
+INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
+MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
@@ -3790,12 +3764,6 @@ INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
 }
 
 MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x))
-
-INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
-    narrow_floats(to + i, from + i, n - i);
-}
 
 INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
     int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
@@ -3821,17 +3789,8 @@ MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neo
 #ifdef NEON_DOT
 
 // [kernel neondot] One sdot a group of columns.
-NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    (void)type;
-    for (int quarter = 0; quarter < 4; quarter++) {
-        int32x4_t dot = vdupq_n_s32(0);
-        for (int g = first_group(part); g < end_group(part); g++) {
-            int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32((int32_t)load_four(b->q + 4 * g)));
-            dot = vdotq_s32(dot, vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter])), x);
-        }
-        vst1q_s32(dots + 4 * quarter, dot);
-    }
-}
+MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
+         vdotq_s32(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdupq_n_s32(1),
           vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
