@@ -1256,7 +1256,7 @@ static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 1
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
 // To add a type: a row here, a branch in unpack_scales() if its header is new, its source in the table below, and its
-// case in ADD_BYTE_TILES for the kernels of the appendix.
+// case in add_byte_tiles() for the kernels of the appendix.
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", 32, 32, 0, 32, 0, false, NULL },
     [F16] = { "f16", 32, 32, 0, 16, 0, false, NULL },
@@ -1325,21 +1325,22 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-// Sixteen weights of a float tile from number i on.
-INLINE void load_weights(float w[16], Type type, const unsigned char *tile, size_t i, Widen *widen) {
-    const uint16_t *half = (const uint16_t *)(const void *)tile + i;
-    if (type == F32) memcpy(w, tile + 4 * i, 16 * sizeof *w);
-    else if (type == F16) widen(w, half, 16);
-    else for (int r = 0; r < 16; r++) w[r] = float_of_bfloat(half[r]);
+// n weights of a tile of floats.
+INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
+    const uint16_t *half = from;
+    if (type == F32) memcpy(w, from, n * sizeof *w);
+    else if (type == F16) widen(w, half, n);
+    else for (size_t i = 0; i < n; i++) w[i] = float_of_bfloat(half[i]);
 }
 
 // y = w x for one token and the rows of `n` row tiles, whose chains run side by side.
-INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t row_bytes, size_t cols,
-                          const float *x, size_t n, Widen *widen) {
+INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t cols, const float *x, size_t n,
+                          Widen *widen) {
     _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
+    size_t col_bytes = 2 * (size_t)types[type].bits;
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
-            load_weights(w, type, tiles + i * row_bytes, c * 16, widen);
+            load_weights(w, type, tiles + (i * cols + c) * col_bytes, 16, widen);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
             for (int r = 0; r < 16; r++) sum[i][r] = fmaf(w[r], x[c], sum[i][r]);
         }
@@ -1350,11 +1351,16 @@ INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_
 // y = w x for one token and the rows of some tiles of floats, in which the columns simply follow each other
 INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x,
                             Widen *widen) {
-    size_t row_bytes = cols * 16 * (type == F32 ? sizeof(float) : sizeof(uint16_t)), row = 0;
-    for (; row + 4 <= n_rows; row += 4)
-        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 4, widen);
-    for (; row < n_rows; row++)
-        multiply_some(y + row * 16, type, tiles + row * row_bytes, row_bytes, cols, x, 1, widen);
+    size_t row_bytes = cols * 2 * (size_t)types[type].bits, row = 0;
+    for (; row + 4 <= n_rows; row += 4) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 4, widen);
+    for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
+}
+
+// Four bytes as one number.
+INLINE uint32_t load_four(const void *p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
 }
 
 typedef void LookUp(uint8_t *w, size_t n, const int8_t values[16]);  // w = values[w], in place
@@ -1411,38 +1417,31 @@ INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, siz
 
 INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
     const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
-    const uint16_t *half = (const void *)tile;
-    float *w = &u->w[0][0];
-    if (is_quantised(type)) {
-        _Alignas(64) uint8_t q[8][64];
-        unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
-        switch (types[type].bits) {  // a loop of its own for each
-        case 2: unpack_planes(q, 2, weights); break;
-        case 3: unpack_planes(q, 3, weights); break;
-        case 4: unpack_planes(q, 4, weights); break;
-        case 5: unpack_planes(q, 5, weights); break;
-        case 6: unpack_planes(q, 6, weights); break;
-        default: unpack_planes(q, 8, weights); break;
-        }
-        if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
-        for (int g = 0; g < 8; g++) {
-            for (int r = 0; r < 16; r++)
-                for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
-        }
-    } else if (type == F32) {
-        memcpy(w, tile, sizeof u->w);
-    } else {
-        for (int i = 0; i < 512; i++) w[i] = type == F16 ? float_of_half(half[i]) : float_of_bfloat(half[i]);
+    _Alignas(64) uint8_t q[8][64];
+    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
+    switch (types[type].bits) {  // a loop of its own for each
+    case 2: unpack_planes(q, 2, weights); break;
+    case 3: unpack_planes(q, 3, weights); break;
+    case 4: unpack_planes(q, 4, weights); break;
+    case 5: unpack_planes(q, 5, weights); break;
+    case 6: unpack_planes(q, 6, weights); break;
+    default: unpack_planes(q, 8, weights); break;
+    }
+    if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
     }
 }
 
 // The weights of 32 columns in float, dequantised by the operations of gguf-py, in their order.
-INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {
+INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block, Widen *widen) {
     UnpackedBlock u;
-    unpack(&u, type, tiles, block);
-    for (int c = 0; c < 32; c++) {
+    if (is_quantised(type)) unpack(&u, type, tiles, block);
+    else load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
+    for (int c = 0; c < 32 && is_quantised(type); c++) {
         int half = c / types[type].per_scale;
-        for (int r = 0; r < 16; r++) w[c][r] = is_quantised(type) ? u.w[c][r] * u.scale[half][r] : u.w[c][r];
+        for (int r = 0; r < 16; r++) w[c][r] = u.w[c][r] * u.scale[half][r];
         for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
@@ -1464,8 +1463,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
     }                                                                                                                  \
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
-        if (type == F16) widen_of(&w[0][0], (const void *)tile_of(type, tiles, block), 512);                           \
-        else dequantise(w, type, tiles, block);                                                                        \
+        dequantise(w, type, tiles, block, widen_of);                                                                   \
     }                                                                                                                  \
     target void set##_widen(float *to, const uint16_t *from, size_t n) { widen_of(to, from, n); }                      \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
@@ -1522,8 +1520,9 @@ struct SourceType {
     Type tile;
     PackTile *pack;
     // Where in a block of quantised weights things are: the scale in 16 bits, with the minimum behind it if there is
-    // one; the smaller scales of 256 columns; the lowest bits of the weights; those above them.
-    int scale_at, scales_at, low_at, high_at;
+    // one; the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either,
+    // the first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
+    int scale_at, scales_at, low_at, low_run, high_at, high_run;
 };
 
 static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
@@ -1546,71 +1545,42 @@ static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-INLINE uint32_t load_four(const unsigned char *p) {
-    uint32_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
+// Moves so many bits of each weight of 32 columns, `first` the first of them, to their plane of the tile, in which four
+// columns are neighbours, too.      to: the plane from row r on      Sources: ggml-quants.c
+INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, int bits, int run, int first) {
+    int per_byte = 8 / bits;
+    uint32_t mask = 0x01010101u * (255u >> (8 - bits));
+    for (int g = 0; g < 8; g++) {
+        int i = first + 4 * g, shift = bits == 2 ? g % 4 * 2 : g / bits * bits;
+        unsigned char *place = to + 64 * (bits == 2 ? g / 4 : g % bits);
+        uint32_t four;
+        if (run == 1) four = (load_four(from) >> i & 15) * 0x00204081u;  // the single bits of 32 weights: j to byte j
+        else four = load_four(from + i / (run * per_byte) * run + i % run) >> i / run % per_byte * bits;
+        four = load_four(place) | (four & mask) << shift;
+        memcpy(place, &four, sizeof four);
+    }
 }
 
-// The stored weights of columns 4*g to 4*g + 3 of a part (32 columns) of a block, a byte each. Sources: ggml-quants.c.
-INLINE uint32_t four_weights(Type type, const SourceType *t, const unsigned char *block, int part, int g) {
-    const unsigned char *low = block + t->low_at, *high = block + t->high_at;
-    int half = part / 4, quarter = part % 4, at = 4 * g;
-    uint32_t spread = 0;
+// A loop of its own for each way that there is: divisions by what is not known would take most of the time.
+static void pack_plane(unsigned char *to, const unsigned char *from, int bits, int run, int first) {
+    if (bits == 8) pack_plane_by(to, from, 8, 32, first);
+    else if (bits == 4 && run == 16) pack_plane_by(to, from, 4, 16, first);
+    else if (bits == 4 && run == 32) pack_plane_by(to, from, 4, 32, first);
+    else if (bits == 4) pack_plane_by(to, from, 4, 64, first);
+    else if (bits == 2) pack_plane_by(to, from, 2, 32, first);
+    else pack_plane_by(to, from, 1, run == 1 ? 1 : 32, first);
+}
+
+// Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
+// there, whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
+static uint8_t narrow_scale(Type type, const unsigned char *s, int i) {
+    const unsigned char *k = s + i % 4 + i / 8 * 4;
     switch (type) {
-    case Q8: return load_four(low + at);
-    case Q2K: return load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303;
-    case Q3K:
-        return (load_four(low + 32 * half + at) >> 2 * quarter & 0x03030303) |
-               (load_four(high + at) >> part & 0x01010101) << 2;
-    case Q4K: return load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f;
-    case Q5K:
-        return (load_four(low + part / 2 * 32 + at) >> 4 * (part % 2) & 0x0f0f0f0f) |
-               (load_four(high + at) >> part & 0x01010101) << 4;
-    case Q6K:
-        return (load_four(low + 64 * half + 32 * (part % 2) + at) >> 4 * (quarter / 2) & 0x0f0f0f0f) |
-               (load_four(high + 32 * half + at) >> 2 * quarter & 0x03030303) << 4;
-    case Q5:
-    case Q5M:
-        for (int i = 0; i < 4; i++) spread |= (load_four(high) >> (at + i) & 1) << (8 * i + 4);
-        // fall through
-    default: return (load_four(low + 16 * part + 4 * (g % 4)) >> g / 4 * 4 & 0x0f0f0f0f) | spread;
-    }
-}
-
-// Puts them into the planes of a block of a tile: they are neighbours there, too.
-INLINE void place_four(unsigned char *weights, int bits, size_t r, int g, uint32_t four) {
-    unsigned char *pairs = weights + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
-    unsigned char *places[] = { weights + 64 * (bits & 8 ? g : g % 4) + 4 * r, pairs + 64 * (g / 4) + 4 * r,
-                                singles + 4 * r };
-    uint32_t parts[] = { bits & 8 ? four : (four & 0x0f0f0f0f) << g / 4 * 4,
-                         (four >> (bits & 4) & 0x03030303) << g % 4 * 2, (four >> (bits & 6) & 0x01010101) << g };
-    for (int i = 0; i < 3; i++) {
-        if (!(bits & (i == 0 ? 12 : i == 1 ? 2 : 1))) continue;
-        uint32_t x = load_four(places[i]) | parts[i];
-        memcpy(places[i], &x, sizeof x);
-    }
-}
-
-// Scale i of a row of 256 columns, as it is stored in a tile, and the minimum of Q4_K and Q5_K. These have 6 bits each,
-// whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
-static uint8_t narrow_scale(const SourceType *t, const unsigned char *s, int i, uint8_t *min) {
-    switch (t->tile) {
     case Q3K: return (uint8_t)((s[i % 8] >> i / 8 * 4 & 15) + (s[8 + i % 4] >> i / 4 * 2 & 3) * 16 - 32);
     case IQ4XS: return (uint8_t)((s[2 + i / 2] >> i % 2 * 4 & 15) + (s[i / 4] >> i % 4 * 2 & 3) * 16 - 32);
     case Q4K:
-    case Q5K:
-        *min = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | (s[i] >> 6) << 4;
-        return i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
+    case Q5K: return i % 8 < 4 ? *k & 63 : (s[8 + i % 4] >> i / 8 * 4 & 15) | *k >> 6 << 4;
     default: return s[i];
-    }
-}
-
-INLINE void pack_weights(Type type, const SourceType *t, void *tile, const unsigned char *from, size_t r) {
-    int bits = types[type].bits;
-    unsigned char *weights = (unsigned char *)tile + types[type].header;
-    for (int part = 0; part < types[type].cols / 32; part++, weights += 64 * bits) {
-        for (int g = 0; g < 8; g++) place_four(weights, bits, r, g, four_weights(type, t, from, part, g));
     }
 }
 
@@ -1618,21 +1588,22 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
     const SourceType *t = s->type;
     const TypeInfo *info = &types[t->tile];
     uint16_t *scales = tile;
+    uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *weights = (uint8_t *)tile + info->header;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
         if (t->tile == MXFP4) ((uint8_t *)tile)[r] = from[0];
         else memcpy(&scales[r], from + t->scale_at, 2);
         if (info->has_min) memcpy(&scales[16 + r], from + t->scale_at + 2, 2);
-        uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), min = 0;
-        for (int i = 0; info->cols == 256 && i < 256 / info->per_scale; i++) {
-            narrow[i][r] = narrow_scale(t, from + t->scales_at, i, &min);
-            if (t->tile == Q4K || t->tile == Q5K) narrow[i + 8][r] = min;
-        }
-        switch (t->tile) {  // a loop of its own for each
-#define PACK(type) case type: pack_weights(type, t, tile, from, r); break;
-            PACK(Q8) PACK(Q4) PACK(Q4M) PACK(Q5) PACK(Q5M) PACK(Q2K) PACK(Q3K) PACK(Q4K) PACK(Q5K) PACK(Q6K)
-            PACK(IQ4NL) PACK(IQ4XS) PACK(MXFP4)
-        default: break;
+        for (int i = 0; narrow[i] < weights; i++) narrow[i][r] = narrow_scale(t->tile, from + t->scales_at, i);
+        uint8_t *to = weights + 4 * r;
+        for (int c = 0; c < info->cols; c += 32) {
+            for (int bits = 8; bits; bits /= 2) {
+                bool is_low = info->bits < 2 * bits;
+                if (!(info->bits & bits)) continue;
+                if (is_low) pack_plane(to, from + t->low_at, bits, t->low_run, c);
+                else pack_plane(to, from + t->high_at, bits, t->high_run, c);
+                to += 64 * bits;
+            }
         }
     }
 }
@@ -1649,23 +1620,23 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
 // The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
 // that it becomes is chapter 4's.
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0 },
-    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0 },
-    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0 },
-    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 0 },
-    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 0 },
-    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 0 },
-    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 2 },
-    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 4 },
-    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 0 },
-    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 0 },
-    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 0 },
-    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 16 },
-    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 128 },
-    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 0 },
-    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 0 },
-    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 0 },
-    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0 },
+    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 32, 0, 0 },
+    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 16, 0, 0 },
+    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 16, 0, 0 },
+    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 16, 2, 1 },
+    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 16, 4, 1 },
+    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 32, 0, 0 },
+    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 32, 0, 32 },
+    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 32, 0, 0 },
+    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 32, 16, 32 },
+    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 64, 128, 32 },
+    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 16, 0, 0 },
+    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 16, 0, 0 },
+    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 16, 0, 0 },
+    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0, 0, 0 },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
@@ -3633,13 +3604,6 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// Four activations as one number, to be broadcast.
-INLINE int32_t four_bytes(const int8_t *q) {
-    int32_t x;
-    memcpy(&x, q, sizeof x);
-    return x;
-}
-
 // 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
 // weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
@@ -3648,33 +3612,37 @@ typedef struct {
     float scale[2][16], min[2][16];
 } ByteBlock;
 
-// The leaves of an instruction set: dots[row] = the dot product of a row with all 32 columns (part 0), or with the
-// first (1) or the last (2) 16 of them.
-typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part);
+// The leaves of an instruction set: dots[row] = the dot product of a row with groups `from` to `to` of the columns.
+typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to);
 typedef struct {
     Signs signs;
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
-} ByteLeaves;
+} Leaves;
+
+// What is to be taken off a byte to get its weight.
+INLINE int byte_offset(Type type, Signs signs) {
+    const TypeInfo *i = &types[type];
+    if (signs == UNSIGNED && (i->bits == 8 || i->values)) return 128;
+    return signs == UNSIGNED || (signs == UNSIGNED_NIBBLES && i->bits <= 4) ? i->offset : 0;
+}
 
 // A kernel's part for a format, in C that the compiler makes SIMD of.
-INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, ByteLeaves leaves) {
+INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block);
-    bool is_signed = i->bits == 8 || i->values;
-    bool subtracts = leaves.signs == SIGNED || (leaves.signs == UNSIGNED_NIBBLES && i->bits > 4);
+    int change = byte_offset(type, leaves.signs) - i->offset;
     uint8_t *w = u->w[0];
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen);
     unpack_planes(u->w, i->bits, weights_of(type, tile, block));
     if (i->values) leaves.look_up(w, 512, i->values);
-    for (int j = 0; is_signed && leaves.signs == UNSIGNED && j < 512; j++) w[j] ^= 128;
-    for (int j = 0; i->offset && subtracts && j < 512; j++) w[j] = (uint8_t)(w[j] - i->offset);
+    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(w[j] + change);
 }
 
-INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                           size_t n_all, int n, ByteLeaves leaves) {
-    int halves = BLOCK / types[type].per_scale;
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.signs);
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
         unpack_bytes_of(&u, type, tiles, c, leaves);
@@ -3682,11 +3650,12 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
             for (int h = 0; h < halves; h++) {
                 _Alignas(64) int32_t dots[16];
                 int part = halves == 1 ? 0 : 1 + h;
+                int32_t correction = (x[t].minus_128_sum[part] >> 7) * offset;
                 float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, &u, type, &x[t], part);
+                leaves.dot(dots, &u, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
                 for (int r = 0; r < 16; r++) {
-                    y[r] = fmaf(u.scale[h][r] * scale, (float)dots[r], y[r]);
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
                     if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
                 }
             }
@@ -3694,29 +3663,76 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
     }
 }
 
-// What is left to take off a dot product with weights that are stored with an offset, as a shift of 128 times the sum:
-// the offset is half of what the bits can hold.
-INLINE int offset_shift(Type type) { return types[type].values ? 0 : 8 - types[type].bits; }
-INLINE bool has_offset(Type type) { return types[type].bits == 8 || types[type].values || types[type].offset; }
-
-// The groups of columns of a part.
-INLINE int first_group(int part) { return part == 2 ? 4 : 0; }
-INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
-
-// add_tiles() of an instruction set, with the type known to the compiler.
-#define FOR_TYPE(type, leaves) \
-    case type: add_byte_tiles(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
-#define ADD_BYTE_TILES(target, set, ...)                                                                               \
-    target void add_tiles_##set(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
-                                const Block *x, size_t n_all, int n) {                                                 \
-        const ByteLeaves leaves = { __VA_ARGS__ };                                                                     \
-        switch (type) {                                                                                                \
-            FOR_TYPE(Q8, leaves) FOR_TYPE(Q8F, leaves) FOR_TYPE(Q4, leaves) FOR_TYPE(Q4M, leaves)                      \
-            FOR_TYPE(Q5, leaves) FOR_TYPE(Q5M, leaves) FOR_TYPE(Q2K, leaves) FOR_TYPE(Q3K, leaves)                     \
-            FOR_TYPE(Q4K, leaves) FOR_TYPE(Q5K, leaves) FOR_TYPE(Q6K, leaves) FOR_TYPE(IQ4NL, leaves)                  \
-            FOR_TYPE(IQ4XS, leaves) FOR_TYPE(MXFP4, leaves)                                                            \
-        default: break;                                                                                                \
+// A leaf for dot products, one vector of rows after the other, step: dot from w, four columns of the rows, and x.
+#define MAKE_DOT(isa, set, Vector, step)                                                                               \
+    isa void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {           \
+        (void)type;                                                                                                    \
+        for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
+            Vector dot = { 0 }, w;                                                                                     \
+            for (int g = from; g < to; g++) {                                                                          \
+                int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
+                memcpy(&w, u->w[g] + 4 * row, sizeof w);                                                               \
+                dot = step;                                                                                            \
+            }                                                                                                          \
+            memcpy(dots + row, &dot, sizeof dot);                                                                      \
         }                                                                                                              \
+    }
+
+// add_tiles() by the leaves of an instruction set, with the type known to the compiler.
+INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                           size_t n_all, int n, Leaves leaves) {
+#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+    switch (type) {
+        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
+        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
+    default: break;
+    }
+}
+
+// A leaf for add_products(): m rows of chains, m known to the compiler, side by side; step: sum[i][j] + w[j] * x.
+typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                      int m, int depth);
+#define MAKE_PRODUCTS(isa, set, Vector, step)                                                                          \
+    isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,                \
+                            size_t b_stride, int m, int depth) {                                                       \
+        enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
+        Vector sum[12][VECTORS], w[VECTORS];                                                                           \
+        _Pragma("GCC unroll 12")                                                                                       \
+        for (int i = 0; i < m; i++) memcpy(sum[i], c + (size_t)i * c_stride, sizeof sum[i]);                           \
+        for (int k = 0; k < depth; k++, a++, b += b_stride) {                                                          \
+            memcpy(w, b, sizeof w);                                                                                    \
+            _Pragma("GCC unroll 12")                                                                                   \
+            for (int i = 0; i < m; i++) {                                                                              \
+                float x = a[(size_t)i * a_stride];                                                                     \
+                for (int j = 0; j < VECTORS; j++) sum[i][j] = step;                                                    \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 12")                                                                                       \
+        for (int i = 0; i < m; i++) memcpy(c + (size_t)i * c_stride, sum[i], sizeof sum[i]);                           \
+    }
+
+// add_products() by that leaf, `most` rows of c at a time: as many as keep the multipliers busy and fit the registers.
+// With the strides of a product with a matrix known, their addresses cost nothing.
+INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                     int m, int depth, int most, Products *leaf) {
+    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
+    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
+        int left = m - i;
+        now = left >= most ? most : left >= 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+        if (now == most && of_matrix) leaf(c, 16, a, 32, b, 16, most, depth);
+        else if (now == most) leaf(c, c_stride, a, a_stride, b, b_stride, most, depth);
+        else if (now == 8) leaf(c, c_stride, a, a_stride, b, b_stride, 8, depth);
+        else if (now == 4) leaf(c, c_stride, a, a_stride, b, b_stride, 4, depth);
+        else if (now == 3) leaf(c, c_stride, a, a_stride, b, b_stride, 3, depth);
+        else leaf(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+    }
+}
+
+// to[i] = from[i] as another type: `width` numbers at a time by `step`, the rest by the plain loop.
+#define MAKE_CONVERSION(isa, name, To, From, width, step, plain)                                                       \
+    isa void name(To *to, const From *from, size_t n) {                                                                \
+        for (; n >= width; n -= width, to += width, from += width) step;                                               \
+        plain(to, from, n);                                                                                            \
     }
 
 // The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
@@ -3750,17 +3766,16 @@ INLINE int end_group(int part) { return part == 1 ? 4 : 8; }
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-LEAF_INLINE(AVX2) __m256i broadcast_256(const int8_t *q) { return _mm256_set1_epi32(four_bytes(q)); }
-
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
 // 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {
     __m256i ones = _mm256_set1_epi16(1);
     bool nibbles = types[type].bits <= 4 && !types[type].values;
     for (int half = 0; half < 2; half++) {
         __m256i dot = _mm256_setzero_si256();
-        for (int g = first_group(part); g < end_group(part); g++) {
-            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]), x = broadcast_256(b->q + 4 * g);
+        for (int g = from; g < to; g++) {
+            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);
+            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * g));
             if (nibbles) {
                 dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
             } else {
@@ -3769,34 +3784,18 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type,
             }
         }
         if (nibbles) dot = _mm256_madd_epi16(dot, ones);
-        if (nibbles && types[type].offset)
-            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(b->minus_128_sum[part] >> offset_shift(type)));
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
-// [kernel avxvnni] One vpdpbusd for three instructions; the weights' offset is taken off at the end.
-#define DOT_VNNI(isa, set, dpbusd)                                                                                     \
-    LEAF_INLINE(isa) void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {       \
-        __m256i offset = _mm256_set1_epi32(b->minus_128_sum[part]);                                                    \
-        for (int half = 0; half < 2; half++) {                                                                         \
-            __m256i dot = _mm256_setzero_si256();                                                                      \
-            for (int g = first_group(part); g < end_group(part); g++) {                                                \
-                __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);                                   \
-                dot = dpbusd(dot, w, broadcast_256(b->q + 4 * g));                                                     \
-            }                                                                                                          \
-            if (has_offset(type)) dot = _mm256_add_epi32(dot, _mm256_srai_epi32(offset, offset_shift(type)));          \
-            _mm256_store_si256((__m256i *)&dots[8 * half], dot);                                                       \
-        }                                                                                                              \
-    }
-DOT_VNNI(AVXVNNI, avxvnni, _mm256_dpbusd_avx_epi32)
-DOT_VNNI(AVX512VL, avx512vl, _mm256_dpbusd_epi32)
+// [kernel avxvnni] One vpdpbusd for three instructions.
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, w, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, w, _mm256_set1_epi32(x)))
 
-LEAF_INLINE(AVX2) void widen_avx2(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
+MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
+                _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const void *)from))), widen_floats)
+MAKE_CONVERSION(LEAF_INLINE(AVX2), narrow_avx2, uint16_t, float, 8,
+                _mm_storeu_si128((void *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), 0)), narrow_floats)
 
 LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16]) {
     __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)values));
@@ -3804,45 +3803,7 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
         _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
 }
 
-ADD_BYTE_TILES(LEAF(AVX2), avx2, UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2)
-ADD_BYTE_TILES(LEAF(AVXVNNI), avxvnni, UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2)
-ADD_BYTE_TILES(LEAF(AVX512VL), avx512vl, UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2)
-
-LEAF_INLINE(AVX2) void products_256(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                    size_t b_stride, int m, int depth) {
-    __m256 sum[6][2];
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 2; j++) sum[i][j] = _mm256_loadu_ps(c + (size_t)i * c_stride + 8 * j);
-    }
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        __m256 w0 = _mm256_loadu_ps(b), w1 = _mm256_loadu_ps(b + 8);
-        for (int i = 0; i < m; i++) {
-            __m256 x = _mm256_set1_ps(a[(size_t)i * a_stride]);
-            sum[i][0] = _mm256_fmadd_ps(w0, x, sum[i][0]);
-            sum[i][1] = _mm256_fmadd_ps(w1, x, sum[i][1]);
-        }
-    }
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 2; j++) _mm256_storeu_ps(c + (size_t)i * c_stride + 8 * j, sum[i][j]);
-    }
-}
-
-// Six rows of c fill twelve of the sixteen registers.
-LEAF(AVX2) void add_products_avx2(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                  size_t b_stride, int m, int depth) {
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 6 ? 6 : m - i >= 3 ? 3 : 1;
-        if (now == 6) products_256(c, c_stride, a, a_stride, b, b_stride, 6, depth);
-        else if (now == 3) products_256(c, c_stride, a, a_stride, b, b_stride, 3, depth);
-        else products_256(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
-
-LEAF(AVX2) void narrow_avx2(uint16_t *to, const float *from, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-    narrow_floats(to + i, from + i, n - i);
-}
+MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]))
 
 #define PEAK_256(isa, set, product)                                                                                    \
     MAKE_PEAK(LEAF(isa), set, "x", __m256i, product, __m256, _mm256_fmadd_ps(sum[i], x, x))
@@ -3855,64 +3816,29 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-LEAF_INLINE(AVX512) void dot_avx512(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    __m512i dot = _mm512_setzero_si512(), offset = _mm512_set1_epi32(b->minus_128_sum[part]);
-    for (int g = first_group(part); g < end_group(part); g++)
-        dot = _mm512_dpbusd_epi32(dot, _mm512_load_si512(u->w[g]), _mm512_set1_epi32(four_bytes(b->q + 4 * g)));
-    if (has_offset(type)) dot = _mm512_add_epi32(dot, _mm512_srai_epi32(offset, (unsigned)offset_shift(type)));
-    _mm512_store_si512(dots, dot);
-}
-
-LEAF_INLINE(AVX512) void widen_avx512(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
-
-ADD_BYTE_TILES(LEAF(AVX512), avx512, UNSIGNED, dot_avx512, widen_avx512, look_up_avx2)
-
-LEAF_INLINE(AVX512) void products_512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                      size_t b_stride, int m, int depth) {
-    __m512 sum[12];
-#pragma GCC unroll 12
-    for (int i = 0; i < m; i++) sum[i] = _mm512_loadu_ps(c + (size_t)i * c_stride);
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        __m512 w = _mm512_loadu_ps(b);
-#pragma GCC unroll 12
-        for (int i = 0; i < m; i++) sum[i] = _mm512_fmadd_ps(w, _mm512_set1_ps(a[(size_t)i * a_stride]), sum[i]);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < m; i++) _mm512_storeu_ps(c + (size_t)i * c_stride, sum[i]);
-}
-
-// Twelve rows of c are twelve chains side by side, enough to keep two multipliers busy. With the strides of a product
-// with a matrix known, their addresses cost nothing.
-LEAF(AVX512) void add_products_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                                      size_t b_stride, int m, int depth) {
-    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 12 ? 12 : m - i >= 8 ? 8 : m - i >= 4 ? 4 : m - i == 3 ? 3 : 1;
-        if (now == 12 && of_matrix) products_512(c, 16, a, 32, b, 16, 12, depth);
-        else if (now == 12) products_512(c, c_stride, a, a_stride, b, b_stride, 12, depth);
-        else if (now == 8) products_512(c, c_stride, a, a_stride, b, b_stride, 8, depth);
-        else if (now == 4) products_512(c, c_stride, a, a_stride, b, b_stride, 4, depth);
-        else if (now == 3) products_512(c, c_stride, a, a_stride, b, b_stride, 3, depth);
-        else products_512(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
+MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
+                _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from))), widen_floats)
+MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]))
 
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
 
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", add_tiles_avx2, add_products_avx2, widen_avx2, narrow_avx2, peak_avx2)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", add_tiles_avxvnni, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avxvnni)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", add_tiles_avx512vl, add_products_avx2, widen_avx2, narrow_avx2,
-             peak_avx512vl)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx512, widen_avx512, narrow_avx2,
-             peak_avx512)
+
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2 })
+#define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
+
+#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2 })
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
+
+#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2 })
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
+
+#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, widen_avx512, look_up_avx2 })
+#define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -3924,65 +3850,24 @@ MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", add_tiles_avx512, add_products_avx5
 
 // ---- NEON: 128 bits, with and without the instruction for dot products ----
 
-INLINE void widen_neon(float *to, const uint16_t *from, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
-    widen_floats(to + i, from + i, n - i);
-}
+MAKE_CONVERSION(INLINE, widen_neon, float, uint16_t, 4,
+                vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))), widen_floats)
+MAKE_CONVERSION(INLINE, narrow_neon, uint16_t, float, 4,
+                vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from)))), narrow_floats)
 
-// [kernel neon] Products in 16 bits, pairs of them added up in 32; a row's two halves at last.
-INLINE void dot_neon(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    (void)type;
-    for (int quarter = 0; quarter < 4; quarter++) {
-        int32x4_t low = vdupq_n_s32(0), high = low;
-        for (int g = first_group(part); g < end_group(part); g++) {
-            int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter]));
-            int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(four_bytes(b->q + 4 * g)));
-            low = vpadalq_s16(low, vmull_s8(vget_low_s8(w), x));
-            high = vpadalq_s16(high, vmull_s8(vget_high_s8(w), x));
-        }
-        vst1q_s32(dots + 4 * quarter, vpaddq_s32(low, high));
-    }
+// [kernel neon] Products in 16 bits, where two of them fit: 2 * 128 * 127 = 32512; pairs of these are added up in 32.
+INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
+MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
     for (size_t i = 0; i < n; i += 16) vst1q_u8(w + i, vreinterpretq_u8_s8(vqtbl1q_s8(table, vld1q_u8(w + i))));
 }
 
-ADD_BYTE_TILES(static, neon, SIGNED, dot_neon, widen_neon, look_up_neon)
-
-INLINE void products_128(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                         int m, int depth) {
-    float32x4_t sum[4][4];
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 4; j++) sum[i][j] = vld1q_f32(c + (size_t)i * c_stride + 4 * j);
-    }
-    for (int k = 0; k < depth; k++, a++, b += b_stride) {
-        for (int i = 0; i < m; i++) {
-            float x = a[(size_t)i * a_stride];
-            for (int j = 0; j < 4; j++) sum[i][j] = vfmaq_n_f32(sum[i][j], vld1q_f32(b + 4 * j), x);
-        }
-    }
-    for (int i = 0; i < m; i++) {
-        for (int j = 0; j < 4; j++) vst1q_f32(c + (size_t)i * c_stride + 4 * j, sum[i][j]);
-    }
-}
-
-static void add_products_neon(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,
-                              size_t b_stride, int m, int depth) {
-    for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
-        now = m - i >= 4 ? 4 : 1;
-        if (now == 4) products_128(c, c_stride, a, a_stride, b, b_stride, 4, depth);
-        else products_128(c, c_stride, a, a_stride, b, b_stride, 1, depth);
-    }
-}
-
-INLINE void narrow_neon(uint16_t *to, const float *from, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
-    narrow_floats(to + i, from + i, n - i);
-}
+MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x))
 
 INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
     int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
@@ -3991,7 +3876,10 @@ INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
 
 MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon, narrow_neon, peak_neon)
+
+#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, widen_neon, look_up_neon })
+#define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
+MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
 // A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -4005,23 +3893,14 @@ MAKE_KERNELS(neon, static, "neon", add_tiles_neon, add_products_neon, widen_neon
 #ifdef NEON_DOT
 
 // [kernel neondot] One sdot a group of columns.
-NEON_DOT_INLINE void dot_neondot(int32_t dots[16], const ByteBlock *u, Type type, const Block *b, int part) {
-    (void)type;
-    for (int quarter = 0; quarter < 4; quarter++) {
-        int32x4_t dot = vdupq_n_s32(0);
-        for (int g = first_group(part); g < end_group(part); g++) {
-            int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(b->q + 4 * g)));
-            dot = vdotq_s32(dot, vreinterpretq_s8_u8(vld1q_u8(&u->w[g][16 * quarter])), x);
-        }
-        vst1q_s32(dots + 4 * quarter, dot);
-    }
-}
-
-ADD_BYTE_TILES(NEON_DOT, neondot, SIGNED, dot_neondot, widen_neon, look_up_neon)
+MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
+         vdotq_s32(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
-MAKE_KERNELS(neondot, NEON_DOT, "neondot", add_tiles_neondot, add_products_neon, widen_neon, narrow_neon, peak_neondot)
+
+#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, widen_neon, look_up_neon })
+MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
 
