@@ -1396,13 +1396,16 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
         for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
     else widen(d, (const void *)tile, 16);
     if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
-    for (int h = 0; h < BLOCK / i->per_scale; h++) {
-        for (int r = 0; r < 16; r++) {
-            uint8_t x = i->cols == 256 ? narrow[16 * h + r] : 0, y = i->has_min && type != Q2K ? narrow[128 + r] : 0;
-            if (i->cols == 32) scale[h][r] = d[r];
-            else scale[h][r] = d[r] * (float)(type == Q2K ? x & 15 : (int8_t)x);
-            if (i->has_min) min[h][r] = i->cols == 32 ? dmin[r] : -(dmin[r] * (float)(type == Q2K ? x >> 4 : y));
-        }
+    for (int h = 0; h < BLOCK / i->per_scale; h++, narrow += 16) {
+        if (i->cols == 32) memcpy(scale[h], d, sizeof d);
+        if (i->cols == 32 && i->has_min) memcpy(min[h], dmin, sizeof dmin);
+        if (i->cols == 32) continue;
+        const int8_t *whole = (const int8_t *)narrow;
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+        for (int r = 0; r < 16; r++) scale[h][r] = d[r] * (float)(type == Q2K ? narrow[r] & 15 : whole[r]);
+        if (!i->has_min) continue;
+#pragma GCC unroll 1
+        for (int r = 0; r < 16; r++) min[h][r] = -(dmin[r] * (float)(type == Q2K ? narrow[r] >> 4 : narrow[128 + r]));
     }
 }
 
@@ -3700,7 +3703,7 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
         _Pragma("GCC unroll 12")                                                                                       \
         for (int i = 0; i < m; i++) memcpy(sum[i], c + (size_t)i * c_stride, sizeof sum[i]);                           \
         for (int k = 0; k < depth; k++, a++, b += b_stride) {                                                          \
-            memcpy(w, b, sizeof w);                                                                                    \
+            for (int j = 0; j < VECTORS; j++) memcpy(&w[j], b + j * WIDTH, sizeof w[j]);                               \
             _Pragma("GCC unroll 12")                                                                                   \
             for (int i = 0; i < m; i++) {                                                                              \
                 float x = a[(size_t)i * a_stride];                                                                     \
