@@ -9,6 +9,7 @@
     python export_model.py Qwen2.5-1.5B-Instruct -o qwen.bin --type mixed    the same, quantised
     python export_model.py Llama-2-7b -o llama.gguf --to gguf --type q8      Meta's folder, for llama.cpp too
     python export_model.py model.gguf --lora my-adapter -o tuned.bin         with a LoRA adapter merged in
+    python export_model.py stories15M.pt --tokenizer tokenizer.bin -o s.bin  a checkpoint of llama2.c's training
     python export_model.py tuned.bin -o folder --to hf                       back to transformers
 
 Read are: a Hugging Face folder (config.json and safetensors or pytorch_model*.bin), Meta's (params.json and
@@ -70,7 +71,6 @@ TYPES = {t.name: t for t in (
     Type("q5", 6, 32, 22), Type("q5m", 7, 32, 24), Type("q2k", 10, 256, 84), Type("q3k", 11, 256, 110),
     Type("q4k", 12, 256, 144), Type("q5k", 13, 256, 176), Type("q6k", 14, 256, 210), Type("iq4nl", 20, 32, 18),
     Type("iq4xs", 23, 256, 136), Type("mxfp4", 39, 32, 17))}
-UNREAD = ("q2k", "q3k", "iq4nl", "iq4xs", "mxfp4")  # kept as they are, never made into numbers
 FLOATS = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 SLAB = 1 << 16  # weights that are converted at once: they stay in the processor's cache
 
@@ -156,12 +156,6 @@ GRIDS = {"q8": Grid(-127, 127, False, (1, 0.996, 1.004)), "q4": Grid(-8, 7, Fals
          "q4m": Grid(0, 15, True, ((0, 0), (0.05, 0.05), (0, 0.06), (0.06, 0)))}
 
 
-def nibbles(q: np.ndarray) -> np.ndarray:
-    """Columns 0 to 15 of a block in the low halves of 16 bytes, 16 to 31 in the high halves."""
-    q = q.astype(np.uint8)
-    return q[:, :16] | q[:, 16:] << 4
-
-
 def halves(x: np.ndarray) -> np.ndarray:
     return x.astype("<f2").view(np.uint8)
 
@@ -172,8 +166,8 @@ def quantise(x: np.ndarray, type_name: str) -> np.ndarray:
     if type_name == "q8":
         return np.hstack([halves(scale), q.astype(np.int8).view(np.uint8)])
     if type_name == "q4":
-        return np.hstack([halves(scale), nibbles(q + 8)])
-    return np.hstack([halves(scale), halves(minimum), nibbles(q)])
+        q, minimum = q + 8, minimum[:, :0]
+    return np.hstack([halves(scale), halves(minimum), join(q.astype(np.uint8).reshape(-1, 2, 16), -2, 4)])
 
 
 def encode(x: np.ndarray, type_name: str) -> np.ndarray:
@@ -194,56 +188,68 @@ def encode(x: np.ndarray, type_name: str) -> np.ndarray:
     return quantise(x.reshape(-1, 32), type_name).reshape(len(x), -1)
 
 
-def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
-    """(blocks, 16) -> f32 (blocks, 32)"""
-    return np.hstack([packed & 15, packed >> 4]).astype(np.float32)
+# What the weights of iq4nl and iq4xs stand for, places on a curve, and those of mxfp4, twice a float of 4 bits.
+CURVE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+SMALL_FLOATS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
-def high_bits(packed: np.ndarray) -> np.ndarray:
-    """The fifth bits of q5 and q5m, 4 bytes a block, as 0 or 16      (blocks, 4) -> f32 (blocks, 32)"""
-    return np.unpackbits(packed, axis=1, bitorder="little").astype(np.float32) * 16
+def join(x: np.ndarray, axis: int, bits: int) -> np.ndarray:
+    """Small numbers along an axis in one byte, the first in its lowest bits."""
+    shifts = np.arange(0, bits * x.shape[axis], bits, np.uint8)
+    return np.bitwise_or.reduce(x << shifts.reshape(-1, *[1] * (-1 - axis)), axis)
 
 
-def k_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 scales and minima of q4k and q5k, 6 bits each      s (blocks, 12)   out 2 * f32 (blocks, 8)"""
-    scale = np.hstack([s[:, :4] & 63, s[:, 8:] & 15 | (s[:, :4] >> 6) << 4])
-    minimum = np.hstack([s[:, 4:8] & 63, s[:, 8:] >> 4 | (s[:, 4:8] >> 6) << 4])
-    return scale.astype(np.float32), minimum.astype(np.float32)
+def split(x: np.ndarray, n: int, bits: int) -> np.ndarray:
+    """The inverse, for n bytes each time      uint8 (blocks, m * n) -> (blocks, m * 8 / bits * n)"""
+    shifts = np.arange(0, 8, bits, np.uint8)[:, None]
+    return (x.reshape(len(x), -1, 1, n) >> shifts & (1 << bits) - 1).reshape(len(x), -1)
 
 
-def dequantise_256(b: np.ndarray, type_name: str) -> np.ndarray:
-    """Blocks of 256 of q4k, q5k and q6k      b uint8 (blocks, bytes)   out f32 (blocks, 256)"""
+def block_weights(b: np.ndarray, type_name: str) -> np.ndarray:
+    """The weights of blocks, without scale and minimum      out f32 (blocks, cols of a block)"""
+    if type_name == "q8":
+        return b[:, 2:].view(np.int8).astype(np.float32)
+    if type_name in ("q2k", "q3k"):
+        q = split(b[:, 16:80] if type_name == "q2k" else b[:, 32:96], 32, 2)
+        return q.astype(np.float32) if type_name == "q2k" else (q | split(b[:, :32], 32, 1) << 2).astype(np.float32) - 4
     if type_name == "q6k":
-        low, high = b[:, :128].reshape(-1, 2, 64), b[:, 128:192].reshape(-1, 2, 32)
-        q = np.stack([low[..., :32] & 15 | (high & 3) << 4, low[..., 32:] & 15 | (high >> 2 & 3) << 4,
-                      low[..., :32] >> 4 | (high >> 4 & 3) << 4, low[..., 32:] >> 4 | (high >> 6) << 4], 2)
-        scale = b[:, 208:].view("<f2").astype(np.float32) * b[:, 192:208].view(np.int8).astype(np.float32)
-        return ((q.reshape(-1, 16, 16).astype(np.float32) - 32) * scale[..., None]).reshape(-1, 256)
-    d, dmin = b[:, :2].view("<f2").astype(np.float32), b[:, 2:4].view("<f2").astype(np.float32)
-    scale, minimum = k_scales(b[:, 4:16])
-    packed = b[:, -128:].reshape(-1, 4, 32)
-    q = np.stack([packed & 15, packed >> 4], 2).reshape(-1, 8, 32)
-    if type_name == "q5k":
-        q = q | (b[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1).transpose(0, 2, 1) << 4
-    return (q.astype(np.float32) * (d * scale)[..., None] - (dmin * minimum)[..., None]).reshape(-1, 256)
+        return (split(b[:, :128], 64, 4) | split(b[:, 128:192], 32, 2) << 4).astype(np.float32) - 32
+    q = split(b[:, -128:] if b.shape[1] > 128 else b[:, -16:], 32 if type_name in ("q4k", "q5k") else 16, 4)
+    if type_name in ("q5", "q5m", "q5k"):
+        high = {"q5": b[:, 2:6], "q5m": b[:, 4:8]}.get(type_name)
+        q |= (split(b[:, 16:48], 32, 1) if high is None else np.unpackbits(high, 1, bitorder="little")) << 4
+    table = {"iq4nl": CURVE, "iq4xs": CURVE, "mxfp4": SMALL_FLOATS}.get(type_name)
+    return q.astype(np.float32) - {"q4": 8, "q5": 16}.get(type_name, 0) if table is None else table[q]
+
+
+def block_scales(b: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The scales of blocks or of their parts, and what is added, if anything      out f32 (blocks, parts)"""
+    if type_name == "mxfp4":  # 2^(e - 128)
+        return np.ldexp(np.float32(1), b[:, :1].astype(int) - 128), None
+    at = {"q2k": 80, "q3k": 108, "q6k": 208}.get(type_name, 0)
+    d, dmin = (b[:, i:i + 2].view("<f2").astype(np.float32) if i < b.shape[1] else None for i in (at, at + 2))
+    if type_name == "q2k":
+        return d * (b[:, :16] & 15), -(dmin * (b[:, :16] >> 4))
+    if type_name == "q3k":
+        s = split(b[:, 96:104], 8, 4) | split(b[:, 104:108], 4, 2) << 4
+        return d * (s.astype(np.float32) - 32), None
+    if type_name in ("q4k", "q5k"):
+        low, both = b[:, 4:12], split(b[:, 12:16], 4, 4)
+        s = np.hstack([low & 63, both | low >> 6 << 4])  # four scales, four minima, and so on
+        return d * s[:, [0, 1, 2, 3, 8, 9, 10, 11]], -(dmin * s[:, [4, 5, 6, 7, 12, 13, 14, 15]])
+    if type_name == "q6k":
+        return d * b[:, 192:208].view(np.int8), None
+    if type_name == "iq4xs":
+        s = split(b[:, 4:8], 1, 4) | split(b[:, 2:4], 1, 2) << 4
+        return d * (s.astype(np.float32) - 32), None
+    return d, dmin if type_name in ("q4m", "q5m") else None
 
 
 def dequantise(b: np.ndarray, type_name: str) -> np.ndarray:
     """b uint8 (blocks, bytes of a block)   out f32 (blocks, cols of a block)"""
-    if type_name in ("q4k", "q5k", "q6k"):
-        return dequantise_256(b, type_name)
-    scale = b[:, :2].view("<f2").astype(np.float32) if b.shape[1] % 2 == 0 else None
-    if type_name == "q8":
-        return b[:, 2:].view(np.int8).astype(np.float32) * scale
-    if type_name == "q4":
-        return (unpack_nibbles(b[:, 2:]) - 8) * scale
-    if type_name == "q5":
-        return (unpack_nibbles(b[:, 6:]) + high_bits(b[:, 2:6]) - 16) * scale
-    if type_name in ("q4m", "q5m"):
-        minimum = b[:, 2:4].view("<f2").astype(np.float32)
-        q = unpack_nibbles(b[:, 4:]) if type_name == "q4m" else unpack_nibbles(b[:, 8:]) + high_bits(b[:, 4:8])
-        return q * scale + minimum
-    raise Refusal(f"is stored as {type_name}, which can only be kept as it is: leave --type, --lora and --to hf")
+    q, (scale, minimum) = block_weights(b, type_name), block_scales(b, type_name)
+    x = q.reshape(*scale.shape, -1) * scale[..., None]
+    return (x if minimum is None else x + minimum[..., None]).reshape(len(b), -1)
 
 
 def decode(stored: np.ndarray, type_name: str) -> np.ndarray:
@@ -287,6 +293,13 @@ def constant(x: Any) -> Tensor:
 def stack(parts: list[Tensor]) -> Tensor:
     """Tensors of one shape and type as one with an axis more, outermost."""
     return Tensor((len(parts), *parts[0].shape), parts[0].type, lambda: np.stack([p.read() for p in parts]))
+
+
+def concatenate(parts: list[Tensor], axis: int) -> Tensor:
+    """Tensors of one type as one, that much longer."""
+    shape = list(parts[0].shape)
+    shape[axis] = sum(p.shape[axis] for p in parts)
+    return replace(parts[0], shape=tuple(shape), read=lambda: np.concatenate([p.read() for p in parts], axis))
 
 
 def pair_rows(w: np.ndarray, heads: int) -> np.ndarray:
@@ -543,52 +556,103 @@ def stored_bytes(shape: tuple[int, ...], type_name: str) -> int:
 
 
 # ==== 4. cria's own file ====
-# Drawn in README, "The native file, byte by byte". A matrix lies in tiles of 16 rows x 32 columns: here they become
-# GGUF's rows of blocks again, with the same bits.
+# Drawn in README, "The native file, byte by byte". A matrix lies in tiles of 16 rows x 32 columns, or 256:
+# here they become GGUF's rows of blocks again, with the same bits.
 
 NATIVE_MAGIC = b"\x89cria\r\n\x1a"
-NATIVE_LAYOUT = 1
-NATIVE_TYPES = ("f32", "f16", "bf16", "q8", "q8f", "q4", "q4m", "q5", "q5m")
+NATIVE_LAYOUT = 2
+# By its number, a matrix's type, the bits of a weight, and what a row of a tile has before them: the bytes of its scale
+# and, if there is one, of its minimum, and how many bytes of smaller scales.
+NATIVE_TYPES = (("f32", 32, (), 0), ("f16", 16, (), 0), ("bf16", 16, (), 0), ("q8", 8, (2,), 0), ("q8f", 8, (4,), 0),
+                ("q4", 4, (2,), 0), ("q4m", 4, (2, 2), 0), ("q5", 5, (2,), 0), ("q5m", 5, (2, 2), 0),
+                ("q2k", 2, (2, 2), 16), ("q3k", 3, (2,), 16), ("q4k", 4, (2, 2), 16), ("q5k", 5, (2, 2), 16),
+                ("q6k", 6, (2,), 16), ("iq4nl", 4, (2,), 0), ("iq4xs", 4, (2,), 8), ("mxfp4", 4, (1,), 0))
 NATIVE_VECTOR = 255
 NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "default")
+# Names of the configuration and GGUF's keys; "": native_keys() makes these, or they follow from the family.
 NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
                  "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
                  "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "rope_scale": "",
-                 "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
-                 "ffn_dim": "feed_forward_length"}
+                 "local_theta": "", "embedding_scale": "", "residual_scale": "", "attention_scale": "",
+                 "logit_scale": "", "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
+                 "activation": "", "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
+                 "ffn_dim": "feed_forward_length", "window": "", "angles": ""}
+NATIVE_PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim", "window", "angles")
 
 
-def rows_of_tiles(tiles: np.ndarray) -> np.ndarray:
-    """(row tiles, column tiles, groups, 16, bytes of a group) -> (rows, column tiles, groups * bytes of a group)"""
-    r, c, groups, _, n = tiles.shape
-    return tiles.transpose(0, 3, 1, 2, 4).reshape(r * 16, c, groups * n)
+def stored_weights(w: np.ndarray, bits: int) -> np.ndarray:
+    """The weights of 32 columns and 16 rows from the planes that have their bits      uint8 (..., 64 * bits) ->
+    (..., 8, 64): eight groups of four columns"""
+    q, at, below = np.zeros((*w.shape[:-1], 8, 64), np.uint8), 0, 0
+    for width in (n for n in (8, 4, 2, 1) if bits & n):
+        plane, shifts = w[..., at:at + 64 * width].reshape(*w.shape[:-1], width, 64), np.arange(0, 8, width, np.uint8)
+        plane = plane[..., None, :, :] if width == 4 else plane[..., None, :]
+        plane = plane >> shifts.reshape(-1, *[1] * (1 + (width == 4)))
+        q |= (plane.reshape(q.shape) & (1 << width) - 1) << below
+        at, below = at + 64 * width, below + width
+    return q
 
 
-def fifth_bits(packed: np.ndarray) -> np.ndarray:
-    """From bit g of byte c % 4 to bit c of 32, c = 4*g + c % 4      uint8 (rows, column tiles, 4) -> the same shape"""
-    bits = np.unpackbits(packed[..., None], axis=-1, bitorder="little")
-    return np.packbits(bits.swapaxes(-1, -2).reshape(*packed.shape[:2], 32), axis=-1, bitorder="little")
+def pack_scales(s: np.ndarray, type_name: str) -> list[np.ndarray]:
+    """A tile's smaller scales as ggml has them      uint8 (..., 16 or 8)"""
+    at = s.shape[:-1]
+    if type_name in ("q4k", "q5k"):  # 8 scales, 8 minima
+        low, high = s.reshape(*at, 2, 2, 4)[..., 0, :], s.reshape(*at, 2, 2, 4)[..., 1, :]
+        return [(low | high >> 4 << 6).reshape(*at, 8), join(high & 15, -2, 4)]
+    s = s + np.uint8(32) if type_name in ("q3k", "iq4xs") else s
+    if type_name == "q3k":
+        return [join((s & 15).reshape(*at, 2, 8), -2, 4), join((s >> 4).reshape(*at, 4, 4), -2, 2)]
+    if type_name == "iq4xs":
+        return [join((s >> 4).reshape(*at, 2, 4), -1, 2), join((s & 15).reshape(*at, 4, 2), -1, 4)]
+    return [s]
 
 
-def untile(tiles: np.ndarray, type_name: str, rows: int) -> np.ndarray:
+def pack_block(q: np.ndarray, scales: list[np.ndarray], narrow: np.ndarray, type_name: str) -> list[np.ndarray]:
+    """The fields of ggml's blocks, in their order      q uint8 (rows, blocks, cols)  scales (..., bytes), of minima too
+    narrow (..., 16 or 8)"""
+    at, smaller = q.shape[:2], pack_scales(narrow, type_name)
+
+    def bits(x: np.ndarray, shape: tuple[int, ...], axis: int, n: int) -> np.ndarray:
+        return join(x.reshape(*at, *shape), axis, n).reshape(*at, -1)
+    if type_name in ("q4k", "q5k"):
+        high = [bits(q >> 4, (8, 32), -2, 1)] if type_name == "q5k" else []
+        return [*scales, *smaller, *high, bits(q & 15, (4, 2, 32), -2, 4)]
+    if type_name == "q2k":
+        return [*smaller, bits(q, (2, 4, 32), -2, 2), *scales]
+    if type_name == "q3k":
+        return [bits(q >> 2, (8, 32), -2, 1), bits(q & 3, (2, 4, 32), -2, 2), *smaller, *scales]
+    if type_name == "q6k":
+        return [bits(q & 15, (2, 2, 64), -2, 4), bits(q >> 4, (2, 4, 32), -2, 2), *smaller, *scales]
+    if type_name == "q8":
+        return [*scales, q]
+    high = [np.packbits(q >> 4, -1, "little")] if type_name in ("q5", "q5m") else []
+    return [*scales, *smaller, *high, bits(q & 15, (-1, 2, 16), -2, 4)]
+
+
+def untile(tiles: np.ndarray, number: int, rows: int) -> np.ndarray:
     """uint8 (row tiles, column tiles, bytes of a tile) -> rows as in a GGUF file; of q8f, floats"""
     r, c, _ = tiles.shape
+    type_name, bits, widths, n_narrow = NATIVE_TYPES[number]
     if type_name in FLOATS:
         numbers = tiles.reshape(r, c, -1).view(FLOATS[type_name]).reshape(r, c, 32, 16)
         return numbers.transpose(0, 3, 1, 2).reshape(r * 16, c * 32)[:rows]
-    n_scale = 4 if type_name == "q8f" else 2
-    n_header = 16 * n_scale * (2 if type_name in ("q4m", "q5m") else 1)
-    parts = [rows_of_tiles(tiles[..., i:i + 16 * n_scale].reshape(r, c, 1, 16, n_scale))
-             for i in range(0, n_header, 16 * n_scale)]
-    n_weights = 512 if type_name in ("q8", "q8f") else 256
-    weights = tiles[..., n_header:n_header + n_weights]
-    if type_name in ("q5", "q5m"):
-        parts.append(fifth_bits(rows_of_tiles(tiles[..., n_header + n_weights:].reshape(r, c, 1, 16, 4))))
-    parts.append(rows_of_tiles(weights.reshape(r, c, n_weights // 64, 16, 4)))
+    at = 0
+
+    def take(x: np.ndarray, n: int) -> np.ndarray:
+        """What has n bytes for each of 16 rows, one row after the other, once or several times, by rows."""
+        return x.reshape(r, c, -1, 16, n).transpose(0, 3, 1, 2, 4).reshape(r * 16, c, -1)
+    scales = []
+    for n in (*widths, n_narrow):
+        scales.append(take(tiles[..., at:at + 16 * n], n if n < 8 else 1) if n else None)
+        at += 16 * n
+    weights = tiles[..., at:].reshape(r, c, -1, 64 * bits)
+    q = take(stored_weights(weights, bits).reshape(r, c, -1), 4)
     if type_name == "q8f":
-        scale = np.ascontiguousarray(parts[0]).view("<f4")
-        return (parts[1].view(np.int8).astype(np.float32) * scale).reshape(r * 16, -1)[:rows]
-    return np.concatenate(parts, 2).reshape(r * 16, -1)[:rows]
+        scale = np.ascontiguousarray(scales[0]).view("<f4")
+        return (q.view(np.int8).astype(np.float32) * scale).reshape(r * 16, -1)[:rows]
+    narrow = scales.pop()
+    fields = pack_block(q, scales, q[..., :0] if narrow is None else narrow, type_name)
+    return np.concatenate(fields, 2).reshape(r * 16, -1)[:rows]
 
 
 def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
@@ -600,40 +664,97 @@ def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
     if kind == NATIVE_VECTOR:
         return name, mapped(c.path, at, FLOATS["f32"], (cols,), "f32")
     if kind >= len(NATIVE_TYPES):
-        raise Refusal(f"{c.path}: {name} is in tiles of type {kind}, which can only be read from the GGUF file "
-                      f"that this was made of")
-    type_name = NATIVE_TYPES[kind]
-    grid = -(-rows // 16), -(-cols // 32)
-    if n_bytes % math.prod(grid):
+        raise Refusal(f"{c.path}: {name} is in tiles of type {kind}, which is not known here")
+    type_name, bits, widths, n_narrow = NATIVE_TYPES[kind]
+    tile_cols = 256 if n_narrow else 32
+    grid = -(-rows // 16), -(-cols // tile_cols)
+    if n_bytes != math.prod(grid) * (16 * (sum(widths) + n_narrow) + 2 * tile_cols * bits):
         raise Refusal(f"{c.path}: {name} has {n_bytes} bytes for {math.prod(grid)} tiles")
 
     def read() -> np.ndarray:
         tiles = np.fromfile(c.path, np.uint8, n_bytes, offset=at).reshape(*grid, -1)
-        stored = untile(tiles, type_name, rows)
+        stored = untile(tiles, kind, rows)
         return np.ascontiguousarray(stored[:, :cols]) if type_name in FLOATS else stored
     return name, Tensor((rows, cols), "f32" if type_name == "q8f" else type_name, read)
 
 
-def native_config(section: bytes, arch: str, path: Path) -> dict[str, Value]:
-    """Records | name[28] | u32 count | f64[count] | as GGUF's keys."""
-    keys, at = {}, 0
+def fuse_phi3(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """GGUF has these as one matrix, a native file never."""
+    fused, out = {"attn_q": ("attn_qkv", "qkv"), "ffn_gate": ("ffn_up", ("gate", "up"))}, {}
+    for name, tensor in tensors.items():
+        blk, kind = name.removesuffix(".weight").rpartition(".")[::2]
+        if kind in fused:
+            whole, ends = fused[kind]
+            parts = [tensors[f"{blk}.{kind[:kind.index('_')]}_{end}.weight"] for end in ends]
+            if len({p.type for p in parts}) > 1:
+                raise Refusal(f"{path}: {name} is of another type than what GGUF has in the same matrix")
+            out[f"{blk}.{whole}.weight"] = concatenate(parts, 0)
+        elif kind not in ("attn_k", "attn_v", "ffn_up"):
+            out[name] = tensor
+    return out
+
+
+def native_fields(section: bytes, path: Path) -> dict[str, list]:
+    """Records | name[28] | u32 count | f64[count] |"""
+    fields, at = {}, 0
     while at < len(section):
         name = section[at:at + 28].rstrip(b"\0").decode("ascii", "replace")
         (count,) = struct.unpack_from("<I", section, at + 28)
-        values = struct.unpack_from(f"<{count}d", section, at + 32)
+        fields[name] = list(struct.unpack_from(f"<{count}d", section, at + 32))
         at += 32 + 8 * count
-        if name not in NATIVE_CONFIG:
-            raise Refusal(f"{path}: its configuration has {name}, which is not known here")
-        if name == "rope_scale":
-            if values[0] != 1:
-                keys[f"{arch}.rope.scaling.type"] = text("linear")
-                keys[f"{arch}.rope.scaling.factor"] = f32(values[0])
-            continue
-        make = f32 if name in ("norm_eps", "rope_theta") else u32
-        same = len(set(values)) == 1
-        keys[f"{arch}.{NATIVE_CONFIG[name]}"] = make(values[0]) if same else array(U32, [int(v) for v in values])
-    keys[f"{arch}.attention.value_length"] = keys[f"{arch}.attention.key_length"]
-    return keys
+    for name in [*(fields.keys() - NATIVE_CONFIG.keys()), *(NATIVE_CONFIG.keys() - fields.keys())]:
+        raise Refusal(f"{path}: its configuration {'has' if name in fields else 'lacks'} {name}, which is not expected")
+    for name, values in fields.items():
+        if len(values) != (fields["n_layers"][0] if name in NATIVE_PER_LAYER else 1):
+            raise Refusal(f"{path}: its configuration has {len(values)} values of {name}")
+    return fields
+
+
+def inverse(y: float) -> float:
+    """1 / y, and of the f32 that are as good the roundest: y was one over that."""
+    x = float(f"{1 / y:.6g}")
+    return x if np.float32(1) / np.float32(x) == np.float32(y) else 1 / y
+
+
+def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Value]:
+    """A native file's configuration as GGUF's keys. What these cannot say is refused by name."""
+    f = next((f for f in FAMILIES.values() if f.arch == arch), None)
+    if not f:
+        raise Refusal(f"{path}: models of family {arch!r} are not known here")
+    keys = {}
+    for name, key in NATIVE_CONFIG.items():
+        values, make = fields[name], f32 if name in ("norm_eps", "rope_theta", "attention_cap", "logit_cap") else u32
+        if key and (values[0] or not key.endswith("capping")):
+            keys[key] = make(values[0]) if len(set(values)) == 1 else array(U32, [int(v) for v in values])
+    keys["attention.value_length"] = keys["attention.key_length"]
+    one, windows = {name: values[0] for name, values in fields.items()}, [int(w) for w in fields["window"]]
+    local, n_layers = one["local_theta"], len(windows)
+    if one["rope_scale"] != 1:
+        keys |= {"rope.scaling.type": text("linear"), "rope.scaling.factor": f32(one["rope_scale"])}
+    if local and arch == "gemma3":
+        keys["rope.freq_base_swa"] = f32(local)
+    if f.windows or any(windows):
+        keys["attention.sliding_window"] = u32(max(windows))
+    if any(windows) and [w > 0 for w in windows] != usual_windows(arch, n_layers):
+        keys["attention.sliding_window_pattern"] = array(BOOL, [w > 0 for w in windows])
+    if arch == "phi3":
+        keys["rope.scaling.original_context_length"] = keys["context_length"]
+    scales = {"embedding_scale": math.sqrt(one["dim"]) if f.norm_plus_one else 1, "residual_scale": 1, "logit_scale": 1}
+    if arch == "granite":
+        keys |= {name: f32(one[name]) for name in ("embedding_scale", "residual_scale")}
+        keys["logit_scale"], scales = f32(inverse(one["logit_scale"])), {}
+    usual = usual_scalar(arch, n_layers, one["dim"] // one["n_heads"], one["head_dim"]) ** -0.5
+    if arch == "granite" or not math.isclose(one["attention_scale"], usual, rel_tol=1e-6):
+        keys["attention.scale"] = f32(one["attention_scale"])
+    unrotated = [arch == "smollm3" and (i + 1) % 4 == 0 for i in range(n_layers)]
+    implied = scales | {"activation": int(f.norm_plus_one), "local_theta": local if arch == "gemma3" else 0,
+                        "window": [w and max(windows) for w in windows],
+                        "angles": [0 if no else 2 if w and local else 1 for no, w in zip(unrotated, windows)]}
+    implied |= {name: one[name] or 1 for name in ("attention_cap", "logit_cap") if arch == "gemma2"}  # not without
+    for name, values in implied.items():
+        if not np.allclose(fields[name], values, 1e-6):
+            raise Refusal(f"{path}: {name} is not as GGUF's keys mean it in family {arch}")
+    return {f"{arch}.{key}": value for key, value in keys.items()}
 
 
 def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
@@ -690,37 +811,36 @@ def open_native(path: Path) -> Model:
         c.at, size = struct.unpack_from("<QQ", header, 40 + 16 * i)
         sections.append(c.take(size))
     config, records, tokenizer, template = sections
-    keys = {"general.architecture": text(arch)} | native_config(config, arch, path)
+    keys = {"general.architecture": text(arch)} | native_keys(native_fields(config, path), arch, path)
     keys |= native_vocabulary(tokenizer, path)
     if template:
         keys["tokenizer.chat_template"] = text(template.decode("utf-8", "surrogateescape"))
     tensors = dict(native_tensor(c, records[96 * i:96 * i + 96]) for i in range(n_tensors))
-    return Model(path, keys, tensors)
+    return Model(path, keys, fuse_phi3(tensors, path) if arch == "phi3" else tensors)
 
 
 # ==== 5. Families ====
 # What the config.json of a family says, as GGUF's keys, and which tensors of Hugging Face's become which of GGUF's.
-# To add a family: a row in FAMILIES, what is its own in read_config() and layer_parts(), and in the numpy forward pass.
+# To add a family: a row in FAMILIES, what is its own in read_config(), layer_parts(), native_keys() and the
+# numpy forward pass.
 
 class Config:
     """A config.json. It notes which keys have been asked for: any other is refused, for it may change the model."""
 
     # Of no consequence for what a model computes from a text, whatever their values.
-    HARMLESS = {"architectures", "auto_map", "_name_or_path", "_commit_hash", "name_or_path", "transformers_version",
-                "torch_dtype", "dtype", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
-                "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout",
-                "hidden_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout", "id2label", "label2id",
-                "problem_type", "task_specific_params", "finetuning_task", "return_dict", "output_attentions",
-                "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-                "output_scores", "return_dict_in_generate", "use_bfloat16", "torchscript", "tokenizer_class", "prefix",
-                "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-                "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-                "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-                "num_return_sequences", "remove_invalid_values", "exponential_decay_length_penalty",
-                "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-                "cache_implementation", "_attn_implementation_autoset", "attn_implementation", "unsloth_version",
-                "unsloth_fixed", "transformers.js_config", "is_llama_config", "max_window_layers",
-                "max_sequence_length", "pretraining_tp", "_attn_implementation", "use_flash_attn"}
+    HARMLESS = set("""
+        architectures auto_map _name_or_path _commit_hash name_or_path transformers_version torch_dtype dtype use_cache
+        initializer_range bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+        attention_dropout hidden_dropout resid_pdrop embd_pdrop embedding_dropout id2label label2id problem_type
+        task_specific_params finetuning_task return_dict output_attentions output_hidden_states output_router_logits
+        router_aux_loss_coef router_jitter_noise output_scores return_dict_in_generate use_bfloat16 torchscript
+        tokenizer_class prefix max_length min_length do_sample early_stopping num_beams num_beam_groups
+        diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
+        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+        cache_implementation _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
+        transformers.js_config is_llama_config max_window_layers max_sequence_length pretraining_tp
+        _attn_implementation use_flash_attn""".split())
     # Of no consequence at these values.
     NEUTRAL = {"is_encoder_decoder": (False,), "is_decoder": (False, True),
                "add_cross_attention": (False,), "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False,),
@@ -1114,22 +1234,28 @@ def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, 
     return keys
 
 
+def usual_scalar(arch: str, n_layers: int, width: float, head_dim: float) -> float:
+    """1 / sqrt(this) is the scale of attention where no key says another; width: D / H"""
+    return width if n_layers == {"gemma2": 46, "gemma3": 62}.get(arch) else head_dim
+
+
 def gemma_scale(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
-    """The scale of attention, where it is not 1 / sqrt(K). llama.cpp knows only two values, by the number of layers:
-    where it would take another, the key is for cria alone."""
-    scalar = c.real("query_pre_attn_scalar")
-    known = sizes.D // sizes.H if n_layers == {"gemma2": 46, "gemma3": 62}[f.arch] else sizes.K
-    if scalar != known:
-        warn(f"llama.cpp would take {known} for query_pre_attn_scalar = {scalar:g}")
-    return {} if scalar == sizes.K else {"attention.scale": f32(scalar ** -0.5)}
+    """The scale of attention, where it is not the usual one: llama.cpp has no other, so the key is for cria alone."""
+    scalar, usual = c.real("query_pre_attn_scalar"), usual_scalar(f.arch, n_layers, sizes.D // sizes.H, sizes.K)
+    if scalar == usual:
+        return {}
+    warn(f"llama.cpp would take {usual} for query_pre_attn_scalar = {scalar:g}")
+    return {"attention.scale": f32(scalar ** -0.5)}
+
+
+GRANITE_SCALES = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+                  "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
 
 
 def own_keys(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
     """The keys that only this family has."""
     if f.arch == "granite":
-        names = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
-                 "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
-        return {gguf: f32(c.real(hf, 1.0)) for hf, gguf in names.items()}
+        return {gguf: f32(c.real(hf, 1.0)) for hf, gguf in GRANITE_SCALES.items()}
     if f.arch in ("gemma2", "gemma3"):
         caps = {name: c.get(f"{name}_logit_softcapping", 0) for name in ("final", "attn")}
         if f.arch == "gemma2" and not all(caps.values()):
@@ -1843,10 +1969,8 @@ def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Pa
     if parts[0].shape == shape:
         return parts[0]
     for axis in range(len(shape)):
-        joined = list(parts[0].shape)
-        joined[axis] = sum(p.shape[axis] for p in parts)
-        if tuple(joined) == shape:
-            return replace(parts[0], shape=shape, read=lambda: np.concatenate([p.read() for p in parts], axis))
+        if (joined := concatenate(parts, axis)).shape == shape:
+            return joined
     raise Refusal(f"{where}: {name} has the shape {list(parts[0].shape)} in each of {len(parts)} parts, "
                   f"expected {list(shape)} in all")
 
@@ -1952,9 +2076,10 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
 # ==== 8. LoRA ====
 # A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 
-LORA_HARMLESS = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
-                 "init_lora_weights", "layers_to_transform", "layers_pattern", "loftq_config", "peft_version",
-                 "runtime_config", "qalora_group_size", "megatron_core", "target_modules"}
+LORA_HARMLESS = set("""
+    base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping init_lora_weights
+    layers_to_transform layers_pattern loftq_config peft_version runtime_config qalora_group_size megatron_core
+    target_modules""".split())
 
 
 @dataclass(frozen=True)
@@ -2131,9 +2256,8 @@ class Network:
         return self.model.value("attention.sliding_window", 0) > 0 and bool(pattern[layer])
 
     def attention_scale(self) -> float:
-        v, deep = self.model.value, {"gemma2": 46, "gemma3": 62}.get(self.arch)
-        usual = self.s.D // self.s.H if v("block_count") == deep else self.s.K
-        return v("attention.scale") or usual ** -0.5
+        v, s = self.model.value, self.s
+        return v("attention.scale") or usual_scalar(self.arch, v("block_count"), s.D // s.H, s.K) ** -0.5
 
     def query_key_value(self, x: np.ndarray, blk: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(T, D) -> (T, H, K), (T, G, K), (T, G, K), normed, not rotated"""
@@ -2143,12 +2267,11 @@ class Network:
             q, k, v = np.split(fused, [s.H * s.K, (s.H + s.G) * s.K], 1)
         else:
             q, k, v = (self.linear(x, f"{blk}attn_{name}") for name in "qkv")
-        if self.arch == "olmo2":
-            q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
-        q, k, v = q.reshape(n, s.H, s.K), k.reshape(n, s.G, s.K), v.reshape(n, s.G, s.K)
-        if self.arch != "olmo2":
-            q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
-        return q, k, v
+        shapes = (n, s.H, s.K), (n, s.G, s.K)
+        if self.arch != "olmo2":  # which normalises all heads at once
+            q, k = q.reshape(shapes[0]), k.reshape(shapes[1])
+        q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
+        return q.reshape(shapes[0]), k.reshape(shapes[1]), v.reshape(shapes[1])
 
     def attention(self, x: np.ndarray, layer: int) -> np.ndarray:
         """(T, D) -> (T, D)"""
@@ -2319,29 +2442,48 @@ def file_type(types: list[str]) -> int:
     return max(sorted(set(known)), key=known.count) if known else 0
 
 
-def write_gguf(model: Model, types: dict[str, str], path: Path, report: bool) -> None:
+def gguf_header(model: Model, types: dict[str, str], more: dict[str, tuple[Tensor, str]] | None = None) -> bytes:
+    """more: further tensors, behind the model's"""
     keys = {"general.architecture": model.keys["general.architecture"], "general.type": text("model")}
     keys |= {k: v for k, v in model.keys.items() if k != "general.alignment"}
-    if any(t != t_new for t, t_new in zip((t.type for t in model.tensors.values()), types.values())) \
-            or "general.file_type" not in keys:
+    if any(t.type != types[name] for name, t in model.tensors.items()) or "general.file_type" not in keys:
         keys["general.file_type"] = u32(file_type(list(types.values())))
     keys["general.quantization_version"] = u32(2)
-    tensors = {name: (tensor, types[name]) for name, tensor in model.tensors.items()}
+    return pack_gguf_header(keys, {name: (t, types[name]) for name, t in model.tensors.items()} | (more or {}))
+
+
+def write_gguf(model: Model, types: dict[str, str], path: Path, report: bool) -> None:
     with path.open("wb") as file:
-        file.write(pack_gguf_header(keys, tensors))
-        write_tensors(file, tensors, 32, report, "writing")
+        file.write(gguf_header(model, types))
+        write_tensors(file, {name: (t, types[name]) for name, t in model.tensors.items()}, 32, report, "writing")
 
 
 def write_native(model: Model, types: dict[str, str], path: Path, report: bool, run: Path) -> None:
     """By way of a GGUF file, which the C program turns into its own."""
     gguf = path.with_name(path.name + ".gguf")
     try:
+        check_openable(model, types, gguf, run)
         write_gguf(model, types, gguf, report)
         done = call(run, gguf, "-m", "export", "-o", path)
         if done.returncode:
             raise Refusal(f"{run} cannot make a native file of it: {last_line(done.stderr).replace(str(gguf), 'it')}")
     finally:
         gguf.unlink(missing_ok=True)
+
+
+def check_openable(model: Model, types: dict[str, str], path: Path, run: Path) -> None:
+    """Asks the C program before anything big is written: shows it a file with a hole in place of the data, and with one
+    tensor more, which it names if there is nothing else that it does not know."""
+    extra = "~"  # after all other names
+    with path.open("wb") as file:
+        file.write(gguf_header(model, types, {extra: (constant([0.0]), "f32")}))
+        file.truncate(file.tell() + sum(-(-stored_bytes(t.shape, types[n]) // 32) * 32
+                                        for n, t in model.tensors.items()) + 32)
+    done = call(run, path, "-m", "inspect")
+    if f"tensor {extra} " not in done.stderr:
+        kind, reason = model.hf_config.get("model_type", model.arch), last_line(done.stderr)
+        raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet "
+                      f"({reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
 
 
 def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
@@ -2496,8 +2638,7 @@ def hf_own(model: Model, f: Family) -> dict:
     """What only this family's config.json has."""
     v, has = model.value, model.tensors.__contains__
     if f.arch == "granite":
-        return {"attention_multiplier": v("attention.scale", 1.0), "embedding_multiplier": v("embedding_scale", 1.0),
-                "residual_multiplier": v("residual_scale", 1.0), "logits_scaling": v("logit_scale", 1.0)}
+        return {hf: v(gguf, 1.0) for hf, gguf in GRANITE_SCALES.items()}
     if f.norm_plus_one:
         out = {"query_pre_attn_scalar": round(Network(model).attention_scale() ** -2),
                "final_logit_softcapping": v("final_logit_softcapping")}
@@ -2631,35 +2772,33 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def program_logits(run: Path, path: Path, ids: np.ndarray, n_tokens: int) -> np.ndarray:
-    """What the C program computes, f32 (T, V). Raises Unopened where it does not open the file at all: llama.cpp knows
-    families that cria does not."""
-    path = path.resolve()
-    if (done := call(run, path, "-m", "inspect")).returncode:
-        raise Unopened(last_line(done.stderr).replace(str(path), "the result"))
+def result_logits(path: Path, ids: np.ndarray, n_tokens: int, o: argparse.Namespace, run: Path | None) -> np.ndarray:
+    """What was written computes, f32 (T, V): by the C program, or, of what it does not open, by the pass above."""
+    if not run or o.to == "hf" or (o.to == "gguf" and call(run, path.resolve(), "-m", "inspect").returncode):
+        return Network(open_source(path, Choices(pre=o.pre))).logits(ids)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits"
-        done = call(run, path, "-m", "logits", "--exact", "--ids", " ".join(map(str, ids)), "-o", out)
+        done = call(run, path.resolve(), "-m", "logits", "--exact", "--ids", " ".join(map(str, ids)), "-o", out)
         if done.returncode:
             raise Refusal(f"verification failed: {last_line(done.stderr)}")
         return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)
 
 
-class Unopened(Exception):
-    """Why there is nothing to compare with."""
-
-
 def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
     """Compares the file that was written with the source: its logits must be those of the source's weights, rounded to
-    the types that they were written in. Raises Refusal if they are not."""
-    ids = np.random.default_rng(1).integers(0, sizes_of(model).V, N_VERIFIED)
-    source = Network(model).logits(ids)
+    the types that they were written in. Raises Refusal if they are not, and if --verify asks for what cannot be."""
+    try:
+        family_of(model)
+        network = Network(model)
+    except Refusal as refusal:
+        if o.verify:
+            raise Refusal(f"cannot be verified: {refusal}") from None
+        return warn(f"not verified: {refusal}")
+    ids = np.random.default_rng(1).integers(0, network.s.V, N_VERIFIED)
+    source = network.logits(ids)
     exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
     rounded = source if exact else Network(model, types).logits(ids)
-    if o.to == "hf":
-        made = Network(open_source(path, Choices(pre=o.pre))).logits(ids)
-    else:
-        made = program_logits(run, path, ids, source.shape[1])
+    made = result_logits(path, ids, source.shape[1], o, run)
     if made.shape != rounded.shape or not np.isfinite(made).all():
         raise Refusal("verification failed: the result has logits that are not finite, or of another number")
     off, scale = float(np.abs(made - rounded).max()), max(1.0, float(np.abs(rounded).max()))
@@ -2673,23 +2812,13 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
 # ==== 12. The command line ====
 
 def warn(message: str) -> None:
-    print(f"export_model.py: {message}", file=sys.stderr)
-
-
-EXAMPLES = """examples:
-  export_model.py SmolLM2-135M-Instruct -o smollm2.bin
-  export_model.py Qwen2.5-1.5B-Instruct -o qwen.bin --type mixed --report
-  export_model.py Llama-2-7b -o llama.gguf --to gguf --type q8
-  export_model.py Qwen2.5-0.5B --lora adapter -o tuned.gguf --to gguf
-  export_model.py stories15M.pt --tokenizer tokenizer.model -o stories15M.bin --to llama2c
-  export_model.py smollm2.bin -o folder --to hf
-"""
+    """In one line, whatever names a file has."""
+    print("export_model.py:", "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="export_model.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="Turns checkpoints of other programs into cria's, and back.",
-                                     epilog=EXAMPLES)
+                                     description=(__doc__ or "").partition("\n\nIn between")[0])
     parser.add_argument("source", type=Path, help="a Hugging Face folder, Meta's folder, a llama2.c .pt, a GGUF file "
                         "or cria's own file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write; with --to hf a new folder")
@@ -2750,27 +2879,9 @@ def plan_types(model: Model, o: argparse.Namespace) -> dict[str, str]:
     return {name: planned_type(name, tensor, choice) for name, tensor in model.tensors.items()}
 
 
-def try_to_verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
-    """Only a failed comparison is an error, unless --verify asks for one."""
-    try:
-        family_of(model), sizes_of(model)
-        if any(t.type in UNREAD for t in model.tensors.values()):
-            raise Refusal(f"of {', '.join(UNREAD)}, the numbers are not known here")
-    except Refusal as refusal:
-        reason = str(refusal)
-    else:
-        try:
-            return verify(model, types, path, o, run)
-        except Unopened as unopened:
-            reason = str(unopened)
-    if o.verify:
-        raise Refusal(f"cannot be verified: {reason}")
-    warn(f"not verified: {reason}")
-
-
 def export(o: argparse.Namespace) -> None:
     check_choices(o)
-    run = find_run(o.run, o.to == "native" or (o.verify and o.to != "hf"))
+    run = find_run(o.run, o.to == "native" or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
@@ -2781,8 +2892,8 @@ def export(o: argparse.Namespace) -> None:
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
     try:
         write(model, o, types, temporary, run)
-        if wanted and (o.to == "hf" or run) and (o.to, o.type) != ("llama2c", "q8"):  # its groups are not blocks of q8
-            try_to_verify(model, types, temporary, o, run)
+        if wanted and (run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8"):  # its groups are no blocks
+            verify(model, types, temporary, o, run)
         temporary.replace(o.output)
         if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
             o.output.with_suffix(".tokenizer.bin").write_bytes(packed)
@@ -2798,7 +2909,7 @@ def main(words: list[str]) -> int:
     except Refusal as refusal:
         warn(str(refusal))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
-        warn(f"{options.source}: damaged, or not of the form that is expected here: {error!r}".replace("\n", " "))
+        warn(f"{options.source}: damaged, or not of the form that is expected here: {error!r}")
     except MemoryError:
         warn("not enough memory")
     except OSError as error:

@@ -1866,7 +1866,7 @@ static const Family families[] = {
     { "phi3", HALVES, 0, 0, 0, 0 },
     { "granite", ADJACENT, SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, 0, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS | NO_PRE_NORMS, 0, 0, 0 },
+    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS | NO_PRE_NORMS, 4, 0, 0 },  // OLMo 3 has windows
     { "gemma2", HALVES, POST_NORMS | GEMMA, 2, 0, 0 },
     { "gemma3", HALVES, HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
@@ -2553,7 +2553,6 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     return true;
 }
 
-// The configuration, and the refusal of every key that would need code which is not here.
 // What files of a family leave to the programs that know it. pattern: which layers have the window, or NULL.
 static void complete_config(Model *m, const Family *f, const Key *pattern) {
     Config *c = &m->config;
@@ -2574,6 +2573,7 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     }
 }
 
+// The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
