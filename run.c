@@ -3760,7 +3760,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
         return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
     }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)  // ./tokenizer multiplies nothing
 #include <immintrin.h>
 
 // ---- 256 bits: AVX2, and AVX-VNNI, which has one instruction for three ----
@@ -3843,7 +3843,7 @@ MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, wid
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
 #include <arm_neon.h>
 #ifdef __linux__
 #include <sys/auxv.h>
@@ -3909,9 +3909,9 @@ MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon,
 
 // To add a set of kernels: its leaves above, a row here, better ones first.
 static const Kernels *const all_kernels[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
     &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2,
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
 #ifdef NEON_DOT
     &neondot,
 #endif
@@ -3921,7 +3921,7 @@ static const Kernels *const all_kernels[] = {
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
 // A bit of what cpuid says in eax and ecx, for the features that compilers have no name for.
 static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
     unsigned a = leaf, b, c = part, d;
@@ -3931,7 +3931,7 @@ static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
 #endif
 
 static bool cpu_can_run(const Kernels *k) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
     __builtin_cpu_init();  // looks at what the operating system saves, too
     bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     cpuid_bit(1, 0, true, 29);  // f16c
