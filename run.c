@@ -3701,9 +3701,10 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
         enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
         Vector sum[12][VECTORS], w[VECTORS];                                                                           \
         _Pragma("GCC unroll 12")                                                                                       \
-        for (int i = 0; i < m; i++) memcpy(sum[i], c + (size_t)i * c_stride, sizeof sum[i]);                           \
+        for (int i = 0; i < m; i++)                                                                                    \
+            for (int j = 0; j < VECTORS; j++) memcpy(&sum[i][j], c + (size_t)i * c_stride + WIDTH * j, sizeof *w);     \
         for (int k = 0; k < depth; k++, a++, b += b_stride) {                                                          \
-            for (int j = 0; j < VECTORS; j++) memcpy(&w[j], b + j * WIDTH, sizeof w[j]);                               \
+            for (int j = 0; j < VECTORS; j++) memcpy(&w[j], b + WIDTH * j, sizeof *w);                                 \
             _Pragma("GCC unroll 12")                                                                                   \
             for (int i = 0; i < m; i++) {                                                                              \
                 float x = a[(size_t)i * a_stride];                                                                     \
@@ -3711,7 +3712,8 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
             }                                                                                                          \
         }                                                                                                              \
         _Pragma("GCC unroll 12")                                                                                       \
-        for (int i = 0; i < m; i++) memcpy(c + (size_t)i * c_stride, sum[i], sizeof sum[i]);                           \
+        for (int i = 0; i < m; i++)                                                                                    \
+            for (int j = 0; j < VECTORS; j++) memcpy(c + (size_t)i * c_stride + WIDTH * j, &sum[i][j], sizeof *w);     \
     }
 
 // add_products() by that leaf, `most` rows of c at a time: as many as keep the multipliers busy and fit the registers.
@@ -3734,8 +3736,9 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 // to[i] = from[i] as another type: `width` numbers at a time by `step`, the rest by the plain loop.
 #define MAKE_CONVERSION(isa, name, To, From, width, step, plain)                                                       \
     isa void name(To *to, const From *from, size_t n) {                                                                \
-        for (; n >= width; n -= width, to += width, from += width) step;                                               \
-        plain(to, from, n);                                                                                            \
+        size_t i = 0;                                                                                                  \
+        for (; i + width <= n; i += width) step;                                                                       \
+        plain(to + i, from + i, n - i);                                                                                \
     }
 
 // The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
@@ -3796,9 +3799,9 @@ MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, w,
 MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, w, _mm256_set1_epi32(x)))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
-                _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const void *)from))), widen_floats)
+                _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
 MAKE_CONVERSION(LEAF_INLINE(AVX2), narrow_avx2, uint16_t, float, 8,
-                _mm_storeu_si128((void *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), 0)), narrow_floats)
+                _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0)), narrow_floats)
 
 LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16]) {
     __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)values));
@@ -3821,7 +3824,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
 MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
-                _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from))), widen_floats)
+                _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]))
 
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
@@ -3854,9 +3857,9 @@ MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_av
 // ---- NEON: 128 bits, with and without the instruction for dot products ----
 
 MAKE_CONVERSION(INLINE, widen_neon, float, uint16_t, 4,
-                vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))), widen_floats)
+                vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i)))), widen_floats)
 MAKE_CONVERSION(INLINE, narrow_neon, uint16_t, float, 4,
-                vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from)))), narrow_floats)
+                vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i)))), narrow_floats)
 
 // [kernel neon] Products in 16 bits, where two of them fit: 2 * 128 * 127 = 32512; pairs of these are added up in 32.
 INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
