@@ -2924,6 +2924,8 @@ static const ChatTemplate chat_templates[] = {
       NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
     { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
       NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
+    { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
+      "<start_of_turn>model\n@<end_of_turn>\n", true, true },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
 
