@@ -392,6 +392,11 @@ static void check_product(const SourceType *type, Product p) {
     }
     for (size_t i = 0; i < (size_t)p.n * x_stride; i += 32)  // block c of token t is [c * n + t]
         memcpy(blocks.bytes + (i % x_stride * (size_t)p.n + i / x_stride * 32) * 4, x + i, 128);
+    float *wanted = get(2 * (size_t)p.n * p.rows * sizeof *wanted);  // (2, n, rows)  as usual, and exact
+    for (size_t i = 0; i < 2 * (size_t)p.n * p.rows; i++) {
+        size_t r = i % p.rows, t = i / p.rows % (size_t)p.n;
+        wanted[i] = wanted_product(&p, &source, r, x + t * x_stride, i >= (size_t)p.n * p.rows);
+    }
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         kernels = *k;
         kernels->round((void *)rounded.bytes, x, x_stride, p.cols, (size_t)p.n, (Range){ 0, (size_t)p.n });
@@ -404,16 +409,16 @@ static void check_product(const SourceType *type, Product p) {
             for (size_t t = 0; t < (size_t)p.n; t++) {
                 for (size_t r = 0; r < p.rows; r++) {
                     bool same = bits_of_float(y[t * y_stride + r]) ==
-                                bits_of_float(wanted_product(&p, &source, r, x + t * x_stride, exact));
+                                bits_of_float(wanted[((size_t)exact * (size_t)p.n + t) * p.rows + r]);
                     if (!same && !wrong++) t1 = t, r1 = r;
                 }
             }
             check(!wrong, "%s %zu x %zu, %d tokens%s, kernel %s: %zu wrong, first token %zu row %zu: got %a, wanted %a",
                   type->name, p.rows, p.cols, p.n, exact ? ", exact" : "", (*k)->name, wrong, t1, r1,
-                  (double)y[t1 * y_stride + r1], (double)wanted_product(&p, &source, r1, x + t1 * x_stride, exact));
+                  (double)y[t1 * y_stride + r1], (double)wanted[((size_t)exact * (size_t)p.n + t1) * p.rows + r1]);
         }
     }
-    free(data), free(scales), free(tiles.bytes), free(x_bytes.bytes), free(blocks.bytes);
+    free(wanted), free(data), free(scales), free(tiles.bytes), free(x_bytes.bytes), free(blocks.bytes);
     free(rounded.bytes), free(y);
 }
 
@@ -482,7 +487,7 @@ static void test_multiply(void) {
         for (int n = 0; n < 8; n++)
             check_product(&source_types[i], (Product){ source_types[i].name, 33, wide, tokens[n] });
         for (int n = 127; n <= 257; n += 65)  // a weight is read once for 128 tokens
-            check_product(&source_types[i], (Product){ source_types[i].name, 33, wide, n });
+            check_product(&source_types[i], (Product){ source_types[i].name, 17, wide / 2, n });
     }
 }
 
