@@ -1849,6 +1849,7 @@ enum {
     BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, POST_NORMS = 8, NO_PRE_NORMS = 16,
     SCALES = 32,  // of embedding, residual and logits
     GEMMA = 64,   // GELU, and embeddings times sqrt(D)
+    CAPS = 128,   // of 50 and 30, where the file does not say others
 };
 typedef struct {
     const char *name;
@@ -1867,7 +1868,7 @@ static const Family families[] = {
     { "granite", ADJACENT, SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, 0, 0, 4, 0 },
     { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS | NO_PRE_NORMS, 4, 0, 0 },  // OLMo 3 has windows
-    { "gemma2", HALVES, POST_NORMS | GEMMA, 2, 0, 0 },
+    { "gemma2", HALVES, POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
     { "gemma3", HALVES, HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
 
@@ -2347,6 +2348,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
         o->stream = same_mode ? fdopen(file, "wb") : NULL;
+        if (file >= 0 && !o->stream) close(file);
     }
     return o->stream || fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
 }
@@ -2560,6 +2562,8 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
     if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim);
     if (f->features & GEMMA) c->activation = GELU;
+    if (f->features & CAPS && c->attention_cap == 0) c->attention_cap = 50;
+    if (f->features & CAPS && c->logit_cap == 0) c->logit_cap = 30;
     float width = largest_gemma ? (float)c->dim / (float)m->layers->n_heads : (float)c->head_dim;
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0) c->local_theta = f->local_theta;
@@ -2652,6 +2656,7 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
+    if (strstr(entry->name, "_exps.")) return refuse(e, "%s: mixtures of experts are not supported", entry->name);
     if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || dims[2] != 1 || dims[3] != 1 ||
         dims[0] % source->block_cols)
         return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
