@@ -165,7 +165,7 @@ def get_smollm2() -> None:
     if not runs(["./run", "--version"]):
         raise Failure("there is no ./run: make it first")
     if not SMOLLM2.is_file() or not runs(["./run", SMOLLM2_NATIVE, "-m", "inspect"]):
-        say("Getting SmolLM2-135M-Instruct, 93 MB, once ...")
+        say("Getting SmolLM2-135M-Instruct, 98 MB, once ...")
         call([sys.executable, "tests/get_demo_model.py", SMOLLM2_NATIVE], f"there is no {SMOLLM2}")
 
 
