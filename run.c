@@ -3077,7 +3077,7 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
 }
 
 /* ==== 10. Measuring =================================================================================================
-   What a model is, and how well it predicts. */
+   What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
 
 // Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
 static size_t bytes_per_token(const Model *m) {
@@ -3229,6 +3229,8 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
+    const ChatTemplate *t = choose_template(m, options.template_name, e);
+    if (!t && options.template_name) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
@@ -3243,8 +3245,6 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         if (!same) printf(options.json ? "]" : "\n");
     }
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
-    const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if (!t && options.template_name) return false;
     put_word("chat template", t ? t->name : "none");
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
@@ -3315,8 +3315,9 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
         for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
             const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
             for (int i = 0; i < 7; i++) add_product(&w, matrices[i], now, s->exact);
-            w.f32 += 4.0 * y->n_heads * m->config.head_dim * seen * now;
-            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * last;
+            double window = y->window ? y->window : INFINITY;
+            w.f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * now;
+            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * fmin(last, window + now);
         }
         if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, s->exact);
     }
