@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import pathlib
@@ -39,6 +38,8 @@ import textwrap
 import time
 from dataclasses import dataclass
 from typing import Callable, Optional
+
+from get_demo_model import has_digest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent  # main() works here
 BENCH = pathlib.Path("build/bench")
@@ -149,16 +150,6 @@ def runs(command: list) -> bool:
                               stderr=subprocess.DEVNULL).returncode == 0
     except OSError:
         return False
-
-
-def has_digest(path: pathlib.Path, wanted: str) -> bool:
-    if not path.is_file():
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest() == wanted
 
 
 def get_smollm2() -> None:
