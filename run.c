@@ -1846,10 +1846,11 @@ enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
 enum {
-    BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, POST_NORMS = 8, NO_PRE_NORMS = 16,
+    BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, PRE_NORMS = 8, POST_NORMS = 16,
     SCALES = 32,  // of embedding, residual and logits
     GEMMA = 64,   // GELU, and embeddings times sqrt(D)
     CAPS = 128,   // of 50 and 30, where the file does not say others
+    ALWAYS = 256, OPTIONAL = 512,  // in a tensor's rule: whatever the family, it must or may be there
 };
 typedef struct {
     const char *name;
@@ -1861,15 +1862,15 @@ typedef struct {
 } Family;
 
 static const Family families[] = {
-    { "llama", ADJACENT, 0, 0, 0, 0 },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
-    { "qwen2", HALVES, BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
-    { "qwen3", HALVES, HEAD_NORMS, 0, 0, 0 },
-    { "phi3", HALVES, 0, 0, 0, 0 },
-    { "granite", ADJACENT, SCALES, 0, 0, 0 },
-    { "smollm3", ADJACENT, 0, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS | NO_PRE_NORMS, 4, 0, 0 },  // OLMo 3 has windows
-    { "gemma2", HALVES, POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
-    { "gemma3", HALVES, HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
+    { "llama", ADJACENT, PRE_NORMS, 0, 0, 0 },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "qwen2", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
+    { "qwen3", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
+    { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
+    { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
+    { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
+    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, 0 },  // OLMo 3 has windows
+    { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
+    { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
 
 static const Family *find_family(const char *name, Error *e) {
@@ -1967,44 +1968,41 @@ static bool check_config(Model *m, Error *e) {
 // tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
 // other in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM } Size;
-typedef enum {
-    NEEDED, OPTIONAL, BIAS, PRE_NORM, POST_NORM, HEAD_NORM  // BIAS: of query, key and value, needed in some families;
-} Need;                                                     // norms are needed or must not be there, by the family
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    Need need;
+    int need;  // what makes it needed: of the family's features, ALWAYS; or OPTIONAL
     const char *fused;
 } TensorRule;
 
 static const TensorRule rules[] = {
-    { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, NEEDED, NULL },
-    { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, NEEDED, NULL },
+    { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, ALWAYS, NULL },
+    { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, ALWAYS, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
     // and of each layer
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORM, NULL },
-    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, NEEDED, "attn_qkv.weight" },
-    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
-    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, NEEDED, "attn_qkv.weight" },
-    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIAS, NULL },
-    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIAS, NULL },
-    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIAS, NULL },
-    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORM, NULL },
-    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORM, NULL },
-    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, NEEDED, NULL },
+    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
+    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
+    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
+    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
+    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
     { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORM, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORM, NULL },
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, NEEDED, "ffn_up.weight" },
+    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
     { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, NEEDED, "ffn_up.weight" },
+    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
     { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, NEEDED, NULL },
+    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORM, NULL },
+    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
@@ -2118,17 +2116,6 @@ static Entry *entry_for(const Directory *d, Slot *slot) {
     return own;
 }
 
-// Whether a model of the family must have the tensor, and whether it may.
-static bool is_needed(const TensorRule *r, int features) {
-    return r->need == NEEDED || (r->need == BIAS && features & BIASES) ||
-           (r->need == POST_NORM && features & POST_NORMS) || (r->need == PRE_NORM && !(features & NO_PRE_NORMS)) ||
-           (r->need == HEAD_NORM && features & (HEAD_NORMS | WIDE_HEAD_NORMS));
-}
-
-static bool is_allowed(const TensorRule *r, int features) {
-    return r->need == OPTIONAL || r->need == BIAS || is_needed(r, features);
-}
-
 // Makes the tiles of a file that has none, in one block.
 typedef struct { Model *m; const Directory *d; double start; } PackJob;
 
@@ -2184,13 +2171,13 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
 // From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
 // configuration needs, and sees that none is left over.
 static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
-    int features = find_family(m->config.family, e)->features;
+    int features = find_family(m->config.family, e)->features | ALWAYS;
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        Entry *entry = is_allowed(slot.rule, features) ? entry_for(d, &slot) : NULL;
+        Entry *entry = slot.rule->need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
-        if (!entry && is_needed(slot.rule, features))
+        if (!entry && slot.rule->need & features)
             return refuse(e, "tensor %s is missing", slot.name);
         if (slot.layer < 1) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
