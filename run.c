@@ -1528,50 +1528,71 @@ struct SourceType {
     int scale_at, scales_at, low_at, low_run, high_at, high_run;
 };
 
-static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
-    return s->data + (row * (s->cols / s->type->block_cols) + col / s->type->block_cols) * s->type->block_bytes;
+static size_t source_row_bytes(const Source *s) {
+    return times(s->cols / s->type->block_cols, s->type->block_bytes);
 }
 
 // Bytes of the source's rows (without scales that lie apart).
 static size_t source_bytes(const Source *s) {
-    return times(times(s->rows, s->cols / s->type->block_cols), s->type->block_bytes);
+    return times(s->rows, source_row_bytes(s));
+}
+
+static const unsigned char *source_block(const Source *s, size_t row, size_t col) {
+    return s->data + row * source_row_bytes(s) + col / s->type->block_cols * s->type->block_bytes;
 }
 
 static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     size_t cols = s->cols - col < 32 ? s->cols - col : 32;
     for (size_t r = 0; r < rows; r++) {
         const unsigned char *from = source_block(s, row + r, col);
-        float *f32 = (float *)tile + r;
-        uint16_t *f16 = (uint16_t *)tile + r;
-        for (size_t c = 0; c < cols && s->type->block_bytes == 4; c++) memcpy(f32 + 16 * c, from + 4 * c, 4);
-        for (size_t c = 0; c < cols && s->type->block_bytes == 2; c++) memcpy(f16 + 16 * c, from + 2 * c, 2);
+        for (size_t c = 0; c < cols; c++) memcpy((float *)tile + 16 * c + r, from + 4 * c, 4);
+    }
+}
+
+// Floats of 16 bits, from two rows at once: half as many stores.
+static void pack_halves(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
+    static const uint16_t zeros[32];
+    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+    for (size_t r = 0; r < rows; r += 2) {
+        const uint16_t *a = (const void *)source_block(s, row + r, col);
+        const uint16_t *b = r + 1 < rows ? a + s->cols : zeros;
+        for (size_t c = 0; c < cols; c++) {
+            uint32_t pair = a[c] | (uint32_t)b[c] << 16;
+            memcpy((uint16_t *)tile + 16 * c + r, &pair, sizeof pair);
+        }
     }
 }
 
 // Moves so many bits of each weight of 32 columns, `first` the first of them, to their plane of the tile, in which four
-// columns are neighbours, too.      to: the plane from row r on      Sources: ggml-quants.c
-INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, int bits, int run, int first) {
-    int per_byte = 8 / bits;
+// columns are neighbours, too.      to: the plane  from: the first of some rows      Sources: ggml-quants.c
+INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, unsigned bits,
+                          unsigned run, unsigned first) {
+    unsigned per_byte = 8 / bits, shift = first / run % per_byte * bits;
     uint32_t mask = 0x01010101u * (255u >> (8 - bits));
-    for (int g = 0; g < 8; g++) {
-        int i = first + 4 * g, shift = bits == 2 ? g % 4 * 2 : g / bits * bits;
-        unsigned char *place = to + 64 * (bits == 2 ? g / 4 : g % bits);
-        uint32_t four;
-        if (run == 1) four = (load_four(from) >> i & 15) * 0x00204081u;  // the single bits of 32 weights: j to byte j
-        else four = load_four(from + i / (run * per_byte) * run + i % run) >> i / run % per_byte * bits;
-        four = load_four(place) | (four & mask) << shift;
-        memcpy(place, &four, sizeof four);
+    from += first / (run * per_byte) * run + first % run;
+    for (; rows > 0; rows--, to += 4, from += row_bytes) {
+        for (unsigned i = 0; i < bits; i++) {
+            uint32_t all = 0;
+            for (unsigned j = 0; j < per_byte; j++) {
+                unsigned c = 4 * (bits == 2 ? 4 * i + j : i + bits * j);
+                uint32_t four = run > 1 ? load_four(from + c % run) >> (shift + c / run * bits)
+                                        : (load_four(from) >> c & 15) * 0x00204081u;  // bit j of the four to byte j
+                all |= (four & mask) << j * bits;
+            }
+            memcpy(to + 64 * i, &all, sizeof all);
+        }
     }
 }
 
 // A loop of its own for each way that there is: divisions by what is not known would take most of the time.
-static void pack_plane(unsigned char *to, const unsigned char *from, int bits, int run, int first) {
-    if (bits == 8) pack_plane_by(to, from, 8, 32, first);
-    else if (bits == 4 && run == 16) pack_plane_by(to, from, 4, 16, first);
-    else if (bits == 4 && run == 32) pack_plane_by(to, from, 4, 32, first);
-    else if (bits == 4) pack_plane_by(to, from, 4, 64, first);
-    else if (bits == 2) pack_plane_by(to, from, 2, 32, first);
-    else pack_plane_by(to, from, 1, run == 1 ? 1 : 32, first);
+static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, int bits, int run,
+                       unsigned first) {
+    if (bits == 8) pack_plane_by(to, from, row_bytes, rows, 8, 32, first);
+    else if (bits == 4 && run == 16) pack_plane_by(to, from, row_bytes, rows, 4, 16, first);
+    else if (bits == 4 && run == 32) pack_plane_by(to, from, row_bytes, rows, 4, 32, first);
+    else if (bits == 4) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
+    else if (bits == 2) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
+    else pack_plane_by(to, from, row_bytes, rows, 1, run == 1 ? 1 : 32, first);
 }
 
 // Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
@@ -1590,23 +1611,23 @@ static uint8_t narrow_scale(Type type, const unsigned char *s, int i) {
 static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     const SourceType *t = s->type;
     const TypeInfo *info = &types[t->tile];
+    const unsigned char *block = source_block(s, row, col), *from = block;
+    size_t row_bytes = source_row_bytes(s);
     uint16_t *scales = tile;
-    uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *weights = (uint8_t *)tile + info->header;
-    for (size_t r = 0; r < rows; r++) {
-        const unsigned char *from = source_block(s, row + r, col);
+    uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *to = (uint8_t *)tile + info->header;
+    for (size_t r = 0; r < rows; r++, from += row_bytes) {
         if (t->tile == MXFP4) ((uint8_t *)tile)[r] = from[0];
         else memcpy(&scales[r], from + t->scale_at, 2);
         if (info->has_min) memcpy(&scales[16 + r], from + t->scale_at + 2, 2);
-        for (int i = 0; narrow[i] < weights; i++) narrow[i][r] = narrow_scale(t->tile, from + t->scales_at, i);
-        uint8_t *to = weights + 4 * r;
-        for (int c = 0; c < info->cols; c += 32) {
-            for (int bits = 8; bits; bits /= 2) {
-                bool is_low = info->bits < 2 * bits;
-                if (!(info->bits & bits)) continue;
-                if (is_low) pack_plane(to, from + t->low_at, bits, t->low_run, c);
-                else pack_plane(to, from + t->high_at, bits, t->high_run, c);
-                to += 64 * bits;
-            }
+        for (int i = 0; narrow[i] < to; i++) narrow[i][r] = narrow_scale(t->tile, from + t->scales_at, i);
+    }
+    for (unsigned c = 0; c < (unsigned)info->cols; c += 32) {
+        for (int bits = 8; bits; bits /= 2) {
+            bool is_low = info->bits < 2 * bits;
+            if (!(info->bits & bits)) continue;
+            pack_plane(to, block + (is_low ? t->low_at : t->high_at), row_bytes, rows, bits,
+                       is_low ? t->low_run : t->high_run, c);
+            to += 64 * bits;
         }
     }
 }
@@ -1624,8 +1645,8 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
 // that it becomes is chapter 4's.
 static const SourceType source_types[] = {
     { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
-    { "F16", 1, 1, 2, F16, pack_floats, 0, 0, 0, 0, 0, 0 },
-    { "BF16", 30, 1, 2, BF16, pack_floats, 0, 0, 0, 0, 0, 0 },
+    { "F16", 1, 1, 2, F16, pack_halves, 0, 0, 0, 0, 0, 0 },
+    { "BF16", 30, 1, 2, BF16, pack_halves, 0, 0, 0, 0, 0, 0 },
     { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 32, 0, 0 },
     { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 16, 0, 0 },
     { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 16, 0, 0 },
@@ -1652,7 +1673,7 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
         size_t row = i * TILE_ROWS, rows = s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
         for (size_t c = 0; c < n_tiles; c++) {
             unsigned char *tile = tiles + (i * n_tiles + c) * n_bytes;
-            memset(tile, 0, n_bytes);
+            if (rows < TILE_ROWS || (c + 1) * tile_cols > s->cols) memset(tile, 0, n_bytes);
             s->type->pack(tile, s, row, rows, c * tile_cols);
         }
     }
