@@ -321,7 +321,7 @@ typedef struct {
     float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
     int n_angles;               // positions whose angles are there
     void **keys;                // (L)(G, S/16, K, 16)  sixteen positions side by side, f16 or f32
-    void **values;              // (L)(G, S, K up to a multiple of 16)
+    void **values;              // (L)(G, K/16, S, 16)  sixteen numbers of each position side by side
     float *scratch;             // (threads, scratch_stride)  each thread's room for attention scores
     size_t scratch_stride;
     int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
@@ -332,7 +332,8 @@ typedef struct {
 enum {
     LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
     QUERIES_TOGETHER = 24,    // queries of one key/value head that one thread attends with together
-    POSITIONS_TOGETHER = 64, MAX_HEAD_DIM = 1024,  // positions whose values are looked at together; K at most
+    POSITIONS_TOGETHER = 64,  // positions whose values it looks at together
+    MAX_HEAD_DIM = 1024,      // K at most
 };
 
 /* ==== 4. Matrix multiplication ======================================================================================
@@ -432,19 +433,24 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
+INLINE void widen_floats(float *to, const uint16_t *from, size_t n);  // f16 to f32 (chapter 8)
+
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
-// c (m, c_stride)  a (m, a_stride)  b (depth, b_stride)
-INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                         int m, int depth) {
+// c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
+INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
+                         size_t b_stride, int m, int depth) {
     enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
         for (int r = 0; r < rows; r++) memcpy(lane[r], c + (size_t)r * c_stride, sizeof lane[r]);
         for (int k = 0; k < depth; k++) {
+            float wide[16];
+            const float *w = half ? wide : (const float *)b + (size_t)k * b_stride;
+            if (half) widen_floats(wide, (const uint16_t *)b + (size_t)k * b_stride, 16);
             for (int r = 0; r < rows; r++) x[r] = a[(size_t)r * a_stride + (size_t)k];
             for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++) {
-                for (int j = 0; j < 16; j++) lane[r][j] = fmaf(b[(size_t)k * b_stride + (size_t)j], x[r], lane[r][j]);
+                for (int j = 0; j < 16; j++) lane[r][j] = fmaf(w[j], x[r], lane[r][j]);
             }
         }
         for (int r = 0; r < rows; r++) memcpy(c + (size_t)r * c_stride, lane[r], sizeof lane[r]);
@@ -472,7 +478,7 @@ INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, cons
         float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
         int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
         for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], 16, now, cols);
+        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
         for (int t = 0; t < now; t++) {
             float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
             for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
@@ -500,12 +506,11 @@ typedef struct {
     const char *name;
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n);
-    void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                         int m, int depth);
+    void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
+                         size_t b_stride, int m, int depth);
     void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t rows, size_t cols, const float *x);
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tiles, size_t block);
-    void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
-    void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
+    void (*narrow)(uint16_t *to, const float *from, size_t n);  // to f16
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
     bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
@@ -537,7 +542,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
                 kernels->dequantise(columns, w->type, tiles, c);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + t0], 32, columns[0], 16, now, 32);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + t0], 32, columns[0], false, 16, now, 32);
             }
             for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
         }
@@ -633,14 +638,14 @@ typedef struct {
     float *out;          // (n, stride)
     size_t stride;
     const void *keys;    // (S/16, K, 16)
-    const void *values;  // (S, row)
+    const void *values;  // (row/16, S, 16)
     bool cache_f32;
     int group, n_queries;     // number i is of token i / group and head i % group
     size_t head_dim, row;     // K, and that up to a multiple of 16
+    size_t positions;         // S
     size_t position, window;  // of the first of the n tokens; how many each sees
     float scale, cap;         // of the scores
     float *queries, *sums;    // (n_queries, row)
-    float *tile;              // (POSITIONS_TOGETHER, row)      room for keys or values in f32
     float *scores;            // (n_queries, score_stride)
     size_t score_stride;
 } Attention;
@@ -660,19 +665,18 @@ static size_t seen_from(const Attention *a, int i) {
     return seen_by(a, i) > a->window ? seen_by(a, i) - a->window : 0;
 }
 
-// n numbers of the cache from number i on, as floats.
-static void recall(float *to, const void *cache, size_t i, size_t n, bool f32) {
-    if (f32) memcpy(to, (const float *)cache + i, n * sizeof *to);
-    else kernels->widen(to, (const uint16_t *)cache + i, n);
+// Number i of the cache.
+static const void *cached(const Attention *a, const void *cache, size_t i) {
+    return (const char *)cache + i * (a->cache_f32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 // scores[i,p] = query[i] . key[p] for all positions that some query may see, sixteen at a time
 static void score_keys(const Attention *a) {
     for (size_t p = seen_from(a, 0) / 16 * 16; p < seen_by(a, a->n_queries - 1); p += 16) {
-        recall(a->tile, a->keys, p * a->head_dim, 16 * a->head_dim, a->cache_f32);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, a->queries, a->row, a->tile, 16, a->n_queries, (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, a->queries, a->row, cached(a, a->keys, p * a->head_dim),
+                              !a->cache_f32, 16, a->n_queries, (int)a->head_dim);
     }
 }
 
@@ -681,15 +685,16 @@ static void mix_values(const Attention *a) {
     size_t n = seen_by(a, a->n_queries - 1);
     for (size_t p = seen_from(a, 0) / 16 * 16, now; p < n; p += now) {
         now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
-        recall(a->tile, a->values, p * a->row, now * a->row, a->cache_f32);
         bool all_see = p + now <= seen_by(a, 0);
         int rows = all_see ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t seen = seen_by(a, i), depth = seen >= p + now ? now : seen > p ? seen - p : 0;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
-            for (size_t d = 0; d < a->row; d += 16)
-                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride, a->tile + d,
-                                      a->row, rows, (int)depth);
+            for (size_t d = 0; d < a->row; d += 16) {
+                const void *values = cached(a, a->values, d * a->positions + p * 16);
+                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride, values,
+                                      !a->cache_f32, 16, rows, (int)depth);
+            }
         }
     }
 }
@@ -746,22 +751,9 @@ static void make_angles(const Model *m, State *s, int n) {
     }
 }
 
-// Puts one head's key and value of a position into the cache.      key, value (K)
+// Puts one head's key and value of a position into the cache (chapter 9).      key, value (K)
 static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
-                     const float *value) {
-    size_t positions = round_up((size_t)s->context, 16);
-    size_t k = (head * positions / 16 + position / 16) * head_dim * 16 + position % 16;
-    size_t v = (head * positions + position) * round_up(head_dim, 16);
-    if (s->cache_f32) {
-        for (size_t d = 0; d < head_dim; d++) ((float *)s->keys[layer])[k + d * 16] = key[d];
-        memcpy((float *)s->values[layer] + v, value, head_dim * sizeof *value);
-    } else {
-        uint16_t half[MAX_HEAD_DIM];
-        kernels->narrow(half, key, head_dim);
-        for (size_t d = 0; d < head_dim; d++) ((uint16_t *)s->keys[layer])[k + d * 16] = half[d];
-        kernels->narrow((uint16_t *)s->values[layer] + v, value, head_dim);
-    }
-}
+                     const float *value);
 
 // The vectors that a thread makes for all to use: its share of n, or all of one, which every thread makes for itself in
 // a place of its own, since that takes less time than to wait for each other.
@@ -848,11 +840,11 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
             .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
             .keys = (const char *)s->keys[l] + at * head_dim, .values = (const char *)s->values[l] + at * row,
             .cache_f32 = s->cache_f32, .group = (int)group, .n_queries = n_now * (int)group,
-            .head_dim = head_dim, .row = row, .position = (size_t)s->n_past + t,
+            .head_dim = head_dim, .row = row, .positions = positions, .position = (size_t)s->n_past + t,
             .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
             .cap = m->config.attention_cap,
-            .queries = scratch, .sums = scratch + n_queries * row, .tile = scratch + 2 * n_queries * row,
-            .scores = scratch + (POSITIONS_TOGETHER + 2 * n_queries) * row, .score_stride = positions + 16,
+            .queries = scratch, .sums = scratch + n_queries * row,
+            .scores = scratch + 2 * n_queries * row, .score_stride = positions + 16,
         };
         attend_group(&a);
     }
@@ -1455,9 +1447,10 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
                                 const Block *x, size_t n_all, int n) {                                                 \
         add_tiles_of(sum, type, tiles, n_blocks, x, n_all, n);                                                         \
     }                                                                                                                  \
-    target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,         \
-                                   size_t b_stride, int m, int depth) {                                                \
-        add_products_of(c, c_stride, a, a_stride, b, b_stride, m, depth);                                              \
+    target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b,          \
+                                   bool half, size_t b_stride, int m, int depth) {                                     \
+        if (half) add_products_of(c, c_stride, a, a_stride, b, true, b_stride, m, depth);                              \
+        else add_products_of(c, c_stride, a, a_stride, b, false, b_stride, m, depth);                                  \
     }                                                                                                                  \
     target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
                                       const float *x) {                                                                \
@@ -1468,7 +1461,6 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
         dequantise(w, type, tiles, block, widen_of);                                                                   \
     }                                                                                                                  \
-    target void set##_widen(float *to, const uint16_t *from, size_t n) { widen_of(to, from, n); }                      \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
     target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
         round_vectors(blocks, x, stride, cols, n, r);                                                                  \
@@ -1483,8 +1475,8 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     target void set##_activate(float *gate, const float *up, size_t n, Activation a) { activate(gate, up, n, a); }     \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
-                                 set##_widen, set##_narrow, set##_round, set##_normalise, set##_rotate,                \
-                                 set##_exponentiate, set##_activate, peak_of, set##_read };
+                                 set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
+                                 set##_activate, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -3021,7 +3013,7 @@ static void lay_out_state(const Model *m, State *s) {
     size_t n_or_threads = larger(n, (size_t)s->threads);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->scratch_stride = (POSITIONS_TOGETHER + 2 * group) * round_up(head_dim, 16) + group * (positions + 16);
+    s->scratch_stride = 2 * group * round_up(head_dim, 16) + group * (positions + 16);
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
     const struct { float **at; size_t rows, stride; } floats[] = {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
@@ -3044,6 +3036,26 @@ static void lay_out_state(const Model *m, State *s) {
         if (!s->arena) continue;
         s->keys[l] = key;
         s->values[l] = value;
+    }
+}
+
+// In the order in which attention reads it: see State.
+static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
+                     const float *value) {
+    size_t positions = round_up((size_t)s->context, 16), row = round_up(head_dim, 16);
+    size_t tile = (head * positions + position / 16 * 16) * head_dim + position % 16;
+    uint16_t half_key[MAX_HEAD_DIM], half_value[MAX_HEAD_DIM];
+    if (!s->cache_f32) kernels->narrow(half_key, key, head_dim);
+    if (!s->cache_f32) kernels->narrow(half_value, value, head_dim);
+    for (size_t d = 0; d < head_dim; d++) {
+        size_t k = tile + d * 16, v = (head * row + d / 16 * 16) * positions + position * 16 + d % 16;
+        if (s->cache_f32) {
+            ((float *)s->keys[layer])[k] = key[d];
+            ((float *)s->values[layer])[v] = value[d];
+        } else {
+            ((uint16_t *)s->keys[layer])[k] = half_key[d];
+            ((uint16_t *)s->values[layer])[v] = half_value[d];
+        }
     }
 }
 
@@ -3708,19 +3720,25 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
     }
 }
 
-// A leaf for add_products(): m rows of chains, m known to the compiler, side by side; step: sum[i][j] + w[j] * x.
-typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                      int m, int depth);
-#define MAKE_PRODUCTS(isa, set, Vector, step)                                                                          \
-    isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b,                \
+// A leaf for add_products(): m rows of chains side by side, m and half known to the compiler.
+// step: sum[i][j] + w[j] * x      widened: a vector of floats, from those in f16 at `from`
+typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
+                      size_t b_stride, int m, int depth);
+#define MAKE_PRODUCTS(isa, set, Vector, step, widened)                                                                 \
+    isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,      \
                             size_t b_stride, int m, int depth) {                                                       \
         enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
         Vector sum[12][VECTORS], w[VECTORS];                                                                           \
+        const char *row = b;                                                                                           \
         _Pragma("GCC unroll 12")                                                                                       \
         for (int i = 0; i < m; i++)                                                                                    \
             for (int j = 0; j < VECTORS; j++) memcpy(&sum[i][j], c + (size_t)i * c_stride + WIDTH * j, sizeof *w);     \
-        for (int k = 0; k < depth; k++, a++, b += b_stride) {                                                          \
-            for (int j = 0; j < VECTORS; j++) memcpy(&w[j], b + WIDTH * j, sizeof *w);                                 \
+        for (int k = 0; k < depth; k++, a++, row += b_stride * (half ? 2 : 4)) {                                       \
+            for (int j = 0; j < VECTORS; j++) {                                                                        \
+                const void *from = row + WIDTH * j * (half ? 2 : 4);                                                   \
+                if (half) w[j] = widened;                                                                              \
+                else memcpy(&w[j], from, sizeof *w);                                                                   \
+            }                                                                                                          \
             _Pragma("GCC unroll 12")                                                                                   \
             for (int i = 0; i < m; i++) {                                                                              \
                 float x = a[(size_t)i * a_stride];                                                                     \
@@ -3734,18 +3752,18 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
 
 // add_products() by that leaf, `most` rows of c at a time: as many as keep the multipliers busy and fit the registers.
 // With the strides of a product with a matrix known, their addresses cost nothing.
-INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                     int m, int depth, int most, Products *leaf) {
-    bool of_matrix = c_stride == 16 && a_stride == 32 && b_stride == 16;
+INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
+                     size_t b_stride, int m, int depth, int most, Products *leaf) {
+    bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
         now = left >= most ? most : left >= 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
-        if (now == most && of_matrix) leaf(c, 16, a, 32, b, 16, most, depth);
-        else if (now == most) leaf(c, c_stride, a, a_stride, b, b_stride, most, depth);
-        else if (now == 8) leaf(c, c_stride, a, a_stride, b, b_stride, 8, depth);
-        else if (now == 4) leaf(c, c_stride, a, a_stride, b, b_stride, 4, depth);
-        else if (now == 3) leaf(c, c_stride, a, a_stride, b, b_stride, 3, depth);
-        else leaf(c, c_stride, a, a_stride, b, b_stride, 1, depth);
+        if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
+        else if (now == most) leaf(c, c_stride, a, a_stride, b, half, b_stride, most, depth);
+        else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, b_stride, 8, depth);
+        else if (now == 4) leaf(c, c_stride, a, a_stride, b, half, b_stride, 4, depth);
+        else if (now == 3) leaf(c, c_stride, a, a_stride, b, half, b_stride, 3, depth);
+        else leaf(c, c_stride, a, a_stride, b, half, b_stride, 1, depth);
     }
 }
 
@@ -3825,7 +3843,8 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
         _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
 }
 
-MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]))
+MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]),
+              _mm256_cvtph_ps(_mm_loadu_si128(from)))
 
 #define PEAK_256(isa, set, product)                                                                                    \
     MAKE_PEAK(LEAF(isa), set, "x", __m256i, product, __m256, _mm256_fmadd_ps(sum[i], x, x))
@@ -3841,7 +3860,8 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
-MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]))
+MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
+              _mm512_cvtph_ps(_mm256_loadu_si256(from)))
 
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
@@ -3889,7 +3909,8 @@ INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     for (size_t i = 0; i < n; i += 16) vst1q_u8(w + i, vreinterpretq_u8_s8(vqtbl1q_s8(table, vld1q_u8(w + i))));
 }
 
-MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x))
+MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x),
+              vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))))
 
 INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
     int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds

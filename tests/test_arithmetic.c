@@ -630,22 +630,22 @@ static void check_attention(AttentionCase c) {
             values[v] = c.cache_f32 ? value : value_of_half(half[1]);
             memcpy(cached_keys.bytes + k * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&key : (void *)&half[0],
                    c.cache_f32 ? 4 : 2);
-            memcpy(cached_values.bytes + (p * row + d) * (c.cache_f32 ? 4 : 2),
+            memcpy(cached_values.bytes + ((d / 16 * padded + p) * 16 + d % 16) * (c.cache_f32 ? 4 : 2),
                    c.cache_f32 ? (void *)&value : (void *)&half[1], c.cache_f32 ? 4 : 2);
         }
     }
     size_t n_out = (size_t)c.n * stride, score_stride = padded + 16;
     float *query = get(n_out * 4), *out = get(n_out * 4), *first = get(n_out * 4);
     size_t n_queries = (size_t)(c.n * c.group);
-    Bytes scores = new_bytes(n_queries * score_stride * 4), tile = new_bytes(POSITIONS_TOGETHER * row * 4);
-    Bytes queries = new_bytes(n_queries * row * 4), sums = new_bytes(n_queries * row * 4);
+    Bytes scores = new_bytes(n_queries * score_stride * 4), queries = new_bytes(n_queries * row * 4);
+    Bytes sums = new_bytes(n_queries * row * 4);
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
     Attention a = {
         .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes,
-        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group,
+        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .positions = padded, .group = c.group,
         .n_queries = (int)n_queries, .position = c.position, .window = c.window ? c.window : SIZE_MAX,
         .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap, .scores = (float *)(void *)scores.bytes,
-        .score_stride = score_stride, .tile = (float *)(void *)tile.bytes,
+        .score_stride = score_stride,
         .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,
     };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
@@ -675,7 +675,7 @@ static void check_attention(AttentionCase c) {
               c.head_dim, c.n, c.position, usable_kernels()[0]->name, (*k)->name);
     }
     free(keys), free(values), free(cached_keys.bytes), free(cached_values.bytes), free(query), free(out), free(first);
-    free(scores.bytes), free(tile.bytes), free(queries.bytes), free(sums.bytes);
+    free(scores.bytes), free(queries.bytes), free(sums.bytes);
 }
 
 static void test_attention(void) {
