@@ -335,7 +335,7 @@ static const DamageCase gguf_cases[] = {
     { K_TEXT, "llama.rope.scaling.type", 0, "longrope", "longrope" },
     { K_F32, "llama.rope.scaling.factor", NAN, NULL, "factor" },
     { K_F32, "llama.rope.scaling.factor", -2, NULL, "factor" },
-    { K_U32, "llama.expert_count", 8, NULL, "llama.expert_count" },
+    { K_U32, "llama.expert_count", 8, NULL, "0 of 8 experts" },
     { K_F32, "llama.attention.sliding_window", 0.5f, NULL, "window" },
     { K_F32, "llama.attn_logit_softcapping", -1, NULL, "attention_cap" },
     { K_F32, "llama.logit_scale", 2, NULL, "llama.logit_scale" },
