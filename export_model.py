@@ -576,8 +576,10 @@ NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens
                  "local_theta": "", "embedding_scale": "", "residual_scale": "", "attention_scale": "",
                  "logit_scale": "", "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
                  "activation": "", "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
-                 "ffn_dim": "feed_forward_length", "window": "", "angles": ""}
-NATIVE_PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim", "window", "angles")
+                 "ffn_dim": "feed_forward_length", "window": "", "angles": "", "n_experts": "expert_count",
+                 "n_experts_used": "expert_used_count"}
+NATIVE_PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim", "window", "angles", "n_experts", "n_experts_used")
+NATIVE_OFF = ("attention_cap", "logit_cap", "n_experts", "n_experts_used")  # at 0 they are not there
 
 
 def stored_weights(w: np.ndarray, bits: int) -> np.ndarray:
@@ -656,9 +658,9 @@ def untile(tiles: np.ndarray, number: int, rows: int) -> np.ndarray:
 
 
 def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
-    """| name[64] | u32 type, rows, columns, 0 | u64 at, n_bytes |"""
+    """| name[64] | u32 type, rows, columns, matrices | u64 at, n_bytes |"""
     name = record[:64].rstrip(b"\0").decode("ascii", "replace")
-    kind, rows, cols, _, at, n_bytes = struct.unpack("<4I2Q", record[64:])
+    kind, rows, cols, n, at, n_bytes = struct.unpack("<4I2Q", record[64:])
     if at + n_bytes > len(c.data):
         raise Refusal(f"{c.path}: {name} does not lie within the file: not copied whole?")
     if kind == NATIVE_VECTOR:
@@ -667,15 +669,18 @@ def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
         raise Refusal(f"{c.path}: {name} is in tiles of type {kind}, which is not known here")
     type_name, bits, widths, n_narrow = NATIVE_TYPES[kind]
     tile_cols = 256 if n_narrow else 32
-    grid = -(-rows // 16), -(-cols // tile_cols)
+    grid = n * -(-rows // 16), -(-cols // tile_cols)  # each expert's matrix begins with a tile of its own
     if n_bytes != math.prod(grid) * (16 * (sum(widths) + n_narrow) + 2 * tile_cols * bits):
         raise Refusal(f"{c.path}: {name} has {n_bytes} bytes for {math.prod(grid)} tiles")
 
     def read() -> np.ndarray:
         tiles = np.fromfile(c.path, np.uint8, n_bytes, offset=at).reshape(*grid, -1)
-        stored = untile(tiles, kind, rows)
-        return np.ascontiguousarray(stored[:, :cols]) if type_name in FLOATS else stored
-    return name, Tensor((rows, cols), "f32" if type_name == "q8f" else type_name, read)
+        stored = untile(tiles, kind, grid[0] * 16).reshape(n, -(-rows // 16) * 16, -1)[:, :rows]
+        stored = stored[..., :cols] if type_name in FLOATS else stored
+        return np.ascontiguousarray(stored if by_expert else stored[0])
+    by_expert = name.endswith("_exps.weight")
+    shape = (n, rows, cols) if by_expert else (rows, cols)
+    return name, Tensor(shape, "f32" if type_name == "q8f" else type_name, read)
 
 
 def fuse_phi3(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -724,7 +729,7 @@ def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Val
     keys = {}
     for name, key in NATIVE_CONFIG.items():
         values, make = fields[name], f32 if name in ("norm_eps", "rope_theta", "attention_cap", "logit_cap") else u32
-        if key and (values[0] or not key.endswith("capping")):
+        if key and (any(values) or name not in NATIVE_OFF):
             keys[key] = make(values[0]) if len(set(values)) == 1 else array(U32, [int(v) for v in values])
     keys["attention.value_length"] = keys["attention.key_length"]
     one, windows = {name: values[0] for name, values in fields.items()}, [int(w) for w in fields["window"]]
@@ -739,6 +744,8 @@ def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Val
         keys["attention.sliding_window_pattern"] = array(BOOL, [w > 0 for w in windows])
     if arch == "phi3":
         keys["rope.scaling.original_context_length"] = keys["context_length"]
+    if arch == "qwen3moe":
+        keys["expert_feed_forward_length"] = keys["feed_forward_length"]
     scales = {"embedding_scale": math.sqrt(one["dim"]) if f.norm_plus_one else 1, "residual_scale": 1, "logit_scale": 1}
     if arch == "granite":
         keys |= {name: f32(one[name]) for name in ("embedding_scale", "residual_scale")}
@@ -1351,10 +1358,9 @@ def family_of(model: Model) -> Family:
 
 def sizes_of(model: Model) -> Sizes:
     numbers = {}
-    for name, key in (("H", "attention.head_count"), ("G", "attention.head_count_kv"), ("F", "feed_forward_length")):
-        value = model.value(key)
-        if value is None and name == "G":
-            value = numbers["H"]
+    for name, key in (("H", "attention.head_count"), ("G", "attention.head_count_kv"), ("F", "feed_forward_length"),
+                      ("E", "expert_count")):
+        value = model.value(key, {"G": numbers.get("H"), "E": 0}.get(name))
         if not isinstance(value, int):
             raise Refusal(f"{model.source}: {key} is not one number for all layers, which is needed here")
         numbers[name] = value
@@ -1363,7 +1369,7 @@ def sizes_of(model: Model) -> Sizes:
         raise Refusal(f"{model.source}: embedding_length or token_embd.weight is missing")
     numbers["F"] = model.value("expert_feed_forward_length", numbers["F"]) or numbers["F"]
     return Sizes(model.tensors["token_embd.weight"].shape[0], D, K=model.value("attention.key_length",
-                 D // numbers["H"]), E=model.value("expert_count", 0), **numbers)
+                 D // numbers["H"]), **numbers)
 
 
 # ==== 6. Tokenizers ====

@@ -220,10 +220,10 @@ typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
 
-// A matrix in tiles of 16 rows by 32 columns (chapter 4).
+// A matrix in tiles of 16 rows by 32 columns (chapter 4); those of a layer's experts follow each other.
 typedef struct {
     Type type;
-    int rows, cols;
+    int rows, cols;              // of one
     const unsigned char *tiles;  // NULL: this model has no such matrix
 } Tensor;
 
@@ -252,13 +252,14 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
+    int n_experts, n_experts_used;     // E: how many gates, ups and downs; to how many a token goes. 0: one, for all
     const float *attention_norm;       // (D)  NULL: OLMo2 has only the norms behind the blocks, Gemma has both
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
     const float *ffn_norm;                          // (D)  or NULL
     const float *attention_post_norm, *ffn_post_norm;  // (D)  of what a block adds, or NULL
-    Tensor gate, up, down;             // (F,D) (F,D) (D,F)
+    Tensor gate, up, down, router;     // (F,D) (F,D) (D,F) (E,D)
     // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
     const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
 } Layer;
@@ -295,7 +296,8 @@ typedef struct {
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n;
+    size_t n, first, some; // of the n, `some` from number `first` on are multiplied
+    size_t expert;         // with this one's matrix, or 0
 } Activations;
 
 // What changes while text is made.
@@ -307,15 +309,17 @@ typedef struct {
     bool exact, cache_f32; // multiply with dequantised weights in float; keys and values in 32 bits, else in 16
     bool rounds, copies; // some products are made in 8 bits, some in float
     size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
-    size_t logits_stride;                              // V up to a multiple of 16
+    size_t logits_stride, routes_stride;               // V, E up to a multiple of 16
     float *x;                   // (B, D)    the token's vector, which each layer adds to
     float *normed;              // (B or threads, D)
     float *query, *key, *value; // (B, H*K) (B, G*K) (B, G*K)
     float *attended;            // (B, H*K)
-    float *gate, *up;           // (B, F)
-    float *out;                 // (B, D)    what a block adds to x
-    float (*blocks)[32];        // (B, widest/32)  the input of a product in blocks, as it is
-    Block *rounded;             // (B or threads, widest/32)  and rounded
+    float *gate, *up;           // (B, F), with experts (visits, F): a token visits n_experts_used of them
+    float *out, *expert_out;    // (B, D)    what a block adds to x, and what an expert adds to that
+    float *routes;              // (B, E)    the weight of each expert's result for a token, 0: not visited
+    int *visitors, *first_visit;// (visits) (E+1)  the tokens that visit expert 0, expert 1, ...; where each one's begin
+    float (*blocks)[32];        // (B or visits, widest/32)  the input of a product in blocks, as it is
+    Block *rounded;             // (B, visits or threads, widest/32)  and rounded
     size_t widest;              // of the strides above but the logits'
     float *logits;              // (LOGITS_AT_ONCE, V)
     float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
@@ -331,8 +335,7 @@ typedef struct {
 
 enum {
     LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
-    QUERIES_TOGETHER = 24,    // queries of one key/value head that one thread attends with together
-    POSITIONS_TOGETHER = 64,  // positions whose values it looks at together
+    QUERIES_TOGETHER = 24, POSITIONS_TOGETHER = 64,  // of one key/value head, for one thread at once
     MAX_HEAD_DIM = 1024,      // K at most
 };
 
@@ -433,7 +436,8 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
-INLINE void widen_floats(float *to, const uint16_t *from, size_t n);  // f16 to f32 (chapter 8)
+typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
+INLINE Widen widen_floats;                                      // chapter 8
 
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
 // c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
@@ -449,15 +453,12 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
             const float *w = half ? wide : (const float *)b + (size_t)k * b_stride;
             if (half) widen_floats(wide, (const uint16_t *)b + (size_t)k * b_stride, 16);
             for (int r = 0; r < rows; r++) x[r] = a[(size_t)r * a_stride + (size_t)k];
-            for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++) {
+            for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++)
                 for (int j = 0; j < 16; j++) lane[r][j] = fmaf(w[j], x[r], lane[r][j]);
-            }
         }
         for (int r = 0; r < rows; r++) memcpy(c + (size_t)r * c_stride, lane[r], sizeof lane[r]);
     }
 }
-
-typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
 
 // 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
 // number; the second scale and minimum are those of the last 16 columns, if they have their own.
@@ -528,21 +529,21 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
     size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w), together = 8192 / blocks;
-    const unsigned char *tiles = w->tiles + rows.from * row_bytes;
+    const unsigned char *tiles = w->tiles + a->expert * tensor_bytes(w) + rows.from * row_bytes;
     together = together < 16 ? 16 : together > TOKENS ? TOKENS : together;
-    if (a->n == 1 && !quantised) {
+    if (a->n == 1 && a->some == 1 && !quantised) {
         kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
         return;
     }
     for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
-        for (size_t t0 = 0; t0 < a->n; t0 += together) {
-            int now = (int)(a->n - t0 < together ? a->n - t0 : together);
+        for (size_t t0 = 0; t0 < a->some; t0 += together) {
+            int now = (int)(a->some - t0 < together ? a->some - t0 : together);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
             memset(sum, 0, (size_t)now * sizeof *sum);
-            if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + t0, a->n, now);
+            if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
                 kernels->dequantise(columns, w->type, tiles, c);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + t0], 32, columns[0], false, 16, now, 32);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
             }
             for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
         }
@@ -641,8 +642,7 @@ typedef struct {
     const void *values;  // (row/16, S, 16)
     bool cache_f32;
     int group, n_queries;     // number i is of token i / group and head i % group
-    size_t head_dim, row;     // K, and that up to a multiple of 16
-    size_t positions;         // S
+    size_t head_dim, row, positions;  // K, that up to a multiple of 16, S
     size_t position, window;  // of the first of the n tokens; how many each sees
     float scale, cap;         // of the scores
     float *queries, *sums;    // (n_queries, row)
@@ -761,18 +761,20 @@ static Range own_share(int n, Team team) {
     return n == 1 ? (Range){ 0, 1 } : share((size_t)n, team);
 }
 
-// x (n, stride) as the input of the products that follow; of it, every thread has own_share(n, team).
-static Activations prepare(const State *s, const float *x, size_t stride, size_t cols, int n, Team team) {
+// x (n, stride), or unless `rows` is NULL these n of its rows, as input of products; a thread has own_share(n, team).
+static Activations prepare(const State *s, const float *x, size_t stride, const int *rows, size_t cols, int n,
+                           Team team) {
     Range tokens = own_share(n, team);
     Block *rounded = s->rounded + (n == 1 ? (size_t)team.thread * s->widest / 32 : 0);
     const float (*blocks)[32] = (const void *)(n == 1 ? x : s->blocks[0]);
-    if (s->rounds) kernels->round(rounded, x, stride, cols, (size_t)n, tokens);
-    for (size_t t = tokens.from; n > 1 && s->copies && t < tokens.to; t++) {
-        for (size_t c = 0; c < cols; c += 32)
-            memcpy(s->blocks[c / 32 * (size_t)n + t], x + t * stride + c, sizeof *s->blocks);
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        const float *row = x + (rows ? (size_t)rows[t] : t) * stride;
+        if (s->rounds) kernels->round(rounded, row, 0, cols, (size_t)n, (Range){ t, t + 1 });
+        for (size_t c = 0; n > 1 && s->copies && c < cols; c += 32)
+            memcpy(s->blocks[c / 32 * (size_t)n + t], row + c, sizeof *s->blocks);
     }
     if (n > 1) wait_for_team(team);
-    return (Activations){ blocks, s->rounds ? rounded : NULL, (size_t)n };
+    return (Activations){ blocks, s->rounds ? rounded : NULL, (size_t)n, 0, (size_t)n, 0 };
 }
 
 // y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
@@ -780,7 +782,7 @@ static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bia
     Range tiles = share(n_row_tiles(w), team);
     multiply_rows(y, y_stride, w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
-    for (size_t t = 0; bias && t < x->n; t++) {
+    for (size_t t = 0; bias && t < x->some; t++) {
         for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
     }
     return rows;
@@ -800,15 +802,12 @@ static Activations normalise_stream(const Model *m, State *s, const float *weigh
         int *broken = &s->broken[(size_t)first + t];
         if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
     }
-    return prepare(s, normed, s->x_stride, dim, n, team);
+    return prepare(s, normed, s->x_stride, NULL, dim, n, team);
 }
 
-// x += residual_scale * (w input + bias), normalised before if there is a norm for it
-// w (D, columns of the input)  input (n, stride)
-static void add_to_stream(const Model *m, State *s, const Tensor *w, const float *bias, const float *norm,
-                          const float *input, size_t stride, int n, Team team) {
-    Activations a = prepare(s, input, stride, (size_t)w->cols, n, team);
-    Range rows = matmul(s->out, s->x_stride, w, bias, &a, team), tokens = { 0, (size_t)n };
+// x += residual_scale * out, normalised before if there is a norm for it; this thread has made these rows of out
+static void add_to_stream(const Model *m, State *s, Range rows, const float *norm, int n, Team team) {
+    Range tokens = { 0, (size_t)n };
     if (norm) {  // needs whole vectors, so that the tokens are shared and not the rows
         wait_for_team(team);
         rows = (Range){ 0, (size_t)m->config.dim };
@@ -850,18 +849,8 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
     }
 }
 
-// Queries and keys of all heads normalised at once, in models that do so (OLMo2).
-static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
-    size_t head_dim = (size_t)m->config.head_dim;
-    if (!m->config.wide_head_norms) return;
-    Range tokens = share((size_t)n, team);
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
-        kernels->normalise(query, query, layer->query_norm, (size_t)layer->n_heads * head_dim, m->config.norm_eps);
-        kernels->normalise(key, key, layer->key_norm, (size_t)layer->n_kv_heads * head_dim, m->config.norm_eps);
-    }
-    wait_for_team(team);
-}
+// Queries and keys of all heads normalised at once, in models that do so (chapter 9).
+static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team);
 
 // What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
 static void attention_block(const Model *m, State *s, int l, int n, Team team) {
@@ -890,23 +879,44 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
 
     attend(m, s, l, n, team);
     wait_for_team(team);
-    add_to_stream(m, s, &layer->attention_out, layer->attention_out_bias, layer->attention_post_norm, s->attended,
-                  s->q_stride, n, team);
+    input = prepare(s, s->attended, s->q_stride, NULL, n_heads * head_dim, n, team);
+    Range rows = matmul(s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, team);
+    add_to_stream(m, s, rows, layer->attention_post_norm, n, team);
 }
 
+// Chooses the experts that each token visits (Shazeer et al., "Outrageously Large Neural Networks"), and prepares their
+// input; the part of it that is expert e's; out += weight * what that one has made of it (chapter 9).
+static Activations route(const Model *m, State *s, const Layer *layer, const Activations *x, int n, Team team);
+static Activations visits(const State *s, size_t e, Activations all);
+static void add_visits(State *s, const Activations *x, Range rows);
+
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
+// Or, with experts, the sum of that over those that the token visits, each times its weight. An expert takes all its
+// visitors of a batch at once, so that each of its weights is read once, if at all.
 static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
-    Activations input = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
-    Range rows = matmul(s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, team);
-    matmul(s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, team);
-    for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
-        size_t i = t * s->ffn_stride + rows.from;
-        if (rows.to > rows.from)
-            kernels->activate(s->gate + i, s->up + i, rows.to - rows.from, (Activation)m->config.activation);
+    size_t n_experts = (size_t)layer->n_experts, n_parts = n_experts ? n_experts : 1;
+    Activations all = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
+    if (n_experts) all = route(m, s, layer, &all, n, team);
+    for (size_t e = 0; e < n_parts; e++) {
+        Activations x = n_experts ? visits(s, e, all) : all;
+        if (!x.some) continue;
+        float *gate = s->gate + x.first * s->ffn_stride, *up = s->up + x.first * s->ffn_stride;
+        Range rows = matmul(gate, s->ffn_stride, &layer->gate, layer->gate_bias, &x, team);
+        matmul(up, s->ffn_stride, &layer->up, layer->up_bias, &x, team);
+        for (size_t i = rows.from, t = 0; t < x.some && rows.to > rows.from; t++, i += s->ffn_stride)
+            kernels->activate(gate + i, up + i, rows.to - rows.from, (Activation)m->config.activation);
     }
     wait_for_team(team);
-    add_to_stream(m, s, &layer->down, layer->down_bias, layer->ffn_post_norm, s->gate, s->ffn_stride, n, team);
+    all = prepare(s, s->gate, s->ffn_stride, NULL, (size_t)layer->ffn_dim, (int)all.n, team);
+    Range rows = { 0, 0 };
+    for (size_t e = 0; e < n_parts; e++) {
+        Activations x = n_experts ? visits(s, e, all) : all;
+        if (!x.some) continue;
+        rows = matmul(n_experts ? s->expert_out : s->out, s->x_stride, &layer->down, layer->down_bias, &x, team);
+        if (n_experts) add_visits(s, &x, rows);
+    }
+    add_to_stream(m, s, rows, layer->ffn_post_norm, n, team);
 }
 
 typedef struct {
@@ -1854,7 +1864,7 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
 
 // ---- What a model consists of ----
 
-enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20 };
+enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
@@ -1863,7 +1873,7 @@ enum {
     SCALES = 32,  // of embedding, residual and logits
     GEMMA = 64,   // GELU, and embeddings times sqrt(D)
     CAPS = 128,   // of 50 and 30, where the file does not say others
-    ALWAYS = 256, OPTIONAL = 512,  // in a tensor's rule: whatever the family, it must or may be there
+    ALWAYS = 256, OPTIONAL = 512, BY_EXPERT = 1024,  // in a tensor's rule: it must, or may, be there; for each expert
 };
 typedef struct {
     const char *name;
@@ -1875,9 +1885,10 @@ typedef struct {
 } Family;
 
 static const Family families[] = {
-    { "llama", ADJACENT, PRE_NORMS, 0, 0, 0 },  // LLaMA 1-3, Mistral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "llama", ADJACENT, PRE_NORMS, 0, 0, 0 },  // LLaMA 1-3, Mistral, Mixtral, TinyLlama, SmolLM, Yi, Vicuna, ...
     { "qwen2", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
     { "qwen3", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
+    { "qwen3moe", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
     { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
     { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
@@ -1929,6 +1940,8 @@ static const ConfigField config_fields[] = {
     { "ffn_dim", INTEGER, true, offsetof(Layer, ffn_dim), 1, MAX_FFN_DIM, ".feed_forward_length", NAN, 0 },
     { "window", INTEGER, true, offsetof(Layer, window), 0, MAX_CONTEXT, ".attention.sliding_window", 0, 0 },
     { "angles", INTEGER, true, offsetof(Layer, angles), UNROTATED, LOCAL, NULL, 0, 0 },
+    { "n_experts", INTEGER, true, offsetof(Layer, n_experts), 0, MAX_EXPERTS, ".expert_count", 0, 0 },
+    { "n_experts_used", INTEGER, true, offsetof(Layer, n_experts_used), 0, MAX_EXPERTS, ".expert_used_count", 0, 0 },
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
@@ -1968,6 +1981,9 @@ static bool check_config(Model *m, Error *e) {
         return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
         int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
+        int experts = m->layers[l].n_experts, used = m->layers[l].n_experts_used;
+        if (used > experts || !used != !experts)
+            return refuse(e, "layer %d: n_experts_used is %d of %d experts", l, used, experts);
         if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
         if (heads % groups)
             return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
@@ -1980,7 +1996,7 @@ static bool check_config(Model *m, Error *e) {
 // A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
 // tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
 // other in the order of this table.
-typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM } Size;
+typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
@@ -2009,12 +2025,13 @@ static const TensorRule rules[] = {
     { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
     { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
     { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
-    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
-    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
-    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // of 0 rows: it is not there
+    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
+    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
+    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
+    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
+    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS | BY_EXPERT, NULL },
+    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
     { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
@@ -2024,6 +2041,7 @@ typedef struct {
     const TensorRule *rule;
     int layer;          // -1: the model's
     size_t rows, cols;  // of a vector: 1 and its length
+    size_t n, n_used;   // how many there are, and how many a token is multiplied with: of experts, or 1
     Tensor *tensor;     // one of these two is where it belongs
     const float **vector;
     char name[NAME_BYTES], fused[NAME_BYTES];
@@ -2046,13 +2064,18 @@ static Slot get_slot(Model *m, size_t i) {
         [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
         [Q_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_heads : 1) * head_dim,
         [K_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_kv_heads : 1) * head_dim,
+        [N_EXPERTS] = (size_t)layer->n_experts,
     };
-    Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
+    bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
+    Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols], 1, 1 };
+    if (by_expert) slot.n = (size_t)layer->n_experts, slot.n_used = (size_t)layer->n_experts_used;
     if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
     else slot.tensor = (Tensor *)(void *)place;
+    int stem = (int)strcspn(rule->name, ".");
     if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
-    else snprintf(slot.name, NAME_BYTES, "blk.%d.%s", index, rule->name);
-    if (!rule->fused) return slot;
+    else snprintf(slot.name, NAME_BYTES, "blk.%d.%.*s%s%s", index, stem, rule->name, by_expert ? "_exps" : "",
+                  rule->name + stem);
+    if (!rule->fused || by_expert) return slot;
     snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
     for (const TensorRule *r = rules; r < rules + N_MODEL_RULES + N_LAYER_RULES; r++) {
         if (!r->fused || strcmp(r->fused, rule->fused)) continue;
@@ -2064,7 +2087,9 @@ static Slot get_slot(Model *m, size_t i) {
 
 static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
 // Bytes in the form in which it is used.
-static size_t slot_bytes(const Slot *s) { return s->tensor ? tensor_bytes(s->tensor) : s->cols * sizeof(float); }
+static size_t slot_bytes(const Slot *s) {
+    return s->tensor ? times(s->n, tensor_bytes(s->tensor)) : s->cols * sizeof(float);
+}
 
 static void set_slot(const Slot *s, const unsigned char *data) {
     if (s->tensor) s->tensor->tiles = data;
@@ -2084,7 +2109,8 @@ static bool is_multiplied(const Model *m, const Slot *s) {
 // A tensor that a file says it has.
 typedef struct {
     char name[NAME_BYTES];
-    Source source;    // how it is stored: rows, cols, data; type NULL in native files,
+    size_t n;         // how many matrices follow each other
+    Source source;    // how one is stored: rows, cols, data; type NULL in native files,
     int native_type;  // where it is in tiles of this type, or NATIVE_VECTOR
     bool is_vector;   // one dimension
     uint64_t offset;  // of source.data, from where the data of all tensors begin
@@ -2121,7 +2147,7 @@ static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
 // The entry for a slot, or NULL: its own, which is all that native files have, or the fused one.
 static Entry *entry_for(const Directory *d, Slot *slot) {
     Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name), *fused = NULL;
-    if (slot->rule->fused) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
+    if (slot->fused[0]) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
     bool is_up = fused && fused->source.rows != slot->all_rows && !strcmp(slot->rule->fused, "ffn_up.weight");
     if (fused && fused->source.type && !is_up && (!own || own == fused)) return fused;
     slot->first_row = 0;
@@ -2152,8 +2178,10 @@ static void pack_team(void *p, Team team) {
         part.rows = slot.rows;
         part.data = source_block(&part, slot.first_row, 0);
         Range tiles = slot.tensor ? share(n_row_tiles(slot.tensor), team) : (Range){ 0, 0 };
-        if (slot.tensor) pack_rows(to, &part, tiles);
-        if (tiles.to > tiles.from) give_back(&part, tiles);
+        for (size_t k = 0; k < slot.n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
+            pack_rows(to + k * tensor_bytes(slot.tensor), &part, tiles);
+            give_back(&part, tiles);
+        }
         if (!slot.tensor && team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
         if (team.thread == 0) set_slot(&slot, to);
         if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
@@ -2164,9 +2192,10 @@ static void pack_team(void *p, Team team) {
 // Fills one slot from its entry: points into a native file, or counts what is to be packed.
 static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
     const Source *s = &entry->source;
-    if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols)
-        return refuse(e, "%s is %zu x %zu, expected %zu x %zu", entry->name, s->rows, s->cols, slot->all_rows,
-                    slot->cols);
+    if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols ||
+        entry->n != slot->n)
+        return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", entry->name, entry->n, s->rows, s->cols,
+                      slot->n, slot->all_rows, slot->cols);
     entry->used = true;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
@@ -2188,11 +2217,12 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     qsort(d->entries, d->n, sizeof *d->entries, by_name);
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        Entry *entry = slot.rule->need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
+        int need = slot.rows ? slot.rule->need : 0;
+        Entry *entry = need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
-        if (!entry && slot.rule->need & features)
+        if (!entry && need & features)
             return refuse(e, "tensor %s is missing", slot.name);
-        if (slot.layer < 1) continue;
+        if (slot.layer < 1 || !(need & OPTIONAL)) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
             return refuse(e, "tensor %s is missing", entry ? before.name : slot.name);
@@ -2237,7 +2267,7 @@ typedef struct { char name[28]; uint32_t count; } ConfigRecord;
 
 typedef struct {
     char name[NAME_BYTES];
-    uint32_t type, rows, cols, zero;  // type: Type, or NATIVE_VECTOR
+    uint32_t type, rows, cols, n;     // type: Type, or NATIVE_VECTOR; n: how many matrices there are, of experts
     uint64_t at, n_bytes;             // from the beginning of the file
 } TensorRecord;
 _Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && sizeof(TensorRecord) == 96, "no padding");
@@ -2273,7 +2303,7 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Err
         if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
             return refuse(e, "%s is of type %u, which is not known", r.name, r.type);
         Entry *entry = &d->entries[d->n];
-        *entry = (Entry){ .source = { .rows = r.rows, .cols = r.cols }, .native_type = (int)r.type,
+        *entry = (Entry){ .n = r.n, .source = { .rows = r.rows, .cols = r.cols }, .native_type = (int)r.type,
                           .is_vector = r.type == NATIVE_VECTOR, .offset = r.at - h->weights.at, .n_bytes = r.n_bytes };
         memcpy(entry->name, r.name, NAME_BYTES);
     }
@@ -2314,7 +2344,8 @@ static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) 
         Slot slot = get_slot(m, i);
         if (!is_stored(m, &slot)) continue;
         TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
-                           .cols = (uint32_t)slot.cols, .at = *end, .n_bytes = slot_bytes(&slot) };
+                           .cols = (uint32_t)slot.cols, .n = (uint32_t)slot.n, .n_bytes = slot_bytes(&slot) };
+        r.at = *end;
         memcpy(r.name, slot.name, NAME_BYTES);
         *end = round_up(*end + r.n_bytes, 64);
         if (!append(b, &r, sizeof r, e)) return false;
@@ -2527,6 +2558,7 @@ static const struct {
     { ".embedding_scale", 1 }, { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
     { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
     { ".expert_feed_forward_length", NAN },            // of experts that expert_count says there are not
+    { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
 };
 
 static bool is_harmless(const Gguf *g, const Key *k) {
@@ -2586,8 +2618,10 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
             c->n_tokens = (int)entry->source.rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
-    for (Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++)
-        if (!layer->n_kv_heads) layer->n_kv_heads = layer->n_heads;
+    for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
+        if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
+        if (y->n_experts) y->ffn_dim = (int)get_number(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
+    }
     if (!c->head_dim && c->dim % m->layers->n_heads)
         return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
@@ -2656,13 +2690,12 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    if (strstr(entry->name, "_exps.")) return refuse(e, "%s: mixtures of experts are not supported", entry->name);
-    if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || dims[2] != 1 || dims[3] != 1 ||
-        dims[0] % source->block_cols)
+    if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || !dims[2] || dims[3] != 1 || dims[0] % source->block_cols)
         return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
+    entry->n = (size_t)dims[2];
     entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
-    entry->n_bytes = source_bytes(&entry->source);
+    entry->n_bytes = times(entry->n, source_bytes(&entry->source));
     return true;
 }
 
@@ -2736,6 +2769,7 @@ static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Direc
     bool grouped = group && slot->tensor;
     const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
     entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
+    entry->n = 1;
     entry->is_vector = slot->vector != NULL;
     memcpy(entry->name, slot->name, NAME_BYTES);
     if (grouped && (slot->cols % (size_t)group || group % 32))
@@ -2988,6 +3022,66 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
+// ---- What only some models do ----
+
+// OLMo2.
+static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
+    size_t head_dim = (size_t)m->config.head_dim;
+    if (!m->config.wide_head_norms) return;
+    Range tokens = share((size_t)n, team);
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
+        kernels->normalise(query, query, layer->query_norm, (size_t)layer->n_heads * head_dim, m->config.norm_eps);
+        kernels->normalise(key, key, layer->key_norm, (size_t)layer->n_kv_heads * head_dim, m->config.norm_eps);
+    }
+    wait_for_team(team);
+}
+
+// Makes of the router's logits for a token the weights of its n_used likeliest experts, the softmax of theirs, and 0.
+static void choose_experts(float *p, int n_experts, int n_used) {
+    float weight[MAX_EXPERTS], sum = 0;
+    int best[MAX_EXPERTS + 1];  // and a place for the one that falls out
+    for (int e = 0, at; e < n_experts; e++) {
+        for (at = e < n_used ? e : n_used; at > 0 && p[e] > p[best[at - 1]]; at--) best[at] = best[at - 1];
+        best[at] = e;
+    }
+    for (int i = 0; i < n_used; i++) sum += weight[i] = exponential(p[best[i]] - p[best[0]]);
+    memset(p, 0, (size_t)n_experts * sizeof *p);
+    for (int i = 0; i < n_used; i++) p[best[i]] = weight[i] / sum;
+}
+
+static Activations route(const Model *m, State *s, const Layer *layer, const Activations *x, int n, Team team) {
+    size_t n_experts = (size_t)layer->n_experts;
+    Range tokens = share((size_t)n, team);
+    matmul(s->routes, s->routes_stride, &layer->router, NULL, x, team);
+    wait_for_team(team);
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        choose_experts(s->routes + t * s->routes_stride, layer->n_experts, layer->n_experts_used);
+        memset(s->out + t * s->x_stride, 0, s->x_stride * sizeof *s->out);
+    }
+    wait_for_team(team);
+    for (size_t e = 0, i = 0; e < n_experts && team.thread == 0; s->first_visit[++e] = (int)i) {
+        for (int t = 0; t < n; t++)
+            if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors[i++] = t;
+    }
+    wait_for_team(team);
+    return prepare(s, s->normed, s->x_stride, s->visitors, (size_t)m->config.dim, s->first_visit[n_experts], team);
+}
+
+static Activations visits(const State *s, size_t e, Activations all) {
+    size_t first = (size_t)s->first_visit[e];
+    return (Activations){ all.x, all.rounded, all.n, first, (size_t)s->first_visit[e + 1] - first, e };
+}
+
+static void add_visits(State *s, const Activations *x, Range rows) {
+    for (size_t i = 0; i < x->some; i++) {
+        size_t t = (size_t)s->visitors[x->first + i];
+        const float *weight = s->routes + t * s->routes_stride + x->expert, *y = s->expert_out + i * s->x_stride;
+        for (size_t r = rows.from; r < rows.to; r += 16)
+            kernels->add_products(s->out + t * s->x_stride + r, 16, weight, 1, y + r, false, 16, 1, 1);
+    }
+}
+
 // ---- The memory to run it in ----
 
 // All buffers of the forward pass come from one block. lay_out_state() runs twice, first without it, to count bytes.
@@ -3002,31 +3096,37 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static void lay_out_state(const Model *m, State *s) {
     const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER;
+    size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER, experts = 0, used = 0;
     for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
         s->q_stride = larger(s->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
         s->kv_stride = larger(s->kv_stride, round_up((size_t)layer->n_kv_heads * head_dim, 32));
         s->ffn_stride = larger(s->ffn_stride, round_up((size_t)layer->ffn_dim, 32));
         group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
+        experts = larger(experts, (size_t)layer->n_experts);
+        used = larger(used, (size_t)layer->n_experts_used);
     }
-    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16);
-    size_t n_or_threads = larger(n, (size_t)s->threads);
+    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16), visits = n * used;
+    size_t n_or_threads = larger(n, (size_t)s->threads), rows = larger(n, visits);
     s->x_stride = round_up((size_t)c->dim, 32);
     s->logits_stride = round_up((size_t)c->n_tokens, 16);
+    s->routes_stride = round_up(experts, 16);
     s->scratch_stride = 2 * group * round_up(head_dim, 16) + group * (positions + 16);
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
     const struct { float **at; size_t rows, stride; } floats[] = {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
         { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
-        { &s->value, n, s->kv_stride }, { &s->gate, n, s->ffn_stride }, { &s->up, n, s->ffn_stride },
+        { &s->value, n, s->kv_stride }, { &s->gate, rows, s->ffn_stride }, { &s->up, rows, s->ffn_stride },
+        { &s->expert_out, visits, s->x_stride }, { &s->routes, n, s->routes_stride },
         { &s->logits, LOGITS_AT_ONCE, s->logits_stride },
         { &s->angles, c->local_theta > 0 ? 2 * positions : positions, (size_t)c->rope_dim },
         { &s->scratch, (size_t)s->threads, s->scratch_stride },
     };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
         *floats[i].at = place(s, floats[i].rows * floats[i].stride, sizeof(float));
-    s->blocks = place(s, n * s->widest / 32, sizeof *s->blocks);
-    s->rounded = place(s, n_or_threads * s->widest / 32, sizeof *s->rounded);
+    s->blocks = place(s, rows * s->widest / 32, sizeof *s->blocks);
+    s->rounded = place(s, larger(n_or_threads, visits) * s->widest / 32, sizeof *s->rounded);
+    s->visitors = place(s, visits, sizeof *s->visitors);
+    s->first_visit = place(s, experts + 1, sizeof *s->first_visit);
     s->broken = place(s, n, sizeof *s->broken);
     s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
@@ -3065,7 +3165,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
         bool rounds = is_quantised(slot.tensor->type) && !s->exact;
-        s->work += slot.rows * slot.cols;
+        s->work += slot.rows * slot.cols * slot.n_used;
         s->rounds |= rounds;
         s->copies |= !rounds;
     }
@@ -3099,12 +3199,12 @@ static bool check_finite(const Model *m, const State *s, int n, int n_logits, Er
 /* ==== 10. Measuring =================================================================================================
    What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
 
-// Bytes of weights that go through the processor for every token: all matrices, of the embedding only as the head.
+// Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
 static size_t bytes_per_token(const Model *m) {
     size_t n = 0;
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
-        if (is_multiplied(m, &slot)) n += slot_bytes(&slot);
+        if (is_multiplied(m, &slot)) n += slot_bytes(&slot) / slot.n * slot.n_used;
     }
     return n;
 }
@@ -3240,7 +3340,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot(m, i);
-        double size = (double)slot.rows * (double)slot.cols;
+        double size = (double)slot.n * (double)slot.rows * (double)slot.cols;
         if (!is_stored(m, &slot)) continue;
         parameters += size;
         bytes += (double)slot_bytes(&slot);
@@ -3273,6 +3373,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         if (by_type[i] > 0) put_figure(name, by_type[i], "");
     }
     put_figure("bytes of weights", bytes, "");
+    put_figure("parameters used per token", (double)s->work, " in products");
     put_figure("bytes read per token", (double)bytes_per_token(m), "");
     put_figure("bytes of cache per position", cache, "");
     put_figure("context in use (-c)", s->context, " positions");
@@ -3320,9 +3421,9 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     return best;
 }
 
-// Adds the product of a matrix with n tokens.
-static void add_product(Load *w, const Tensor *t, double n, bool exact) {
-    w->bytes += (double)tensor_bytes(t);
+// Adds the product of a matrix, of which n_read are read, with n tokens.
+static void add_product(Load *w, const Tensor *t, double n_read, double n, bool exact) {
+    w->bytes += n_read * (double)tensor_bytes(t);
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
@@ -3333,13 +3434,18 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
         now = n - done < batch ? n - done : batch;
         double seen = past + done + (now + 1) / 2.0, last = past + done + now;
         for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
-            const Tensor *matrices[] = { &y->query, &y->key, &y->value, &y->attention_out, &y->gate, &y->up, &y->down };
-            for (int i = 0; i < 7; i++) add_product(&w, matrices[i], now, s->exact);
+            const Tensor *matrices[] = { &y->gate, &y->up, &y->down, &y->query, &y->key, &y->value, &y->attention_out,
+                                         &y->router };
+            // Of E experts, each token visits k: n tokens some E * (1 - (1 - k / E)^n) of them, if chance decides.
+            double experts = fmax(y->n_experts, 1), used = fmax(y->n_experts_used, 1);
+            double read = experts * (1 - pow(1 - used / experts, now));
+            for (int i = 0; i < 8; i++)
+                add_product(&w, matrices[i], i < 3 ? read : 1, i < 3 ? used * now : now, s->exact);
             double window = y->window ? y->window : INFINITY;
             w.f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * now;
             w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * fmin(last, window + now);
         }
-        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, s->exact);
+        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
     }
     return w;
 }
@@ -3604,10 +3710,10 @@ static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
     const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
     (void)e;
     b->w = (Tensor){ (Type)(number / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n };
+    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
     snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
     for (b->n_products = 0; fmax(r->load.bytes / r->ceiling.bytes, multiplying_time(r)) < 5e6; b->n_products++) {
-        add_product(&r->load, &b->w, n, false);
+        add_product(&r->load, &b->w, 1, n, false);
         r->n_tokens += n;
     }
     return true;

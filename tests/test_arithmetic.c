@@ -401,7 +401,8 @@ static void check_product(const SourceType *type, Product p) {
         kernels = *k;
         kernels->round((void *)rounded.bytes, x, x_stride, p.cols, (size_t)p.n, (Range){ 0, (size_t)p.n });
         for (int exact = 0; exact < 2; exact++) {
-            Activations a = { (const void *)blocks.bytes, exact ? NULL : (const void *)rounded.bytes, (size_t)p.n };
+            Activations a = { (const void *)blocks.bytes, exact ? NULL : (const void *)rounded.bytes, (size_t)p.n, 0,
+                              (size_t)p.n, 0 };
             for (size_t i = 0; i < (size_t)p.n * y_stride; i++) y[i] = 12345;
             multiply_rows(y, y_stride, &w, (Range){ 0, n_row_tiles(&w) / 2 }, &a);
             multiply_rows(y, y_stride, &w, (Range){ n_row_tiles(&w) / 2, n_row_tiles(&w) }, &a);
@@ -459,7 +460,7 @@ static void test_products_by_hand(void) {
             kernels = *k;
             kernels->round(&rounded, x, 32, 32, 1, (Range){ 0, 1 });
             for (int exact = 0; exact < 2; exact++) {
-                Activations a = { (const void *)x, exact ? NULL : &rounded, 1 };
+                Activations a = { (const void *)x, exact ? NULL : &rounded, 1, 0, 1, 0 };
                 multiply_rows(y, 16, &w, (Range){ 0, 1 }, &a);
                 check(y[0] == cases[i].wanted, "%s by hand, exact %d: got %g, wanted %g", cases[i].type, exact,
                       (double)y[0], (double)cases[i].wanted);

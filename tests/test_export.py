@@ -40,6 +40,7 @@ RUN = ROOT / "run"
 TOKENS = 45          # not a multiple of any tile or batch
 TOLERANCE = 2e-4     # of a logit
 VOCAB = 320
+PLAINLY = {"attn_implementation": "eager", "experts_implementation": "eager"}  # others want widths of certain multiples
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -58,6 +59,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_e
             "partial_rotary_factor": 0.5}
 GEMMA_LINEAR = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+QWEN3_MOE = dict(num_experts_per_tok=2, head_dim=16, norm_topk_prob=True, mlp_only_layers=[])
 # name -> transformers' configuration class, what differs from COMMON, and GGUF keys that must be there
 CASES = {
     "llama": ("Llama", {}, {"rope.dimension_count": 16}),
@@ -73,14 +75,17 @@ CASES = {
     "mistral window": ("Mistral", dict(sliding_window=7), {"attention.sliding_window": 7}),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2),
                 {"expert_count": 4, "expert_used_count": 2}),
+    "mixtral odd": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=3, intermediate_size=40,
+                                    tie_word_embeddings=True), {"expert_count": 5, "expert_used_count": 3}),
     "qwen2": ("Qwen2", {}, {}),
     "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True), {}),
     "qwen2 window": ("Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
                      {"attention.sliding_window": 7, "attention.sliding_window_pattern": [False, True]}),
     "qwen3": ("Qwen3", dict(head_dim=24), {"attention.key_length": 24}),
-    "qwen3_moe": ("Qwen3Moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=16,
-                                   norm_topk_prob=True, mlp_only_layers=[]),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE | dict(num_experts=4, moe_intermediate_size=48, tie_word_embeddings=True),
                   {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 48}),
+    "qwen3_moe odd": ("Qwen3Moe", QWEN3_MOE | dict(num_experts=7, moe_intermediate_size=37),
+                      {"expert_count": 7, "expert_used_count": 2, "expert_feed_forward_length": 37}),
     "phi3": ("Phi3", dict(sliding_window=9), {"attention.sliding_window": 9}),
     "phi3 longrope": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=32),
                       {"rope.dimension_count": 8, "rope.scaling.original_context_length": 32}),
@@ -108,8 +113,7 @@ CASES = {
                        {"attention.sliding_window_pattern": [False, True]}),
 }
 # What the C program does not open yet, and the word by which it says so.
-UNOPENED = {"llama yarn": "yarn", "mixtral": "exps", "qwen3_moe": "qwen3moe", "phi3 longrope": "rope",
-            "stablelm": "stablelm", "stablelm 12b": "stablelm"}
+UNOPENED = {"llama yarn": "yarn", "phi3 longrope": "rope", "stablelm": "stablelm", "stablelm 12b": "stablelm"}
 BY_PROGRAM = [case for case in CASES if case not in UNOPENED]
 
 
@@ -119,7 +123,7 @@ def make_network(case: str, **more):
     config = getattr(transformers, name + "Config")(**(COMMON | differs | more))
     torch.manual_seed(1)
     network = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")._from_config(
-        config, attn_implementation="eager").eval()
+        config, **PLAINLY).eval()
     with torch.no_grad():
         for key, p in network.named_parameters():
             p.normal_(0, 0.3 if key.endswith("bias") or "norm" in key else 0.15)
@@ -256,6 +260,7 @@ def test_families(folder: Path) -> None:
         again = gguf.GGUFReader(folder / f"{case} again.gguf").fields
         lost = [key for key, f in fields.items() if key.startswith((arch, "tokenizer."))
                 and key != "phi3.rope.scaling.original_context_length"  # matters with longrope only
+                and key != "qwen3moe.feed_forward_length"  # of layers without experts, which there are none of
                 and (key not in again or again[key].contents() != f.contents())]
         check(f"{case}: its keys", not lost, str(lost))
 
@@ -295,6 +300,22 @@ def test_fused_experts(folder: Path) -> None:
         check(f"{case}: the same weights", same_weights(folder / f"{case}.gguf", folder / f"{case} fused.gguf"))
 
 
+def test_experts_alone_and_together(folder: Path) -> None:
+    """A token gets the same bits by itself and beside others that go to the same experts or to other ones."""
+    for case, choice in (("mixtral", "f32"), ("mixtral", "q4"), ("qwen3_moe odd", "q8"), ("mixtral odd", "f16")):
+        source = save_model(folder / f"{case} {choice}", make_network(case))
+        made = [folder / f"{case} {choice}.{form}" for form in ("gguf", "native")]
+        seen = set()
+        for path in made:
+            exported(source, "-o", path, "--to", path.suffix[1:], "--type", choice)
+            for how in ("-b 1", "-b 1 -j 1", "-b 2 -j 1", "-b 7", "-b 45", "-b 64 -j 1", "-b 16 --kernel scalar"):
+                out = path.with_suffix(".logits")
+                subprocess.run([RUN, path, "-m", "logits", *how.split(), "--ids", " ".join(map(str, IDS)), "-o", out],
+                               check=True)
+                seen.add(out.read_bytes())
+        check(f"{case} {choice}: the same bits", len(seen) == 1, f"{len(seen)} results")
+
+
 def test_gemma3_that_sees(folder: Path) -> None:
     """Of a model with a vision tower, the part that reads and writes text."""
     source = save_model(folder / "model", make_network("gemma3 pattern"))
@@ -322,7 +343,7 @@ def test_round_trips(folder: Path) -> None:
             check(f"{name}: native and back", before.keys() == after.keys() and all(
                 t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items()))
             again = transformers.AutoModelForCausalLM.from_pretrained(folder / f"{name} again", dtype=torch.float32,
-                                                                      attn_implementation="eager").eval()
+                                                                      **PLAINLY).eval()
             check_logits(f"{name}: transformers on it", reference(again), run_logits(folder / f"{name}.bin"))
     golden = ROOT / "tests/golden"
     for name in ("mixed", "llama3_rope", "qwen2_untied"):
@@ -365,8 +386,7 @@ def test_back_to_transformers(folder: Path) -> None:
             made, again = folder / f"{case}.{form}", folder / f"{case} {form} again"
             exported(source, "-o", made, "--to", form)
             exported(made, "-o", again, "--to", "hf")
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32,
-                                                                       attn_implementation="eager").eval()
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32, **PLAINLY).eval()
             check_logits(f"{case}: transformers on the new folder, {form}", reference(loaded), wanted)
 
 
