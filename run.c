@@ -234,13 +234,13 @@ typedef enum { UNROTATED, ROTATED, LOCAL } Angles;  // of a layer: none, those b
 
 typedef struct {
     char family[16];
-    int n_layers, dim, n_tokens, head_dim;  // L, D, V, K
-    int rope_dim;                           // R
-    int context;                            // positions that the model was trained for
+    int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
+    int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta;  // the slowest pair turns about theta times slower than the fastest
-    double rope_scale;  // positions are divided by this; 1 = not scaled
-    double local_theta;                     // rope_theta of the layers whose angles are LOCAL; 0: there are none
+    double rope_theta;                      // the slowest pair turns about theta times slower than the fastest
+    double local_theta;                     // likewise in the layers whose angles are LOCAL; 0: there are none
+    double rope_scale, yarn_fast, yarn_slow;  // by what pairs turn slower than theta says: slow_down(), chapter 9
+    double rope_magnitude;                  // cosine and sine are multiplied by it; 1 in most models
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
     float attention_cap, logit_cap;         // c * tanh(y / c) keeps scores and logits below c; 0: it does not
@@ -269,7 +269,7 @@ typedef struct {
     Tensor embedding;           // (V,D): a token's row is its first vector
     const float *final_norm;    // (D)
     Tensor head;                // (V,D): the embedding itself, where the model has no other
-    const float *rope_factors;  // (R/2) or NULL: LLaMA 3.1 slows each pair down by a factor of its own
+    const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
     const char *chat_template;  // the checkpoint's own, as text that is compared and never run; NULL if there is none
     size_t chat_template_bytes;
@@ -557,6 +557,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    token costs one pass and not the whole text again. */
 
 INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
+static double slow_down(const Model *m, int context, int pair);  // by what angles are divided (chapter 9)
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
@@ -735,13 +736,12 @@ static void make_angles(const Model *m, State *s, int n) {
     for (; s->n_angles < n; s->n_angles++) {
         for (int i = 0; i < c->rope_dim; i++) {  // first the usual angles, then local ones, if there are any
             int pair = i % (c->rope_dim / 2), local = i >= c->rope_dim / 2;
-            double theta = local ? c->local_theta : c->rope_theta;
+            double theta = local ? c->local_theta : c->rope_theta, size = local ? 1 : c->rope_magnitude;
             if (theta == 0) break;
-            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : c->rope_scale);
-            if (m->rope_factors && !local) turn /= m->rope_factors[pair];
+            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : slow_down(m, s->context, pair));
             float *angle = s->angles + ((size_t)local * positions + (size_t)s->n_angles) * (size_t)c->rope_dim;
-            angle[2 * pair] = (float)cos(s->n_angles * turn);
-            angle[2 * pair + 1] = (float)sin(s->n_angles * turn);
+            angle[2 * pair] = (float)(cos(s->n_angles * turn) * size);
+            angle[2 * pair + 1] = (float)(sin(s->n_angles * turn) * size);
         }
     }
 }
@@ -1858,7 +1858,7 @@ typedef struct {
     int features;       // a set of those above
     int global_every;   // where there is a window, the last of so many layers has none
     int no_rope_every;  // the last of so many layers does not rotate
-    double local_theta; // of layers with a window
+    double local_theta; // of layers with a window; -1: rope_theta, but not scaled
 } Family;
 
 static const Family families[] = {
@@ -1868,7 +1868,7 @@ static const Family families[] = {
     { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
     { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, 0 },  // OLMo 3 has windows
+    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, -1 },  // OLMo 3 has windows
     { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
     { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
@@ -1900,9 +1900,13 @@ static const ConfigField config_fields[] = {
     { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
+    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
+    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
+    { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
+    { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
     { "embedding_scale", SINGLE, false, offsetof(Config, embedding_scale), 1e-6, 1e6, ".embedding_scale", 1, SCALES },
     { "residual_scale", SINGLE, false, offsetof(Config, residual_scale), 1e-6, 1e6, ".residual_scale", 1, SCALES },
@@ -1982,6 +1986,8 @@ static const TensorRule rules[] = {
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, ALWAYS, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
+    { "rope_factors_long.weight", offsetof(Model, long_factors), ONE, PAIRS, OPTIONAL, NULL },
+    { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
     // and of each layer
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
@@ -2004,7 +2010,7 @@ static const TensorRule rules[] = {
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
     { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
-enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
+enum { N_MODEL_RULES = 6, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -2193,7 +2199,8 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         run_team(threads, pack_team, &job);
     }
     if (!m->head.tiles) m->head = m->embedding;
-    return true;
+    return !m->long_factors == !m->short_factors ||
+           refuse(e, "of rope_factors_long.weight and rope_factors_short.weight one is missing");
 }
 
 // ---- cria's own file ----
@@ -2510,10 +2517,9 @@ static const struct {
     const char *key;
     double harmless;  // NAN: any value is
 } other_keys[] = {
-    { ".attention.causal", 1 }, { ".rope.scaling.attn_factor", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 },
-    { ".embedding_scale", 1 }, { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
-    { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
-    { ".expert_feed_forward_length", NAN },            // of experts that expert_count says there are not
+    { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
+    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
+    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
 };
 
 static bool is_harmless(const Gguf *g, const Key *k) {
@@ -2553,7 +2559,8 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (f->features & CAPS && c->logit_cap == 0) c->logit_cap = 30;
     float width = largest_gemma ? (float)c->dim / (float)m->layers->n_heads : (float)c->head_dim;
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
-    if (c->local_theta == 0) c->local_theta = f->local_theta;
+    if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
+    if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
         if (pattern ? pattern->count == (size_t)c->n_layers && !key_number(pattern, (size_t)l)
@@ -2564,13 +2571,39 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     }
 }
 
+// How the angles are scaled. has_factors: LongRoPE's tensors are there, of which some files have no other sign.
+static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
+    Text type = get_text(g, ".rope.scaling.type");
+    bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
+    double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
+    double original = get_number(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    c->rope_scale = factor == 0 || none ? 1 : factor;
+    c->original_context = (int)original;
+    if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
+        double x = 0.1 * log(fmax(factor, 1)), all = get_number(g, ".rope.scaling.yarn_log_multiplier", 0, 1e6, 0);
+        magnitude = (1 + x) / (1 + all * x);
+        c->yarn_fast = get_number(g, ".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
+        c->yarn_slow = get_number(g, ".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
+        get_number(g, ".rope.scaling.yarn_ext_factor", 1, 1, 1);
+        get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
+    }
+    double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
+    c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
+    if (longrope && !has_factors) return refuse(e, "tensor rope_factors_long.weight is missing");
+    return !type.at || none || yarn || longrope || is_text(type, "linear") ||
+           refuse(e, "rope scaling \"%.*s\" is not implemented", shown(type), type.at);
+}
+
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     Config *c = &m->config;
+    bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
-    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++)
+    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
         if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
             c->n_tokens = (int)entry->source.rows;
+        has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
+    }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++)
@@ -2582,12 +2615,8 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
-    Text scaling = get_text(g, ".rope.scaling.type"), chat_template = get_text(g, "tokenizer.chat_template");
-    double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    if (g->bad) return false;
-    if (scaling.at && !is_text(scaling, "none") && !is_text(scaling, "linear"))
-        return refuse(e, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
-    c->rope_scale = factor == 0 || is_text(scaling, "none") ? 1 : factor;
+    Text chat_template = get_text(g, "tokenizer.chat_template");
+    if (!read_gguf_scaling(g, c, has_factors, e) || g->bad) return false;
     m->chat_template = chat_template.at;
     m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
@@ -2774,8 +2803,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
                           .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .embedding_scale = 1,
-                          .residual_scale = 1, .logit_scale = 1 };
+                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .rope_magnitude = 1,
+                          .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
@@ -3024,6 +3053,24 @@ static void lay_out_state(const Model *m, State *s) {
         s->keys[l] = key;
         s->values[l] = value;
     }
+}
+
+// By what the angles of a pair are smaller than theta says. Linear scaling turns all pairs slower alike; YaRN not those
+// that turn more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in
+// part those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the
+// context is longer than the original one (Ding et al., "LongRoPE").
+static double slow_down(const Model *m, int context, int pair) {
+    const Config *c = &m->config;
+    double scale = c->rope_scale, ramp = 1;
+    int original = c->original_context ? c->original_context : c->context;
+    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
+        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
+        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
+        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
+        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
+    }
+    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
+    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
 }
 
 // Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.

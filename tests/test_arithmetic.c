@@ -697,7 +697,42 @@ static void test_attention(void) {
 
 // ---- Rotation ----
 
+// By what angles are divided. YaRN's values: transformers 5.24, _compute_yarn_parameters, as the quotient of the plain
+// frequencies and its own; the others are plain.
+static void test_slow_down(void) {
+    static const struct {
+        int rope_dim, original;
+        double theta, factor, fast, slow, wanted[16];
+    } cases[] = {
+        { 16, 20, 10000, 4, 32, 1, { 1, 1.59999997, 4, 4, 4, 4, 4, 4 } },
+        { 32, 20, 10000, 4, 1, 0.25, { 1, 1, 1, 1.33333337, 2.00000015, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4 } },
+        { 32, 4096, 1e+06, 8, 32, 1, { 1, 1, 1, 1, 1.21212119, 1.53846149, 2.10526327, 3.3333335, 8, 8, 8,
+          8, 8, 8, 8, 8 } },
+        { 8, 64, 10000, 2.5, 4, 2, { 1, 2.50000009, 2.49999983, 2.50000018 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Model m = { .config = { .rope_dim = cases[i].rope_dim, .context = 1000, .original_context = cases[i].original,
+                                .rope_theta = cases[i].theta, .rope_scale = cases[i].factor,
+                                .yarn_fast = cases[i].fast, .yarn_slow = cases[i].slow } };
+        for (int k = 0; k < cases[i].rope_dim / 2; k++) {
+            double got = slow_down(&m, 64, k), wanted = cases[i].wanted[k];  // theirs are quotients of two floats
+            check(fabs(got - wanted) <= 3 * UNIT * wanted, "YaRN case %zu, pair %d: got %.9g, wanted %.9g", i, k, got,
+                  wanted);
+        }
+    }
+    const float long_factors[] = { 2, 3 }, short_factors[] = { 1, 1.5f };
+    Model m = { .config = { .rope_dim = 4, .context = 1000, .original_context = 64, .rope_scale = 1 },
+                .long_factors = long_factors, .short_factors = short_factors };
+    for (int k = 0; k < 2; k++) {
+        check(slow_down(&m, 64, k) == (double)short_factors[k], "LongRoPE, as long as before: not the short factors");
+        check(slow_down(&m, 65, k) == (double)long_factors[k], "LongRoPE, longer than before: not the long factors");
+    }
+    m.config.original_context = 0;  // a file that does not say: as long as the model's own
+    check(slow_down(&m, 1000, 1) == 1.5, "LongRoPE without an original context: not the short factors");
+}
+
 static void test_rotation(void) {
+    test_slow_down();
     const struct { Pairing pairing; int head_dim, rope_dim; double theta, scale; const char *what; } cases[] = {
         { ADJACENT, 4, 4, 10000, 1, "adjacent" }, { HALVES, 8, 8, 1e6, 1, "halves" },
         { ADJACENT, 16, 16, 5e5, 4, "adjacent, scaled" }, { HALVES, 64, 64, 10000, 1, "halves of 64" },
@@ -706,9 +741,11 @@ static void test_rotation(void) {
     const float factors[32] = { 1, 1.5f, 8, 4, 2, 1, 8, 8 };
     for (size_t i = 0; i < 2 * sizeof cases / sizeof *cases; i++) {
         const bool slowed = i % 2 && cases[i / 2].rope_dim == 16;
+        const double magnitude = slowed ? 1.25 : 1;
         Config c = {
             .pairing = cases[i / 2].pairing, .head_dim = cases[i / 2].head_dim, .rope_dim = cases[i / 2].rope_dim,
-            .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .context = 1000,
+            .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .rope_magnitude = magnitude,
+            .context = 1000,
         };
         Model m = { .config = c, .rope_factors = slowed ? factors : NULL };
         State s = { .context = 1000, .angles = get(1000 * (size_t)c.rope_dim * 4) };
@@ -734,9 +771,10 @@ static void test_rotation(void) {
                     int other = c.pairing == ADJACENT ? (is_first ? k + 1 : k - 1) : (is_first ? k + half : k - half);
                     double angle = position / c.rope_scale * pow(c.rope_theta, -2.0 * pair / c.rope_dim) /
                                    (slowed ? factors[pair] : 1);
-                    wanted = head[k] * cos(angle) + (is_first ? -1 : 1) * head[other] * sin(angle);
+                    wanted = (head[k] * cos(angle) + (is_first ? -1 : 1) * head[other] * sin(angle)) * magnitude;
                     // cos, sin, two products and a sum are rounded once each: 3 roundings of each of two terms
-                    double error = fabs(out[k] - wanted) / (3.01 * UNIT * (fabs(head[k]) + fabs(head[other])));
+                    double size = magnitude * (fabs(head[k]) + fabs(head[other]));
+                    double error = fabs(out[k] - wanted) / (3.01 * UNIT * size);
                     worst = error > worst ? error : worst;
                 } else if (out[k] != head[k]) {
                     worst = INFINITY;
