@@ -744,6 +744,9 @@ def native_keys(fields: dict[str, list], arch: str, path: Path, has_factors: boo
         if key and (values[0] or not key.endswith(("capping", "original_context_length"))):
             keys[key] = make(values[0]) if len(set(values)) == 1 else array(U32, [int(v) for v in values])
     keys["attention.value_length"] = keys["attention.key_length"]
+    if arch == "stablelm":
+        keys["attention.layer_norm_epsilon"] = keys.pop("attention.layer_norm_rms_epsilon")
+        keys["use_parallel_residual"] = boolean(False)
     one, windows = {name: values[0] for name, values in fields.items()}, [int(w) for w in fields["window"]]
     local, n_layers = one["local_theta"], len(windows)
     keys |= scaling_keys(one, arch, has_factors)

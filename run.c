@@ -237,10 +237,8 @@ typedef struct {
     int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
     int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta;                      // the slowest pair turns about theta times slower than the fastest
-    double local_theta;                     // likewise in the layers whose angles are LOCAL; 0: there are none
-    double rope_scale, yarn_fast, yarn_slow;  // by what pairs turn slower than theta says: slow_down(), chapter 9
-    double rope_magnitude;                  // cosine and sine are multiplied by it; 1 in most models
+    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; 0: none
+    double rope_scale, yarn_fast, yarn_slow, rope_magnitude;  // for slow_down(); what multiplies cosine and sine
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
     float attention_cap, logit_cap;         // c * tanh(y / c) keeps scores and logits below c; 0: it does not
@@ -252,11 +250,11 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
-    const float *attention_norm;       // (D)  NULL: OLMo2 has only the norms behind the blocks, Gemma has both
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
-    const float *ffn_norm;                          // (D)  or NULL
+    const float *attention_norm, *ffn_norm;  // (D)  before a block; NULL: OLMo2 has only those behind, Gemma has both
+    const float *attention_norm_bias, *ffn_norm_bias;  // (D)  or NULL
     const float *attention_post_norm, *ffn_post_norm;  // (D)  of what a block adds, or NULL
     Tensor gate, up, down;             // (F,D) (F,D) (D,F)
     // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
@@ -267,7 +265,7 @@ typedef struct {
     Config config;
     Layer *layers;              // (L)
     Tensor embedding;           // (V,D): a token's row is its first vector
-    const float *final_norm;    // (D)
+    const float *final_norm, *final_norm_bias;  // (D)  the second may be NULL
     Tensor head;                // (V,D): the embedding itself, where the model has no other
     const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
@@ -507,7 +505,7 @@ typedef struct {
     void (*widen)(float *to, const uint16_t *from, size_t n);   // f16 to f32
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // f32 to f16
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
-    bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
+    bool (*normalise)(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps);
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t from, size_t n, float scale, float cap);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
@@ -568,17 +566,20 @@ INLINE float fold_lanes(float lane[16]) {
     return lane[0];
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight      all (dim)
+// out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
 // Element i belongs to lane i mod 16. False if x is not finite.
-INLINE bool rms_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {
-    float lane[16] = { 0 };
-    size_t i = 0;
-    for (; i + 16 <= dim; i += 16) {
-        for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j], x[i + j], lane[j]);
+INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
+    float lane[16] = { 0 }, of_mean[16] = { 0 };
+    size_t i;
+    for (i = 0; bias && i < dim; i++) of_mean[i % 16] += x[i];
+    float mean = bias ? fold_lanes(of_mean) / (float)dim : 0.0f;
+    for (i = 0; i + 16 <= dim; i += 16) {
+        for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j] - mean, x[i + j] - mean, lane[j]);
     }
-    for (; i < dim; i++) lane[i % 16] = fmaf(x[i], x[i], lane[i % 16]);
+    for (; i < dim; i++) lane[i % 16] = fmaf(x[i] - mean, x[i] - mean, lane[i % 16]);
     float sum = fold_lanes(lane), r = 1.0f / sqrtf(sum / (float)dim + eps);
-    for (i = 0; i < dim; i++) out[i] = x[i] * r * weight[i];
+    for (i = 0; i < dim; i++) out[i] = (x[i] - mean) * r * weight[i];
+    for (i = 0; bias && i < dim; i++) out[i] += bias[i];
     return sum < INFINITY;
 }
 
@@ -734,10 +735,9 @@ static void make_angles(const Model *m, State *s, int n) {
     const Config *c = &m->config;
     size_t positions = round_up((size_t)s->context, 16);
     for (; s->n_angles < n; s->n_angles++) {
-        for (int i = 0; i < c->rope_dim; i++) {  // first the usual angles, then local ones, if there are any
+        for (int i = 0; i < c->rope_dim / (c->local_theta > 0 ? 1 : 2); i++) {  // usual angles, then local ones
             int pair = i % (c->rope_dim / 2), local = i >= c->rope_dim / 2;
             double theta = local ? c->local_theta : c->rope_theta, size = local ? 1 : c->rope_magnitude;
-            if (theta == 0) break;
             double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : slow_down(m, s->context, pair));
             float *angle = s->angles + ((size_t)local * positions + (size_t)s->n_angles) * (size_t)c->rope_dim;
             angle[2 * pair] = (float)(cos(s->n_angles * turn) * size);
@@ -796,15 +796,15 @@ static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bia
 
 // normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a
 // sum of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
-static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers,
-                                    Team team) {
+static Activations normalise_stream(const Model *m, State *s, const float *weight, const float *bias, int first, int n,
+                                    int n_layers, Team team) {
     size_t dim = (size_t)m->config.dim;
     float *normed = s->normed + (n == 1 ? (size_t)team.thread * s->x_stride : 0);
     Range tokens = own_share(n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         const float *x = s->x + ((size_t)first + t) * s->x_stride;
         if (!weight) memcpy(normed + t * s->x_stride, x, dim * sizeof *x);
-        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
+        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, bias, dim, m->config.norm_eps);
         int *broken = &s->broken[(size_t)first + t];
         if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
     }
@@ -824,7 +824,7 @@ static void add_to_stream(const Model *m, State *s, const Tensor *w, const float
     }
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *x = s->x + t * s->x_stride, *out = s->out + t * s->x_stride;
-        if (norm) kernels->normalise(out, out, norm, rows.to, m->config.norm_eps);
+        if (norm) kernels->normalise(out, out, norm, NULL, rows.to, m->config.norm_eps);
         for (size_t r = rows.from; r < rows.to; r++) x[r] += out[r] * m->config.residual_scale;
     }
     wait_for_team(team);
@@ -861,12 +861,12 @@ static void attend(const Model *m, State *s, int l, int n, Team team) {
 // Queries and keys of all heads normalised at once, in models that do so (OLMo2).
 static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
     size_t head_dim = (size_t)m->config.head_dim;
-    if (!m->config.wide_head_norms) return;
+    float eps = m->config.norm_eps;
     Range tokens = share((size_t)n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
-        kernels->normalise(query, query, layer->query_norm, (size_t)layer->n_heads * head_dim, m->config.norm_eps);
-        kernels->normalise(key, key, layer->key_norm, (size_t)layer->n_kv_heads * head_dim, m->config.norm_eps);
+        kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
+        kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
     }
     wait_for_team(team);
 }
@@ -876,13 +876,13 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
-    Activations input = normalise_stream(m, s, layer->attention_norm, 0, n, l, team);
+    Activations input = normalise_stream(m, s, layer->attention_norm, layer->attention_norm_bias, 0, n, l, team);
     matmul(s->query, s->q_stride, &layer->query, layer->query_bias, &input, team);
     matmul(s->key, s->kv_stride, &layer->key, layer->key_bias, &input, team);
     matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
     wait_for_team(team);
 
-    normalise_heads(m, s, layer, n, team);
+    if (c->wide_head_norms) normalise_heads(m, s, layer, n, team);
     const float *angles = s->angles + (layer->angles == LOCAL) * round_up((size_t)s->context, 16) * (size_t)c->rope_dim;
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
     for (size_t i = heads.from; i < heads.to; i++) {
@@ -890,7 +890,7 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
         float *head = h < n_heads ? s->query + t * s->q_stride + h * head_dim
                                   : s->key + t * s->kv_stride + (h - n_heads) * head_dim;
         const float *norm = c->wide_head_norms ? NULL : h < n_heads ? layer->query_norm : layer->key_norm;
-        if (norm) kernels->normalise(head, head, norm, head_dim, c->norm_eps);
+        if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
         if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
         if (h >= n_heads) remember(s, l, h - n_heads, head_dim, position, head, s->value + (head - s->key));
     }
@@ -905,7 +905,7 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
 static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
-    Activations input = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
+    Activations input = normalise_stream(m, s, layer->ffn_norm, layer->ffn_norm_bias, 0, n, l + 1, team);
     Range rows = matmul(s->gate, s->ffn_stride, &layer->gate, layer->gate_bias, &input, team);
     matmul(s->up, s->ffn_stride, &layer->up, layer->up_bias, &input, team);
     for (size_t t = 0; t < (size_t)n; t++) {  // the same thread has made the same rows of both
@@ -935,11 +935,11 @@ static void forward_team(void *p, Team team) {
         feed_forward_block(m, s, l, job->n, team);
     }
     if (job->n_logits == 0) return;
-    int first = job->n - job->n_logits;
-    Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
+    int n = job->n_logits, first = job->n - n;
+    Activations input = normalise_stream(m, s, m->final_norm, m->final_norm_bias, first, n, m->config.n_layers, team);
     Range rows = matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
     float scale = m->config.logit_scale, cap = m->config.logit_cap;
-    for (size_t t = 0; t < (size_t)job->n_logits && (scale != 1 || cap > 0); t++) {
+    for (size_t t = 0; t < (size_t)n && (scale != 1 || cap > 0); t++) {
         for (size_t r = rows.from; r < rows.to; r++) {
             float *y = &s->logits[t * s->logits_stride + r];
             *y = cap > 0 ? cap * hyperbolic_tangent(*y * scale / cap) : *y * scale;
@@ -1473,8 +1473,8 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
         round_vectors(blocks, x, stride, cols, n, r);                                                                  \
     }                                                                                                                  \
-    target bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {              \
-        return rms_normalise(out, x, weight, dim, eps);                                                                \
+    target bool set##_normalise(float *y, const float *x, const float *w, const float *bias, size_t dim, float eps) {  \
+        return apply_norm(y, x, w, bias, dim, eps);                                                                    \
     }                                                                                                                  \
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t from, size_t n, float scale, float cap) {                         \
@@ -1850,7 +1850,8 @@ enum {
     SCALES = 32,  // of embedding, residual and logits
     GEMMA = 64,   // GELU, and embeddings times sqrt(D)
     CAPS = 128,   // of 50 and 30, where the file does not say others
-    ALWAYS = 256, OPTIONAL = 512,  // in a tensor's rule: whatever the family, it must or may be there
+    LAYER_NORMS = 256,
+    ALWAYS = 512, OPTIONAL = 1024,  // in a tensor's rule: whatever the family, it must or may be there
 };
 typedef struct {
     const char *name;
@@ -1869,6 +1870,7 @@ static const Family families[] = {
     { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
     { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, -1 },  // OLMo 3 has windows
+    { "stablelm", HALVES, PRE_NORMS | LAYER_NORMS, 0, 0, 0 },
     { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
     { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
@@ -1984,12 +1986,14 @@ typedef struct {
 static const TensorRule rules[] = {
     { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, ALWAYS, NULL },
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, ALWAYS, NULL },
+    { "output_norm.bias", offsetof(Model, final_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
     { "rope_factors_long.weight", offsetof(Model, long_factors), ONE, PAIRS, OPTIONAL, NULL },
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
     // and of each layer
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
     { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
     { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
@@ -2002,6 +2006,7 @@ static const TensorRule rules[] = {
     { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
     { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
     { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
     { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
     { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "ffn_up.weight" },
@@ -2010,7 +2015,7 @@ static const TensorRule rules[] = {
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
     { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
-enum { N_MODEL_RULES = 6, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
+enum { N_MODEL_RULES = 7, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -2519,6 +2524,7 @@ static const struct {
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
+    { ".use_parallel_residual", NAN },       // StableLM's files often say so; which mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
 };
 
@@ -2536,12 +2542,13 @@ static bool is_harmless(const Gguf *g, const Key *k) {
 }
 
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
-    bool known = !f->feature || find_family(g->family, e)->features & f->feature;
-    const Key *k = known ? find_key(g, f->key) : NULL;
-    int n = f->per_layer ? m->config.n_layers : 1;
-    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, f->key);
+    int features = find_family(g->family, e)->features, n = f->per_layer ? m->config.n_layers : 1;
+    bool layer_norm = features & LAYER_NORMS && !strcmp(f->name, "norm_eps");
+    const char *key = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
+    const Key *k = !f->feature || features & f->feature ? find_key(g, key) : NULL;
+    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, key);
     if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
-        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
+        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, key, k->count,
                     gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
     for (int l = 0; l < n && (k || f->otherwise > 0); l++)
         if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;

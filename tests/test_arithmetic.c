@@ -504,7 +504,7 @@ static void check_normalise(size_t dim, double size, float eps) {
     // At most dim/16 + 5 roundings of the sum of squares, halved by the root; then 6: /n, +eps, root, 1/x, * r, * w.
     double bound = ((double)dim / 32 + 9) * UNIT;
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
-        bool finite = (*k)->normalise(out, x, weight, dim, eps);
+        bool finite = (*k)->normalise(out, x, weight, NULL, dim, eps);
         for (size_t i = 0; i < dim; i++) {
             double wanted = x[i] / sqrt(sum / (double)dim + eps) * weight[i];
             double error = fabs(out[i] - wanted) / (fabs(wanted) + 1e-300);
@@ -520,12 +520,73 @@ static void check_normalise(size_t dim, double size, float eps) {
         const float bad[] = { NAN, INFINITY, -INFINITY };
         for (int i = 0; i < 3; i++) {
             x[dim / 2] = bad[i];
-            check(!(*k)->normalise(out, x, weight, dim, eps), "normalise with %g in it: got true, wanted false",
+            check(!(*k)->normalise(out, x, weight, NULL, dim, eps), "normalise with %g in it: got true, wanted false",
                   (double)bad[i]);
         }
         x[dim / 2] = kept;
     }
     free(x), free(weight), free(out), free(first);
+}
+
+static float fold_by_halves(float *lane) {
+    for (int half = 8; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+
+// LayerNorm in float, operation by operation as README has it.
+static void plain_layer_norm(float *y, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
+    float sums[16] = { 0 }, squares[16] = { 0 };
+    for (size_t i = 0; i < dim; i++) sums[i % 16] = sums[i % 16] + x[i];
+    float mean = fold_by_halves(sums) / (float)dim;
+    for (size_t i = 0; i < dim; i++) y[i] = x[i] - mean;
+    for (size_t i = 0; i < dim; i++) squares[i % 16] = fmaf(y[i], y[i], squares[i % 16]);
+    float r = 1 / sqrtf(fold_by_halves(squares) / (float)dim + eps);
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] * r;
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] * weight[i];
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] + bias[i];
+}
+
+// With a bias: LayerNorm.
+static void check_layer_norm(size_t dim, double size, double offset) {
+    float *x = get(dim * 4), *weight = get(dim * 4), *bias = get(dim * 4), *out = get(dim * 4), *first = get(dim * 4);
+    double mean = 0, absolute = 0, variance = 0, n = (double)dim, eps = (double)1e-5f;
+    for (size_t i = 0; i < dim; i++) {
+        x[i] = (float)offset + random_float(size);
+        weight[i] = random_float(1), bias[i] = random_float(1);
+        mean += (double)x[i] / n, absolute += fabs((double)x[i]) / n;
+    }
+    for (size_t i = 0; i < dim; i++) variance += (x[i] - mean) * (x[i] - mean) / n;
+    // The mean is off by the roundings of its sum and of its division, which moves all numbers alike; the variance by
+    // the square of that, and else as in RMSNorm; the bias adds one rounding.
+    plain_layer_norm(first, x, weight, bias, dim, 1e-5f);
+    double off = (n / 16 + 6) * UNIT * absolute, r = 1 / sqrt(variance + eps), relative = (n / 32 + 11) * UNIT;
+    for (const Kernels *const *k = usable_kernels(); *k; k++) {
+        bool finite = (*k)->normalise(out, x, weight, bias, dim, 1e-5f);
+        double worst = 0;
+        for (size_t i = 0; i < dim; i++) {
+            double scaled = (x[i] - mean) * r * weight[i], wanted = scaled + bias[i];
+            double bound = off * r * fabs((double)weight[i]) + fabs(scaled) * (relative + off * off * r * r) +
+                           UNIT * fabs(wanted);
+            worst = fmax(worst, fabs(out[i] - wanted) / (bound * 1.001 + 1e-300));
+        }
+        check(finite && worst <= 1, "LayerNorm of %zu numbers, kernel %s: got %g times the error that may be", dim,
+              (*k)->name, worst);
+        check(!memcmp(first, out, dim * 4), "LayerNorm of %zu numbers, kernel %s: not README's bits", dim, (*k)->name);
+        memcpy(out, x, dim * 4);
+        (*k)->normalise(out, out, weight, bias, dim, 1e-5f);
+        check(!memcmp(first, out, dim * 4), "LayerNorm of %zu numbers in place: other bits", dim);
+        float kept = x[dim / 2];
+        const float bad[] = { NAN, INFINITY, -INFINITY };
+        for (int i = 0; i < 3; i++) {
+            x[dim / 2] = bad[i];
+            check(!(*k)->normalise(out, x, weight, bias, dim, 1e-5f), "LayerNorm with %g in it: got true, wanted false",
+                  (double)bad[i]);
+        }
+        x[dim / 2] = kept;
+    }
+    free(x), free(weight), free(bias), free(out), free(first);
 }
 
 static void check_activation(Activation how, size_t n, double size) {
@@ -563,6 +624,9 @@ static void test_vectors(void) {
         check_normalise(sizes[i], 1, 1e-5f);
         check_normalise(sizes[i], 1e-4, 1e-5f);
         check_normalise(sizes[i], 1e6, 1e-6f);
+        check_layer_norm(sizes[i], 1, 0);
+        check_layer_norm(sizes[i], 1, 30);
+        check_layer_norm(sizes[i], 1e3, -10);
         for (int how = SILU; how <= GELU; how++) {
             check_activation((Activation)how, sizes[i], 1);
             check_activation((Activation)how, sizes[i], 40);
