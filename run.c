@@ -4224,7 +4224,8 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
         if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
     }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
-    if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
+    if (s->context > own)
+        return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
     s->threads = largest(options.threads);
     s->exact = options.exact;
