@@ -572,14 +572,16 @@ NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "
 # Names of the configuration and GGUF's keys; "": native_keys() makes these, or they follow from the family.
 NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
                  "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
+                 "original_context": "rope.scaling.original_context_length",
                  "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "rope_scale": "",
-                 "local_theta": "", "embedding_scale": "", "residual_scale": "", "attention_scale": "",
-                 "logit_scale": "", "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
+                 "rope_magnitude": "", "yarn_fast": "", "yarn_slow": "", "local_theta": "", "embedding_scale": "",
+                 "residual_scale": "", "attention_scale": "", "logit_scale": "",
+                 "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
                  "activation": "", "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
                  "ffn_dim": "feed_forward_length", "window": "", "angles": "", "n_experts": "expert_count",
                  "n_experts_used": "expert_used_count"}
 NATIVE_PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim", "window", "angles", "n_experts", "n_experts_used")
-NATIVE_OFF = ("attention_cap", "logit_cap", "n_experts", "n_experts_used")  # at 0 they are not there
+NATIVE_OFF = ("original_context", "attention_cap", "logit_cap", "n_experts", "n_experts_used")  # at 0 they are not there
 
 
 def stored_weights(w: np.ndarray, bits: int) -> np.ndarray:
@@ -721,7 +723,22 @@ def inverse(y: float) -> float:
     return x if np.float32(1) / np.float32(x) == np.float32(y) else 1 / y
 
 
-def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Value]:
+def scaling_keys(one: dict[str, float], arch: str, has_factors: bool) -> dict[str, Value]:
+    """How the angles are scaled      has_factors: by LongRoPE's tensors"""
+    kind = "yarn" if one["yarn_fast"] else "linear" if one["rope_scale"] != 1 else ""
+    keys = {"rope.scaling.type": text(kind), "rope.scaling.factor": f32(one["rope_scale"])} if kind else {}
+    if has_factors and arch != "phi3":
+        keys["rope.scaling.type"] = text("longrope")
+    if kind == "yarn":
+        keys |= {f"rope.scaling.yarn_beta_{end}": f32(one[f"yarn_{end}"])
+                 for end, usual in (("fast", 32), ("slow", 1)) if one[f"yarn_{end}"] != usual}
+    magnitude = one["rope_magnitude"] / (yarn_magnitude(one["rope_scale"]) if kind == "yarn" else 1)
+    if has_factors or abs(magnitude - 1) > 1e-6:
+        keys["rope.scaling.attn_factor"] = f32(magnitude)
+    return keys
+
+
+def native_keys(fields: dict[str, list], arch: str, path: Path, has_factors: bool) -> dict[str, Value]:
     """A native file's configuration as GGUF's keys. What these cannot say is refused by name."""
     f = next((f for f in FAMILIES.values() if f.arch == arch), None)
     if not f:
@@ -732,18 +749,18 @@ def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Val
         if key and (any(values) or name not in NATIVE_OFF):
             keys[key] = make(values[0]) if len(set(values)) == 1 else array(U32, [int(v) for v in values])
     keys["attention.value_length"] = keys["attention.key_length"]
+    if arch == "stablelm":
+        keys["attention.layer_norm_epsilon"] = keys.pop("attention.layer_norm_rms_epsilon")
+        keys["use_parallel_residual"] = boolean(False)
     one, windows = {name: values[0] for name, values in fields.items()}, [int(w) for w in fields["window"]]
     local, n_layers = one["local_theta"], len(windows)
-    if one["rope_scale"] != 1:
-        keys |= {"rope.scaling.type": text("linear"), "rope.scaling.factor": f32(one["rope_scale"])}
+    keys |= scaling_keys(one, arch, has_factors)
     if local and arch == "gemma3":
         keys["rope.freq_base_swa"] = f32(local)
     if f.windows or any(windows):
         keys["attention.sliding_window"] = u32(max(windows))
     if any(windows) and [w > 0 for w in windows] != usual_windows(arch, n_layers):
         keys["attention.sliding_window_pattern"] = array(BOOL, [w > 0 for w in windows])
-    if arch == "phi3":
-        keys["rope.scaling.original_context_length"] = keys["context_length"]
     if arch == "qwen3moe":
         keys["expert_feed_forward_length"] = keys["feed_forward_length"]
     scales = {"embedding_scale": math.sqrt(one["dim"]) if f.norm_plus_one else 1, "residual_scale": 1, "logit_scale": 1}
@@ -754,7 +771,8 @@ def native_keys(fields: dict[str, list], arch: str, path: Path) -> dict[str, Val
     if arch == "granite" or not math.isclose(one["attention_scale"], usual, rel_tol=1e-6):
         keys["attention.scale"] = f32(one["attention_scale"])
     unrotated = [arch == "smollm3" and (i + 1) % 4 == 0 for i in range(n_layers)]
-    implied = scales | {"activation": int(f.norm_plus_one), "local_theta": local if arch == "gemma3" else 0,
+    unscaled = one["rope_theta"] if arch == "olmo2" and any(windows) else 0
+    implied = scales | {"activation": int(f.norm_plus_one), "local_theta": local if arch == "gemma3" else unscaled,
                         "window": [w and max(windows) for w in windows],
                         "angles": [0 if no else 2 if w and local else 1 for no, w in zip(unrotated, windows)]}
     implied |= {name: one[name] or 1 for name in ("attention_cap", "logit_cap") if arch == "gemma2"}  # not without
@@ -818,11 +836,11 @@ def open_native(path: Path) -> Model:
         c.at, size = struct.unpack_from("<QQ", header, 40 + 16 * i)
         sections.append(c.take(size))
     config, records, tokenizer, template = sections
-    keys = {"general.architecture": text(arch)} | native_keys(native_fields(config, path), arch, path)
-    keys |= native_vocabulary(tokenizer, path)
+    tensors = dict(native_tensor(c, records[96 * i:96 * i + 96]) for i in range(n_tensors))
+    keys = native_keys(native_fields(config, path), arch, path, "rope_factors_long.weight" in tensors)
+    keys = {"general.architecture": text(arch)} | keys | native_vocabulary(tokenizer, path)
     if template:
         keys["tokenizer.chat_template"] = text(template.decode("utf-8", "surrogateescape"))
-    tensors = dict(native_tensor(c, records[96 * i:96 * i + 96]) for i in range(n_tensors))
     return Model(path, keys, fuse_phi3(tensors, path) if arch == "phi3" else tensors)
 
 
@@ -926,6 +944,7 @@ FAMILIES = {f.model_type: f for f in (
     Family("smollm3", "smollm3", pairs=True,
            defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}),
     Family("olmo2", "olmo2", own_output=True, defaults={"rms_norm_eps": 1e-5}),
+    Family("olmo3", "olmo2", own_output=True, windows=True, defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096}),
     Family("stablelm", "stablelm", own_output=True, defaults={"partial_rotary_factor": 0.25}),
     Family("gemma2", "gemma2", norm_plus_one=True, activation=GELU, windows=True, defaults=GEMMA2),
     Family("gemma3_text", "gemma3", norm_plus_one=True, head_norms=True, activation=GELU, windows=True,
@@ -1122,9 +1141,11 @@ def map_tensors(f: Family, n_layers: int, sizes: Sizes, tied: bool, tensors: dic
 
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-             "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+             "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+                      "mscale", "mscale_all_dim"),
              "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings",
                           "attention_factor")}
+OPTIONAL_ROPE_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def read_rope(c: Config) -> tuple[dict, dict]:
@@ -1152,7 +1173,7 @@ def check_rope(c: Config, rope: dict) -> dict:
             if not (key == "original_max_position_embeddings" or (key == "truncate" and value is True)):
                 raise Refusal(f"{c.where}: rope_scaling.{key} = {json.dumps(value)} is not supported with {kind}")
     for key in ROPE_KEYS[kind]:
-        if key not in ("attention_factor", "beta_fast", "beta_slow") and rope.get(key) is None \
+        if key not in OPTIONAL_ROPE_KEYS and rope.get(key) is None \
                 and not (kind == "longrope" and key in ("factor", "original_max_position_embeddings")):
             raise Refusal(f"{c.where}: rope_scaling.{key} is missing")
     return {key: value for key, value in rope.items() if value is not None} | {"rope_type": kind}
@@ -1168,6 +1189,15 @@ def llama3_factors(rope: dict, dim: int) -> np.ndarray:
     return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies cosine and sine by, where nothing else is said."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def longrope_magnitude(factor: float, original: int) -> float:
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
 def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, context: int) \
         -> tuple[dict[str, Value], dict[str, Tensor]]:
     """Keys (without the architecture) and tensors that say how positions are rotated in."""
@@ -1180,6 +1210,8 @@ def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, c
         raise Refusal(f"{c.where}: rope_parameters.sliding_attention is scaled, which is not supported")
     if f.arch == "gemma3":
         keys["rope.freq_base_swa"] = f32(windowed.get("rope_theta", 10000.0))
+    elif windowed.get("rope_theta", rope.get("rope_theta")) != rope.get("rope_theta"):
+        raise Refusal(f"{c.where}: rope_parameters.sliding_attention has another rope_theta, which is not supported")
     original = rope.get("original_max_position_embeddings", c.get("original_max_position_embeddings", context))
     if f.arch == "phi3" or kind == "yarn":
         keys["rope.scaling.original_context_length"] = u32(original)
@@ -1190,13 +1222,16 @@ def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, c
     if kind == "llama3":
         tensors["rope_freqs.weight"] = constant(llama3_factors(rope, dim))
     if kind == "yarn":
-        usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
-        if abs(rope.get("attention_factor", usual) - usual) > 1e-6:
-            raise Refusal(f"{c.where}: rope_scaling.attention_factor = {rope['attention_factor']} is not supported")
+        usual = magnitude = yarn_magnitude(rope["factor"])
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            magnitude = yarn_magnitude(rope["factor"], rope["mscale"]) \
+                / yarn_magnitude(rope["factor"], rope["mscale_all_dim"])
+        magnitude = rope.get("attention_factor", magnitude)
+        if abs(magnitude - usual) > 1e-6:
+            keys["rope.scaling.attn_factor"] = f32(magnitude / usual)
         keys |= {f"rope.scaling.yarn_{key}": f32(rope[key]) for key in ("beta_fast", "beta_slow") if key in rope}
     if kind == "longrope":
-        factor = context / original
-        usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        usual = longrope_magnitude(rope.get("factor", context / original), original)
         keys["rope.scaling.attn_factor"] = f32(rope.get("attention_factor", usual))
         for name in ("long", "short"):
             if len(rope[f"{name}_factor"]) != dim // 2:
@@ -1206,7 +1241,7 @@ def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, c
     return keys, tensors
 
 
-WINDOW_STEPS = {"gemma2": 2, "gemma3": 6}  # every so manieth layer sees everything
+WINDOW_STEPS = {"gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so manieth layer sees everything
 
 
 def every_but(step: int, n_layers: int) -> list[bool]:
@@ -1224,6 +1259,8 @@ def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, 
     if f.norm_plus_one:
         step = c.get("_sliding_window_pattern", WINDOW_STEPS[f.arch])
         usual = every_but(c.integer("sliding_window_pattern", step), n_layers)
+    elif f.model_type == "olmo3":
+        usual = every_but(WINDOW_STEPS[f.arch], n_layers)
     elif f.model_type in ("qwen2", "qwen3"):
         usual = [i >= c.get("max_window_layers", 28) for i in range(n_layers)]
     if f.arch in ("qwen2", "qwen3", "qwen3moe", "smollm3") and not c.get("use_sliding_window", False):
@@ -1351,6 +1388,8 @@ def family_of(model: Model) -> Family:
     if model.arch == "llama":
         experts, window = model.value("expert_count", 0), model.value("attention.sliding_window", 0)
         candidates = [FAMILIES["mixtral" if experts else "mistral" if window else "llama"]]
+    if model.arch == "olmo2":
+        candidates = [FAMILIES["olmo3" if model.value("attention.sliding_window", 0) else "olmo2"]]
     if not candidates:
         raise Refusal(f"{model.source}: models of family {model.arch!r} are not known here")
     return candidates[0]
@@ -2189,8 +2228,8 @@ def yarn_ramp(model: Model, theta: float, R: int) -> np.ndarray:
     """How much of each angle YaRN divides by the factor: from 0 for fast turns to 1 for slow ones      out (R/2)"""
     def turning(n: float) -> float:
         """The number of the angle that turns n times within the original context."""
-        return R * math.log(model.value("rope.scaling.original_context_length") / (n * 2 * math.pi)) \
-            / (2 * math.log(theta))
+        return R * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta))
+    original = model.value("rope.scaling.original_context_length", model.value("context_length"))
     low = max(math.floor(turning(model.value("rope.scaling.yarn_beta_fast", 32.0))), 0)
     high = min(math.ceil(turning(model.value("rope.scaling.yarn_beta_slow", 1.0))), R - 1)
     return np.clip((np.arange(R // 2) - low) / (high - low or 0.001), 0, 1)
@@ -2239,18 +2278,24 @@ class Network:
         R, theta = v("rope.dimension_count", self.s.K), v("rope.freq_base", 10000.0)
         kind, factor, scale = v("rope.scaling.type", "none"), v("rope.scaling.factor", 1.0), 1.0
         if windowed and self.arch == "gemma3":
-            theta, kind = v("rope.freq_base_swa", 10000.0), "none"
+            theta = v("rope.freq_base_swa", 10000.0)
+        original = v("rope.scaling.original_context_length", v("context_length"))
         turn = theta ** (-np.arange(0, R, 2) / R)
+        if windowed and self.arch in ("gemma3", "olmo2"):
+            angle = np.arange(n)[:, None] * turn
+            return np.cos(angle), np.sin(angle)
         if kind == "linear":
             turn = turn / factor
         elif kind == "yarn":
             ramp = yarn_ramp(self.model, theta, R)
             turn = turn * (1 - ramp) + turn / factor * ramp
-            scale = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+            scale = yarn_magnitude(factor) / yarn_magnitude(factor, v("rope.scaling.yarn_log_multiplier", 0.0))
         elif "rope_factors_long.weight" in self.model.tensors:
-            long = n > v("rope.scaling.original_context_length")
-            turn = turn / self.weight(f"rope_factors_{'long' if long else 'short'}.weight").astype(float)
-            scale = v("rope.scaling.attn_factor", 1.0)
+            name = "long" if n > original else "short"
+            turn = turn / self.weight(f"rope_factors_{name}.weight").astype(float)
+            usual = longrope_magnitude(v("context_length") / original, original)
+            scale = 1.0 if v("rope.scaling.attn_factor") else usual
+        scale *= v("rope.scaling.attn_factor", 1.0)
         factors = self.weight("rope_freqs.weight")
         turn = turn if factors is None else turn / factors.astype(float)
         angle = np.arange(n)[:, None] * turn
@@ -2617,13 +2662,26 @@ def hf_rope(model: Model) -> dict:
             scaling["original_max_position_embeddings"] = v("rope.scaling.original_context_length")
             scaling |= {b: v(f"rope.scaling.yarn_{b}") for b in ("beta_fast", "beta_slow")
                         if v(f"rope.scaling.yarn_{b}")}
+            magnitude = v("rope.scaling.attn_factor", 1.0) * yarn_magnitude(scaling["factor"]) \
+                / yarn_magnitude(scaling["factor"], v("rope.scaling.yarn_log_multiplier", 0.0))
+            scaling |= {"attention_factor": magnitude}
         return out | {"rope_scaling": scaling}
     if "rope_factors_long.weight" in model.tensors:
         scaling = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist()
                    for n in ("long", "short")}
+        if attention_factor := v("rope.scaling.attn_factor"):
+            scaling["attention_factor"] = attention_factor
+        original = v("rope.scaling.original_context_length", v("context_length"))
         return out | {"rope_scaling": {"rope_type": "longrope"} | scaling,
-                      "original_max_position_embeddings": v("rope.scaling.original_context_length")}
+                      "original_max_position_embeddings": original}
     return out
+
+
+def hf_rope_by_layers(model: Model) -> dict:
+    """The same in transformers 5's form, where windowed layers do not share the scaling."""
+    old = hf_rope(model)
+    plain = {"rope_type": "default", "rope_theta": old["rope_theta"]}
+    return {"rope_parameters": {"full_attention": plain | old.get("rope_scaling", {}), "sliding_attention": plain}}
 
 
 def hf_window(model: Model, f: Family, n_layers: int) -> dict:
@@ -2671,7 +2729,7 @@ def hf_own(model: Model, f: Family) -> dict:
 
 HF_CLASSES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
               "qwen3_moe": "Qwen3Moe", "phi3": "Phi3", "granite": "Granite", "smollm3": "SmolLM3", "olmo2": "Olmo2",
-              "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+              "olmo3": "Olmo3", "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
 
 
 def hf_config(model: Model) -> dict:
@@ -2689,7 +2747,8 @@ def hf_config(model: Model) -> dict:
         config["head_dim"] = s.K
     ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
     config |= {f"{hf}_token_id": model.get(f"tokenizer.ggml.{gguf}_token_id") for hf, gguf in ids.items()}
-    return config | hf_rope(model) | hf_window(model, f, n_layers) | hf_own(model, f)
+    rope = hf_rope_by_layers(model) if f.model_type == "olmo3" else hf_rope(model)
+    return config | rope | hf_window(model, f, n_layers) | hf_own(model, f)
 
 
 def write_safetensors(tensors: dict[str, tuple[Tensor, str]], path: Path, report: bool) -> None:
@@ -2784,7 +2843,8 @@ def result_logits(path: Path, ids: np.ndarray, n_tokens: int, o: argparse.Namesp
         return Network(open_source(path, Choices(pre=o.pre))).logits(ids)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits"
-        done = call(run, path.resolve(), "-m", "logits", "--exact", "--ids", " ".join(map(str, ids)), "-o", out)
+        done = call(run, path.resolve(), "-m", "logits", "--exact", "-c", len(ids), "--ids", " ".join(map(str, ids)),
+                    "-o", out)  # -c: LongRoPE's factors go by it, above by the number of tokens
         if done.returncode:
             raise Refusal(f"verification failed: {last_line(done.stderr)}")
         return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)

@@ -234,13 +234,11 @@ typedef enum { UNROTATED, ROTATED, LOCAL } Angles;  // of a layer: none, those b
 
 typedef struct {
     char family[16];
-    int n_layers, dim, n_tokens, head_dim;  // L, D, V, K
-    int rope_dim;                           // R
-    int context;                            // positions that the model was trained for
+    int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
+    int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta;  // the slowest pair turns about theta times slower than the fastest
-    double rope_scale;  // positions are divided by this; 1 = not scaled
-    double local_theta;                     // rope_theta of the layers whose angles are LOCAL; 0: there are none
+    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; 0: none
+    double rope_scale, yarn_fast, yarn_slow, rope_magnitude;  // for slow_down(); what multiplies cosine and sine
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
     float attention_cap, logit_cap;         // c * tanh(y / c) keeps scores and logits below c; 0: it does not
@@ -253,11 +251,11 @@ typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
     int n_experts, n_experts_used;     // E: how many gates, ups and downs; to how many a token goes. 0: one, for all
-    const float *attention_norm;       // (D)  NULL: OLMo2 has only the norms behind the blocks, Gemma has both
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
-    const float *ffn_norm;                          // (D)  or NULL
+    const float *attention_norm, *ffn_norm;  // (D)  before a block; NULL: OLMo2 has only those behind, Gemma has both
+    const float *attention_norm_bias, *ffn_norm_bias;  // (D)  or NULL
     const float *attention_post_norm, *ffn_post_norm;  // (D)  of what a block adds, or NULL
     Tensor gate, up, down, router;     // (F,D) (F,D) (D,F) (E,D)
     // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
@@ -268,9 +266,9 @@ typedef struct {
     Config config;
     Layer *layers;              // (L)
     Tensor embedding;           // (V,D): a token's row is its first vector
-    const float *final_norm;    // (D)
+    const float *final_norm, *final_norm_bias;  // (D)  the second may be NULL
     Tensor head;                // (V,D): the embedding itself, where the model has no other
-    const float *rope_factors;  // (R/2) or NULL: LLaMA 3.1 slows each pair down by a factor of its own
+    const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
     const char *chat_template;  // the checkpoint's own, as text that is compared and never run; NULL if there is none
     size_t chat_template_bytes;
@@ -513,7 +511,7 @@ typedef struct {
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tiles, size_t block);
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // to f16
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
-    bool (*normalise)(float *out, const float *x, const float *weight, size_t dim, float eps);
+    bool (*normalise)(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps);
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t from, size_t n, float scale, float cap);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
@@ -563,6 +561,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    token costs one pass and not the whole text again. */
 
 INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
+static double slow_down(const Model *m, int context, int pair);  // by what angles are divided (chapter 9)
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
@@ -573,17 +572,20 @@ INLINE float fold_lanes(float lane[16]) {
     return lane[0];
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight      all (dim)
+// out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
 // Element i belongs to lane i mod 16. False if x is not finite.
-INLINE bool rms_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {
-    float lane[16] = { 0 };
-    size_t i = 0;
-    for (; i + 16 <= dim; i += 16) {
-        for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j], x[i + j], lane[j]);
+INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
+    float lane[16] = { 0 }, of_mean[16] = { 0 };
+    size_t i;
+    for (i = 0; bias && i < dim; i++) of_mean[i % 16] += x[i];
+    float mean = bias ? fold_lanes(of_mean) / (float)dim : 0.0f;
+    for (i = 0; i + 16 <= dim; i += 16) {
+        for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j] - mean, x[i + j] - mean, lane[j]);
     }
-    for (; i < dim; i++) lane[i % 16] = fmaf(x[i], x[i], lane[i % 16]);
+    for (; i < dim; i++) lane[i % 16] = fmaf(x[i] - mean, x[i] - mean, lane[i % 16]);
     float sum = fold_lanes(lane), r = 1.0f / sqrtf(sum / (float)dim + eps);
-    for (i = 0; i < dim; i++) out[i] = x[i] * r * weight[i];
+    for (i = 0; i < dim; i++) out[i] = (x[i] - mean) * r * weight[i];
+    for (i = 0; bias && i < dim; i++) out[i] += bias[i];
     return sum < INFINITY;
 }
 
@@ -738,15 +740,13 @@ static void make_angles(const Model *m, State *s, int n) {
     const Config *c = &m->config;
     size_t positions = round_up((size_t)s->context, 16);
     for (; s->n_angles < n; s->n_angles++) {
-        for (int i = 0; i < c->rope_dim; i++) {  // first the usual angles, then local ones, if there are any
+        for (int i = 0; i < c->rope_dim / (c->local_theta > 0 ? 1 : 2); i++) {  // usual angles, then local ones
             int pair = i % (c->rope_dim / 2), local = i >= c->rope_dim / 2;
-            double theta = local ? c->local_theta : c->rope_theta;
-            if (theta == 0) break;
-            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : c->rope_scale);
-            if (m->rope_factors && !local) turn /= m->rope_factors[pair];
+            double theta = local ? c->local_theta : c->rope_theta, size = local ? 1 : c->rope_magnitude;
+            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : slow_down(m, s->context, pair));
             float *angle = s->angles + ((size_t)local * positions + (size_t)s->n_angles) * (size_t)c->rope_dim;
-            angle[2 * pair] = (float)cos(s->n_angles * turn);
-            angle[2 * pair + 1] = (float)sin(s->n_angles * turn);
+            angle[2 * pair] = (float)(cos(s->n_angles * turn) * size);
+            angle[2 * pair + 1] = (float)(sin(s->n_angles * turn) * size);
         }
     }
 }
@@ -790,15 +790,15 @@ static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bia
 
 // normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a
 // sum of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
-static Activations normalise_stream(const Model *m, State *s, const float *weight, int first, int n, int n_layers,
-                                    Team team) {
+static Activations normalise_stream(const Model *m, State *s, const float *weight, const float *bias, int first, int n,
+                                    int n_layers, Team team) {
     size_t dim = (size_t)m->config.dim;
     float *normed = s->normed + (n == 1 ? (size_t)team.thread * s->x_stride : 0);
     Range tokens = own_share(n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         const float *x = s->x + ((size_t)first + t) * s->x_stride;
         if (!weight) memcpy(normed + t * s->x_stride, x, dim * sizeof *x);
-        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, dim, m->config.norm_eps);
+        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, bias, dim, m->config.norm_eps);
         int *broken = &s->broken[(size_t)first + t];
         if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
     }
@@ -815,7 +815,7 @@ static void add_to_stream(const Model *m, State *s, Range rows, const float *nor
     }
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *x = s->x + t * s->x_stride, *out = s->out + t * s->x_stride;
-        if (norm) kernels->normalise(out, out, norm, rows.to, m->config.norm_eps);
+        if (norm) kernels->normalise(out, out, norm, NULL, rows.to, m->config.norm_eps);
         for (size_t r = rows.from; r < rows.to; r++) x[r] += out[r] * m->config.residual_scale;
     }
     wait_for_team(team);
@@ -857,13 +857,13 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
-    Activations input = normalise_stream(m, s, layer->attention_norm, 0, n, l, team);
+    Activations input = normalise_stream(m, s, layer->attention_norm, layer->attention_norm_bias, 0, n, l, team);
     matmul(s->query, s->q_stride, &layer->query, layer->query_bias, &input, team);
     matmul(s->key, s->kv_stride, &layer->key, layer->key_bias, &input, team);
     matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
     wait_for_team(team);
 
-    normalise_heads(m, s, layer, n, team);
+    if (c->wide_head_norms) normalise_heads(m, s, layer, n, team);
     const float *angles = s->angles + (layer->angles == LOCAL) * round_up((size_t)s->context, 16) * (size_t)c->rope_dim;
     Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
     for (size_t i = heads.from; i < heads.to; i++) {
@@ -871,7 +871,7 @@ static void attention_block(const Model *m, State *s, int l, int n, Team team) {
         float *head = h < n_heads ? s->query + t * s->q_stride + h * head_dim
                                   : s->key + t * s->kv_stride + (h - n_heads) * head_dim;
         const float *norm = c->wide_head_norms ? NULL : h < n_heads ? layer->query_norm : layer->key_norm;
-        if (norm) kernels->normalise(head, head, norm, head_dim, c->norm_eps);
+        if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
         if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
         if (h >= n_heads) remember(s, l, h - n_heads, head_dim, position, head, s->value + (head - s->key));
     }
@@ -896,7 +896,7 @@ static void add_visits(State *s, const Activations *x, Range rows);
 static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
     const Layer *layer = &m->layers[l];
     size_t n_experts = (size_t)layer->n_experts, n_parts = n_experts ? n_experts : 1;
-    Activations all = normalise_stream(m, s, layer->ffn_norm, 0, n, l + 1, team);
+    Activations all = normalise_stream(m, s, layer->ffn_norm, layer->ffn_norm_bias, 0, n, l + 1, team);
     if (n_experts) all = route(m, s, layer, &all, n, team);
     for (size_t e = 0; e < n_parts; e++) {
         Activations x = n_experts ? visits(s, e, all) : all;
@@ -937,11 +937,11 @@ static void forward_team(void *p, Team team) {
         feed_forward_block(m, s, l, job->n, team);
     }
     if (job->n_logits == 0) return;
-    int first = job->n - job->n_logits;
-    Activations input = normalise_stream(m, s, m->final_norm, first, job->n_logits, m->config.n_layers, team);
+    int n = job->n_logits, first = job->n - n;
+    Activations input = normalise_stream(m, s, m->final_norm, m->final_norm_bias, first, n, m->config.n_layers, team);
     Range rows = matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
     float scale = m->config.logit_scale, cap = m->config.logit_cap;
-    for (size_t t = 0; t < (size_t)job->n_logits && (scale != 1 || cap > 0); t++) {
+    for (size_t t = 0; t < (size_t)n && (scale != 1 || cap > 0); t++) {
         for (size_t r = rows.from; r < rows.to; r++) {
             float *y = &s->logits[t * s->logits_stride + r];
             *y = cap > 0 ? cap * hyperbolic_tangent(*y * scale / cap) : *y * scale;
@@ -1475,8 +1475,8 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
         round_vectors(blocks, x, stride, cols, n, r);                                                                  \
     }                                                                                                                  \
-    target bool set##_normalise(float *out, const float *x, const float *weight, size_t dim, float eps) {              \
-        return rms_normalise(out, x, weight, dim, eps);                                                                \
+    target bool set##_normalise(float *y, const float *x, const float *w, const float *bias, size_t dim, float eps) {  \
+        return apply_norm(y, x, w, bias, dim, eps);                                                                    \
     }                                                                                                                  \
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
     target float set##_exponentiate(float *p, size_t from, size_t n, float scale, float cap) {                         \
@@ -1873,7 +1873,8 @@ enum {
     SCALES = 32,  // of embedding, residual and logits
     GEMMA = 64,   // GELU, and embeddings times sqrt(D)
     CAPS = 128,   // of 50 and 30, where the file does not say others
-    ALWAYS = 256, OPTIONAL = 512, BY_EXPERT = 1024,  // in a tensor's rule: it must, or may, be there; for each expert
+    LAYER_NORMS = 256,
+    ALWAYS = 512, OPTIONAL = 1024, BY_EXPERT = 2048,  // in a tensor's rule: it must, or may, be there; for each expert
 };
 typedef struct {
     const char *name;
@@ -1881,7 +1882,7 @@ typedef struct {
     int features;       // a set of those above
     int global_every;   // where there is a window, the last of so many layers has none
     int no_rope_every;  // the last of so many layers does not rotate
-    double local_theta; // of layers with a window
+    double local_theta; // of layers with a window; -1: rope_theta, but not scaled
 } Family;
 
 static const Family families[] = {
@@ -1892,7 +1893,8 @@ static const Family families[] = {
     { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
     { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
     { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, 0 },  // OLMo 3 has windows
+    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, -1 },  // OLMo 3 has windows
+    { "stablelm", HALVES, PRE_NORMS | LAYER_NORMS, 0, 0, 0 },
     { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
     { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
 };
@@ -1924,9 +1926,13 @@ static const ConfigField config_fields[] = {
     { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
+    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
+    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
+    { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
+    { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
     { "embedding_scale", SINGLE, false, offsetof(Config, embedding_scale), 1e-6, 1e6, ".embedding_scale", 1, SCALES },
     { "residual_scale", SINGLE, false, offsetof(Config, residual_scale), 1e-6, 1e6, ".residual_scale", 1, SCALES },
@@ -2009,10 +2015,14 @@ typedef struct {
 static const TensorRule rules[] = {
     { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, ALWAYS, NULL },
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, ALWAYS, NULL },
+    { "output_norm.bias", offsetof(Model, final_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "output.weight", offsetof(Model, head), N_TOKENS, DIM, OPTIONAL, NULL },
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
+    { "rope_factors_long.weight", offsetof(Model, long_factors), ONE, PAIRS, OPTIONAL, NULL },
+    { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
     // and of each layer
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
     { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
     { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
@@ -2025,6 +2035,7 @@ static const TensorRule rules[] = {
     { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
     { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
     { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // of 0 rows: it is not there
     { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
     { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
@@ -2034,7 +2045,7 @@ static const TensorRule rules[] = {
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
     { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
-enum { N_MODEL_RULES = 4, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
+enum { N_MODEL_RULES = 7, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
 
 // One of the tensors that a model has or may have.
 typedef struct {
@@ -2236,7 +2247,8 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         run_team(threads, pack_team, &job);
     }
     if (!m->head.tiles) m->head = m->embedding;
-    return true;
+    return !m->long_factors == !m->short_factors ||
+           refuse(e, "of rope_factors_long.weight and rope_factors_short.weight one is missing");
 }
 
 // ---- cria's own file ----
@@ -2554,10 +2566,10 @@ static const struct {
     const char *key;
     double harmless;  // NAN: any value is
 } other_keys[] = {
-    { ".attention.causal", 1 }, { ".rope.scaling.attn_factor", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 },
-    { ".embedding_scale", 1 }, { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
-    { ".rope.scaling.original_context_length", NAN },  // linear scaling and rope_freqs.weight do not need it
-    { ".expert_feed_forward_length", NAN },            // of experts that expert_count says there are not
+    { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
+    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
+    { ".use_parallel_residual", NAN },       // StableLM's files often say so; which mean it have no ffn_norm.weight
+    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
 };
 
@@ -2575,12 +2587,13 @@ static bool is_harmless(const Gguf *g, const Key *k) {
 }
 
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
-    bool known = !f->feature || find_family(g->family, e)->features & f->feature;
-    const Key *k = known ? find_key(g, f->key) : NULL;
-    int n = f->per_layer ? m->config.n_layers : 1;
-    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, f->key);
+    int features = find_family(g->family, e)->features, n = f->per_layer ? m->config.n_layers : 1;
+    bool layer_norm = features & LAYER_NORMS && !strcmp(f->name, "norm_eps");
+    const char *key = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
+    const Key *k = !f->feature || features & f->feature ? find_key(g, key) : NULL;
+    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, key);
     if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
-        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, f->key, k->count,
+        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, key, k->count,
                     gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
     for (int l = 0; l < n && (k || f->otherwise > 0); l++)
         if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
@@ -2598,7 +2611,8 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (f->features & CAPS && c->logit_cap == 0) c->logit_cap = 30;
     float width = largest_gemma ? (float)c->dim / (float)m->layers->n_heads : (float)c->head_dim;
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
-    if (c->local_theta == 0) c->local_theta = f->local_theta;
+    if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
+    if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
         if (pattern ? pattern->count == (size_t)c->n_layers && !key_number(pattern, (size_t)l)
@@ -2609,13 +2623,39 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     }
 }
 
+// How the angles are scaled. has_factors: LongRoPE's tensors are there, of which some files have no other sign.
+static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
+    Text type = get_text(g, ".rope.scaling.type");
+    bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
+    double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
+    double original = get_number(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    c->rope_scale = factor == 0 || none ? 1 : factor;
+    c->original_context = (int)original;
+    if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
+        double x = 0.1 * log(fmax(factor, 1)), all = get_number(g, ".rope.scaling.yarn_log_multiplier", 0, 1e6, 0);
+        magnitude = (1 + x) / (1 + all * x);
+        c->yarn_fast = get_number(g, ".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
+        c->yarn_slow = get_number(g, ".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
+        get_number(g, ".rope.scaling.yarn_ext_factor", 1, 1, 1);
+        get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
+    }
+    double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
+    c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
+    if (longrope && !has_factors) return refuse(e, "tensor rope_factors_long.weight is missing");
+    return !type.at || none || yarn || longrope || is_text(type, "linear") ||
+           refuse(e, "rope scaling \"%.*s\" is not implemented", shown(type), type.at);
+}
+
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     Config *c = &m->config;
+    bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
-    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++)
+    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
         if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
             c->n_tokens = (int)entry->source.rows;
+        has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
+    }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
@@ -2629,12 +2669,8 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
-    Text scaling = get_text(g, ".rope.scaling.type"), chat_template = get_text(g, "tokenizer.chat_template");
-    double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    if (g->bad) return false;
-    if (scaling.at && !is_text(scaling, "none") && !is_text(scaling, "linear"))
-        return refuse(e, "rope scaling \"%.*s\" is not implemented", shown(scaling), scaling.at);
-    c->rope_scale = factor == 0 || is_text(scaling, "none") ? 1 : factor;
+    Text chat_template = get_text(g, "tokenizer.chat_template");
+    if (!read_gguf_scaling(g, c, has_factors, e) || g->bad) return false;
     m->chat_template = chat_template.at;
     m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
@@ -2821,8 +2857,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
                           .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .embedding_scale = 1,
-                          .residual_scale = 1, .logit_scale = 1 };
+                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .rope_magnitude = 1,
+                          .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
@@ -3027,12 +3063,13 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 // OLMo2.
 static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
     size_t head_dim = (size_t)m->config.head_dim;
+    float eps = m->config.norm_eps;
     if (!m->config.wide_head_norms) return;
     Range tokens = share((size_t)n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
-        kernels->normalise(query, query, layer->query_norm, (size_t)layer->n_heads * head_dim, m->config.norm_eps);
-        kernels->normalise(key, key, layer->key_norm, (size_t)layer->n_kv_heads * head_dim, m->config.norm_eps);
+        kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
+        kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
     }
     wait_for_team(team);
 }
@@ -3157,6 +3194,24 @@ static void remember(const State *s, int layer, size_t head, size_t head_dim, si
             ((uint16_t *)s->values[layer])[v] = half_value[d];
         }
     }
+}
+
+// By what the angles of a pair are smaller than theta says. Linear scaling turns all pairs slower alike; YaRN not those
+// that turn more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in
+// part those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the
+// context is longer than the original one (Ding et al., "LongRoPE").
+static double slow_down(const Model *m, int context, int pair) {
+    const Config *c = &m->config;
+    double scale = c->rope_scale, ramp = 1;
+    int original = c->original_context ? c->original_context : c->context;
+    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
+        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
+        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
+        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
+        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
+    }
+    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
+    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
 }
 
 // Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.
@@ -4318,7 +4373,8 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
         if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
     }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
-    if (s->context > own) return fail(e, MISUSE, "-c %d: the model was trained for %d positions", s->context, own);
+    if (s->context > own)
+        return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
     s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
     s->threads = largest(options.threads);
     s->exact = options.exact;

@@ -505,7 +505,7 @@ static void check_normalise(size_t dim, double size, float eps) {
     // At most dim/16 + 5 roundings of the sum of squares, halved by the root; then 6: /n, +eps, root, 1/x, * r, * w.
     double bound = ((double)dim / 32 + 9) * UNIT;
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
-        bool finite = (*k)->normalise(out, x, weight, dim, eps);
+        bool finite = (*k)->normalise(out, x, weight, NULL, dim, eps);
         for (size_t i = 0; i < dim; i++) {
             double wanted = x[i] / sqrt(sum / (double)dim + eps) * weight[i];
             double error = fabs(out[i] - wanted) / (fabs(wanted) + 1e-300);
@@ -521,12 +521,73 @@ static void check_normalise(size_t dim, double size, float eps) {
         const float bad[] = { NAN, INFINITY, -INFINITY };
         for (int i = 0; i < 3; i++) {
             x[dim / 2] = bad[i];
-            check(!(*k)->normalise(out, x, weight, dim, eps), "normalise with %g in it: got true, wanted false",
+            check(!(*k)->normalise(out, x, weight, NULL, dim, eps), "normalise with %g in it: got true, wanted false",
                   (double)bad[i]);
         }
         x[dim / 2] = kept;
     }
     free(x), free(weight), free(out), free(first);
+}
+
+static float fold_by_halves(float *lane) {
+    for (int half = 8; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+
+// LayerNorm in float, operation by operation as README has it.
+static void plain_layer_norm(float *y, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
+    float sums[16] = { 0 }, squares[16] = { 0 };
+    for (size_t i = 0; i < dim; i++) sums[i % 16] = sums[i % 16] + x[i];
+    float mean = fold_by_halves(sums) / (float)dim;
+    for (size_t i = 0; i < dim; i++) y[i] = x[i] - mean;
+    for (size_t i = 0; i < dim; i++) squares[i % 16] = fmaf(y[i], y[i], squares[i % 16]);
+    float r = 1 / sqrtf(fold_by_halves(squares) / (float)dim + eps);
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] * r;
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] * weight[i];
+    for (size_t i = 0; i < dim; i++) y[i] = y[i] + bias[i];
+}
+
+// With a bias: LayerNorm.
+static void check_layer_norm(size_t dim, double size, double offset) {
+    float *x = get(dim * 4), *weight = get(dim * 4), *bias = get(dim * 4), *out = get(dim * 4), *first = get(dim * 4);
+    double mean = 0, absolute = 0, variance = 0, n = (double)dim, eps = (double)1e-5f;
+    for (size_t i = 0; i < dim; i++) {
+        x[i] = (float)offset + random_float(size);
+        weight[i] = random_float(1), bias[i] = random_float(1);
+        mean += (double)x[i] / n, absolute += fabs((double)x[i]) / n;
+    }
+    for (size_t i = 0; i < dim; i++) variance += (x[i] - mean) * (x[i] - mean) / n;
+    // The mean is off by the roundings of its sum and of its division, which moves all numbers alike; the variance by
+    // the square of that, and else as in RMSNorm; the bias adds one rounding.
+    plain_layer_norm(first, x, weight, bias, dim, 1e-5f);
+    double off = (n / 16 + 6) * UNIT * absolute, r = 1 / sqrt(variance + eps), relative = (n / 32 + 11) * UNIT;
+    for (const Kernels *const *k = usable_kernels(); *k; k++) {
+        bool finite = (*k)->normalise(out, x, weight, bias, dim, 1e-5f);
+        double worst = 0;
+        for (size_t i = 0; i < dim; i++) {
+            double scaled = (x[i] - mean) * r * weight[i], wanted = scaled + bias[i];
+            double bound = off * r * fabs((double)weight[i]) + fabs(scaled) * (relative + off * off * r * r) +
+                           UNIT * fabs(wanted);
+            worst = fmax(worst, fabs(out[i] - wanted) / (bound * 1.001 + 1e-300));
+        }
+        check(finite && worst <= 1, "LayerNorm of %zu numbers, kernel %s: got %g times the error that may be", dim,
+              (*k)->name, worst);
+        check(!memcmp(first, out, dim * 4), "LayerNorm of %zu numbers, kernel %s: not README's bits", dim, (*k)->name);
+        memcpy(out, x, dim * 4);
+        (*k)->normalise(out, out, weight, bias, dim, 1e-5f);
+        check(!memcmp(first, out, dim * 4), "LayerNorm of %zu numbers in place: other bits", dim);
+        float kept = x[dim / 2];
+        const float bad[] = { NAN, INFINITY, -INFINITY };
+        for (int i = 0; i < 3; i++) {
+            x[dim / 2] = bad[i];
+            check(!(*k)->normalise(out, x, weight, bias, dim, 1e-5f), "LayerNorm with %g in it: got true, wanted false",
+                  (double)bad[i]);
+        }
+        x[dim / 2] = kept;
+    }
+    free(x), free(weight), free(bias), free(out), free(first);
 }
 
 static void check_activation(Activation how, size_t n, double size) {
@@ -564,6 +625,9 @@ static void test_vectors(void) {
         check_normalise(sizes[i], 1, 1e-5f);
         check_normalise(sizes[i], 1e-4, 1e-5f);
         check_normalise(sizes[i], 1e6, 1e-6f);
+        check_layer_norm(sizes[i], 1, 0);
+        check_layer_norm(sizes[i], 1, 30);
+        check_layer_norm(sizes[i], 1e3, -10);
         for (int how = SILU; how <= GELU; how++) {
             check_activation((Activation)how, sizes[i], 1);
             check_activation((Activation)how, sizes[i], 40);
@@ -698,7 +762,43 @@ static void test_attention(void) {
 
 // ---- Rotation ----
 
+// By what angles are divided. YaRN's values: transformers 5.24, _compute_yarn_parameters, as the quotient of the plain
+// frequencies and its own; the others are plain.
+static void test_slow_down(void) {
+    static const struct {
+        int rope_dim, original;
+        double theta, factor, fast, slow, wanted[16];
+    } cases[] = {
+        { 16, 20, 10000, 4, 32, 1, { 1, 1.59999997, 4, 4, 4, 4, 4, 4 } },
+        { 32, 20, 10000, 4, 1, 0.25, { 1, 1, 1, 1.33333337, 2.00000015, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4 } },
+        { 32, 4096, 1e+06, 8, 32, 1, { 1, 1, 1, 1, 1.21212119, 1.53846149, 2.10526327, 3.3333335, 8, 8, 8,
+          8, 8, 8, 8, 8 } },
+        { 8, 4096, 100, 4, 32, 1, { 1, 1, 1, 1.23076931 } },
+        { 8, 64, 10000, 2.5, 4, 2, { 1, 2.50000009, 2.49999983, 2.50000018 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Model m = { .config = { .rope_dim = cases[i].rope_dim, .context = 1000, .original_context = cases[i].original,
+                                .rope_theta = cases[i].theta, .rope_scale = cases[i].factor,
+                                .yarn_fast = cases[i].fast, .yarn_slow = cases[i].slow } };
+        for (int k = 0; k < cases[i].rope_dim / 2; k++) {
+            double got = slow_down(&m, 64, k), wanted = cases[i].wanted[k];  // theirs are quotients of two floats
+            check(fabs(got - wanted) <= 3 * UNIT * wanted, "YaRN case %zu, pair %d: got %.9g, wanted %.9g", i, k, got,
+                  wanted);
+        }
+    }
+    const float long_factors[] = { 2, 3 }, short_factors[] = { 1, 1.5f };
+    Model m = { .config = { .rope_dim = 4, .context = 1000, .original_context = 64, .rope_scale = 1 },
+                .long_factors = long_factors, .short_factors = short_factors };
+    for (int k = 0; k < 2; k++) {
+        check(slow_down(&m, 64, k) == (double)short_factors[k], "LongRoPE, as long as before: not the short factors");
+        check(slow_down(&m, 65, k) == (double)long_factors[k], "LongRoPE, longer than before: not the long factors");
+    }
+    m.config.original_context = 0;  // a file that does not say: as long as the model's own
+    check(slow_down(&m, 1000, 1) == 1.5, "LongRoPE without an original context: not the short factors");
+}
+
 static void test_rotation(void) {
+    test_slow_down();
     const struct { Pairing pairing; int head_dim, rope_dim; double theta, scale; const char *what; } cases[] = {
         { ADJACENT, 4, 4, 10000, 1, "adjacent" }, { HALVES, 8, 8, 1e6, 1, "halves" },
         { ADJACENT, 16, 16, 5e5, 4, "adjacent, scaled" }, { HALVES, 64, 64, 10000, 1, "halves of 64" },
@@ -707,9 +807,11 @@ static void test_rotation(void) {
     const float factors[32] = { 1, 1.5f, 8, 4, 2, 1, 8, 8 };
     for (size_t i = 0; i < 2 * sizeof cases / sizeof *cases; i++) {
         const bool slowed = i % 2 && cases[i / 2].rope_dim == 16;
+        const double magnitude = slowed ? 1.25 : 1;
         Config c = {
             .pairing = cases[i / 2].pairing, .head_dim = cases[i / 2].head_dim, .rope_dim = cases[i / 2].rope_dim,
-            .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .context = 1000,
+            .rope_theta = cases[i / 2].theta, .rope_scale = cases[i / 2].scale, .rope_magnitude = magnitude,
+            .context = 1000,
         };
         Model m = { .config = c, .rope_factors = slowed ? factors : NULL };
         State s = { .context = 1000, .angles = get(1000 * (size_t)c.rope_dim * 4) };
@@ -735,9 +837,10 @@ static void test_rotation(void) {
                     int other = c.pairing == ADJACENT ? (is_first ? k + 1 : k - 1) : (is_first ? k + half : k - half);
                     double angle = position / c.rope_scale * pow(c.rope_theta, -2.0 * pair / c.rope_dim) /
                                    (slowed ? factors[pair] : 1);
-                    wanted = head[k] * cos(angle) + (is_first ? -1 : 1) * head[other] * sin(angle);
+                    wanted = (head[k] * cos(angle) + (is_first ? -1 : 1) * head[other] * sin(angle)) * magnitude;
                     // cos, sin, two products and a sum are rounded once each: 3 roundings of each of two terms
-                    double error = fabs(out[k] - wanted) / (3.01 * UNIT * (fabs(head[k]) + fabs(head[other])));
+                    double size = magnitude * (fabs(head[k]) + fabs(head[other]));
+                    double error = fabs(out[k] - wanted) / (3.01 * UNIT * size);
                     worst = error > worst ? error : worst;
                 } else if (out[k] != head[k]) {
                     worst = INFINITY;

@@ -191,7 +191,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
     { "$tied -j 100000", "--threads 100000" }, { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
     { "$tied -b -1", "--batch-size" }, { "$tied -c -5", "--ctx-size -5" }, { "$tied -c 999999999", "--ctx-size" },
-    { "$tied -c x", "--ctx-size x" }, { "$tied -i a -t 0 -c 65", "64 positions" },
+    { "$tied -c x", "--ctx-size x" }, { "$tied -i a -t 0 -c 65", "64 positions; -c 0" },
     { "$tied -i a -t 0 --kv f8", "--kv f8" }, { "$tied -i a -t 0 --kv ''", "--kv" },
     { "$tied --kernel nonsense", "nonsense" }, { "$tied -m chat -t 0 --template nonsense", "nonsense" },
     { "$tied -m chat -t 0", "--template" }, { "$tied -m logits -i a", "-o FILE" }, { "$tied -m export", "-o FILE" },

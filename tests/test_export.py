@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -53,13 +54,14 @@ COMMON = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden
               tie_word_embeddings=False)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
-            "short_factor": [1 + i / 4 for i in range(4)], "long_factor": [1 + i for i in range(4)],
-            "partial_rotary_factor": 0.5}
+ORIGINAL = 20  # the context before the rotation was scaled: TOKENS is more than twice as many
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL,
+            "short_factor": [1 + i / 4 for i in range(4)], "long_factor": [2 + i for i in range(4)]}
 GEMMA_LINEAR = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 QWEN3_MOE = dict(num_experts_per_tok=2, head_dim=16, norm_topk_prob=True, mlp_only_layers=[])
+YARN_FULL = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 # name -> transformers' configuration class, what differs from COMMON, and GGUF keys that must be there
 CASES = {
     "llama": ("Llama", {}, {"rope.dimension_count": 16}),
@@ -70,7 +72,15 @@ CASES = {
                      {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
     "llama llama3": ("Llama", dict(rope_parameters=LLAMA3), {}),
     "llama yarn": ("Llama", dict(rope_parameters=YARN), {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-                                                         "rope.scaling.original_context_length": 32}),
+                                                         "rope.scaling.original_context_length": ORIGINAL}),
+    "llama longrope": ("Llama", dict(rope_parameters=LONGROPE, num_attention_heads=8, tie_word_embeddings=True),
+                       {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": ORIGINAL,
+                        "rope.scaling.attn_factor": (1 + math.log(128 / ORIGINAL) / math.log(ORIGINAL)) ** 0.5}),
+    "mistral yarn": ("Mistral", dict(sliding_window=11, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.4}),
+                     {"rope.scaling.attn_factor": 1 / (1 + 0.04 * math.log(4))}),
+    "qwen2 yarn": ("Qwen2", dict(num_attention_heads=2, rope_parameters=YARN | {
+        "attention_factor": 1.3, "beta_fast": 1.0, "beta_slow": 0.25}),
+                   {"rope.scaling.attn_factor": 1.3 / (1 + 0.1 * math.log(4)), "rope.scaling.yarn_beta_slow": 0.25}),
     "mistral": ("Mistral", dict(sliding_window=None), {}),
     "mistral window": ("Mistral", dict(sliding_window=7), {"attention.sliding_window": 7}),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2),
@@ -87,15 +97,23 @@ CASES = {
     "qwen3_moe odd": ("Qwen3Moe", QWEN3_MOE | dict(num_experts=7, moe_intermediate_size=37),
                       {"expert_count": 7, "expert_used_count": 2, "expert_feed_forward_length": 37}),
     "phi3": ("Phi3", dict(sliding_window=9), {"attention.sliding_window": 9}),
-    "phi3 longrope": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=32),
-                      {"rope.dimension_count": 8, "rope.scaling.original_context_length": 32}),
+    "phi3 longrope": ("Phi3", dict(rope_parameters=LONGROPE | {"partial_rotary_factor": 0.5, "attention_factor": 1.2},
+                                   original_max_position_embeddings=ORIGINAL),
+                      {"rope.dimension_count": 8, "rope.scaling.original_context_length": ORIGINAL,
+                       "rope.scaling.attn_factor": 1.2}),
     "granite": ("Granite", dict(attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.7,
                                 logits_scaling=1.75),
                 {"attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 1.75}),
     "smollm3": ("SmolLM3", dict(num_hidden_layers=5), {}),
     "olmo2": ("Olmo2", {}, {}),
     "olmo2 tied": ("Olmo2", dict(tie_word_embeddings=True), {}),
+    "olmo3": ("Olmo3", dict(sliding_window=9, num_hidden_layers=5), {"attention.sliding_window": 9}),
+    "olmo3 yarn": ("Olmo3", dict(sliding_window=30, num_hidden_layers=4, rope_parameters=YARN_FULL),
+                   {"attention.sliding_window": 30, "rope.scaling.type": "yarn"}),
     "stablelm": ("StableLm", dict(use_qkv_bias=True), {"use_parallel_residual": False, "rope.dimension_count": 4}),
+    "stablelm tied": ("StableLm", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+                                       tie_word_embeddings=True, hidden_size=80, layer_norm_eps=1e-3),
+                      {"attention.layer_norm_epsilon": 1e-3}),
     "stablelm 12b": ("StableLm", dict(qk_layernorm=True, use_parallel_residual=True), {"use_parallel_residual": True}),
     "gemma2": ("Gemma2", dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=9, attn_logit_softcapping=5.0,
                               final_logit_softcapping=6.0, tie_word_embeddings=True, num_hidden_layers=4),
@@ -113,7 +131,7 @@ CASES = {
                        {"attention.sliding_window_pattern": [False, True]}),
 }
 # What the C program does not open yet, and the word by which it says so.
-UNOPENED = {"llama yarn": "yarn", "phi3 longrope": "rope", "stablelm": "stablelm", "stablelm 12b": "stablelm"}
+UNOPENED = {"stablelm 12b": "ffn_norm.weight"}
 BY_PROGRAM = [case for case in CASES if case not in UNOPENED]
 
 
@@ -164,10 +182,10 @@ def save_model(folder: Path, network, dtype: torch.dtype = torch.float32) -> Pat
 IDS = np.random.default_rng(7).integers(0, VOCAB, TOKENS)
 
 
-def reference(network) -> np.ndarray:
-    """transformers' logits      out (TOKENS, VOCAB)"""
+def reference(network, n: int = TOKENS) -> np.ndarray:
+    """transformers' logits of the first n of IDS      out (n, VOCAB)"""
     with torch.no_grad():
-        return network(torch.tensor(IDS[None])).logits[0].float().numpy()
+        return network(torch.tensor(IDS[None, :n])).logits[0].float().numpy()
 
 
 # ==== Helpers ====
@@ -200,11 +218,11 @@ def exported(*words) -> str:
     return stderr
 
 
-def run_logits(path: Path) -> np.ndarray:
-    """The C program's, --exact      out (TOKENS, VOCAB)"""
-    out = path.with_suffix(".logits")
-    subprocess.run([RUN, path, "-m", "logits", "--exact", "--ids", " ".join(map(str, IDS)), "-o", out], check=True)
-    return np.fromfile(out, "<f4").reshape(TOKENS, -1)
+def run_logits(path: Path, n: int = TOKENS, *more) -> np.ndarray:
+    """The C program's, --exact, of the first n of IDS      out (n, VOCAB)"""
+    out, ids = path.with_suffix(".logits"), " ".join(map(str, IDS[:n]))
+    subprocess.run([RUN, path, "-m", "logits", "--exact", "--ids", ids, "-o", out, *map(str, more)], check=True)
+    return np.fromfile(out, "<f4").reshape(n, -1)
 
 
 def check_logits(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
@@ -224,8 +242,8 @@ def same_weights(a: Path, b: Path) -> bool:
         t.tensor_type == second[n].tensor_type and np.array_equal(t.data, second[n].data) for n, t in first.items())
 
 
-def numpy_logits(path: Path) -> np.ndarray:
-    return export_model.Network(export_model.open_source(path, export_model.Choices())).logits(IDS)
+def numpy_logits(path: Path, n: int = TOKENS) -> np.ndarray:
+    return export_model.Network(export_model.open_source(path, export_model.Choices())).logits(IDS[:n])
 
 
 # ==== Tests ====
@@ -259,10 +277,49 @@ def test_families(folder: Path) -> None:
         check(f"{case}: native and back to GGUF", same_weights(made, folder / f"{case} again.gguf"))
         again = gguf.GGUFReader(folder / f"{case} again.gguf").fields
         lost = [key for key, f in fields.items() if key.startswith((arch, "tokenizer."))
-                and key != "phi3.rope.scaling.original_context_length"  # matters with longrope only
                 and key != "qwen3moe.feed_forward_length"  # of layers without experts, which there are none of
                 and (key not in again or again[key].contents() != f.contents())]
         check(f"{case}: its keys", not lost, str(lost))
+
+
+def test_scaled_rotation(folder: Path) -> None:
+    """LongRoPE has factors for short and for long texts: transformers chooses by the text's length, cria by -c, once.
+    And each number of a scaling shows in the logits: else no test of it could fail."""
+    for case in ("llama longrope", "phi3 longrope"):
+        network = make_network(case)
+        long, short = reference(network), reference(network, ORIGINAL)
+        check(f"{case}: the two differ", np.abs(long[:ORIGINAL] - short).max() > 50 * TOLERANCE)
+        source = save_model(folder / case, network)
+        for form in ("gguf", "native"):
+            made = folder / f"{case}.{form}"
+            exported(source, "-o", made, "--to", form)
+            for n, context, wanted in ((ORIGINAL, ORIGINAL, short), (5, ORIGINAL - 1, short[:5]), (TOKENS, 128, long),
+                                       (TOKENS, TOKENS, long), (5, ORIGINAL + 1, long[:5])):
+                check_logits(f"{case}: {n} tokens, -c {context}, {form}", run_logits(made, n, "-c", context), wanted)
+            check_logits(f"{case}: short, numpy, {form}", numpy_logits(made, ORIGINAL), short)
+    network = make_network("mistral yarn")  # the other way to say its magnitude; and to say another one
+    model = export_model.open_source(save_model(folder / "mistral yarn", network), export_model.Choices())
+    del model.keys["llama.rope.scaling.attn_factor"]
+    types, made = {n: t.type for n, t in model.tensors.items()}, folder / "multiplier.gguf"
+    model.keys["llama.rope.scaling.yarn_log_multiplier"] = export_model.f32(0.4)
+    export_model.write_gguf(model, types, made, False)
+    check_logits("mistral yarn: yarn_log_multiplier", run_logits(made), reference(network))
+    check_logits("mistral yarn: yarn_log_multiplier, numpy", numpy_logits(made), reference(network))
+    for key, value in (("attn_factor", 1.3), ("ext_factor", 0.5), ("beta_fast", 0), ("log_multiplier", -1)):
+        kept = dict(model.keys)
+        model.keys[f"llama.rope.scaling.yarn_{key}"] = export_model.f32(value)
+        export_model.write_gguf(model, types, made, False)
+        done = export_model.call(RUN, made, "-m", "inspect")
+        check(f"yarn_{key} = {value} is refused", done.returncode == 1 and f"yarn_{key}" in done.stderr, done.stderr)
+        model.keys = kept
+    for case, key, value in (("llama yarn", "factor", 8.0), ("llama yarn", "original_max_position_embeddings", 99),
+                             ("qwen2 yarn", "beta_fast", 9.0), ("qwen2 yarn", "beta_slow", 1.0),
+                             ("qwen2 yarn", "attention_factor", 1.0), ("mistral yarn", "mscale", 2.0),
+                             ("llama longrope", "attention_factor", 1.0)):
+        rope = CASES[case][1]["rope_parameters"]
+        other = make_network(case, rope_parameters=rope | {key: value})
+        difference = np.abs(reference(other) - reference(make_network(case))).max()
+        check(f"{case}: {key} matters", difference > 50 * TOLERANCE, f"{difference}")
 
 
 def test_formats_of_folders(folder: Path) -> None:
