@@ -22,7 +22,7 @@ the logits again in float64. A golden is kept only if
 Sources of the formats: ggml's docs/gguf.md, llama.cpp's conversion/llama.py and src/models/llama.cpp (names, order of
 the rows of q and k), llama2.c's export.py and run.c (v0, v1, v2, tokenizer.bin).
 
-Letters in the shapes: V vocabulary, D dim, H heads, G kv heads, K head_dim, F ffn, T tokens.
+Letters in the shapes: V vocabulary, D dim, H heads, G kv heads, K head_dim, F ffn, E experts, T tokens.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOKENS = 45            # not a multiple of any tile or batch
 TOLERANCE = 1e-4       # what the C program is allowed (guide: F32 weights, small models)
 MIN_CHANGE = 50 * TOLERANCE
 F32_ERROR = 2e-5       # what transformers' float32 may differ from float64
-MAX_BYTES = 1_400_000  # of the whole folder
+MAX_BYTES = 1_520_000  # of the whole folder
 CONTEXT = 64
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -71,6 +71,9 @@ class Case:
     eps: float = 1e-5
     bias: bool = False                         # llama only: all seven linear maps; qwen2 always has q, k, v
     rope: dict = field(default_factory=dict)   # transformers' rope_parameters without rope_theta
+    experts: int = 0                           # of each layer; 0: none
+    used: int = 0                              # by each token
+    types: dict = field(default_factory=dict)  # of tensors that are not float32
 
     @property
     def key_dim(self) -> int:
@@ -91,6 +94,10 @@ CASES = [
     Case("llama_linear", 4, dim=24, heads=6, kv_heads=3, ffn=36, vocab=131, tied=True, rope=LINEAR),
     Case("llama_mqa", 5, dim=30, heads=5, kv_heads=1, ffn=36, vocab=135, tied=False, theta=1e3, eps=1e-3),
     Case("qwen2", 6, dim=32, heads=4, kv_heads=2, ffn=36, vocab=267, tied=True, arch="qwen2", theta=1e6, eps=1e-6),
+    Case("mixtral", 20, dim=32, heads=4, kv_heads=2, ffn=40, vocab=131, tied=True, experts=5, used=2, types={
+        "blk.0.ffn_gate_exps.weight": QType.Q4_0, "blk.0.ffn_up_exps.weight": QType.Q8_0,
+        "blk.0.ffn_down_exps.weight": QType.F16, "blk.1.ffn_gate_exps.weight": QType.Q8_0,
+        "blk.1.ffn_up_exps.weight": QType.Q8_0, "blk.1.ffn_down_exps.weight": QType.BF16}),
     Case("qwen2_untied", 7, dim=24, heads=4, kv_heads=2, ffn=36, vocab=263, tied=False, arch="qwen2", theta=1e6,
          eps=1e-6),
 ]
@@ -132,6 +139,8 @@ class Model:
     score_dim: int = 0        # attention scores are divided by its root; 0: head_dim
     grouped: bool = True      # query head h reads kv head h / (H/G); else h % G (wrong)
     causal: bool = True
+    used: int = 0             # experts that a token goes to
+    share: bool = True        # their weights add up to 1
 
 
 def rope_angles(model: Model, tokens: int) -> np.ndarray:
@@ -175,6 +184,24 @@ def attention(model: Model, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndar
     return (weights @ v[source]).transpose(1, 0, 2).reshape(tokens, -1)
 
 
+EXPERTS = ("gate_inp", "gate_exps", "up_exps", "down_exps")
+
+
+def mixture(model: Model, x: np.ndarray, router: np.ndarray, gate: np.ndarray, up: np.ndarray,
+            down: np.ndarray) -> np.ndarray:
+    """The likeliest experts by softmax(router x), weighted      x (T, D)  router (E, D)  gate, up (E, F, D)
+    down (E, D, F)  out (T, D)    As in "Mixtral of Experts", one token and one expert after the other."""
+    out = np.zeros_like(x)
+    for t, row in enumerate(x):
+        p = np.exp(router @ row)
+        chosen = np.argsort(-p, kind="stable")[:model.used]
+        for e in chosen:
+            g = gate[e] @ row
+            y = down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ row))
+            out[t] += p[e] / (p[chosen] if model.share else p).sum() * y
+    return out
+
+
 def forward(model: Model, ids: np.ndarray, dtype: type = np.float64) -> np.ndarray:
     """The logits at every position      ids (T)   out (T, V)
     LLaMA and Qwen2 as in "LLaMA: Open and Efficient Foundation Language Models"; absent biases count as zero."""
@@ -196,6 +223,9 @@ def forward(model: Model, ids: np.ndarray, dtype: type = np.float64) -> np.ndarr
             q, k, v = (linear(y, blk + "attn_" + part) for part in "qkv")
         x = x + linear(attention(model, n, q, k, v), blk + "attn_output")
         y = rmsnorm(x, weight(blk + "ffn_norm.weight"), model.eps)
+        if blk + "ffn_gate_inp.weight" in model.tensors:
+            x = x + mixture(model, y, *(weight(f"{blk}ffn_{name}.weight") for name in EXPERTS))
+            continue
         gate = linear(y, blk + "ffn_gate")
         x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, blk + "ffn_up"), blk + "ffn_down")
     x = rmsnorm(x, weight("output_norm.weight"), model.eps)
@@ -225,9 +255,14 @@ def variants(model: Model, types: dict[str, QType]) -> Iterator[tuple[str, Model
         yield "untied", changed(tensors={name: w for name, w in tensors.items() if name != "output.weight"})
     else:
         yield "tied", changed(tensors={**tensors, "output.weight": np.roll(embedding, 1, axis=0)})
-    swap = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+    swap = {a + end: b + end for end in ("", "_exps") for a, b in (("ffn_gate", "ffn_up"), ("ffn_up", "ffn_gate"))}
     yield "gate/up", changed(tensors={".".join(swap.get(part, part) for part in name.split(".")): w
                                       for name, w in tensors.items()})
+    if model.used:
+        yield "used", changed(used=model.used + 1)
+        yield "share", changed(share=False)
+        for part in EXPERTS:
+            yield part, edited(lambda name, w, part=part: np.roll(w, 1, axis=0) if f"ffn_{part}." in name else w)
     if model.head_dim * model.heads != dim:
         yield "head_dim(score)", changed(score_dim=dim // model.heads)
         yield "head_dim(rope)", changed(freq_dim=dim // model.heads)
@@ -239,7 +274,7 @@ def variants(model: Model, types: dict[str, QType]) -> Iterator[tuple[str, Model
         yield kind + ".bias", edited(lambda name, w, kind=kind: 0 * w if name.endswith(kind + ".bias") else w)
     for qtype in sorted(set(types.values())):
         yield qtype.name, edited(lambda name, w, qtype=qtype:
-                                 np.roll(w, 1, axis=1) if types.get(name) == qtype and w.ndim == 2 else w)
+                                 np.roll(w, 1, axis=1) if types.get(name) == qtype and w.ndim >= 2 else w)
 
 
 # ==== 3. Random weights ====
@@ -273,6 +308,12 @@ def random_tensors(case: Case) -> dict[str, np.ndarray]:
         linear(blk + "attn_v", kv_dim, case.dim, qkv_bias)
         linear(blk + "attn_output", case.dim, q_dim, case.bias)
         tensors[blk + "ffn_norm.weight"] = 1 + normal(0.3, case.dim)
+        if case.experts:
+            linear(blk + "ffn_gate_inp", case.experts, case.dim, False, gain=2)
+            for name, rows, cols in (("gate", ffns[n], case.dim), ("up", ffns[n], case.dim),
+                                     ("down", case.dim, ffns[n])):
+                tensors[f"{blk}ffn_{name}_exps.weight"] = normal(1 / math.sqrt(cols), case.experts, rows, cols)
+            continue
         linear(blk + "ffn_gate", ffns[n], case.dim, case.bias)
         linear(blk + "ffn_up", ffns[n], case.dim, case.bias)
         linear(blk + "ffn_down", case.dim, ffns[n], case.bias)
@@ -312,7 +353,8 @@ def reorder(case: Case, tensors: dict[str, np.ndarray], move) -> dict[str, np.nd
 
 HF_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-            "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+            "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+            "ffn_gate_inp": "mlp.gate"}
 
 
 def hf_name(name: str) -> str:
@@ -331,12 +373,19 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray], ids: np.ndarray) -> np
                  rms_norm_eps=case.eps, tie_word_embeddings=case.tied, attn_implementation="eager",
                  bos_token_id=None, eos_token_id=None,
                  rope_parameters={"rope_type": "default", **case.rope, "rope_theta": case.theta})
-    if case.arch == "llama":
+    if case.experts:
+        net = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+            **shape, num_local_experts=case.experts, num_experts_per_tok=case.used, experts_implementation="eager"))
+    elif case.arch == "llama":
         config = transformers.LlamaConfig(**shape, head_dim=case.key_dim, attention_bias=case.bias, mlp_bias=case.bias)
         net = transformers.LlamaForCausalLM(config)
     else:
         net = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
-    state = {hf_name(name): torch.from_numpy(w.copy()) for name, w in tensors.items()}
+    state = {hf_name(name): torch.from_numpy(w.copy()) for name, w in tensors.items() if "_exps." not in name}
+    for n in range(case.layers if case.experts else 0):  # gate and up of all experts are one tensor there
+        gate, up, down = (torch.from_numpy(tensors[f"blk.{n}.ffn_{name}.weight"]) for name in EXPERTS[1:])
+        state[f"model.layers.{n}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        state[f"model.layers.{n}.mlp.experts.down_proj"] = down.clone()
     if case.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     net.load_state_dict(state, strict=True)
@@ -428,6 +477,9 @@ def write_gguf(path: Path, case: Case, tensors: dict[str, np.ndarray], types: di
     writer.add_layer_norm_rms_eps(case.eps)
     if case.arch == "llama":
         writer.add_rope_dimension_count(case.key_dim)
+    if case.experts:
+        writer.add_expert_count(case.experts)
+        writer.add_expert_used_count(case.used)
     if case.head_dim:
         writer.add_key_length(case.head_dim)
         writer.add_value_length(case.head_dim)
@@ -486,7 +538,7 @@ def read_gguf(path: Path) -> tuple[Model, dict[str, QType]]:
     linear = value(f"{arch}.rope.scaling.factor") if value(f"{arch}.rope.scaling.type") == "linear" else 1.0
     return Model(tensors, layers, heads, kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers, head_dim,
                  value(f"{arch}.rope.freq_base"), value(f"{arch}.attention.layer_norm_rms_epsilon"),
-                 adjacent=arch == "llama", linear=linear), types
+                 adjacent=arch == "llama", linear=linear, used=value(f"{arch}.expert_used_count", 0)), types
 
 
 # ==== 7. llama2.c ====
@@ -599,13 +651,15 @@ def prove(name: str, model: Model, types: dict[str, QType], ids: np.ndarray, log
 
 
 def make_case(folder: Path, case: Case) -> None:
-    """A GGUF with float32 tensors."""
+    """A GGUF with float32 tensors, or of the types that the case says."""
     tensors, ids = random_tensors(case), random_ids(case)
+    for name, qtype in case.types.items():
+        tensors[name] = gguf.dequantize(gguf.quantize(tensors[name], qtype), qtype)
     logits = hf_logits(case, tensors, ids)
     stored = reorder(case, tensors, pair_rows) if case.arch == "llama" else tensors
     if case.rope.get("rope_type") == "llama3":
         stored["rope_freqs.weight"] = rope_factors(case)
-    write_gguf(folder / f"{case.name}.gguf", case, stored, {})
+    write_gguf(folder / f"{case.name}.gguf", case, stored, case.types)
     save(folder, case.name, ids, logits)
     prove(case.name, *read_gguf(folder / f"{case.name}.gguf"), ids, logits)
 

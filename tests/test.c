@@ -268,6 +268,7 @@ static const struct {
     { "attention", test_attention },
     { "rotation", test_rotation },
     { "goldens", test_goldens },
+    { "experts", test_experts },
     { "same bits", test_same_bits },
     { "containers", test_containers },
     { "hashes", test_hashes },

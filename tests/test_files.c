@@ -176,7 +176,7 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
     K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY,
-    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
+    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_DIM2, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
     H_VERSION, H_TENSORS, H_KEYS,
 } Damage;
 
@@ -262,6 +262,7 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
         break;
     case T_DIM0: t->dims[0] = u; break;
     case T_DIM1: t->dims[1] = u; break;
+    case T_DIM2: t->dims[2] = u, t->n_dims = 3; break;
     case T_SWAP: t->dims[0] = t->dims[1], t->dims[1] = first; break;
     case T_N_DIMS: t->n_dims = (uint32_t)u; break;
     case T_TYPE: t->type = (uint32_t)u; break;
@@ -500,6 +501,35 @@ static void test_damaged_ggufs(void) {
         { T_TYPE, "blk.0.attn_norm.weight", 8, NULL, "blk.0.attn_norm.weight" },
     };
     for (size_t i = 0; i < sizeof layers / sizeof *layers; i++) check_damaged_gguf("mixed.gguf", &layers[i]);
+    static const DamageCase experts[] = {  // 5 experts of 40 x 32, of which a token uses 2
+        { K_U32, "llama.expert_count", 4, NULL, "expected 1 x 4 x 32" },
+        { K_U32, "llama.expert_count", 0, NULL, "2 of 0 experts" },
+        { K_U32, "llama.expert_count", 1025, NULL, "n_experts" },
+        { K_F32, "llama.expert_count", 4.5, NULL, "n_experts" },
+        { K_DROP, "llama.expert_count", 0, NULL, "2 of 0 experts" },
+        { K_U32, "llama.expert_used_count", 0, NULL, "0 of 5 experts" },
+        { K_U32, "llama.expert_used_count", 6, NULL, "6 of 5 experts" },
+        { K_U32, "llama.expert_used_count", -1, NULL, "n_experts_used" },
+        { K_DROP, "llama.expert_used_count", 0, NULL, "0 of 5 experts" },
+        { K_U32, "llama.expert_feed_forward_length", 20, NULL, "expected 5 x 20 x 32" },
+        { K_U32, "llama.expert_feed_forward_length", 0, NULL, "expert_feed_forward_length" },
+        { K_F32, "llama.expert_weights_scale", 2, NULL, "expert_weights_scale" },
+        { T_DROP, "blk.1.ffn_gate_inp.weight", 0, NULL, "blk.1.ffn_gate_inp.weight is missing" },
+        { T_DROP, "blk.0.ffn_up_exps.weight", 0, NULL, "blk.0.ffn_up_exps.weight is missing" },
+        { T_RENAME, "blk.0.ffn_up_exps.weight", 0, "blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight is missing" },
+        { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up.bias", "blk.0.ffn_up.bias" },
+        { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up_exps.bias", "blk.0.ffn_up_exps.bias" },
+        { T_N_DIMS, "blk.0.ffn_gate_exps.weight", 2, NULL, "is 1 x 40 x 32" },
+        { T_DIM1, "blk.1.ffn_down_exps.weight", 31, NULL, "blk.1.ffn_down_exps.weight" },
+        { T_DIM1, "blk.1.ffn_down_exps.weight", 0x1p61, NULL, "blk.1.ffn_down_exps.weight" },
+        { T_DIM2, "blk.1.ffn_down_exps.weight", 0, NULL, "blk.1.ffn_down_exps.weight" },
+        { T_DIM2, "blk.1.ffn_down_exps.weight", 6, NULL, "" },
+        { T_DIM2, "blk.1.ffn_down_exps.weight", 4, NULL, "is 4 x 32 x 40, expected 5 x" },
+        { T_DIM2, "blk.1.ffn_down_exps.weight", 0x1p60, NULL, "blk.1.ffn_down_exps.weight" },
+        { T_DIM2, "blk.1.attn_q.weight", 2, NULL, "" },
+        { T_SWAP, "blk.1.ffn_down_exps.weight", 0, NULL, "blk.1.ffn_down_exps.weight" },
+    };
+    for (size_t i = 0; i < sizeof experts / sizeof *experts; i++) check_damaged_gguf("mixtral.gguf", &experts[i]);
 }
 
 // ---- Native and llama2.c files ----
@@ -667,13 +697,18 @@ static void test_damaged_llama2c(void) {
 
 // Weights that are no numbers: the run says where.
 static void test_broken_weights(void) {
-    static const struct { const char *tensor; double value; const char *wanted; } cases[] = {
-        { "token_embd.weight", NAN, "embedding" }, { "blk.0.ffn_down.weight", INFINITY, "layer 1" },
-        { "blk.1.attn_output.weight", NAN, "layer 2" }, { "output_norm.weight", NAN, "logits" },
-        { "blk.0.attn_v.weight", NAN, "layer 1" }, { "blk.1.ffn_gate.weight", NAN, "layer 2" },
+    static const struct { const char *tensor; double value; const char *wanted, *file; } cases[] = {
+        { "token_embd.weight", NAN, "embedding", "llama_linear.gguf" },
+        { "blk.0.ffn_down.weight", INFINITY, "layer 1", "llama_linear.gguf" },
+        { "blk.1.attn_output.weight", NAN, "layer 2", "llama_linear.gguf" },
+        { "output_norm.weight", NAN, "logits", "llama_linear.gguf" },
+        { "blk.0.attn_v.weight", NAN, "layer 1", "llama_linear.gguf" },
+        { "blk.1.ffn_gate.weight", NAN, "layer 2", "llama_linear.gguf" },
+        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf" },
+        { "blk.1.ffn_gate_inp.weight", INFINITY, "layer 2", "mixtral.gguf" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Bytes b = read_golden("llama_linear.gguf");
+        Bytes b = read_golden(cases[i].file);
         GgufParts g;
         take_apart(b, &g);
         float value = (float)cases[i].value;
@@ -794,6 +829,11 @@ static void test_damage_everywhere(void) {
     check_random_damage("native", native, tokenizer_end);
     check_random_damage("GGUF", gguf, 4600);
     check_random_damage("llama2.c v0", v0, 28);
+    Bytes experts = export_golden("mixtral.gguf");
+    memcpy(&h, experts.bytes, sizeof h);
+    check_every_word("native with experts", experts, h.tokenizer.at);
+    check_random_damage("native with experts", experts, h.tokenizer.at);
+    free(experts.bytes);
     check_every_length("native", native, false);
     check_every_length("GGUF", gguf, true);  // zeros behind the last tensor may be missing
     check_every_length("llama2.c v2", llama2c, false);

@@ -14,6 +14,7 @@ static const struct {
     { "qwen2_untied.gguf", "qwen2_untied", true }, { "llama2c_v0.bin", "llama2c_v0", true },
     { "llama2c_v0.gguf", "llama2c_v0", true }, { "llama2c_v1.bin", "llama2c_v1", true },
     { "llama2c_v2.bin", "llama2c_v2", false }, { "mixed.gguf", "mixed", false }, { "mixed_fused.gguf", "mixed", false },
+    { "mixtral.gguf", "mixtral", false },
 };
 enum { N_GOLDENS = sizeof goldens / sizeof *goldens };
 
@@ -102,6 +103,37 @@ static void test_goldens(void) {
         free(file.bytes), free(exact), free(usual);
         close_opened(&o);
     }
+}
+
+// ---- Experts ----
+
+// Which experts a token goes to, and with what weights, against an ordering and a softmax in double.
+static void test_experts(void) {
+    for (int i = 0; i < 2000; i++) {
+        enum { MOST = 130 };
+        float logits[MOST], got[MOST];
+        int n = 1 + (int)random_below(MOST), used = 1 + (int)random_below((size_t)n);
+        for (int e = 0; e < n; e++) logits[e] = i % 2 ? random_float(3) : (float)random_below(4);  // or with equal ones
+        memcpy(got, logits, sizeof got);
+        choose_experts(got, n, used);
+        double sum = 0;
+        int rank[MOST], n_wrong = 0;
+        for (int e = 0; e < n; e++) {
+            rank[e] = 0;
+            for (int j = 0; j < n; j++) rank[e] += logits[j] > logits[e] || (logits[j] == logits[e] && j < e);
+            if (rank[e] < used) sum += exp((double)logits[e]);
+        }
+        for (int e = 0; e < n; e++) {
+            double wanted = rank[e] < used ? exp((double)logits[e]) / sum : 0;
+            n_wrong += !(fabs(got[e] - wanted) <= (used + 24) * 0x1p-24 * wanted);  // of the sum, of a logit up to 24
+        }
+        check(!n_wrong, "%d of %d experts, case %d: %d weights are wrong", used, n, i, n_wrong);
+    }
+    float broken[5] = { NAN, NAN, NAN, NAN, NAN };
+    choose_experts(broken, 5, 2);
+    int n_chosen = 0;
+    for (int e = 0; e < 5; e++) n_chosen += broken[e] != 0;
+    check(n_chosen == 2 && isnan(broken[0]), "logits that are no numbers: %d chosen, wanted 2", n_chosen);
 }
 
 // ---- The same bits ----
@@ -278,6 +310,8 @@ static const struct {
     { "mixed.gguf", "mixed", true, false, 0x328993dca3745f73 },
     { "llama2c_v2.bin", "llama2c_v2", false, false, 0x28d1052b3c7a4c5e },
     { "llama2c_v2.bin", "llama2c_v2", true, true, 0x50c58548deef9b56 },
+    { "mixtral.gguf", "mixtral", false, false, 0x1afb9b0cef4e4e87 },
+    { "mixtral.gguf", "mixtral", true, true, 0x34f61669c2662fc3 },
 };
 
 static void test_hashes(void) {
