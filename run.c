@@ -2547,7 +2547,7 @@ static const struct {
     double harmless;  // NAN: any value is
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
-    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
+    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
     { ".use_parallel_residual", NAN },       // StableLM's files often say so; which mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
 };
@@ -2615,14 +2615,13 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
         magnitude = (1 + x) / (1 + all * x);
         c->yarn_fast = get_number(g, ".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
         c->yarn_slow = get_number(g, ".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
-        get_number(g, ".rope.scaling.yarn_ext_factor", 1, 1, 1);
         get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
     }
     double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
     c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
-    if (longrope && !has_factors) return refuse(e, "tensor rope_factors_long.weight is missing");
-    return !type.at || none || yarn || longrope || is_text(type, "linear") ||
-           refuse(e, "rope scaling \"%.*s\" is not implemented", shown(type), type.at);
+    return !type.at || none || yarn || (longrope && has_factors) || is_text(type, "linear") ||
+           refuse(e, "rope scaling \"%.*s\" %s", shown(type), type.at,
+                  longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
@@ -2720,12 +2719,10 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - d->n || n > c->left / 24)
         return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
-    Entry *entries = allocate(d->n + (size_t)n, sizeof *entries, e);
-    if (!entries) return false;
-    if (d->n) memcpy(entries, d->entries, d->n * sizeof *entries);
-    free(d->entries);
-    d->entries = entries;
-    Directory own = { entries + d->n, 0 };
+    Buffer all = { (void *)d->entries, d->n * sizeof *d->entries, d->n * sizeof *d->entries };
+    if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
+    d->entries = (void *)all.bytes;
+    Directory own = { d->entries + d->n, 0 };
     for (; own.n < n; own.n++, d->n++)
         if (!read_gguf_tensor(c, &own.entries[own.n], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
