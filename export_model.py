@@ -485,6 +485,29 @@ def read_value(c: Bytes, kind: int) -> Value:
 
 
 def open_gguf(path: Path) -> Model:
+    """A file or, of a split one (NAME-00001-of-00003.gguf), all parts, whichever of them is named."""
+    name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name, re.DOTALL)
+    n = int(name[2]) if name else 1
+    paths = [path.with_name(f"{name[1]}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)] if name else [path]
+    parts = [open_gguf_part(p) for p in paths]
+    whole = Model(path, parts[0].keys, {})
+    for i, part in enumerate(parts):
+        number, count = part.get("split.no", 0), part.get("split.count", 0)
+        if number != i or (count or 1) != n:
+            raise Refusal(f"{part.source}: says that it is part {number + 1} of {count} of a split GGUF, its name says "
+                          f"{i + 1} of {n}")
+        if twice := whole.tensors.keys() & part.tensors.keys():
+            raise Refusal(f"{part.source}: tensor {min(twice)} is in another part, too")
+        whole.tensors |= part.tensors
+    wanted = whole.get("split.tensors.count", len(whole.tensors))
+    if wanted != len(whole.tensors):
+        raise Refusal(f"{path}: has {len(whole.tensors)} tensors, key split.tensors.count says {wanted}")
+    for key in [key for key in whole.keys if key.startswith("split.")]:
+        del whole.keys[key]
+    return whole
+
+
+def open_gguf_part(path: Path) -> Model:
     c = Bytes(path)
     c.take(4)
     version, n_tensors, n_keys = c.number(U32), c.number(U64), c.number(U64)

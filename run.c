@@ -274,10 +274,10 @@ typedef struct {
     size_t chat_template_bytes;
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
-    Map file, tokenizer_file;  // what the pointers above point into, if the file's layout is ours ...
+    Map file, tokenizer_file, *parts;  // what the pointers above point into, if the file's layout is ours ...
     unsigned char *packed;     // ... or else this block, made from the file when it was opened
     Buffer packed_vocabulary;  // likewise for the tokenizer's section
-    size_t packed_bytes;
+    size_t packed_bytes, n_parts;  // the latter: of a split GGUF those after its first
 } Model;
 
 // 32 numbers of a vector, rounded to 8 bits (chapter 4): a number is about scale * q.
@@ -1727,6 +1727,30 @@ static bool map_file(const char *path, Map *map, Error *e) {
     return true;
 }
 
+// Says in which part of a split GGUF something went wrong.
+static bool in_part(size_t part, Error *e) {
+    Error told = *e;
+    return fail(e, told.status, "part %zu: %.300s", part, told.text);
+}
+
+// Maps a file or, of a split GGUF (NAME-00001-of-00003.gguf), all parts, whichever of them is named.
+static bool map_parts(const char *path, Model *m, Error *e) {
+    size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
+    unsigned part, parts;
+    int end = 0;
+    if (sscanf(path + prefix, "-%5u-of-%5u.gguf%n", &part, &parts, &end) < 2 || end != 20 || part - 1 >= parts)
+        return map_file(path, &m->file, e);
+    char *name = allocate(n + 1, 1, e);
+    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
+    for (part = 1; ok && part <= parts; part++) {
+        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
+        ok = map_file(name, part == 1 ? &m->file : &m->parts[part - 2], e) || in_part(part, e);
+        if (ok) m->n_parts = part - 1;
+    }
+    free(name);
+    return ok;
+}
+
 static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     size_t needed = plus(b->n, n);
     if (needed > b->capacity) {
@@ -2567,7 +2591,7 @@ static const struct {
     double harmless;  // NAN: any value is
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
-    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN },
+    { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
     { ".use_parallel_residual", NAN },       // StableLM's files often say so; which mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
@@ -2636,14 +2660,13 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
         magnitude = (1 + x) / (1 + all * x);
         c->yarn_fast = get_number(g, ".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32);
         c->yarn_slow = get_number(g, ".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1);
-        get_number(g, ".rope.scaling.yarn_ext_factor", 1, 1, 1);
         get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
     }
     double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
     c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
-    if (longrope && !has_factors) return refuse(e, "tensor rope_factors_long.weight is missing");
-    return !type.at || none || yarn || longrope || is_text(type, "linear") ||
-           refuse(e, "rope scaling \"%.*s\" is not implemented", shown(type), type.at);
+    return !type.at || none || yarn || (longrope && has_factors) || is_text(type, "linear") ||
+           refuse(e, "rope scaling \"%.*s\" %s", shown(type), type.at,
+                  longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
@@ -2735,18 +2758,22 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     return true;
 }
 
-// The directory, from the cursor on; `bytes` is where the file begins.
+// Adds a file's tensors, from the cursor on, to the directory; `bytes` is where the file begins.
 static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Directory *d, Error *e) {
     size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
-    if (g->bad || !find_family(g->family, e)) return false;
+    if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
-    if (n > MAX_TENSORS || n > c->left / 24) return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
-    if (!(d->entries = allocate((size_t)n, sizeof *d->entries, e))) return false;
-    for (; d->n < n; d->n++)
-        if (!read_gguf_tensor(c, &d->entries[d->n], e)) return false;
+    if (n > MAX_TENSORS - d->n || n > c->left / 24)
+        return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
+    Buffer all = { (void *)d->entries, d->n * sizeof *d->entries, d->n * sizeof *d->entries };
+    if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
+    d->entries = (void *)all.bytes;
+    Directory own = { d->entries + d->n, 0 };
+    for (; own.n < n; own.n++, d->n++)
+        if (!read_gguf_tensor(c, &own.entries[own.n], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
     take(c, round_up(n_read, step) - n_read);
-    return place_entries(d, *c, step, e);
+    return place_entries(&own, *c, step, e);
 }
 
 // The header and all keys; the cursor is left at the tensors. The caller frees g->keys.
@@ -2769,18 +2796,37 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     }
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    double parts = get_number(g, "split.count", 0, 65535, 0);
-    if (g->bad) return false;
-    if (!family.at) return refuse(e, "key general.architecture is missing");
-    return parts <= 1 || refuse(e, "is one part of a GGUF split into %g: merge them first", parts);
+    return !g->bad;
+}
+
+// A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors
+// are added to d, if that is not NULL. The caller frees g->keys.
+static bool read_gguf_part(Cursor file, size_t part, size_t parts, Gguf *g, Directory *d, Error *e) {
+    Cursor c = file;
+    uint64_t n_tensors;
+    if (!read_gguf_keys(&c, g, &n_tensors, e)) return false;
+    if (part == 1 && !find_key(g, "general.architecture")) return refuse(e, "key general.architecture is missing");
+    if (!d) return true;
+    double number = get_number(g, "split.no", 0, 65535, 0) + 1, count = get_number(g, "split.count", 0, 65535, 0);
+    if (g->bad || (part == 1 && !find_family(g->family, e))) return false;
+    if (number != (double)part || fmax(count, 1) != (double)parts)
+        return refuse(e, "says that it is part %g of %g of a split GGUF, its name says %zu of %zu", number, count, part,
+                      parts);
+    return read_gguf_tensors(g, &c, file.at, n_tensors, d, e);
 }
 
 static bool parse_gguf(Cursor file, Model *m, Directory *d, Error *e) {
-    Cursor c = file;
     Gguf g = { 0 };
-    uint64_t n_tensors;
-    bool ok = read_gguf_keys(&c, &g, &n_tensors, e);
-    if (d) ok = ok && read_gguf_tensors(&g, &c, file.at, n_tensors, d, e) && read_gguf_config(&g, m, d, e);
+    bool ok = read_gguf_part(file, 1, m->n_parts + 1, &g, d, e);
+    for (size_t i = 0; d && ok && i < m->n_parts; i++) {
+        Gguf part = { 0 };
+        Cursor c = { m->parts[i].bytes, m->parts[i].n_bytes, false };
+        ok = read_gguf_part(c, i + 2, m->n_parts + 1, &part, d, e) || in_part(i + 2, e);
+        free(part.keys);
+    }
+    double n = d && ok ? get_number(&g, "split.tensors.count", 0, MAX_TENSORS, (double)d->n) : 0;
+    if (d && ok && n != (double)d->n) ok = refuse(e, "has %zu tensors, key split.tensors.count says %g", d->n, n);
+    if (d) ok = ok && read_gguf_config(&g, m, d, e);
     ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e);
     free(g.keys);
     return ok;
@@ -2928,6 +2974,8 @@ static void close_model(Model *m) {
     free(m->layers);
     if (m->packed) munmap(m->packed, m->packed_bytes);
     if (m->file.bytes) munmap((void *)m->file.bytes, m->file.n_bytes);
+    for (size_t i = 0; i < m->n_parts; i++) munmap((void *)m->parts[i].bytes, m->parts[i].n_bytes);
+    free(m->parts);
     if (m->tokenizer_file.bytes) munmap((void *)m->tokenizer_file.bytes, m->tokenizer_file.n_bytes);
     *m = (Model){ 0 };
 }
@@ -4349,7 +4397,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
 // Opens the checkpoint and, for llama2.c's, the tokenizer beside it.
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
-    if (!map_file(options.checkpoint, &m->file, e) ||
+    if (!map_parts(options.checkpoint, m, e) ||
         !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
         return false;
     if (m->tokenizer.n_tokens && !options.tokenizer) return true;

@@ -409,6 +409,52 @@ def test_round_trips(folder: Path) -> None:
         check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
 
 
+def write_split(source: Path, made: Path, **how) -> list[Path]:
+    """A GGUF as gguf-py writes it in parts."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(made, reader.fields["general.architecture"].contents(), **how)
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), kind, item)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(made.parent.glob(f"{made.stem}-*-of-*.gguf"))
+
+
+def test_split_files(folder: Path) -> None:
+    """What gguf-py has split opens by any part, and makes the native file of the whole one, to the byte."""
+    golden = ROOT / "tests/golden"
+    for name, n_parts, how in (("mixed", 7, dict(split_max_tensors=3)), ("qwen2", 3, dict(split_max_size=31000)),
+                               ("llama_tied", 3, dict(split_max_tensors=10, small_first_shard=True))):
+        parts = write_split(golden / f"{name}.gguf", folder / f"{name}.gguf", **how)
+        check(f"{name}: {n_parts} parts", len(parts) == n_parts, f"{len(parts)}")
+        natives = []
+        for source in (golden / f"{name}.gguf", *parts):
+            made = folder / f"{source.name}.bin"
+            done = export_model.call(RUN, source, "-m", "export", "-o", made)
+            check(f"{source.name}: opens", done.returncode == 0, done.stderr)
+            natives.append(made.read_bytes() if made.is_file() else b"")
+        check(f"{name}: one native file", len(natives[0]) > 1000 and len(set(natives)) == 1)
+        exported(parts[1], "-o", folder / f"{name} whole.gguf", "--to", "gguf")
+        check(f"{name}: export_model.py", same_weights(golden / f"{name}.gguf", folder / f"{name} whole.gguf"))
+    kept = parts[1].read_bytes()
+    for damaged, word in ((None, "No such file"), (parts[0].read_bytes(), "part 1"), (kept[:-40], "not copied whole")):
+        parts[1].unlink()
+        if damaged:
+            parts[1].write_bytes(damaged)
+        done = export_model.call(RUN, parts[0], "-m", "inspect")
+        status, stderr = export(parts[0], "-o", folder / "no.gguf", "--to", "gguf")
+        for what, code, text in (("run", done.returncode, done.stderr), ("export_model.py", status, stderr)):
+            check(f"{what}: {word}", code == 1 and word in text and text.count("\n") == 1, text)
+        check("run names the part", "part 2: " in done.stderr, done.stderr)
+        parts[1].write_bytes(kept)
+
+
 def test_native_types(folder: Path) -> None:
     """All types of blocks, most of which export_model does not make: from GGUF to native tiles and back."""
     save_model(folder / "model", make_network("llama", hidden_size=256, intermediate_size=512))

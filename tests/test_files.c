@@ -733,8 +733,191 @@ static void test_broken_weights(void) {
     }
 }
 
+// ---- A GGUF in parts ----
+
+enum { N_SPLIT = 3 };
+
+static void set_number(GgufParts *g, const char *name, uint32_t type, uint64_t value, size_t n_bytes) {
+    set_value(key_named(g, name, true), type, &value, n_bytes);
+}
+
+// Part `part` of a GGUF as llama.cpp's gguf-split makes it: the first has all keys, each its own tensors, with places
+// of their own, and three keys of the types that are there (u16, u16, i32).
+static Bytes make_part(const char *golden, int part) {
+    Bytes b = read_golden(golden);
+    GgufParts whole;
+    take_apart(b, &whole);
+    GgufParts *g = get(sizeof *g);
+    *g = (GgufParts){ .version = 3 };
+    for (int i = 0; part == 1 && i < whole.keys; i++) {
+        GgufKey *k = key_named(g, whole.key[i].name, true);
+        k->value = copy_bytes(whole.key[i].value.bytes, whole.key[i].value.n);
+    }
+    set_number(g, "split.no", 2, (uint64_t)part - 1, 2);
+    set_number(g, "split.count", 2, N_SPLIT, 2);
+    set_number(g, "split.tensors.count", 5, whole.n_tensors, 4);
+    Buffer data = { 0 };
+    int from = whole.tensors * (part - 1) / N_SPLIT, to = whole.tensors * part / N_SPLIT;
+    for (int i = from; i < to; i++) {
+        const GgufTensor *t = &whole.tensor[i];
+        size_t end = i + 1 < whole.tensors ? whole.tensor[i + 1].offset : whole.data.n;
+        g->tensor[g->tensors] = *t;
+        g->tensor[g->tensors++].offset = data.n;
+        put(&data, whole.data.bytes + t->offset, end - t->offset);
+        put(&data, NULL, round_up(data.n, 32) - data.n);
+    }
+    g->n_tensors = (uint64_t)g->tensors;
+    g->data = copy_bytes(data.bytes, data.n);
+    Bytes made = put_together(g);
+    free_parts(g), free_parts(&whole);
+    free(g), free(data.bytes), free(b.bytes);
+    return made;
+}
+
+// The parts in memory; close_in_parts() takes them out again, since close_model() would unmap them.
+static bool open_in_parts(Bytes *parts, size_t n, Model *m, Error *e) {
+    *e = (Error){ 0 };
+    *m = (Model){ .n_parts = n - 1, .parts = get(n * sizeof *m->parts) };
+    for (size_t i = 1; i < n; i++) m->parts[i - 1] = (Map){ parts[i].bytes, parts[i].n };
+    return open_model(parts[0].bytes, parts[0].n, 2, m, e);
+}
+
+static void close_in_parts(Model *m) {
+    free(m->parts);
+    m->parts = NULL;
+    m->n_parts = 0;
+    close_model(m);
+}
+
+// What is done to part `part`.
+static void check_damaged_part(int part, const DamageCase *c, const char *wanted) {
+    Bytes parts[N_SPLIT];
+    for (int i = 0; i < N_SPLIT; i++) parts[i] = make_part("llama_linear.gguf", i + 1);
+    GgufParts *g = get(sizeof *g);
+    take_apart(parts[part - 1], g);
+    if (c->how < T_DROP) damage_key(g, c);
+    else damage_tensor(g, c);
+    free(parts[part - 1].bytes);
+    parts[part - 1] = put_together(g);
+    Model m;
+    Error e;
+    bool ok = open_in_parts(parts, N_SPLIT, &m, &e);
+    check(!ok && is_refusal(&e) && strstr(e.text, wanted), "part %d, damage %d to %s: got %s\"%s\", wanted \"%s\"",
+          part, (int)c->how, c->name, ok ? "it opened " : "", e.text, wanted);
+    close_in_parts(&m);
+    free_parts(g), free(g);
+    for (int i = 0; i < N_SPLIT; i++) free(parts[i].bytes);
+}
+
+static void check_named_parts(const Bytes *parts, Bytes wanted) {
+    char path[N_SPLIT][160], plain[160];
+    for (int i = 0; i < N_SPLIT; i++) {
+        snprintf(path[i], sizeof path[i], "%s/model-%05d-of-%05d.gguf", folder, i + 1, N_SPLIT);
+        check(write_bytes(path[i], parts[i]), "%s cannot be written", path[i]);
+    }
+    Model m = { 0 };
+    Error e = { 0 };
+    const char *native = temporary("native.bin");
+    for (int i = 0; i < N_SPLIT; i++) {
+        bool ok = map_parts(path[i], &m, &e) && open_model(m.file.bytes, m.file.n_bytes, 2, &m, &e) &&
+                  export_model(&m, native, &e);
+        Bytes got = read_bytes(native);
+        check(ok && got.n == wanted.n && !memcmp(got.bytes, wanted.bytes, got.n),
+              "%s: got \"%s\" or another native file than from the whole GGUF", path[i], e.text);
+        free(got.bytes);
+        close_model(&m);
+        unlink(native);
+    }
+    size_t n_failed_well = 0;
+    for (failing = 1; n_failed_well + 1 == failing; failing++) {  // each allocation in turn, until there are no more
+        n_allocations = 0;
+        errno = ENOMEM;
+        bool ok = map_parts(path[0], &m, &e) && open_model(m.file.bytes, m.file.n_bytes, 1, &m, &e);
+        n_failed_well += !ok && e.status == NO_MEMORY;
+        close_model(&m);
+        if (ok && n_allocations < failing) break;
+    }
+    check(n_failed_well > 10 && failing == n_failed_well + 1, "parts without memory: allocation %zu", failing);
+    failing = 0;
+    snprintf(plain, sizeof plain, "%s/model-00004-of-00003.gguf", folder);  // no part: as any other file
+    check(!map_parts(plain, &m, &e) && !strstr(e.text, "part"), "%s: got \"%s\"", plain, e.text);
+    close_model(&m);
+    unlink(path[1]);
+    check(!map_parts(path[0], &m, &e) && strstr(e.text, "part 2: No such file"), "without part 2: got \"%s\"", e.text);
+    close_model(&m);
+    check(write_bytes(path[1], (Bytes){ parts[1].bytes, 0 }) && !map_parts(path[2], &m, &e) &&
+          strstr(e.text, "part 2: an empty file"), "part 2 is empty: got \"%s\"", e.text);
+    close_model(&m);
+    for (int i = 0; i < N_SPLIT; i++) unlink(path[i]);
+    snprintf(plain, sizeof plain, "%s/renamed.gguf", folder);
+    check(write_bytes(plain, parts[0]) && map_parts(plain, &m, &e) &&
+          !open_model(m.file.bytes, m.file.n_bytes, 1, &m, &e) && strstr(e.text, "part 1 of 3"),
+          "a part by another name: got \"%s\"", e.text);
+    close_model(&m);
+    check(map_parts(plain, &m, &e) && open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e) &&
+          m.tokenizer.n_tokens == 131, "the vocabulary of a first part: got \"%s\"", e.text);
+    close_model(&m);
+    unlink(plain);
+}
+
+static void test_parts(void) {
+    static const struct { int part; DamageCase damage; const char *wanted; } cases[] = {
+        { 2, { K_U32, "split.no", 2, NULL, NULL }, "part 2: says that it is part 3 of 3" },
+        { 2, { K_DROP, "split.no", 0, NULL, NULL }, "part 2: says that it is part 1 of 3" },
+        { 3, { K_U32, "split.count", 4, NULL, NULL }, "part 3: says that it is part 3 of 4" },
+        { 3, { K_DROP, "split.count", 0, NULL, NULL }, "part 3: says that it is part 3 of 0" },
+        { 1, { K_U32, "split.count", 2, NULL, NULL }, "part 1 of 2" },
+        { 1, { K_U32, "split.no", 1, NULL, NULL }, "part 2 of 3" },
+        { 1, { K_U32, "split.tensors.count", 21, NULL, NULL }, "says 21" },
+        { 1, { K_TEXT, "split.tensors.count", 0, "20", NULL }, "split.tensors.count" },
+        { 2, { K_TEXT, "split.no", 0, "1", NULL }, "part 2: key split.no" },
+        { 1, { K_DROP, "general.architecture", 0, NULL, NULL }, "general.architecture" },
+        { 2, { K_U32, "general.alignment", 24, NULL, NULL }, "part 2: key general.alignment" },
+        { 2, { T_DROP, "blk.0.ffn_up.weight", 0, NULL, NULL }, "has 19 tensors" },
+        { 2, { T_RENAME, "blk.0.ffn_up.weight", 0, "token_embd.weight", NULL }, "" },  // twice in all
+        { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0x1p40, NULL, NULL }, "part 3: blk.1.ffn_up.weight ends after" },
+        { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0, NULL, NULL }, "part 3: tensors" },
+        { 3, { T_TYPE, "blk.1.ffn_up.weight", 99, NULL, NULL }, "part 3: blk.1.ffn_up.weight is of GGUF type 99" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_damaged_part(cases[i].part, &cases[i].damage, cases[i].wanted);
+    Bytes wanted = export_golden("llama_linear.gguf"), parts[N_SPLIT];
+    for (int i = 0; i < N_SPLIT; i++) parts[i] = make_part("llama_linear.gguf", i + 1);
+    check_named_parts(parts, wanted);
+    size_t n_wrong = 0;
+    Model m;
+    Error e;
+    Bytes second = parts[1];  // one that has room for as many tensors as there may be, but not beside the others
+    parts[1] = new_bytes(second.n + 24 * MAX_TENSORS);
+    memset(parts[1].bytes, 0, parts[1].n);
+    memcpy(parts[1].bytes, second.bytes, second.n);
+    memcpy(parts[1].bytes + 8, &(const uint64_t){ MAX_TENSORS }, 8);
+    check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: claims to have 65536 tensors"),
+          "more tensors than there may be: got \"%s\"", e.text);
+    close_in_parts(&m);
+    free(parts[1].bytes);
+    parts[1] = second;
+    for (size_t bit = 0; bit < 8 * 700; bit++) {  // of the header of the second
+        parts[1].bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
+        n_wrong += !open_in_parts(parts, N_SPLIT, &m, &e) && !is_refusal(&e);
+        close_in_parts(&m);
+        parts[1].bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
+    }
+    for (size_t whole = parts[2].n, n = whole; n-- > 0;) {
+        parts[2].bytes = realloc(parts[2].bytes, n ? n : 1);
+        parts[2].n = n;
+        bool ok = parts[2].bytes && open_in_parts(parts, N_SPLIT, &m, &e);
+        n_wrong += ok ? n + 32 <= whole : !is_refusal(&e) || !strstr(e.text, "part 3: ");
+        close_in_parts(&m);
+    }
+    check(!n_wrong, "parts with a wrong bit or cut short: %zu wrong", n_wrong);
+    for (int i = 0; i < N_SPLIT; i++) free(parts[i].bytes);
+    free(wanted.bytes);
+}
+
 static void test_damaged_files(void) {
     test_damaged_ggufs();
+    test_parts();
     test_damaged_native();
     test_damaged_llama2c();
     test_broken_weights();
