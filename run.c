@@ -1667,9 +1667,10 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
 
 // ---- The operating system ----
 
-// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used.
-static void *map_memory(size_t n_bytes, Error *e) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used. What
+// will be used whole is refused by the system if it is more than the machine has.
+static void *map_memory(size_t n_bytes, bool whole, Error *e) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (whole ? 0 : MAP_NORESERVE);
     void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
@@ -2187,7 +2188,7 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     for (const Entry *a = d->entries; a < d->entries + d->n; a++)
         if (!a->used) return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
     PackJob job = { m, d, clock_seconds() };
-    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
+    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, pack_team, &job);
@@ -3037,7 +3038,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->copies |= !rounds;
     }
     lay_out_state(m, s);
-    if (!(s->arena = map_memory(s->arena_bytes, e))) return false;
+    if (!(s->arena = map_memory(s->arena_bytes, false, e))) return false;
     s->arena_bytes = 0;
     lay_out_state(m, s);
     use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
@@ -3479,7 +3480,7 @@ static bool time_tests(Bench *b, Error *e) {
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
     bool ok = true;
-    if (!(b->memory = map_memory(MEMORY_BYTES, e))) return false;
+    if (!(b->memory = map_memory(MEMORY_BYTES, true, e))) return false;
     use_large_pages(b->memory, MEMORY_BYTES);
     memset(b->memory, 0x31, MEMORY_BYTES);
     if (options.json) putchar('[');
