@@ -1088,7 +1088,7 @@ typedef struct {
     int64_t n_predict, top_k, context, batch, reps;
     List threads, pp, tg, depth;
     uint64_t seed;
-    bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
+    bool quiet, json, exact, no_echo, no_bos, pieces, special, check, help, version;
 } Options;
 
 static Options options;
@@ -1658,6 +1658,27 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     }
 }
 
+// The first row of a row tile that has a weight or, if it is quantised, a scale which is not finite; or 16. One is not
+// if its bits, without the sign and moved to the top of 32, reach the limit: then the sum here has the top bit.
+static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
+    Type type = w->type;
+    size_t n = !is_quantised(type) ? 32 : types[type].has_min ? 2 : 1, row = 0;  // numbers of each row
+    uint32_t sum[16] = { 0 }, limit = type == F32 || type == BF16 ? 0x7f800000 : 0x7c000000;
+    if (type == MXFP4) limit = 253 << 23;  // of its exponents; the largest weight is 12 * 2^(e - 128)
+    for (const unsigned char *p = tiles, *end = p + row_tile_bytes(w); p < end; p += tile_bytes(type)) {
+        for (size_t i = 0; i < 16 * n; i += 16) {
+            for (size_t r = 0; r < 16; r++) {
+                uint32_t x = type == MXFP4 ? (uint32_t)p[r] << 23
+                           : type == F32 || type == Q8F ? ((const uint32_t *)(const void *)p)[i + r]
+                                                        : (uint32_t)((const uint16_t *)(const void *)p)[i + r] << 16;
+                sum[r] |= (x & 0x7fffffff) + (0x80000000 - limit);
+            }
+        }
+    }
+    while (row < TILE_ROWS && !(sum[row] >> 31)) row++;
+    return row;
+}
+
 /* ==== 9. Opening a checkpoint =======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
    directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts
@@ -2118,7 +2139,7 @@ static Entry *entry_for(const Directory *d, Slot *slot) {
 }
 
 // Makes the tiles of a file that has none, in one block.
-typedef struct { Model *m; const Directory *d; double start; } PackJob;
+typedef struct { Model *m; const Directory *d; double start; atomic_bool broken; } PackJob;
 
 // The file's pages of these row tiles are not needed any more: two copies of a model would be one too many.
 static void give_back(const Source *s, Range tiles) {
@@ -2140,13 +2161,28 @@ static void pack_team(void *p, Team team) {
         part.rows = slot.rows;
         part.data = source_block(&part, slot.first_row, 0);
         Range tiles = slot.tensor ? share(n_row_tiles(slot.tensor), team) : (Range){ 0, 0 };
-        if (slot.tensor) pack_rows(to, &part, tiles);
+        for (size_t row = tiles.from; row < tiles.to; row++) {
+            pack_rows(to, &part, (Range){ row, row + 1 });
+            if (broken_row(slot.tensor, to + row * row_tile_bytes(slot.tensor)) < TILE_ROWS) job->broken = true;
+        }
         if (tiles.to > tiles.from) give_back(&part, tiles);
         if (!slot.tensor && team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
         if (team.thread == 0) set_slot(&slot, to);
         if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
         to += round_up(slot_bytes(&slot), 64);
     }
+}
+
+// False, and the first row named, where a matrix is not finite. A native file's are read for this only on demand.
+static bool check_weights(Model *m, Error *e) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        const Tensor *w = slot.tensor;
+        for (size_t row = 0, r; w && w->tiles && row < slot.rows; row += TILE_ROWS)
+            if ((r = broken_row(w, w->tiles + row / TILE_ROWS * row_tile_bytes(w))) < TILE_ROWS)
+                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot.name, row + r);
+    }
+    return true;
 }
 
 // Fills one slot from its entry: points into a native file, or counts what is to be packed.
@@ -2165,6 +2201,11 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
         return refuse(e, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
     if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
         return refuse(e, "%s is of type %s, expected F32", entry->name, s->type->name);
+    for (size_t i = 0; slot->vector && i < slot->cols; i++) {
+        float x;
+        memcpy(&x, s->data + i * sizeof x, sizeof x);
+        if (!isfinite(x)) return refuse(e, "%s: number %zu is not finite", entry->name, i);
+    }
     if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
@@ -2187,12 +2228,13 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     }
     for (const Entry *a = d->entries; a < d->entries + d->n; a++)
         if (!a->used) return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
-    PackJob job = { m, d, clock_seconds() };
+    PackJob job = { m, d, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, pack_team, &job);
     }
+    if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
     return true;
 }
@@ -2367,7 +2409,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
     FileHeader h = { .layout = LAYOUT, .weights = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
+    bool ok = check_weights(m, e) && transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
               append_tensor_records(m, &records, &h.weights.n_bytes, e);
     const Cursor sections[WEIGHTS] = {
         [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { records.bytes, records.n, false },
@@ -3218,7 +3260,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if (!t && options.template_name) return false;
+    if ((!t && options.template_name) || (options.check && !check_weights(m, e))) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
@@ -4022,6 +4064,7 @@ static const Option option_table[] = {
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
     { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens in the prompt as such" },
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
+    { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: reads all weights, whether they are finite" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
