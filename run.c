@@ -63,6 +63,7 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 /* ==== 1. The ground floor ===========================================================================================
@@ -1780,9 +1781,42 @@ static int count_cores(bool physical) {
 // Where the threads of a team wait for each other: the last one to come opens it.
 typedef struct Gate { atomic_uint arrived, round; } Gate;
 
+#ifdef _OPENMP
+// Each thread starts the next and waits for its end, so that all are there at once. *left: how many are still to come.
+static void *start_next(void *left) {
+    pthread_t next;
+    if (--*(int *)left > 0 && pthread_create(&next, NULL, start_next, left) == 0) pthread_join(next, NULL);
+    return NULL;
+}
+
+// Of so many threads, those that can work. OpenMP ends the program where it cannot start one (ulimit -u), so this finds
+// out first; and it gives them what stack OMP_STACKSIZE says: where that is too little, one thread has to do.
+static int usable_threads(int threads) {
+    enum { STACK = 48 << 10 };  // bytes: clang -O0 needs 36,000
+    int left = threads;
+    atomic_bool cramped = false;
+    start_next(&left);
+#ifdef __GLIBC__
+#pragma omp parallel num_threads(threads - left)
+    {
+        pthread_attr_t own;
+        size_t size = STACK;
+        if (omp_get_thread_num() && pthread_getattr_np(pthread_self(), &own) == 0)
+            cramped |= pthread_attr_getstacksize(&own, &size) || pthread_attr_destroy(&own) || size < STACK;
+    }
+#endif
+    int usable = cramped ? 1 : threads - left;
+    if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
+    return usable;
+}
+#endif
+
 static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
     Gate gate = { 0 };
 #ifdef _OPENMP
+    static int asked_for = 1, usable = 1;
+    if (threads > asked_for) usable = usable_threads(asked_for = threads);
+    threads = threads < usable ? threads : usable;
 #pragma omp parallel num_threads(threads)
     work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
 #else
