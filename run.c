@@ -1100,25 +1100,16 @@ typedef struct {
     size_t n_held;
 } Printer;
 
+static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 9
+
 // Prints what a token adds to the text after the token before it.
 static void print_token(const Model *m, Printer *p, int before, int token) {
     size_t n;
     const char *bytes = decode(&m->tokenizer, before, token, &n);
-    for (size_t i = 0; i < n; i++) {
-        p->held[p->n_held++] = bytes[i];
-        size_t whole = whole_characters(p->held, p->n_held);
-        fwrite(p->held, 1, whole, stdout);
-        p->n_held -= whole;
-        memmove(p->held, p->held + whole, p->n_held);
-    }
+    print_bytes(p, bytes, n);
 }
 
-// What is held at the end was never completed; it is printed all the same, since nothing is lost.
-static void end_printing(Printer *p) {
-    fwrite(p->held, 1, p->n_held, stdout);
-    p->n_held = 0;
-    fflush(stdout);
-}
+static void end_printing(Printer *p);  // also what is held, which was never completed, since nothing is to be lost
 
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
@@ -1852,6 +1843,40 @@ static void show_progress(const char *what, double start, size_t done, size_t to
 }
 
 static void on_interrupt(int number) { interrupted = number; }
+
+// Makes question marks of what could steer a terminal: control characters, but for those in `kept`, and bytes that are
+// not UTF-8.
+static void disarm(char *s, size_t n, const char *kept) {
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t c;
+        int found = read_character(s + i, n - i, &c);
+        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
+        length = found > 0 ? (size_t)found : 1;
+        if (!harmless) memset(s + i, '?', length);
+    }
+}
+
+// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+static void put_held(Printer *p, size_t n) {
+    int error = errno;
+    if (isatty(STDOUT_FILENO)) disarm(p->held, n, "\n\t");
+    errno = error;
+    fwrite(p->held, 1, n, stdout);
+    p->n_held -= n;
+    memmove(p->held, p->held + n, p->n_held);
+}
+
+static void print_bytes(Printer *p, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
+        put_held(p, whole_characters(p->held, p->n_held));
+    }
+}
+
+static void end_printing(Printer *p) {
+    put_held(p, p->n_held);
+    fflush(stdout);
+}
 
 static bool read_line(Buffer *line) {
     char *text = (char *)line->bytes;
@@ -3176,7 +3201,7 @@ static void put_json_string(FILE *f, const char *text, size_t n) {
         int length = read_character(text + i, n - i, &c);
         if (length <= 0) fputs("\\ufffd", f);
         else if (c == '"' || c == '\\') fprintf(f, "\\%c", (char)c);
-        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", (unsigned)c);
+        else if (c < 32 || (c >= 127 && c < 160)) fprintf(f, "\\u%04x", (unsigned)c);
         else fwrite(text + i, 1, (size_t)length, f);
         i += length > 0 ? (size_t)length : 1;
     }
@@ -4287,12 +4312,11 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     return ok;
 }
 
-// The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
+// The one line that ends a run that failed.
 static int tell_error(const char *program, const char *culprit, const Error *e) {
     char line[1024];
     snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    disarm(line, strlen(line), "");
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // after the terminal's ^C
     return e->status;
@@ -4336,6 +4360,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
 static bool convert_input(const Tokenizer *t, bool ends, bool special, bool decodes, Error *e) {
     Buffer text = { 0 };
     Tokens tokens = { 0 };
+    Printer printer = { .n_held = 0 };
     bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
     const char *s = (const char *)text.bytes;
     if (ok && decodes) {
@@ -4349,8 +4374,9 @@ static bool convert_input(const Tokenizer *t, bool ends, bool special, bool deco
     for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
         const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
         if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
-        fwrite(bytes, 1, n, stdout);
+        print_bytes(&printer, bytes, n);
     }
+    end_printing(&printer);
     free(text.bytes);
     free(tokens.ids);
     return ok;
