@@ -165,7 +165,7 @@ typedef struct {
 static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter 9
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
-typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
+typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
 // One thread's place in the team that works on a step.
 typedef struct { int thread, threads; struct Gate *gate; } Team;
@@ -1139,7 +1139,7 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
         print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
-        if (*why == AT_LIMIT || s->n_past == s->context) break;
+        if (*why == AT_LIMIT || s->n_past == s->context || ferror(stdout)) break;
         ok = forward(m, s, &token, 1, 1, e);
         speed->n_passes++;
     }
@@ -1227,7 +1227,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     Tokens unread = { 0 };
     Speed speed = { 0 };
     bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
-    for (const char *message = options.prompt; ok && (message || read_line(&line)); message = NULL) {
+    for (const char *message = options.prompt; ok && !ferror(stdout) && (message || read_line(&line)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
         ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
@@ -1713,7 +1713,7 @@ static bool map_file(const char *path, Map *map, Error *e) {
         fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
     close(file);
     if (p == MAP_FAILED) return false;
-    *map = (Map){ p, (size_t)info.st_size };
+    *map = (Map){ p, (size_t)info.st_size, path };
     use_large_pages(p, map->n_bytes);
     return true;
 }
@@ -1735,7 +1735,7 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
 
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
-    char chunk[65536];
+    char chunk[4096];
     while (!feof(stream) && !ferror(stream) && !interrupted) {  // a terminal's end is not there for a second time
         size_t n = fread(chunk, 1, sizeof chunk, stream);
         if (n && !append(b, chunk, n, e)) return false;
@@ -1843,6 +1843,12 @@ static void show_progress(const char *what, double start, size_t done, size_t to
 }
 
 static void on_interrupt(int number) { interrupted = number; }
+
+// Sets a signal's handler, unless whoever started us wants the signal ignored.
+static void heed(int number, const struct sigaction *action) {
+    struct sigaction old;
+    if (sigaction(number, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(number, action, NULL);
+}
 
 // Makes question marks of what could steer a terminal: control characters, but for those in `kept`, and bytes that are
 // not UTF-8.
@@ -2418,6 +2424,8 @@ typedef struct {
     char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
 } Output;
 
+static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 11
+
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
     *o = (Output){ NULL, NULL, NULL };
@@ -2433,7 +2441,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
         size_t length = strlen(o->path) + 32;
         if (!(o->temporary = allocate(length, 1, e))) return false;
         snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
-        unlink(o->temporary);  // what a run of the same number left when it was killed
+        unlink(unfinished = o->temporary);  // what a run of the same number left when it was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
         o->stream = same_mode ? fdopen(file, "wb") : NULL;
@@ -2450,6 +2458,7 @@ static bool close_output(Output *o, bool ok, Error *e) {
     written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
     if (!written && o->temporary) unlink(o->temporary);
+    unfinished = NULL;
     free(o->path);
     free(o->temporary);
     return written;
@@ -4344,14 +4353,15 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
-    if (mode == MATMUL) return sigaction(SIGINT, &action, NULL) == 0 && run_matmul(e);
+    if (mode == MATMUL) heed(SIGINT, &action);
+    if (mode == MATMUL) return run_matmul(e);
     if (!open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == clock_seed, .temperature = (float)options.temperature,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
-    sigaction(SIGINT, &action, NULL);
+    heed(SIGINT, &action);
     return run_mode(m, mode, s, sampler, e);
 }
 
@@ -4404,6 +4414,38 @@ static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char 
 #ifndef TOKENIZER_COMMAND
 #define TOKENIZER_COMMAND 0  // tokenizer.c, built alone, says 1 and includes this file
 #endif
+static const char *const program = TOKENIZER_COMMAND ? "tokenizer" : "run";
+static const Model *in_use;  // for the handler
+
+// Before a signal ends the program, the unfinished file goes. SIGBUS may mean that a mapped file became shorter, or its
+// disk failed: then the first thread that meets it says so.
+static void on_end(int number, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    (void)context;
+    if (unfinished) unlink(unfinished);
+    for (int i = 0; number == SIGBUS && i < 2; i++) {
+        const Map *map = i ? &in_use->tokenizer_file : &in_use->file;
+        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
+        while (atomic_flag_test_and_set(&said)) pause();
+        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
+        _exit(tell_error(program, map->path, &e));
+    }
+    signal(number, SIG_DFL);  // it ends as it would have
+    raise(number);
+}
+
+// Signals; and descriptors 0 to 2, where they are closed: else a file would get one of them, and what is meant for a
+// terminal. What takes them fails as they do.
+static void prepare_process(const Model *m) {
+    static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
+    struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
+    in_use = m;
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
+    signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails
+    for (int i = 0; i < 3; i++)
+        if (fcntl(i, F_GETFD) < 0) open(i ? "/" : "/dev/null", i ? O_RDONLY : O_WRONLY);
+}
+
 #ifndef CRIA_NO_MAIN
 int main(int argc, char **argv) {
     Model model = { 0 };
@@ -4411,11 +4453,13 @@ int main(int argc, char **argv) {
     Sampler sampler = { 0 };
     Error error = { 0 };
     const char *culprit = NULL;
+    prepare_process(&model);
     bool ok = TOKENIZER_COMMAND ? run_tokenizer(argc, argv, &model, &error, &culprit)
                                 : run(argc, argv, &model, &state, &sampler, &error, &culprit);
-    bool written = fflush(stdout) == 0 && !ferror(stdout);  // a run whose text was lost has not succeeded
+    bool written = !ferror(stdout);  // a run whose text was lost has not succeeded
+    written = fclose(stdout) == 0 && written;
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
-    int status = ok ? DONE : tell_error(TOKENIZER_COMMAND ? "tokenizer" : "run", culprit, &error);
+    int status = ok ? DONE : tell_error(program, culprit, &error);
     free(sampler.candidates);
     free_state(&state);
     close_model(&model);

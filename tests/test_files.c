@@ -656,28 +656,29 @@ static void test_damaged_llama2c(void) {
 
 // ---- Numbers that are not finite ----
 
-// Of every format: a weight, a scale or a minimum of one row is Inf or NaN, or the largest that there is. What a float's
-// bits mean is IEEE 754's; of MXFP4, scales of 2^(e - 128) times 12, those from e = 253 on are beyond f32.
+// Of every format: a weight, a scale or a minimum of one row is Inf or NaN, or the largest that there is. What a
+// float's bits mean is IEEE 754's; of MXFP4, scales of 2^(e - 128) times 12, those from e = 253 on are beyond f32.
 static void check_broken_source(const SourceType *type) {
     enum { ROWS = 37, TILES = 3 };
     Tensor w = { type->tile, ROWS, TILES * types[type->tile].cols, NULL };
     bool floats = type->block_cols == 1, groups = type->gguf_id < 0;
-    size_t n_bytes = ROWS * (size_t)w.cols / type->block_cols * type->block_bytes, size = floats ? type->block_bytes : 2;
+    size_t n_bytes = ROWS * (size_t)w.cols / type->block_cols * type->block_bytes;
+    size_t size = floats ? type->block_bytes : groups ? 4 : type->tile == MXFP4 ? 1 : 2;
+    size_t begin = floats || size == 1 ? 0 : (size_t)type->scale_at;  // of the scale in a block
     unsigned char *data = get(n_bytes), *scales = get(n_bytes / 8), *tiles = get(tensor_bytes(&w) + 64);
     unsigned char *aligned = tiles + 64 - (uintptr_t)tiles % 64;
     Source source = { type, ROWS, (size_t)w.cols, data, groups ? scales : NULL, 32 };
     for (int i = 0; i < 3 * (types[type->tile].has_min ? 2 : 1); i++) {
-        uint64_t bits = size == 4 || groups ? (uint64_t[]){ 0xff800000, 0x7f800001, 0x7f7fffff }[i % 3]
+        uint64_t bits = size == 4 ? (uint64_t[]){ 0xff800000, 0x7f800001, 0x7f7fffff }[i % 3]
                         : type->tile == BF16 ? (uint64_t[]){ 0xff80, 0x7f81, 0x7f7f }[i % 3]
-                        : type->tile == MXFP4 ? (uint64_t[]){ 255, 253, 252 }[i % 3]
+                        : size == 1 ? (uint64_t[]){ 255, 253, 252 }[i % 3]
                                               : (uint64_t[]){ 0xfc00, 0x7c01, 0x7bff }[i % 3];
         if (groups && i == 2) bits = 0x7b7fffff;  // times 127
         for (size_t row = 0; row < ROWS; row += 5) {
-            size_t tile = row * 7 % TILES;
-            unsigned char *at = data + (row * (size_t)w.cols + tile * (size_t)types[w.type].cols) / type->block_cols *
-                                       type->block_bytes + (floats || type->tile == MXFP4 ? 0 : type->scale_at + i / 3 * 2);
+            size_t tile = row * 7 % TILES, number = row * (size_t)w.cols + tile * (size_t)types[w.type].cols;
+            unsigned char *at = data + number / type->block_cols * type->block_bytes + begin + (size_t)(i / 3) * 2;
             if (groups) at = scales + (row * TILES + tile) * 4;
-            memcpy(at, &bits, groups ? 4 : type->tile == MXFP4 ? 1 : size);
+            memcpy(at, &bits, size);
             pack_rows(aligned, &source, (Range){ 0, n_row_tiles(&w) });
             for (size_t k = 0; k < n_row_tiles(&w); k++) {
                 size_t got = broken_row(&w, aligned + k * row_tile_bytes(&w));
@@ -685,7 +686,7 @@ static void check_broken_source(const SourceType *type) {
                 check(got == wanted, "%s, %llx in row %zu, row tile %zu: got %zu, wanted %zu", type->name,
                       (unsigned long long)bits, row, k, got, wanted);
             }
-            memset(at, 0, groups ? 4 : type->tile == MXFP4 ? 1 : size);
+            memset(at, 0, size);
         }
     }
     free(data), free(scales), free(tiles);
