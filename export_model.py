@@ -36,6 +36,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -260,6 +261,21 @@ def decode(stored: np.ndarray, type_name: str) -> np.ndarray:
         return np.asarray(stored, np.float32)
     blocks = np.ascontiguousarray(stored).reshape(-1, TYPES[type_name].n_bytes)
     return dequantise(blocks, type_name).reshape(*stored.shape[:-1], -1)
+
+
+def check_finite(stored: np.ndarray, type_name: str, first: int) -> None:
+    """Refuses numbers and scales that are not finite, and names the row      stored: rows from number `first` on"""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if type_name in FLOATS:
+            parts = [decode(stored, type_name)]
+        else:
+            blocks = np.ascontiguousarray(stored).reshape(-1, TYPES[type_name].n_bytes)
+            parts = [x.reshape(len(stored), -1) for x in block_scales(blocks, type_name) if x is not None]
+        if type_name == "mxfp4":
+            parts[0] = parts[0] * np.float32(12)  # the greatest weight
+    bad = ~np.logical_and.reduce([np.isfinite(x).all(1) for x in parts])
+    if bad.any():
+        raise Refusal(f"has a weight or scale in row {first + int(bad.argmax())} that is not finite")
 
 
 # ==== 2. Tensors ====
@@ -2467,6 +2483,7 @@ def slabs(tensor: Tensor, type_name: str, errors: Errors | None = None) -> Itera
     n_rows = max(1, SLAB // tensor.shape[-1])
     for i in range(0, len(rows), n_rows):
         slab = rows[i:i + n_rows]
+        check_finite(slab, tensor.type, i)
         if type_name != tensor.type:
             x = decode(slab, tensor.type)
             slab = encode(x, type_name)
@@ -2626,7 +2643,12 @@ def write_llama2c(model: Model, path: Path, version: int) -> None:
         write_tensors(file, {n: (model.tensors[n], "f32") for n in norms}, 1, False, "writing")
         matrices = [n for name in LLAMA2C_ORDER if not name.endswith("_norm") for n in of_layers(name)]
         for name in ["token_embd.weight", *matrices, *head]:
-            q, scale = group_quantise(model.tensors[name].floats(), group)
+            weights = model.tensors[name].floats()
+            try:
+                check_finite(weights.reshape(-1, weights.shape[-1]), "f32", 0)
+            except Refusal as refusal:
+                raise Refusal(f"{name} {refusal}") from None
+            q, scale = group_quantise(weights, group)
             file.write(q.tobytes() + scale.astype("<f4").tobytes())
 
 
@@ -2992,6 +3014,7 @@ def export(o: argparse.Namespace) -> None:
 
 def main(words: list[str]) -> int:
     options = parse_options(words)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary file goes
     try:
         export(options)
         return 0

@@ -63,6 +63,7 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 /* ==== 1. The ground floor ===========================================================================================
@@ -164,7 +165,7 @@ typedef struct {
 static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter 9
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
-typedef struct { const unsigned char *bytes; size_t n_bytes; } Map;
+typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
 // One thread's place in the team that works on a step.
 typedef struct { int thread, threads; struct Gate *gate; } Team;
@@ -1090,7 +1091,7 @@ typedef struct {
     int64_t n_predict, top_k, context, batch, reps;
     List threads, pp, tg, depth;
     uint64_t seed;
-    bool quiet, json, exact, no_echo, no_bos, pieces, special, help, version;
+    bool quiet, json, exact, no_echo, no_bos, pieces, special, check, help, version;
 } Options;
 
 static Options options;
@@ -1101,25 +1102,16 @@ typedef struct {
     size_t n_held;
 } Printer;
 
+static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 9
+
 // Prints what a token adds to the text after the token before it.
 static void print_token(const Model *m, Printer *p, int before, int token) {
     size_t n;
     const char *bytes = decode(&m->tokenizer, before, token, &n);
-    for (size_t i = 0; i < n; i++) {
-        p->held[p->n_held++] = bytes[i];
-        size_t whole = whole_characters(p->held, p->n_held);
-        fwrite(p->held, 1, whole, stdout);
-        p->n_held -= whole;
-        memmove(p->held, p->held + whole, p->n_held);
-    }
+    print_bytes(p, bytes, n);
 }
 
-// What is held at the end was never completed; it is printed all the same, since nothing is lost.
-static void end_printing(Printer *p) {
-    fwrite(p->held, 1, p->n_held, stdout);
-    p->n_held = 0;
-    fflush(stdout);
-}
+static void end_printing(Printer *p);  // also what is held, which was never completed, since nothing is to be lost
 
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
@@ -1149,7 +1141,7 @@ static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop
         print_token(m, &printer, *last, token);
         fflush(stdout);
         *last = token;
-        if (*why == AT_LIMIT || s->n_past == s->context) break;
+        if (*why == AT_LIMIT || s->n_past == s->context || ferror(stdout)) break;
         ok = forward(m, s, &token, 1, 1, e);
         speed->n_passes++;
     }
@@ -1237,7 +1229,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     Tokens unread = { 0 };
     Speed speed = { 0 };
     bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
-    for (const char *message = options.prompt; ok && (message || read_line(&line)); message = NULL) {
+    for (const char *message = options.prompt; ok && !ferror(stdout) && (message || read_line(&line)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
         ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
@@ -1681,6 +1673,27 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     }
 }
 
+// The first row of a row tile that has a weight or, if it is quantised, a scale which is not finite; or 16. One is not
+// if its bits, without the sign and moved to the top of 32, reach the limit: then the sum here has the top bit.
+static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
+    Type type = w->type;
+    size_t n = !is_quantised(type) ? 32 : types[type].has_min ? 2 : 1, row = 0;  // numbers of each row
+    uint32_t sum[16] = { 0 }, limit = type == F32 || type == BF16 ? 0x7f800000 : 0x7c000000;
+    if (type == MXFP4) limit = 253 << 23;  // of its exponents; the largest weight is 12 * 2^(e - 128)
+    for (const unsigned char *p = tiles, *end = p + row_tile_bytes(w); p < end; p += tile_bytes(type)) {
+        for (size_t i = 0; i < 16 * n; i += 16) {
+            for (size_t r = 0; r < 16; r++) {
+                uint32_t x = type == MXFP4 ? (uint32_t)p[r] << 23
+                           : type == F32 || type == Q8F ? ((const uint32_t *)(const void *)p)[i + r]
+                                                        : (uint32_t)((const uint16_t *)(const void *)p)[i + r] << 16;
+                sum[r] |= (x & 0x7fffffff) + (0x80000000 - limit);
+            }
+        }
+    }
+    while (row < TILE_ROWS && !(sum[row] >> 31)) row++;
+    return row;
+}
+
 /* ==== 9. Opening a checkpoint =======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
    directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts
@@ -1690,9 +1703,10 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
 
 // ---- The operating system ----
 
-// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used.
-static void *map_memory(size_t n_bytes, Error *e) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+// Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used. What
+// will be used whole is refused by the system if it is more than the machine has.
+static void *map_memory(size_t n_bytes, bool whole, Error *e) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (whole ? 0 : MAP_NORESERVE);
     void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
@@ -1722,7 +1736,7 @@ static bool map_file(const char *path, Map *map, Error *e) {
         fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
     close(file);
     if (p == MAP_FAILED) return false;
-    *map = (Map){ p, (size_t)info.st_size };
+    *map = (Map){ p, (size_t)info.st_size, path };
     use_large_pages(p, map->n_bytes);
     return true;
 }
@@ -1768,7 +1782,7 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
 
 // All of a stream, to its end. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
-    char chunk[65536];
+    char chunk[4096];
     while (!feof(stream) && !ferror(stream) && !interrupted) {  // a terminal's end is not there for a second time
         size_t n = fread(chunk, 1, sizeof chunk, stream);
         if (n && !append(b, chunk, n, e)) return false;
@@ -1805,9 +1819,42 @@ static int count_cores(bool physical) {
 // Where the threads of a team wait for each other: the last one to come opens it.
 typedef struct Gate { atomic_uint arrived, round; } Gate;
 
+#ifdef _OPENMP
+// Each thread starts the next and waits for its end, so that all are there at once. *left: how many are still to come.
+static void *start_next(void *left) {
+    pthread_t next;
+    if (--*(int *)left > 0 && pthread_create(&next, NULL, start_next, left) == 0) pthread_join(next, NULL);
+    return NULL;
+}
+
+// Of so many threads, those that can work. OpenMP ends the program where it cannot start one (ulimit -u), so this finds
+// out first; and it gives them what stack OMP_STACKSIZE says: where that is too little, one thread has to do.
+static int usable_threads(int threads) {
+    enum { STACK = 48 << 10 };  // bytes: clang -O0 needs 36,000
+    int left = threads;
+    atomic_bool cramped = false;
+    start_next(&left);
+#ifdef __GLIBC__
+#pragma omp parallel num_threads(threads - left)
+    {
+        pthread_attr_t own;
+        size_t size = STACK;
+        if (omp_get_thread_num() && pthread_getattr_np(pthread_self(), &own) == 0)
+            cramped |= pthread_attr_getstacksize(&own, &size) || pthread_attr_destroy(&own) || size < STACK;
+    }
+#endif
+    int usable = cramped ? 1 : threads - left;
+    if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
+    return usable;
+}
+#endif
+
 static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
     Gate gate = { 0 };
 #ifdef _OPENMP
+    static int asked_for = 1, usable = 1;
+    if (threads > asked_for) usable = usable_threads(asked_for = threads);
+    threads = threads < usable ? threads : usable;
 #pragma omp parallel num_threads(threads)
     work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
 #else
@@ -1843,6 +1890,46 @@ static void show_progress(const char *what, double start, size_t done, size_t to
 }
 
 static void on_interrupt(int number) { interrupted = number; }
+
+// Sets a signal's handler, unless whoever started us wants the signal ignored.
+static void heed(int number, const struct sigaction *action) {
+    struct sigaction old;
+    if (sigaction(number, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(number, action, NULL);
+}
+
+// Makes question marks of what could steer a terminal: control characters, but for those in `kept`, and bytes that are
+// not UTF-8.
+static void disarm(char *s, size_t n, const char *kept) {
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t c;
+        int found = read_character(s + i, n - i, &c);
+        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
+        length = found > 0 ? (size_t)found : 1;
+        if (!harmless) memset(s + i, '?', length);
+    }
+}
+
+// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+static void put_held(Printer *p, size_t n) {
+    int error = errno;
+    if (isatty(STDOUT_FILENO)) disarm(p->held, n, "\n\t");
+    errno = error;
+    fwrite(p->held, 1, n, stdout);
+    p->n_held -= n;
+    memmove(p->held, p->held + n, p->n_held);
+}
+
+static void print_bytes(Printer *p, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
+        put_held(p, whole_characters(p->held, p->n_held));
+    }
+}
+
+static void end_printing(Printer *p) {
+    put_held(p, p->n_held);
+    fflush(stdout);
+}
 
 static bool read_line(Buffer *line) {
     char *text = (char *)line->bytes;
@@ -2191,7 +2278,7 @@ static Entry *entry_for(const Directory *d, Slot *slot) {
 }
 
 // Makes the tiles of a file that has none, in one block.
-typedef struct { Model *m; const Directory *d; double start; } PackJob;
+typedef struct { Model *m; const Directory *d; double start; atomic_bool broken; } PackJob;
 
 // The file's pages of these row tiles are not needed any more: two copies of a model would be one too many.
 static void give_back(const Source *s, Range tiles) {
@@ -2214,7 +2301,11 @@ static void pack_team(void *p, Team team) {
         part.data = source_block(&part, slot.first_row, 0);
         Range tiles = slot.tensor ? share(n_row_tiles(slot.tensor), team) : (Range){ 0, 0 };
         for (size_t k = 0; k < slot.n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
-            pack_rows(to + k * tensor_bytes(slot.tensor), &part, tiles);
+            unsigned char *matrix = to + k * tensor_bytes(slot.tensor);
+            for (size_t row = tiles.from; row < tiles.to; row++) {
+                pack_rows(matrix, &part, (Range){ row, row + 1 });
+                if (broken_row(slot.tensor, matrix + row * row_tile_bytes(slot.tensor)) < TILE_ROWS) job->broken = true;
+            }
             give_back(&part, tiles);
         }
         if (!slot.tensor && team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
@@ -2222,6 +2313,20 @@ static void pack_team(void *p, Team team) {
         if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
         to += round_up(slot_bytes(&slot), 64);
     }
+}
+
+// False, and the first row named, where a matrix is not finite. A native file's are read for this only on demand.
+static bool check_weights(Model *m, Error *e) {
+    for (size_t i = 0; i < n_slots(m); i++) {
+        Slot slot = get_slot(m, i);
+        const Tensor *w = slot.tensor;
+        size_t n_tiles = w && w->tiles ? n_row_tiles(w) : 0;
+        for (size_t j = 0, r; j < slot.n * n_tiles; j++)
+            if ((r = broken_row(w, w->tiles + j * row_tile_bytes(w))) < TILE_ROWS)
+                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot.name,
+                              j / n_tiles * slot.rows + j % n_tiles * TILE_ROWS + r);
+    }
+    return true;
 }
 
 // Fills one slot from its entry: points into a native file, or counts what is to be packed.
@@ -2241,6 +2346,11 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
         return refuse(e, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
     if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
         return refuse(e, "%s is of type %s, expected F32", entry->name, s->type->name);
+    for (size_t i = 0; slot->vector && i < slot->cols; i++) {
+        float x;
+        memcpy(&x, s->data + i * sizeof x, sizeof x);
+        if (!isfinite(x)) return refuse(e, "%s: number %zu is not finite", entry->name, i);
+    }
     if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
     return true;
 }
@@ -2264,12 +2374,13 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
     }
     for (const Entry *a = d->entries; a < d->entries + d->n; a++)
         if (!a->used) return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
-    PackJob job = { m, d, clock_seconds() };
-    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, e))) return false;
+    PackJob job = { m, d, clock_seconds(), false };
+    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, pack_team, &job);
     }
+    if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
     return !m->long_factors == !m->short_factors ||
            refuse(e, "of rope_factors_long.weight and rope_factors_short.weight one is missing");
@@ -2396,6 +2507,8 @@ typedef struct {
     char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
 } Output;
 
+static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 11
+
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info;
     *o = (Output){ NULL, NULL, NULL };
@@ -2411,7 +2524,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
         size_t length = strlen(o->path) + 32;
         if (!(o->temporary = allocate(length, 1, e))) return false;
         snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
-        unlink(o->temporary);  // what a run of the same number left when it was killed
+        unlink(unfinished = o->temporary);  // what a run of the same number left when it was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
         o->stream = same_mode ? fdopen(file, "wb") : NULL;
@@ -2428,6 +2541,7 @@ static bool close_output(Output *o, bool ok, Error *e) {
     written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
     if (!written && o->temporary) unlink(o->temporary);
+    unfinished = NULL;
     free(o->path);
     free(o->temporary);
     return written;
@@ -2446,7 +2560,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
     FileHeader h = { .layout = LAYOUT, .weights = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
+    bool ok = check_weights(m, e) && transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
               append_tensor_records(m, &records, &h.weights.n_bytes, e);
     const Cursor sections[WEIGHTS] = {
         [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { records.bytes, records.n, false },
@@ -3273,7 +3387,7 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->copies |= !rounds;
     }
     lay_out_state(m, s);
-    if (!(s->arena = map_memory(s->arena_bytes, e))) return false;
+    if (!(s->arena = map_memory(s->arena_bytes, false, e))) return false;
     s->arena_bytes = 0;
     lay_out_state(m, s);
     use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
@@ -3335,7 +3449,7 @@ static void put_json_string(FILE *f, const char *text, size_t n) {
         int length = read_character(text + i, n - i, &c);
         if (length <= 0) fputs("\\ufffd", f);
         else if (c == '"' || c == '\\') fprintf(f, "\\%c", (char)c);
-        else if (c < 32 || c == 127) fprintf(f, "\\u%04x", (unsigned)c);
+        else if (c < 32 || (c >= 127 && c < 160)) fprintf(f, "\\u%04x", (unsigned)c);
         else fwrite(text + i, 1, (size_t)length, f);
         i += length > 0 ? (size_t)length : 1;
     }
@@ -3453,7 +3567,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if (!t && options.template_name) return false;
+    if ((!t && options.template_name) || (options.check && !check_weights(m, e))) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
@@ -3721,7 +3835,7 @@ static bool time_tests(Bench *b, Error *e) {
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
     bool ok = true;
-    if (!(b->memory = map_memory(MEMORY_BYTES, e))) return false;
+    if (!(b->memory = map_memory(MEMORY_BYTES, true, e))) return false;
     use_large_pages(b->memory, MEMORY_BYTES);
     memset(b->memory, 0x31, MEMORY_BYTES);
     if (options.json) putchar('[');
@@ -4272,6 +4386,7 @@ static const Option option_table[] = {
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
     { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens in the prompt as such" },
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
+    { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: reads all weights, whether they are finite" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
@@ -4461,12 +4576,11 @@ static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) 
     return ok;
 }
 
-// The one line that ends a run that failed. Bytes that could steer a terminal are shown as question marks.
+// The one line that ends a run that failed.
 static int tell_error(const char *program, const char *culprit, const Error *e) {
     char line[1024];
     snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    disarm(line, strlen(line), "");
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // after the terminal's ^C
     return e->status;
@@ -4494,14 +4608,15 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
-    if (mode == MATMUL) return sigaction(SIGINT, &action, NULL) == 0 && run_matmul(e);
+    if (mode == MATMUL) heed(SIGINT, &action);
+    if (mode == MATMUL) return run_matmul(e);
     if (!open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == clock_seed, .temperature = (float)options.temperature,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
-    sigaction(SIGINT, &action, NULL);
+    heed(SIGINT, &action);
     return run_mode(m, mode, s, sampler, e);
 }
 
@@ -4510,6 +4625,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
 static bool convert_input(const Tokenizer *t, bool ends, bool special, bool decodes, Error *e) {
     Buffer text = { 0 };
     Tokens tokens = { 0 };
+    Printer printer = { .n_held = 0 };
     bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
     const char *s = (const char *)text.bytes;
     if (ok && decodes) {
@@ -4523,8 +4639,9 @@ static bool convert_input(const Tokenizer *t, bool ends, bool special, bool deco
     for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
         const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
         if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
-        fwrite(bytes, 1, n, stdout);
+        print_bytes(&printer, bytes, n);
     }
+    end_printing(&printer);
     free(text.bytes);
     free(tokens.ids);
     return ok;
@@ -4552,6 +4669,38 @@ static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char 
 #ifndef TOKENIZER_COMMAND
 #define TOKENIZER_COMMAND 0  // tokenizer.c, built alone, says 1 and includes this file
 #endif
+static const char *const program = TOKENIZER_COMMAND ? "tokenizer" : "run";
+static const Model *in_use;  // for the handler
+
+// Before a signal ends the program, the unfinished file goes. SIGBUS may mean that a mapped file became shorter, or its
+// disk failed: then the first thread that meets it says so.
+static void on_end(int number, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    (void)context;
+    if (unfinished) unlink(unfinished);
+    for (int i = 0; number == SIGBUS && i < 2; i++) {
+        const Map *map = i ? &in_use->tokenizer_file : &in_use->file;
+        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
+        while (atomic_flag_test_and_set(&said)) pause();
+        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
+        _exit(tell_error(program, map->path, &e));
+    }
+    signal(number, SIG_DFL);  // it ends as it would have
+    raise(number);
+}
+
+// Signals; and descriptors 0 to 2, where they are closed: else a file would get one of them, and what is meant for a
+// terminal. What takes them fails as they do.
+static void prepare_process(const Model *m) {
+    static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
+    struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
+    in_use = m;
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
+    signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails
+    for (int i = 0; i < 3; i++)
+        if (fcntl(i, F_GETFD) < 0) open(i ? "/" : "/dev/null", i ? O_RDONLY : O_WRONLY);
+}
+
 #ifndef CRIA_NO_MAIN
 int main(int argc, char **argv) {
     Model model = { 0 };
@@ -4559,11 +4708,13 @@ int main(int argc, char **argv) {
     Sampler sampler = { 0 };
     Error error = { 0 };
     const char *culprit = NULL;
+    prepare_process(&model);
     bool ok = TOKENIZER_COMMAND ? run_tokenizer(argc, argv, &model, &error, &culprit)
                                 : run(argc, argv, &model, &state, &sampler, &error, &culprit);
-    bool written = fflush(stdout) == 0 && !ferror(stdout);  // a run whose text was lost has not succeeded
+    bool written = !ferror(stdout);  // a run whose text was lost has not succeeded
+    written = fclose(stdout) == 0 && written;
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
-    int status = ok ? DONE : tell_error(TOKENIZER_COMMAND ? "tokenizer" : "run", culprit, &error);
+    int status = ok ? DONE : tell_error(program, culprit, &error);
     free(sampler.candidates);
     free_state(&state);
     close_model(&model);

@@ -208,7 +208,12 @@ static const Case cases[] = {
     { "run.c", 1, NULL, "run: run.c: " }, { "$T/empty", 1, NULL, "empty" },
     { "$T/cut.bin", 1, NULL, "not copied whole" },
     { "$T/layout.bin", 1, NULL, "make it again with  ./run SOURCE -m export -o FILE" },
-    { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" }, { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
+    { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" },
+    { "\"$(printf 'a\\302\\233\\377\\303\\244b')\"", 1, NULL, "run: a???\xC3\xA4" "b: " },
+    { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
+    { "$T/nan.bin -m inspect --check", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
+    { "$T/nan.bin -m export -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
+    { "$T/nan.bin -q -t 0 -n 1", 1, "", "run: layer 2 at position 0 is not finite" },
     { "$v0 -z $tied", 1, NULL, "277 tokens, the model has 275" },
     { "$tied -z $z", 1, NULL, "275 tokens, the model has 277" }, { "$v0 -z run.c", 1, NULL, "run: run.c: " },
     { "$v0 -z tests", 1, NULL, "run: tests: " }, { "$v0 -i a", 1, NULL, "give it with -z FILE" },
@@ -219,6 +224,9 @@ static const Case cases[] = {
     { "$tied -q -t 0 -n 2 -i a >/dev/full", 3, NULL, "No space" }, { "$tied -q -t 0 -n 2 -i a >&-", 3, NULL, "stdout" },
     { "$tied -m inspect >/dev/full", 3, NULL, "No space" },
     { "$tied -m tokenize -i a >/dev/full", 3, NULL, "No space" }, { "--help >/dev/full", 3, NULL, "No space" },
+    { "$tied -q -t 0 -n 2 -i a <&- 2>&-", 0, "a", NULL },
+    { "$long -m chat -t 0 -n 3 -q -i a >/dev/full", 3, NULL, "No space" },
+    { "$mixed -m bench -q --pp 4 --tg 2 --reps 1 -j 1 >/dev/full", 3, NULL, "No space" },
     { "--version >&-", 3, NULL, "stdout" }, { "$tied -m perplexity -f $T/text -q >/dev/full", 3, NULL, "No space" },
     { "$tied -m logits -i a -o $T/none/x", 3, NULL, "/none/x: " }, { "$tied -m logits -i a -o $T", 3, NULL, "run: " },
     { "$tied -m logits -i a -o /dev/full", 3, NULL, "/dev/full" },
@@ -271,6 +279,8 @@ static const Case cases[] = {
     { "$tied -m tokenize --ids '3 2'", 0, "=3 2\n", NULL }, { "$v0 -z $z -m tokenize -i a", 0, "1 ", NULL },
     // what there is
     { "$tied -m inspect", 0, "family                       llama\n", NULL },
+    { "$tied -m inspect --check", 0, "family                       llama\n", NULL },
+    { "$T/nan.bin -m inspect", 0, "family                       llama\n", NULL },
     { "$qwen2 -m inspect", 0, "byte-level BPE", NULL }, { "$v0 -m inspect", 0, "llama2.c", NULL },
     { "$mixed -m inspect", 0, "ffn_dim                      64 32\n", NULL },
     { "$long -m inspect", 0, "chat template                mistral\n", NULL },
@@ -356,6 +366,11 @@ static void make_files(void) {
         uint32_t layout = LAYOUT + 1;
         memcpy(b.bytes + offsetof(FileHeader, layout), &layout, sizeof layout);
         put_file("layout.bin", b.bytes, b.n);
+        memcpy(b.bytes + offsetof(FileHeader, layout), (const uint32_t[]){ LAYOUT }, sizeof layout);
+        size_t n_bytes;
+        unsigned char *data = native_tensor(b, "blk.1.ffn_up.weight", &n_bytes);  // f32, 44 rows in three row tiles
+        memcpy(data + n_bytes / 3 + 4 * (17 % 16), (const float[]){ NAN }, 4);
+        put_file("nan.bin", b.bytes, b.n);
     }
     free(b.bytes);
     free_result(&r);
@@ -585,6 +600,14 @@ static bool is_json(const char *text) {
 }
 
 static void test_json(void) {
+    static const char letters[] = "a\"\033\177\302\233\302\240\xFF";
+    char line[80] = "";
+    FILE *f = unnamed_file();
+    put_json_string(f, letters, sizeof letters - 1);
+    rewind(f);
+    check(fgets(line, sizeof line, f) && !strcmp(line, "\"a\\\"\\u001b\\u007f\\u009b\302\240\\ufffd\""),
+          "control characters as a JSON string: got %s", line);
+    fclose(f);
     static const char *const right[] = { "{}", "[1, -0.5e+3, \"\\u00e9\\\"\", null]", "{\"a\": {\"b\": []}}\n" };
     static const char *const wrong[] = { "", "{", "[1,]", "{\"a\" 1}", "nan", "[01]", "\"\n\"", "\"\xE4\"", "[] []",
                                          "{a: 1}" };
@@ -660,6 +683,26 @@ static void test_picture(void) {
 }
 
 // ---- The environment ----
+
+// $long with a text that takes several threads, and their stacks, in every kernel: they are asked for by their names.
+static void test_small_stacks(void) {
+    Result list = run_with("$long -m inspect --kernel none");
+    char *kernel = strstr(list.err, "has "), text[256];
+    for (kernel = kernel ? strtok(kernel + 4, ", \n") : NULL; kernel; kernel = strtok(NULL, ", \n")) {
+        static const char *const how[] = { "", "OMP_STACKSIZE=16k", "OMP_STACKSIZE=1k", "ulimit -s 64;" };
+        Result r[4];
+        for (int i = 0; i < 4; i++) {
+            snprintf(text, sizeof text, "%s $EMULATOR ./run $long -q -t 0 -n 3 -f $T/text -j 3 --kernel %s", how[i],
+                     kernel);
+            r[i] = run_shell(text);
+            check(r[i].status == 0 && r[i].n_out > 1000 && !strcmp(r[i].out, r[0].out),
+                  "%s: got status %d, %zu bytes and \"%s\", wanted the same text as without", text, r[i].status,
+                  r[i].n_out, r[i].err);
+        }
+        for (int i = 0; i < 4; i++) free_result(&r[i]);
+    }
+    free_result(&list);
+}
 
 static void test_environment(void) {
     static const char *const variables[] = {
@@ -777,6 +820,97 @@ static bool make_endless(const char *mode, char *command, size_t size) {
     return check(false, "no message makes long.gguf write 2000 tokens %s", mode);
 }
 
+// What a command that was started leaves behind when this signal has ended it.
+static Result end_by(Command *c, int number) {
+    kill(c->pid, number);
+    return end_command(c);
+}
+
+// A command that writes for some seconds, and whether it has begun.
+static const char writes_long[] = "exec $EMULATOR ./run $long -q -m logits -f $T/long_text -c 0 -j 3 -o $T/logits.out";
+
+static bool has_unfinished_file(void) {
+    Result r = run_shell("ls $T | grep -c '^logits.out.*tmp$'");
+    bool found = !strcmp(r.out, "1\n");
+    free_result(&r);
+    return found;
+}
+
+// A file that is being written under a temporary name goes, whatever ends the program; and no other takes its place.
+static void test_unfinished_files(void) {
+    static const int numbers[] = { SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGXCPU };
+    Result r = run_shell("for i in 1 2 3 4 5 6 7 8; do cat $T/text $T/text $T/text $T/text; done >$T/long_text");
+    free_result(&r);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        bool begun = false, ours = numbers[i] != SIGXCPU;  // which we leave alone
+        Command c = start_command(writes_long, false, -1);
+        for (int k = 0; k < 1000 && !begun; k++, usleep(2000)) begun = has_unfinished_file();
+        r = end_by(&c, numbers[i]);
+        Result left = run_shell("ls $T | grep '^logits.out'; rm -f $T/logits.out*");
+        check(begun && r.status == (numbers[i] == SIGINT ? 130 : 128 + numbers[i]) && (!*left.out) == ours && !*r.err,
+              "signal %d while a file is written: got status %d, \"%s\", and %s, wanted nothing left", numbers[i],
+              r.status, r.err, left.out);
+        free_result(&r);
+        free_result(&left);
+    }
+}
+
+// A model's file that becomes shorter while it is used, by one thread or several; or between two messages.
+static void test_shrunk_files(const char *endless) {
+    const char *commands[] = { endless, writes_long, "exec $EMULATOR ./run $long -q -m chat -t 0" };
+    Result r = run_with("$long -m export -o $T/whole.bin");
+    free_result(&r);
+    for (int i = 0; i < 3; i++) {
+        char text[256];
+        r = run_shell("cp $T/whole.bin $T/shrinks.bin");
+        free_result(&r);
+        snprintf(text, sizeof text, "long=$T/shrinks.bin; %s", commands[i]);
+        Command c = start_command(text, true, -1);
+        bool begun = i == 0 && wait_for(&c, c.out, 50, NULL);
+        for (int k = 0; k < 1000 && i == 1 && !begun; k++, usleep(2000)) begun = has_unfinished_file();
+        if (i == 2) begun = write(c.to_stdin, "a\n", 2) == 2 && wait_for(&c, c.out, 1, NULL);
+        check(truncate(temporary("shrinks.bin"), 0) == 0, "shrinks.bin cannot be cut");
+        bool sent = i == 2 && write(c.to_stdin, "a\n", 2) == 2;  // it may have ended before
+        r = end_command(&c);
+        char *line = strstr(r.err, "run: ");
+        check((begun || sent) && r.status == 3 && line && is_error_line(line, "run") &&
+                  strstr(line, "shrinks.bin: became shorter") && !has_unfinished_file(),
+              "%s, and its file is cut: got status %d and \"%s\", wanted 3", text, r.status, r.err);
+        free_result(&r);
+    }
+}
+
+// Of a text that steers a terminal, the terminal gets question marks; what is no terminal gets the bytes as they are.
+static void test_terminal(void) {
+    static const struct { const char *command, *wanted, *raw; } cases[] = {
+        { "$tied -q -t 0 -n 0 -f $T/escapes", "a?[31m??b\t\xC3\xA4??\r\nc\r\n",
+          "a\033[31m\302\233b\t\xC3\xA4\177\r\nc\n" },
+        { "$qwen2 -q -t 0 -n 0 -f $T/escapes", "a?[31m??b\t\xC3\xA4??\r\nc\r\n",
+          "a\033[31m\302\233b\t\xC3\xA4\177\r\nc\n" },
+        { "$tied -q -t 0 -n 0 -f $T/cut", "a?\r\n", "a\x9B\n" },
+    };
+    write_text("escapes", "a\033[31m\302\233b\t\xC3\xA4\177\r\nc");
+    write_text("cut", "a\x9B");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[200], got[400] = "";
+        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) return;  // not every system has them
+        int slave = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+        snprintf(text, sizeof text, "$EMULATOR ./run %s", cases[i].command);
+        Command c = start_command(text, false, slave);
+        close(slave);
+        for (ssize_t n = 0, now; (now = read(terminal, got + n, sizeof got - 1 - (size_t)n)) > 0;) n += now;
+        Result on_terminal = end_command(&c), r = run_with(cases[i].command);
+        check(on_terminal.status == 0 && !strcmp(got, cases[i].wanted),
+              "%s on a terminal: got status %d and \"%s\", wanted \"%s\"", text, on_terminal.status, got,
+              cases[i].wanted);
+        check(!strcmp(r.out, cases[i].raw), "%s into a file: got \"%s\", wanted the bytes as they are", text, r.out);
+        close(terminal);
+        free_result(&on_terminal);
+        free_result(&r);
+    }
+}
+
 // Ctrl-C ends a text, and one that waits for a message; an answer it only cuts, and the chat goes on.
 static void test_interrupts(void) {
     char endless[128], chat[128];
@@ -820,6 +954,32 @@ static void test_interrupts(void) {
     check(begun && r.status == 128 + SIGPIPE && !strstr(r.err, "run: "),
           "%s, and nobody reads: got status %d and \"%s\", wanted the end by SIGPIPE", endless, r.status, r.err);
     free_result(&r);
+
+    char text[256];  // where SIGPIPE is ignored, and where the disk is full, an endless text ends all the same
+    snprintf(text, sizeof text, "(trap '' PIPE; (%s); echo $? >$T/status) | head -c 50 >/dev/null; cat $T/status",
+             endless);
+    r = run_shell(text);
+    check(!strcmp(r.out, "3\n") && strstr(r.err, "Broken pipe"), "%s: got \"%s\" and \"%s\", wanted 3", text, r.out,
+          r.err);
+    free_result(&r);
+    snprintf(text, sizeof text, "%s >/dev/full", endless);
+    r = run_shell(text);
+    check(!file_exists("/dev/full") || (r.status == 3 && strstr(r.err, "No space")),
+          "%s: got status %d and \"%s\", wanted 3", text, r.status, r.err);
+    free_result(&r);
+
+    snprintf(text, sizeof text, "trap '' HUP INT; %s", endless);  // as nohup and a shell's & do it
+    c = start_command(text, false, -1);
+    begun = wait_for(&c, c.out, 50, NULL);
+    kill(c.pid, SIGHUP);
+    kill(c.pid, SIGINT);
+    fstat(fileno(c.out), &info);
+    goes_on = wait_for(&c, c.out, (size_t)info.st_size + 100, NULL);
+    r = end_by(&c, SIGTERM);
+    check(begun && goes_on && r.status == 128 + SIGTERM, "%s, then SIGHUP and SIGINT: got status %d and \"%s\"", text,
+          r.status, r.err);
+    free_result(&r);
+    test_shrunk_files(endless);
 }
 
 // ---- Help ----
@@ -859,15 +1019,18 @@ static void test_command_line(void) {
     test_exports();
     test_picture();
     test_environment();
+    test_small_stacks();
     test_chats();
+    test_unfinished_files();
     test_interrupts();
+    test_terminal();
     test_help();
     remove_files();
 }
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1250, MAX_BOTH = 5600 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1250, MAX_BOTH = 5700 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;

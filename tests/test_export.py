@@ -459,12 +459,16 @@ def test_native_types(folder: Path) -> None:
     """All types of blocks, most of which export_model does not make: from GGUF to native tiles and back."""
     save_model(folder / "model", make_network("llama", hidden_size=256, intermediate_size=512))
     rng = np.random.default_rng(6)
+    # the highest bytes of weights or scales, which must be finite
+    highest = {"f32": [3], "q2k": [81, 83], "q3k": [109], "q6k": [209], "mxfp4": [0]}
+    highest |= dict.fromkeys(("q4m", "q5m", "q4k", "q5k"), [1, 3])
     for name, kind in export_model.TYPES.items():
         model = export_model.open_source(folder / "model", export_model.Choices())
         for key, tensor in list(model.tensors.items()):
             if len(tensor.shape) == 2:
                 rows, n = tensor.shape[0], export_model.row_bytes(name, tensor.shape[1])
                 blocks = rng.integers(0, 256, (rows, n)).astype(np.uint8)
+                blocks.reshape(-1, kind.n_bytes)[:, highest.get(name, [1])] &= 0xBF
                 model.tensors[key] = export_model.Tensor(tensor.shape, name, lambda blocks=blocks: blocks)
         types = {key: t.type for key, t in model.tensors.items()}
         made, native, again = (folder / f"{name}{end}" for end in (".gguf", ".bin", " again.gguf"))
@@ -801,11 +805,14 @@ def test_refusals(folder: Path) -> None:
         ({"num_hidden_layers": 3}, "layers.2."), ({"num_hidden_layers": 1}, "layers.1."),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"rms_norm_eps": None, "norm_eps": 1e-5}, "norm_eps"))]
+    at = 8 + n + header["model.layers.1.mlp.gate_proj.weight"]["data_offsets"][0] + 4 * (17 * 64 + 63)
+    broken = weights[:at] + struct.pack("<f", float("nan")) + weights[at + 4:]
     moe = config | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
     cases += [("config.json", "{", "not JSON"), ("config.json", json.dumps(moe), "norm_topk_prob"),
               ("config.json", "[]", "expected an object"), ("tokenizer.json", json.dumps(spaced), "--pre NAME"),
               ("tokenizer.json", "{}", "tokenizer"), ("model.safetensors", weights[:-4], "not copied whole"),
               ("model.safetensors", weights[:50], "cut short"),
+              ("model.safetensors", broken, "blk.1.ffn_gate.weight has a weight or scale in row 17 that is not finite"),
               ("model.safetensors", with_header({"model.norm.weight": longer}), "lie within"),
               ("model.safetensors", with_header({"lm_head.weight": None}), "lm_head.weight"),
               ("model.safetensors", with_header({"model.extra": norm}), "model.extra"),
@@ -817,6 +824,28 @@ def test_refusals(folder: Path) -> None:
         status, stderr = export(source, "-o", folder / "no.bin")
         check(f"{name}: {word}", status == 1 and word in stderr and stderr.count("\n") == 1, f"{status} {stderr}")
         (source / name).write_bytes(kept)
+    (source / "model.safetensors").write_bytes(broken)
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))  # which llama2.c's format has
+    for words in (["--to", "gguf", "--type", "q8"], ["--to", "hf"], ["--to", "llama2c", "--type", "q8"]):
+        status, stderr = export(source, "-o", folder / "no", *words)
+        check(f"NaN {words}", status == 1 and "row 17" in stderr and stderr.count("\n") == 1, stderr)
+    (source / "model.safetensors").write_bytes(weights)
+    (source / "config.json").write_text(json.dumps(config))
+    for type_name, row, size, bad, largest in (
+            ("f32", 256, 4, 0x7f800000, 0x7f7fffff), ("f16", 256, 2, 0xfc01, 0x7bff), ("bf16", 256, 2, 0xff80, 0x7f7f),
+            ("q8", 8 * 34, 2, 0x7c00, 0x7bff), ("q4m", 8 * 20, 2, 0x7e00, 0xfbff), ("mxfp4", 8 * 17, 1, 253, 252),
+            ("q4k", 144, 2, 0x7c00, 0x7bff), ("q6k", 210, 2, 0xfe00, 0x7bff)):
+        for number in (bad, largest):
+            stored = bytearray(5 * row * (size if type_name in export_model.FLOATS else 1))
+            place = 3 * len(stored) // 5 + (208 if type_name == "q6k" else 0)
+            stored[place:place + size] = number.to_bytes(size, "little")
+            rows = np.frombuffer(stored, export_model.FLOATS.get(type_name, np.uint8)).reshape(5, -1)
+            try:
+                export_model.check_finite(rows, type_name, 10)
+                said = ""
+            except export_model.Refusal as refusal:
+                said = str(refusal)
+            check(f"{type_name} {number:x}", "row 13 " in said if number == bad else not said, said)
     exported(source, "-o", folder / "yes.gguf", "--to", "gguf", "--pre", "olmo")
     pre = gguf.GGUFReader(folder / "yes.gguf").fields["tokenizer.ggml.pre"].contents()
     check("--pre", pre == "olmo", pre)
@@ -856,7 +885,7 @@ def test_verification_fails(folder: Path) -> None:
         check("wrong order of rows", status == 1 and "verification failed" in stderr, stderr)
         export_model.pair_rows = pair_rows
         export_model.slabs, slabs = lambda t, name, errors=None: (
-            s[:-1] + bytes([s[-1] ^ 64]) for s in slabs(t, name, errors)), export_model.slabs
+            s[:-1] + bytes([s[-1] ^ 32]) for s in slabs(t, name, errors)), export_model.slabs
         status, stderr = export(source, "-o", folder / "no.bin", "--type", "f16")
         check("a wrong bit", status == 1 and "verification failed" in stderr, stderr)
         export_model.slabs = slabs

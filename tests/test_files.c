@@ -695,32 +695,119 @@ static void test_damaged_llama2c(void) {
     free(b.bytes);
 }
 
-// Weights that are no numbers: the run says where.
-static void test_broken_weights(void) {
-    static const struct { const char *tensor; double value; const char *wanted, *file; } cases[] = {
-        { "token_embd.weight", NAN, "embedding", "llama_linear.gguf" },
-        { "blk.0.ffn_down.weight", INFINITY, "layer 1", "llama_linear.gguf" },
-        { "blk.1.attn_output.weight", NAN, "layer 2", "llama_linear.gguf" },
-        { "output_norm.weight", NAN, "logits", "llama_linear.gguf" },
-        { "blk.0.attn_v.weight", NAN, "layer 1", "llama_linear.gguf" },
-        { "blk.1.ffn_gate.weight", NAN, "layer 2", "llama_linear.gguf" },
-        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf" },
-        { "blk.1.ffn_gate_inp.weight", INFINITY, "layer 2", "mixtral.gguf" },
+// ---- Numbers that are not finite ----
+
+// Of every format: a weight, a scale or a minimum of one row is Inf or NaN, or the largest that there is. What a
+// float's bits mean is IEEE 754's; of MXFP4, scales of 2^(e - 128) times 12, those from e = 253 on are beyond f32.
+static void check_broken_source(const SourceType *type) {
+    enum { ROWS = 37, TILES = 3 };
+    Tensor w = { type->tile, ROWS, TILES * types[type->tile].cols, NULL };
+    bool floats = type->block_cols == 1, groups = type->gguf_id < 0;
+    size_t n_bytes = ROWS * (size_t)w.cols / type->block_cols * type->block_bytes;
+    size_t size = floats ? type->block_bytes : groups ? 4 : type->tile == MXFP4 ? 1 : 2;
+    size_t begin = floats || size == 1 ? 0 : (size_t)type->scale_at;  // of the scale in a block
+    unsigned char *data = get(n_bytes), *scales = get(n_bytes / 8), *tiles = get(tensor_bytes(&w) + 64);
+    unsigned char *aligned = tiles + 64 - (uintptr_t)tiles % 64;
+    Source source = { type, ROWS, (size_t)w.cols, data, groups ? scales : NULL, 32 };
+    for (int i = 0; i < 3 * (types[type->tile].has_min ? 2 : 1); i++) {
+        uint64_t bits = size == 4 ? (uint64_t[]){ 0xff800000, 0x7f800001, 0x7f7fffff }[i % 3]
+                        : type->tile == BF16 ? (uint64_t[]){ 0xff80, 0x7f81, 0x7f7f }[i % 3]
+                        : size == 1 ? (uint64_t[]){ 255, 253, 252 }[i % 3]
+                                              : (uint64_t[]){ 0xfc00, 0x7c01, 0x7bff }[i % 3];
+        if (groups && i == 2) bits = 0x7b7fffff;  // times 127
+        for (size_t row = 0; row < ROWS; row += 5) {
+            size_t tile = row * 7 % TILES, number = row * (size_t)w.cols + tile * (size_t)types[w.type].cols;
+            unsigned char *at = data + number / type->block_cols * type->block_bytes + begin + (size_t)(i / 3) * 2;
+            if (groups) at = scales + (row * TILES + tile) * 4;
+            memcpy(at, &bits, size);
+            pack_rows(aligned, &source, (Range){ 0, n_row_tiles(&w) });
+            for (size_t k = 0; k < n_row_tiles(&w); k++) {
+                size_t got = broken_row(&w, aligned + k * row_tile_bytes(&w));
+                size_t wanted = row / 16 == k && i % 3 < 2 ? row % 16 : 16;
+                check(got == wanted, "%s, %llx in row %zu, row tile %zu: got %zu, wanted %zu", type->name,
+                      (unsigned long long)bits, row, k, got, wanted);
+            }
+            memset(at, 0, size);
+        }
+    }
+    free(data), free(scales), free(tiles);
+}
+
+// The bytes of a tensor in a native file.
+static unsigned char *native_tensor(Bytes b, const char *name, size_t *n_bytes) {
+    FileHeader h;
+    memcpy(&h, b.bytes, sizeof h);
+    for (uint32_t i = 0; i < h.n_tensors; i++) {
+        TensorRecord r;
+        memcpy(&r, b.bytes + h.tensors.at + i * sizeof r, sizeof r);
+        *n_bytes = (size_t)r.n_bytes;
+        if (!strcmp(r.name, name)) return b.bytes + r.at;
+    }
+    check(false, "%s is not in the native file", name);
+    exit(1);
+}
+
+// One number of a tensor that is not finite: a GGUF is refused when its matrices are packed, a native file by
+// check_weights(), and both when they are opened if it is in a vector. Each time tensor and row are named.
+static void test_broken_numbers(void) {
+    static const struct { const char *tensor; size_t row, col; double value; const char *wanted; } cases[] = {
+        { "token_embd.weight", 130, 23, NAN, "token_embd.weight: row 130 " },
+        { "blk.0.ffn_down.weight", 0, 35, INFINITY, "blk.0.ffn_down.weight: row 0 " },
+        { "blk.1.attn_k.weight", 11, 0, -INFINITY, "blk.1.attn_k.weight: row 11 " },
+        { "blk.1.ffn_gate.weight", 16, 7, NAN, "blk.1.ffn_gate.weight: row 16 " },
+        { "output_norm.weight", 0, 23, NAN, "output_norm.weight: number 23 " },
+        { "blk.1.ffn_norm.weight", 0, 0, INFINITY, "blk.1.ffn_norm.weight: number 0 " },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Bytes b = read_golden(cases[i].file);
+        Bytes b = read_golden("llama_linear.gguf"), native = export_golden("llama_linear.gguf");
         GgufParts g;
         take_apart(b, &g);
         float value = (float)cases[i].value;
         const GgufTensor *t = tensor_named(&g, cases[i].tensor);
-        size_t n = t->dims[0] * (t->n_dims > 1 ? t->dims[1] : 1);
-        for (size_t k = 0; k < n; k++) memcpy(g.data.bytes + t->offset + 4 * k, &value, 4);
+        size_t row = cases[i].row, col = cases[i].col, n_bytes, tiles_across = (t->dims[0] + 31) / 32;
+        memcpy(g.data.bytes + t->offset + 4 * (row * t->dims[0] + col), &value, 4);
+        Bytes damaged = put_together(&g);
+        check_refused(damaged, "a GGUF with a number that is not finite", cases[i].wanted);
+
+        size_t place = ((row / 16 * tiles_across + col / 32) * 32 + col % 32) * 16 + row % 16;  // as chapter 4 draws it
+        memcpy(native_tensor(native, cases[i].tensor, &n_bytes) + 4 * (t->n_dims > 1 ? place : col), &value, 4);
+        Opened o;
+        Error e;
+        bool opens = open_bytes(&o, native, &e), finite = opens && check_weights(&o.model, &e);
+        check(opens == (t->n_dims > 1) && !finite && e.status == BAD_FILE && strstr(e.text, cases[i].wanted),
+              "%s of %g in a native file: got %s\"%s\", wanted \"%s\"", cases[i].tensor, cases[i].value,
+              opens ? "it opened, " : "", e.text, cases[i].wanted);
+        check(!opens || !export_model(&o.model, temporary("broken.bin"), &e), "%s of %g: it was exported",
+              cases[i].tensor, cases[i].value);
+        close_opened(&o);
+        free(b.bytes), free(damaged.bytes);
+        free_parts(&g);
+    }
+}
+
+// A native file's matrices are not looked at before they are used: the run says where.
+static void test_broken_weights(void) {
+    static const struct { const char *tensor; double value; const char *wanted, *file; } cases[] = {
+        { "token_embd.weight", NAN, "embedding", "qwen2_untied.gguf" },
+        { "blk.0.ffn_down.weight", INFINITY, "layer 1", "qwen2_untied.gguf" },
+        { "blk.1.attn_output.weight", NAN, "layer 2", "qwen2_untied.gguf" },
+        { "output.weight", NAN, "logits", "qwen2_untied.gguf" },
+        { "blk.0.attn_v.weight", NAN, "layer 1", "qwen2_untied.gguf" },
+        { "blk.1.ffn_gate.weight", NAN, "layer 2", "qwen2_untied.gguf" },
+        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf" },
+        { "blk.1.ffn_gate_inp.weight", INFINITY, "layer 2", "mixtral.gguf" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bytes b = export_golden(cases[i].file);
+        float value = (float)cases[i].value;
+        size_t n_bytes;
+        unsigned char *data = native_tensor(b, cases[i].tensor, &n_bytes);
+        for (size_t k = 0; k < n_bytes; k += 4) memcpy(data + k, &value, 4);
         Opened o;
         Error e;
         State s = { 0 };
         int token = 5;
-        bool ok = open_bytes(&o, put_together(&g), &e) &&
-                  start_state(&o.model, (Setting){ false, true, 1, 4, NULL }, &s, &e);
+        bool ok = open_bytes(&o, b, &e) && start_state(&o.model, (Setting){ false, true, 1, 4, NULL }, &s, &e);
         check(ok, "%s of %g: got \"%s\", wanted it to open", cases[i].tensor, cases[i].value, e.text);
         ok = ok && forward(&o.model, &s, &token, 1, 1, &e);
         check(!ok && e.status == BAD_FILE && strstr(e.text, cases[i].wanted) && strstr(e.text, "position 0"),
@@ -728,8 +815,6 @@ static void test_broken_weights(void) {
         check(s.n_past == 0, "%s of %g: the cache has grown to %d", cases[i].tensor, cases[i].value, s.n_past);
         free_state(&s);
         close_opened(&o);
-        free(b.bytes);
-        free_parts(&g);
     }
 }
 
@@ -778,7 +863,7 @@ static Bytes make_part(const char *golden, int part) {
 static bool open_in_parts(Bytes *parts, size_t n, Model *m, Error *e) {
     *e = (Error){ 0 };
     *m = (Model){ .n_parts = n - 1, .parts = get(n * sizeof *m->parts) };
-    for (size_t i = 1; i < n; i++) m->parts[i - 1] = (Map){ parts[i].bytes, parts[i].n };
+    for (size_t i = 1; i < n; i++) m->parts[i - 1] = (Map){ parts[i].bytes, parts[i].n, NULL };
     return open_model(parts[0].bytes, parts[0].n, 2, m, e);
 }
 
@@ -920,6 +1005,8 @@ static void test_damaged_files(void) {
     test_parts();
     test_damaged_native();
     test_damaged_llama2c();
+    for (int i = 0; i < N_SOURCE_TYPES; i++) check_broken_source(&source_types[i]);
+    test_broken_numbers();
     test_broken_weights();
 }
 
