@@ -3962,7 +3962,8 @@ static bool run_matmul(Error *e) {
 // weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
 typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
 typedef struct {
-    _Alignas(64) uint8_t w[8][64];
+    _Alignas(64) uint8_t unpacked[8][64];
+    const uint8_t (*w)[64];  // these, or the tile's own bytes, if they are what is needed
     float scale[2][16], min[2][16];
 } ByteBlock;
 
@@ -3985,13 +3986,15 @@ INLINE int byte_offset(Type type, Signs signs) {
 // A kernel's part for a format, in C that the compiler makes SIMD of.
 INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
-    const unsigned char *tile = tile_of(type, tiles, block);
+    const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
     int change = byte_offset(type, leaves.signs) - i->offset;
-    uint8_t *w = u->w[0];
+    uint8_t *w = u->unpacked[0];
+    u->w = i->bits == 8 && !change ? (const void *)from : u->unpacked;
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen);
-    unpack_planes(u->w, i->bits, weights_of(type, tile, block));
+    if (i->bits < 8) unpack_planes(u->unpacked, i->bits, from);
+    if (i->bits < 8) from = w;
     if (i->values) leaves.look_up(w, 512, i->values);
-    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(w[j] + change);
+    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(from[j] + change);
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
