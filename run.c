@@ -1379,9 +1379,15 @@ INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     }
 }
 
+typedef void ScaleSixteen(float y[16], const float x[16], const int8_t factor[16]);  // y = x * factor
+
+INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]) {
+    for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
+}
+
 // The scales and minima of a block: of its 32 columns, or of 16 and 16.
 INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, int part,
-                          Widen *widen) {
+                          Widen *widen, ScaleSixteen *scale_sixteen) {
     const TypeInfo *i = &types[type];
     const uint8_t *narrow = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;  // of 256 columns
     float d[16], dmin[16];
@@ -1394,12 +1400,18 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
         if (i->cols == 32) memcpy(scale[h], d, sizeof d);
         if (i->cols == 32 && i->has_min) memcpy(min[h], dmin, sizeof dmin);
         if (i->cols == 32) continue;
-        const int8_t *whole = (const int8_t *)narrow;
+        _Alignas(16) int8_t factors[2][16];
+        memcpy(factors[0], narrow, 16);
+        if (i->has_min && type != Q2K) memcpy(factors[1], narrow + 128, 16);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-        for (int r = 0; r < 16; r++) scale[h][r] = d[r] * (float)(type == Q2K ? narrow[r] & 15 : whole[r]);
+        for (int r = 0; r < 16 && type == Q2K; r++) {
+            factors[0][r] = narrow[r] & 15;
+            factors[1][r] = (int8_t)(narrow[r] >> 4);
+        }
+        scale_sixteen(scale[h], d, factors[0]);
         if (!i->has_min) continue;
-#pragma GCC unroll 1
-        for (int r = 0; r < 16; r++) min[h][r] = -(dmin[r] * (float)(type == Q2K ? narrow[r] >> 4 : narrow[128 + r]));
+        scale_sixteen(min[h], dmin, factors[1]);
+        for (int r = 0; r < 16; r++) min[h][r] = -min[h][r];
     }
 }
 
@@ -1415,7 +1427,8 @@ INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, siz
 INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
     const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
     _Alignas(64) uint8_t q[8][64];
-    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats);
+    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats,
+                  scale_floats);
     switch (types[type].bits) {  // a loop of its own for each
     case 2: unpack_planes(q, 2, weights); break;
     case 3: unpack_planes(q, 3, weights); break;
@@ -3974,6 +3987,7 @@ typedef struct {
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
+    ScaleSixteen *scale_sixteen;
 } Leaves;
 
 // What is to be taken off a byte to get its weight.
@@ -3990,7 +4004,8 @@ INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles,
     int change = byte_offset(type, leaves.signs) - i->offset;
     uint8_t *w = u->unpacked[0];
     u->w = i->bits == 8 && !change ? (const void *)from : u->unpacked;
-    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen);
+    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen,
+                  leaves.scale_sixteen);
     if (i->bits < 8) unpack_planes(u->unpacked, i->bits, from);
     if (i->bits < 8) from = w;
     if (i->values) leaves.look_up(w, 512, i->values);
@@ -4169,6 +4184,14 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
         _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
 }
 
+// The compiler would make narrow vectors of the loop, and then reading wide ones would have to wait for their stores.
+LEAF_INLINE(AVX2) void scale_avx2(float y[16], const float x[16], const int8_t factor[16]) {
+    for (int i = 0; i < 16; i += 8) {
+        __m256i whole = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(factor + i)));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_cvtepi32_ps(whole)));
+    }
+}
+
 MAKE_PRODUCTS(LEAF_INLINE(AVX2), avx2, __m256, _mm256_fmadd_ps(w[j], _mm256_set1_ps(x), sum[i][j]),
               _mm256_cvtph_ps(_mm_loadu_si128(from)))
 
@@ -4189,22 +4212,33 @@ MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
               _mm512_cvtph_ps(_mm256_loadu_si256(from)))
 
+LEAF_INLINE(AVX512) void scale_avx512(float y[16], const float x[16], const int8_t factor[16]) {
+    __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)factor));
+    _mm512_storeu_ps(y, _mm512_mul_ps(_mm512_loadu_ps(x), _mm512_cvtepi32_ps(whole)));
+}
+
+LEAF_INLINE(AVX512) void look_up_avx512(uint8_t *w, size_t n, const int8_t values[16]) {
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)values));
+    for (size_t i = 0; i < n; i += 64)
+        _mm512_storeu_si512(w + i, _mm512_shuffle_epi8(table, _mm512_loadu_si512(w + i)));
+}
+
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
 
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2 })
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2, scale_avx2 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
-#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2 })
+#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2, scale_avx2 })
 MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
 
-#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2 })
+#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2, scale_avx2 })
 MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
 
-#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, widen_avx512, look_up_avx2 })
+#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, widen_avx512, look_up_avx512, scale_avx512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
@@ -4246,7 +4280,7 @@ INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
 MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, widen_neon, look_up_neon })
+#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, widen_neon, look_up_neon, scale_floats })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
@@ -4268,7 +4302,7 @@ MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, widen_neon, look_up_neon })
+#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, widen_neon, look_up_neon, scale_floats })
 MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
