@@ -26,6 +26,7 @@
      G  key/value heads, H/G of      [3]      n  tokens that do so now
         the query heads share one             F  width of the feed-forward layer         [1536]
      K  width of a head             [64]      R  numbers of a head that are rotated, <= K  [64]
+     E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
    chapters 4 and 5 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
@@ -454,8 +455,6 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
         for (int r = 0; r < rows; r++) memcpy(c + (size_t)r * c_stride, lane[r], sizeof lane[r]);
     }
 }
-
-typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
 
 // 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
 // number; the second scale and minimum are those of the last 16 columns, if they have their own.
@@ -1325,6 +1324,8 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 }
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
+
+typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
 
 // n weights of a tile of floats.
 INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
