@@ -1359,6 +1359,8 @@ def own_keys(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Val
                           f"means every fourth layer")
     if f.experts:
         n_used = c.integer("num_experts_per_tok", 2 if f.arch == "llama" else 8)
+        if n_used > sizes.E:
+            raise Refusal(f"{c.where}: num_experts_per_tok = {n_used}, and there are {sizes.E} experts")
         keys = {"expert_count": u32(sizes.E), "expert_used_count": u32(n_used)}
         if f.arch == "qwen3moe":
             c.demand("norm_topk_prob", True)

@@ -26,6 +26,7 @@
      G  key/value heads, H/G of      [3]      n  tokens that do so now
         the query heads share one             F  width of the feed-forward layer         [1536]
      K  width of a head             [64]      R  numbers of a head that are rotated, <= K  [64]
+     E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
    chapters 4 and 5 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
@@ -1318,6 +1319,8 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 }
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
+
+typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
 
 // n weights of a tile of floats.
 INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {

@@ -403,7 +403,7 @@ def test_round_trips(folder: Path) -> None:
                                                                       **PLAINLY).eval()
             check_logits(f"{name}: transformers on it", reference(again), run_logits(folder / f"{name}.bin"))
     golden = ROOT / "tests/golden"
-    for name in ("mixed", "llama3_rope", "qwen2_untied"):
+    for name in ("mixed", "llama3_rope", "qwen2_untied", "mixtral"):
         exported(golden / f"{name}.gguf", "-o", folder / f"{name}.bin")
         exported(folder / f"{name}.bin", "-o", folder / f"{name}.gguf", "--to", "gguf")
         check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
@@ -807,11 +807,15 @@ def test_refusals(folder: Path) -> None:
         ({"rms_norm_eps": None, "norm_eps": 1e-5}, "norm_eps"))]
     at = 8 + n + header["model.layers.1.mlp.gate_proj.weight"]["data_offsets"][0] + 4 * (17 * 64 + 63)
     broken = weights[:at] + struct.pack("<f", float("nan")) + weights[at + 4:]
-    moe = config | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": False}
-    cases += [("config.json", "{", "not JSON"), ("config.json", json.dumps(moe), "norm_topk_prob"),
-              ("config.json", "[]", "expected an object"), ("tokenizer.json", json.dumps(spaced), "--pre NAME"),
-              ("tokenizer.json", "{}", "tokenizer"), ("model.safetensors", weights[:-4], "not copied whole"),
-              ("model.safetensors", weights[:50], "cut short"),
+    moe = config | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True,
+                    "num_experts_per_tok": 2, "attention_bias": False, "mlp_bias": False}
+    cases += [("config.json", json.dumps(moe | change), word) for change, word in (
+        ({"norm_topk_prob": False}, "norm_topk_prob"), ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers"), ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({"shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size"), ({}, "q_norm"))]
+    cases += [("config.json", "{", "not JSON"), ("config.json", "[]", "expected an object"),
+              ("tokenizer.json", json.dumps(spaced), "--pre NAME"), ("tokenizer.json", "{}", "tokenizer"),
+              ("model.safetensors", weights[:-4], "not copied whole"), ("model.safetensors", weights[:50], "cut short"),
               ("model.safetensors", broken, "blk.1.ffn_gate.weight has a weight or scale in row 17 that is not finite"),
               ("model.safetensors", with_header({"model.norm.weight": longer}), "lie within"),
               ("model.safetensors", with_header({"lm_head.weight": None}), "lm_head.weight"),
