@@ -607,7 +607,8 @@ NATIVE_TYPES = (("f32", 32, (), 0), ("f16", 16, (), 0), ("bf16", 16, (), 0), ("q
                 ("q2k", 2, (2, 2), 16), ("q3k", 3, (2,), 16), ("q4k", 4, (2, 2), 16), ("q5k", 5, (2, 2), 16),
                 ("q6k", 6, (2,), 16), ("iq4nl", 4, (2,), 0), ("iq4xs", 4, (2,), 8), ("mxfp4", 4, (1,), 0))
 NATIVE_VECTOR = 255
-NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "default")
+NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "default", "mpt", "command-r", "hunyuan",
+              "glm4", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "deepseek-coder")
 # Names of the configuration and GGUF's keys; "": native_keys() makes these, or they follow from the family.
 NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
                  "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
@@ -843,6 +844,8 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     else:
         pairs = [f"{pieces[a]} {pieces[b]}" for a, b, _ in merges.reshape(-1, 3)]
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
+        keys["tokenizer.ggml.ignore_merges"] = boolean(flags & 8)
+        keys["tokenizer.ggml.normalizer.nfc"] = boolean(flags & 16)
     others = [i for i in ends if i != eos]
     ids = {"bos": bos, "eos": eos, "unknown": unk, "eot": others[0] if others else -1,
            "eom": others[1] if len(others) > 1 else -1}
@@ -1477,9 +1480,25 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = r"[^\r\n\p{L}\p{N}]?" + UPPER + "*" + LOWER + r"+%s|[^\r\n\p{L}\p{N}]?" + UPPER + "+" + LOWER + \
     r"*%s|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-DEEPSEEK_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|" \
+DEEPSEEK_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|""" \
     r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MARKED_WORDS = WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+def letters_with_case() -> str:
+    """DeepSeek LLM's pattern for words in alphabets that have capitals, which names 140 ranges of letters."""
+    ranges = """41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C
+        38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B
+        1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4
+        1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113
+        2115 2119-211D 2124 2126 2128 212A-212D 212F-2134 2139 213C-213F 2145-2149 214E 2183 2184 2C00-2C7B
+        2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06
+        FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF
+        1E900-1E943"""
+    return r"\s?[" + "".join("-".join(chr(int(c, 16)) for c in r.split("-")) for r in ranges.split()) + "]+"
+
+
 PRE_TOKENIZERS = {
     "gpt-2": ("bytes",),
     "smollm": ("digits", "bytes"),
@@ -1490,15 +1509,21 @@ PRE_TOKENIZERS = {
     "tekken": (CASED % ("", "", ""),),
     "gpt-4o": (CASED % (SUFFIX, SUFFIX, "{1,3}"),),
     "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK_WORD),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", "digits"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE, "digits"),
+    "deepseek-llm": (r"[\r\n]", letters_with_case(),
+                     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", CHINESE, "digits"),
 }
 # Other names that llama.cpp has for the same words.
-SAME_WORDS = {"gpt-2": "phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat",
-              "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
-              "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", "dbrx": "smaug-bpe",
-              "qwen2": "deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", "gpt-4o": "llama4 kanana2"}
-# DeepSeek LLM's second pattern lists 140 ranges of letters; its beginning is enough to know it by.
-DEEPSEEK_LETTERS = r"\s?[A-Za-z" + "\u00b5\u00c0-\u00d6"
+SAME_WORDS = {"gpt-2": "phi-2 jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat modern-bert roberta-bpe "
+                       "jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code mpt olmo",
+              "smollm": "starcoder refact codeshell exaone minerva-7b mellum2 command-r",
+              "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano glm4 glm5",
+              "dbrx": "smaug-bpe chatglm-bpe",
+              "qwen2": "deepseek-r1-qwen stablelm2 f2llmv2 hunyuan megrez kormo solar-open grok-2",
+              "gpt-4o": "llama4 kanana2 talkie minimax-m2", "deepseek-v3": "hunyuan-dense joyai-llm hy_v4"}
+# What these names imply where a file is silent.
+COMPOSED = "qwen2 deepseek-r1-qwen stablelm2 f2llmv2 qwen35 mpt olmo command-r".split()
+IGNORE_MERGES = ["llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split()]
 
 
 def split_steps(pre: dict | None) -> tuple[str, ...]:
@@ -1514,8 +1539,8 @@ def split_steps(pre: dict | None) -> tuple[str, ...]:
     pattern = pre.get("pattern", {})
     if kind == "Split" and pre.get("behavior") == "Isolated" and not pre.get("invert"):
         if "Regex" in pattern or pattern.get("String") == "\n":
-            regex = pattern.get("Regex", "\n")
-            return ("digits",) if regex in (r"\p{N}", r"\d") else (regex.replace(ENGLISH_LONG, ENGLISH),)
+            regex = pattern.get("Regex", "\n").replace("\r", r"\r").replace("\n", r"\n")
+            return ("digits",) if regex == r"\p{N}" else (regex.replace(ENGLISH_LONG, ENGLISH),)
     if kind == "Split" and pre.get("behavior") == "Removed" and pre.get("invert") and "Regex" in pattern:
         return (pattern["Regex"].replace(ENGLISH_LONG, ENGLISH),)
     return (f"?{kind}",)
@@ -1523,8 +1548,6 @@ def split_steps(pre: dict | None) -> tuple[str, ...]:
 
 def recognise_pre_tokenizer(tokenizer: dict, where: Path) -> str:
     steps = split_steps(tokenizer.get("pre_tokenizer"))
-    if len(steps) > 1 and steps[1].startswith(DEEPSEEK_LETTERS):
-        return "deepseek-llm"
     names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
     if not names:
         raise Refusal(f"{where}: its pre-tokenizer ({', '.join(steps) or 'none'}) is not known; "
@@ -1589,11 +1612,13 @@ def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[tuple[int, s
     return [(i, *entry) for i, entry in sorted(found.items())]
 
 
-def check_normalizer(normalizer: dict | None, known: tuple[str, ...], where: Path) -> None:
-    """NFC is harmless: cria and llama.cpp leave it out, and almost all text is in that form."""
-    for step in (normalizer or {}).get("normalizers", [normalizer] if normalizer else []):
-        if step.get("type") not in known:
-            raise Refusal(f"{where}: normalizer {step.get('type')} is not supported")
+def composes(tokenizer: dict, where: Path) -> bool:
+    """Whether its normalizer is NFC; else it has none."""
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = [step.get("type") for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if steps not in ([], ["NFC"]):
+        raise Refusal(f"{where}: normalizer {', '.join(map(str, steps))} is not supported")
+    return bool(steps)
 
 
 def byte_level_keys(tokenizer: dict, added: list, size: int, pre: str, where: Path) \
@@ -1601,20 +1626,40 @@ def byte_level_keys(tokenizer: dict, added: list, size: int, pre: str, where: Pa
     model = tokenizer["model"]
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise Refusal(f"{where}: its BPE has dropout, a prefix or a suffix, which is not supported")
-    check_normalizer(tokenizer.get("normalizer"), ("NFC",), where)
     vocabulary = Vocabulary(size)
     for token, i in model["vocab"].items():
         vocabulary.put(i, token, NORMAL)
     vocabulary.add(added)
     merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "\u0120") for part in m) for m in model["merges"]]
-    keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre)}
+    keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre),
+            "tokenizer.ggml.normalizer.nfc": boolean(composes(tokenizer, where)),
+            "tokenizer.ggml.ignore_merges": boolean(model.get("ignore_merges"))}
     return keys | vocabulary.keys(where, False) | {"tokenizer.ggml.merges": array(STRING, merges)}, vocabulary
+
+
+SPACES_AS_BARS = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+BAR_FIRST = {"type": "Prepend", "prepend": "\u2581"}
+
+
+def spm_adds_space(tokenizer: dict, where: Path) -> bool:
+    """Whether its normalizer or its pre_tokenizer puts a space before a text, and does nothing that is not known."""
+    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    cuts_at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    metaspace = pre.get("type") == "Metaspace" and pre.get("replacement") == "\u2581"
+    for step in steps:
+        if step not in (SPACES_AS_BARS, BAR_FIRST):
+            raise Refusal(f"{where}: normalizer {json.dumps(step)} is not supported")
+    if pre and not metaspace and (pre != cuts_at_spaces or SPACES_AS_BARS not in steps):  # none is left to cut at
+        raise Refusal(f"{where}: pre_tokenizer {json.dumps(pre)} is not supported for SentencePiece's BPE")
+    scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
+    return BAR_FIRST in steps or (metaspace and scheme != "never")
 
 
 def spm_json_keys(tokenizer: dict, added: list, size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
     """SentencePiece's BPE as tokenizer.json has it. Merges come in the order of the scores: a piece's score is how
     early it is merged."""
-    check_normalizer(tokenizer.get("normalizer"), ("Prepend", "Replace"), where)
+    space = spm_adds_space(tokenizer, where)
     model, vocabulary = tokenizer["model"], Vocabulary(size)
     first: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -1624,8 +1669,6 @@ def spm_json_keys(tokenizer: dict, added: list, size: int, where: Path) -> tuple
         kind = UNKNOWN if token == model.get("unk_token") else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
     vocabulary.add([entry for entry in added if entry[1] != model.get("unk_token")])
-    normalizer = json.dumps(tokenizer.get("normalizer") or {}) + json.dumps(tokenizer.get("pre_tokenizer") or {})
-    space = '"Prepend"' in normalizer or re.search('"prepend_scheme": "(first|always)"', normalizer) is not None
     return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
         | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(space)}, vocabulary
 
@@ -1698,16 +1741,28 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The last two parts that merging makes of a token, by merges that come before it."""
+    """The last two parts that merging makes of a token. Some merges that lead to it may come after its own: then it is
+    found within a longer word only."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, 1 << 31) for a, b in zip(parts, parts[1:])]
         least = min(joined)
-        if least >= ranks[token]:
+        if least == 1 << 31:
             return None
         i = joined.index(least)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def rank_keys(ranks: dict[bytes, int], special: list[tuple[int, str, bool]], first: int, size: int, pre: str,
+              where: Path) -> tuple[dict[str, Value], "Vocabulary"]:
+    """A vocabulary that is given as tokens with ranks: a rank, from `first` on, is an id, and orders the merges."""
+    def spell(part: bytes) -> str:
+        return "".join(BYTE_CHARACTERS[b] for b in part)
+    pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
+    model = {"vocab": {spell(t): first + i for t, i in ranks.items()}, "ignore_merges": True,
+             "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}
+    return byte_level_keys({"model": model}, special, size, pre, where)
 
 
 LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
@@ -1736,15 +1791,48 @@ def tiktoken_keys(path: Path, size: int, with_tools: bool) -> tuple[dict[str, Va
     except ValueError:
         raise Refusal(f"{path}: not a tiktoken file: expected lines of base64 and a number") from None
 
-    def spell(part: bytes) -> str:
-        return "".join(BYTE_CHARACTERS[b] for b in part)
     if len(ranks) + 256 > size:
         raise Refusal(f"{path}: {len(ranks)} tokens and 256 special ones are more than vocab_size = {size}")
-    pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
-    tokenizer = {"model": {"vocab": {spell(t): i for t, i in ranks.items()},
-                           "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}}
-    keys, vocabulary = byte_level_keys(tokenizer, llama3_specials(len(ranks), with_tools), size, "llama-bpe", path)
+    if len(ranks) == 200_000:
+        raise Refusal(f"{path}: this is LLaMA 4's vocabulary, which is not supported; LLaMA 3's has 128,000 tokens")
+    special = llama3_specials(len(ranks), with_tools)
+    keys, vocabulary = rank_keys(ranks, special, 0, size, "llama-bpe", path)
     return keys | special_keys(vocabulary, "<|begin_of_text|>", "<|end_of_text|>", ["<|eot_id|>", "<|eom_id|>"]) \
+        | {"tokenizer.ggml.add_bos_token": boolean(True)}, vocabulary
+
+
+# -- Mistral's tekken.json --
+
+# The first special tokens of files that do not name them: versions up to 7.
+TEKKEN_SPECIAL = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+                  "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+                  "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
+
+
+def tekken_keys(path: Path, size: int) -> tuple[dict[str, Value], Vocabulary]:
+    """{"config": {"pattern", "default_num_special_tokens", "version"}, "vocab": [{"rank", "token_bytes" in base64}],
+    "special_tokens": [{"rank", "token_str"}] or none}: special tokens come first, and only as many of the others are
+    used as the model has rows for."""
+    content = read_json(path)
+    try:
+        config, n_special = content["config"], content["config"]["default_num_special_tokens"]
+        named = content.get("special_tokens")
+        if named is None and int(config["version"].strip("v").split("m")[0]) > 7:
+            raise Refusal(f"{path}: version {config['version']} without special_tokens is not supported")
+        special = {i: f"<SPECIAL_{i}>" for i in range(n_special)}
+        special |= dict(enumerate(TEKKEN_SPECIAL)) if named is None else {t["rank"]: t["token_str"] for t in named}
+        if (config["pattern"],) != PRE_TOKENIZERS["tekken"]:
+            raise Refusal(f"{path}: its pattern ({config['pattern']}) is not known")
+        ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in content["vocab"]}
+        ranks = {token: rank for token, rank in ranks.items() if rank < size - n_special}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal(f"{path}: not as mistral_common reads it: {error!r}") from None
+    entries = [(i, token, True) for i, token in special.items()]
+    keys, vocabulary = rank_keys(ranks, entries, n_special, size, "tekken", path)
+    ids = {"unknown": "<unk>", "padding": "<pad>"}
+    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, token in ids.items()
+             if (i := vocabulary.id_of(token)) is not None}
+    return keys | special_keys(vocabulary, "<s>", "</s>", []) \
         | {"tokenizer.ggml.add_bos_token": boolean(True)}, vocabulary
 
 
@@ -1861,8 +1949,10 @@ def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | N
             keys, vocabulary = spm_model_keys(spm_path, added, size)
         elif tokenizer:
             keys, vocabulary = spm_json_keys(tokenizer, added, size, path)
+        elif (folder / "tekken.json").is_file():
+            keys, vocabulary = tekken_keys(folder / "tekken.json", size)
         else:
-            raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model")
+            raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model nor tekken.json")
         keys |= folder_special_keys(folder, tokenizer, config, hf_config, vocabulary)
     except (KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{path}: not as tokenizers writes it: {error!r}") from None
@@ -1916,7 +2006,9 @@ def tokenizer_json(model: Model) -> dict:
     if not spm:
         pre = model.get("tokenizer.ggml.pre", "default")
         bpe["merges"] = [m.split(" ") for m in model.get("tokenizer.ggml.merges", [])]
-        bpe["ignore_merges"] = pre in ("llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split())
+        bpe["ignore_merges"] = bool(model.get("tokenizer.ggml.ignore_merges", pre in IGNORE_MERGES))
+        if model.get("tokenizer.ggml.normalizer.nfc", pre in COMPOSED):
+            made["normalizer"] = {"type": "NFC"}
         bytes_all = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         return made | {"pre_tokenizer": pre_tokenizer_json(pre, model.source), "decoder": bytes_all}
     bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
@@ -2124,7 +2216,7 @@ def open_meta(folder: Path, choices: Choices) -> Model:
         parts.append({meta_name(n, path): t for n, t in tensors.items() if meta_name(n, path)})
     p = read_json(folder / "params.json")
     model = meta_model(folder, p, parts, choices.context)
-    path = choices.tokenizer or folder / "tokenizer.model"
+    path = choices.tokenizer or next(filter(Path.is_file, (folder / "tekken.json",)), folder / "tokenizer.model")
     model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
     model.keys["general.name"] = text(folder.resolve().name)
     return model
@@ -2153,6 +2245,8 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
         raise Refusal(f"{path}: no such file: name the vocabulary with --tokenizer FILE")
     if path.suffix == ".bin":
         return llama2c_tokenizer_keys(path, size)
+    if path.suffix == ".json":
+        return tekken_keys(path, size)[0]
     if is_tiktoken(path):
         return tiktoken_keys(path, size, with_tools)[0]
     keys, vocabulary = spm_model_keys(path, [], size)

@@ -2850,6 +2850,8 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .unk = (int)get_number(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
         .add_bos = (int)get_number(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
         .add_eos = (int)get_number(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
+        .ignore_merges = (int)get_number(g, "tokenizer.ggml.ignore_merges", 0, 1, -1),
+        .composes = (int)get_number(g, "tokenizer.ggml.normalizer.nfc", 0, 1, -1),
         .dummy_prefix = (int)get_number(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
     };
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);

@@ -22,7 +22,7 @@ enum { SPM = 1, BPE = 2 };
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
-enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, ALL_TOKENIZER_FLAGS = 15 };
+enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 23, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
 
 typedef struct {
@@ -32,9 +32,11 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
+typedef struct Composition Composition;
+
 typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
-    bool add_bos, add_eos, dummy_prefix, ignore_merges;
+    bool add_bos, add_eos, dummy_prefix, ignore_merges, composes;
     const float *score;          // (n_tokens)        these lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
@@ -44,7 +46,9 @@ typedef struct {
     int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
     int *merge_slots;            // (merge_mask + 1)  hash table: left and right -> rank; -1 is empty
     size_t piece_mask, merge_mask;
-    uint8_t *class_of;           // (N_CLASSIFIED)    classes of characters by code point; BPE only
+    uint16_t *sets_of;           // (N_CLASSIFIED + 1)  the sets that characters are in; BPE only, as the next two
+    uint16_t set_bits[128];      // bits of sets_of by the letters of sets
+    Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
     int byte_id[256];            // the token that stands for a single byte, or -1
     uint8_t begins[256];         // the set of types (1 << type) that pieces have that begin with this byte
     bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
@@ -193,86 +197,434 @@ static bool index_merges(Tokenizer *t, Error *e) {
     return true;
 }
 
-/* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
-   A model's training began with regular expressions that cut the text, and joining never crosses a cut. A rule is one
-   such expression, written by hand: it says where the match that begins at `at` ends, or `at` itself if none does. Each
-   byte of the text has a set of bits, its character's classes, and rules look at bits. Time is linear. */
+/* ---- Composing characters (BPE) ------------------------------------------------------------------------------------
+   A letter can be spelled in more than one way: U+00E9, or e and U+0301. Some vocabularies were trained on texts in
+   NFC, the composed form: every character is taken apart, marks are sorted by their combining classes, and what
+   composes is put together again (Unicode Standard Annex 15). In between a character is a number, | class, 8 bits |
+   code, 24 bits |, and a byte that is not UTF-8 a code beyond Unicode's. */
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, SYMBOL = 8, CASED = 16, MARK = 32, ASIAN = 64, NEWLINE = 128 };
-enum { CONTINUES = 256, CUT = 512, WORD = LETTER | NUMBER | SPACE, N_CLASSIFIED = 0x323B0 };
+enum { N_COMPOSITIONS = 1 << 13, NOT_UTF8 = 0x110000 };
+
+struct Composition {
+    uint64_t key;       // a character's code, or | first part, 32 bits | second part, 32 bits |; 0 is empty
+    uint32_t parts[2];  // the character's, or 0 and 0; or what the two parts compose to
+    uint32_t class;     // 0: no mark
+};
+
+// Where the key is in the table of compositions, or the empty place where it would be put.
+static Composition *find_composition(const Tokenizer *t, uint64_t key) {
+    size_t slot = (size_t)(key * 0x9E3779B97F4A7C15u >> 40);
+    while (t->compositions[slot % N_COMPOSITIONS].key && t->compositions[slot % N_COMPOSITIONS].key != key) slot++;
+    return &t->compositions[slot % N_COMPOSITIONS];
+}
+
+// A character as its parts, and their parts; it has at most twice as many as bytes. Returns how many.
+static size_t decompose(const Tokenizer *t, uint32_t code, uint32_t *to) {
+    const Composition *whole = find_composition(t, code);
+    *to = whole->class << 24 | code;
+    if (!whole->parts[0]) return 1;
+    size_t n = decompose(t, whole->parts[0], to);
+    return whole->parts[1] ? n + decompose(t, whole->parts[1], to + n) : n;
+}
+
+// Sorts by class; of one class they stay in their order.
+static void sort_marks(uint32_t *marks, size_t n, uint32_t *sorted) {
+    size_t end_of[257] = {0}, i = 1;
+    while (i < n && marks[i - 1] >> 24 <= marks[i] >> 24) i++;
+    if (i >= n) return;
+    for (i = 0; i < n; i++) end_of[(marks[i] >> 24) + 1]++;
+    for (i = 1; i < 257; i++) end_of[i] += end_of[i - 1];
+    for (i = 0; i < n; i++) sorted[end_of[marks[i] >> 24]++] = marks[i];
+    memcpy(marks, sorted, n * sizeof *marks);
+}
+
+// What two compose to, or 0. Hangul has 19 x 21 syllables of two letters, and for each 27 of three.
+static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
+    uint32_t syllable = first - 0xAC00, last = second - 0x11A7;
+    if (first - 0x1100 < 19 && second - 0x1161 < 21) return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
+    if (syllable < 11172 && syllable % 28 == 0 && last - 1 < 27) return first + last;
+    return find_composition(t, (uint64_t)first << 32 | second)->parts[0];
+}
+
+// Composes in place, and returns how many are left. Two compose if nothing is between them but marks of lower classes.
+static size_t compose(const Tokenizer *t, uint32_t *characters, size_t n) {
+    size_t kept = 0, base = SIZE_MAX;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t c = characters[i], class = c >> 24, whole = 0;
+        if (base != SIZE_MAX && (kept == base + 1 || characters[kept - 1] >> 24 < class))
+            whole = composed(t, characters[base], c & 0xFFFFFF);
+        if (whole) characters[base] = whole;
+        if (!whole && class == 0) base = kept;
+        if (!whole) characters[kept++] = c;
+    }
+    return kept;
+}
+
+static size_t write_character(uint32_t code, char *to) {
+    int length = code < 0x80 || code >= NOT_UTF8 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = length - 1; i > 0; i--, code >>= 6) to[i] = (char)(0x80 | (code & 0x3F));
+    to[0] = (char)(length == 1 ? code : 0xFF00u >> length | code);
+    return (size_t)length;
+}
+
+// *s and *n become those of the text in NFC, which is in *to and at most 3 times as long. Text up to U+02FF is in NFC.
+static bool compose_text(const Tokenizer *t, const char **s, size_t *n, char **to, Error *e) {
+    size_t n_characters = 0, n_bytes = 0, i = 0, end;
+    while (i < *n && (unsigned char)(*s)[i] < 0xCC) i++;
+    if (i == *n) return true;
+    free(*to);
+    *to = allocate(*n, 3, e);
+    uint32_t code, *characters = allocate(*n, 4 * sizeof *characters, e);  // half of it is there to sort in
+    if (!*to || !characters) return free(characters), false;
+    for (i = 0; i < *n;) {
+        int length = read_character(*s + i, *n - i, &code);
+        if (length <= 0) code = NOT_UTF8 + (unsigned char)(*s)[i];
+        n_characters += decompose(t, code, characters + n_characters);
+        i += length > 0 ? (size_t)length : 1;
+    }
+    for (i = 0; i < n_characters; i = end + 1) {
+        for (end = i; end < n_characters && characters[end] >> 24; end++) {}
+        sort_marks(characters + i, end - i, characters + 2 * *n);
+    }
+    n_characters = compose(t, characters, n_characters);
+    for (i = 0; i < n_characters; i++) n_bytes += write_character(characters[i] & 0xFFFFFF, *to + n_bytes);
+    free(characters);
+    *s = *to;
+    *n = n_bytes;
+    return n_bytes <= MAX_TEXT || fail(e, NO_ROOM, "the text has %zu bytes when composed", n_bytes);
+}
+
+/* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
+   A model's training began with regular expressions that cut the text, and joining never crosses a cut. Here such an
+   expression is a rule: alternatives, in which a letter stands for one character of a set, before ? * + as ever, before
+   3 for {1,3}. ' is (?:'s|'t|'re|'ve|'m|'ll|'d), " the same in capitals too, ! (?!\S), $ the text's end, and ^ leaves
+   out where white space goes on: there only time would be lost. Every byte of the text has a bit for each set that its
+   character is in, and time is linear.
+
+   unicode_data is words: a number (none stands for 1) and a letter. First the kinds of all characters from U+0000 on
+   (U+E0000 follows U+33FFF), so many of a kind: r line ends, b the space, s other white space, d n numbers, m marks,
+   A a U u L l o letters, h q p punctuation, y t z symbols, _ the rest; k: marks have this combining class from here on.
+   Then how characters come apart: c the character (else it is the next), f its first part (else as before), + its
+   second part, - the same where the two do not compose again, = its only part. tests/make_unicode.py made and checks
+   it: kinds are Unicode 16.0's as in the regular expressions of Hugging Face's tokenizers, the rest is 9.0's, as in
+   their NFC. */
+
+static const char unicode_data[] =
+    "9_sr2sr18_b3qy6qy3qh10d2q3y2q26A3qyqt26aqyqy6_s26_sp5zp2zopz_4z2nzL2pznop3np23Uz7U24Lz8LULULULULULULULULULULUL"
+    "ULULULULULULULULULULULULULULULULU2LULULULULULULULU2LULULULULULULULULULULULULULULULULULULULULULULUL2ULULU3L2ULU"
+    "L2UL3U2L4UL2UL3U3L2UL2ULULUL2ULU2LUL2UL3ULUL2U2LoU3L4o2UL2UL2ULULULULULULULULU2LULULULULULULULULU2L2ULUL3ULULU"
+    "LULULULULULULULULULULULULULULULULULULULULULULULULULULU7L2UL2U2LUL4ULULULULU69Lo27L18o4z12o14z5o7zozo17z230k21m"
+    "232km220k4m232km216km220k5m202k2m220k4m202k2m220k11mk5m220k4m230k8m240km230km220k3m230k3m220k2m0km230k3m220k4m"
+    "230km232km220k2m230km233km234k2m233km234k2m233km230k13mULULozUL2_o3LpU4_2zUp3U_U_2UL17U_9U35LU2L3U3LULULULULUL"
+    "ULULULULULULU5LULzUL2U2L51U48LULULULULULULULULULULULULULULULULULz5m0k2mULULULULULULULULULULULULULULULULULULULU"
+    "LULULULULULULUL2ULULULULULULU2LULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULU"
+    "LULULULULULULULUL_38U2_o6p41l2p2_3z_220km230k4m220km230k3m222km220km230k6m220k6m230k2m220km230k2m222km228km"
+    "230km10km11km12km13km14km15km16km17km18km19k2m20km21km22kmp23kmp24km25kmp230km220kmp18km8_27o4_4o2p17_3z2pz2p"
+    "2z230k8m30km31km32kmp_3p43o27km28km29km30km31km32km33km34km230k2m220k2m230k5m220km230k2m220km10n4p2o35km99opo"
+    "230k7m_z4m220km230km2o2mz220km230k2m220km2o10n3o2zo14p2_o36km30o230km220km230k2m220km230k2m220k3m230km220k2m"
+    "230km220km230k3m220km230km220km230km220km230km220km230k2m2_89o0k11mo14_10n33o230k7m220km230km2oz3po2_0km2z22o"
+    "230k4mo9mo3mo5m2_15p_25o220k3m2_p_11o5_24oz6o8_0k9m42o10m230k14m_220km230k2m220km230k2m220km230k3m220k3m27km"
+    "28km29km230k3m220km230k2m220k2m230k5m0k4m54o2m7kmo0k15m9km0k2mo230km220km230k2m0k3m10o2m2p10np16o3m_8o2_2o2_"
+    "22o_7o_o3_4o2_7kmo0k7m2_2m2_2m9kmo8_0km4_2o_3o2m2_10n2o2z6n2zopm2_3m_6o4_2o2_22o_7o_2o_2o_2o2_7km_0k5m4_2m2_2m"
+    "9km3_0km7_4o_o7_10n2m3omp10_3m_9o_3o_22o_7o_2o_5o2_7kmo0k8m_3m_2m9km2_o15_2o0k2m2_10npz7_o6m_3m_8o2_2o2_22o_7o"
+    "_2o_5o2_7kmo0k7m2_2m2_2m9km7_0k3m4_2o_3o2m2_10nzo6n10_mo_6o3_3o_4o3_2o_o_2o3_2o3_3o3_12o4_5m3_3m_3m9km2_o6_0km"
+    "14_13n8z5_5m8o_3o_23o_16o2_mo7m_3m_3m9km7_84km91km_3o2_o2_2o0k2m2_10n7_p7nzo3mp8o_3o_23o_10o_5o2_7kmo0k7m_3m_"
+    "3m9km7_0k2m6_2o_2o2m2_10n_2om12_4m9o_3o_41o2mo7m_3m_3m9kmoz4_3o0km7n3o2m2_19nz6o_3m_18o3_24o_9o_o2_7o3_9km4_0k"
+    "6m_m_8m6_10n2_2mp12_48om2o4m103k2m9km4_z7o0km107k4m0k3mp10n2p37_2o_o_5o_24o_o_10om2o4m118k2m0k3mo2_5o_o_122k4m"
+    "0k3m_10n2_4o32_o3z15pzp3z220k2m6z20nzmzmz216km4p0k2m8o_36o4_129km130km0km132km0k5m130k4m0k2m130km0km230k2m9kmp"
+    "230k2m5o0k11m_36m_8z220km6z_2z5p4z2p37_43o0k12m7km0km9k2m0k4mo10n6p6o4m4o3mo3m2o7m3o4m13o11m220kmo0km10n4m2z"
+    "38U_u5_u2_43lpo3l329o_4o2_7o_o_4o2_41o_4o2_33o_4o2_7o_o_4o2_15o_57o_4o2_67o2_230k3m9p20n3_16o10z6_86U2_6L2_p"
+    "620ozp17os26o2p3_75o3p3n8o7_18o0k2m9km0km9_19o2m9km2p9_18o0k2m12_13o_3o_2m12_52o30m9km0km3po3pzo230km2_10n6_"
+    "10n6_11p0k3m_m10n6_89o7_5o2m34o228kmo5_70o10_31o_0k12m4_9m222km230km220km4_z3_2p10n30o2_5o11_44o4_26o6_11n3_"
+    "34z23o230km220km0k3m2_2p53o10m_9km0k20m230k8m2_220km10n6_10n6_7po6p2_230k5m220k6m230k2m220km0k17m49_5m47o7km0k"
+    "15m9km8o_2p10n7p10z230km220km230k7m9z3p0k3m30o9m9k2m0k2m2o10n44o7km0k11m9k2m8_4p36o0k19m7km3_5p10n3_3o10n36o2p"
+    "9lul5_43U2_3U8p8_230k3mpkm220k5m230k2m220k4m230km0kmk7m4o220km6o230km2o0km230k2mo5_44L63o13Lo34L37o2m220km230k"
+    "7m220km230k2m234km214km220km202km230k37m0k5m230km233km220km230km220kmULULULULULULULULULULULULULULULULULULULULU"
+    "LULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULU9L"
+    "ULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULU9L8U6L2_6U2_"
+    "8L8U8L8U6L2_6U2_8L_U_U_U_U8L8U14L2_8L8U8L8U8L8U5L_2L5UzL3z3L_2L5U3z4L2_2L4U_3z8L5U3z2_3L_2L5U2z_11s5_24p2s5_s"
+    "20pz13pz12ps16_no2_6n3z2po10n3z2p_13o3_33z15_230k2mk2m230k4mk3m230k2m0k4m230km0k3mk2m230km220km230kmk2m220k4m"
+    "230km15_2zU4zU2zL3U2L3ULzU3z5U6zUzUzUz4UzL4UL4oL2z2L2U5zU4L4zLz51nUL5n2z4_376z4p29z2p255z22_11z21_60n78z22n"
+    "616z14p30n49z2p31z10p403z22p63z4p32z2p374z2_32z_105z48U48LUL3U2LULULUL4ULU2LU6L2o3ULULULULULULULULULULULULULUL"
+    "ULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULULU2L6zULUL3mUL5_4pn2p38l_l5_l2_56o7_op14_"
+    "9km23o9_7o_7o_7o_7o_7o_7o_7o_7o_230k32m47po32p2z12p34_26z_89z12_214z26_16zs3pz2on10p2z12pz9n218km228km232km"
+    "222km224k2mp5o2z3n2op2z_86o2_8k2m2z3op90op4o5_43o_94o_2z4n10z32o38z9_z16o31z_10n30z8nz15n32z10n39z15n320z6592o"
+    "64z22157o3_55z9_46o2p269o3p16o10n2o20_ULULULULULULULULULULULULULULULULULULULULULULULo230km0k3mp230k10mpoULULUL"
+    "ULULULULULULULULULULUL2o2m70o10n2m6p8_23z9o2zULULULULULULU3LULULULULULULULULULULULULULULULULULULULULULULULULUL"
+    "ULULULULULULo8LULUL2ULULULULULo2zULULoulu3lulululululululululul5ul5ulululululululul4ulul2ul2_ul_l_lulululu21_"
+    "3oul3ol7o0km3o9km4o0km23o5m4zm3_6n4z6_52o4p8_2m50o16m9km0km8_2p10n6_230k18m6o3pop2o0km10n28o5m220k3m2p23o0k12m"
+    "9km11_p29o3_0k4m47o7km0k12m9km13p_o10n4_2p5o0km10o10n5o_41o14m9_3om8o2m2_10n2_4p23o3zo3m50o230kmo2m220km2o230k"
+    "2m5o2momo24_3o2p11o0k5m2p3om9km10_6o2_6o2_6o9_7o_7o_43lz4o9lo2z4_80L35o0k8mpm9km2_10n6_11172o12_23o4_49o8452_"
+    "366o2_106o38_7L12_5L5_o26km10oz13o_5o_o_2o_2o_108o17z16_363o2p16z64o2_54o7_z32_12o4z0k16m10p6_230k7m220k7m230k"
+    "2m35p_14pzp3z_pz2p4_5o_135o4_3pz6pz4p10n2p3z2p26U3pzpz26Lpzpz7p89o3_6o2_6o2_6o2_3o3_7z_7z13_2z2_12o_26o_19o_2o"
+    "_15o2_14o34_123o5_3p4_45n3_9z57n17z2n3z_13z3_z47_45z220km130_29o3_49o15_m27n4_32o4n9_20on8on5_38o230k5m5_30o_p"
+    "36o4_8op5n42_40U40L78o2_10n6_36U4_36L4_40o8_52o11_p11u_15u_7u_2u_11l_15l_7l_2l3_52o12_311o9_22o10_8o24_6o_42o_"
+    "9o69_6o2_o_44o_2o3_o2_23o_p8n23o2z7n31o8_9n48_19o_2o5_5n22o6n3_p26o5_p64_56o4_2n2o16n2_46no0k3m_2m5_m220km0km"
+    "230km4o_3o_29o2_mkm220km4_9km9n7_9p7_29o2np29o3n32_8oz28o230km220km4_5n7p9_54o3_7p22o2_8n19o5_8n18o7_4p12_7n"
+    "80_73o55_51U13_51L7_6n36o0k4m8_10n6_10n6o22u3_5mpo22l8_2z208_31n_42o_2mp2_2o16_3o55_4m29o10no8_22o11m4n5p22_"
+    "18o4m4p38_21o7n20_23o9_3m53o14m9km7p4_30n0km2o2mo9_9km0k3m45o9m9km7km2p_4p0km13_25o7_10n6_230k3m36o0k12m9k2m_"
+    "10n4po0k2mo8_35o7km2po9_0k3m48o13m9km4o4p0km7km0k2mp2m10nopo3p_20n11_18o_25o9m9km7km0km6pm2om62_7o_o_4o_15o_"
+    "10op6_47o10m7km9km5_10n6_0k4m_8o2_2o2_22o_7o_2o_5o_m7kmo0k7m2_2m2_2m9km2_o6_0km5_5o2m2_230k7m3_5m11_10o_o2_o_"
+    "38o_o0k9m_m2_m_4m_5momo2p_2p8_2m29_53o13m9km0k3m7km4o5p10n2p_p0km3o30_48o18m9km7km2opo8_10n166_47o0k7m2_7m9km"
+    "7km23p4o0k2m34_48o15m9km0km3po11_10n6_13p19_43o11m9km7kmop6_10n6_20n28_27o2_0k14m9km4_12n3pz7o185_44o0k15mp"
+    "100_32U32L19n12_8o2_o2_8o_2o_24o6m_2m2_4momo2m3p9_10n70_8o2_39o7m2_7mopom27_o10m40o7mo4m8pm8_o11m46o16m3po5p"
+    "13_73o7_10p182_33op14_10n6_9o_37o8m_7m9kmo5p10_29n3_2p30o2_0k22m_14m73_7o_2o_38o6m3_m_2m_7mom8_10n6_6o_2o_32o"
+    "5m_2m_5mo7_10n310_19o4m2p7_2mom13o_34o7m3_5m13p10nm85_o15_21n29z13_p922o102_111n_5p11_196o2636_97o2p13_1072o"
+    "16_m6o15m10_3995o5_583o6841_30o18m10n1734_569o7_31o_10n4_2p79o_10n6_30o2_k5mp10_48o230k7m5p4z4opz10_10n_7n_21o"
+    "5_19o432_45o3p10n198_32u32l23n4p101_75o4_0kmo55m7_4m13o64_2opom11_2m14_6136o8_1238o41_10o8935_4o_7o_2o_291o15_"
+    "o29_3o2_o14_4o8_396o2308_107o5_13o3_9o7_10o2_zmkmp3936_240z10n6_436z76_0k46m2_23m9_116z60_246z10_39z2_60z216k"
+    "2mk3m3z226km216k5m8_220k8m2z230k5m220k2m30z230k4m61z21_66z3mz122_20n12_20n12_87z9_25n135_26u26l26u7l_18l26u26l"
+    "u_2u2_u2_2u2_4u_8u4l_l_7l_11l26u26l2u_4u2_8u_7u_26l2u_4u_5u_u3_7u_26l26u26l26u26l26u26l26u26l26u26l26u28l2_25u"
+    "z25lz6l25uz25lz6l25uz25lz6l25uz25lz6l25uz25lz6lul2_50n512z0k55m4z50m8zm14zm2z5p15_5m_15m1104_10lo20l6_6l213_"
+    "230k7m_17m2_7m_2m_5m5_62o33_0km112_45o3_7m7o2_10n4_oz320_30om17_44o4m10n5_z464_28o4m10n214_30o2mo10n4_p480_7o_"
+    "4o_2o_15o_197o2_9n220k7m41_34U34L230k6m7kmo4_10n4_2p785_59nz3nz4n76_45nz15n194_4o_27o_2o_o2_o_10o_4o_o_o6_o4_o"
+    "_o_o_3o_2o_o2_o_o_o_o_o_2o_o2_4o_7o_4o_4o_o_10o_17o5_3o_5o_17o52_2z270_44z4_100z12_15z2_15z_15z_37z10_13n161z"
+    "56_29z13_44z4_9z7_2z14_6z154_984z4_17z3_13z3_119z4_95z6_12z4_z15_12z4_56z8_10z6_40z8_30z2_12z4_2z62_340z12_14z"
+    "2_13z3_10z5_56z7_15z2_11z6_9z7_147z_92z10n1030_42720o32_4154o6_222o2_5762o14_7473o15_622o2466_542o1506_4939o5_"
+    "4192o7504_0k240m192c65f768+769+770+771+776+778+199c67f807+69f768+769+770+776+73f768+769+770+776+209c78f771+79f"
+    "768+769+770+771+776+217c85f768+769+770+776+89f769+224c97f768+769+770+771+776+778+231c99f807+101f768+769+770+"
+    "776+105f768+769+770+776+241c110f771+111f768+769+770+771+776+249c117f768+769+770+776+121f769+255c776+65f772+97f"
+    "772+65f774+97f774+65f808+97f808+67f769+99f769+67f770+99f770+67f775+99f775+67f780+99f780+68f780+100f780+274c69f"
+    "772+101f772+69f774+101f774+69f775+101f775+69f808+101f808+69f780+101f780+71f770+103f770+71f774+103f774+71f775+"
+    "103f775+71f807+103f807+72f770+104f770+296c73f771+105f771+73f772+105f772+73f774+105f774+73f808+105f808+73f775+"
+    "308c74f770+106f770+75f807+107f807+313c76f769+108f769+76f807+108f807+76f780+108f780+323c78f769+110f769+78f807+"
+    "110f807+78f780+110f780+332c79f772+111f772+79f774+111f774+79f779+111f779+340c82f769+114f769+82f807+114f807+82f"
+    "780+114f780+83f769+115f769+83f770+115f770+83f807+115f807+83f780+115f780+84f807+116f807+84f780+116f780+360c85f"
+    "771+117f771+85f772+117f772+85f774+117f774+85f778+117f778+85f779+117f779+85f808+117f808+87f770+119f770+89f770+"
+    "121f770+89f776+90f769+122f769+90f775+122f775+90f780+122f780+416c79f795+111f795+431c85f795+117f795+461c65f780+"
+    "97f780+73f780+105f780+79f780+111f780+85f780+117f780+220f772+252f772+220f769+252f769+220f780+252f780+220f768+"
+    "252f768+478c196f772+228f772+550f772+551f772+198f772+230f772+486c71f780+103f780+75f780+107f780+79f808+111f808+"
+    "490f772+491f772+439f780+658f780+106f780+500c71f769+103f769+504c78f768+110f768+197f769+229f769+198f769+230f769+"
+    "216f769+248f769+65f783+97f783+65f785+97f785+69f783+101f783+69f785+101f785+73f783+105f783+73f785+105f785+79f"
+    "783+111f783+79f785+111f785+82f783+114f783+82f785+114f785+85f783+117f783+85f785+117f785+83f806+115f806+84f806+"
+    "116f806+542c72f780+104f780+550c65f775+97f775+69f807+101f807+214f772+246f772+213f772+245f772+79f775+111f775+"
+    "558f772+559f772+89f772+121f772+832c768=769=835c787=776f769-884c697=894c59=901c168f769+913f769+183=917f769+919f"
+    "769+921f769+908c927f769+910c933f769+937f769+970f769+938c921f776+933f776+945f769+949f769+951f769+953f769+971f"
+    "769+970c953f776+965f776+959f769+965f769+969f769+979c978f769+776+1024c1045f768+776+1027c1043f769+1031c1030f776+"
+    "1036c1050f769+1048f768+1059f774+1049c1048f774+1081c1080f774+1104c1077f768+776+1107c1075f769+1111c1110f776+"
+    "1116c1082f769+1080f768+1091f774+1142c1140f783+1141f783+1217c1046f774+1078f774+1232c1040f774+1072f774+1040f776+"
+    "1072f776+1238c1045f774+1077f774+1242c1240f776+1241f776+1046f776+1078f776+1047f776+1079f776+1250c1048f772+1080f"
+    "772+1048f776+1080f776+1054f776+1086f776+1258c1256f776+1257f776+1069f776+1101f776+1059f772+1091f772+1059f776+"
+    "1091f776+1059f779+1091f779+1063f776+1095f776+1272c1067f776+1099f776+1570c1575f1619+1620+1608f1620+1575f1621+"
+    "1610f1620+1728c1749f1620+1730c1729f1620+1747c1746f1620+2345c2344f2364+2353c2352f2364+2356c2355f2364+2392c2325f"
+    "2364-2326f2364-2327f2364-2332f2364-2337f2364-2338f2364-2347f2364-2351f2364-2507c2503f2494+2519+2524c2465f2492-"
+    "2466f2492-2527c2479f2492-2611c2610f2620-2614c2616f2620-2649c2582f2620-2583f2620-2588f2620-2654c2603f2620-2888c"
+    "2887f2902+2891c2878+2903+2908c2849f2876-2850f2876-2964c2962f3031+3018c3014f3006+3015f3006+3014f3031+3144c3142f"
+    "3158+3264c3263f3285+3271c3270f3285+3286+3274c3266+3274f3285+3402c3398f3390+3399f3390+3398f3415+3546c3545f3530+"
+    "3548c3535+3548f3530+3545f3551+3907c3906f4023-3917c3916f4023-3922c3921f4023-3927c3926f4023-3932c3931f4023-3945c"
+    "3904f4021-3955c3953f3954-3957c3956-4018f3968-3960c4019f3968-3969c3953f3968-3987c3986f4023-3997c3996f4023-4002c"
+    "4001f4023-4007c4006f4023-4012c4011f4023-4025c3984f4021-4134c4133f4142+6918c6917f6965+6920c6919f6965+6922c6921f"
+    "6965+6924c6923f6965+6926c6925f6965+6930c6929f6965+6971c6970f6965+6973c6972f6965+6976c6974f6965+6975f6965+6979c"
+    "6978f6965+7680c65f805+97f805+66f775+98f775+66f803+98f803+66f817+98f817+199f769+231f769+68f775+100f775+68f803+"
+    "100f803+68f817+100f817+68f807+100f807+68f813+100f813+274f768+275f768+274f769+275f769+69f813+101f813+69f816+"
+    "101f816+552f774+553f774+70f775+102f775+71f772+103f772+72f775+104f775+72f803+104f803+72f776+104f776+72f807+104f"
+    "807+72f814+104f814+73f816+105f816+207f769+239f769+75f769+107f769+75f803+107f803+75f817+107f817+76f803+108f803+"
+    "7734f772+7735f772+76f817+108f817+76f813+108f813+77f769+109f769+77f775+109f775+77f803+109f803+78f775+110f775+"
+    "78f803+110f803+78f817+110f817+78f813+110f813+213f769+245f769+213f776+245f776+332f768+333f768+332f769+333f769+"
+    "80f769+112f769+80f775+112f775+82f775+114f775+82f803+114f803+7770f772+7771f772+82f817+114f817+83f775+115f775+"
+    "83f803+115f803+346f775+347f775+352f775+353f775+7778f775+7779f775+84f775+116f775+84f803+116f803+84f817+116f817+"
+    "84f813+116f813+85f804+117f804+85f816+117f816+85f813+117f813+360f769+361f769+362f776+363f776+86f771+118f771+86f"
+    "803+118f803+87f768+119f768+87f769+119f769+87f776+119f776+87f775+119f775+87f803+119f803+88f775+120f775+88f776+"
+    "120f776+89f775+121f775+90f770+122f770+90f803+122f803+90f817+122f817+104f817+116f776+119f778+121f778+7835c383f"
+    "775+7840c65f803+97f803+65f777+97f777+194f769+226f769+194f768+226f768+194f777+226f777+194f771+226f771+7840f770+"
+    "7841f770+258f769+259f769+258f768+259f768+258f777+259f777+258f771+259f771+7840f774+7841f774+69f803+101f803+69f"
+    "777+101f777+69f771+101f771+202f769+234f769+202f768+234f768+202f777+234f777+202f771+234f771+7864f770+7865f770+"
+    "73f777+105f777+73f803+105f803+79f803+111f803+79f777+111f777+212f769+244f769+212f768+244f768+212f777+244f777+"
+    "212f771+244f771+7884f770+7885f770+416f769+417f769+416f768+417f768+416f777+417f777+416f771+417f771+416f803+417f"
+    "803+85f803+117f803+85f777+117f777+431f769+432f769+431f768+432f768+431f777+432f777+431f771+432f771+431f803+432f"
+    "803+89f768+121f768+89f803+121f803+89f777+121f777+89f771+121f771+7936c945f787+788+7936f768+7937f768+7936f769+"
+    "7937f769+7936f834+7937f834+913f787+788+7944f768+7945f768+7944f769+7945f769+7944f834+7945f834+949f787+788+7952f"
+    "768+7953f768+7952f769+7953f769+7960c917f787+788+7960f768+7961f768+7960f769+7961f769+7968c951f787+788+7968f768+"
+    "7969f768+7968f769+7969f769+7968f834+7969f834+919f787+788+7976f768+7977f768+7976f769+7977f769+7976f834+7977f"
+    "834+953f787+788+7984f768+7985f768+7984f769+7985f769+7984f834+7985f834+921f787+788+7992f768+7993f768+7992f769+"
+    "7993f769+7992f834+7993f834+959f787+788+8000f768+8001f768+8000f769+8001f769+8008c927f787+788+8008f768+8009f768+"
+    "8008f769+8009f769+8016c965f787+788+8016f768+8017f768+8016f769+8017f769+8016f834+8017f834+8025c933f788+8027c"
+    "8025f768+8029c769+8031c834+969f787+788+8032f768+8033f768+8032f769+8033f769+8032f834+8033f834+937f787+788+8040f"
+    "768+8041f768+8040f769+8041f769+8040f834+8041f834+945f768+940=949f768+941=951f768+942=953f768+943=959f768+972="
+    "965f768+973=969f768+974=8064c7936f837+7937f837+7938f837+7939f837+7940f837+7941f837+7942f837+7943f837+7944f837+"
+    "7945f837+7946f837+7947f837+7948f837+7949f837+7950f837+7951f837+7968f837+7969f837+7970f837+7971f837+7972f837+"
+    "7973f837+7974f837+7975f837+7976f837+7977f837+7978f837+7979f837+7980f837+7981f837+7982f837+7983f837+8032f837+"
+    "8033f837+8034f837+8035f837+8036f837+8037f837+8038f837+8039f837+8040f837+8041f837+8042f837+8043f837+8044f837+"
+    "8045f837+8046f837+8047f837+945f774+772+8048f837+945f837+940f837+8118c945f834+8118f837+913f774+772+768+902=837+"
+    "8126c953=8129c168f834+8052f837+951f837+942f837+8134c951f834+8134f837+917f768+904=919f768+905=837+8127f768+769+"
+    "834+953f774+772+970f768+912=8150c953f834+970f834+921f774+772+768+906=8157c8190f768+769+834+965f774+772+971f"
+    "768+944=961f787+788+965f834+971f834+933f774+772+768+910=929f788+168f768+901=96=8178c8060f837+969f837+974f837+"
+    "8182c969f834+8182f837+927f768+908=937f768+911=837+180=8192c8194=8195=8486c937=8490c75=197=8602c8592f824+8594f"
+    "824+8622c8596f824+8653c8656f824+8660f824+8658f824+8708c8707f824+8713c8712f824+8716c8715f824+8740c8739f824+"
+    "8742c8741f824+8769c8764f824+8772c8771f824+8775c8773f824+8777c8776f824+8800c61f824+8802c8801f824+8813c8781f824+"
+    "60f824+62f824+8804f824+8805f824+8820c8818f824+8819f824+8824c8822f824+8823f824+8832c8826f824+8827f824+8836c"
+    "8834f824+8835f824+8840c8838f824+8839f824+8876c8866f824+8872f824+8873f824+8875f824+8928c8828f824+8829f824+8849f"
+    "824+8850f824+8938c8882f824+8883f824+8884f824+8885f824+9001c12296=12297=10972c10973f824-12364c12363f12441+"
+    "12366c12365f12441+12368c12367f12441+12370c12369f12441+12372c12371f12441+12374c12373f12441+12376c12375f12441+"
+    "12378c12377f12441+12380c12379f12441+12382c12381f12441+12384c12383f12441+12386c12385f12441+12389c12388f12441+"
+    "12391c12390f12441+12393c12392f12441+12400c12399f12441+12442+12403c12402f12441+12442+12406c12405f12441+12442+"
+    "12409c12408f12441+12442+12412c12411f12441+12442+12436c12358f12441+12446c12445f12441+12460c12459f12441+12462c"
+    "12461f12441+12464c12463f12441+12466c12465f12441+12468c12467f12441+12470c12469f12441+12472c12471f12441+12474c"
+    "12473f12441+12476c12475f12441+12478c12477f12441+12480c12479f12441+12482c12481f12441+12485c12484f12441+12487c"
+    "12486f12441+12489c12488f12441+12496c12495f12441+12442+12499c12498f12441+12442+12502c12501f12441+12442+12505c"
+    "12504f12441+12442+12508c12507f12441+12442+12532c12454f12441+12535c12527f12441+12528f12441+12529f12441+12530f"
+    "12441+12542c12541f12441+63744c35912=26356=36554=36040=28369=20018=21477=40860=40860=22865=37329=21895=22856="
+    "25078=30313=32645=34367=34746=35064=37007=27138=27931=28889=29662=33853=37226=39409=20098=21365=27396=29211="
+    "34349=40478=23888=28651=34253=35172=25289=33240=34847=24266=26391=28010=29436=37070=20358=20919=21214=25796="
+    "27347=29200=30439=32769=34310=34396=36335=38706=39791=40442=30860=31103=32160=33737=37636=40575=35542=22751="
+    "24324=31840=32894=29282=30922=36034=38647=22744=23650=27155=28122=28431=32047=32311=38475=21202=32907=20956="
+    "20940=31260=32190=33777=38517=35712=25295=27138=35582=20025=23527=24594=29575=30064=21271=30971=20415=24489="
+    "19981=27852=25976=32034=21443=22622=30465=33865=35498=27578=36784=27784=25342=33509=25504=30053=20142=20841="
+    "20937=26753=31975=33391=35538=37327=21237=21570=22899=24300=26053=28670=31018=38317=39530=40599=40654=21147="
+    "26310=27511=36706=24180=24976=25088=25754=28451=29001=29833=31178=32244=32879=36646=34030=36899=37706=21015="
+    "21155=21693=28872=35010=35498=24265=24565=25467=27566=31806=29557=20196=22265=23527=23994=24604=29618=29801="
+    "32666=32838=37428=38646=38728=38936=20363=31150=37300=38584=24801=20102=20698=23534=23615=26009=27138=29134="
+    "30274=34044=36988=40845=26248=38446=21129=26491=26611=27969=28316=29705=30041=30827=32016=39006=20845=25134="
+    "38520=20523=23833=28138=36650=24459=24900=26647=29575=38534=21033=21519=23653=26131=26446=26792=27877=29702="
+    "30178=32633=35023=35041=37324=38626=21311=28346=21533=29136=29848=34298=38563=40023=40607=26519=28107=33256="
+    "31435=31520=31890=29376=28825=35672=20160=33590=21050=20999=24230=25299=31958=23429=27934=26292=36667=34892="
+    "38477=35211=24275=20800=21952=64016c22618=64018c26228=64021c20958=29482=30410=31036=31070=31077=31119=38742="
+    "31934=32701=64032c34322=64034c35576=64037c36920=37117=64042c39151=39164=39208=40372=37086=38583=20398=20711="
+    "20813=21193=21220=21329=21917=22022=22120=22592=22696=23652=23662=24724=24936=24974=25074=25935=26082=26257="
+    "26757=28023=28186=28450=29038=29227=29730=30865=31038=31049=31048=31056=31062=31069=31117=31118=31296=31361="
+    "31680=32244=32265=32321=32626=32773=33261=33401=33401=33879=35088=35222=35585=35641=36051=36104=36790=36920="
+    "38627=38911=38971=24693=148206=33304=64112c20006=20917=20840=20352=20805=20864=21191=21242=21917=21845=21913="
+    "21986=22618=22707=22852=22868=23138=23336=24274=24281=24425=24493=24792=24910=24840=24974=24928=25074=25140="
+    "25540=25628=25682=25942=26228=26391=26395=26454=27513=27578=27969=28379=28363=28450=28702=29038=30631=29237="
+    "29359=29482=29809=29958=30011=30237=30239=30410=30427=30452=30538=30528=30924=31409=31680=31867=32091=32244="
+    "32574=32773=33618=33775=34681=35137=35206=35222=35519=35576=35531=35585=35582=35565=35641=35722=36104=36664="
+    "36978=37273=37494=38524=38627=38742=38875=38911=38923=38971=39698=40860=141386=141380=144341=15261=16408="
+    "16441=152137=154832=163539=40771=40846=64285c1497f1460-64287c1522f1463-64298c1513f1473-1474-64329f1473-1474-"
+    "1488f1463-1464-1468-1489f1468-1490f1468-1491f1468-1492f1468-1493f1468-1494f1468-64312c1496f1468-1497f1468-"
+    "1498f1468-1499f1468-1500f1468-64318c1502f1468-64320c1504f1468-1505f1468-64323c1507f1468-1508f1468-64326c1510f"
+    "1468-1511f1468-1512f1468-1513f1468-1514f1468-1493f1465-1489f1471-1499f1471-1508f1471-69786c69785f69818+69788c"
+    "69787f69818+69803c69797f69818+69934c69937f69927+69938f69927+70475c70471f70462+70487+70843c70841f70842+70832+"
+    "70846c70845+71098c71096f71087+71097f71087+119134c119127f119141-119128f119141-119135f119150-119151-119152-"
+    "119153-119154-119227c119225f119141-119226f119141-119227f119150-119228f119150-119227f119151-119228f119151-"
+    "194560c20029=20024=20033=131362=20320=20398=20411=20482=20602=20633=20711=20687=13470=132666=20813=20820="
+    "20836=20855=132380=13497=20839=20877=132427=20887=20900=20172=20908=20917=168415=20981=20995=13535=21051="
+    "21062=21106=21111=13589=21191=21193=21220=21242=21253=21254=21271=21321=21329=21338=21363=21373=21375=21375="
+    "21375=133676=28784=21450=21471=133987=21483=21489=21510=21662=21560=21576=21608=21666=21750=21776=21843=21859="
+    "21892=21892=21913=21931=21939=21954=22294=22022=22295=22097=22132=20999=22766=22478=22516=22541=22411=22578="
+    "22577=22700=136420=22770=22775=22790=22810=22818=22882=136872=136938=23020=23067=23079=23000=23142=14062="
+    "14076=23304=23358=23358=137672=23491=23512=23527=23539=138008=23551=23558=24403=23586=14209=23648=23662=23744="
+    "23693=138724=23875=138726=23918=23915=23932=24033=24034=14383=24061=24104=24125=24169=14434=139651=14460="
+    "24240=24243=24246=24266=172946=24318=140081=140081=33281=24354=24354=14535=144056=156122=24418=24427=14563="
+    "24474=24525=24535=24569=24705=14650=14620=24724=141012=24775=24904=24908=24910=24908=24954=24974=25010=24996="
+    "25007=25054=25074=25078=25104=25115=25181=25265=25300=25424=142092=25405=25340=25448=25475=25572=142321=25634="
+    "25541=25513=14894=25705=25726=25757=25719=14956=25935=25964=143370=26083=26360=26185=15129=26257=15112=15076="
+    "20882=20885=26368=26268=32941=17369=26391=26395=26401=26462=26451=144323=15177=26618=26501=26706=26757=144493="
+    "26766=26655=26900=15261=26946=27043=27114=27304=145059=27355=15384=27425=145575=27476=15438=27506=27551=27578="
+    "27579=146061=138507=146170=27726=146620=27839=27853=27751=27926=27966=28023=27969=28009=28024=28037=146718="
+    "27956=28207=28270=15667=28363=28359=147153=28153=28526=147294=147342=28614=28729=28702=28699=15766=28746="
+    "28797=28791=28845=132389=28997=148067=29084=148395=29224=29237=29264=149000=29312=29333=149301=149524=29562="
+    "29579=16044=29605=16056=16056=29767=29788=29809=29829=29898=16155=29988=150582=30014=150674=30064=139679="
+    "30224=151457=151480=151620=16380=16392=30452=151795=151794=151833=151859=30494=30495=30495=30538=16441=30603="
+    "16454=16534=152605=30798=30860=30924=16611=153126=31062=153242=153285=31119=31211=16687=31296=31306=31311="
+    "153980=154279=154279=31470=16898=154539=31686=31689=16935=154752=31954=17056=31976=31971=32000=155526=32099="
+    "17153=32199=32258=32325=17204=156200=156231=17241=156377=32634=156478=32661=32762=32773=156890=156963=32864="
+    "157096=32880=144223=17365=32946=33027=17419=33086=23221=157607=157621=144275=144284=33281=33284=36766=17515="
+    "33425=33419=33437=21171=33457=33459=33469=33510=158524=33509=33565=33635=33709=33571=33725=33767=33879=33619="
+    "33738=33740=33756=158774=159083=158933=17707=34033=34035=34070=160714=34148=159532=17757=17761=159665=159954="
+    "17771=34384=34396=34407=34409=34473=34440=34574=34530=34681=34600=34667=34694=17879=34785=34817=17913=34912="
+    "34915=161383=35031=35038=17973=35066=13499=161966=162150=18110=18119=35488=35565=35722=35925=162984=36011="
+    "36033=36123=36215=163631=133124=36299=36284=36336=133342=36564=36664=165330=165357=37012=37105=37137=165678="
+    "37147=37432=37591=37592=37500=37881=37909=166906=38283=18837=38327=167287=18918=38595=23986=38691=168261="
+    "168474=19054=19062=38880=168970=19122=169110=38923=38923=38953=169398=39138=19251=39209=39335=39362=39422="
+    "19406=170800=39698=40000=40189=19662=19693=40295=172238=19704=172293=172558=172689=40635=19798=40697=40702="
+    "40709=40719=40726=40763=173568=";
+
+// The sets that rules name, by their members' kinds; those without any are in set_ranges.
+static const char *const sets[128] = {
+    [' '] = "b", ['r'] = "r", ['/'] = "rh", ['s'] = "rbs",        // the space, [\r\n], [\r\n/], \s
+    ['L'] = "AaUuLlo", ['M'] = "AaUuLlom", ['N'] = "dn",          // \p{L}, [\p{L}\p{M}], \p{N}
+    ['P'] = "hqp", ['S'] = "hqpytz", ['D'] = "hqpy",              // \p{P}, [\p{P}\p{S}], [\p{P}$+<=>^|~]
+    ['U'] = "AUuom", ['W'] = "aLlom",                             // [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], and with \p{Ll}
+    ['x'] = "bsmhqpytz_", ['y'] = "bsdnm_",                       // [^\r\n\p{L}\p{N}], [^\r\n\p{L}\p{P}\p{S}]
+    ['O'] = "mhqpytz_", ['o'] = "hqpytz_",                        // [^\s\p{L}\p{N}], [^\s\p{L}\p{M}\p{N}]
+    ['A'] = "Aa", ['d'] = "d", ['q'] = "hqyt", ['c'] = "AaUL",    // [A-Za-z], [0-9], ASCII punctuation, cased letters
+    ['m'] = "", ['K'] = "", ['J'] = "",
+};
+static const struct { char set; uint32_t first, last; } set_ranges[] = {
+    {'m', '!', '/'}, {'m', ':', '~'}, {'m', 0xFF01, 0xFF0F}, {'m', 0xFF1A, 0xFF5E}, {'m', 0x2018, 0x201F},
+    {'m', 0x3000, 0x3002}, {'K', 0x3040, 0x30FF}, {'K', 0x4E00, 0x9FA5}, {'J', 0x0800, 0x9FA5}, {'J', 0xAC00, 0xD7FF},
+};
+
+static const char gpt2_words[] = "'| ?L+| ?N+| ?O+|s+!|s+";
+static const char llama3_words[] = "\"|x?L+|N3| ?O+r*|s*r+|s+!|s+", qwen2_words[] = "\"|x?L+|N| ?O+r*|s*r+|s+!|s+";
+
+// To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
+// between its matches is a word too, and each is applied to the words that those before it made), and append the names
+// that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
+// where they are. tests/make_token_goldens.py has the same table for its reference.
+static const struct {
+    const char *names;
+    unsigned flags;
+    const char *rules[7];  // up to NULL
+} pre_tokenizers[] = {
+    {"gpt-2 phi-2 jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat modern-bert roberta-bpe jina-es "
+     "jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code", 0, {gpt2_words}},
+    {"smollm starcoder refact codeshell exaone minerva-7b mellum2", 0, {"N", gpt2_words}},
+    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", IGNORE_MERGES | ADD_BOS,
+     {llama3_words}},
+    {"dbrx smaug-bpe chatglm-bpe", 0, {llama3_words}},
+    {"qwen2 deepseek-r1-qwen stablelm2 f2llmv2", COMPOSE, {qwen2_words}},
+    {"deepseek-llm", 0, {"r", "s?c+", "s?m+", "^s+$", "J+", "N+"}},
+    {"default", 0, {"D+", gpt2_words, "N+", "ddd"}},
+    {"mpt olmo", COMPOSE, {gpt2_words}},
+    {"command-r", COMPOSE, {"N", gpt2_words}},
+    {"hunyuan megrez kormo solar-open grok-2", 0, {qwen2_words}},
+    {"glm4 glm5", IGNORE_MERGES, {llama3_words}},
+    {"qwen35", COMPOSE, {"\"|x?M+|N| ?o+r*|s*r+|s+!|s+"}},
+    {"tekken", IGNORE_MERGES | ADD_BOS, {"x?U*W+|x?U+W*|N| ?O+/*|s*r+|s+!|s+"}},
+    {"gpt-4o llama4 kanana2 talkie minimax-m2", 0, {"x?U*W+\"?|x?U+W*\"?|N3| ?O+/*|s*r+|s+!|s+"}},
+    {"deepseek-v3 hunyuan-dense joyai-llm hy_v4", 0, {"N3", "K+", "qA+|y?M+| ?S+r*|s*r+|s+!|s+"}},
+    {"deepseek-coder", 0, {"r", "s?L+", "s?P+", "J+", "N"}},
+};
+enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
+
+// Nothing is of a kind from GAP to GAP_END, or from U+E01F0 on.
+enum { GAP = 0x34000, GAP_END = 0xE0000, N_CLASSIFIED = GAP + 0x1F0 };
+
+// Gives every character the bits of the sets that the pre-tokenizer's rules name, and learns how characters compose.
+static bool unpack_unicode(Tokenizer *t, Error *e) {
+    uint16_t kind_bits[128] = {0};
+    uint32_t code = 0, first = 0, class = 0, n_sets = 0;  // at most 14 sets
+    t->sets_of = allocate(N_CLASSIFIED + 1, sizeof *t->sets_of, e);
+    t->compositions = allocate(N_COMPOSITIONS, sizeof *t->compositions, e);
+    if (!t->sets_of || !t->compositions) return false;
+    for (const char *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
+        for (const unsigned char *p = (const unsigned char *)*rule; *p; p++) {
+            if (!sets[*p] || t->set_bits[*p]) continue;
+            t->set_bits[*p] = (uint16_t)(1 << n_sets++);
+            for (const char *kind = sets[*p]; *kind; kind++) kind_bits[(unsigned char)*kind] |= t->set_bits[*p];
+        }
+    }
+    for (const char *p = unicode_data; *p; p++) {
+        uint32_t n = *p < '0' || *p > '9';  // 1 where none is given
+        for (; *p >= '0' && *p <= '9'; p++) n = n * 10 + (uint32_t)(*p - '0');
+        if (*p == 'k') class = n;
+        else if (*p == 'c') code = n;
+        else if (*p == 'f') first = n;
+        else if (*p == '=') *find_composition(t, code) = (Composition){code, {n, 0}, 0}, code++;
+        else if (*p == '+' || *p == '-') {
+            uint64_t pair = (uint64_t)first << 32 | n;
+            if (*p == '+') *find_composition(t, pair) = (Composition){pair, {code, 0}, 0};
+            *find_composition(t, code) = (Composition){code, {first, n}, 0}, code++;
+        } else for (; n > 0; n--, code++) {
+            t->sets_of[code] = kind_bits[(unsigned char)*p];
+            if (*p == 'm' && class) *find_composition(t, code) = (Composition){code, {0, 0}, class};
+        }
+    }
+    t->sets_of[N_CLASSIFIED] = kind_bits['_'];
+    for (size_t i = 0; i < sizeof set_ranges / sizeof *set_ranges; i++)
+        for (code = set_ranges[i].first; code <= set_ranges[i].last; code++)
+            t->sets_of[code] |= t->set_bits[(unsigned char)set_ranges[i].set];
+    return true;
+}
+
+enum { CONTINUES = 1 << 14, CUT = 1 << 15 };  // of a byte: not its character's first; a word begins here
 
 typedef struct {
     const char *text;
-    const uint16_t *class;  // one set per byte; CONTINUES: not its character's first byte; CUT: a word begins here
+    const uint16_t *class;     // one per byte: the sets that its character is in, and the two flags
+    const uint16_t *set_bits;  // by letter: the bit of a set
 } Characters;
-
-// Unicode 16.0 as runs of a class over all code points from 0 on: how many (if not 1), then c letter with a case,
-// l another letter, n number, p punctuation, s white space, _ none of these. tests/make_unicode.py made and checks it.
-static const char character_classes[] =
-    "9_5s18_s3p_6p_4p10n2p3_2p26c3p_p_26cp_p7_s26_sp5_p2_lp6_2n_c2p_nlp3np23c_31c_195cl4c4l208cl27c18l4_12l14_5l7_l"
-    "_l129_4cl_2c2_l3cpc6_cp3c_c_20c_83c_139c8_166c_38c2_l6p41l2p51_p_p2_p2_p9_27l4_4l2p20_2p_2p13_p_3p43l21_10n4p"
-    "2l_99lpl15_2l7_2l10n3l2_l14p2_l_30l29_89l11_l14_10n33l9_2l_3pl5_22l4_l9_l3_l7_15p_25l5_p_11l5_24l_6l17_42l58_"
-    "54l3_l18_l7_10l2_2p10np16l4_8l2_2l2_22l_7l_l3_4l3_l16_l13_2l_3l4_10n2l2_6n2_lp7_6l4_2l2_22l_7l_2l_2l_2l31_4l_l"
-    "7_10n2_3l_p14_9l_3l_22l_7l_2l_5l3_l18_l15_2l4_10np8_l11_8l2_2l2_22l_7l_2l_5l3_l30_2l_3l4_10n_l6n11_l_6l3_3l_4l"
-    "3_2l_l_2l3_2l3_3l3_12l22_l21_13n18_8l_3l_23l_16l3_l26_3l2_l2_2l4_10n7_p7n_l3_p8l_3l_23l_10l_5l3_l31_2l_2l4_10n"
-    "_2l17_9l_3l_41l2_l16_l5_3l_7n3l4_19n_6l5_18l3_24l_9l_l2_7l31_10n4_p12_48l_2l12_7l8_p10n2p37_2l_l_5l_24l_l_10l_"
-    "2l9_l2_5l_l9_10n2_4l32_l3_15p_p11_20n6_4p2_8l_36l24_p2_5l67_5p4_2p37_43l20_l10n6p6l4_4l3_l3_2l7_3l4_13l12_l_"
-    "10n6_38c_l5_l2_43lp333l_4l2_7l_l_4l2_41l_4l2_33l_4l2_7l_l_4l2_15l_57l_4l2_67l5_9p20n3_16l16_86c2_6c2_p620l_p"
-    "17ls26l2p3_75l3p3n8l7_18l13_19l3_2p9_18l14_13l_3l15_52l32_3pl3p_l3_10n6_10n6_11p5_10n6_89l7_5l2_34l_l5_70l10_"
-    "31l37_2p10n30l2_5l11_44l4_26l6_11n37_23l7_2p53l43_10n6_10n6_7pl6p87_47l17_8l_2p10n7p28_3p3_30l13_2l10n44l22_4p"
-    "36l23_5p10n3_3l10n36l2p11l5_43c2_3c8p11_p21_4l_6l_2l3_l5_44c63l13cl34c37l64_278c2_6c2_38c2_6c2_8c_c_c_c_31c2_"
-    "53c_7c_c3_3c_7c3_4c2_6c4_13c5_3c_7c3_11s5_24p2s5_s20p_13p_12ps16_nl2_6n3_2pl10n3_2p_13l101_c4_c2_10c_c3_5c6_c_"
-    "c_c_4c_6c4lc2_4c5_5c4_c_51n2c5n382_4p29_2p309_60n78_22n616_14p30n49_2p31_10p403_22p63_4p32_2p514_124c2l103c6_"
-    "4c3_2c5_4pn2p38l_l5_l2_56l7_lp15_23l9_7l_7l_7l_7l_7l_7l_7l_7l33_47pl32p2_12p418_s3p_2ln10p2_12p_9n6_p5l2_3n2lp"
-    "3_86l6_3lp90lp4l5_43l_94l3_4n10_32l48_16l32_10n30_8n_15n32_10n39_15n320_6592l64_22157l67_46l2p269l3p16l10n2l"
-    "20_46cl4_p10_pl28c2l2_70l10n2_6p31_9l2_78cl23cl2_4c63l2_2l_l_8l21_16l_3l_4l_23l13_6n10_52l4p10_50l26_2p10n24_"
-    "6l3plp2l_10n28l8_2p23l24_p29l7_47l14_13p_l10n4_2p5l_10l10n5l_41l23_3l_8l4_10n2_4p23l3_l3_50l_l3_2l2_5l2_l_l24_"
-    "3l2p11l5_2p3l12_6l2_6l2_6l9_7l_7l_43l_14l6_80c35l8_p4_10n6_11172l12_23l4_49l8452_366l2_106l38_7c12_5c5_l_10l_"
-    "13l_5l_l_2l_2l_108l33_363l2p16_64l2_54l40_12l20_10p22_35p_14p_p4_p_2p4_5l_135l4_3p_6p_4p10n2p3_2p26c3p_p_26cp_"
-    "p_7p89l3_6l2_6l2_6l2_3l35_12l_26l_19l_2l_15l2_14l34_123l5_3p4_45n12_57n17_2n244_29l3_49l16_27n4_32l4n9_20ln8ln"
-    "5_38l10_30l_p36l4_8lp5n42_80c78l2_10n6_36c4_36c4_40l8_52l11_p11l_15l_7l_2l_11l_15l_7l_2l3_52l12_311l9_22l10_8l"
-    "24_6l_42l_9l69_6l2_l_44l_2l3_l2_23l_p8n23l2_7n31l8_9n48_19l_2l5_5n22l6n3_p26l5_p64_56l4_2n2l16n2_46nl15_4l_3l_"
-    "29l10_9n7_9p7_29l2np29l3n32_8l_28l6_5n7p9_54l3_7p22l2_8n19l5_8n18l7_4p12_7n80_73l55_51c13_51c7_6n36l12_10n6_"
-    "10n28l8_p23l218_31n_42l3_p2_2l16_3l59_29l10nl8_22l11_4n5p22_18l4_4p38_21l7n20_23l12_53l15_7p4_30n_2l2_l13_45l"
-    "11_2p_4p14_25l7_10n9_36l15_10n4pl2_l8_35l_2pl12_48l14_4l4p4_p2_10nlpl3p_20n11_18l_25l12_6p_2l63_7l_l_4l_15l_"
-    "10lp6_47l17_10n11_8l2_2l2_22l_7l_2l_5l3_l18_l12_5l30_10l_l2_l_38l_l25_l_l2p_2p39_53l18_4l5p10n2p_p_3l30_48l20_"
-    "2lpl8_10n166_47l18_23p4l36_48l17_3pl11_10n6_13p19_43l13_lp6_10n6_20n28_27l21_12n3p_7l185_44l15_p100_64c19n12_"
-    "8l2_l2_8l_2l_24l15_l_l2_3p9_10n70_8l2_39l16_lpl28_l10_40l7_l4_8p9_l11_46l16_3pl5p13_73l7_10p182_33lp14_10n6_9l"
-    "_37l17_l5p10_29n3_2p30l112_7l_2l_38l21_l9_10n6_6l_2l_32l14_l7_10n310_19l4_2p9_l_13l_34l15_13p10n86_l15_21n42_p"
-    "922l102_111n_5p11_196l2636_97l2p13_1072l17_6l25_3995l5_583l6841_30l18_10n1734_569l7_31l_10n4_2p79l_10n6_30l7_p"
-    "10_48l7_5p4_4lp11_10n_7n_21l5_19l432_45l3p10n198_64l23n4p101_75l5_l66_13l64_2lpl28_6136l8_1238l41_10l8935_4l_"
-    "7l_2l_291l15_l29_3l2_l14_4l8_396l2308_107l5_13l3_9l7_10l5_p4176_10n1478_20n12_20n108_25n135_85l_71l_2l2_l2_2l"
-    "2_4l_12l_l_7l_65l_4l2_8l_7l_28l_4l_5l_l3_7l_340l2_25l_25l_31l_25l_31l_25l_31l_25l_31l_25l_8l2_50n647_5p1140_"
-    "31l6_6l261_62l146_45l10_7l2_10n4_l321_30l18_44l4_10n470_28l4_10n214_30l2_l10n4_p480_7l_4l_2l_15l_197l2_9n48_"
-    "68c7_l4_10n4_2p785_59n_3n_4n76_45n_15n194_4l_27l_2l_l2_l_10l_4l_l_l6_l4_l_l_l_3l_2l_l2_l_l_l_l_l_2l_l2_4l_7l_"
-    "4l_4l_l_10l_17l5_3l_5l_17l580_13n2787_10n1030_42720l32_4154l6_222l2_5762l14_7473l15_622l2466_542l1506_4939l5_"
-    "4192l";
-
-// Sets that single models' expressions name range by range.
-static const struct { uint32_t first, last, bits; } more_classes[] = {
-    {'$', '$', SYMBOL},      {'+', '+', SYMBOL},      {'<', '>', SYMBOL},      {'^', '^', SYMBOL},
-    {'|', '|', SYMBOL},      {'~', '~', SYMBOL},      {'!', '/', MARK},        {':', '~', MARK},
-    {0xFF01, 0xFF0F, MARK},  {0xFF1A, 0xFF5E, MARK},  {0x2018, 0x201F, MARK},  {0x3000, 0x3002, MARK},
-    {0x0800, 0x9FA5, ASIAN}, {0xAC00, 0xD7FF, ASIAN}, {'\n', '\n', NEWLINE},   {'\r', '\r', NEWLINE},
-};
-
-static bool unpack_classes(Tokenizer *t, Error *e) {
-    if (!(t->class_of = allocate(N_CLASSIFIED, sizeof *t->class_of, e))) return false;
-    static const uint8_t bits[128] = {
-        ['c'] = LETTER | CASED, ['l'] = LETTER, ['n'] = NUMBER, ['p'] = SYMBOL, ['s'] = SPACE};
-    size_t code = 0;
-    for (const char *p = character_classes; *p; p++) {
-        size_t count = 0;
-        for (; *p <= '9'; p++) count = count * 10 + (size_t)(*p - '0');
-        if (count == 0) count = 1;
-        memset(t->class_of + code, bits[(unsigned char)*p], count);
-        code += count;
-    }
-    for (size_t i = 0; i < sizeof more_classes / sizeof *more_classes; i++)
-        for (code = more_classes[i].first; code <= more_classes[i].last; code++)
-            t->class_of[code] |= (uint8_t)more_classes[i].bits;
-    return true;
-}
 
 // The end of the run of bytes from `at` on whose bits under `mask` are `bits`.
 static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int bits) {
@@ -286,7 +638,7 @@ static size_t next_character(const Characters *x, size_t at, size_t end) {
 
 // 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
-    if (x->text[at] != '\'' || at + 1 >= end) return at;
+    if (at + 1 >= end || x->text[at] != '\'') return at;
     char a = x->text[at + 1], b = at + 2 < end ? x->text[at + 2] : 0;
     if (any_case && a == '\xC5' && b == '\xBF') return at + 3;
     if (any_case && a >= 'A' && a <= 'Z') a = (char)(a + 32);
@@ -295,102 +647,47 @@ static size_t contraction(const Characters *x, size_t at, size_t end, bool any_c
     return (b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l') ? at + 3 : at;
 }
 
-// \s+(?!\S)|\s+        a run of white space leaves its last character to the word that follows it
-static size_t white_space(const Characters *x, size_t at, size_t end) {
-    size_t stop = run_end(x, at, end, SPACE, SPACE), last = stop;
-    if (stop == at || stop == end) return stop;
-    do last--;
-    while (x->class[last] & CONTINUES);
-    return last > at ? last : stop;
+// The end of the match, from `at` on, of what is left of an alternative: as much as can be, then less. SIZE_MAX: none.
+static size_t match_rest(const Characters *x, const char *p, size_t at, size_t end) {
+    if (*p == '|' || *p == 0) return at;
+    char item = *p++, how_often = *p;
+    uint16_t set = x->set_bits[(unsigned char)item], space = x->set_bits['s'];
+    bool holds = item == '!' ? at == end || x->class[at] & space
+               : item == '^' ? x->class[at] & CUT || !(x->class[at - 1] & space) : at == end;
+    if (item == '!' || item == '^' || item == '$') return holds ? match_rest(x, p, at, end) : SIZE_MAX;
+    bool optional = how_often == '?' || how_often == '*';
+    size_t stop = set ? at : contraction(x, at, end, item == '"');
+    if (how_often && strchr("?*+3", how_often)) p++;
+    if (how_often == '*' || how_often == '+') stop = run_end(x, at, end, set, set);
+    else for (int i = how_often == '3' ? 3 : 1; set && i > 0 && stop < end && x->class[stop] & set; i--)
+        stop = next_character(x, stop, end);
+    while (stop > at || optional) {
+        size_t found = match_rest(x, p, stop, end);
+        if (found != SIZE_MAX || stop == at) return found;
+        do stop--;
+        while (x->class[stop] & CONTINUES);
+    }
+    return SIZE_MAX;
 }
 
-// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-static size_t gpt2_rule(const Characters *x, size_t at, size_t end, int any_case) {
-    size_t stop = contraction(x, at, end, any_case);
-    if (stop > at) return stop;
-    size_t word = x->text[at] == ' ' && at + 1 < end ? at + 1 : at;
-    int bits = x->class[word] & WORD;
-    return bits != SPACE ? run_end(x, word, end, WORD, bits) : white_space(x, at, end);
+// The end of the match that begins at `at`: that of the first alternative that has one. `at` itself: there is none.
+static size_t match_rule(const Characters *x, const char *rule, size_t at, size_t end) {
+    for (const char *p = rule; p; p = strchr(p, '|')) {
+        if (*p == '|') p++;
+        size_t stop = match_rest(x, p, at, end);
+        if (stop != SIZE_MAX) return stop;
+    }
+    return at;
 }
 
-// (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+
-// |\s+(?!\S)|\s+
-static size_t modern_rule(const Characters *x, size_t at, size_t end, int digits) {
-    size_t stop = contraction(x, at, end, true), word = at;
-    if (stop > at) return stop;
-    if (!(x->class[at] & (LETTER | NUMBER | NEWLINE))) word = next_character(x, at, end);
-    stop = run_end(x, word, end, LETTER, LETTER);
-    if (stop > word) return stop;
-    for (stop = at; digits > 0 && stop < end && x->class[stop] & NUMBER; digits--) stop = next_character(x, stop, end);
-    if (stop > at) return stop;
-    word = x->text[at] == ' ' ? at + 1 : at;
-    stop = run_end(x, word, end, WORD, 0);
-    if (stop > word) return run_end(x, stop, end, NEWLINE, NEWLINE);
-    stop = run_end(x, at, end, SPACE, SPACE);
-    while (stop > at && !(x->class[stop - 1] & NEWLINE)) stop--;
-    return stop > at ? stop : white_space(x, at, end);
-}
-
-// [0-9]{n}
-static size_t digits_rule(const Characters *x, size_t at, size_t end, int n) {
-    for (size_t i = at; i < at + (size_t)n; i++)
-        if (i >= end || x->text[i] < '0' || x->text[i] > '9') return at;
-    return at + (size_t)n;
-}
-
-// One character of the set.
-static size_t one_rule(const Characters *x, size_t at, size_t end, int set) {
-    return x->class[at] & set ? next_character(x, at, end) : at;
-}
-
-// [set]+
-static size_t run_rule(const Characters *x, size_t at, size_t end, int set) { return run_end(x, at, end, set, set); }
-
-// \s?[set]+        the space may itself be one of the set
-static size_t spaced_rule(const Characters *x, size_t at, size_t end, int set) {
-    size_t word = one_rule(x, at, end, SPACE), stop = run_end(x, word, end, set, set);
-    return stop > word ? stop : run_end(x, at, end, set, set);
-}
-
-// \s+$        only tried where a run of white space begins: tried inside of long runs it would take quadratic time
-static size_t last_rule(const Characters *x, size_t at, size_t end, int set) {
-    if (!(x->class[at] & CUT) && x->class[at - 1] & set) return at;
-    return run_end(x, at, end, set, set) == end ? end : at;
-}
-
-// To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
-// between its matches is a word too, and each is applied to the words that those before it made), and append the names
-// that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
-// where they are. tests/make_token_goldens.py has the same table for its reference.
-typedef struct {
-    size_t (*match)(const Characters *x, size_t at, size_t end, int what);
-    int what;
-} Rule;
-
-static const struct {
-    const char *names;
-    unsigned flags;
-    Rule rules[7];  // up to one without a function
-} pre_tokenizers[] = {
-    {"gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum a.x-4.0 gigachat", 0, {{gpt2_rule, false}}},
-    {"smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", 0,
-     {{one_rule, NUMBER}, {gpt2_rule, false}}},
-    {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", IGNORE_MERGES | ADD_BOS, {{modern_rule, 3}}},
-    {"dbrx smaug-bpe", 0, {{modern_rule, 3}}},
-    {"qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez kormo solar-open grok-2", 0, {{modern_rule, 1}}},
-    {"deepseek-llm", 0,
-     {{one_rule, NEWLINE}, {spaced_rule, CASED}, {spaced_rule, MARK}, {last_rule, SPACE}, {run_rule, ASIAN},
-      {run_rule, NUMBER}}},
-    {"default", 0, {{run_rule, SYMBOL}, {gpt2_rule, false}, {run_rule, NUMBER}, {digits_rule, 3}}},
-};
-enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
-
-// Gives every byte the bits of its character; a byte that is not UTF-8 is a character of its own, of no class.
+// Gives every byte the bits of its character.
 static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
     for (size_t i = 0; i < n;) {
         uint32_t code = 0;
         int length = read_character(s + i, n - i, &code);
-        uint16_t bits = length > 0 && code < N_CLASSIFIED ? t->class_of[code] : 0;
+        if (length <= 0) code = N_CLASSIFIED;
+        else if (code >= GAP) code = code - GAP_END < N_CLASSIFIED - GAP ? code - GAP_END + GAP : N_CLASSIFIED;
+        uint16_t bits = t->sets_of[code];
         class[i++] = bits;
         for (int rest = length - 1; rest > 0; rest--) class[i++] = bits | CONTINUES;
     }
@@ -398,18 +695,18 @@ static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *clas
 
 // Sets CUT at the first byte of every word.
 static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
-    Characters x = {s, class};
+    Characters x = {s, class, t->set_bits};
     classify(t, s, n, class);
     class[0] |= CUT;
-    for (const Rule *rule = pre_tokenizers[t->pre].rules; rule->match; rule++) {
+    for (const char *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
         for (size_t at = 0, end; at < n; at = end) {  // one word so far
             end = run_end(&x, at + 1, n, CUT, 0);
             for (size_t stop; at < end; at = stop) {  // one match, or what lies before the next match
                 class[at] |= CUT;
-                stop = rule->match(&x, at, end, rule->what);
+                stop = match_rule(&x, *rule, at, end);
                 if (stop > at) continue;
                 do stop = next_character(&x, stop, end);
-                while (stop < end && rule->match(&x, stop, end, rule->what) == stop);
+                while (stop < end && match_rule(&x, *rule, stop, end) == stop);
             }
         }
     }
@@ -448,6 +745,7 @@ typedef struct {
     Pair *heap;       // (2 * capacity)  every joining takes one pair out and puts at most two in: n - 1 + n - 1 at most
     size_t n_symbols, n_heap, capacity;
     uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
+    char *composed;     // (3 * n) a stretch of the text
     size_t first;       // where in out->ids this stretch of plain text begins
     Tokens *out;
     Error *e;
@@ -589,6 +887,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
+    if (c->t->composes && !compose_text(c->t, &s, &n, &c->composed, c->e)) return false;
     if (bpe) cut_words(c->t, s, n, c->scratch);
     for (size_t at = 0, end; at < n; at = end) {
         end = at + 1;
@@ -655,13 +954,15 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
-    Encoder c = {.t = t, .out = out, .e = e, .scratch = allocate(n + 1, sizeof *c.scratch, e)};
+    Encoder c = {.t = t, .out = out, .e = e};
+    c.scratch = allocate((t->composes ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
     for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
         if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
     ok = ok && encode_spans(&c, text, n, spans, n_spans);
     free(text);
     free(c.scratch);
+    free(c.composed);
     free(c.symbols);
     free(c.heap);
     return ok;
@@ -696,7 +997,8 @@ static bool is_end_token(const Tokenizer *t, int id) {
 static void close_tokenizer(Tokenizer *t) {
     free(t->piece_slots);
     free(t->merge_slots);
-    free(t->class_of);
+    free(t->sets_of);
+    free(t->compositions);
     *t = (Tokenizer){0};
 }
 
@@ -760,7 +1062,8 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
                      .n_tokens = (int)h.n_tokens, .n_merges = (int)h.n_merges, .n_end = (int)h.n_end,
                      .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
                      .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
-                     .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES};
+                     .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES,
+                     .composes = h.kind == BPE && h.flags & COMPOSE};
     t->score = (const void *)take(&c, times(n, sizeof *t->score));
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
     t->merge = (const void *)take(&c, times(h.n_merges, sizeof *t->merge));
@@ -772,7 +1075,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     while (c.left > 0)
         if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
     return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
-           (t->kind == SPM || unpack_classes(t, e));
+           (t->kind == SPM || unpack_unicode(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
@@ -791,7 +1094,7 @@ typedef struct {
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
     Cursor merges;                // strings: left part, space, right part
     int bos, eos, eot, eom, unk;
-    int add_bos, add_eos, dummy_prefix;
+    int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in their order
@@ -921,7 +1224,7 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
 
 // *pre = the row of pre_tokenizers[] with this name (which may be none).
 static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
-    char known[160] = "";
+    char known[200] = "";
     for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
         const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
@@ -944,7 +1247,9 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
     for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++)
         if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
     unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[h->pre].flags;
-    h->flags = usual & IGNORE_MERGES;
+    h->flags = 0;
+    if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;
+    if (v->composes < 0 ? usual & COMPOSE : (unsigned)v->composes) h->flags |= COMPOSE;
     if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
     if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
     if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;

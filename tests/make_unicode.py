@@ -3,11 +3,14 @@
 # requires-python = ">=3.9"
 # dependencies = ["tokenizers>=0.21"]
 # ///
-"""Prints tokenizer.c's table of character classes, or with --check compares it with the one that tokenizer.c holds.
+"""Prints tokenizer.c's table of Unicode, or with --check compares it with the one that tokenizer.c holds.
 
-The classes are asked of the `tokenizers` package, code point by code point, because its regular expressions are what
-tokenizer.c has to equal; version 0.23.3 has those of Unicode 16.0. Where Python's own unicodedata has that version too
-(3.14 has), the two are compared.
+All is asked of the `tokenizers` package, because its regular expressions and its NFC are what tokenizer.c has to
+equal. In version 0.23.3 they are of different age: its regular expressions (Oniguruma's) know Unicode 16.0; its NFC
+(a crate of Rust's) knows Unicode 9.0, so that younger marks neither move nor compose; and its pre-tokenizer Digits
+(Rust's own), which some models have in place of \\p{N}, knows 17.0 with 13 more numbers, which are none here. Where
+Python's own unicodedata has version 16.0 (3.14 has), the kinds are compared with it. How characters come apart never
+changes once it is given, so any version of unicodedata will do, and `tokenizers` says what it knows of it.
 """
 import argparse
 import itertools
@@ -15,11 +18,12 @@ import pathlib
 import sys
 import unicodedata
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 TOKENIZER_C = pathlib.Path(__file__).resolve().parent.parent / "tokenizer.c"
 UNICODE = "16.0.0"
-END = 0x323B0  # one more than the last code point that has a class
+# The table's order is that of the code points, but U+E0000 follows U+33FFF: nothing between is of any kind.
+ORDER = [*range(0x34000), *range(0xE0000, 0xE01F0)]
 LINE = 110
 # The letters that deepseek-llm's pre-tokenizer names range by range (from its tokenizer.json): those that have a case.
 CASED = """
@@ -32,6 +36,17 @@ CASED = """
 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF
 1E900-1E943
 """
+# Kinds of characters, by letter, and what they are; a character is of the first kind that has it. Those of ASCII come
+# first, as single models' expressions name some of them alone. _ is all the rest.
+KINDS = {
+    "r": r"[\r\n]", "b": " ", "h": "/", "t": "`", "d": "[0-9]", "A": "[A-Z]", "a": "[a-z]", "y": r"[$+<=>^|~]",
+    "q": r"[!-/:-@\[-`{-~]", "s": r"\s", "n": r"\p{N}", "m": r"\p{M}", "p": r"\p{P}", "z": r"\p{S}",
+    "U": r"[\p{Lu}\p{Lt}]", "L": r"\p{Ll}", "o": r"[\p{Lm}\p{Lo}]",
+}
+UNCASED = {"U": "u", "L": "l"}  # in place of these for letters that CASED lacks
+
+NFC, NFD = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
+HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by arithmetic
 
 
 def cased() -> set:
@@ -54,32 +69,82 @@ def members(pattern: str) -> set:
     return found
 
 
-def classes() -> list:
-    """One letter for each code point: c cased letter, l other letter, n number, p punctuation, s space, _ the rest."""
-    letters, numbers, marks, spaces = (members(p) for p in (r"\p{L}+", r"\p{N}+", r"\p{P}+", r"\s+"))
-    assert cased() <= letters and max(letters | numbers | marks | spaces) < END
-    assert not (letters & numbers or letters & marks or numbers & marks or spaces & (letters | numbers | marks))
-    kinds = (("c", cased()), ("l", letters), ("n", numbers), ("p", marks), ("s", spaces))
-    result = [next((kind for kind, points in kinds if c in points), "_") for c in range(END)]
+def kinds() -> list:
+    """Each code point and the letter of its kind."""
+    result, has_case = {}, cased()
+    for letter, pattern in KINDS.items():
+        for c in members(pattern + "+"):
+            result.setdefault(c, letter if c in has_case else UNCASED.get(letter, letter))
+    assert result.keys() <= set(ORDER) and all(result[c] in "AaUL" for c in has_case)
     if unicodedata.unidata_version == UNICODE:
+        known = {**dict.fromkeys("AaUuLlo", "L"), **dict.fromkeys("dn", "N"), **dict.fromkeys("hqp", "P"), "m": "M",
+                 **dict.fromkeys("ytz", "S")}
         for c in code_points():
             category = unicodedata.category(chr(c))[0]
-            got = result[c] if c < END else "_"
-            if category in "LNP" or got in "clnp":
-                assert category == {"c": "L", "l": "L", "n": "N", "p": "P"}.get(got), hex(c)
-    return result
+            assert known.get(result.get(c), "") == (category if category in "LMNPS" else ""), hex(c)
+    return [(c, result.get(c, "_")) for c in ORDER]
+
+
+def combining_class(c: int) -> int:
+    """0 where NFD leaves the character behind a mark of every class: then it is no mark, or not known as one."""
+    claimed, iota = unicodedata.combining(chr(c)), "\u0345"  # the one mark of the highest class, 240
+    if not claimed or (chr(c) != iota and NFD("a" + iota + chr(c)) != NFD("a" + chr(c)) + iota):
+        return 0
+    for other, text in ((1, "\u0334"), (220, "\u0323"), (230, "\u0301"), (232, "\u0315")):
+        moves = NFD("a" + text + chr(c)) != "a" + text + NFD(chr(c))
+        assert moves == (claimed < other), (hex(c), claimed, other)
+    return claimed
+
+
+def decompositions() -> list:
+    """(code point, first part, second part or 0, whether the two parts compose to it again), in order."""
+    found = []
+    for c in code_points():
+        parts = unicodedata.decomposition(chr(c)).split()
+        if not parts or parts[0].startswith("<") or NFD(chr(c)) == chr(c) or c in HANGUL:
+            continue
+        first, second = int(parts[0], 16), int(parts[1], 16) if len(parts) > 1 else 0
+        assert NFD(chr(c)) == NFD(chr(first)) + (chr(second) if second else ""), hex(c)  # one step; the rest in `first`
+        assert c < 0x34000 and (not second or NFD(chr(second)) == chr(second)), hex(c)
+        assert len(NFC(chr(c)).encode()) <= 3 * len(chr(c).encode()) and len(NFD(chr(c))) <= 2 * len(chr(c).encode())
+        found.append((c, first, second, bool(second) and NFC(chr(first) + chr(second)) == chr(c)))
+    assert len({(first, second) for _, first, second, composes in found if composes}) == sum(f[3] for f in found)
+    return found
+
+
+def words() -> list:
+    """The table: a number (none stands for 1) and a letter each. So many characters of a kind; k: what follows of m has
+    this combining class. Then c: the code point that is decomposed next; f: its first part; + its second part, - the
+    same where the two do not compose to it again, = its only part. After these the code point is one more."""
+    def word(number: int, letter: str) -> str:
+        return f"{number if number != 1 else ''}{letter}"
+    classed = [(kind, combining_class(c) if kind == "m" else 0) for c, kind in kinds()]
+    found, last = [], 0
+    for (kind, combining), run in itertools.groupby(classed):
+        if kind == "m" and combining != last:
+            found.append(word(combining, "k"))
+            last = combining
+        found.append(word(len(list(run)), kind))
+    code = last_first = 0
+    for c, first, second, composes in decompositions():
+        if c != code:
+            found.append(word(c, "c"))
+        if second and first != last_first:
+            found.append(word(first, "f"))
+            last_first = first
+        found.append(word(second, "+" if composes else "-") if second else word(first, "="))
+        code = c + 1
+    return found
 
 
 def table() -> str:
-    """The C text: runs of a class, a count (none stands for 1) and the class's letter."""
-    counted = [(kind, len(list(group))) for kind, group in itertools.groupby(classes())]
-    runs = [f"{n if n > 1 else ''}{kind}" for kind, n in counted]
+    """The C text."""
     lines, line = [], ""
-    for run in runs:
-        if len(line) + len(run) > LINE:
+    for word in words():
+        if len(line) + len(word) > LINE:
             lines.append(line)
             line = ""
-        line += run
+        line += word
     return "".join(f'    "{text}"\n' for text in lines + [line])[:-1] + ";\n"
 
 
@@ -90,8 +155,8 @@ def main() -> int:
     if not parser.parse_args().check:
         print(made, end="")
         return 0
-    if f"character_classes[] =\n{made}" in TOKENIZER_C.read_text(encoding="utf-8"):
-        print(f"make_unicode.py: tokenizer.c holds this table ({len(made.splitlines())} lines)")
+    if f"unicode_data[] =\n{made}" in TOKENIZER_C.read_text(encoding="utf-8"):
+        print(f"make_unicode.py: tokenizer.c holds this table ({len(made)} bytes)")
         return 0
     print("make_unicode.py: tokenizer.c holds another table", file=sys.stderr)
     return 1

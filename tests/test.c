@@ -284,9 +284,9 @@ static const struct {
     { "style", test_style },
 };
 
-// Ids of many texts, one in hexadecimal on each line of stdin: build/test FILE --lines-hex [--pre NAME], for
-// make_token_goldens.py --tokenizer build/test
-static int encode_lines(const char *path, const char *pre) {
+// Ids of many texts, one in hexadecimal on each line of stdin: build/test FILE --lines-hex [--pre NAME] [--special],
+// for make_token_goldens.py. Texts must come back, unless control tokens may be in them.
+static int encode_lines(const char *path, const char *pre, bool special) {
     Error e = { 0 };
     Model m = { 0 };
     Buffer line = { 0 };
@@ -295,8 +295,12 @@ static int encode_lines(const char *path, const char *pre) {
         return tell_error("test", path, &e);
     while (read_line(&line)) {
         size_t n = read_hex((char *)line.bytes, line.n, (char *)line.bytes);
-        Tokens tokens = encode_text(&m.tokenizer, (char *)line.bytes, n, false);
+        Tokens tokens = encode_text(&m.tokenizer, (char *)line.bytes, n, special);
+        bool has_bar = false, lost = tokens.n_dropped > 0 || (m.tokenizer.kind == SPM && m.tokenizer.byte_id['a'] < 0);
+        for (size_t k = 0; k + 3 <= n; k++) has_bar = has_bar || !memcmp(line.bytes + k, "\xE2\x96\x81", 3);
         print_tokens(&m.tokenizer, &tokens);
+        if (!special && !lost && !(has_bar && m.tokenizer.kind == SPM))
+            check_round_trip(&m.tokenizer, path, (char *)line.bytes, n);
         free(tokens.ids);
     }
     free(line.bytes);
@@ -307,7 +311,8 @@ static int encode_lines(const char *path, const char *pre) {
 // With arguments, only the groups whose names contain one of them.
 int main(int argc, char **argv) {
     if (argc > 2 && !strcmp(argv[2], "--lines-hex"))
-        return encode_lines(argv[1], argc == 5 && !strcmp(argv[3], "--pre") ? argv[4] : NULL);
+        return encode_lines(argv[1], argc > 4 && !strcmp(argv[3], "--pre") ? argv[4] : NULL,
+                            !strcmp(argv[argc - 1], "--special"));
     if (!getenv("OMP_WAIT_POLICY")) {  // threads that wait leave the cores to others; OpenMP reads this when it starts
         setenv("OMP_WAIT_POLICY", "passive", 1);
         execv(argv[0], argv);

@@ -1030,7 +1030,7 @@ static void test_command_line(void) {
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1250, MAX_BOTH = 5700 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1250, MAX_BOTH = 5900 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;
@@ -1055,7 +1055,7 @@ static int check_source(const char *path, bool whole_style, int *part_one) {
         if (memchr(line, '\t', length)) check(false, "%s:%d: a tab", path, n);
         if (!strncmp(line, "/* ==== 8.", 10)) *part_one = n - 1;
         n_generated += generated;
-        if (generated ? end[-1] == ';' : !strncmp(line, "static const char character_classes[]", 37))
+        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_data[]", 32))
             generated = !generated;
         if (!whole_style) continue;
         if (isalpha((unsigned char)line[0]) || line[0] == '_') begin = n;  // a definition begins

@@ -34,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import export_model  # noqa: E402
+from make_unicode import CASED  # noqa: E402
 
 RUN = ROOT / "run"
 TOKENS = 45          # not a multiple of any tile or batch
@@ -764,18 +765,35 @@ def test_pre_tokenizers(folder: Path) -> None:
               r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     suffix = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     gpt4o = tekken.replace("+|[^", f"+{suffix}|[^", 1).replace(r"*|\p{N}|", rf"*{suffix}|\p{{N}}{{1,3}}|", 1)
+    deepseek3 = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+                 r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+").replace(r"\r\n", "\r\n")  # as it is published
+    chinese = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+    letters = "\\s?[" + "".join("-".join(chr(int(end, 16)) for end in item.split("-")) for item in CASED.split()) + "]+"
+    marks = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+    deepseek = [split("[\r\n]"), split(letters), split(marks), split(r"\s+$"), split(chinese), digits, bytes_only]
+    coder = [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(chinese), digits, bytes_only]
+    v3 = [split(r"\p{N}{1,3}"), split("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"), split(deepseek3), bytes_only]
+    qwen35 = llama3.replace("{1,3}", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"s\p{L}", r"s\p{L}\p{M}")
     cases = {"gpt-2": words, "smollm": [digits, words], "llama-bpe": [split(llama3), bytes_only],
              "dbrx": [split(llama3), bytes_only], "qwen2": [split(llama3.replace("{1,3}", "")), bytes_only],
-             "tekken": [split(tekken), bytes_only], "gpt-4o": [split(gpt4o), bytes_only],
-             "deepseek-llm": [split("[\r\n]"), split("\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6]+"),
-                              split(r"\s?[!-/]+"), split(r"\s+$"), split("[\u4e00-\u9fa5]+"), digits, bytes_only]}
+             "qwen35": [split(qwen35), bytes_only], "tekken": [split(tekken), bytes_only],
+             "gpt-4o": [split(gpt4o), bytes_only], "deepseek-llm": deepseek, "deepseek-coder": coder, "deepseek-v3": v3}
+    check("all of them", cases.keys() == export_model.PRE_TOKENIZERS.keys(), str(export_model.PRE_TOKENIZERS.keys()))
     for name, steps in cases.items():
         pre = {"type": "Sequence", "pretokenizers": steps} if isinstance(steps, list) else steps
         tokenizer = {"pre_tokenizer": pre, "model": {"ignore_merges": name == "llama-bpe"}}
         check(name, export_model.recognise_pre_tokenizer(tokenizer, folder) == name)
-        if name in export_model.PRE_TOKENIZERS:
-            made = {"pre_tokenizer": export_model.pre_tokenizer_json(name, folder), "model": tokenizer["model"]}
-            check(f"{name} made", export_model.recognise_pre_tokenizer(made, folder) == name)
+        made = {"pre_tokenizer": export_model.pre_tokenizer_json(name, folder), "model": tokenizer["model"]}
+        check(f"{name} made", export_model.recognise_pre_tokenizer(made, folder) == name)
+    # What is a little different is another one.
+    for name, change in (("llama-bpe", "{1,2}"), ("gpt-4o", "{1,4}"), ("deepseek-v3", "{2,3}")):
+        other = json.loads(json.dumps(cases[name]).replace("{1,3}", change))
+        try:
+            found = export_model.recognise_pre_tokenizer({"pre_tokenizer": {"type": "Sequence", "pretokenizers": other},
+                                                          "model": {}}, folder)
+        except export_model.Refusal as refusal:
+            found = str(refusal)
+        check(f"{name} with {change}", change in found and "--pre NAME" in found, found)
 
 
 # -- What is refused --

@@ -226,8 +226,16 @@ static void check_round_trip(const Tokenizer *t, const char *name, const char *t
     size_t n_got, at = 0;
     char *got = decode_all(t, &tokens, &n_got);
     while (at < n && at < n_got && got[at] == text[at]) at++;
-    check(n_got == n && at == n, "%s: %zu bytes \"%.40s\" encoded and decoded: got %zu bytes, another from byte %zu on",
-          name, n, text, n_got, at);
+    bool same = n_got == n && at == n;
+    if (t->composes && !same) {  // NFC is other bytes, but NFC of it is the same
+        Tokens again = encode_text(t, got, n_got, false);
+        for (size_t k = at > 3 ? at - 3 : 0; k < n && k <= at + 3; k++)  // up to U+02FF nothing changes without a mark
+            same = same || (unsigned char)text[k] >= 0xCC;
+        same = same && again.n == tokens.n && !memcmp(again.ids, tokens.ids, tokens.n * sizeof *again.ids);
+        free(again.ids);
+    }
+    check(same, "%s: %zu bytes \"%.40s\" encoded and decoded: got %zu bytes, another from byte %zu on", name, n, text,
+          n_got, at);
     free(got), free(tokens.ids);
 }
 
@@ -331,7 +339,7 @@ static void check_long_texts(const Tokenizer *t, const char *name) {
     Tokens tokens = encode_text(t, text, N, false);
     size_t n_got = 0;
     char *got = decode_all(t, &tokens, &n_got);
-    check(tokens.n_dropped > 0 || (n_got == N && !memcmp(got, text, N)) || t->unk >= 0,
+    check(tokens.n_dropped > 0 || t->composes || (n_got == N && !memcmp(got, text, N)) || t->unk >= 0,
           "%s: a megabyte of random bytes does not come back", name);
     free(got), free(tokens.ids), free(text);
 }
@@ -367,7 +375,12 @@ static void test_tokenizer(void) {
         { "bpe.gguf", "smollm", "bpe-smollm.txt", "<|im_start|>", true },
         { "bpe.gguf", "llama-bpe", "bpe-llama-bpe.txt", "<|im_end|>", true },
         { "bpe.gguf", "qwen2", "bpe-qwen2.txt", NULL, true },
+        { "bpe.gguf", "qwen35", "bpe-qwen35.txt", NULL, true },
+        { "bpe.gguf", "tekken", "bpe-tekken.txt", NULL, true },
+        { "bpe.gguf", "gpt-4o", "bpe-gpt-4o.txt", NULL, true },
         { "bpe.gguf", "deepseek-llm", "bpe-deepseek-llm.txt", NULL, true },
+        { "bpe.gguf", "deepseek-coder", "bpe-deepseek-coder.txt", NULL, true },
+        { "bpe.gguf", "deepseek-v3", "bpe-deepseek-v3.txt", NULL, true },
         { "bpe.gguf", "default", "bpe-default.txt", NULL, true },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
