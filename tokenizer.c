@@ -1265,7 +1265,8 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     Buffer part[N_PARTS] = {{0}};
     bool ok = pack_pieces(v, part, e);
     Tokenizer t = {.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                   .text_start = (const void *)part[STARTS].bytes, .text = (const void *)part[PIECE_TEXT].bytes};
+                   .text_start = (const void *)part[STARTS].bytes,
+                   .text = part[PIECE_TEXT].n ? (const void *)part[PIECE_TEXT].bytes : ""};
     ok = ok && index_pieces(&t, e);
     if (ok) pack_header(v, &t, &h);
     ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, h.eos, &part[END_IDS], e);

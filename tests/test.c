@@ -13,6 +13,7 @@
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
      test_files.c        damaged files
+     fuzz.c              the inputs that fuzzing found worth keeping
      test_command.c      ./run as a command, and the limits of style */
 
 #define CRIA_NO_MAIN
@@ -21,6 +22,7 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
+#include <dirent.h>
 #include <errno.h>
 #include <float.h>
 #include <math.h>
@@ -253,6 +255,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_arithmetic.c"
 #include "test_model.c"
 #include "test_text.c"
+#include "fuzz.c"
 #include "test_files.c"
 #include "test_command.c"
 
@@ -279,6 +282,7 @@ static const struct {
     { "chat", test_chat },
     { "damaged files", test_damaged_files },
     { "damaged everywhere", test_damage_everywhere },
+    { "fuzzing's corpus", test_corpus },
     { "no memory", test_no_memory },
     { "command line", test_command_line },
     { "style", test_style },

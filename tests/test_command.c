@@ -1,6 +1,5 @@
 // ./run and ./tokenizer as commands, and the limits of style. Part of test.c.
 
-#include <dirent.h>
 
 // ---- Running a command ----
 

@@ -1122,6 +1122,47 @@ static void test_damage_everywhere(void) {
     free(b.bytes);
 }
 
+// ---- What fuzzing has found ----
+
+// A vocabulary without any text: a pointer to nothing was moved by nothing, which C does not define. It opens.
+static void test_empty_pieces(void) {
+    enum { N_TOKENS = 131 };  // of llama_linear.gguf
+    Bytes b = read_golden("llama_linear.gguf");
+    GgufParts g;
+    take_apart(b, &g);
+    unsigned char array[12 + 8 * N_TOKENS] = { 8, 0, 0, 0, N_TOKENS };  // of strings
+    set_value(key_named(&g, "tokenizer.ggml.tokens", false), 9, array, sizeof array);
+    Bytes empty = put_together(&g);
+    Error e;
+    check(try_open(empty, &e), "empty pieces: got \"%s\", wanted it to open", e.text);
+    free(empty.bytes), free(b.bytes);
+    free_parts(&g);
+}
+
+// The targets of fuzz.c on every input in tests/corpus: each reaches code that the others do not.
+static void test_corpus(void) {
+    test_empty_pieces();
+    static const char *const targets[] = { "files", "texts", "models" };
+    for (int i = 0; i < 3; i++) {
+        char path[400];
+        int n = 0;
+        snprintf(path, sizeof path, "tests/corpus/%s", targets[i]);
+        DIR *corpus = opendir(path);
+        for (struct dirent *d; corpus && (d = readdir(corpus));) {
+            if (d->d_name[0] == '.') continue;
+            snprintf(path, sizeof path, "tests/corpus/%s/%s", targets[i], d->d_name);
+            Bytes b = read_bytes(path);
+            const char *wrong = i == 1 ? try_text_input(b.bytes, b.n) : try_file(b.bytes, b.n, false);
+            if (i != 1 && !wrong) wrong = try_file(b.bytes, b.n, true);
+            check(b.bytes && !wrong, "%s: %s", path, wrong ? wrong : "cannot be read");
+            free(b.bytes);
+            n++;
+        }
+        if (corpus) closedir(corpus);
+        check(n >= 50, "tests/corpus/%s: got %d inputs", targets[i], n);
+    }
+}
+
 // ---- No memory ----
 
 static bool open_and_run(Bytes b, Bytes vocabulary, Error *e) {
