@@ -1733,10 +1733,10 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     return true;
 }
 
-// All of a stream, to its end. The caller frees b->bytes.
+// All of a stream, to its end or to more than can be encoded. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[4096];
-    while (!feof(stream) && !ferror(stream) && !interrupted) {  // a terminal's end is not there for a second time
+    while (!feof(stream) && !ferror(stream) && !interrupted && b->n <= MAX_TEXT) {  // a terminal's end comes only once
         size_t n = fread(chunk, 1, sizeof chunk, stream);
         if (n && !append(b, chunk, n, e)) return false;
     }
@@ -2800,7 +2800,8 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     double parts = get_number(g, "split.count", 0, 65535, 0);
     if (g->bad) return false;
-    if (!family.at) return refuse(e, "key general.architecture is missing");
+    if (!family.at || memchr(family.at, 0, family.n))
+        return refuse(e, "key general.architecture is missing, or has a NUL in it");
     return parts <= 1 || refuse(e, "is one part of a GGUF split into %g: merge them first", parts);
 }
 
@@ -4248,7 +4249,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     bool begins = m->tokenizer.add_bos || (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0);
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
-    if (ok && tokens->n_dropped)
+    if (ok && tokens->n_dropped && (tokens->n > 0 || mode == TOKENIZE))
         fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
     free(text.bytes);
     return ok && (tokens->n > 0 || mode == TOKENIZE ||
