@@ -88,7 +88,7 @@ class Model:
     pp: int
     tg: int
     shape: Optional[Shape] = None  # None: SmolLM2, whose weights are real
-    qtype: str = ""          # of every matrix
+    qtype: str = ""          # of every matrix; Q4_K_M: Q4_K, and Q6_K for some
 
     @property
     def path(self) -> pathlib.Path:
@@ -103,6 +103,8 @@ MODELS = [
     Model("1.1b-q4_0", "1.1B Q4_0", 256, 32, TINYLLAMA, "Q4_0"),
     Model("1.1b-q8_0", "1.1B Q8_0", 256, 32, TINYLLAMA, "Q8_0"),
     Model("1.1b-f16", "1.1B F16", 256, 32, TINYLLAMA, "F16"),
+    Model("1.1b-q4_k_m", "1.1B Q4_K_M", 256, 32, TINYLLAMA, "Q4_K_M"),
+    Model("1.1b-q6_k", "1.1B Q6_K", 256, 32, TINYLLAMA, "Q6_K"),
     Model("110m", "110M Q8_0", 256, 128, STORIES_110M, "Q8_0"),
     Model("15m", "15M Q8_0", 256, 128, STORIES_15M, "Q8_0"),
 ]
@@ -261,11 +263,34 @@ def tensor_shapes(shape: Shape) -> list[tuple[str, int, int]]:
     return [(f"{name}.weight", rows, columns) for name, rows, columns in tensors]
 
 
+def type_of(model: Model, name: str) -> str:
+    """The type of a matrix. Q4_K_M has Q6_K where llama.cpp's llama_tensor_get_type() puts it."""
+    if model.qtype != "Q4_K_M":
+        return model.qtype
+    layer, n = int(name.split(".")[1]) if name.startswith("blk.") else 0, model.shape.layers
+    more_bits = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
+    return "Q6_K" if name == "output.weight" or (more_bits and re.search("attn_v|ffn_down", name)) else "Q4_K"
+
+
+def random_rows(qtype: str, columns: int, random):
+    """Rows of weights whose standard deviation is about 0.02: (BLOCK_ROWS, bytes of a row), or floats."""
+    import gguf
+    import numpy as np
+    kind = gguf.GGMLQuantizationType[qtype]
+    if not qtype.endswith("_K"):
+        return gguf.quantize(random.normal(0, 0.02, (BLOCK_ROWS, columns)).astype(np.float32), kind)
+    block_cols, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (BLOCK_ROWS, columns // block_cols, block_bytes), dtype=np.uint8)
+    at, scales = {"Q4_K": (0, [8e-5, 6e-4]), "Q6_K": (208, [1.5e-5])}[qtype]  # d, and dmin where there is one
+    blocks[:, :, at:at + 2 * len(scales)] = np.frombuffer(np.float16(scales).tobytes(), np.uint8)
+    return blocks.reshape(BLOCK_ROWS, -1)
+
+
 def write_model(model: Model, path: pathlib.Path) -> None:
     """A GGUF file: norms are 1, all else is normal with standard deviation 0.02. Runs in the venv."""
     import gguf
     import numpy as np
-    shape, qtype = model.shape, gguf.GGMLQuantizationType[model.qtype]
+    shape = model.shape
     assert shape
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random {model.name}")
@@ -293,12 +318,13 @@ def write_model(model: Model, path: pathlib.Path) -> None:
     writer.add_add_bos_token(True)
 
     random = np.random.default_rng(1)
-    blocks = {columns: gguf.quantize(random.normal(0, 0.02, (BLOCK_ROWS, columns)).astype(np.float32), qtype)
-              for columns in (shape.dim, shape.ffn)}
     tensors = tensor_shapes(shape)
+    kinds = sorted({(type_of(model, name), columns) for name, rows, columns in tensors if rows})
+    blocks = {kind: random_rows(*kind, random) for kind in kinds}
     for name, rows, columns in tensors:
         if rows:
-            block = blocks[columns]
+            qtype = gguf.GGMLQuantizationType[type_of(model, name)]
+            block = blocks[qtype.name, columns]
             writer.add_tensor_info(name, (rows, block.shape[1]), block.dtype, rows * block[0].nbytes, qtype)
         else:
             writer.add_tensor_info(name, (columns,), np.dtype(np.float32), columns * 4)
@@ -307,7 +333,7 @@ def write_model(model: Model, path: pathlib.Path) -> None:
     writer.write_ti_data_to_file()
     for n, (name, rows, columns) in enumerate(tensors):
         if rows:  # no two layers begin with the same row
-            block = np.roll(blocks[columns], n, axis=0)
+            block = np.roll(blocks[type_of(model, name), columns], n, axis=0)
             writer.write_tensor_data(np.resize(block, (rows, block.shape[1])))
         else:
             writer.write_tensor_data(np.ones(columns, np.float32))
