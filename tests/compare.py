@@ -273,7 +273,7 @@ def type_of(model: Model, name: str) -> str:
 
 
 def random_rows(qtype: str, columns: int, random):
-    """Rows of weights whose standard deviation is about 0.02: (BLOCK_ROWS, bytes of a row), or floats."""
+    """Rows of weights whose standard deviation is about 0.02 (0.1 of Q6_K, since no scale is a subnormal number): (BLOCK_ROWS, bytes of a row), or floats."""
     import gguf
     import numpy as np
     kind = gguf.GGMLQuantizationType[qtype]
@@ -281,7 +281,7 @@ def random_rows(qtype: str, columns: int, random):
         return gguf.quantize(random.normal(0, 0.02, (BLOCK_ROWS, columns)).astype(np.float32), kind)
     block_cols, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (BLOCK_ROWS, columns // block_cols, block_bytes), dtype=np.uint8)
-    at, scales = {"Q4_K": (0, [8e-5, 6e-4]), "Q6_K": (208, [1.5e-5])}[qtype]  # d, and dmin where there is one
+    at, scales = {"Q4_K": (0, [8e-5, 6e-4]), "Q6_K": (208, [7e-5])}[qtype]  # d, and dmin where there is one
     blocks[:, :, at:at + 2 * len(scales)] = np.frombuffer(np.float16(scales).tobytes(), np.uint8)
     return blocks.reshape(BLOCK_ROWS, -1)
 
