@@ -659,13 +659,15 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     if (*p == '|' || *p == 0) return at;
     char item = *p++, how_often = *p;
     uint16_t set = x->set_bits[(unsigned char)item], space = x->set_bits['s'];
-    bool holds = item == '!' ? at == end || x->class[at] & space
-               : item == '^' ? x->class[at] & CUT || !(x->class[at - 1] & space) : at == end;
-    if (item == '!' || item == '^' || item == '$') return holds ? match_rest(x, p, at, end) : SIZE_MAX;
-    bool optional = how_often == '?' || how_often == '*';
+    if (item == '!' || item == '^' || item == '$') {
+        bool holds = item == '!' ? at == end || x->class[at] & space
+                   : item == '^' ? x->class[at] & CUT || !(x->class[at - 1] & space) : at == end;
+        return holds ? match_rest(x, p, at, end) : SIZE_MAX;
+    }
+    bool optional = how_often == '?' || how_often == '*', unlimited = how_often == '*' || how_often == '+';
     size_t stop = set ? at : contraction(x, at, end, item == '"');
-    if (how_often && strchr("?*+3", how_often)) p++;
-    if (how_often == '*' || how_often == '+') stop = run_end(x, at, end, set, set);
+    if (optional || unlimited || how_often == '3') p++;
+    if (unlimited) stop = run_end(x, at, end, set, set);
     else for (int i = how_often == '3' ? 3 : 1; set && i > 0 && stop < end && x->class[stop] & set; i--)
         stop = next_character(x, stop, end);
     while (stop > at || optional) {

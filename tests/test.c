@@ -274,6 +274,7 @@ static const struct {
     { "stories", test_stories },
     { "sampler", test_sampler },
     { "tokenizer", test_tokenizer },
+    { "words", test_words },
     { "characters", test_characters },
     { "chat", test_chat },
     { "damaged files", test_damaged_files },
