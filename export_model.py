@@ -1608,7 +1608,10 @@ def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[tuple[int, s
     """From added_tokens.json, tokenizer_config.json and tokenizer.json; the last has the last word."""
     found = {i: (t, False) for t, i in more.items()}
     found |= {int(i): (t["content"], bool(t.get("special"))) for i, t in config.get("added_tokens_decoder", {}).items()}
-    found |= {t["id"]: (t["content"], bool(t.get("special"))) for t in tokenizer.get("added_tokens", [])}
+    for t in tokenizer.get("added_tokens", []):
+        found[t["id"]] = t["content"], bool(t.get("special"))
+        if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
+            warn(f"{t['content']} takes the spaces beside it, or wants some, in its own tokenizer; here it does not")
     return [(i, *entry) for i, entry in sorted(found.items())]
 
 
@@ -1951,6 +1954,7 @@ def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | N
             keys, vocabulary = spm_json_keys(tokenizer, added, size, path)
         elif (folder / "tekken.json").is_file():
             keys, vocabulary = tekken_keys(folder / "tekken.json", size)
+            config = {f"{name}_token": token for name, token in zip(("unk", "bos", "eos"), TEKKEN_SPECIAL)} | config
         else:
             raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model nor tekken.json")
         keys |= folder_special_keys(folder, tokenizer, config, hf_config, vocabulary)

@@ -51,6 +51,8 @@ typedef struct {
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
     int byte_id[256];            // the token that stands for a single byte, or -1
     uint8_t begins[256];         // the set of types (1 << type) that pieces have that begin with this byte
+    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // likewise, and the greatest length that special ones have
+    size_t longest_special;
     bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
 } Tokenizer;
 
@@ -131,8 +133,9 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
     uint64_t hash = 1;
     size_t steps = 0;
-    for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
+    for (size_t length = 1; length <= n && length <= t->longest_special; length++) {
         hash = hash_byte(hash, s[length - 1]);
+        if (!(t->types_of_length[length] >> type & 1)) continue;
         int id = *piece_slot(t, s, length, hash, 1u << type, &steps);
         if (id < 0) continue;
         found = id;
@@ -177,6 +180,10 @@ static bool index_pieces(Tokenizer *t, Error *e) {
         for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
             t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
         t->begins[first] |= (uint8_t)(1 << type);
+        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) {
+            t->types_of_length[n] |= (uint8_t)(1 << type);
+            if (n > t->longest_special) t->longest_special = n;
+        }
         int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type, &steps);
         if (*slot < 0) *slot = id;
         if (steps > 8 * t->piece_mask) return refuse(e, "the vocabulary's pieces are made to collide");
@@ -652,13 +659,15 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     if (*p == '|' || *p == 0) return at;
     char item = *p++, how_often = *p;
     uint16_t set = x->set_bits[(unsigned char)item], space = x->set_bits['s'];
-    bool holds = item == '!' ? at == end || x->class[at] & space
-               : item == '^' ? x->class[at] & CUT || !(x->class[at - 1] & space) : at == end;
-    if (item == '!' || item == '^' || item == '$') return holds ? match_rest(x, p, at, end) : SIZE_MAX;
-    bool optional = how_often == '?' || how_often == '*';
+    if (item == '!' || item == '^' || item == '$') {
+        bool holds = item == '!' ? at == end || x->class[at] & space
+                   : item == '^' ? x->class[at] & CUT || !(x->class[at - 1] & space) : at == end;
+        return holds ? match_rest(x, p, at, end) : SIZE_MAX;
+    }
+    bool optional = how_often == '?' || how_often == '*', unlimited = how_often == '*' || how_often == '+';
     size_t stop = set ? at : contraction(x, at, end, item == '"');
-    if (how_often && strchr("?*+3", how_often)) p++;
-    if (how_often == '*' || how_often == '+') stop = run_end(x, at, end, set, set);
+    if (optional || unlimited || how_often == '3') p++;
+    if (unlimited) stop = run_end(x, at, end, set, set);
     else for (int i = how_often == '3' ? 3 : 1; set && i > 0 && stop < end && x->class[stop] & set; i--)
         stop = next_character(x, stop, end);
     while (stop > at || optional) {

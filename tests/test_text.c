@@ -366,6 +366,40 @@ static void check_random_round_trips(const Tokenizer *t, const char *name) {
     check_round_trip(t, name, "\0a\0", 3);
 }
 
+// words.txt: how many texts there are, and these in hex; then for each pre-tokenizer its name, and for each text the
+// lengths of its words.
+static void test_words(void) {
+    enum { MAX_TEXTS = 100 };
+    char *file = read_text("tests/golden/tokens/words.txt"), *lines = file, *hex[MAX_TEXTS];
+    int n_texts = file ? atoi(strsep(&lines, "\n")) : 0, n_names = 0;
+    if (!check(n_texts > 50 && n_texts <= MAX_TEXTS, "words.txt: got %d texts", n_texts)) return;
+    for (int i = 0; i < n_texts; i++) hex[i] = strsep(&lines, "\n");
+    for (char *name; lines && (name = strsep(&lines, "\n")) && *name; n_names++) {
+        Opened o;
+        Error e;
+        if (!open_golden_vocabulary("bpe.gguf", name, &o, &e)) break;
+        const Tokenizer *t = &o.model.tokenizer;
+        for (int i = 0; i < n_texts && lines; i++) {
+            char *wanted = strsep(&lines, "\n"), got[1024] = "", *text = get(strlen(hex[i]) + 1), *composed = NULL;
+            size_t n = read_hex(hex[i], strlen(hex[i]), text), n_got = 0;
+            const char *s = text;
+            uint16_t *class = get((3 * n + 1) * sizeof *class);
+            bool ok = !t->composes || compose_text(t, &s, &n, &composed, &e);
+            if (n > 0) cut_words(t, s, n, class);
+            for (size_t at = 0, end = 0; ok && at < n; at = end) {
+                for (end = at + 1; end < n && !(class[end] & CUT); end++) {}
+                n_got += (size_t)snprintf(got + n_got, sizeof got - n_got, "%s%zu", at ? " " : "", end - at);
+                if (n_got > sizeof got - 32) break;
+            }
+            check(!strcmp(got, wanted), "words of \"%s\" by %s: got %s, wanted %s", s, name, got, wanted);
+            free(text), free(composed), free(class);
+        }
+        close_opened(&o);
+    }
+    check(n_names > 10, "words.txt: got %d pre-tokenizers", n_names);
+    free(file);
+}
+
 static void test_tokenizer(void) {
     static const struct { const char *vocabulary, *pre, *golden, *control; bool round_trips; } cases[] = {
         { "spm.gguf", NULL, "spm.txt", "</s>", true },
@@ -375,23 +409,24 @@ static void test_tokenizer(void) {
         { "bpe.gguf", "smollm", "bpe-smollm.txt", "<|im_start|>", true },
         { "bpe.gguf", "llama-bpe", "bpe-llama-bpe.txt", "<|im_end|>", true },
         { "bpe.gguf", "qwen2", "bpe-qwen2.txt", NULL, true },
-        { "bpe.gguf", "qwen35", "bpe-qwen35.txt", NULL, true },
-        { "bpe.gguf", "tekken", "bpe-tekken.txt", NULL, true },
-        { "bpe.gguf", "gpt-4o", "bpe-gpt-4o.txt", NULL, true },
-        { "bpe.gguf", "deepseek-llm", "bpe-deepseek-llm.txt", NULL, true },
-        { "bpe.gguf", "deepseek-coder", "bpe-deepseek-coder.txt", NULL, true },
-        { "bpe.gguf", "deepseek-v3", "bpe-deepseek-v3.txt", NULL, true },
-        { "bpe.gguf", "default", "bpe-default.txt", NULL, true },
+        { "bpe.gguf", "qwen35", NULL, NULL, true },
+        { "bpe.gguf", "tekken", NULL, NULL, true },
+        { "bpe.gguf", "gpt-4o", NULL, NULL, true },
+        { "bpe.gguf", "deepseek-llm", NULL, NULL, true },
+        { "bpe.gguf", "deepseek-coder", NULL, NULL, true },
+        { "bpe.gguf", "deepseek-v3", NULL, NULL, true },
+        { "bpe.gguf", "default", NULL, NULL, true },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Opened o;
         Error e;
         if (open_golden_vocabulary(cases[i].vocabulary, cases[i].pre, &o, &e)) {
             const Tokenizer *t = &o.model.tokenizer;
-            check_token_goldens(t, cases[i].golden, cases[i].round_trips);
-            if (cases[i].control) check_spans(t, cases[i].control, cases[i].golden);
-            if (cases[i].round_trips) check_random_round_trips(t, cases[i].golden);
-            check_long_texts(t, cases[i].golden);
+            const char *name = cases[i].golden ? cases[i].golden : cases[i].pre;
+            if (cases[i].golden) check_token_goldens(t, name, cases[i].round_trips);
+            if (cases[i].control) check_spans(t, cases[i].control, name);
+            if (cases[i].round_trips) check_random_round_trips(t, name);
+            check_long_texts(t, name);
         }
         close_opened(&o);
     }
