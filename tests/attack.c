@@ -1,6 +1,6 @@
 /* Damage everywhere: what run.c makes of files that are cut, or changed, at every place of their headers.
 
-   build/attack FILE ...        (make attack; tests/attack.py reads what it prints)
+   make attack        (tests/attack.py starts build/attack, and reads what it prints)
 
    Alone this is a program of its own, compiled with the sanitizers that the compiler has and without kernels, whose
    compilation would take minutes; as a part of test.c it is the quick part, the group "damaged everywhere". Each case
@@ -223,8 +223,8 @@ static void tell_count(const Victim *v, const char *what, const Count *c) {
     fflush(stdout);
 }
 
-// build/attack CUT BITS WORDS FILE ...: the steps of the sweeps, and whole files. One whose name ends in tokenizer.bin
-// is a vocabulary.
+// build/attack CUT BITS WORDS FILE ...: the steps of the sweeps (all 0: each file is tried once, as it is), and files,
+// of which those whose names end in tokenizer.bin are vocabularies.
 int main(int argc, char **argv) {
     size_t steps[3] = { 1, 1, 1 };
     if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(tell_case);
@@ -240,7 +240,10 @@ int main(int argc, char **argv) {
         size_t length = strlen("tokenizer.bin");
         Victim v = { .name = name ? name + 1 : argv[i], .bytes = memcpy(p, file.bytes, file.n_bytes), .n = file.n_bytes,
                      .is_vocabulary = (size_t)(end - argv[i]) >= length && !strcmp(end - length, "tokenizer.bin") };
-        sweep(&v, steps, tell_count);
+        Count c = { 0 };
+        snprintf(case_now, sizeof case_now, "%s as it is", v.name);
+        if (steps[0] + steps[1] + steps[2] > 0) sweep(&v, steps, tell_count);
+        else try_case(&c, &v, v.n), tell_count(&v, "as it is", &c);
         free(p);
         munmap((void *)file.bytes, file.n_bytes);
     }

@@ -156,7 +156,8 @@ def is_control(c: str) -> bool:
     return ord(c) < 32 or 127 <= ord(c) < 160 or 0xdc00 <= ord(c) < 0xe000
 
 
-def complaints(o: Outcome, statuses: Iterable[int], size: int, word: str, slow: bool, lines: int | None) -> Iterator[str]:
+def complaints(o: Outcome, statuses: Iterable[int], size: int, word: str, slow: bool,
+               lines: int | None) -> Iterator[str]:
     """What is wrong with how a process ended."""
     if o.status not in statuses:
         yield f"wanted status {' or '.join(map(str, statuses))}"
@@ -261,7 +262,8 @@ def value(kind: int, x) -> bytes:
 
 
 def values(kind: int, items: list, count: int | None = None) -> bytes:
-    data = b"".join(string(x) for x in items) if kind == STRING else struct.pack(f"<{len(items)}{FORMATS[kind]}", *items)
+    data = b"".join(string(x) for x in items) if kind == STRING else struct.pack(f"<{len(items)}{FORMATS[kind]}",
+                                                                                 *items)
     return struct.pack("<IIQ", ARRAY, kind, len(items) if count is None else count) + data
 
 
@@ -458,10 +460,11 @@ def _():
 @row(6, "1 to 64 bytes")
 def _():
     starts = {name: make()[:64] for name, make in CONTAINERS.items()}
-    starts |= {"z": Z.read_bytes()[:64], "zeros": bytes(64), "ones": b"\xff" * 64, "random": random.Random(6).randbytes(64)}
+    starts |= {"z": Z.read_bytes()[:64], "zeros": bytes(64), "ones": b"\xff" * 64,
+               "random": random.Random(6).randbytes(64)}
     for name, start_bytes in starts.items():
         for n in range(1, 65):
-            path = put(f"{name}-{n}", start_bytes[:n])
+            path = put(f"{name}-{n}{'-tokenizer.bin' if name == 'z' else ''}", start_bytes[:n])
             if n in (1, 3, 4, 7, 8, 24, 28, 63, 64):
                 expect(1, path.name)
                 expect(1, V0, "-z", path.name)
@@ -485,8 +488,8 @@ def sweep(kind: str) -> None:
     """One of the three sweeps over all files, each in steps: every place of the small and of one large header."""
     for path in sweep_files():
         whole = FULL or path in (SPM, V0, V1, V2) or (path.name == "llama_linear-native.bin" and kind != "words")
-        step = 1 if whole else {"cut": 7, "bits": 61, "words": 37}[kind]
-        step = step if path != Z or FULL else {"cut": 1, "bits": 3, "words": 5}[kind]
+        step = 1 if whole else {"cut": 7, "bits": 97, "words": 61}[kind]
+        step = step if path != Z or FULL else {"cut": 1, "bits": 5, "words": 7}[kind]
         if kind == "words" and path.name.endswith("native.bin"):
             step = 4 if whole else 28  # its numbers lie at multiples of four
         steps = [str(step if kind == k else 0) for k in ("cut", "bits", "words")]
@@ -528,7 +531,7 @@ def _():
         for n in (1, 4, 1000):
             refused(f"{path.stem}-{n}", path.read_bytes() + bytes(n), "left", "-z", Z)
     for n in (1, 3, 7):
-        expect(1, V0, "-z", put(f"z-{n}", Z.read_bytes() + bytes(n)).name)
+        expect(1, V0, "-z", put(f"z-{n}-tokenizer.bin", Z.read_bytes() + bytes(n)).name)
     wanted = run(SPM, *GENERATE).out
     expect(0, put("gguf", SPM.read_bytes() + b"\xff" * 1000).name, *GENERATE, out=wanted)  # as llama.cpp has it
 
@@ -540,7 +543,8 @@ def _():
             ("html", b"<!DOCTYPE html><html><title>404</title></html>", "web page"), ("html2", b"<html>", "web page"),
             ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
             ("safetensors", struct.pack("<Q", 100) + b'{"a":{}}' + bytes(100), "safetensors"),
-            ("text", b"Once upon a time " * 9, ""), ("json", b'{"a": 1}' * 9, ""), ("gzip", b"\x1f\x8b\x08" + bytes(99), ""),
+            ("text", b"Once upon a time " * 9, ""), ("json", b'{"a": 1}' * 9, ""),
+                             ("gzip", b"\x1f\x8b\x08" + bytes(99), ""),
             ("magic", b"GGUG" + SPM.read_bytes()[4:], ""), ("crlf", native().replace(b"\r\n", b"\n", 1), "")):
         refused(name, data, word)
         expect(1, V0, "-z", f"10-{name}")
@@ -635,7 +639,8 @@ def _():
 
 @row(16, "names of 5,000 bytes, and with control characters")
 def _():
-    for name in ("x" * 5000, "a\nb", "a\x1b]0;title\x07b", "a\x1b[31mb", "\x9b31m", "a\x7fb", "\u202eabc", "a\rb", "\t"):
+    for name in ("x" * 5000, "a\nb", "a\x1b]0;title\x07b", "a\x1b[31mb", "\x9b31m", "a\x7fb", "\u202eabc", "a\rb",
+                 "\t"):
         expect(1, name)
         expect(1, V0, "-z", name)
         expect(3, SPM, "-f", name)
@@ -707,11 +712,13 @@ def _():
     for threads in ("1", "2"):
         for size in (0, 4096, len(whole) // 2):
             path = put("cut.bin", whole)
-            while_running([*endless(path), "-j", threads], lambda p: os.truncate(path, size), (3,), word="became shorter")
+            while_running([*endless(path), "-j", threads], lambda p: os.truncate(path, size), (3,),
+                          word="became shorter")
     text = put("text.txt", b"Once upon a time there was a child. " * 2000)
     for words in (["-m", "logits", "-o", "x.out"], ["-m", "perplexity", "-c", "20000"]):
         path = put("cut.bin", whole)
-        while_running([path.name, "-q", "-c", "0", "-f", text.name, "-j", "2", *words], lambda p: os.truncate(path, 0), (3,),
+        while_running([path.name, "-q", "-c", "0", "-f", text.name, "-j", "2", *words], lambda p: os.truncate(path, 0),
+                      (3,),
                       word="became shorter", until=lambda: not time.sleep(0.2) or True)
     path = put("cut.bin", whole)
     reader, writer = os.pipe()
@@ -850,8 +857,10 @@ def _():
 @row(30, "products that wrap to the file's size")
 def _():
     for i, numbers in enumerate(({"dim": 65536, "tokens": 65536}, {"dim": 65536, "ffn": 65536, "tokens": 65536},
-                                 {"dim": 32768, "ffn": 1 << 20, "layers": 1024}, {"dim": 65536, "layers": 1024, "ffn": 1 << 20},
-                                 {"dim": 1 << 16, "heads": 1 << 10, "kv_heads": 1 << 10, "ffn": 1 << 20, "layers": 1 << 10,
+                                 {"dim": 32768, "ffn": 1 << 20, "layers": 1024},
+                                 {"dim": 65536, "layers": 1024, "ffn": 1 << 20},
+                                 {"dim": 1 << 16, "heads": 1 << 10, "kv_heads": 1 << 10, "ffn": 1 << 20,
+                                  "layers": 1 << 10,
                                   "tokens": 1 << 20, "context": 1 << 20})):
         for path in (V0, V1, V2):
             for size in (28, 256, 512, 4096, 65536):
@@ -955,8 +964,10 @@ HEADER_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attent
 def _():
     for key in HEADER_KEYS:
         for i, new in enumerate((value(STRING, "6"), value(U64, (1 << 32) + 6), value(I32, -1), value(F64, math.nan),
-                                 value(F64, math.inf), value(F64, 1e300), value(I64, -1 << 63), value(U64, (1 << 64) - 1),
-                                 value(F32, -1.0), value(BOOL, 0), value(F32, 0.5) if "eps" not in key else value(F32, 2.0))):
+                                 value(F64, math.inf), value(F64, 1e300), value(I64, -1 << 63),
+                                 value(U64, (1 << 64) - 1),
+                                 value(F32, -1.0), value(BOOL, 0),
+                                 value(F32, 0.5) if "eps" not in key else value(F32, 2.0))):
             refused(f"{key}-{i}", with_key(f"llama.{key}", new), key.replace("_length", "")[:4] if i == 0 else "")
     for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.chat_template"):
         for kind in (U32, F32, BOOL):
@@ -982,14 +993,16 @@ def _():
 def _():
     for x in (0, 1, 2, 3, 4, 7, 24, 33, 48, 1 << 20 | 1, 1 << 21, 1 << 31, (1 << 32) - 1):
         refused(f"{x}", with_key("general.alignment", value(U32, x)), "alignment")
-    for new in (value(STRING, "32"), value(U64, 1 << 63), value(U64, (1 << 64) - 1), value(F64, math.nan), value(I32, -32)):
+    for new in (value(STRING, "32"), value(U64, 1 << 63), value(U64, (1 << 64) - 1), value(F64, math.nan),
+                value(I32, -32)):
         refused(f"type-{new[0]}-{len(new)}", with_key("general.alignment", new), "alignment")
     opens("u64", with_key("general.alignment", value(U64, 32)))
 
 
 @row(45, "each key missing in turn")
 def _():
-    needed = {"general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens", *(f"llama.{k}" for k in HEADER_KEYS)}
+    needed = {"general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens",
+              *(f"llama.{k}" for k in HEADER_KEYS)}
     for path in (SPM, BPE):
         for key, _ in gguf(path).keys:
             data = with_key(key, None, path)
@@ -1042,7 +1055,8 @@ def _():
 
 @row(50, "types that were removed, that do not exist, that are not supported")
 def _():
-    for kind in (4, 5, 9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 31, 32, 33, 34, 35, 36, 37, 38, 40, 41, 99,
+    for kind in (4, 5, 9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 31, 32, 33, 34, 35, 36, 37, 38, 40, 41,
+                 99,
                  0x7fffffff, 0x80000000, 0xffffffff):
         refused(f"{kind}", with_tensor(TENSOR, lambda t: t.__setitem__(3, kind)), f"type {kind}")
 
@@ -1099,7 +1113,8 @@ def _():
             g.tensors.remove(g.tensor(t[0]))
             g.n_tensors -= 1
             refused(f"{path.stem}-{t[0]}", g.pack())
-    for name in ("blk.0.attn_q_norm.weight", "blk.0.attn_q.bias", "rope_freqs.weight", "blk.2.attn_q.weight", "something.weight",
+    for name in ("blk.0.attn_q_norm.weight", "blk.0.attn_q.bias", "rope_freqs.weight", "blk.2.attn_q.weight",
+                 "something.weight",
                  "blk.0.ffn_gate_exps.weight", "blk.0.attn_sinks.weight", "output.bias", "cls.weight"):
         g = gguf()
         g.tensors.append([name, 1, [8], 0, len(g.weights)])
@@ -1127,12 +1142,14 @@ def _():
 @row(59, "numbers of heads, rope, norms, context beyond what they may be")
 def _():
     for key, news in (
-            ("attention.head_count_kv", [value(U32, x) for x in (0, 4, 7, 12, 1 << 31)] + [values(U32, [3, 4]), values(U32, [3])]),
+            ("attention.head_count_kv", [value(U32, x) for x in (0, 4, 7, 12, 1 << 31)] + [values(U32, [3, 4]),
+                                                                                           values(U32, [3])]),
             ("rope.dimension_count", [value(U32, x) for x in (0, 1, 3, 6, 1 << 31)] + [value(I32, -2)]),
             ("rope.freq_base", [value(F32, x) for x in (0.0, -1.0, math.nan, math.inf, 0.5)]),
             ("attention.layer_norm_rms_epsilon", [value(F32, x) for x in (0.0, -1.0, math.nan, math.inf, 1e30)]),
             ("context_length", [value(U32, x) for x in (0, (1 << 32) - 1, (1 << 20) + 1)]),
-            ("rope.scaling.type", [value(STRING, x) for x in ("yarn", "longrope", "", "LINEAR", "a" * 1000, "\x1b[1m")]),
+            ("rope.scaling.type", [value(STRING, x) for x in ("yarn", "longrope", "", "LINEAR", "a" * 1000,
+                                                              "\x1b[1m")]),
             ("rope.scaling.factor", [value(F32, x) for x in (-1.0, math.nan, math.inf, 1e9)]),
             ("attention.key_length", [value(U32, x) for x in (3, 8, 1025, 1 << 31)]),
             ("attention.value_length", [value(U32, x) for x in (3, 8, 1 << 31)])):
@@ -1142,10 +1159,12 @@ def _():
 
 @row(60, "features that are not there")
 def _():
-    for key, new in (("expert_count", value(U32, 8)), ("expert_used_count", value(U32, 2)), ("attn_logit_softcapping", value(F32, -1)),
+    for key, new in (("expert_count", value(U32, 8)), ("expert_used_count", value(U32, 2)),
+                     ("attn_logit_softcapping", value(F32, -1)),
                      ("attention.causal", value(BOOL, 0)), ("attention.clamp_kqv", value(F32, 8)),
                      ("attention.max_alibi_bias", value(F32, 8)), ("use_parallel_residual", value(BOOL, 1)),
-                     ("something.new", value(U32, 1)), ("rope.scaling.yarn_ext_factor", value(F32, 1)), ("logit_scale", value(F32, 2))):
+                     ("something.new", value(U32, 1)), ("rope.scaling.yarn_ext_factor", value(F32, 1)),
+                     ("logit_scale", value(F32, 2))):
         refused(key, with_key(f"llama.{key}", new))
     refused("window", with_key("llama.attention.sliding_window", value(F32, math.nan)))
     refused("charsmap", with_key("tokenizer.ggml.precompiled_charsmap", values(U8, [1, 2, 3])))
@@ -1154,15 +1173,18 @@ def _():
 @row(61, "one part of a file that was split")
 def _():
     for n in (2, 3, 65535, 65536):
-        refused(f"{n}", gguf().set("split.count", value(U16 if n < 65536 else U32, n)).set("split.no", value(U16, 1)).pack(),
+        refused(f"{n}", gguf().set("split.count", value(U16 if n < 65536 else U32, n)).set("split.no",
+                                                                                           value(U16, 1)).pack(),
                 "split")
     opens("of one", with_key("split.count", value(U16, 1)))
 
 
 @row(62, "numbers in names that are none")
 def _():
-    for name in ("blk.4294967295.attn_q.weight", "blk.-1.attn_q.weight", "blk.00.attn_q.weight", "blk.0x0.attn_q.weight",
-                 "blk..attn_q.weight", "blk.18446744073709551616.attn_q.weight", "blk. 0.attn_q.weight", "blk.0.0.attn_q.weight",
+    for name in ("blk.4294967295.attn_q.weight", "blk.-1.attn_q.weight", "blk.00.attn_q.weight",
+                 "blk.0x0.attn_q.weight",
+                 "blk..attn_q.weight", "blk.18446744073709551616.attn_q.weight", "blk. 0.attn_q.weight",
+                 "blk.0.0.attn_q.weight",
                  "blk.+0.attn_q.weight", "BLK.0.attn_q.weight"):
         refused(name, with_tensor(TENSOR, lambda t: t.__setitem__(0, name)), TENSOR)
 
@@ -1222,7 +1244,7 @@ def _():
         refused(f"{i}-long", with_tokens([b"x" * 5000 if k == i else t for k, t in enumerate(tokens)]))
     for n in (-1, 2**31 - 1, -2**31, 5000, 0, 1):
         for at in (8, 8 + 8 + 5):
-            path = put(f"z-{at}-{n}", patched(Z.read_bytes(), at, struct.pack("<i", n)))
+            path = put(f"z-{at}-{n}-tokenizer.bin", patched(Z.read_bytes(), at, struct.pack("<i", n)))
             expect(1, V0, "-z", path.name, *GENERATE)
             expect(1, path.name, program=TOKENIZER)
 
@@ -1231,23 +1253,27 @@ def _():
 def _():
     wanted = run(V0, "-z", Z, *GENERATE).out
     for n in (0, -1, 1, 2**31 - 1, -2**31):
-        expect(0, V0, "-z", put(f"{n}", patched(Z.read_bytes(), 0, struct.pack("<i", n))).name, *GENERATE, out=wanted)
+        expect(0, V0, "-z", put(f"{n}-tokenizer.bin", patched(Z.read_bytes(), 0, struct.pack("<i", n))).name,
+               *GENERATE, out=wanted)
 
 
 @row(67, "equal tokens; tokens with NUL, of invalid UTF-8")
 def _():
     for path in (SPM, BPE):
         tokens = tokens_of(path)
-        for name, token in (("same", b"a"), ("nul", b"a\0b"), ("bytes", b"\xff\xfe"), ("cut", b"\xe2\x96"), ("space", b" "),
+        for name, token in (("same", b"a"), ("nul", b"a\0b"), ("bytes", b"\xff\xfe"), ("cut", b"\xe2\x96"),
+                            ("space", b" "),
                             ("bar", b"\xe2\x96\x81"), ("long", b"y" * 4096)):
             either(f"{path.stem}-{name}-all", with_tokens([token] * len(tokens), path), status=(0, 1, 2))
-            either(f"{path.stem}-{name}-some", with_tokens([token if i > 100 else t for i, t in enumerate(tokens)], path))
+            either(f"{path.stem}-{name}-some", with_tokens([token if i > 100 else t for i, t in enumerate(tokens)],
+                                                           path))
 
 
 @row(68, "no space, no bytes, bytes that are none")
 def _():
     tokens, types = tokens_of(SPM), types_of(SPM)
-    for i, spelling in enumerate((b"<0x-1>", b"<0xZZ>", b"<0x1", b"<0x100>", b"<0x>", b"", b"<0x 1>", b"<0x+1>", b"0x01")):
+    for i, spelling in enumerate((b"<0x-1>", b"<0xZZ>", b"<0x1", b"<0x100>", b"<0x>", b"", b"<0x 1>", b"<0x+1>",
+                                  b"0x01")):
         data = [spelling if t == 6 and tokens[k] == b"<0x01>" else tokens[k] for k, t in enumerate(types)]
         if data == tokens:
             data = [spelling if k == 4 else t for k, t in enumerate(tokens)]
@@ -1267,14 +1293,16 @@ def _():
 def _():
     n = number_of_tokens()
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        for kind, x in ((U32, n), (U32, 32000), (U32, (1 << 32) - 1), (I32, -1), (U64, 1 << 63), (U32, 1 << 31), (F32, math.nan),
+        for kind, x in ((U32, n), (U32, 32000), (U32, (1 << 32) - 1), (I32, -1), (U64, 1 << 63), (U32, 1 << 31),
+                        (F32, math.nan),
                         (STRING, "1")):
             data = with_key(f"tokenizer.ggml.{name}_token_id", value(kind, x))
             (either if name == "padding" else refused)(f"{name}-{kind}-{x}", data)
     g = gguf()
     for name in ("bos", "eos", "unknown"):
         g.set(f"tokenizer.ggml.{name}_token_id", None)
-    either("absent", g.set("tokenizer.ggml.tokens", values(STRING, [f"t{i}" for i in range(n)])).pack(), status=(0, 1, 2))
+    either("absent", g.set("tokenizer.ggml.tokens", values(STRING, [f"t{i}" for i in range(n)])).pack(),
+           status=(0, 1, 2))
 
 
 @row(70, "merges of every kind of nonsense")
@@ -1282,9 +1310,12 @@ def _():
     tokens = tokens_of(BPE)
     a, b = next(t for t in tokens if len(t) == 1), tokens[-1]
     long = b"a" * 4096
-    for name, merges in (("empty", [b""]), ("no space", [b"ab"]), ("two", [b"a b c"]), ("only space", [b" "]), ("spaces", [b"   "]),
-                         ("absent", [b"qqq zzz"]), ("same", [a + b" " + a] * 10000), ("self", [b + b" " + b]), ("nul", [b"a\0 b"]),
-                         ("utf8", [b"\xff \xfe"]), ("long", [long + b" " + long]), ("longer", [long * 4 + b" " + long * 4]), ("none", [])):
+    for name, merges in (("empty", [b""]), ("no space", [b"ab"]), ("two", [b"a b c"]), ("only space", [b" "]),
+                         ("spaces", [b"   "]),
+                         ("absent", [b"qqq zzz"]), ("same", [a + b" " + a] * 10000), ("self", [b + b" " + b]),
+                         ("nul", [b"a\0 b"]),
+                         ("utf8", [b"\xff \xfe"]), ("long", [long + b" " + long]),
+                         ("longer", [long * 4 + b" " + long * 4]), ("none", [])):
         either(name, with_key("tokenizer.ggml.merges", values(STRING, merges), BPE))
     million = values(STRING, [], 1_000_000)
     in_child(lambda: put("million", with_key("tokenizer.ggml.merges", million + string(b"a b") * 1_000_000, BPE)))
@@ -1298,9 +1329,12 @@ def _():
     n = number_of_tokens()
     for x in (math.nan, math.inf, -math.inf):
         for i in (0, n - 1):
-            refused(f"{x}-{i}", with_key("tokenizer.ggml.scores", values(F32, [x if k == i else 0.0 for k in range(n)])), "score")
-        expect(1, V0, "-z", put(f"z{x}", patched(Z.read_bytes(), 4, struct.pack("<f", x))).name, word="score")
-    texts = {opens(f"same-{x}", with_key("tokenizer.ggml.scores", values(F32, [x] * n))).out for x in (0.0, -0.0, 1e38, -1e38)}
+            refused(f"{x}-{i}", with_key("tokenizer.ggml.scores",
+                                         values(F32, [x if k == i else 0.0 for k in range(n)])), "score")
+        expect(1, V0, "-z", put(f"z{x}-tokenizer.bin", patched(Z.read_bytes(), 4, struct.pack("<f", x))).name,
+               word="score")
+    texts = {opens(f"same-{x}", with_key("tokenizer.ggml.scores", values(F32, [x] * n))).out for x in (0.0, -0.0, 1e38,
+                                                                                                       -1e38)}
     now.demand(len(texts) == 1, f"equal scores give different texts: {texts}")
 
 
@@ -1337,7 +1371,8 @@ def _():
 
 @row(73, "chat templates: never run, and unknown ones told")
 def _():
-    for name, template in (("code", "{% for i in range(10**9) %}{{ i }}{% endfor %}"), ("import", "{{ ''.__class__.__mro__ }}"),
+    for name, template in (("code", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
+                           ("import", "{{ ''.__class__.__mro__ }}"),
                            ("empty", ""), ("long", "{{ x }}" * 100000), ("nul", "{{ '\0' }}"), ("bytes", b"\xff\xfe")):
         path = put(name, with_key("tokenizer.chat_template", value(STRING, template)))
         expect(2, path.name, "-q", "-m", "chat", "-i", "a", word="--template")
@@ -1370,7 +1405,8 @@ def _():
         for t in gguf().tensors:
             r = (t[2][1] if len(t[2]) == 2 else 1) - 1
             data = set_row(t[0], r, x)
-            refused(f"{t[0]}-{x}", data, f"{t[0]}: {'row' if len(t[2]) == 2 else 'number'} {r if len(t[2]) == 2 else 5} ")
+            refused(f"{t[0]}-{x}", data,
+                    f"{t[0]}: {'row' if len(t[2]) == 2 else 'number'} {r if len(t[2]) == 2 else 5} ")
         refused(f"all-{x}", fill(None, x), "row 0 ")
         data = native()
         for t in gguf().tensors:
@@ -1379,13 +1415,15 @@ def _():
             expect(1, path.name, *GENERATE, word="finite")
             expect(1, path.name, "-m", "inspect", "--check", word=t[0])
             expect(1, path.name, "-m", "export", "-o", "x.bin", word=t[0])
-            expect(1, path.name, "-q", "-m", "perplexity", "-f", "17-text.txt" if (FOLDER / "17-text.txt").exists() else SPM,
+            expect(1, path.name, "-q", "-m", "perplexity", "-f",
+                   "17-text.txt" if (FOLDER / "17-text.txt").exists() else SPM,
                    "-c", "16", word="finite")
 
 
 @row(75, "scales that are not finite")
 def _():
-    half = {2: 0, 3: 0, 6: 0, 7: 0, 8: 0, 10: 80, 11: 108, 12: 0, 13: 0, 14: 208, 20: 0, 23: 0}  # type -> place of the scale
+    half = {2: 0, 3: 0, 6: 0, 7: 0, 8: 0, 10: 80, 11: 108, 12: 0, 13: 0, 14: 208, 20: 0,
+            23: 0}  # type -> place of the scale
     sizes = {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 10: 84, 11: 110, 12: 144, 13: 176, 14: 210, 20: 18, 23: 136}
     seen = set()
     for path in (Q, GOLDEN / "mixed_fused.gguf"):
@@ -1417,7 +1455,8 @@ def _():
 def _():
     path = put("zeros", fill(None, 0.0))
     for t in ("0", "1"):
-        texts = {expect(0, path.name, "-q", "-t", t, "-s", "7", "-n", "20", "-i", "a", "-j", j).out for j in ("1", "2", "1")}
+        texts = {expect(0, path.name, "-q", "-t", t, "-s", "7", "-n", "20", "-i", "a", "-j", j).out for j in ("1", "2",
+                                                                                                              "1")}
         now.demand(len(texts) == 1, f"zeros with -t {t} give different texts: {texts}")
 
 
@@ -1461,8 +1500,10 @@ def _():
 @row(81, "bytes that are no UTF-8")
 def _():
     for _, path in VOCABULARIES:
-        for text in (b"\x80", b"\xbf\xbf", b"\xc0\xaf", b"\xe0\x80\xaf", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xf4\x90\x80\x80", b"\xff",
-                     b"\xfe\xfe", b"a\xe2\x96", b"\xf0\x9f\x98", b"\xf8\x88\x80\x80\x80", b"a\xc3", b"\xe2\x28\xa1", bytes(range(1, 60))):
+        for text in (b"\x80", b"\xbf\xbf", b"\xc0\xaf", b"\xe0\x80\xaf", b"\xed\xa0\x80", b"\xed\xbf\xbf",
+                     b"\xf4\x90\x80\x80", b"\xff",
+                     b"\xfe\xfe", b"a\xe2\x96", b"\xf0\x9f\x98", b"\xf8\x88\x80\x80\x80", b"a\xc3", b"\xe2\x28\xa1",
+                     bytes(range(1, 60))):
             o = prompt(text, path, "-n", "0", "-t", "0", "-c", "64")
             now.demand(o.out == text + b"\n", f"{text!r} came back as {o.out!r} from {path.name}")
             prompt(text, path, "-n", "2", "-t", "0")
@@ -1478,8 +1519,10 @@ def _():
 
 @row(83, "a megabyte of one byte, of words, of one word, of spaces, of emoji; twice of it")
 def _():
-    patterns = {"a": b"a", "a b": b"a b ", "word": b"abcdefghijklm", "spaces": b" ", "newlines": b"\n", "digits": b"1234567890",
-                "emoji": "\U0001F468\u200D\U0001F469\u200D\U0001F467".encode(), "apostrophes": b"'", "bytes": b"\xff\x80", "nul": b"\0"}
+    patterns = {"a": b"a", "a b": b"a b ", "word": b"abcdefghijklm", "spaces": b" ", "newlines": b"\n",
+                "digits": b"1234567890",
+                "emoji": "\U0001F468\u200D\U0001F469\u200D\U0001F467".encode(), "apostrophes": b"'",
+                "bytes": b"\xff\x80", "nul": b"\0"}
     for name, path in VOCABULARIES:
         for what, pattern in patterns.items():
             seconds = []
@@ -1492,7 +1535,8 @@ def _():
                     if n > 1 << 20 and o.seconds < 2.3 * seconds[0] + 0.1:
                         break
                 seconds.append(min(tries))
-            now.demand(seconds[1] < 2.3 * seconds[0] + 0.1, f"{name}, {what}: {seconds[0]:.2f} s, twice as much {seconds[1]:.2f} s")
+            now.demand(seconds[1] < 2.3 * seconds[0] + 0.1,
+                       f"{name}, {what}: {seconds[0]:.2f} s, twice as much {seconds[1]:.2f} s")
     if FULL:
         for what in ("a b", "newlines", "emoji"):
             with (FOLDER / "100MB").open("wb") as file:
@@ -1510,7 +1554,8 @@ def _():
     for context in (1, 2, 8, 63, 64):
         for n in (context - 1, context, context + 1):
             if n:
-                expect(0 if n <= context else 5, path, "-q", "-t", "0", "-n", "3", "-c", str(context), "--ids", " ".join(["5"] * n))
+                expect(0 if n <= context else 5, path, "-q", "-t", "0", "-n", "3", "-c", str(context), "--ids",
+                       " ".join(["5"] * n))
     for n in (63, 64, 65):
         expect(0 if n <= 64 else 5, path, "-q", "-m", "logits", "-o", "x.out", "--ids", " ".join(["5"] * n))
 
@@ -1552,7 +1597,8 @@ def _():
 
 # ==== 10. G. Options ====
 
-OPTIONS = ("-m", "-i", "-f", "--ids", "-n", "-t", "-p", "-k", "--min-p", "-s", "-c", "-j", "-b", "-z", "-y", "--template", "-o",
+OPTIONS = ("-m", "-i", "-f", "--ids", "-n", "-t", "-p", "-k", "--min-p", "-s", "-c", "-j", "-b", "-z", "-y",
+           "--template", "-o",
            "--pp", "--tg", "--depth", "--reps", "--svg", "--kv", "--kernel", "--pre")
 
 
@@ -1562,7 +1608,8 @@ def _():
         expect(2, SPM, word)
     for word in OPTIONS:
         expect(2, SPM, word, word="needs a value")
-        expect((0, 1, 2, 3), SPM, "-q", word, "", "-i" if word not in ("-i", "-f", "--ids") else "-y", "a", "-n" if word != "-n" else "-y", "1")
+        expect((0, 1, 2, 3), SPM, "-q", word, "", "-i" if word not in ("-i", "-f", "--ids") else "-y", "a",
+               "-n" if word != "-n" else "-y", "1")
     expect(2, word="no checkpoint")
     expect(2, SPM, SPM, word="two checkpoints")
     expect(2, "", SPM)
@@ -1580,7 +1627,8 @@ NUMBERS_OF_NOBODY = ("", "abc", "nan", "inf", "-inf", "1.0x", " 1", "1 ", "+1", 
 
 @row(90, "temperatures")
 def _():
-    option_cases("-t", (*NUMBERS_OF_NOBODY, "-1", "-0.1", "101", "1e30", "0,7"), ("0", "1e-40", "1e-30", "100", "0.7", ".5"))
+    option_cases("-t", (*NUMBERS_OF_NOBODY, "-1", "-0.1", "101", "1e30", "0,7"),
+                 ("0", "1e-40", "1e-30", "100", "0.7", ".5"))
 
 
 @row(91, "top-p, top-k, min-p")
@@ -1592,7 +1640,8 @@ def _():
 
 @row(92, "numbers of tokens")
 def _():
-    option_cases("-n", (*NUMBERS_OF_NOBODY, "-2", "1.5", str(1 << 31), str(10**18), str(10**30)), ("0", "1", "-1", "1000000000"))
+    option_cases("-n", (*NUMBERS_OF_NOBODY, "-2", "1.5", str(1 << 31), str(10**18), str(10**30)),
+                 ("0", "1", "-1", "1000000000"))
     option_cases("-c", (*NUMBERS_OF_NOBODY, "-1", "1.5", "1048577", str(1 << 63)), ("0", "16"))
     option_cases("-b", (*NUMBERS_OF_NOBODY, "-1", "0", "4097"), ("1", "4096"))
     option_cases("--reps", (*NUMBERS_OF_NOBODY, "-1", "0", "65"), ("1",))
@@ -1607,7 +1656,8 @@ def _():
 
 @row(94, "numbers of threads")
 def _():
-    option_cases("-j", (*(x for x in NUMBERS_OF_NOBODY if x != "1,5"), "0", "-1", "1025", "100000", "1,", ",1", "1,,2", ",".join(["1"] * 17)),
+    option_cases("-j", (*(x for x in NUMBERS_OF_NOBODY if x != "1,5"), "0", "-1", "1025", "100000", "1,", ",1", "1,,2",
+                        ",".join(["1"] * 17)),
                  ("1", "2", "3", "1024", "1,2"))
     texts = {expect(0, SPM, "-q", "-n", "9", "-s", "3", "-j", j).out for j in ("1", "2", "3", "64")}
     now.demand(len(texts) == 1, f"threads give different texts: {texts}")
@@ -1722,7 +1772,8 @@ def _():
     text = put("long.txt", b"Once upon a time there was a child. " * 3000)
     model = long_model().name
     jobs = {"load": [path.name, "-q", "-m", "inspect"], "prompt": [model, "-q", "-c", "0", "-f", text.name, "-n", "1"],
-            "logits": [model, "-q", "-c", "0", "-f", text.name, "-m", "logits", "-o", "103.out"], "text": endless(long_model()),
+            "logits": [model, "-q", "-c", "0", "-f", text.name, "-m", "logits", "-o", "103.out"],
+            "text": endless(long_model()),
             "perplexity": [model, "-q", "-c", "0", "-f", text.name, "-m", "perplexity", "-c", "512"]}
     for name, words in jobs.items():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -1771,13 +1822,15 @@ def _():
 @row(106, "little stack, few descriptors, no room for files")
 def _():
     for kilobytes in (64, 128, 8192):
-        for words in ((*GENERATE,), ("-q", "-n", "1", "-c", "64", "-f", V0), ("-m", "tokenize", "-f", V0), ("-m", "export", "-o", "x.bin")):
+        for words in ((*GENERATE,), ("-q", "-n", "1", "-c", "64", "-f", V0), ("-m", "tokenize", "-f", V0),
+                      ("-m", "export", "-o", "x.bin")):
             expect((0, 5), SPM, *words, limits={resource.RLIMIT_STACK: kilobytes << 10})
     expect((1, 127), SPM, *GENERATE, limits={resource.RLIMIT_NOFILE: 3}, lines=None)
     expect((0, 1, 3), SPM, "-m", "export", "-o", "x.bin", limits={resource.RLIMIT_NOFILE: 4})
     for limit in (0, 4096, 60000):
         expect(3, SPM, "-m", "export", "-o", "106.bin", limits={resource.RLIMIT_FSIZE: limit}, word="too large")
-        expect(3, SPM, "-q", "-m", "logits", "--ids", " ".join(["1"] * 60), "-o", "106.bin", limits={resource.RLIMIT_FSIZE: min(limit, 9000)},
+        expect(3, SPM, "-q", "-m", "logits", "--ids", " ".join(["1"] * 60), "-o", "106.bin",
+               limits={resource.RLIMIT_FSIZE: min(limit, 9000)},
                word="too large")
         now.demand(not list(FOLDER.glob("106.bin*")), "a file is left that did not fit")
 
@@ -1796,9 +1849,11 @@ def _():
     words = [model, "-q", "-t", "0", "-n", "3", "-f", text.name, "-j", "2"]
     wanted = run(*words).out
     variables = {"OMP_NUM_THREADS": ("0", "-1", "1", "3", "64", "100000", "1,2"), "OMP_DYNAMIC": ("true", "x"),
-                 "OMP_SCHEDULE": ("dynamic", "nonsense", "static,0"), "OMP_STACKSIZE": ("1k", "16k", "17k", "64k", "1g", "x"),
+                 "OMP_SCHEDULE": ("dynamic", "nonsense", "static,0"),
+                 "OMP_STACKSIZE": ("1k", "16k", "17k", "64k", "1g", "x"),
                  "OMP_THREAD_LIMIT": ("1", "0", "2"), "OMP_WAIT_POLICY": ("active", "passive"), "OMP_NESTED": ("true",),
-                 "OMP_PROC_BIND": ("true", "spread"), "OMP_CANCELLATION": ("true",), "GOMP_SPINCOUNT": ("0", "infinity")}
+                 "OMP_PROC_BIND": ("true", "spread"), "OMP_CANCELLATION": ("true",),
+                 "GOMP_SPINCOUNT": ("0", "infinity")}
     if b"libomp" not in subprocess.run(["ldd", RUN], capture_output=True).stdout:
         variables["OMP_NUM_THREADS"] += ("abc",)  # LLVM's OpenMP 14 ends the program for it
     for name, settings in variables.items():
@@ -1814,7 +1869,8 @@ def _():
     text.chmod(0o644)
     for n in (1, 2, 3):
         for j in ("2", "1"):
-            expect(0, *words[:-1], j, program=FOLDER / "run", nobody=True, limits={resource.RLIMIT_NPROC: n}, out=wanted)
+            expect(0, *words[:-1], j, program=FOLDER / "run", nobody=True, limits={resource.RLIMIT_NPROC: n},
+                   out=wanted)
 
 
 @row(109, "less memory than the model")
@@ -1833,7 +1889,8 @@ def _():
         os.truncate(path, size)
         done = run(path.name, "-m", "export", "-o", "109-large.bin")
         (group / "memory.max").write_text(str(64 << 20))
-        o = run("109-large.bin", *GENERATE, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())), timeout=300)
+        o = run("109-large.bin", *GENERATE, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+                timeout=300)
         now.demand(done.status == o.status == 0, f"{done} and {o}")
         path.unlink()
         (FOLDER / "109-large.bin").unlink()
@@ -1856,7 +1913,8 @@ def _():
 
 
 def python_with_numpy() -> str | None:
-    for python in (sys.executable, str(ROOT / "build" / "ci" / "venv" / "bin" / "python"), os.environ.get("CRIA_PYTHON", "")):
+    for python in (sys.executable, str(ROOT / "build" / "ci" / "venv" / "bin" / "python"),
+                   os.environ.get("CRIA_PYTHON", "")):
         if python and subprocess.run([python, "-c", "import numpy"], capture_output=True).returncode == 0:
             return python
     return None
@@ -1868,17 +1926,20 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
     folder.mkdir()
     D, F, V, L = 32, 64, 300, 1
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D, "intermediate_size": F,
-              "num_hidden_layers": L, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": V, "rms_norm_eps": 1e-5,
+              "num_hidden_layers": L, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": V,
+              "rms_norm_eps": 1e-5,
               "max_position_embeddings": 64, "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10000.0,
               "bos_token_id": 1, "eos_token_id": 2}
     random_numbers = random.Random(1)
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
     for i in range(L):
         for part, shape in (("input_layernorm", (D,)), ("post_attention_layernorm", (D,)), ("self_attn.q_proj", (D, D)),
-                            ("self_attn.k_proj", (D // 2, D)), ("self_attn.v_proj", (D // 2, D)), ("self_attn.o_proj", (D, D)),
+                            ("self_attn.k_proj", (D // 2, D)), ("self_attn.v_proj", (D // 2, D)),
+                            ("self_attn.o_proj", (D, D)),
                             ("mlp.gate_proj", (F, D)), ("mlp.up_proj", (F, D)), ("mlp.down_proj", (D, F))):
             shapes[f"model.layers.{i}.{part}.weight"] = shape
-    tensors = {n: (s, array.array("f", (random_numbers.uniform(-0.1, 0.1) for _ in range(math.prod(s))))) for n, s in shapes.items()}
+    tensors = {n: (s, array.array("f", (random_numbers.uniform(-0.1, 0.1) for _ in range(math.prod(s))))) for n,
+               s in shapes.items()}
     if change:
         change(config, tensors)
     (folder / "config.json").write_text(json.dumps(config))
@@ -1889,7 +1950,8 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre, "post_processor": None,
         "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
-                                                    "unk_token": None, "byte_fallback": False, "ignore_merges": False}}))
+                                                    "unk_token": None, "byte_fallback": False,
+                                                    "ignore_merges": False}}))
     header, data = {}, b""
     for n, (shape, numbers) in tensors.items():
         header[n] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + 4 * len(numbers)]}
@@ -1926,7 +1988,8 @@ def _():
     for to in ("native", "gguf", "llama2c", "hf"):
         export(python, model, "-o", FOLDER / f"111-good.{to}", "--to", to, status=0)
         for limit in (0, 4096, 60000):
-            export(python, model, "-o", FOLDER / f"111-out.{to}", "--to", to, status=1, limits={resource.RLIMIT_FSIZE: limit},
+            export(python, model, "-o", FOLDER / f"111-out.{to}", "--to", to, status=1,
+                   limits={resource.RLIMIT_FSIZE: limit},
                    before=lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
             nothing_left("111-out")
         export(python, model, "-o", FOLDER / "nowhere" / "x", "--to", to, status=1, word="does not exist")
@@ -1935,7 +1998,8 @@ def _():
         os.kill(started[0].pid, signal.SIGTERM)
         o = finish(started)
         whole = (FOLDER / f"111-killed.{to}").exists() and o.status == 0
-        now.demand(whole or not list(FOLDER.glob("111-killed*")), f"{to}, SIGTERM: {o}, {list(FOLDER.glob('111-killed*'))}")
+        now.demand(whole or not list(FOLDER.glob("111-killed*")),
+                   f"{to}, SIGTERM: {o}, {list(FOLDER.glob('111-killed*'))}")
         for p in FOLDER.glob("111-killed*"):
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
@@ -1964,18 +2028,27 @@ def _():
     def shape(config: dict, tensors: dict) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] = ((32, 64), tensors["model.layers.0.mlp.up_proj.weight"][1])
     for name, change, word in (("nan", nan, "row 5"), ("inf", infinite, "norm.weight"), ("untied", untied, "lm_head"),
-                               ("missing", missing, "q_proj"), ("extra", extra, "model.extra"), ("shape", shape, "up_proj")):
+                               ("missing", missing, "q_proj"), ("extra", extra, "model.extra"),
+                               ("shape", shape, "up_proj")):
         for to in ("native", "gguf", "hf"):
-            export(python, hf_folder(f"{name}-{to}", change), "-o", FOLDER / f"112-out-{name}.{to}", "--to", to, status=1, word=word)
-    for name, setting in (("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), ("window", {"use_sliding_window": True}),
-                          ("act", {"hidden_act": "relu"}), ("unknown", {"something_new": 7}), ("kind", {"model_type": "mamba"}),
-                          ("heads", {"num_attention_heads": 3}), ("layers", {"num_hidden_layers": 2}), ("vocab", {"vocab_size": 299}),
-                          ("text", {"hidden_size": "32"}), ("negative", {"num_hidden_layers": -1}), ("huge", {"hidden_size": 1 << 40})):
-        export(python, hf_folder(name, lambda c, t: c.update(setting)), "-o", FOLDER / f"112-out-{name}", "--to", "gguf", status=1)
+            export(python, hf_folder(f"{name}-{to}", change), "-o", FOLDER / f"112-out-{name}.{to}", "--to", to,
+                   status=1, word=word)
+    for name, setting in (("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+                          ("window", {"use_sliding_window": True}),
+                          ("act", {"hidden_act": "relu"}), ("unknown", {"something_new": 7}),
+                          ("kind", {"model_type": "mamba"}),
+                          ("heads", {"num_attention_heads": 3}), ("layers", {"num_hidden_layers": 2}),
+                          ("vocab", {"vocab_size": 299}),
+                          ("text", {"hidden_size": "32"}), ("negative", {"num_hidden_layers": -1}),
+                          ("huge", {"hidden_size": 1 << 40})):
+        export(python, hf_folder(name, lambda c, t: c.update(setting)), "-o", FOLDER / f"112-out-{name}", "--to",
+               "gguf", status=1)
     export(python, hf_folder("shard", shard=True), "-o", FOLDER / "112-out-shard", "--to", "gguf", status=1,
            word="model-00002-of-00002.safetensors")
-    for name, data in (("config.json", b"{"), ("config.json", b"[" * 100000), ("tokenizer.json", b"{}"), ("config.json", b"\xff\xfe"),
-                       ("model.safetensors", b"\xff" * 8), ("model.safetensors", b""), ("model.safetensors", struct.pack("<Q", 1 << 63) + b"{}")):
+    for name, data in (("config.json", b"{"), ("config.json", b"[" * 100000), ("tokenizer.json", b"{}"),
+                       ("config.json", b"\xff\xfe"),
+                       ("model.safetensors", b"\xff" * 8), ("model.safetensors", b""),
+                       ("model.safetensors", struct.pack("<Q", 1 << 63) + b"{}")):
         folder = hf_folder(f"damaged-{name}-{len(data)}-{data[:1].hex()}")
         (folder / name).write_bytes(data)
         export(python, folder, "-o", FOLDER / "112-out-damaged", "--to", "gguf", status=1)
@@ -1993,6 +2066,7 @@ def sanitized() -> Row:
         last.cases += len(files[i:i + 200])
         if o.status or o.err:
             last.faults.append(f"status {o.status}, {o.err[-1500:].decode(errors='replace')}")
+        last.faults += [line for line in o.out.decode(errors="replace").splitlines() if line.split("\t")[5] != "0"]
     return last
 
 
@@ -2036,8 +2110,8 @@ def main() -> int:
         sys.exit(f"attack.py: took {own >> 20} MiB itself, so that nothing is known of ./run's memory")
     failed, skipped = [r for r in done if r.faults], [r for r in done if not r.cases]
     in_process = sum(r.cases for r in done if r.number in (0, 7, 13, 14, 105))
-    print(f"{len(done) - 1} rows, {sum(r.cases for r in done) - in_process} cases in processes of their own and {in_process} in "
-          f"one, {time.monotonic() - begin:.0f} s; {len(failed)} rows failed, {len(skipped)} not run")
+    print(f"{len(done) - 1} rows, {sum(r.cases for r in done) - in_process} cases in processes of their own and "
+          f"{in_process} in one, {time.monotonic() - begin:.0f} s; {len(failed)} rows failed, {len(skipped)} not run")
     return bool(failed)
 
 
