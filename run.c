@@ -1320,8 +1320,6 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
-
 // n weights of a tile of floats.
 INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
     const uint16_t *half = from;
