@@ -106,8 +106,11 @@ def decompositions() -> list:
         first, second = int(parts[0], 16), int(parts[1], 16) if len(parts) > 1 else 0
         assert NFD(chr(c)) == NFD(chr(first)) + (chr(second) if second else ""), hex(c)  # one step; the rest in `first`
         assert c < 0x34000 and (not second or NFD(chr(second)) == chr(second)), hex(c)
-        assert len(NFC(chr(c)).encode()) <= 3 * len(chr(c).encode()) and len(NFD(chr(c))) <= 2 * len(chr(c).encode())
-        found.append((c, first, second, bool(second) and NFC(chr(first) + chr(second)) == chr(c)))
+        composes = bool(second) and NFC(chr(first) + chr(second)) == chr(c)
+        n_bytes = len(chr(c).encode())  # how large tokenizer.c's buffers are
+        assert len(NFD(chr(c)).encode()) <= 3 * n_bytes and len(NFD(chr(c))) <= 2 * n_bytes
+        assert not composes or n_bytes <= len((chr(first) + chr(second)).encode())
+        found.append((c, first, second, composes))
     assert len({(first, second) for _, first, second, composes in found if composes}) == sum(f[3] for f in found)
     return found
 
