@@ -167,13 +167,13 @@ static Count flip_bits(const Victim *v, size_t step) {
     return c;
 }
 
-// Each number of 4 or 8 bytes, wherever it may begin, becomes each extreme.
+// Each number of 4 or 8 bytes, wherever it may begin, becomes each extreme: all of the first kB, then by steps.
 static Count set_words(const Victim *v, size_t step) {
     static const uint64_t values[] = { 0, 1, UINT64_MAX, INT32_MAX, 0x80000000, UINT32_MAX, 1ull << 32, INT64_MAX,
                                        1ull << 63, 0x7ff0000000000000, 0xfff8000000000000 };
     Count c = { 0 };
     for (size_t size = 4; size <= 8; size += 4) {
-        for (size_t at = 0; at + size <= v->header; at += step) {
+        for (size_t at = 0; at + size <= v->header; at += at < 1024 && step < 8 ? 1 : step) {
             unsigned char kept[8];
             memcpy(kept, v->bytes + at, size);
             for (size_t i = 0; i < (size == 4 ? 5 : sizeof values / sizeof *values); i++) {
