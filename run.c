@@ -1925,9 +1925,7 @@ static void disarm(char *s, size_t n, const char *kept) {
 
 // Prints the first n bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
-    int error = errno;
-    if (isatty(STDOUT_FILENO)) disarm(p->held, n, "\n\t");
-    errno = error;
+    if (n && isatty(STDOUT_FILENO)) disarm(p->held, n, "\n\t");
     fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
