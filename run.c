@@ -1194,7 +1194,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
                        Span *spans);
 
-static bool read_line(Buffer *line);  // from stdin, without its end; false at the end of input or after Ctrl-C
+// From stdin, without its end; false at the end of input, which is no failure, after Ctrl-C, or where reading failed.
+static bool read_line(Buffer *line, Error *e);
 
 // One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
 // *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
@@ -1212,6 +1213,7 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
     if (last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, last, e);
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
         s->n_past = n_past;
+        e->status = DONE;
         ok = true;
     }
     if (ok) putchar('\n');
@@ -1230,13 +1232,14 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     Tokens unread = { 0 };
     Speed speed = { 0 };
     bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
-    for (const char *message = options.prompt; ok && !ferror(stdout) && (message || read_line(&line)); message = NULL) {
+    const char *message = options.prompt;
+    for (; ok && !ferror(stdout) && (message || read_line(&line, e)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
         ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
     free(line.bytes);
     free(unread.ids);
-    if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    ok = ok && e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
     return ok;
 }
@@ -1738,16 +1741,21 @@ static void use_large_pages(const void *p, size_t n_bytes) {
 #endif
 }
 
+// What kind of failure errno is.
+static int io_status(void) { return errno == ENOMEM ? NO_MEMORY : BROKEN_IO; }
+
 static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
-    if (file < 0) return refuse(e, "%s", strerror(errno));
+    bool is_broken = errno == EIO || errno == EMFILE || errno == ENFILE;  // and not only not there, or not ours
+    if (file < 0) return fail(e, is_broken ? BROKEN_IO : BAD_FILE, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
-    if (fstat(file, &info) || !S_ISREG(info.st_mode))
+    if (fstat(file, &info)) fail(e, BROKEN_IO, "%s", strerror(errno));
+    else if (!S_ISREG(info.st_mode))
         refuse(e, "a directory, a pipe or a device, expected a checkpoint");
     else if (info.st_size == 0) refuse(e, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
-        fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "cannot be mapped: %s", strerror(errno));
+        fail(e, io_status(), "cannot be mapped: %s", strerror(errno));
     close(file);
     if (p == MAP_FAILED) return false;
     *map = (Map){ p, (size_t)info.st_size, path };
@@ -1943,12 +1951,15 @@ static void end_printing(Printer *p) {
     fflush(stdout);
 }
 
-static bool read_line(Buffer *line) {
+static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
     ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
     line->bytes = (unsigned char *)text;
-    if (n < 0 && !interrupted && isatty(STDIN_FILENO)) fputc('\n', stderr);
+    if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
+    if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
+        return fail(e, io_status(), "reading failed: %s", strerror(errno));
+    if (n < 0 && isatty(STDIN_FILENO)) fputc('\n', stderr);
     if (n < 0) return false;
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
     line->n = (size_t)n;
@@ -2527,7 +2538,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
     o->path = is_file ? realpath(path, NULL) : strdup(path);
-    if (!o->path) return fail(e, errno == ENOMEM ? NO_MEMORY : BROKEN_IO, "%s: %s", path, strerror(errno));
+    if (!o->path) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
     if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
     if (exists && !is_file) {
@@ -2542,7 +2553,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
         o->stream = same_mode ? fdopen(file, "wb") : NULL;
         if (file >= 0 && !o->stream) close(file);
     }
-    return o->stream || fail(e, BROKEN_IO, "%s: cannot be written: %s", path, strerror(errno));
+    return o->stream || fail(e, io_status(), "%s: cannot be written: %s", path, strerror(errno));
 }
 
 // Ends the file, if all went well so far (ok); else removes what there is of it, and passes the failure on.
@@ -4535,7 +4546,7 @@ static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
     if (options.file) {
         FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
         if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
-        ok = f && ok ? read_all(f, &text, e) : fail(e, BROKEN_IO, "%s: %s", options.file, strerror(errno));
+        ok = f && ok ? read_all(f, &text, e) : fail(e, io_status(), "%s: %s", options.file, strerror(errno));
         if (f && f != stdin) fclose(f);
     } else if (options.prompt) {
         ok = append(&text, options.prompt, strlen(options.prompt), e);

@@ -8,7 +8,8 @@
    format, IEEE 754, or plain arithmetic in double. A failure prints the case, what came and what was wanted. The last
    line is the count.
 
-     test.c              this frame: allocations that are counted and can fail, files, random numbers, models in memory
+     test.c              this frame: files, random numbers, models in memory
+     faults.h            calls that are counted and can fail
      test_arithmetic.c   numbers and kernels against plain arithmetic in double
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
@@ -24,8 +25,10 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <float.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -38,32 +41,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// ---- Allocations: run.c's own are counted, and one of them, or all from one on, can be made to fail ----
-
-static size_t n_allocations, failing;  // failing: the number of the first that fails, 0 = none
-static bool fails_for_good;
-
-static bool may_allocate(void) {
-    n_allocations++;
-    return !failing || (fails_for_good ? n_allocations < failing : n_allocations != failing);
-}
-
-static void *counting_malloc(size_t n) { return may_allocate() ? malloc(n) : NULL; }
-static void *counting_calloc(size_t n, size_t size) { return may_allocate() ? calloc(n, size) : NULL; }
-static void *counting_realloc(void *p, size_t n) { return may_allocate() ? realloc(p, n) : NULL; }
-static void *counting_mmap(void *p, size_t n, int protection, int flags, int file, off_t offset) {
-    return may_allocate() ? mmap(p, n, protection, flags, file, offset) : MAP_FAILED;
-}
-
-#define malloc counting_malloc
-#define calloc counting_calloc
-#define realloc counting_realloc
-#define mmap counting_mmap
+#include "faults.h"  // run.c's own allocations are counted, and one of them, or all from one on, can be made to fail
 #include "../run.c"
-#undef malloc
-#undef calloc
-#undef realloc
-#undef mmap
+#include "faults.h"
 
 // ---- Counting ----
 
@@ -284,7 +264,7 @@ static const struct {
     { "damaged files", test_damaged_files },
     { "damaged everywhere", test_damage_everywhere },
     { "fuzzing's corpus", test_corpus },
-    { "no memory", test_no_memory },
+    { "failing calls", test_failing_calls },
     { "command line", test_command_line },
     { "style", test_style },
 };
@@ -298,7 +278,7 @@ static int encode_lines(const char *path, const char *pre, bool special) {
     options.pre = pre;
     if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
         return tell_error("test", path, &e);
-    while (read_line(&line)) {
+    while (read_line(&line, &e)) {
         size_t n = read_hex((char *)line.bytes, line.n, (char *)line.bytes);
         Tokens tokens = encode_text(&m.tokenizer, (char *)line.bytes, n, special);
         bool has_bar = false, lost = tokens.n_dropped > 0 || (m.tokenizer.kind == SPM && m.tokenizer.byte_id['a'] < 0);

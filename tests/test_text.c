@@ -162,13 +162,13 @@ static void test_sampler(void) {
     int ids[3] = { 1, 2, 3 };
     bool ok = start_state(&o.model, (Setting){ false, false, 2, 4, NULL }, &st, &e) &&
               make_sampler(&sampler, o.model.config.n_tokens, 1, &e);
-    size_t before = n_allocations;
+    size_t before = faults.n;
     for (int i = 0; ok && i < 5; i++) {
         ok = forward(&o.model, &st, ids, 3, 1, &e);
         ids[0] = choose_token(&sampler, st.logits, o.model.config.n_tokens);
     }
-    check(ok && n_allocations == before, "forward and choose_token: got %zu allocations, wanted none",
-          n_allocations - before);
+    check(ok && faults.n == before, "forward and choose_token: got %zu allocations, wanted none",
+          faults.n - before);
     free(sampler.candidates);
     free_state(&st);
     close_opened(&o);
