@@ -151,6 +151,8 @@ def field(number: int, value) -> bytes:
 
 def sentencepiece_of(v: Vocabulary):
     """The sentencepiece package's processor with this vocabulary; its model file is written here, field by field."""
+    if UNKNOWN not in v.types:  # sentencepiece wants one; Gemma's file calls it a control token
+        v = v._replace(types=[UNKNOWN if p == "<unk>" else t for p, t in zip(v.pieces, v.types)])
     seen, pieces = set(), b""
     for text, score, kind in zip(v.pieces, v.scores, v.types):
         assert text not in seen, text
