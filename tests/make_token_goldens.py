@@ -151,6 +151,8 @@ def field(number: int, value) -> bytes:
 
 def sentencepiece_of(v: Vocabulary):
     """The sentencepiece package's processor with this vocabulary; its model file is written here, field by field."""
+    if UNKNOWN not in v.types:  # sentencepiece wants one; Gemma's file calls it a control token
+        v = v._replace(types=[UNKNOWN if p == "<unk>" else t for p, t in zip(v.pieces, v.types)])
     seen, pieces = set(), b""
     for text, score, kind in zip(v.pieces, v.scores, v.types):
         assert text not in seen, text
@@ -227,7 +229,7 @@ HARD = [
     "a/b//c\n//\n /\r\n;/", "\u30ab\u30bf\u6f22\u5b57\u3072\u3089 abc\u6f22 \u1680\u2e9f .method() !x _y ~\u00e9 \ttab",
     "e\u0301\u0323 q\u0323\u0307\u0302 \u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u212b\u2126 \ufb2c \U0001d15e \u0344",
     "<tool>\u0338 x\u0338<\u0338=\u0338 a\u030d\u0301 a\u0315\u0300\u05aeb \u09c7\u09be\u0bc6\u0bbe \u0d3b\u0301",
-    "y\U000e0100z E\u0301COLe e\u0301COLE", "x.\n/y;\r\n//\n z",
+    "y\U000e0100z E\u0301COLe e\u0301COLE", "x.\n/y;\r\n//\n z", "`code` \t!x\u00a0?y",
 ]
 
 

@@ -259,6 +259,7 @@ static const struct {
     { "sampler", test_sampler },
     { "tokenizer", test_tokenizer },
     { "words", test_words },
+    { "composing", test_composing },
     { "characters", test_characters },
     { "chat", test_chat },
     { "damaged files", test_damaged_files },

@@ -400,6 +400,29 @@ static void test_words(void) {
     free(file);
 }
 
+// Texts and their NFC, by Python's unicodedata; bytes that are not UTF-8 stay where they are.
+static void test_composing(void) {
+    static const struct { const char *text, *wanted; } cases[] = {
+        { "", "" }, { "\u0301", "\u0301" }, { "a\u0301", "\u00E1" }, { "\xFF" "a\u0301\xFE", "\xFF\u00E1\xFE" },
+        { "a\xCC\u0301", "a\xCC\u0301" }, { "\u1100\u1161\u11A8\xE1\x84", "\uAC01\xE1\x84" },
+        { "q\u0307\u0323 \u212B", "q\u0323\u0307 \u00C5" }, { "\U0001D160", "\U0001D158\U0001D165\U0001D16E" },
+        { "a\u030D\u0301", "a\u030D\u0301" }, { "\uAC01\u11A8", "\uAC01\u11A8" },
+    };
+    Opened o;
+    Error e;
+    if (!open_golden_vocabulary("bpe.gguf", "qwen2", &o, &e)) return;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *s = cases[i].text;
+        char *composed = NULL;
+        size_t n = strlen(s), n_wanted = strlen(cases[i].wanted);
+        bool ok = compose_text(&o.model.tokenizer, &s, &n, &composed, &e);
+        check(ok && n == n_wanted && !memcmp(s, cases[i].wanted, n), "NFC of \"%s\": got \"%.*s\", wanted \"%s\"",
+              cases[i].text, (int)n, s, cases[i].wanted);
+        free(composed);
+    }
+    close_opened(&o);
+}
+
 static void test_tokenizer(void) {
     static const struct { const char *vocabulary, *pre, *golden, *control; bool round_trips; } cases[] = {
         { "spm.gguf", NULL, "spm.txt", "</s>", true },
