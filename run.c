@@ -2729,7 +2729,7 @@ static const struct {
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
-    { ".use_parallel_residual", NAN },       // StableLM's files often say so; which mean it have no ffn_norm.weight
+    { "stablelm.use_parallel_residual", NAN },  // often said; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
 };
@@ -2739,7 +2739,8 @@ static bool is_harmless(const Gguf *g, const Key *k) {
     if (k->used || k->name.n <= n || memcmp(k->name.at, g->family, n) || k->name.at[n] != '.') return true;
     double harmless = 0;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
-        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key)) harmless = other_keys[i].harmless;
+        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key) || is_text(k->name, other_keys[i].key))
+            harmless = other_keys[i].harmless;
     if (isnan(harmless)) return true;
     if (k->type == G_STRING) return false;
     for (size_t i = 0; i < k->count; i++)
