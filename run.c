@@ -288,7 +288,7 @@ typedef struct {
     float scale;
     float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
     int32_t minus_128_sum[3];  // likewise; where kernels for unsigned weights begin
-    int32_t unused;            // a block fills a line of the cache
+    int32_t minus_8_sum;       // likewise, of all; and so a block fills a line of the cache
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
@@ -427,6 +427,7 @@ INLINE void round_block(Block *b, const float *x) {
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
     for (int i = 0; i < 3; i++) b->minus_128_sum[i] = -128 * sum[i];
+    b->minus_8_sum = -8 * sum[0];
 }
 
 // Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
@@ -1367,6 +1368,11 @@ INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
     for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
 }
 
+// So many bits of a byte, from number `from` on, moved to number `to` of the result.
+INLINE int move_bits(uint8_t byte, int bits, int from, int to) {
+    return (from > to ? byte >> (from - to) : byte << (to - from)) & ((1 << bits) - 1) << to;
+}
+
 // The stored weights of 32 columns as bytes, four columns of the 16 rows in each w[g].
 INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
@@ -1375,9 +1381,9 @@ INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     for (int g = 0; g < 8; g++) {
         for (int j = 0; j < 64; j++) {
             int x = bits == 8 ? plane[64 * g + j] : 0;
-            if (bits & 4) x = plane[64 * (g % 4) + j] >> g / 4 * 4 & 15;
-            if (bits & 2) x |= (pairs[64 * (g / 4) + j] >> g % 4 * 2 & 3) << low;
-            if (bits & 1) x |= (singles[j] >> g & 1) << lower;
+            if (bits & 4) x = move_bits(plane[64 * (g % 4) + j], 4, g / 4 * 4, 0);
+            if (bits & 2) x |= move_bits(pairs[64 * (g / 4) + j], 2, g % 4 * 2, low);
+            if (bits & 1) x |= move_bits(singles[j], 1, g, lower);
             w[g][j] = (uint8_t)x;
         }
     }
@@ -3986,16 +3992,15 @@ static bool run_matmul(Error *e) {
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
 // 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
-// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
-typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
+// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 6 bits but q in more.
+typedef enum { SIGNED, UNSIGNED, UNSIGNED_SIX_BITS } Signs;
 typedef struct {
-    _Alignas(64) uint8_t unpacked[8][64];
-    const uint8_t (*w)[64];  // these, or the tile's own bytes, if they are what is needed
+    _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
 } ByteBlock;
 
 // The leaves of an instruction set: dots[row] = the dot product of a row with groups `from` to `to` of the columns.
-typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to);
+typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
 typedef struct {
     Signs signs;
     Dot *dot;
@@ -4008,22 +4013,30 @@ typedef struct {
 INLINE int byte_offset(Type type, Signs signs) {
     const TypeInfo *i = &types[type];
     if (signs == UNSIGNED && (i->bits == 8 || i->values)) return 128;
-    return signs == UNSIGNED || (signs == UNSIGNED_NIBBLES && i->bits <= 4) ? i->offset : 0;
+    return signs == UNSIGNED || (signs == UNSIGNED_SIX_BITS && i->bits <= 6) ? i->offset : 0;
 }
 
-// A kernel's part for a format, in C that the compiler makes SIMD of.
-INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
+// That times the sum of a block's activations, or of those of a half, less than 0.
+INLINE int32_t offset_product(const Block *x, int part, int offset) {
+    if (offset == 8 && part == 0) return x->minus_8_sum;
+    return offset ? x->minus_128_sum[part] / (128 / offset) : 0;  // the divisor is a power of two
+}
+
+// A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
+// what is needed.
+INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
     int change = byte_offset(type, leaves.signs) - i->offset;
-    uint8_t *w = u->unpacked[0];
-    u->w = i->bits == 8 && !change ? (const void *)from : u->unpacked;
+    uint8_t *w = u->w[0];
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen,
                   leaves.scale_sixteen);
-    if (i->bits < 8) unpack_planes(u->unpacked, i->bits, from);
-    if (i->bits < 8) from = w;
-    if (i->values) leaves.look_up(w, 512, i->values);
-    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(from[j] + change);
+    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
+    int8_t values[16];
+    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
+    if (i->values) leaves.look_up(w, 512, values);
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)((i->bits == 8 ? from : w)[j] + change);
+    return i->bits == 8 && !change ? from : w;
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -4031,14 +4044,14 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
     int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.signs);
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
-        unpack_bytes_of(&u, type, tiles, c, leaves);
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
         for (int t = 0; t < n; t++) {
             for (int h = 0; h < halves; h++) {
                 _Alignas(64) int32_t dots[16];
                 int part = halves == 1 ? 0 : 1 + h;
-                int32_t correction = (x[t].minus_128_sum[part] >> 7) * offset;
+                int32_t correction = offset_product(&x[t], part, offset);
                 float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, &u, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
                 for (int r = 0; r < 16; r++) {
                     y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
@@ -4051,13 +4064,13 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
 
 // A leaf for dot products, one vector of rows after the other, step: dot from w, four columns of the rows, and x.
 #define MAKE_DOT(isa, set, Vector, step)                                                                               \
-    isa void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {           \
+    isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
         (void)type;                                                                                                    \
         for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
-            Vector dot = { 0 }, w;                                                                                     \
+            Vector dot = { 0 }, four;                                                                                  \
             for (int g = from; g < to; g++) {                                                                          \
                 int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
-                memcpy(&w, u->w[g] + 4 * row, sizeof w);                                                               \
+                memcpy(&four, w[g] + 4 * row, sizeof four);                                                            \
                 dot = step;                                                                                            \
             }                                                                                                          \
             memcpy(dots + row, &dot, sizeof dot);                                                                      \
@@ -4161,31 +4174,31 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
-// 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {
+// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of 4-bit weights
+// fit: 8 * 2 * 15 * 127 = 30480; four of 5 bits; two of 6. Of bytes one does, if the sign moves to the other factor.
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from,
+                                int to) {
     __m256i ones = _mm256_set1_epi16(1);
-    bool nibbles = types[type].bits <= 4 && !types[type].values;
+    int bits = types[type].bits, n = to - from, fit = bits <= 4 ? n : bits == 5 ? 4 : 2;
+    bool is_small = bits <= 6 && !types[type].values;
     for (int half = 0; half < 2; half++) {
-        __m256i dot = _mm256_setzero_si256();
-        for (int g = from; g < to; g++) {
-            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);
-            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * g));
-            if (nibbles) {
-                dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
-            } else {
-                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
-            }
+        __m256i dot = _mm256_setzero_si256(), pairs = dot;
+        for (int g = 0; g < n; g++) {
+            __m256i v = _mm256_load_si256((const __m256i *)&w[from + g][32 * half]);
+            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * (from + g)));
+            if (is_small) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v, x));
+            else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
+            if (is_small && (g + 1) % fit) continue;
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+            pairs = _mm256_setzero_si256();
         }
-        if (nibbles) dot = _mm256_madd_epi16(dot, ones);
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
 // [kernel avxvnni] One vpdpbusd for three instructions.
-MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, w, _mm256_set1_epi32(x)))
-MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, w, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, four, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, four, _mm256_set1_epi32(x)))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
                 _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
@@ -4220,7 +4233,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, four, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
@@ -4243,7 +4256,7 @@ MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, LEAVES_256 })
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_SIX_BITS, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
@@ -4278,7 +4291,7 @@ INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
     int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
-MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
+MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
@@ -4314,7 +4327,7 @@ MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neo
 
 // [kernel neondot] One sdot a group of columns.
 MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
-         vdotq_s32(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
+         vdotq_s32(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
