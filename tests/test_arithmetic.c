@@ -346,9 +346,12 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
     return y;
 }
 
-// Bytes of random weights. Scales are finite halves of every size, subnormals too; integers take all their values.
+// Bytes of random weights. Scales are finite halves of every size, subnormals too; integers take all their values, or
+// only the extreme ones, whose sums are the largest.
 static void fill_random(unsigned char *data, size_t n, const SourceType *type, double size) {
+    bool extreme = type->block_cols > 1 && random_below(4) == 0;
     for (size_t i = 0; i < n; i++) data[i] = (unsigned char)random_bits();
+    if (extreme) memset(data, random_below(2) ? 0xff : 0, n);
     bool wide = random_below(4) == 0;
     static const struct { const char *type; size_t at; } scales[] = {
         { "Q2_K", 80 }, { "Q3_K", 108 }, { "Q6_K", 208 }, { "Q4_K", 0 }, { "Q5_K", 0 },
@@ -388,7 +391,9 @@ static void check_product(const SourceType *type, Product p) {
     float *x = (float *)(void *)x_bytes.bytes, *y = get((size_t)p.n * y_stride * 4);
     memset(x, 0, x_bytes.n);
     for (size_t t = 0; t < (size_t)p.n; t++) {
-        for (size_t c = 0; c < p.cols; c++) x[t * x_stride + c] = random_float(random_below(50) ? 1 : 30);
+        bool extreme = random_below(4) == 0;
+        for (size_t c = 0; c < p.cols; c++)
+            x[t * x_stride + c] = extreme ? 1 : random_float(random_below(50) ? 1 : 30);
     }
     for (size_t i = 0; i < (size_t)p.n * x_stride; i += 32)  // block c of token t is [c * n + t]
         memcpy(blocks.bytes + (i % x_stride * (size_t)p.n + i / x_stride * 32) * 4, x + i, 128);
