@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import math
 import os
@@ -2975,10 +2976,15 @@ TOLERANCE = 5e-4           # of a logit, in parts of the greatest: what float32 
 SMALL = 1_000_000_000      # parameters up to which a model is verified unless --no-verify
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """log p      f64 (T, V)"""
+    x = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
     """The mean over tokens of KL(p || q), in nats      p, q logits (T, V)"""
-    p, q = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    p, q = log_softmax(p), log_softmax(q)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
@@ -3020,6 +3026,90 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
           f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
 
 
+# -- Calibration: how far a text's predictions are from the source's --
+
+CHUNK = 512  # tokens that are read anew each time, as by the C program's -m perplexity; the second half is scored
+ROWS = 16    # positions whose logits are compared at once
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What an export is measured by: the source as it is, as a native file, and a text."""
+    source: Path
+    type: str           # of most of its weights
+    text: str           # its name
+    chunks: np.ndarray  # ids (n, tokens of a chunk)
+    n_tokens: int       # of the vocabulary
+
+
+def main_type(model: Model, types: dict[str, str]) -> str:
+    n = dict.fromkeys(types.values(), 0)
+    for name, type_name in types.items():
+        n[type_name] += math.prod(model.tensors[name].shape)
+    return max(n, key=n.get)
+
+
+def prepare_calibration(model: Model, o: argparse.Namespace, folder: Path, run: Path) -> Calibration:
+    types = {name: planned_type(name, tensor, "keep") for name, tensor in model.tensors.items()}
+    source, size = folder / "source.bin", min(CHUNK, model.value("context_length"))
+    write_native(model, types, source, False, run)
+    done = [call(run, source, "-m", "tokenize", *words) for words in (("-f", o.calibrate.resolve()), ("-i", ""))]
+    if done[0].returncode:
+        raise Refusal(f"--calibrate: {last_line(done[0].stderr)}")
+    ids, begin = (np.array(d.stdout.split(), int) for d in done)  # of an empty text: the begin token, if one is added
+    if len(ids) < size:
+        raise Refusal(f"{o.calibrate}: has {len(ids)} tokens, which is less than one chunk of {size}")
+    chunks = ids[:len(ids) // size * size].reshape(-1, size)
+    chunks[:, :len(begin)] = begin
+    return Calibration(source, main_type(model, types), o.calibrate.name, chunks,
+                       model.tensors["token_embd.weight"].shape[0])
+
+
+def scored_logits(run: Path, path: Path, ids: np.ndarray, n_tokens: int, *options: str) -> np.ndarray:
+    """The C program's logits of the second half of ids, by way of a pipe: f32 (T, V)"""
+    half = len(ids) // 2
+    logits = np.empty((len(ids) - half, n_tokens), "<f4")
+    words = [run, path.resolve(), "-m", "logits", "-c", len(ids), "--ids", " ".join(map(str, ids)), *options]
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen([*map(str, words), "-o", "/dev/stdout"], stdout=subprocess.PIPE, stderr=said) as process:
+            n = sum(process.stdout.readinto(logits[max(i - half, 0)]) for i in range(len(ids)))
+        said.seek(0)
+        if process.returncode or n != len(ids) * n_tokens * 4:
+            raise Refusal(f"--calibrate: {last_line(said.read().decode(errors='replace'))}")
+    return logits
+
+
+def compare_predictions(p: np.ndarray, q: np.ndarray, followed: np.ndarray) -> np.ndarray:
+    """Sums over tokens: KL(p || q), -log p and -log q of what followed, and where both find the same likeliest.
+    p, q logits (T, V)   followed (T)"""
+    sums = np.zeros(4)
+    for i in range(0, len(followed), ROWS):
+        a, b, ids = log_softmax(p[i:i + ROWS]), log_softmax(q[i:i + ROWS]), followed[i:i + ROWS, None]
+        sums += (np.exp(a) * (a - b)).sum(), -np.take_along_axis(a, ids, 1).sum(), \
+            -np.take_along_axis(b, ids, 1).sum(), (a.argmax(1) == b.argmax(1)).sum()
+    return sums
+
+
+def calibrate(c: Calibration, made: Path, target: str, run: Path) -> None:
+    """Prints, in the form of the report of tensors, a line for the usual arithmetic and one for exact; the source is
+    computed exactly."""
+    first, n = c.chunks.shape[1] // 2, 0
+    ways: dict[str, tuple] = {c.text: (), f"{c.text} --exact": ("--exact",)}
+    sums = {name: np.zeros(4) for name in ways}
+    progress = Progress(c.chunks.size * 12 * c.n_tokens, "calibrating")
+    for ids in c.chunks:
+        wanted = scored_logits(run, c.source, ids, c.n_tokens, "--exact")[:-1]
+        for name, options in ways.items():
+            got = scored_logits(run, made, ids, c.n_tokens, *options)[:-1]
+            sums[name] += compare_predictions(wanted, got, ids[first + 1:])
+        n += len(wanted)
+        progress.add(len(ids) * 12 * c.n_tokens)
+    for name, total in sums.items():
+        kl, before, after, same = total / n
+        print(f"{name:32} {c.type:>5} -> {target:5} KL   {kl:9.3e}  perplexity {math.exp(before):.4f} -> "
+              f"{math.exp(after):.4f}, same top-1 {same:.2%} of {n}", file=sys.stderr)
+
+
 # ==== 12. The command line ====
 
 def warn(message: str) -> None:
@@ -3045,6 +3135,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="the error of each tensor that is rounded")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                         help="compare the result's logits with the source's: if it has at most 10^9 parameters")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="how far the result's predictions are from the "
+                        "source's over a text file: KL divergence, perplexities; needs room for a second file")
     return parser.parse_args(words)
 
 
@@ -3065,6 +3157,10 @@ def check_choices(o: argparse.Namespace) -> None:
         raise Refusal(f"{o.output}: its folder does not exist")
     if o.output.exists() and (o.to == "hf" or not o.output.is_file() or o.output.samefile(o.source)):
         raise Refusal(f"{o.output}: exists already")
+    if o.calibrate and not o.calibrate.is_file():
+        raise Refusal(f"{o.calibrate}: no such file")
+    if o.calibrate and o.to == "hf":
+        raise Refusal("--calibrate measures with the C program, which does not open a Hugging Face folder")
     if o.to == "hf" and o.type not in ("keep", *FLOATS):
         raise Refusal(f"--type {o.type} is not one of a Hugging Face folder: keep, f32, f16 or bf16")
     if o.to == "llama2c" and o.type not in ("keep", "f32", "q8"):
@@ -3092,7 +3188,7 @@ def plan_types(model: Model, o: argparse.Namespace) -> dict[str, str]:
 
 def export(o: argparse.Namespace) -> None:
     check_choices(o)
-    run = find_run(o.run, o.to == "native" or (o.verify and o.to == "llama2c"))
+    run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
@@ -3101,10 +3197,16 @@ def export(o: argparse.Namespace) -> None:
     types = plan_types(model, o)
     temporary = o.output.with_name(f"{o.output.name}.{os.getpid()}.tmp")
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
+    beside = tempfile.TemporaryDirectory(dir=o.output.resolve().parent) if o.calibrate else contextlib.nullcontext()
     try:
-        write(model, o, types, temporary, run)
-        if wanted and (run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8"):  # its groups are no blocks
-            verify(model, types, temporary, o, run)
+        with beside as folder:
+            calibration = prepare_calibration(model, o, Path(folder), run) if folder else None
+            write(model, o, types, temporary, run)
+            if wanted:
+                verify(model, types, temporary, o, run)
+            if calibration:
+                calibrate(calibration, temporary, main_type(model, types), run)
         temporary.replace(o.output)
         if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
             o.output.with_suffix(".tokenizer.bin").write_bytes(packed)

@@ -551,6 +551,54 @@ def test_types(folder: Path) -> None:
     check("q4 is kept", same_weights(folder / "q4.gguf", folder / "kept.gguf"))
 
 
+def log_probabilities(network, chunks: torch.Tensor) -> torch.Tensor:
+    """Of what follows the tokens of each chunk's second half      out f64 (chunks, T, VOCAB)"""
+    with torch.no_grad():
+        logits = network(chunks).logits[:, chunks.shape[1] // 2:-1]
+    return torch.log_softmax(logits.double(), -1)
+
+
+def test_calibration(folder: Path) -> None:
+    """KL, perplexities and likeliest tokens over a text are transformers', of the source and of the rounded weights."""
+    network = make_network("llama")
+    source, text = save_model(folder / "model", network), folder / "text.txt"
+    text.write_bytes((ROOT / "LICENSE").read_bytes()[:1200])
+    ids = torch.tensor(byte_tokenizer().encode(text.read_text()).ids)
+    chunks = ids[:len(ids) // 128 * 128].reshape(-1, 128)  # the model has 128 positions
+    chunks[:, 0] = 0  # the begin token
+    check("several chunks, and some of another", len(chunks) > 2 and len(ids) > chunks.numel(), f"{len(ids)}")
+    p = log_probabilities(network, chunks)
+    before = (-p.gather(2, chunks[:, 65:, None])).mean().exp()
+    for form, choice in (("native", "q8"), ("gguf", "q4")):
+        made = folder / f"{form}.made"
+        lines = exported(source, "-o", made, "--to", form, "--type", choice, "--calibrate", text).splitlines()[-2:]
+        exported(made, "-o", folder / f"{form} again", "--to", "hf")
+        got = float(lines[1].split(" perplexity ")[1].split()[0])
+        check(f"{form}: perplexity of the source", abs(got - before) <= TOLERANCE * before, f"{before} {lines}")
+        done = export_model.call(RUN, made, "-m", "perplexity", "-f", text)
+        after = done.stdout.split("PPL = ")[-1].split()[0]
+        check(f"{form}: perplexity as by -m perplexity", f" -> {after}, " in lines[0], f"{done} {lines}")
+        rounded = transformers.AutoModelForCausalLM.from_pretrained(folder / f"{form} again", dtype=torch.float32,
+                                                                    **PLAINLY).eval()
+        q = log_probabilities(rounded, chunks)
+        kl, same = (p.exp() * (p - q)).sum(-1).mean(), (p.argmax(-1) == q.argmax(-1)).double().mean()
+        print(f"  {form}, {choice}: KL {kl:.3e};{lines[0][45:]};{lines[1][45:]}")
+        got = float(lines[1].split(" KL ")[1].split()[0])
+        check(f"{form}: KL", abs(got - kl) <= 1e-3 * kl, f"{got} {kl}")  # as printed
+        n, found = p[..., 0].numel(), float(lines[1].split("same top-1 ")[1].split("%")[0]) / 100
+        check(f"{form}: same top-1", abs(found - same) <= 1.1 / n and lines[1].endswith(f" of {n}"), f"{same} {lines}")
+        check(f"{form}: the line", lines[1].startswith("text.txt --exact") and f"f32 -> {choice} " in lines[1])
+    short = folder / "short.txt"
+    short.write_text("too short")
+    left = sorted(folder.iterdir())
+    for words, word in ((["--calibrate", short], "less than one chunk of 128"),
+                        (["--calibrate", folder / "none"], "no such file"),
+                        (["--calibrate", text, "--to", "hf"], "Hugging Face folder")):
+        status, stderr = export(source, "-o", folder / "no", *words)
+        check(f"calibration: {word}", status == 1 and word in stderr and stderr.count("\n") == 1, stderr)
+    check("no file is left", sorted(folder.iterdir()) == left)
+
+
 META_PARTS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
 
 
