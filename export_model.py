@@ -448,6 +448,7 @@ class Model:
     keys: dict[str, Value]
     tensors: dict[str, Tensor]
     hf_config: dict = field(default_factory=dict)  # the source's config.json, if it has one
+    vocabulary: Path | None = None                 # a folder whose tokenizer is used in place of the source's
 
     @property
     def arch(self) -> str:
@@ -2259,7 +2260,9 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
 
 
 # ==== 8. LoRA ====
-# A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+# A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA. What
+# modules_to_save names was trained as a whole, and comes in place of the base's; so does an embedding that has become
+# longer, which needs no mention there.
 
 LORA_HARMLESS = set("""
     base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping init_lora_weights
@@ -2269,9 +2272,10 @@ LORA_HARMLESS = set("""
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale."""
+    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale; and tensors that replace the base's."""
     folder: Path
     modules: dict[str, tuple[Tensor, Tensor, float]]
+    whole: dict[str, Tensor]
 
 
 def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
@@ -2287,6 +2291,7 @@ def open_adapter(folder: Path) -> Adapter:
     c.demand("bias", "none")
     rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
     ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
+    saved = c.get("modules_to_save", [])
     for key, value in c.values.items():  # PEFT writes all keys that it has: null, false or empty is a feature unused
         if key not in c.asked | LORA_HARMLESS and value:
             raise Refusal(f"{c.where}: {key} = {json.dumps(value)} is not supported")
@@ -2303,33 +2308,64 @@ def open_adapter(folder: Path) -> Adapter:
             raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
         scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
         modules[module] = a, b, scale
-    if tensors:
-        raise Refusal(f"{folder}: tensor {next(iter(tensors))} is not one of a LoRA of linear maps")
-    return Adapter(folder, modules)
+    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    left = {name: name.rpartition(".")[0] for name in whole}  # their modules, of which PEFT names the ends
+    for end in saved:
+        if not any(module.endswith(end) for module in left.values()):
+            raise Refusal(f"{c.where}: modules_to_save names {end}, which the adapter has no tensor of")
+    for name, module in left.items():
+        if not module.endswith((*saved, "embed_tokens", "lm_head")) or not name.endswith((".weight", ".bias")):
+            raise Refusal(f"{folder}: tensor {name} is not one of a LoRA of linear maps, nor in modules_to_save")
+    return Adapter(folder, modules, whole)
+
+
+def resize_vocabulary(model: Model, adapter: Adapter) -> None:
+    """Makes room for an adapter's embedding and output matrix, which may have more rows than the base's: then it brings
+    the tokens, too. One that was trained without the other parts them."""
+    new = {name: t for name, t in adapter.whole.items() if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    if new and "output.weight" not in model.tensors:
+        model.tensors["output.weight"] = model.tensors["token_embd.weight"]
+        if model.hf_config:
+            model.hf_config["tie_word_embeddings"] = False
+    rows, n = {t.shape[0] for t in new.values()}, sizes_of(model).V
+    if not rows or rows == {n}:
+        return
+    if len(rows) > 1 or len(new) < 2 or max(rows) < n:
+        raise Refusal(f"{adapter.folder}: the base has {n} tokens, " + ", ".join(
+            f"{name} {t.shape[0]}" for name, t in new.items()) + ": expected more, in both matrices")
+    n = rows.pop()
+    usual = {f"{name}_token_id": model.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    model.keys |= folder_tokenizer_keys(adapter.folder, usual, n, None) | {f"{model.arch}.vocab_size": u32(n)}
+    if model.hf_config:
+        model.hf_config["vocab_size"], model.vocabulary = n, adapter.folder
+    for name in ("token_embd.weight", "output.weight"):
+        tensor = model.tensors[name]
+        model.tensors[name] = replace(tensor, shape=(n, tensor.shape[1]))  # which new ones take the place of
 
 
 def merge_adapter(model: Model, adapter: Adapter) -> None:
     """Into the model's tensors, in the source's order of rows."""
+    resize_vocabulary(model, adapter)
     f, sizes = family_of(model), sizes_of(model)
-    left = dict(adapter.modules)
+    left: dict[str, Any] = {f"{module}.weight": entry for module, entry in adapter.modules.items()} | adapter.whole
     for part in model_parts(f, model.value("block_count")):
-        found = left.pop(part.hf.removesuffix(".weight"), None) if part.hf.endswith(".weight") else None
-        if found is None or part.gguf not in model.tensors:
-            if found:
-                left[part.hf] = found
+        if part.hf not in left or part.gguf not in model.tensors:
             continue
-        a, b, scale = found
-        base = from_gguf(part, model.tensors[part.gguf], sizes)
-        if base.shape != (b.shape[0], a.shape[1]):
-            raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, its LoRA "
-                          f"{[b.shape[0], a.shape[1]]}")
-        merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
-                               base.type if TYPES[base.type].file_type >= 0 else "q8")
+        found, base = left.pop(part.hf), from_gguf(part, model.tensors[part.gguf], sizes)
+        if isinstance(found, Tensor):
+            shape, merged = found.shape, found
+        else:
+            a, b, scale = found
+            shape = b.shape[0], a.shape[1]
+            merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
+                                   base.type if TYPES[base.type].file_type >= 0 else "q8")
+        if base.shape != shape:
+            raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, the adapter's {list(shape)}")
         moved = to_gguf(part, merged, sizes)
         original = moved.original if model.tensors[part.gguf].original else None  # of all tensors, or of none
         model.tensors[part.gguf] = replace(moved, original=original)
     if left:
-        raise Refusal(f"{adapter.folder}: the base has no module {next(iter(left))}")
+        raise Refusal(f"{adapter.folder}: the base has no {next(iter(left))}")
 
 
 # ==== 9. Numpy forward pass ====
@@ -2947,9 +2983,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def write_tokenizer(model: Model, folder: Path) -> None:
     """The source's files, or new ones."""
     if model.hf_config:
+        source = model.vocabulary or model.source
         for name in TOKENIZER_FILES:
-            if (model.source / name).is_file():
-                shutil.copyfile(model.source / name, folder / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         return
     tokens = model.get("tokenizer.ggml.tokens")
     if tokens is None:
@@ -3190,10 +3227,10 @@ def export(o: argparse.Namespace) -> None:
     check_choices(o)
     run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
-    if o.pre and "tokenizer.ggml.pre" in model.keys:
-        model.keys["tokenizer.ggml.pre"] = text(o.pre)
     if o.lora:
         merge_adapter(model, open_adapter(o.lora))
+    if o.pre and "tokenizer.ggml.pre" in model.keys:
+        model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)
     temporary = o.output.with_name(f"{o.output.name}.{os.getpid()}.tmp")
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL

@@ -808,6 +808,79 @@ def test_lora(folder: Path) -> None:
         check(f"LoRA: {key} is refused", status == 1 and key in stderr and not (folder / "no.bin").exists(), stderr)
 
 
+def test_modules_to_save(folder: Path) -> None:
+    """What PEFT saved as a whole replaces the base's, as its merge_and_unload() does: both big matrices or one, which
+    parts them where they were one; norms and a matrix with its bias; a longer vocabulary with the adapter's tokens."""
+    try:
+        import peft
+    except ImportError:
+        return print("  skipped: peft is not installed")
+    both, few = ["embed_tokens", "lm_head"], ["norm", "k_proj"]
+    for case, saved, rows in (("llama", both, 13), ("llama", few, 0), ("llama tied", both, 13), ("olmo2", both, 5),
+                              ("llama tied", ["embed_tokens"], 0), ("qwen2 tied", ["lm_head"], 0), ("qwen2", few, 0),
+                              ("gemma3", both + ["norm"], 7)):
+        name = f"{case} {' '.join(saved)}"
+        source = save_model(folder / f"{name} base", make_network(case))
+        exported(source, "-o", folder / f"{name}.gguf", "--to", "gguf")
+        network = make_network(case)
+        if rows:
+            network.resize_token_embeddings(VOCAB + rows)
+        network = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"],
+                                                               modules_to_save=saved))
+        with torch.no_grad():
+            for key, p in network.named_parameters():
+                if "lora_" in key or "modules_to_save" in key:
+                    p.add_(torch.randn_like(p) * 0.1)
+        adapter = folder / name
+        with contextlib.redirect_stderr(io.StringIO()):  # that they are no longer tied
+            network.save_pretrained(adapter)
+            wanted = reference(network.merge_and_unload())
+        if rows:
+            longer = byte_tokenizer()
+            longer.add_tokens([f"<more{i}>" for i in range(longer.get_vocab_size(), VOCAB + rows)])
+            longer.save(str(adapter / "tokenizer.json"))
+        for base in (source, folder / f"{name}.gguf"):
+            made = folder / f"{name} {base.suffix}.made"
+            exported(base, "--lora", adapter, "-o", made)
+            check_logits(f"{name}, {rows} rows more, {base.suffix or 'folder'}", run_logits(made), wanted)
+            if rows:
+                last = tokenize(made, f"<more{VOCAB + rows - 1}>")
+                check(f"{name}: its last token", last[-1] == VOCAB + rows - 1, str(last))
+            again = folder / f"{name} {base.suffix} again"
+            exported(base, "--lora", adapter, "-o", again, "--to", "hf")
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32, **PLAINLY).eval()
+            check_logits(f"{name}: transformers on a folder", reference(theirs), wanted)
+            n = Tokenizer.from_file(str(again / "tokenizer.json")).get_vocab_size()
+            check(f"{name}: the folder's tokenizer", (n == VOCAB + rows) == bool(rows), f"{n}")
+    adapter, base = folder / "llama embed_tokens lm_head", folder / "llama embed_tokens lm_head.gguf"
+    kept, config = load_file(adapter / "adapter_model.safetensors"), (adapter / "adapter_config.json").read_text()
+    head, embedding = ("base_model.model." + key for key in ("lm_head.weight", "model.embed_tokens.weight"))
+    for what, change, word in (("lm_head alone", {embedding: None}, "modules_to_save names embed_tokens"),
+                               ("rows differ", {head: kept[head][:-1].clone()}, "lm_head.weight 332"),
+                               ("fewer rows", {h: kept[h][:99].clone() for h in (head, embedding)}, "the base has 320"),
+                               ("columns", {h: kept[h][:, :60].clone() for h in (head, embedding)}, "[333, 60]"),
+                               ("unnamed", {"base_model.model.model.norm.weight": torch.ones(64)}, "model.norm.weight"),
+                               ("no tokenizer", {}, "neither tokenizer.json")):
+        tensors = {key: t for key, t in (kept | change).items() if t is not None}
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        if what == "no tokenizer":
+            (adapter / "tokenizer.json").unlink()
+        status, stderr = export(base, "--lora", adapter, "-o", folder / "no.bin")
+        check(f"modules_to_save: {what}", status == 1 and word in stderr and stderr.count("\n") == 1
+              and not (folder / "no.bin").exists(), stderr)
+    import sentencepiece  # and as Chinese-LLaMA's adapters are: a pickle, with SentencePiece's tokens beside it
+    theirs = sentencepiece.SentencePieceProcessor(str(train_sentencepiece(adapter, VOCAB)))
+    torch.save(kept, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    old = {"enable_lora": None, "merge_weights": False, "lora_alpha": 6.0}
+    (adapter / "adapter_config.json").write_text(json.dumps(json.loads(config) | old))
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "add_bos_token": True}))
+    exported(base, "--lora", adapter, "-o", folder / "pickled.bin")
+    check_logits("a pickled adapter", run_logits(folder / "pickled.bin"), run_logits(folder / f"{base.stem} .made"), 0)
+    got, wanted = tokenize(folder / "pickled.bin", "the moon of Rome"), theirs.encode("the moon of Rome")
+    check("a pickled adapter: tokens", got == [theirs.bos_id(), *wanted], f"{got} {wanted}")
+
+
 # -- Tokenizers --
 
 TEXTS = ("the man and the thin hat", "  two  spaces\n\nlines\t", "Zürich, 1234 \u2603 don't", "a<tool>b", "")
