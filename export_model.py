@@ -520,9 +520,23 @@ def open_gguf(path: Path) -> Model:
     wanted = whole.get("split.tensors.count", len(whole.tensors))
     if wanted != len(whole.tensors):
         raise Refusal(f"{path}: has {len(whole.tensors)} tensors, key split.tensors.count says {wanted}")
+    join_experts(whole.tensors, path)
     for key in [key for key in whole.keys if key.startswith("split.")]:
         del whole.keys[key]
     return whole
+
+
+def join_experts(tensors: dict[str, Tensor], path: Path) -> None:
+    """llama.cpp wrote a tensor for each expert at first (blk.0.ffn_gate.3.weight): they become one for all."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name in list(tensors):
+        if m := re.fullmatch(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight", name):
+            found.setdefault(f"{m[1]}_exps.weight", {})[int(m[2])] = tensors.pop(name)
+    for name, experts in found.items():
+        if name in tensors or experts.keys() != set(range(len(experts))) \
+                or len({(t.type, t.shape) for t in experts.values()}) > 1:
+            raise Refusal(f"{path}: of {name} an expert is missing, there twice, or of another type or shape")
+        tensors[name] = stack([experts[e] for e in range(len(experts))])
 
 
 def open_gguf_part(path: Path) -> Model:

@@ -411,8 +411,8 @@ def test_round_trips(folder: Path) -> None:
         check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
 
 
-def write_split(source: Path, made: Path, **how) -> list[Path]:
-    """A GGUF as gguf-py writes it in parts."""
+def copy_gguf(source: Path, made: Path, change=lambda name, data: {name: data}, **how) -> None:
+    """A GGUF written anew by gguf-py, in parts if `how` says so      change: a tensor -> those in its place"""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(made, reader.fields["general.architecture"].contents(), **how)
     for key, field in reader.fields.items():
@@ -420,12 +420,48 @@ def write_split(source: Path, made: Path, **how) -> list[Path]:
             kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), kind, item)
     for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+        for name, data in change(t.name, t.data).items():
+            writer.add_tensor(name, data, raw_dtype=t.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_split(source: Path, made: Path, **how) -> list[Path]:
+    copy_gguf(source, made, **how)
     return sorted(made.parent.glob(f"{made.stem}-*-of-*.gguf"))
+
+
+def test_single_experts(folder: Path) -> None:
+    """Files of a time when llama.cpp wrote a tensor for each expert: joined by export_model.py, refused by the program,
+    which names that command."""
+    def apart(name: str, data: np.ndarray) -> dict[str, np.ndarray]:
+        single = {name.replace("_exps.", f".{e}."): x for e, x in enumerate(data)}
+        return single if "_exps." in name else {name: data}
+    for choice in ("f16", "q4"):
+        source = save_model(folder / choice, make_network("mixtral"))
+        now, old, again = (folder / f"{choice} {name}.gguf" for name in ("now", "old", "again"))
+        exported(source, "-o", now, "--to", "gguf", "--type", choice)
+        copy_gguf(now, old, apart)
+        check(f"{choice}: single tensors", "blk.1.ffn_down.3.weight" in gguf_tensors(old))
+        exported(old, "-o", again, "--to", "gguf")
+        check(f"{choice}: the same weights", same_weights(now, again))
+        exported(old, "-o", folder / f"{choice}.bin")
+        check(f"{choice}: the same bits", np.array_equal(run_logits(folder / f"{choice}.bin"), run_logits(now)))
+        done = export_model.call(RUN, old, "-m", "inspect")
+        check(f"{choice}: run names the command", done.returncode == 1 and done.stderr.count("\n") == 1
+              and "export_model.py FILE -o NEW" in done.stderr, done.stderr)
+    for what, change in (("missing", lambda n, x: apart(n, x[1:] if "blk.1.ffn_up" in n else x)),
+                         ("shape", lambda n, x: apart(n, x) | ({"blk.1.ffn_up.2.weight": x[2, :64]} if "blk.1.ffn_up_"
+                                                               in n else {})),
+                         ("twice", lambda n, x: apart(n, x) | {n: x})):
+        copy_gguf(folder / "f16 now.gguf", folder / "bad.gguf", change)
+        if what == "missing":
+            damaged = (folder / "bad.gguf").read_bytes().replace(b"blk.1.ffn_up.0.w", b"blk.1.ffn_up.9.w")
+            (folder / "bad.gguf").write_bytes(damaged)
+        status, stderr = export(folder / "bad.gguf", "-o", folder / "no.gguf", "--to", "gguf")
+        check(f"an expert: {what}", status == 1 and "an expert is missing" in stderr, stderr)
 
 
 def test_split_files(folder: Path) -> None:
