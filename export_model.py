@@ -1537,7 +1537,7 @@ SAME_WORDS = {"gpt-2": "phi-2 jais trillion granite-docling exaone4 mellum a.x-4
               "dbrx": "smaug-bpe chatglm-bpe",
               "qwen2": "deepseek-r1-qwen stablelm2 f2llmv2 hunyuan megrez kormo solar-open grok-2",
               "gpt-4o": "llama4 kanana2 talkie minimax-m2", "deepseek-v3": "hunyuan-dense joyai-llm hy_v4"}
-# What these names imply where a file is silent.
+# What these names imply where a GGUF file is silent; a tokenizer.json never is. README says where it was looked up.
 COMPOSED = "qwen2 deepseek-r1-qwen stablelm2 f2llmv2 qwen35 mpt olmo command-r".split()
 IGNORE_MERGES = ["llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split()]
 

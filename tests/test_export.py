@@ -29,6 +29,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -766,21 +767,31 @@ def test_tekken(folder: Path) -> None:
 
 
 def test_nfc(folder: Path) -> None:
-    """A normalizer NFC is kept: by the C program, in GGUF and in a folder made anew."""
+    """Whether a text is composed, tokenizer.json says, whatever is usual with its way to cut words: it is kept by the C
+    program, in GGUF and in a folder made anew."""
     source = save_model(folder / "model", make_network("llama"))
-    theirs = byte_tokenizer()
-    theirs.normalizer = normalizers.NFC()
-    theirs.save(str(source / "tokenizer.json"))
-    exported(source, "-o", folder / "model.bin")
-    exported(folder / "model.bin", "-o", folder / "again", "--to", "hf")
-    exported(source, "-o", folder / "model.gguf", "--to", "gguf")
-    exported(folder / "model.gguf", "-o", folder / "more", "--to", "hf")
-    again = [Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("again", "more")]
-    for text in ("e\u0301 \u1100\u1161\u11a8", "q\u0307\u0323", "\u212b\u0344"):
-        wanted = theirs.encode(text).ids
-        got = [tokenize(folder / f"model.{kind}", text) for kind in ("bin", "gguf")]
-        got += [t.encode(text).ids for t in again]
-        check(f"NFC: {text!r}", got == [wanted] * 4 and wanted != byte_tokenizer().encode(text).ids, f"{got} {wanted}")
+    for name, rule in (("gpt-2", pre_tokenizers.ByteLevel(False)), ("qwen2", None)):
+        for normalizer in (normalizers.NFC(), normalizers.Sequence([normalizers.NFC()]), None):
+            theirs = byte_tokenizer()
+            if normalizer:
+                theirs.normalizer = normalizer
+            regex = tokenizers.Regex(export_model.PRE_TOKENIZERS["qwen2"][0])
+            theirs.pre_tokenizer = rule or pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(regex, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+            theirs.save(str(source / "tokenizer.json"))
+            made = [folder / f"model.{kind}" for kind in ("native", "gguf")]
+            again = []
+            for path in made:
+                exported(source, "-o", path, "--to", path.suffix[1:])
+                exported(path, "-o", folder / f"{name} {path.suffix} {normalizer}", "--to", "hf")
+                again.append(Tokenizer.from_file(str(folder / f"{name} {path.suffix} {normalizer}/tokenizer.json")))
+            pre = gguf.GGUFReader(made[1]).fields["tokenizer.ggml.pre"].contents()
+            check(f"NFC: {name}", pre == name, pre)
+            for text in ("e\u0301 \u1100\u1161\u11a8", "q\u0307\u0323", "\u212b\u0344"):
+                wanted, plain = (t.encode(text).ids for t in (theirs, byte_tokenizer()))
+                got = [tokenize(path, text) for path in made] + [t.encode(text).ids for t in again]
+                check(f"NFC: {name}, {normalizer}, {text!r}", got == [wanted] * 4
+                      and (wanted != plain) == bool(normalizer), f"{got} {wanted}")
 
 
 def test_llama2c(folder: Path) -> None:
