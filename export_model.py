@@ -2724,8 +2724,9 @@ def check_openable(model: Model, types: dict[str, str], path: Path, run: Path) -
     done = call(run, path, "-m", "inspect")
     if f"tensor {extra} " not in done.stderr:
         kind, reason = model.hf_config.get("model_type", model.arch), last_line(done.stderr)
-        raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet "
-                      f"({reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
+        asked = [f"{key} = true, " for key in ("use_parallel_residual", "qk_layernorm") if model.hf_config.get(key)]
+        raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet ({''.join(asked)}"
+                      f"{reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
 
 
 def call(run: Path, *words: Any) -> subprocess.CompletedProcess:

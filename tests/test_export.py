@@ -134,7 +134,7 @@ CASES = {
                        {"attention.sliding_window_pattern": [False, True]}),
 }
 # What the C program does not open yet, and the word by which it says so.
-UNOPENED = {"stablelm 12b": "ffn_norm.weight"}
+UNOPENED = {"stablelm 12b": "use_parallel_residual = true, qk_layernorm = true, "}
 BY_PROGRAM = [case for case in CASES if case not in UNOPENED]
 
 
@@ -283,6 +283,27 @@ def test_families(folder: Path) -> None:
                 and key != "qwen3moe.feed_forward_length"  # of layers without experts, which there are none of
                 and (key not in again or again[key].contents() != f.contents())]
         check(f"{case}: its keys", not lost, str(lost))
+
+
+def test_stablelm_12b(folder: Path) -> None:
+    """What it has and the smaller ones have not, each and both: converted for llama.cpp, refused by the key's name for
+    a native file, and by the C program in one line."""
+    for name, keys in (("norms", ["qk_layernorm"]), ("parallel", ["use_parallel_residual"]),
+                       ("both", ["use_parallel_residual", "qk_layernorm"])):
+        network = make_network("stablelm", **dict.fromkeys(keys, True))
+        check(f"{name}: it matters", np.abs(reference(network) - reference(make_network("stablelm"))).max() > 0.01)
+        source, made = save_model(folder / name, network), folder / f"{name}.gguf"
+        exported(source, "-o", made, "--to", "gguf")
+        check_logits(f"{name}: numpy, gguf", numpy_logits(made), reference(network))
+        status, stderr = export(source, "-o", folder / "no.bin")
+        check(f"{name}: the exporter", status == 1 and all(f"{key} = true" in stderr for key in keys)
+              and stderr.count("\n") == 1 and stderr.count("= true") == len(keys), stderr)
+        done = export_model.call(RUN, made, "-m", "inspect")
+        check(f"{name}: the program", done.returncode == 1 and done.stderr.count("\n") == 1
+              and ("ffn_norm.weight is missing" if "use_parallel_residual" in keys else "attn_k_norm.weight")
+              in done.stderr, done.stderr)
+    left = {p.name for p in folder.glob("no*")}
+    check("no file is left", left == {"norms", "norms.gguf"}, str(left))
 
 
 def test_scaled_rotation(folder: Path) -> None:
