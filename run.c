@@ -2394,8 +2394,10 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         int need = slot.rows ? slot.rule->need : 0;
         Entry *entry = need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
+        bool apart = slot.n > 1 && bsearch("blk.0.ffn_gate.0.weight", d->entries, d->n, sizeof *d->entries, by_name);
         if (!entry && need & features)
-            return refuse(e, "tensor %s is missing", slot.name);
+            return refuse(e, "tensor %s is missing%s", slot.name,
+                          apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
         if (slot.layer < 1 || !(need & OPTIONAL)) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
         if ((entry_for(d, &before) != NULL) != (entry != NULL))

@@ -520,6 +520,8 @@ static void test_damaged_ggufs(void) {
         { T_DROP, "blk.0.ffn_up_exps.weight", 0, NULL, "blk.0.ffn_up_exps.weight is missing" },
         { T_RENAME, "blk.0.ffn_up_exps.weight", 0, "blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight is missing" },
         { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up.bias", "blk.0.ffn_up.bias" },
+        { T_RENAME, "blk.0.ffn_gate_exps.weight", 0, "blk.0.ffn_gate.0.weight",
+          "blk.0.ffn_gate_exps.weight is missing: experts are single tensors; join them: export_model.py FILE -o NEW" },
         { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up_exps.bias", "blk.0.ffn_up_exps.bias" },
         { T_N_DIMS, "blk.0.ffn_gate_exps.weight", 2, NULL, "is 1 x 40 x 32" },
         { T_DIM1, "blk.1.ffn_down_exps.weight", 31, NULL, "blk.1.ffn_down_exps.weight" },
