@@ -1786,8 +1786,9 @@ static bool map_parts(const char *path, Model *m, Error *e) {
     bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
     for (part = 1; ok && part <= parts; part++) {
         snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
-        ok = map_file(name, part == 1 ? &m->file : &m->parts[part - 2], e) || in_part(part, e);
-        if (ok) m->n_parts = part - 1;
+        Map *map = part == 1 ? &m->file : &m->parts[part - 2];
+        ok = map_file(name, map, e) || in_part(part, e);
+        if (ok) m->n_parts = part - 1, map->path = path;
     }
     free(name);
     return ok;
@@ -4749,8 +4750,8 @@ static void on_end(int number, siginfo_t *info, void *context) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     (void)context;
     if (unfinished) unlink(unfinished);
-    for (int i = 0; number == SIGBUS && i < 2; i++) {
-        const Map *map = i ? &in_use->tokenizer_file : &in_use->file;
+    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
+        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
         if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
         while (atomic_flag_test_and_set(&said)) pause();
         Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };

@@ -988,6 +988,13 @@ static void test_interrupts(void) {
     check(begun && goes_on && r.status == 128 + SIGTERM, "%s, then SIGHUP and SIGINT: got status %d and \"%s\"", text,
           r.status, r.err);
     free_result(&r);
+
+    c = start_command(endless, false, -1);  // a SIGBUS that is not of a mapped file is none of ours
+    begun = wait_for(&c, c.out, 50, NULL);
+    r = end_by(&c, SIGBUS);
+    check(begun && r.status == 128 + SIGBUS && !strstr(r.err, "run: "), "%s, SIGBUS: got status %d and \"%s\"", endless,
+          r.status, r.err);
+    free_result(&r);
     test_shrunk_files(endless);
 }
 

@@ -1088,6 +1088,21 @@ static void check_damaged_part(int part, const DamageCase *c, const char *wanted
     for (int i = 0; i < N_SPLIT; i++) free(parts[i].bytes);
 }
 
+// What was mapped becomes shorter, and is read all the same: status 3, and the path that was given.
+static void check_shrunk_part(const char *path, const Map *map, const Model *m) {
+    int status = -1;
+    pid_t child = fork();
+    if (child == 0) {
+        close(2);
+        in_use = m;
+        sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_end, .sa_flags = SA_SIGINFO }, NULL);
+        _exit(truncate(path, 0) ? 98 : 90 + *(const volatile unsigned char *)map->bytes % 2);
+    }
+    waitpid(child, &status, 0);
+    check(!strcmp(map->path, path) && WIFEXITED(status) && WEXITSTATUS(status) == BROKEN_IO,
+          "%s is cut while it is mapped: got %x and \"%s\", wanted status 3 and \"%s\"", path, status, map->path, path);
+}
+
 static void check_named_parts(const Bytes *parts, Bytes wanted) {
     char path[N_SPLIT][160], plain[160];
     for (int i = 0; i < N_SPLIT; i++) {
@@ -1104,6 +1119,8 @@ static void check_named_parts(const Bytes *parts, Bytes wanted) {
         check(ok && got.n == wanted.n && !memcmp(got.bytes, wanted.bytes, got.n),
               "%s: got \"%s\" or another native file than from the whole GGUF", path[i], e.text);
         free(got.bytes);
+        check_shrunk_part(path[i], i ? &m.parts[i - 1] : &m.file, &m);
+        check(write_bytes(path[i], parts[i]), "%s cannot be written", path[i]);
         close_model(&m);
         unlink(native);
     }
