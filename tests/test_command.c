@@ -621,7 +621,7 @@ static void test_json(void) {
         { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
         { "$mixed -m bench --json -q --pp 8,3 --tg 2 --depth 0,5 --reps 2", "\"test\": \"tg2 @ d5\"" },
         { "$tied -m bench --json -q --pp 4 --tg 0 --exact --reps 1 -j 1", "\"percent_of_ceiling\": " },
-        { "-m matmul --json -q --pp 1 --reps 1 -j 1 --kernel scalar", "\"test\": \"5632x2048 q4m x 1\"" },
+        { "-m matmul --json -q --pp 1 --reps 1 -j 1", "\"test\": \"5632x2048 q4m x 1\"" },
     };
     for (size_t i = 0; i < sizeof printed / sizeof *printed; i++) {
         Result r = run_with(printed[i].arguments);
