@@ -543,6 +543,8 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
+                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // asked for while we multiply
+                for (size_t i = 0; i < 2 * (row_bytes / blocks); i += 64) __builtin_prefetch(next + i, 0, 2);
                 kernels->dequantise(columns, w->type, tiles, c);
                 kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
             }
@@ -4130,7 +4132,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
-        now = left >= most ? most : left >= 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+        now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
         if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
         else if (now == most) leaf(c, c_stride, a, a_stride, b, half, b_stride, most, depth);
         else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, b_stride, 8, depth);
