@@ -212,9 +212,11 @@ typedef struct {
     const Kernels *kernels;
 } Setting;
 
+static int context_asked;  // as by -c; 0: the model's
+
 static bool start_state(const Model *m, Setting how, State *s, Error *e) {
-    *s = (State){ .context = m->config.context, .batch = how.batch, .threads = how.threads, .exact = how.exact,
-                  .cache_f32 = how.cache_f32 };
+    *s = (State){ .context = context_asked ? context_asked : m->config.context, .batch = how.batch,
+                  .threads = how.threads, .exact = how.exact, .cache_f32 = how.cache_f32 };
     if (how.kernels) kernels = how.kernels;
     bool ok = make_state(m, s, e);
     s->work = SIZE_MAX;  // small as they are: all threads shall work

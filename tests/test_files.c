@@ -46,7 +46,7 @@ static Bytes export_golden(const char *name) {
 
 // ---- A GGUF taken apart, changed and put together again ----
 
-enum { MAX_PARTS = 64 };
+enum { MAX_PARTS = 128 };
 
 typedef struct {
     char name[600];
@@ -385,7 +385,38 @@ static const DamageCase gguf_cases[] = {
     { K_U32, "general.alignment", 1, NULL, "alignment" }, { K_U32, "general.alignment", 24, NULL, "alignment" },
     { K_U32, "general.alignment", 2147483648.0, NULL, "alignment" },
     { K_TEXT, "general.alignment", 0, "32", "alignment" },
+    { K_F32, "llama.rope.scale_linear", 0, NULL, "scale_linear" },
+    { K_F32, "llama.rope.scale_linear", 1e7, NULL, "scale_linear" },
+    { K_F32, "llama.rope.scaling.factor", 1e7, NULL, "scaling.factor" },
+    { K_F32, "llama.rope.scaling.attn_factor", 1e7, NULL, "attn_factor" },
+    { K_U32, "llama.rope.scaling.original_context_length", -1, NULL, "original_context_length" },
+    { K_U32, "llama.attention.value_length", 3, NULL, "value_length" },
+    { K_U32, "llama.vocab_size", 130, NULL, "vocab_size" },
+    { K_U32, "general.alignment", 4, NULL, "alignment" }, { K_U32, "general.alignment", 1 << 21, NULL, "alignment" },
+    { K_U32, "split.no", -1, NULL, "split.no" }, { K_U32, "split.no", 65536, NULL, "split.no" },
+    { K_U32, "split.count", -1, NULL, "split.count" }, { K_U32, "split.count", 65536, NULL, "split.count" },
     // the vocabulary
+    { K_U32, "tokenizer.ggml.bos_token_id", -2, NULL, "bos_token_id" },
+    { K_U32, "tokenizer.ggml.eos_token_id", -2, NULL, "eos_token_id" },
+    { K_U32, "tokenizer.ggml.eot_token_id", -2, NULL, "eot_token_id" },
+    { K_U32, "tokenizer.ggml.eom_token_id", -2, NULL, "eom_token_id" },
+    { K_U32, "tokenizer.ggml.unknown_token_id", -2, NULL, "unknown_token_id" },
+    { K_F64, "tokenizer.ggml.bos_token_id", 1e10, NULL, "bos_token_id" },
+    { K_F64, "tokenizer.ggml.eot_token_id", 1e10, NULL, "eot_token_id" },
+    { K_F64, "tokenizer.ggml.eom_token_id", 1e10, NULL, "eom_token_id" },
+    { K_F64, "tokenizer.ggml.unknown_token_id", 1e10, NULL, "unknown_token_id" },
+    { K_U32, "tokenizer.ggml.add_bos_token", -1, NULL, "add_bos_token" },
+    { K_U32, "tokenizer.ggml.add_bos_token", 2, NULL, "add_bos_token" },
+    { K_U32, "tokenizer.ggml.add_eos_token", -1, NULL, "add_eos_token" },
+    { K_U32, "tokenizer.ggml.add_eos_token", 2, NULL, "add_eos_token" },
+    { K_U32, "tokenizer.ggml.ignore_merges", -1, NULL, "ignore_merges" },
+    { K_U32, "tokenizer.ggml.ignore_merges", 2, NULL, "ignore_merges" },
+    { K_U32, "tokenizer.ggml.normalizer.nfc", -1, NULL, "normalizer.nfc" },
+    { K_U32, "tokenizer.ggml.normalizer.nfc", 2, NULL, "normalizer.nfc" },
+    { K_U32, "tokenizer.ggml.add_space_prefix", -1, NULL, "add_space_prefix" },
+    { K_U32, "tokenizer.ggml.add_space_prefix", 2, NULL, "add_space_prefix" },
+    { K_U32, "tokenizer.ggml.remove_extra_whitespaces", -1, NULL, "remove_extra_whitespaces" },
+    { K_U32, "tokenizer.ggml.remove_extra_whitespaces", 1, NULL, "remove_extra_whitespaces" },
     { K_TEXT, "tokenizer.ggml.model", 0, "bert", "bert" }, { K_TEXT, "tokenizer.ggml.model", 0, "", "tokenizer" },
     { K_U32, "tokenizer.ggml.bos_token_id", 131, NULL, "131" },
     { K_U32, "tokenizer.ggml.eos_token_id", 4294967295.0, NULL, "eos_token_id" },
@@ -515,6 +546,7 @@ static void test_damaged_ggufs(void) {
         { K_DROP, "llama.expert_used_count", 0, NULL, "0 of 5 experts" },
         { K_U32, "llama.expert_feed_forward_length", 20, NULL, "expected 5 x 20 x 32" },
         { K_U32, "llama.expert_feed_forward_length", 0, NULL, "expert_feed_forward_length" },
+        { K_U32, "llama.expert_feed_forward_length", (1 << 20) + 1, NULL, "expert_feed_forward_length" },
         { K_F32, "llama.expert_weights_scale", 2, NULL, "expert_weights_scale" },
         { T_DROP, "blk.1.ffn_gate_inp.weight", 0, NULL, "blk.1.ffn_gate_inp.weight is missing" },
         { T_DROP, "blk.0.ffn_up_exps.weight", 0, NULL, "blk.0.ffn_up_exps.weight is missing" },
@@ -532,6 +564,125 @@ static void test_damaged_ggufs(void) {
         { T_SWAP, "blk.1.ffn_down_exps.weight", 0, NULL, "blk.1.ffn_down_exps.weight" },
     };
     for (size_t i = 0; i < sizeof experts / sizeof *experts; i++) check_damaged_gguf("mixtral.gguf", &experts[i]);
+    static const DamageCase yarn[] = {
+        { K_F32, "llama.rope.scaling.yarn_log_multiplier", -1, NULL, "yarn_log_multiplier" },
+        { K_F32, "llama.rope.scaling.yarn_log_multiplier", 1e7, NULL, "yarn_log_multiplier" },
+        { K_F32, "llama.rope.scaling.yarn_beta_fast", 0, NULL, "yarn_beta_fast" },
+        { K_F32, "llama.rope.scaling.yarn_beta_fast", 1e7, NULL, "yarn_beta_fast" },
+        { K_F32, "llama.rope.scaling.yarn_beta_slow", 0, NULL, "yarn_beta_slow" },
+        { K_F32, "llama.rope.scaling.yarn_beta_slow", 1e7, NULL, "yarn_beta_slow" },
+        { K_F32, "llama.rope.scaling.yarn_attn_factor", 1, NULL, "yarn_attn_factor" },
+        { K_F32, "llama.rope.scaling.yarn_attn_factor", 1.2f, NULL, "yarn_attn_factor" },
+    };
+    for (size_t i = 0; i < sizeof yarn / sizeof *yarn; i++)
+        check_damaged_gguf("families/mistral_yarn.gguf", &yarn[i]);
+}
+
+// Without one kind of tensor, in all layers, of the families that need it.
+static void test_missing_kinds(void) {
+    static const char *const files[] = {
+        "families/mistral.gguf", "qwen2.gguf", "families/qwen3.gguf", "families/qwen3moe.gguf", "families/phi3.gguf",
+        "families/granite.gguf", "families/smollm3.gguf", "families/olmo2.gguf", "families/stablelm.gguf",
+        "families/gemma2.gguf", "families/gemma3.gguf",
+    };
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        Bytes b = read_golden(files[i]);
+        GgufParts *whole = get(sizeof *whole), *g = get(sizeof *g);
+        take_apart(b, whole);
+        bool biases_needed = strstr(files[i], "qwen2");
+        for (int k = 0; k < whole->tensors; k++) {
+            const char *kind = whole->tensor[k].name;
+            if (!strcmp(kind, "token_embd.weight") || !strcmp(kind, "output.weight") || !strncmp(kind, "blk.1.", 6))
+                continue;
+            if (!strncmp(kind, "blk.0.", 6)) kind += 6;
+            if (!biases_needed && !strncmp(kind, "attn_", 5) && kind[6] == '.' && strstr(kind, ".bias")) continue;
+            *g = *whole;
+            g->tensors = 0;
+            for (int j = 0; j < whole->tensors; j++) {
+                const char *name = whole->tensor[j].name, *end = name + strlen(name) - strlen(kind);
+                if (end < name || strcmp(end, kind) || (end > name && end[-1] != '.'))
+                    g->tensor[g->tensors++] = whole->tensor[j];
+            }
+            g->n_tensors = (uint64_t)g->tensors;
+            Bytes damaged = put_together(g);
+            char what[160];
+            snprintf(what, sizeof what, "%s without %s", files[i], kind);
+            check(g->tensors < whole->tensors, "%s: it is there", what);
+            check_refused(damaged, what, "is missing");
+            free(damaged.bytes);
+        }
+        free_parts(whole), free(whole), free(g), free(b.bytes);
+    }
+}
+
+// ---- What files leave to the programs that know their family ----
+
+// A file, what is done to it, and what a number of the configuration must then be. Sources: transformers' configuration
+// classes and modeling_rope_utils.py, the GGUF specification and, for scales of 0, llama.cpp's llama-model.cpp.
+static const struct { const char *file; DamageCase damage; const char *field; double wanted; } readings[] = {
+    { "llama_linear", { K_TEXT, "llama.rope.scaling.type", 0, "none", NULL }, "rope_scale", 1 },
+    { "llama_linear", { K_F32, "llama.rope.scaling.factor", 0, NULL, NULL }, "rope_scale", 1 },
+    { "llama_linear", { K_DROP, "llama.rope.scaling.type", 0, NULL, NULL }, "rope_scale", 4 },
+    { "llama_mqa", { K_F32, "llama.rope.scale_linear", 2.5, NULL, NULL }, "rope_scale", 2.5 },
+    { "llama_mqa", { K_DROP, "llama.rope.freq_base", 0, NULL, NULL }, "rope_theta", 10000 },
+    { "families/mistral_yarn", { K_DROP, "llama.rope.scaling.yarn_beta_fast", 0, NULL, NULL }, "yarn_fast", 32 },
+    { "families/mistral_yarn", { K_DROP, "llama.rope.scaling.yarn_beta_slow", 0, NULL, NULL }, "yarn_slow", 1 },
+    { "families/mistral_yarn", { K_F32, "llama.rope.scaling.factor", 0.5, NULL, NULL }, "rope_magnitude", 1 },
+    { "families/phi3_long", { K_U32, "phi3.rope.scaling.original_context_length", 100, NULL, NULL },
+      "rope_magnitude", 1 },
+    { "families/olmo2", { K_U32, "olmo2.context_length", 128, NULL, NULL }, "local_theta", 0 },  // it has no window
+    { "families/olmo3", { K_F32, "olmo2.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
+    { "families/gemma3", { K_F32, "gemma3.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
+    { "families/granite", { K_DROP, "granite.logit_scale", 0, NULL, NULL }, "logit_scale", 1 },
+    { "families/granite", { K_DROP, "granite.embedding_scale", 0, NULL, NULL }, "embedding_scale", 1 },
+    { "families/granite", { K_DROP, "granite.residual_scale", 0, NULL, NULL }, "residual_scale", 1 },
+};
+
+static void check_reading(const char *name, const DamageCase *c, const char *field, double wanted) {
+    char file[64];
+    snprintf(file, sizeof file, "%s.gguf", name);
+    Bytes b = read_golden(file);
+    GgufParts g;
+    take_apart(b, &g);
+    damage_key(&g, c);
+    Opened o;
+    Error e;
+    bool opens = open_bytes(&o, put_together(&g), &e);
+    const ConfigField *f = config_fields;
+    while (strcmp(f->name, field)) f++;
+    double got = opens ? get_field(&o.model, f, 0) : NAN;
+    check(got == (f->type == SINGLE ? (double)(float)wanted : wanted), "%s with %s of %g: %s is %g, wanted %g \"%s\"",
+          file, c->name, c->number, field, got, wanted, e.text);
+    close_opened(&o);
+    free(b.bytes);
+    free_parts(&g);
+}
+
+// The published sizes of the Gemmas and what their config.json says beside: query_pre_attn_scalar, of which the scale
+// of scores is one over the root, attn_logit_softcapping, final_logit_softcapping. GGUF files do not say the first.
+static void check_sizes(const char *name, int layers, int dim, int heads, int head_dim, double scalar, float caps[2]) {
+    Error e;
+    Model m = { .config = { .n_layers = layers, .dim = dim, .head_dim = head_dim, .logit_scale = 1 } };
+    m.layers = get((size_t)layers * sizeof *m.layers);
+    for (int l = 0; l < layers; l++) m.layers[l].n_heads = heads;
+    complete_config(&m, find_family(name, &e), NULL);
+    const Config *c = &m.config;
+    check(fabs(c->attention_scale * sqrt(scalar) - 1) < 1e-6 && c->attention_cap == caps[0] && c->logit_cap == caps[1],
+          "%s of %d layers: scores times %g, caps of %g and %g, wanted 1 / sqrt(%g), %g and %g", name, layers,
+          (double)c->attention_scale, (double)c->attention_cap, (double)c->logit_cap, scalar, (double)caps[0],
+          (double)caps[1]);
+    free(m.layers);
+}
+
+static void test_readings(void) {
+    for (size_t i = 0; i < sizeof readings / sizeof *readings; i++)
+        check_reading(readings[i].file, &readings[i].damage, readings[i].field, readings[i].wanted);
+    float gemma2[] = { 50, 30 }, none[] = { 0, 0 };
+    check_sizes("gemma2", 26, 2304, 8, 256, 256, gemma2);
+    check_sizes("gemma2", 46, 4608, 32, 128, 144, gemma2);
+    check_sizes("gemma3", 48, 3840, 16, 256, 256, none);
+    check_sizes("gemma3", 62, 5376, 32, 128, 168, none);
+    check_sizes("qwen3", 62, 5120, 64, 128, 128, none);
 }
 
 // ---- Native and llama2.c files ----
@@ -552,6 +703,45 @@ static void check_patched(const char *file, Bytes b, const Patch *p) {
     memcpy(b.bytes + p->at, &p->value, p->n);
     check_refused(b, what, p->wanted);
     memcpy(b.bytes + p->at, kept, p->n);
+}
+
+// The numbers of the configuration and what they may be, as README has it, each with a value below and one above that.
+static const struct { const char *name; double below, above; } limits[] = {
+    { "n_layers", 0, 1025 }, { "dim", 0, 65537 }, { "n_tokens", 0, 1048577 }, { "head_dim", 0, 1025 },
+    { "rope_dim", 1, 1025 }, { "context", 0, 1048577 }, { "original_context", -1, 1048577 },
+    { "norm_eps", 0.9e-20, 1.1 }, { "rope_theta", 0.9, 1.1e15 }, { "rope_scale", 0.9e-6, 1.1e6 },
+    { "rope_magnitude", 0.9e-6, 1.1e6 }, { "yarn_fast", -1, 1.1e6 }, { "yarn_slow", -1, 1.1e6 },
+    { "local_theta", -1, 1.1e15 }, { "embedding_scale", 0.9e-6, 1.1e6 }, { "residual_scale", 0.9e-6, 1.1e6 },
+    { "attention_scale", 0.9e-6, 1.1e6 }, { "logit_scale", 0.9e-6, 1.1e6 }, { "attention_cap", -1, 1.1e6 },
+    { "logit_cap", -1, 1.1e6 }, { "activation", -1, 2 }, { "n_heads", 0, 1025 }, { "n_kv_heads", 0, 1025 },
+    { "ffn_dim", 0, 1048577 }, { "window", -1, 1048577 }, { "angles", -1, 3 }, { "n_experts", -1, 1025 },
+    { "n_experts_used", -1, 1025 },
+};
+
+static void test_limits(void) {
+    Bytes b = export_golden("llama_linear.gguf");  // of two layers
+    FileHeader h;
+    memcpy(&h, b.bytes, sizeof h);
+    size_t at = h.config.at;
+    check(sizeof limits / sizeof *limits == N_CONFIG_FIELDS, "%d numbers", N_CONFIG_FIELDS);
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        ConfigRecord record;
+        memcpy(&record, b.bytes + at, sizeof record);
+        at += sizeof record + (record.count - 1) * sizeof(double);  // the last layer's
+        check(!strcmp(record.name, limits[i].name), "number %zu is %s, wanted %s", i, record.name, limits[i].name);
+        double values[] = { limits[i].below, limits[i].above, NAN, INFINITY, -INFINITY, 1.5 }, kept;
+        bool whole = limits[i].above == floor(limits[i].above) && limits[i].above < 1.05e6;
+        memcpy(&kept, b.bytes + at, sizeof kept);
+        for (int k = 0; k < 5 + whole; k++) {
+            char wanted[80];
+            snprintf(wanted, sizeof wanted, "%s is %g, expected", limits[i].name, values[k]);
+            memcpy(b.bytes + at, &values[k], sizeof kept);
+            check_refused(b, "a configuration", wanted);
+        }
+        memcpy(b.bytes + at, &kept, sizeof kept);
+        at += sizeof kept;
+    }
+    free(b.bytes);
 }
 
 static void test_damaged_native(void) {
@@ -1021,8 +1211,11 @@ static void test_parts(void) {
 
 static void test_damaged_files(void) {
     test_damaged_ggufs();
+    test_missing_kinds();
+    test_readings();
     test_parts();
     test_damaged_native();
+    test_limits();
     test_damaged_llama2c();
     for (int i = 0; i < N_SOURCE_TYPES; i++) check_broken_source(&source_types[i]);
     test_broken_numbers();
