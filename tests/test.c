@@ -14,6 +14,7 @@
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
      test_files.c        damaged files
+     test_vocabulary.c   damaged vocabularies
      fuzz.c              the inputs that fuzzing found worth keeping
      test_command.c      ./run as a command, and the limits of style */
 
@@ -239,6 +240,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_text.c"
 #include "fuzz.c"
 #include "test_files.c"
+#include "test_vocabulary.c"
 #include "test_command.c"
 
 static const struct {
@@ -265,6 +267,7 @@ static const struct {
     { "characters", test_characters },
     { "chat", test_chat },
     { "damaged files", test_damaged_files },
+    { "damaged vocabularies", test_damaged_vocabularies },
     { "damaged everywhere", test_damage_everywhere },
     { "fuzzing's corpus", test_corpus },
     { "failing calls", test_failing_calls },

@@ -178,7 +178,7 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
     K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY,
-    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_DIM2, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
+    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
     H_VERSION, H_TENSORS, H_KEYS,
 } Damage;
 
@@ -265,6 +265,7 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
     case T_DIM0: t->dims[0] = u; break;
     case T_DIM1: t->dims[1] = u; break;
     case T_DIM2: t->dims[2] = u, t->n_dims = 3; break;
+    case T_ONE_ROW: t->dims[1] = 1, t->n_dims = 2; break;
     case T_SWAP: t->dims[0] = t->dims[1], t->dims[1] = first; break;
     case T_N_DIMS: t->n_dims = (uint32_t)u; break;
     case T_TYPE: t->type = (uint32_t)u; break;
@@ -447,7 +448,9 @@ static const DamageCase gguf_cases[] = {
     { T_N_DIMS, "blk.0.attn_q.weight", 5, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 1, NULL, "blk.0.attn_q.weight" },
-    { T_N_DIMS, "blk.0.attn_norm.weight", 2, NULL, "" }, { T_TYPE, "blk.0.attn_q.weight", 4, NULL, "type 4" },
+    { T_N_DIMS, "blk.0.attn_norm.weight", 2, NULL, "" },
+    { T_ONE_ROW, "blk.0.attn_norm.weight", 0, NULL, "blk.0.attn_norm.weight is 1 x 1 x 24, expected 1 x 1 x 24" },
+    { T_TYPE, "blk.0.attn_q.weight", 4, NULL, "type 4" },
     { T_TYPE, "blk.0.attn_q.weight", 5, NULL, "type 5" }, { T_TYPE, "blk.0.attn_q.weight", 31, NULL, "type 31" },
     { T_TYPE, "blk.0.attn_q.weight", 99, NULL, "blk.0.attn_q.weight is of GGUF type 99" },
     { T_TYPE, "blk.0.attn_q.weight", 4294967295.0, NULL, "type 4294967295" },
@@ -605,7 +608,7 @@ static void test_missing_kinds(void) {
             }
             g->n_tensors = (uint64_t)g->tensors;
             Bytes damaged = put_together(g);
-            char what[160];
+            char what[700];
             snprintf(what, sizeof what, "%s without %s", files[i], kind);
             check(g->tensors < whole->tensors, "%s: it is there", what);
             check_refused(damaged, what, "is missing");
@@ -777,6 +780,7 @@ static void test_damaged_native(void) {
         { "type 99", record + offsetof(TensorRecord, type), 4, 99, first.name },
         { "a vector", record + offsetof(TensorRecord, type), 4, NATIVE_VECTOR, first.name },
         { "an f16 matrix", record + offsetof(TensorRecord, type), 4, F16, first.name },
+        { "a q8 matrix", record + offsetof(TensorRecord, type), 4, Q8, "24 columns, which q8 cannot have" },
         { "one row more", record + offsetof(TensorRecord, rows), 4, first.rows + 1, first.name },
         { "2^32 - 1 columns", record + offsetof(TensorRecord, cols), 4, UINT32_MAX, first.name },
         { "before the weights", record + offsetof(TensorRecord, at), 8, 0, first.name },
@@ -1154,6 +1158,37 @@ static void check_named_parts(const Bytes *parts, Bytes wanted) {
     unlink(plain);
 }
 
+// A part with one tensor, whose data begin at a multiple of `alignment`, without the padding before it.
+static void test_unpadded_part(void) {
+    static const uint32_t alignments[] = { 32, 65536 };
+    for (int i = 0; i < 2; i++) {
+        Bytes b = read_golden("llama_linear.gguf"), parts[2];
+        GgufParts *g = get(sizeof *g), *second = get(sizeof *second);
+        take_apart(b, g);
+        set_number(g, "split.count", 2, 2, 2);
+        *second = (GgufParts){ .version = 3, .n_tensors = 1, .tensors = 1 };
+        second->tensor[0] = g->tensor[--g->tensors];
+        g->n_tensors--;
+        size_t at = second->tensor[0].offset;
+        second->data = copy_bytes(g->data.bytes + at, g->data.n - at);
+        second->tensor[0].offset = 0;
+        set_number(second, "general.alignment", 4, alignments[i], 4);
+        set_number(second, "split.no", 2, 1, 2);
+        set_number(second, "split.count", 2, 2, 2);
+        parts[0] = put_together(g);
+        parts[1] = put_together(second);
+        Model m;
+        Error e;
+        bool ok = open_in_parts(parts, 2, &m, &e);
+        check(i == 0 ? ok : !ok && is_refusal(&e) && strstr(e.text, "ends after the file does"),
+              "a part of one tensor, aligned to %u: got %s\"%s\"", alignments[i], ok ? "it opened " : "", e.text);
+        close_in_parts(&m);
+        for (int k = 0; k < 2; k++) free(parts[k].bytes);
+        free_parts(g), free_parts(second);
+        free(g), free(second), free(b.bytes);
+    }
+}
+
 static void test_parts(void) {
     static const struct { int part; DamageCase damage; const char *wanted; } cases[] = {
         { 2, { K_U32, "split.no", 2, NULL, NULL }, "part 2: says that it is part 3 of 3" },
@@ -1214,6 +1249,7 @@ static void test_damaged_files(void) {
     test_missing_kinds();
     test_readings();
     test_parts();
+    test_unpadded_part();
     test_damaged_native();
     test_limits();
     test_damaged_llama2c();

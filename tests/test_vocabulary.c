@@ -1,0 +1,318 @@
+// Damaged vocabularies: sections as native files carry them, and what GGUF files have. Part of test.c.
+
+// ---- Sections ----
+
+// Opens a section; wanted is what the refusal must say, or NULL: it must open.
+static void check_section(Bytes b, const char *what, const char *wanted) {
+    Tokenizer t = { 0 };
+    Error e = { 0 };
+    bool ok = open_tokenizer(b.bytes, b.n, &t, &e);
+    check(wanted ? !ok && is_refusal(&e) && strstr(e.text, wanted) : ok, "a vocabulary, %s: got %s\"%s\", wanted %s%s",
+          what, ok ? "it opened " : "", e.text, wanted ? "a refusal with " : "it to open", wanted ? wanted : "");
+    close_tokenizer(&t);
+}
+
+static Bytes section_of(const char *golden) {
+    Opened o = open_golden(golden);
+    Bytes b = copy_bytes(o.model.vocabulary, o.model.vocabulary_bytes);
+    close_opened(&o);
+    return b;
+}
+
+// Of n tokens with these lengths and types, in a text of letters or, if it is not NULL, that one.
+static Bytes make_section(int kind, const uint32_t *lengths, const uint8_t *types, uint32_t n, const char *text,
+                          const uint32_t (*merges)[3], uint32_t n_merges) {
+    TokenizerHeader h = { .kind = (uint32_t)kind, .bos = -1, .eos = -1, .unk = -1, .n_tokens = n,
+                          .n_merges = n_merges };
+    for (uint32_t i = 0; i < n; i++) h.text_bytes += lengths[i];
+    Buffer b = { 0 };
+    put(&b, &h, sizeof h);
+    put(&b, NULL, 4 * n);
+    put_number(&b, 0, 4);
+    for (uint32_t i = 0, end = 0; i < n; i++) put_number(&b, end += lengths[i], 4);
+    if (n_merges) put(&b, merges, n_merges * sizeof *merges);
+    put(&b, types, n);
+    for (uint32_t i = 0; i < h.text_bytes; i++) put_number(&b, text ? (unsigned char)text[i] : 'a', 1);
+    put(&b, NULL, round_up(b.n, 4) - b.n);
+    Bytes made = copy_bytes(b.bytes, b.n);
+    free(b.bytes);
+    return made;
+}
+
+// The fields of the header and the arrays behind it, as tokenizer.c draws them.
+static void test_damaged_sections(void) {
+    enum { KIND = 0, PRE = 4, FLAGS = 8, BOS = 12, EOS = 16, UNK = 20, N_END = 24, N_TOKENS_AT = 28, N_MERGES = 32,
+           TEXT_BYTES = 36 };
+    static const char *const files[] = { "llama_linear.gguf", "qwen2.gguf" };
+    for (int i = 0; i < 2; i++) {
+        Bytes b = section_of(files[i]);
+        TokenizerHeader h;
+        memcpy(&h, b.bytes, sizeof h);
+        size_t n = h.n_tokens, starts = 40 + 4 * n, ends = starts + 4 * n + 4 + 12 * h.n_merges;
+        size_t type = ends + 4 * h.n_end, less = (uint32_t)-2, no = (uint32_t)-1;
+        const struct { const char *what; size_t at, value, at2, value2; const char *wanted; } cases[] = {
+            { "kind", KIND, 0, 0, 0, "of kind 0" }, { "kind", KIND, 3, 0, 3, "of kind 3" },
+            { "pre-tokenizer", PRE, 1000, PRE, 1000, "pre-tokenizer 1000" },
+            { "flags", FLAGS, 32, FLAGS, 32, "flags 32" },
+            { "no tokens", N_TOKENS_AT, 0, N_END, 0, "of 0 tokens" },
+            { "many tokens", N_TOKENS_AT, 1048577, N_TOKENS_AT, 1048577, "of 1048577 tokens" },
+            { "merges", N_MERGES, i ? 8388609 : 1, KIND, h.kind, "merges and" },
+            { "end tokens", N_END, n + 1, N_END, n + 1, "end tokens" },
+            { "bos", BOS, less, BOS, less, "special token -2" }, { "bos", BOS, n, BOS, n, "special token" },
+            { "eos", EOS, less, EOS, less, "special token -2" }, { "eos", EOS, n, EOS, n, "special token" },
+            { "unk", UNK, less, UNK, less, "special token -2" }, { "unk", UNK, n, UNK, n, "special token" },
+            { "no bos to add", FLAGS, ADD_BOS, BOS, no, "adds a begin or end token" },
+            { "no eos to add", FLAGS, ADD_EOS, EOS, no, "adds a begin or end token" },
+            { "a text that does not begin", starts, 1, starts, 1, "do not fill" },
+            { "a text that ends early", starts + 4 * n, h.text_bytes - 1, KIND, h.kind, "do not fill" },
+            { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5: it ends before" },
+            { "a piece that ends behind", starts + 4 * 6, UINT32_MAX, starts + 4 * 6, UINT32_MAX, "token" },
+            { "a score of NaN", 40 + 4 * 7, 0x7fc00000, 40 + 4 * 7, 0x7fc00000, "token 7: its score" },
+            { "an end token", ends, n, ends, n, "no end token" },
+            { "an end token of -1", ends, UINT32_MAX, ends, UINT32_MAX, "no end token 4294967295" },
+        };
+        check_section(b, files[i], NULL);
+        for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+            Bytes damaged = copy_bytes(b.bytes, b.n);
+            memcpy(damaged.bytes + cases[k].at, &cases[k].value, 4);
+            memcpy(damaged.bytes + cases[k].at2, &cases[k].value2, 4);
+            check_section(damaged, cases[k].what, cases[k].wanted);
+            free(damaged.bytes);
+        }
+        static const struct { unsigned char type; const char *wanted; } types[] = {
+            { 0, "token 9 has type 0" }, { 7, "token 9 has type 7" }, { 255, "token 9 has type 255" },
+        };
+        for (size_t k = 0; k < sizeof types / sizeof *types; k++) {
+            unsigned char kept = b.bytes[type + 9];
+            b.bytes[type + 9] = types[k].type;
+            check_section(b, "a type", types[k].wanted);
+            b.bytes[type + 9] = kept;
+        }
+        Bytes longer = new_bytes(b.n + 4);
+        memcpy(longer.bytes, b.bytes, b.n);
+        memset(longer.bytes + b.n, 0, 4);
+        check_section(longer, "four bytes more", "asks for fewer");
+        check_section((Bytes){ b.bytes, b.n - 4 }, "four bytes less", "asks for more");
+        check_section((Bytes){ b.bytes, 39 }, "39 bytes", "cut short");
+        free(longer.bytes), free(b.bytes);
+    }
+}
+
+// Lengths of pieces, of each type.
+static void test_lengths(void) {
+    static const struct { uint32_t length; uint8_t type; const char *wanted; } cases[] = {
+        { 4096, PIECE_NORMAL, NULL }, { 4097, PIECE_NORMAL, "4097 bytes, at most 4096" },
+        { 4097, PIECE_UNUSED, "4097 bytes, at most 4096" }, { 256, PIECE_CONTROL, NULL },
+        { 257, PIECE_CONTROL, "257 bytes, at most 256" }, { 257, PIECE_USER_DEFINED, "257 bytes, at most 256" },
+        { 1, PIECE_BYTE, NULL }, { 2, PIECE_BYTE, "2 bytes, at most 1" }, { 0, PIECE_BYTE, "0 bytes, at most 1" },
+        { 0, PIECE_NORMAL, NULL },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bytes b = make_section(SPM, &cases[i].length, &cases[i].type, 1, NULL, NULL, 0);
+        check_section(b, "a piece", cases[i].wanted);
+        free(b.bytes);
+    }
+    for (uint32_t n = 5; n < 9; n++) {  // 40 + 4 + 8 + 1 + n bytes; zeros up to a multiple of 4 belong to it
+        Bytes b = make_section(SPM, &n, &(uint8_t){ PIECE_NORMAL }, 1, NULL, NULL, 0);
+        size_t end = 53 + n;
+        check_section(b, "with its last zeros", NULL);
+        if (end < b.n) check_section((Bytes){ b.bytes, end }, "without its last zeros", "asks for fewer");
+        if (end < b.n) b.bytes[b.n - 1] = 1, check_section(b, "with another end", "last bytes are not zero");
+        free(b.bytes);
+    }
+}
+
+// What a merge makes must be the bytes of its parts.
+static void test_merges(void) {
+    static const uint32_t lengths[] = { 1, 1, 2, 3, 1 };  // a b ab abc c
+    static const uint8_t types[] = { 1, 1, 1, 1, 1 };
+    static const struct { uint32_t merge[1][3]; const char *wanted; } cases[] = {
+        { { { 0, 1, 2 } }, NULL }, { { { 2, 4, 3 } }, NULL }, { { { 1, 1, 2 } }, "merge 0" },
+        { { { 0, 0, 2 } }, "merge 0" }, { { { 0, 1, 3 } }, "merge 0" }, { { { 0, 1, 1 } }, "merge 0" },
+        { { { 5, 1, 1 } }, "merge 0: token 1 is not 5" }, { { { 1, 5, 1 } }, "merge 0: token 1 is not 1 and 5" },
+        { { { UINT32_MAX, 1, 1 } }, "merge 0" }, { { { 1, 0x80000000, 1 } }, "merge 0" },
+        { { { 0, 1, 5 } }, "merge 0" }, { { { 0, 1, UINT32_MAX } }, "merge 0" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bytes b = make_section(BPE, lengths, types, 5, "abababcc", cases[i].merge, 1);
+        check_section(b, "a merge", cases[i].wanted);
+        free(b.bytes);
+    }
+}
+
+// Pieces, and pairs, whose hashes all lead to the same place of the table.
+static void test_collisions(void) {
+    enum { N = 64, PIECES = 256 + N };
+    uint32_t lengths[PIECES], merges[N][3], n = 0;
+    uint8_t types[PIECES];
+    char text[256 + 8 * N];
+    for (uint64_t x = 0; n < N; x++) {  // 64 pieces have a table of 128
+        uint64_t hash = hash_bytes((char *)&x, 8);
+        if ((hash ^ hash >> 32) % 128) continue;
+        memcpy(text + 8 * n, &x, 8);
+        lengths[n] = 8;
+        types[n++] = PIECE_NORMAL;
+    }
+    Bytes b = make_section(SPM, lengths, types, N, text, NULL, 0);
+    check_section(b, "pieces", "pieces are made to collide");
+    free(b.bytes);
+    for (uint32_t i = n = 0; i < 65536 && n < N; i++) {  // 256 single bytes, and pairs of these
+        uint64_t hash = ((uint64_t)(i >> 8) << 32 | (i & 255)) * 0x9E3779B97F4A7C15u;
+        if ((hash ^ hash >> 32) % 128) continue;
+        memcpy(merges[n], (const uint32_t[]){ i >> 8, i & 255, 256 + n }, sizeof *merges);
+        memcpy(text + 256 + 2 * n++, (const unsigned char[]){ (unsigned char)(i >> 8), (unsigned char)i }, 2);
+    }
+    for (int i = 0; i < PIECES; i++) types[i] = PIECE_NORMAL, lengths[i] = i < 256 ? 1 : 2;
+    for (int i = 0; i < 256; i++) text[i] = (char)i;
+    b = make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N);
+    check_section(b, "merges", "merges are made to collide");
+    free(b.bytes);
+}
+
+// ---- GGUF ----
+
+#define TEXT(s) { s, sizeof s - 1 }
+
+static void set_strings(GgufParts *g, const char *key, const Text *texts, size_t n) {
+    Buffer b = { 0 };
+    put_number(&b, 8, 4);  // strings
+    put_number(&b, n, 8);
+    for (size_t i = 0; i < n; i++) {
+        put_number(&b, texts[i].n, 8);
+        if (texts[i].n) put(&b, texts[i].at, texts[i].n);
+    }
+    set_value(key_named(g, key, true), 9, b.bytes, b.n);
+    free(b.bytes);
+}
+
+static void set_string(GgufParts *g, const char *key, const char *text) {
+    Buffer b = { 0 };
+    put_number(&b, strlen(text), 8);
+    put(&b, text, strlen(text));
+    set_value(key_named(g, key, true), 8, b.bytes, b.n);
+    free(b.bytes);
+}
+
+// Opens a vocabulary as GGUF files have it. types may be NULL, and n_types another number than n.
+static bool open_pieces(Opened *o, const char *model, const Text *pieces, size_t n, const int32_t *types,
+                        size_t n_types, const Text *merges, size_t n_merges, Error *e) {
+    GgufParts *g = get(sizeof *g);
+    g->version = 3;
+    set_string(g, "general.architecture", "llama");
+    set_string(g, "tokenizer.ggml.model", model);
+    set_string(g, "tokenizer.ggml.pre", "gpt-2");
+    set_strings(g, "tokenizer.ggml.tokens", pieces, n);
+    set_strings(g, "tokenizer.ggml.merges", merges, n_merges);
+    if (types) {
+        Buffer b = { 0 };
+        put_number(&b, 5, 4);  // i32
+        put_number(&b, n_types, 8);
+        put(&b, types, 4 * n_types);
+        set_value(key_named(g, "tokenizer.ggml.token_type", true), 9, b.bytes, b.n);
+        free(b.bytes);
+    }
+    *o = (Opened){ .bytes = put_together(g) };
+    *e = (Error){ 0 };
+    free_parts(g), free(g);
+    return open_vocabulary(o->bytes.bytes, o->bytes.n, -1, &o->model, e);
+}
+
+// GPT-2's encoder.py, bytes_to_unicode(): printable characters of Latin-1 stand for their bytes, U+0100 to U+0143 for
+// the others in their order. What has another character in it is no text.
+static void test_spelled_bytes(void) {
+    static const struct { Text spelled; int byte; } cases[] = {
+        { TEXT("!"), '!' }, { TEXT("~"), '~' }, { TEXT("\u00A1"), 161 }, { TEXT("\u00AC"), 172 },
+        { TEXT("\u00AE"), 174 }, { TEXT("\u00FF"), 255 }, { TEXT("\u0100"), 0 }, { TEXT("\u0120"), ' ' },
+        { TEXT("\u0121"), 127 }, { TEXT("\u0142"), 160 }, { TEXT("\u0143"), 173 }, { TEXT(" "), -1 },
+        { TEXT("\x1F"), -1 }, { TEXT("\x7F"), -1 }, { TEXT("\xC2\x80"), -1 }, { TEXT("\u00A0"), -1 },
+        { TEXT("\u00AD"), -1 }, { TEXT("\u0144"), -1 }, { TEXT("\u4F60"), -1 }, { TEXT("\xFF"), -1 },
+        { TEXT("a\xC3"), -1 }, { TEXT("a b"), -1 },
+    };
+    enum { N = sizeof cases / sizeof *cases };
+    Text pieces[N];
+    for (int i = 0; i < N; i++) pieces[i] = cases[i].spelled;
+    Opened o;
+    Error e;
+    bool ok = open_pieces(&o, "gpt2", pieces, N, NULL, 0, NULL, 0, &e);
+    check(ok, "spelled bytes: got \"%s\"", e.text);
+    for (int i = 0; ok && i < N; i++) {
+        size_t n;
+        const Tokenizer *t = &o.model.tokenizer;
+        const char *bytes = piece(t, i, &n);
+        bool is_byte = n == 1 && t->type[i] == PIECE_NORMAL && (unsigned char)*bytes == cases[i].byte;
+        bool is_kept = n == pieces[i].n && !memcmp(bytes, pieces[i].at, n) && t->type[i] == PIECE_UNUSED;
+        check(cases[i].byte >= 0 ? is_byte : is_kept, "\"%s\": got %zu bytes of type %d, wanted %d", pieces[i].at, n,
+              t->type[i], cases[i].byte);
+    }
+    close_opened(&o);
+}
+
+// Merges that cannot be are left out.
+static void test_merge_texts(void) {
+    static char huge[9000];
+    memset(huge, 'a', sizeof huge);
+    huge[4500] = ' ';
+    static const Text pieces[] = { TEXT("a"), TEXT("b"), TEXT("ab"), TEXT("bc") };
+    const Text merges[] = {
+        TEXT(""), TEXT("a"), TEXT(" "), TEXT("ab"), TEXT("  "), TEXT(" b"), TEXT("a "), TEXT("abb"), TEXT("   "),
+        TEXT("a c"), TEXT("c a"), TEXT("b a"), TEXT("b c"), TEXT("c b"), { huge, sizeof huge }, TEXT("a b"),
+    };
+    for (size_t i = 0; i < sizeof merges / sizeof *merges; i++) {
+        Opened o;
+        Error e;
+        bool ok = open_pieces(&o, "gpt2", pieces, 4, NULL, 0, merges + i, 1, &e);
+        int wanted = merges[i].n == 3 && !memcmp(merges[i].at, "a b", 3);
+        check(ok && o.model.tokenizer.n_merges == wanted, "merge %zu: got \"%s\" and %d merges, wanted %d", i, e.text,
+              o.model.tokenizer.n_merges, wanted);
+        close_opened(&o);
+    }
+}
+
+static void test_damaged_pieces(void) {
+    static char huge[4097];
+    memset(huge, 'a', sizeof huge);
+    const struct { const char *model; Text piece; int32_t type; const char *wanted; } cases[] = {
+        { "llama", TEXT("a"), 0, NULL }, { "llama", TEXT("a"), 7, "has type 7" },
+        { "llama", TEXT("a"), -1, "has type -1" }, { "llama", { huge, 4096 }, 1, NULL },
+        { "llama", { huge, 4097 }, 1, "more than 4096 bytes" }, { "gpt2", { huge, 4097 }, 1, "more than 4096 bytes" },
+        { "llama", TEXT("<0x4a>"), 6, NULL },
+        { "llama", TEXT("<0x41"), 6, "byte token 0" }, { "llama", TEXT("<0x411>"), 6, "byte token 0" },
+        { "llama", TEXT("[0x41>"), 6, "byte token 0" }, { "llama", TEXT("<0x41]"), 6, "byte token 0" },
+        { "llama", TEXT("<0xG1>"), 6, "byte token 0" }, { "llama", TEXT("<0x1G>"), 6, "byte token 0" },
+        { "llama", TEXT(""), 6, "byte token 0" }, { "bert", TEXT("a"), 1, "\"bert\" is unknown" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Opened o;
+        Error e;
+        bool ok = open_pieces(&o, cases[i].model, &cases[i].piece, 1, &cases[i].type, 1, NULL, 0, &e);
+        const char *wanted = cases[i].wanted;
+        check(wanted ? !ok && is_refusal(&e) && strstr(e.text, wanted) : ok, "piece \"%.10s\" of type %d: got \"%s\", "
+              "wanted \"%s\"", cases[i].piece.at, cases[i].type, e.text, wanted ? wanted : "it to open");
+        close_opened(&o);
+    }
+    static const Text few[] = { TEXT("a"), TEXT("b") };
+    Opened o;
+    Error e;
+    bool ok = open_pieces(&o, "llama", few, 2, (const int32_t[]){ 1, 1, 1 }, 3, NULL, 0, &e);
+    check(!ok && strstr(e.text, "2 tokens, 0 scores, 3 types"), "three types of two: got \"%s\"", e.text);
+    close_opened(&o);
+    ok = open_pieces(&o, "llama", few, 0, NULL, 0, NULL, 0, &e);
+    check(!ok && strstr(e.text, "of 0 tokens"), "no pieces: got \"%s\"", e.text);
+    close_opened(&o);
+    size_t n = MAX_TOKENS + 1;
+    Text *many = get(n * sizeof *many);
+    ok = open_pieces(&o, "llama", many, n, NULL, 0, NULL, 0, &e);
+    check(!ok && strstr(e.text, "of 1048577 tokens"), "many pieces: got \"%s\"", e.text);
+    close_opened(&o);
+    free(many);
+}
+
+static void test_damaged_vocabularies(void) {
+    test_damaged_sections();
+    test_lengths();
+    test_merges();
+    test_collisions();
+    test_spelled_bytes();
+    test_merge_texts();
+    test_damaged_pieces();
+}
