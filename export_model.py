@@ -47,7 +47,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("export_model.py: needs numpy: python3 -m pip install numpy")
 
 
 class Refusal(Exception):

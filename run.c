@@ -42,7 +42,7 @@
 #endif
 #define _GNU_SOURCE
 #define CRIA_VERSION "0.1"
-#define CRIA_GROUND_FLOOR
+#define CRIA_GROUND_FLOOR  // tells tokenizer.c that chapter 1 is there
 
 #include <ctype.h>
 #include <errno.h>
@@ -169,7 +169,7 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
 // One thread's place in the team that works on a step.
-typedef struct { int thread, threads; struct Gate *gate; } Team;
+typedef struct { int thread, threads; struct Gate *gate; } Team;  // the gate: where it waits
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
 typedef struct { size_t from, to; } Range;
@@ -181,14 +181,14 @@ static Range share(size_t n, Team team) {
     return r;
 }
 
-// Runs work(job) on a team of at most `threads` threads and waits for all of them.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them.
 static void run_team(int threads, void (*work)(void *job, Team team), void *job);  // chapter 9
 
 // Every thread of the team waits here for the others.
-static void wait_for_team(Team team);
+static void wait_for_team(Team team);  // chapter 9
 
 // Seconds since some fixed moment.
-static double clock_seconds(void);
+static double clock_seconds(void);  // chapter 9
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
@@ -252,7 +252,7 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
-    int n_experts, n_experts_used;     // E: how many gates, ups and downs; to how many a token goes. 0: one, for all
+    int n_experts, n_experts_used;     // E: of gates, ups and downs; how many a token visits. 0: one of each, for all
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
@@ -287,12 +287,13 @@ typedef struct {
     int8_t q[32];
     float scale;
     float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum[3];  // likewise; where kernels for unsigned weights begin
-    int32_t minus_8_sum;       // likewise, of all; and so a block fills a line of the cache
+    int32_t minus_128_sum[3];  // -128 * sum of the same q: what makes a product with weight + 128 one with the weight
+    int32_t minus_8_sum;       // -8 * sum of all; and so a block fills a line of the cache, 64 bytes
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
-// by side for all tokens, as a tile meets them. Zeros follow from the matrix's width on.
+// by side for all tokens, as a tile meets them. Behind the width of a matrix of floats anything may follow: its weights
+// are zeros there.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
@@ -307,7 +308,7 @@ typedef struct {
     int threads;
     size_t work;         // multiply-adds of a token: where they are few, one thread does them
     bool exact, cache_f32; // multiply with dequantised weights in float; keys and values in 32 bits, else in 16
-    bool rounds, copies; // some products are made in 8 bits, some in float
+    bool rounds, copies; // some matrix wants its input in 8 bits; some wants it in float
     size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
     size_t logits_stride, routes_stride;               // V, E up to a multiple of 16
     float *x;                   // (B, D)    the token's vector, which each layer adds to
@@ -318,8 +319,8 @@ typedef struct {
     float *out, *expert_out;    // (B, D)    what a block adds to x, and what an expert adds to that
     float *routes;              // (B, E)    the weight of each expert's result for a token, 0: not visited
     int *visitors, *first_visit;// (visits) (E+1)  the tokens that visit expert 0, expert 1, ...; where each one's begin
-    float (*blocks)[32];        // (B or visits, widest/32)  the input of a product in blocks, as it is
-    Block *rounded;             // (B, visits or threads, widest/32)  and rounded
+    float (*blocks)[32];        // (widest/32, B or visits)  the input of a product in blocks, as it is
+    Block *rounded;             // (widest/32, B or visits), for one token (threads, widest/32)  and rounded
     size_t widest;              // of the strides above but the logits'
     float *logits;              // (LOGITS_AT_ONCE, V)
     float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
@@ -364,7 +365,7 @@ typedef struct {
     const char *name;
     int cols, per_scale;   // columns of a tile; those of a row that share a scale
     int header;            // bytes of scales and minima at the tile's beginning; 0: the weights are floats
-    int bits, offset;      // a weight q is stored as q + offset in so many bits
+    int bits, offset;      // the q of a weight, scale * (q - offset), has so many bits
     bool has_min;
     const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
 } TypeInfo;
@@ -406,7 +407,7 @@ INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; })
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
 
-// q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
+// q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
 // max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
 // the scale NaN, and the check of the layer will find what comes of it.
 INLINE void round_block(Block *b, const float *x) {
@@ -471,7 +472,7 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
 
 // sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
 // for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
-// The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+// The dot products are whole numbers below 32 * 128 * 128 = 2^19: exact in float, in whatever order they are added.
 INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
     enum { TOGETHER = 4 };
     const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
@@ -489,7 +490,7 @@ INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, cons
     }
 }
 
-// Adds the products of quantised tiles, one block after the other. x: the blocks of n of n_all tokens for the first.
+// Adds the products of quantised tiles, block after block. x: n tokens' input for the first; each next is n_all behind.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n) {
     bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
@@ -578,7 +579,7 @@ INLINE float fold_lanes(float lane[16]) {
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
-// Element i belongs to lane i mod 16. False if x is not finite.
+// Element i belongs to lane i mod 16. False if the sum of squares is not finite.
 INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
     float lane[16] = { 0 }, of_mean[16] = { 0 };
     size_t i;
@@ -760,8 +761,8 @@ static void make_angles(const Model *m, State *s, int n) {
 static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
                      const float *value);
 
-// The vectors that a thread makes for all to use: its share of n, or all of one, which every thread makes for itself in
-// a place of its own, since that takes less time than to wait for each other.
+// Which of n vectors a thread makes: its share; but a single one every thread makes for itself, in a place of its own,
+// which takes less time than to wait for another.
 static Range own_share(int n, Team team) {
     return n == 1 ? (Range){ 0, 1 } : share((size_t)n, team);
 }
@@ -1058,7 +1059,7 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
 static int choose_token(Sampler *s, const float *logits, int n) {
-    int best = likeliest(logits, n);  // what a temperature too small to divide by gives, too
+    int best = likeliest(logits, n);  // also the answer where logit / temperature is too large for a float
     if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
     make_probabilities(c, logits, n, s->temperature);
@@ -1124,7 +1125,7 @@ typedef struct {
 } Speed;
 
 static void tell_speed(const Model *m, const Speed *v);  // chapter 10
-static void tell_seed(const Sampler *s);
+static void tell_seed(const Sampler *s);  // if the clock made it
 
 typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
 static const char *const stop_names[] = { "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
@@ -3353,7 +3354,7 @@ static void lay_out_state(const Model *m, State *s) {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
         { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
         { &s->value, n, s->kv_stride }, { &s->gate, rows, s->ffn_stride }, { &s->up, rows, s->ffn_stride },
-        { &s->expert_out, visits, s->x_stride }, { &s->routes, n, s->routes_stride },
+        { &s->expert_out, used ? n : 0, s->x_stride }, { &s->routes, n, s->routes_stride },
         { &s->logits, LOGITS_AT_ONCE, s->logits_stride },
         { &s->angles, c->local_theta > 0 ? 2 * positions : positions, (size_t)c->rope_dim },
         { &s->scratch, (size_t)s->threads, s->scratch_stride },
@@ -3776,7 +3777,7 @@ static void conclude(Measured *r, int n_runs) {
 
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Measured *r, const char *title, bool first) {
-    static const char head[] = "| model                  | backend  | threads | test                 "
+    static const char head[] = "| model                  | backend  | threads | test                  "
                                "|              t/s |   GB/s |   Gop/s | of limit |\n";
     if (options.json) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
@@ -3788,7 +3789,7 @@ static void put_result(const Measured *r, const char *title, bool first) {
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
+        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
                r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
     }
     fflush(stdout);
@@ -4451,7 +4452,7 @@ static const Option option_table[] = {
     { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
     { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
-    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
+    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: for programs" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
     { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
