@@ -2733,7 +2733,25 @@ def check_openable(model: Model, types: dict[str, str], path: Path, run: Path) -
 
 
 def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([str(run), *map(str, words)], capture_output=True, text=True, errors="replace")
+    """Signals wait until the child's number is known: else it would go on alone, and write what nobody removes."""
+    came: list[int] = []
+    usual = {number: signal.signal(number, lambda number, frame: came.append(number))
+             for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen([str(run), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, errors="replace")
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    with process:
+        try:
+            if came:
+                os.kill(os.getpid(), came[0])
+            out, err = process.communicate()
+        except BaseException:
+            process.terminate()  # it removes what it has begun to write, and is waited for
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def last_line(s: str) -> str:

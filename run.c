@@ -1342,9 +1342,11 @@ INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_
     size_t col_bytes = 2 * (size_t)types[type].bits;
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
-            load_weights(w, type, tiles + (i * cols + c) * col_bytes, 16, widen);
+            const void *from = tiles + (i * cols + c) * col_bytes;
+            const float *v = type == F32 ? from : w;  // a copy would be stored in halves, and read whole has to wait
+            if (type != F32) load_weights(w, type, from, 16, widen);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(w[r], x[c], sum[i][r]);
+            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(v[r], x[c], sum[i][r]);
         }
     }
     memcpy(y, sum, n * sizeof *sum);
@@ -3683,10 +3685,10 @@ static void add_product(Load *w, const Tensor *t, double n_read, double n, bool 
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
-static Load load_of(const Model *m, const State *s, int past, int n, int batch) {
+// n tokens after `past` others: in batches, the last of which ends with logits, or one by one, each with its own.
+static Load load_of(const Model *m, const State *s, int past, int n, bool one_by_one) {
     Load w = { 0 };
-    for (int done = 0, now; done < n; done += now) {
+    for (int done = 0, now, batch = one_by_one ? 1 : s->batch; done < n; done += now) {
         now = n - done < batch ? n - done : batch;
         double seen = past + done + (now + 1) / 2.0, last = past + done + now;
         for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
@@ -3701,7 +3703,7 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
             w.f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * now;
             w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * fmin(last, window + now);
         }
-        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
+        if (one_by_one || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
     }
     return w;
 }
@@ -3913,7 +3915,7 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     b->one_by_one = i >= options.pp.n;
     b->s->threads = r->threads;
     r->n_tokens = b->one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
-    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one ? 1 : b->s->batch);
+    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one);
     int length = snprintf(r->test, sizeof r->test, "%s%d", b->one_by_one ? "tg" : "pp", r->n_tokens);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
     b->s->n_past = 0;
