@@ -583,6 +583,31 @@ static void test_damaged_ggufs(void) {
         check_damaged_gguf("families/mistral_yarn.gguf", &yarn[i]);
 }
 
+// Where a file that is cut says that it is. n_keys = 1: a file may not claim to have more than there is room for.
+static void test_cut_ggufs(void) {
+    Bytes b = read_golden("llama_linear.gguf");
+    GgufParts g;
+    take_apart(b, &g);
+    size_t name = 24 + 8 + g.key[0].n_name, list = 24;  // the end of the first key's name, of the list of tensors
+    for (int i = 0; i < g.keys; i++) list += 8 + g.key[i].n_name + g.key[i].value.n;
+    for (int i = 0; i < g.tensors; i++) list += 8 + g.tensor[i].n_name + 4 + 8 * g.tensor[i].n_dims + 12;
+    const struct { size_t n_bytes; bool one_key; const char *wanted; } cases[] = {
+        { 4, false, "ends within its header" }, { 23, false, "ends within its header" },
+        { name - 1, true, "ends within its keys" }, { name + 3, true, "ends within its keys" },
+        { name + 4 + 7, true, "general.architecture is longer" },
+        { name + 4 + 8 + 4, true, "general.architecture is longer" }, { list - 1, false, "within its list of tensors" },
+        { list, false, "ends after the file does" }, { b.n - 1, false, "ends after the file does" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bytes cut = copy_bytes(b.bytes, cases[i].n_bytes);
+        if (cases[i].one_key) cut.bytes[16] = 1;
+        check_refused(cut, "a GGUF that is cut", cases[i].wanted);
+        free(cut.bytes);
+    }
+    free(b.bytes);
+    free_parts(&g);
+}
+
 // Without one kind of tensor, in all layers, of the families that need it.
 static void test_missing_kinds(void) {
     static const char *const files[] = {
@@ -617,6 +642,33 @@ static void test_missing_kinds(void) {
             free(damaged.bytes);
         }
         free_parts(whole), free(whole), free(g), free(b.bytes);
+    }
+}
+
+// Where there are experts, no bias is that of all of them.
+static void test_expert_biases(void) {
+    static const struct { const char *name; uint64_t length; } biases[] = {
+        { "ffn_gate.bias", 40 }, { "ffn_up.bias", 40 }, { "ffn_down.bias", 32 },
+    };
+    for (int i = 0; i < 3; i++) {
+        Bytes b = read_golden("mixtral.gguf");
+        GgufParts g;
+        take_apart(b, &g);
+        for (int l = 0; l < 2; l++) {
+            GgufTensor *t = &g.tensor[g.tensors++];
+            *t = (GgufTensor){ .n_dims = 1, .dims = { biases[i].length }, .offset = g.data.n };
+            t->n_name = (size_t)snprintf(t->name, sizeof t->name, "blk.%d.%s", l, biases[i].name);
+            Bytes longer = new_bytes(g.data.n + 160);
+            memset(longer.bytes, 0, longer.n);
+            memcpy(longer.bytes, g.data.bytes, g.data.n);
+            free(g.data.bytes);
+            g.data = longer;
+        }
+        g.n_tensors += 2;
+        Bytes damaged = put_together(&g);
+        check_refused(damaged, biases[i].name, "is there twice, or no llama has it");
+        free(damaged.bytes), free(b.bytes);
+        free_parts(&g);
     }
 }
 
@@ -1228,6 +1280,11 @@ static void test_parts(void) {
     close_in_parts(&m);
     free(parts[1].bytes);
     parts[1] = second;
+    parts[1].bytes[0] = 'g';
+    check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: "), "a part that is none: got \"%s\"",
+          e.text);
+    close_in_parts(&m);
+    parts[1].bytes[0] = 'G';
     for (size_t bit = 0; bit < 8 * 700; bit++) {  // of the header of the second
         parts[1].bytes[bit / 8] ^= (unsigned char)(1 << bit % 8);
         n_wrong += !open_in_parts(parts, N_SPLIT, &m, &e) && !is_refusal(&e);
@@ -1248,7 +1305,9 @@ static void test_parts(void) {
 
 static void test_damaged_files(void) {
     test_damaged_ggufs();
+    test_cut_ggufs();
     test_missing_kinds();
+    test_expert_biases();
     test_readings();
     test_parts();
     test_unpadded_part();
