@@ -213,6 +213,7 @@ static const Case cases[] = {
     { "$T/nan.bin -m inspect --check", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -m export -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -q -t 0 -n 1", 1, "", "run: layer 2 at position 0 is not finite" },
+    { "$T/rows.bin -q -t 0 -n 5 --ids '1 2 3'", 1, "\"#$", "run: the embedding at position 3 is not finite" },
     { "$v0 -z $tied", 1, NULL, "277 tokens, the model has 275" },
     { "$tied -z $z", 1, NULL, "275 tokens, the model has 277" }, { "$v0 -z run.c", 1, NULL, "run: run.c: " },
     { "$v0 -z tests", 1, NULL, "run: tests: " }, { "$v0 -i a", 1, NULL, "give it with -z FILE" },
@@ -358,15 +359,21 @@ static void make_files(void) {
     free(chat.bytes);
     put_file("bytes", bytes, sizeof bytes - 1);
     mkdir(temporary("folder"), 0777);
+    Bytes b = export_golden("qwen2_untied.gguf");  // of its embedding, 263 x 24 in f32, only rows 1, 2 and 3 are finite
+    size_t n_bytes;
+    unsigned char *rows = native_tensor(b, "token_embd.weight", &n_bytes);
+    for (size_t row = 0; row < 263; row++)
+        if (row < 1 || row > 3) memcpy(rows + 4 * (row / 16 * 32 * 16 + row % 16), (const float[]){ NAN }, 4);
+    put_file("rows.bin", b.bytes, b.n);
+    free(b.bytes);
     Result r = run_with("$tied -m export -o $T/native.bin");
-    Bytes b = read_bytes(temporary("native.bin"));
+    b = read_bytes(temporary("native.bin"));
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
         uint32_t layout = LAYOUT + 1;
         memcpy(b.bytes + offsetof(FileHeader, layout), &layout, sizeof layout);
         put_file("layout.bin", b.bytes, b.n);
         memcpy(b.bytes + offsetof(FileHeader, layout), (const uint32_t[]){ LAYOUT }, sizeof layout);
-        size_t n_bytes;
         unsigned char *data = native_tensor(b, "blk.1.ffn_up.weight", &n_bytes);  // f32, 44 rows in three row tiles
         memcpy(data + n_bytes / 3 + 4 * (17 % 16), (const float[]){ NAN }, 4);
         put_file("nan.bin", b.bytes, b.n);
@@ -920,6 +927,62 @@ static void test_terminal(void) {
     }
 }
 
+// A chat whose messages come from a terminal, which shows where they are expected; and progress on one, after a while.
+static void test_talking(void) {
+    char text[256], shown[4096] = "";
+    int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) return;
+    int slave = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+    snprintf(text, sizeof text, "exec $EMULATOR ./run $long -m chat -t 0 -n 3 -q <%s", ptsname(terminal));
+    Command c = start_command(text, false, -1);
+    bool sent = wait_for(&c, c.err, 2, "> ") && write(terminal, "a\n", 2) == 2 && wait_for(&c, c.err, 4, "> > ") &&
+                write(terminal, "\4", 1) == 1;
+    Result r = end_command(&c);
+    check(sent && r.status == 0 && r.n_out > 1 && !strcmp(r.err, "> > \n"), "%s: got status %d, \"%s\" and \"%s\"",
+          text, r.status, r.out, r.err);
+    free_result(&r);
+    snprintf(text, sizeof text, "exec $EMULATOR ./run $long -t 0 -n 0 -c 0 -b 16 -j 1 -f $T/long_text 2>%s",
+             ptsname(terminal));
+    c = start_command(text, false, -1);
+    fcntl(terminal, F_SETFL, O_NONBLOCK);
+    for (size_t i = 0, n = 0; i < 4000 && !strstr(shown, "\rprompt token "); i++, usleep(5000)) {
+        ssize_t now = read(terminal, shown + n, sizeof shown - 1 - n);
+        if (now > 0) n += (size_t)now;
+    }
+    kill(c.pid, SIGKILL);
+    r = end_command(&c);
+    close(slave), close(terminal);
+    check(strstr(shown, "\rprompt token "), "%s: got \"%s\"", text, shown);
+    free_result(&r);
+}
+
+// Ctrl-C while the model reads a message: as if it had not been said.
+static void test_unsaid(void) {
+    enum { LONG = 60000 };
+    Result wanted = run_shell("printf 'a\nb\n' | $EMULATOR ./run $long -q -m chat -t 0 -n 4 -c 0");
+    Command c = start_command("exec $EMULATOR ./run $long -q -m chat -t 0 -n 4 -c 0 -b 16 -j 1", true, -1);
+    char *message = get(LONG + 1);
+    memset(message, 'a', LONG);
+    message[LONG] = '\n';
+    bool ok = write(c.to_stdin, "a\n", 2) == 2 && wait_for(&c, c.out, 1, NULL) &&
+              write(c.to_stdin, message, LONG + 1) == LONG + 1;
+    for (int i = 0, left = 1; i < 4000 && ok && left > 0; i++, usleep(5000))
+        ok = ioctl(c.to_stdin, FIONREAD, &left) == 0;
+    usleep(50000);
+    kill(c.pid, SIGINT);
+    ok = ok && write(c.to_stdin, "b\n", 2) == 2;
+    Result r = end_command(&c);
+    const char *second = strchr(wanted.out, '\n');
+    size_t n = second ? (size_t)(second - wanted.out) + 1 : 0;
+    check(ok && n && r.status == 0 && !*r.err && !strncmp(r.out, wanted.out, n) && r.out[n] == '\n' &&
+              !strcmp(r.out + n + 1, wanted.out + n),
+          "Ctrl-C while a message is read: got status %d, \"%s\" and \"%s\", wanted \"%s\" with an empty line",
+          r.status, r.out, r.err, wanted.out);
+    free(message);
+    free_result(&r);
+    free_result(&wanted);
+}
+
 // Ctrl-C ends a text, and one that waits for a message; an answer it only cuts, and the chat goes on.
 static void test_interrupts(void) {
     char endless[128], chat[128];
@@ -1039,7 +1102,9 @@ static void test_command_line(void) {
     test_chats();
     test_unfinished_files();
     test_interrupts();
+    test_unsaid();
     test_terminal();
+    test_talking();
     test_help();
     remove_files();
 }
