@@ -188,7 +188,11 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -n 0x10", "--n-predict" }, { "$tied -n ''", "--n-predict" }, { "$tied -s -1", "--seed -1" },
     { "$tied -s 18446744073709551616", "--seed" }, { "$tied -s abc", "--seed abc" }, { "$tied -s 1x", "--seed 1x" },
     { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
-    { "$tied -j 100000", "--threads 100000" }, { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
+    { "$tied -j 100000", "--threads 100000" }, { "$tied -j '1;2'", "--threads 1;2" },
+    { "$tied -j 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", "--threads 1,1" }, { "-m matmul --pp 5000", "at most 4096" },
+    { "$tied -m chat --ids 1", "-m chat takes" }, { "$tied -m inspect --template nonsense", "nonsense" },
+    { "$T/no_bos.bin -t 0", "an empty prompt, and the model has no begin token; see -i" },
+    { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
     { "$tied -b -1", "--batch-size" }, { "$tied -c -5", "--ctx-size -5" }, { "$tied -c 999999999", "--ctx-size" },
     { "$tied -c x", "--ctx-size x" }, { "$tied -i a -t 0 -c 65", "64 positions; -c 0" },
     { "$tied -i a -t 0 --kv f8", "--kv f8" }, { "$tied -i a -t 0 --kv ''", "--kv" },
@@ -202,6 +206,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
 
 static const Case cases[] = {
     // a bad model or tokenizer
+    { "-", 1, NULL, "run: -: " },
     { "nowhere.gguf", 1, NULL, "=run: nowhere.gguf: No such file or directory\n" },
     { "tests", 1, NULL, "run: tests: " }, { "/dev/null", 1, NULL, "run: /dev/null: " },
     { "run.c", 1, NULL, "run: run.c: " }, { "$T/empty", 1, NULL, "empty" },
@@ -235,6 +240,8 @@ static const Case cases[] = {
     // more text than room
     { "$tied -t 0 -f $T/text", 5, NULL, "the context has 64" },
     { "$tied -t 0 -i aaaaaaaaaaaaaaaa -c 8", 5, NULL, "; see -c" },
+    { "$tied -m bench -q --reps 1 -j 1 --pp $many --tg $many --depth $many", 2, "", "more than 511 tests" },
+    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "65 positions; the model was trained for 64" },
     { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
     // texts; stdout has nothing else
     { "$tied -t 0 -n 0 -i 'Once upon'", 0, "=Once upon\n", "stopped at -n tokens" },
@@ -247,7 +254,9 @@ static const Case cases[] = {
     { "$tied -t 0 -n -1 -i a -c 16", 0, "a", "generated 15 tokens" }, { "$tied -t 0 -n -1 -q -i a", 0, "a", NULL },
     { "-q -i a -t 0 -n 0 $tied", 0, "=a\n", NULL },
     { "--prompt a --temp 0 --n-predict 0 --quiet $tied", 0, "=a\n", NULL }, { "$tied -t 0 -n 1 -q", 0, "", NULL },
-    { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" },
+    { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" }, { "$tied -t 4.5 -n 1 -i a -s 1 -q", 0, "a", NULL },
+    { "$T/no_bos.bin -t 0 -n 0 -q -i a", 0, "=a\n", NULL }, { "$T/no_bos.bin -q -m tokenize", 0, "=\n", NULL },
+    { "$tied -m perplexity --ids '1 2 3 4' -c 4 -q", 0, "1 scored\nPPL = ", NULL },
     { "$tied -t 0 -n 1 -i a -c 0", 0, "a", "context of 64 positions" },
     { "$tied -t 0 -n 1 -i a -c 0 -q", 0, "a", NULL }, { "$tied -s 18446744073709551615 -n 2 -i a -q", 0, "a", NULL },
     { "$tied -s 0 -n 2 -i a -q", 0, "a", NULL }, { "$tied -k 1000000000 -p 0 --min-p 1 -n 2 -i a -q", 0, "a", NULL },
@@ -293,7 +302,10 @@ static const Case cases[] = {
 };
 
 static const Case tokenizer_cases[] = {
-    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied $tied", 2, NULL, "usage" },
+    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied -bs", 2, NULL, "usage" },
+    { "-", 2, NULL, "usage" },
+    { "$qwen2 -b <$T/prompt >$T/ids; $EMULATOR ./tokenizer $qwen2 <$T/prompt | cmp - $T/ids", 0, NULL, NULL },
+    { "$tied $tied", 2, NULL, "usage" },
     { "nowhere", 1, NULL, "tokenizer: nowhere: " }, { "$v0", 1, NULL, "tokenizer.bin" },
     { "$tied <&-", 3, NULL, "reading" }, { "$tied <$T/prompt >/dev/full", 3, NULL, "No space" },
     { "$tied -d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied", 0, "=\n", NULL },
@@ -346,7 +358,7 @@ static void make_files(void) {
         { "tied", "tests/golden/llama_tied.gguf" }, { "qwen2", "tests/golden/qwen2.gguf" },
         { "mixed", "tests/golden/mixed.gguf" }, { "v0", "tests/golden/llama2c_v0.bin" },
         { "z", "tests/golden/tokenizer.bin" }, { "bpe", "tests/golden/tokens/bpe.gguf" },
-        { "long", temporary("long.gguf") }, { "T", folder },
+        { "long", temporary("long.gguf") }, { "T", folder }, { "many", "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1" },
     };
     static const char bytes[] = "\0a\377\xE4\xBD b\n\xF0\x9F\x98\x80\0\0";
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) setenv(variables[i].name, variables[i].value, 1);
@@ -359,9 +371,13 @@ static void make_files(void) {
     free(chat.bytes);
     put_file("bytes", bytes, sizeof bytes - 1);
     mkdir(temporary("folder"), 0777);
-    Bytes b = export_golden("qwen2_untied.gguf");  // of its embedding, 263 x 24 in f32, only rows 1, 2 and 3 are finite
+    Bytes b = export_golden("qwen2_untied.gguf");
+    FileHeader header;
+    memcpy(&header, b.bytes, sizeof header);
+    memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
+    put_file("no_bos.bin", b.bytes, b.n);
     size_t n_bytes;
-    unsigned char *rows = native_tensor(b, "token_embd.weight", &n_bytes);
+    unsigned char *rows = native_tensor(b, "token_embd.weight", &n_bytes);  // 263 x 24, f32; finite are 1, 2 and 3:
     for (size_t row = 0; row < 263; row++)
         if (row < 1 || row > 3) memcpy(rows + 4 * (row / 16 * 32 * 16 + row % 16), (const float[]){ NAN }, 4);
     put_file("rows.bin", b.bytes, b.n);

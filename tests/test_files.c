@@ -635,6 +635,7 @@ static const struct { const char *file; DamageCase damage; const char *field; do
     { "families/mistral_yarn", { K_F32, "llama.rope.scaling.factor", 0.5, NULL, NULL }, "rope_magnitude", 1 },
     { "families/phi3_long", { K_U32, "phi3.rope.scaling.original_context_length", 100, NULL, NULL },
       "rope_magnitude", 1 },
+    { "families/phi3_short", { K_TEXT, "phi3.rope.scaling.type", 0, "longrope", NULL }, "rope_magnitude", 1.2f },
     { "families/olmo2", { K_U32, "olmo2.context_length", 128, NULL, NULL }, "local_theta", 0 },  // it has no window
     { "families/olmo3", { K_F32, "olmo2.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
     { "families/gemma3", { K_F32, "gemma3.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
