@@ -95,7 +95,7 @@ __attribute__((format(printf, 3, 4))) static bool fail(Error *e, int status, con
 
 // Zeroed memory for count things of the given size; NULL (and the error filled in) where there is not that much.
 static void *allocate(size_t count, size_t size, Error *e) {
-    void *p = calloc(count ? count : 1, size ? size : 1);
+    void *p = calloc(count ? count : 1, size);
     if (!p) fail(e, NO_MEMORY, "no memory for %zu x %zu bytes", count, size);
     return p;
 }
@@ -1066,18 +1066,16 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
     if (!cuts) {
-        for (int i = 0; i < n; i++) {
+        for (int i = 0;; i++) {
             running += c[i].p;
-            if (coin < running) return i;
+            if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
         }
-        return n - 1;  // rounding may leave the sum below the coin
     }
     size_t n_left = cut_tail(s, c, (size_t)n, &sum);
-    for (size_t i = 1; i <= n_left; i++) {
+    for (size_t i = 1;; i++) {
         running += c[(size_t)n - i].p;
-        if (coin * sum < running) return c[(size_t)n - i].id;
+        if (i == n_left || coin * sum < running) return c[(size_t)n - i].id;
     }
-    return c[(size_t)n - n_left].id;
 }
 
 /* ==== 7. Generating and chatting ====================================================================================
@@ -1735,7 +1733,7 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 // will be used whole is refused by the system if it is more than the machine has.
 static void *map_memory(size_t n_bytes, bool whole, Error *e) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | (whole ? 0 : MAP_NORESERVE);
-    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void *p = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
     return NULL;
@@ -2012,6 +2010,7 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
 
 enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
+_Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
 enum {
@@ -2139,8 +2138,6 @@ static bool check_config(Model *m, Error *e) {
         if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
         if (heads % groups)
             return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
-        if (heads * c->head_dim > MAX_FFN_DIM)
-            return refuse(e, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
 }
@@ -2710,10 +2707,9 @@ static double key_number(const Key *k, size_t i) {
 static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
     bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
-    if (k && !fits)
-        g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name,
-                                 k->is_array ? "an array of " : "", gguf_types[k->type].name,
-                                 is_array ? "an array of " : "", gguf_types[type].name);
+    if (k && !fits && !g->bad)
+        g->bad = !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name, k->is_array ? "an array of " : "",
+                       gguf_types[k->type].name, is_array ? "an array of " : "", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
 
@@ -2722,7 +2718,7 @@ static double get_number(Gguf *g, const char *name, double min, double max, doub
     Key k = get_key(g, name, G_NUMBER, false);
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     if (!k.value.at || (x >= min && x <= max)) return x;
-    g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
+    if (!g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
     return otherwise;
 }
 
@@ -2827,8 +2823,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
     for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
-            c->n_tokens = (int)entry->source.rows;
+        if (!strcmp(entry->name, "token_embd.weight")) c->n_tokens = (int)entry->source.rows;
         has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
     }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)

@@ -25,6 +25,23 @@ static unsigned half_of_value(double x) {
     return sign | (((unsigned)(exponent + 14) << 10) + ((unsigned)units - 1024));
 }
 
+// What does not fit is SIZE_MAX.
+static void test_sizes(void) {
+    static const size_t half = SIZE_MAX / 2 + 1;
+    check(plus(2, 3) == 5 && plus(SIZE_MAX - 1, 1) == SIZE_MAX && plus(SIZE_MAX, 1) == SIZE_MAX &&
+          plus(half, half) == SIZE_MAX, "plus: wrong");
+    check(times(2, 3) == 6 && times(half, 2) == SIZE_MAX && times(SIZE_MAX, SIZE_MAX) == SIZE_MAX &&
+          times(0, SIZE_MAX) == 0 && times(half, 1) == half, "times: wrong");
+    check(round_up(0, 64) == 0 && round_up(1, 64) == 64 && round_up(64, 64) == 64 && round_up(65, 64) == 128 &&
+          round_up(SIZE_MAX - 62, 64) == SIZE_MAX && round_up(SIZE_MAX, 8) == SIZE_MAX, "round_up: wrong");
+    Error e = { 0 };
+    Buffer b = { .n = 16, .capacity = 16 };
+    faults.n = 0, faults.failing = 1;  // sanitizers end what asks for so much
+    check(!append(&b, NULL, SIZE_MAX - 8, &e) && e.status == NO_MEMORY && b.n == 16, "append: got \"%s\"", e.text);
+    faults.failing = 0;
+    check(!map_memory(SIZE_MAX - 4096, false, &e) && e.status == NO_MEMORY, "map_memory: got \"%s\"", e.text);
+}
+
 static void check_half(float x, const char *what) {
     unsigned got = half_of_float(x), wanted = half_of_value(x);
     bool both_nan = isnan(x) && (got & 0x7c00) == 0x7c00 && (got & 0x3ff);
@@ -825,7 +842,7 @@ static void test_rotation(void) {
         double worst = 0;
         int half = c.rope_dim / 2;
         for (int position = 0; position < 1000; position += 27) {
-            float head[64], out[64], first[64], before[64];
+            float head[64], out[64] = { 0 }, first[64], before[64];
             for (int k = 0; k < c.head_dim; k++) head[k] = out[k] = random_float(1);
             memcpy(first, out, sizeof first);
             for (const Kernels *const *k = usable_kernels(); *k; k++) {
