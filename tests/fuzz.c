@@ -855,7 +855,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     return FUZZ == MODELS && !choose_kernels(NULL, &e);
 }
 
-#if FUZZ == 3 && !defined FUZZ_WITHOUT_MUTATOR  // MODELS
+#ifndef FUZZ_WITHOUT_MUTATOR
 // The counters of clang's -fsanitize=fuzzer. An input with all at 0 is not kept: of models, each that is to be changed
 // further has to open, else nearly all of their children would not. The linker puts __wrap_f in the place of f.
 void __real___sanitizer_cov_8bit_counters_init(uint8_t *begin, uint8_t *end);
@@ -878,7 +878,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const char *wrong = FUZZ == TEXTS ? try_text_input(data, size) : try_file(data, size, FUZZ == MODELS);
     if (!wrong && n_allocated > (4u << 20) + 64 * size) wrong = "more memory than the file's size justifies";
     if (wrong) fprintf(stderr, "\n%s\n", wrong), abort();
-    if (n_forward == before) forget_coverage();
+    if (FUZZ == MODELS && n_forward == before) forget_coverage();
     return 0;
 }
 #endif
