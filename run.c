@@ -286,9 +286,9 @@ typedef struct {
 typedef struct {
     int8_t q[32];
     float scale;
-    float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum[3];  // -128 * sum of the same q: what makes a product with weight + 128 one with the weight
-    int32_t minus_8_sum;       // -8 * sum of all; and so a block fills a line of the cache, 64 bytes
+    float scaled_sum[3];    // scale * sum of the q: of all, of the first 16, of the last 16
+    int32_t minus_128_sum;  // -128 * sum of all q: what makes a product with weight + 128 one with the weight
+    int32_t minus_8_sum, minus_32_sum[2];  // of all; of the halves. So a block fills a line of the cache, 64 bytes
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
@@ -427,7 +427,8 @@ INLINE void round_block(Block *b, const float *x) {
     sum[0] = sum[1] + sum[2];
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
-    for (int i = 0; i < 3; i++) b->minus_128_sum[i] = -128 * sum[i];
+    for (int i = 0; i < 2; i++) b->minus_32_sum[i] = -32 * sum[i + 1];
+    b->minus_128_sum = -128 * sum[0];
     b->minus_8_sum = -8 * sum[0];
 }
 
@@ -4022,8 +4023,8 @@ INLINE int byte_offset(Type type, Signs signs) {
 
 // That times the sum of a block's activations, or of those of a half, less than 0.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (offset == 8 && part == 0) return x->minus_8_sum;
-    return offset ? x->minus_128_sum[part] / (128 / offset) : 0;  // the divisor is a power of two
+    if (part) return offset == 32 ? x->minus_32_sum[part - 1] : offset ? x->minus_32_sum[part - 1] >> 3 : 0;
+    return offset == 8 ? x->minus_8_sum : offset == 16 ? 2 * x->minus_8_sum : offset ? x->minus_128_sum : 0;
 }
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
