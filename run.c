@@ -2127,8 +2127,6 @@ static bool check_config(Model *m, Error *e) {
         if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
         if (heads % groups)
             return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
-        if (heads * c->head_dim > MAX_FFN_DIM)
-            return refuse(e, "layer %d: %d heads of %d are too wide", l, heads, c->head_dim);
     }
     return true;
 }
@@ -2823,8 +2821,6 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
         if (y->n_experts) y->ffn_dim = (int)get_number(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
-    if (!c->head_dim && c->dim % m->layers->n_heads)
-        return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
@@ -2889,7 +2885,7 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || !dims[2] || dims[3] != 1 || dims[0] % source->block_cols)
+    if (n_dims > 4 || !dims[0] || !dims[1] || !dims[2] || dims[3] != 1 || dims[0] % source->block_cols)
         return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
     entry->n = (size_t)dims[2];

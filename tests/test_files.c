@@ -177,8 +177,10 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
-    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY,
-    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
+    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
+    K_FLOATS,
+    T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_FIVE, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
+    T_EXTRA,
     H_VERSION, H_TENSORS, H_KEYS,
 } Damage;
 
@@ -212,6 +214,8 @@ static void damage_key(GgufParts *g, const DamageCase *c) {
     case K_TEXT: set_value(k, 8, text, 8 + n); break;
     case K_BOOL: set_value(k, 7, &u, 1); break;
     case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, 3, 0, 1, 2, 3 }, 24); break;  // of three u32
+    case K_ARRAY_OF_ONE: set_value(k, 9, (const uint32_t[]){ 4, 1, 0, u }, 16); break;
+    case K_FLOATS: set_value(k, 9, (const uint32_t[]){ 6, 3, 0, 0, 0, 0 }, 24); break;
     case K_TYPE: memcpy(k->value.bytes, &u, 4); break;
     case K_ITEM_TYPE: memcpy(k->value.bytes + 4, &u, 4); break;
     case K_COUNT: n = (uint64_t)c->number, memcpy(k->value.bytes + 8, &n, 8); break;
@@ -266,6 +270,8 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
     case T_DIM1: t->dims[1] = u; break;
     case T_DIM2: t->dims[2] = u, t->n_dims = 3; break;
     case T_ONE_ROW: t->dims[1] = 1, t->n_dims = 2; break;
+    case T_FIVE: t->dims[2] = t->dims[3] = 1, t->n_dims = 5; break;  // of which put_together() writes four
+    case T_NUL: t->n_name++; break;
     case T_SWAP: t->dims[0] = t->dims[1], t->dims[1] = first; break;
     case T_N_DIMS: t->n_dims = (uint32_t)u; break;
     case T_TYPE: t->type = (uint32_t)u; break;
@@ -320,6 +326,7 @@ static const DamageCase gguf_cases[] = {
     { K_ARRAY, "llama.embedding_length", 0, NULL, "embedding_length" },
     { K_ARRAY, "llama.attention.head_count", 0, NULL, "head_count" },
     { K_ARRAY, "llama.block_count", 0, NULL, "block_count" },
+    { K_ARRAY_OF_ONE, "llama.context_length", 64, NULL, "context_length is 1 of type u32, expected a number" },
     { K_U32, "general.architecture", 1, NULL, "general.architecture" },
     { K_U32, "tokenizer.ggml.model", 1, NULL, "tokenizer.ggml.model" },
     { K_U32, "tokenizer.ggml.tokens", 1, NULL, "tokens" },
@@ -419,6 +426,8 @@ static const DamageCase gguf_cases[] = {
     { K_U32, "tokenizer.ggml.remove_extra_whitespaces", -1, NULL, "remove_extra_whitespaces" },
     { K_U32, "tokenizer.ggml.remove_extra_whitespaces", 1, NULL, "remove_extra_whitespaces" },
     { K_TEXT, "tokenizer.ggml.model", 0, "bert", "bert" }, { K_TEXT, "tokenizer.ggml.model", 0, "", "tokenizer" },
+    { K_ARRAY, "tokenizer.ggml.precompiled_charsmap", 0, NULL, "precompiled_charsmap" },
+    { K_FLOATS, "tokenizer.ggml.scores", 0, NULL, "131 tokens, 3 scores" },
     { K_U32, "tokenizer.ggml.bos_token_id", 131, NULL, "131" },
     { K_U32, "tokenizer.ggml.eos_token_id", 4294967295.0, NULL, "eos_token_id" },
     { K_U32, "tokenizer.ggml.unknown_token_id", 1e6, NULL, "1000000" },
@@ -445,7 +454,8 @@ static const DamageCase gguf_cases[] = {
     { T_DIM1, "token_embd.weight", 130, NULL, "13" }, { T_DIM1, "token_embd.weight", 2147483648.0, NULL, "token_embd" },
     { T_DIM0, "output_norm.weight", 23, NULL, "output_norm.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight" },
-    { T_N_DIMS, "blk.0.attn_q.weight", 5, NULL, "blk.0.attn_q.weight" },
+    { T_FIVE, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight has a shape" },
+    { T_NUL, "blk.0.attn_q.weight", 0, NULL, "20 bytes or a NUL" },
     { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 1, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_norm.weight", 2, NULL, "" },
@@ -457,7 +467,7 @@ static const DamageCase gguf_cases[] = {
     { T_TYPE, "blk.0.attn_q.weight", 8, NULL, "blk.0.attn_q.weight" },
     { T_TYPE, "blk.0.attn_norm.weight", 1, NULL, "blk.0.attn_norm.weight" },
     { T_TYPE, "output_norm.weight", 30, NULL, "output_norm.weight" },
-    { T_OFFSET, "blk.0.attn_q.weight", 33, NULL, "blk.0.attn_q.weight" },
+    { T_OFFSET, "blk.0.attn_q.weight", 33, NULL, "no multiple of 32" },
     { T_OFFSET, "blk.0.attn_q.weight", 0, NULL, "overlap" },
     { T_OFFSET, "blk.0.attn_q.weight", 0x1p40, NULL, "blk.0.attn_q.weight" },
     { T_OFFSET, "blk.0.attn_q.weight", -32, NULL, "blk.0.attn_q.weight" },
@@ -579,6 +589,13 @@ static void test_damaged_ggufs(void) {
     };
     for (size_t i = 0; i < sizeof yarn / sizeof *yarn; i++)
         check_damaged_gguf("families/mistral_yarn.gguf", &yarn[i]);
+    static const DamageCase longrope[] = {
+        { T_DROP, "rope_factors_short.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
+        { T_DROP, "rope_factors_long.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
+        { T_DIM0, "rope_factors_long.weight", 1, NULL, "rope_factors_long.weight is 1 x 1 x 1, expected 1 x 1 x 2" },
+    };
+    for (size_t i = 0; i < sizeof longrope / sizeof *longrope; i++)
+        check_damaged_gguf("families/phi3_long.gguf", &longrope[i]);
 }
 
 // Where a file that is cut says that it is. n_keys = 1: a file may not claim to have more than there is room for.
@@ -799,6 +816,18 @@ static void test_limits(void) {
     free(b.bytes);
 }
 
+// A layer that is to rotate by a theta that is not there.
+static void test_no_local_theta(void) {
+    Bytes b = export_golden("llama_linear.gguf");
+    FileHeader h;
+    memcpy(&h, b.bytes, sizeof h);
+    size_t at = h.config.at;
+    for (const ConfigField *f = config_fields; strcmp(f->name, "angles"); f++) at += 32 + (f->per_layer ? 16 : 8);
+    memcpy(b.bytes + at + 32 + 8, &(double){ LOCAL }, 8);
+    check_refused(b, "angles of layer 1", "layer 1 needs local_theta");
+    free(b.bytes);
+}
+
 static void test_damaged_native(void) {
     Bytes b = export_golden("llama_linear.gguf");
     FileHeader h;
@@ -813,6 +842,7 @@ static void test_damaged_native(void) {
         { "layout 0", offsetof(FileHeader, layout), 4, 0, "make it again" },
         { "longer than it is", offsetof(FileHeader, file_bytes), 8, b.n + 1, "not copied whole" },
         { "another family", offsetof(FileHeader, family), 8, 0x78787878, "xxxx" },
+        { "a table with a rest", offsetof(FileHeader, tensors) + 8, 8, h.tensors.n_bytes + 4, "in a table of" },
         { "no tensors", offsetof(FileHeader, n_tensors), 4, 0, "tensors" },
         { "2^32 - 1 tensors", offsetof(FileHeader, n_tensors), 4, UINT32_MAX, "tensors" },
         { "configuration outside", offsetof(FileHeader, config), 8, b.n + 64, "section" },
@@ -821,6 +851,7 @@ static void test_damaged_native(void) {
         { "weights too long", offsetof(FileHeader, weights) + 8, 8, b.n, "section" },
         { "template outside", offsetof(FileHeader, chat_template), 8, 1, "section" },
         { "configuration cut", offsetof(FileHeader, config) + 8, 8, 40, "configuration" },
+        { "configuration longer", offsetof(FileHeader, config) + 8, 8, h.config.n_bytes + 20, "asks for" },
         { "configuration moved", offsetof(FileHeader, config), 8, record, "configuration" },
         { "tokenizer moved", offsetof(FileHeader, tokenizer), 8, record, "vocabulary" },
         { "another field", config, 1, 'N', "n_layers" }, { "0 values", config + 28, 4, 0, "n_layers" },
@@ -857,6 +888,15 @@ static void test_damaged_native(void) {
     memcpy(longer.bytes, b.bytes, b.n);
     longer.bytes[b.n] = 0;
     check_refused(longer, "native: a byte more", "not copied whole");
+    free(longer.bytes);
+    h.n_tensors = MAX_TENSORS + 1;
+    h.tensors = (Section){ round_up(b.n, 64), h.n_tensors * sizeof(TensorRecord) };
+    h.file_bytes = h.tensors.at + h.tensors.n_bytes;
+    longer = new_bytes((size_t)h.file_bytes);
+    memset(longer.bytes, 0, longer.n);
+    memcpy(longer.bytes, b.bytes, b.n);
+    memcpy(longer.bytes, &h, sizeof h);
+    check_refused(longer, "native: more tensors than there may be", "65537 tensors in a table");
     free(longer.bytes), free(b.bytes);
 }
 
@@ -909,7 +949,7 @@ static void test_damaged_llama2c(void) {
         { "another web page", "<html><body>404</body></html>", "web page" },
         { "big-endian GGUF", "FUGG\3", "big-endian" }, { "text", "Once upon a time, there was a little girl.", "" },
         { "one byte", "x", "" }, { "GGUF and no more", "GGUF", "" },
-        { "a magic and no more", "\x89" "cria\r\n\x1a", "" }, { "ak42", "24ka", "" },
+        { "a magic and no more", "\x89" "cria\r\n\x1a", "expected a header of 128" }, { "ak42", "24ka", "" },
         { "safetensors", "\x10\x01\x01\x01\x01\x01\x01\x01{\"a\":", "safetensors" },
     };
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
@@ -1294,6 +1334,7 @@ static void test_damaged_files(void) {
     test_unpadded_part();
     test_damaged_native();
     test_limits();
+    test_no_local_theta();
     test_damaged_llama2c();
     for (int i = 0; i < N_SOURCE_TYPES; i++) check_broken_source(&source_types[i]);
     test_broken_numbers();
