@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import math
 import os
@@ -46,7 +47,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("export_model.py: needs numpy: python3 -m pip install numpy")
 
 
 class Refusal(Exception):
@@ -447,6 +451,7 @@ class Model:
     keys: dict[str, Value]
     tensors: dict[str, Tensor]
     hf_config: dict = field(default_factory=dict)  # the source's config.json, if it has one
+    vocabulary: Path | None = None                 # a folder whose tokenizer is used in place of the source's
 
     @property
     def arch(self) -> str:
@@ -518,9 +523,23 @@ def open_gguf(path: Path) -> Model:
     wanted = whole.get("split.tensors.count", len(whole.tensors))
     if wanted != len(whole.tensors):
         raise Refusal(f"{path}: has {len(whole.tensors)} tensors, key split.tensors.count says {wanted}")
+    join_experts(whole.tensors, path)
     for key in [key for key in whole.keys if key.startswith("split.")]:
         del whole.keys[key]
     return whole
+
+
+def join_experts(tensors: dict[str, Tensor], path: Path) -> None:
+    """llama.cpp wrote a tensor for each expert at first (blk.0.ffn_gate.3.weight): they become one for all."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name in list(tensors):
+        if m := re.fullmatch(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight", name):
+            found.setdefault(f"{m[1]}_exps.weight", {})[int(m[2])] = tensors.pop(name)
+    for name, experts in found.items():
+        if name in tensors or experts.keys() != set(range(len(experts))) \
+                or len({(t.type, t.shape) for t in experts.values()}) > 1:
+            raise Refusal(f"{path}: of {name} an expert is missing, there twice, or of another type or shape")
+        tensors[name] = stack([experts[e] for e in range(len(experts))])
 
 
 def open_gguf_part(path: Path) -> Model:
@@ -1521,7 +1540,7 @@ SAME_WORDS = {"gpt-2": "phi-2 jais trillion granite-docling exaone4 mellum a.x-4
               "dbrx": "smaug-bpe chatglm-bpe",
               "qwen2": "deepseek-r1-qwen stablelm2 f2llmv2 hunyuan megrez kormo solar-open grok-2",
               "gpt-4o": "llama4 kanana2 talkie minimax-m2", "deepseek-v3": "hunyuan-dense joyai-llm hy_v4"}
-# What these names imply where a file is silent.
+# What these names imply where a GGUF file is silent; a tokenizer.json never is. README says where it was looked up.
 COMPOSED = "qwen2 deepseek-r1-qwen stablelm2 f2llmv2 qwen35 mpt olmo command-r".split()
 IGNORE_MERGES = ["llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split()]
 
@@ -2258,7 +2277,9 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
 
 
 # ==== 8. LoRA ====
-# A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+# A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA. What
+# modules_to_save names was trained as a whole, and comes in place of the base's; so does an embedding that has become
+# longer, which needs no mention there.
 
 LORA_HARMLESS = set("""
     base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping init_lora_weights
@@ -2268,9 +2289,10 @@ LORA_HARMLESS = set("""
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale."""
+    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale; and tensors that replace the base's."""
     folder: Path
     modules: dict[str, tuple[Tensor, Tensor, float]]
+    whole: dict[str, Tensor]
 
 
 def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
@@ -2286,6 +2308,7 @@ def open_adapter(folder: Path) -> Adapter:
     c.demand("bias", "none")
     rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
     ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
+    saved = c.get("modules_to_save", [])
     for key, value in c.values.items():  # PEFT writes all keys that it has: null, false or empty is a feature unused
         if key not in c.asked | LORA_HARMLESS and value:
             raise Refusal(f"{c.where}: {key} = {json.dumps(value)} is not supported")
@@ -2302,33 +2325,64 @@ def open_adapter(folder: Path) -> Adapter:
             raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
         scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
         modules[module] = a, b, scale
-    if tensors:
-        raise Refusal(f"{folder}: tensor {next(iter(tensors))} is not one of a LoRA of linear maps")
-    return Adapter(folder, modules)
+    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    left = {name: name.rpartition(".")[0] for name in whole}  # their modules, of which PEFT names the ends
+    for end in saved:
+        if not any(module.endswith(end) for module in left.values()):
+            raise Refusal(f"{c.where}: modules_to_save names {end}, which the adapter has no tensor of")
+    for name, module in left.items():
+        if not module.endswith((*saved, "embed_tokens", "lm_head")) or not name.endswith((".weight", ".bias")):
+            raise Refusal(f"{folder}: tensor {name} is not one of a LoRA of linear maps, nor in modules_to_save")
+    return Adapter(folder, modules, whole)
+
+
+def resize_vocabulary(model: Model, adapter: Adapter) -> None:
+    """Makes room for an adapter's embedding and output matrix, which may have more rows than the base's: then it brings
+    the tokens, too. One that was trained without the other parts them."""
+    new = {name: t for name, t in adapter.whole.items() if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    if new and "output.weight" not in model.tensors:
+        model.tensors["output.weight"] = model.tensors["token_embd.weight"]
+        if model.hf_config:
+            model.hf_config["tie_word_embeddings"] = False
+    rows, n = {t.shape[0] for t in new.values()}, sizes_of(model).V
+    if not rows or rows == {n}:
+        return
+    if len(rows) > 1 or len(new) < 2 or max(rows) < n:
+        raise Refusal(f"{adapter.folder}: the base has {n} tokens, " + ", ".join(
+            f"{name} {t.shape[0]}" for name, t in new.items()) + ": expected more, in both matrices")
+    n = rows.pop()
+    usual = {f"{name}_token_id": model.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    model.keys |= folder_tokenizer_keys(adapter.folder, usual, n, None) | {f"{model.arch}.vocab_size": u32(n)}
+    if model.hf_config:
+        model.hf_config["vocab_size"], model.vocabulary = n, adapter.folder
+    for name in ("token_embd.weight", "output.weight"):
+        tensor = model.tensors[name]
+        model.tensors[name] = replace(tensor, shape=(n, tensor.shape[1]))  # which new ones take the place of
 
 
 def merge_adapter(model: Model, adapter: Adapter) -> None:
     """Into the model's tensors, in the source's order of rows."""
+    resize_vocabulary(model, adapter)
     f, sizes = family_of(model), sizes_of(model)
-    left = dict(adapter.modules)
+    left: dict[str, Any] = {f"{module}.weight": entry for module, entry in adapter.modules.items()} | adapter.whole
     for part in model_parts(f, model.value("block_count")):
-        found = left.pop(part.hf.removesuffix(".weight"), None) if part.hf.endswith(".weight") else None
-        if found is None or part.gguf not in model.tensors:
-            if found:
-                left[part.hf] = found
+        if part.hf not in left or part.gguf not in model.tensors:
             continue
-        a, b, scale = found
-        base = from_gguf(part, model.tensors[part.gguf], sizes)
-        if base.shape != (b.shape[0], a.shape[1]):
-            raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, its LoRA "
-                          f"{[b.shape[0], a.shape[1]]}")
-        merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
-                               base.type if TYPES[base.type].file_type >= 0 else "q8")
+        found, base = left.pop(part.hf), from_gguf(part, model.tensors[part.gguf], sizes)
+        if isinstance(found, Tensor):
+            shape, merged = found.shape, found
+        else:
+            a, b, scale = found
+            shape = b.shape[0], a.shape[1]
+            merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
+                                   base.type if TYPES[base.type].file_type >= 0 else "q8")
+        if base.shape != shape:
+            raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, the adapter's {list(shape)}")
         moved = to_gguf(part, merged, sizes)
         original = moved.original if model.tensors[part.gguf].original else None  # of all tensors, or of none
         model.tensors[part.gguf] = replace(moved, original=original)
     if left:
-        raise Refusal(f"{adapter.folder}: the base has no module {next(iter(left))}")
+        raise Refusal(f"{adapter.folder}: the base has no {next(iter(left))}")
 
 
 # ==== 9. Numpy forward pass ====
@@ -2673,12 +2727,31 @@ def check_openable(model: Model, types: dict[str, str], path: Path, run: Path) -
     done = call(run, path, "-m", "inspect")
     if f"tensor {extra} " not in done.stderr:
         kind, reason = model.hf_config.get("model_type", model.arch), last_line(done.stderr)
-        raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet "
-                      f"({reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
+        asked = [f"{key} = true, " for key in ("use_parallel_residual", "qk_layernorm") if model.hf_config.get(key)]
+        raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet ({''.join(asked)}"
+                      f"{reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
 
 
 def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([str(run), *map(str, words)], capture_output=True, text=True, errors="replace")
+    """Signals wait until the child's number is known: else it would go on alone, and write what nobody removes."""
+    came: list[int] = []
+    usual = {number: signal.signal(number, lambda number, frame: came.append(number))
+             for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen([str(run), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, errors="replace")
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    with process:
+        try:
+            if came:
+                os.kill(os.getpid(), came[0])
+            out, err = process.communicate()
+        except BaseException:
+            process.terminate()  # it removes what it has begun to write, and is waited for
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def last_line(s: str) -> str:
@@ -2946,9 +3019,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def write_tokenizer(model: Model, folder: Path) -> None:
     """The source's files, or new ones."""
     if model.hf_config:
+        source = model.vocabulary or model.source
         for name in TOKENIZER_FILES:
-            if (model.source / name).is_file():
-                shutil.copyfile(model.source / name, folder / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         return
     tokens = model.get("tokenizer.ggml.tokens")
     if tokens is None:
@@ -2975,10 +3049,15 @@ TOLERANCE = 5e-4           # of a logit, in parts of the greatest: what float32 
 SMALL = 1_000_000_000      # parameters up to which a model is verified unless --no-verify
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """log p      f64 (T, V)"""
+    x = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
     """The mean over tokens of KL(p || q), in nats      p, q logits (T, V)"""
-    p, q = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    p, q = log_softmax(p), log_softmax(q)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
@@ -3020,6 +3099,90 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
           f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
 
 
+# -- Calibration: how far a text's predictions are from the source's --
+
+CHUNK = 512  # tokens that are read anew each time, as by the C program's -m perplexity; the second half is scored
+ROWS = 16    # positions whose logits are compared at once
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What an export is measured by: the source as it is, as a native file, and a text."""
+    source: Path
+    type: str           # of most of its weights
+    text: str           # its name
+    chunks: np.ndarray  # ids (n, tokens of a chunk)
+    n_tokens: int       # of the vocabulary
+
+
+def main_type(model: Model, types: dict[str, str]) -> str:
+    n = dict.fromkeys(types.values(), 0)
+    for name, type_name in types.items():
+        n[type_name] += math.prod(model.tensors[name].shape)
+    return max(n, key=n.get)
+
+
+def prepare_calibration(model: Model, o: argparse.Namespace, folder: Path, run: Path) -> Calibration:
+    types = {name: planned_type(name, tensor, "keep") for name, tensor in model.tensors.items()}
+    source, size = folder / "source.bin", min(CHUNK, model.value("context_length"))
+    write_native(model, types, source, False, run)
+    done = [call(run, source, "-m", "tokenize", *words) for words in (("-f", o.calibrate.resolve()), ("-i", ""))]
+    if done[0].returncode:
+        raise Refusal(f"--calibrate: {last_line(done[0].stderr)}")
+    ids, begin = (np.array(d.stdout.split(), int) for d in done)  # of an empty text: the begin token, if one is added
+    if len(ids) < size:
+        raise Refusal(f"{o.calibrate}: has {len(ids)} tokens, which is less than one chunk of {size}")
+    chunks = ids[:len(ids) // size * size].reshape(-1, size)
+    chunks[:, :len(begin)] = begin
+    return Calibration(source, main_type(model, types), o.calibrate.name, chunks,
+                       model.tensors["token_embd.weight"].shape[0])
+
+
+def scored_logits(run: Path, path: Path, ids: np.ndarray, n_tokens: int, *options: str) -> np.ndarray:
+    """The C program's logits of the second half of ids, by way of a pipe: f32 (T, V)"""
+    half = len(ids) // 2
+    logits = np.empty((len(ids) - half, n_tokens), "<f4")
+    words = [run, path.resolve(), "-m", "logits", "-c", len(ids), "--ids", " ".join(map(str, ids)), *options]
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen([*map(str, words), "-o", "/dev/stdout"], stdout=subprocess.PIPE, stderr=said) as process:
+            n = sum(process.stdout.readinto(logits[max(i - half, 0)]) for i in range(len(ids)))
+        said.seek(0)
+        if process.returncode or n != len(ids) * n_tokens * 4:
+            raise Refusal(f"--calibrate: {last_line(said.read().decode(errors='replace'))}")
+    return logits
+
+
+def compare_predictions(p: np.ndarray, q: np.ndarray, followed: np.ndarray) -> np.ndarray:
+    """Sums over tokens: KL(p || q), -log p and -log q of what followed, and where both find the same likeliest.
+    p, q logits (T, V)   followed (T)"""
+    sums = np.zeros(4)
+    for i in range(0, len(followed), ROWS):
+        a, b, ids = log_softmax(p[i:i + ROWS]), log_softmax(q[i:i + ROWS]), followed[i:i + ROWS, None]
+        sums += (np.exp(a) * (a - b)).sum(), -np.take_along_axis(a, ids, 1).sum(), \
+            -np.take_along_axis(b, ids, 1).sum(), (a.argmax(1) == b.argmax(1)).sum()
+    return sums
+
+
+def calibrate(c: Calibration, made: Path, target: str, run: Path) -> None:
+    """Prints, in the form of the report of tensors, a line for the usual arithmetic and one for exact; the source is
+    computed exactly."""
+    first, n = c.chunks.shape[1] // 2, 0
+    ways: dict[str, tuple] = {c.text: (), f"{c.text} --exact": ("--exact",)}
+    sums = {name: np.zeros(4) for name in ways}
+    progress = Progress(c.chunks.size * 12 * c.n_tokens, "calibrating")
+    for ids in c.chunks:
+        wanted = scored_logits(run, c.source, ids, c.n_tokens, "--exact")[:-1]
+        for name, options in ways.items():
+            got = scored_logits(run, made, ids, c.n_tokens, *options)[:-1]
+            sums[name] += compare_predictions(wanted, got, ids[first + 1:])
+        n += len(wanted)
+        progress.add(len(ids) * 12 * c.n_tokens)
+    for name, total in sums.items():
+        kl, before, after, same = total / n
+        print(f"{name:32} {c.type:>5} -> {target:5} KL   {kl:9.3e}  perplexity {math.exp(before):.4f} -> "
+              f"{math.exp(after):.4f}, same top-1 {same:.2%} of {n}", file=sys.stderr)
+
+
 # ==== 12. The command line ====
 
 def warn(message: str) -> None:
@@ -3045,6 +3208,8 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="the error of each tensor that is rounded")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                         help="compare the result's logits with the source's: if it has at most 10^9 parameters")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="how far the result's predictions are from the "
+                        "source's over a text file: KL divergence, perplexities; needs room for a second file")
     return parser.parse_args(words)
 
 
@@ -3065,6 +3230,10 @@ def check_choices(o: argparse.Namespace) -> None:
         raise Refusal(f"{o.output}: its folder does not exist")
     if o.output.exists() and (o.to == "hf" or not o.output.is_file() or o.output.samefile(o.source)):
         raise Refusal(f"{o.output}: exists already")
+    if o.calibrate and not o.calibrate.is_file():
+        raise Refusal(f"{o.calibrate}: no such file")
+    if o.calibrate and o.to == "hf":
+        raise Refusal("--calibrate measures with the C program, which does not open a Hugging Face folder")
     if o.to == "hf" and o.type not in ("keep", *FLOATS):
         raise Refusal(f"--type {o.type} is not one of a Hugging Face folder: keep, f32, f16 or bf16")
     if o.to == "llama2c" and o.type not in ("keep", "f32", "q8"):
@@ -3092,19 +3261,25 @@ def plan_types(model: Model, o: argparse.Namespace) -> dict[str, str]:
 
 def export(o: argparse.Namespace) -> None:
     check_choices(o)
-    run = find_run(o.run, o.to == "native" or (o.verify and o.to == "llama2c"))
+    run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
-    if o.pre and "tokenizer.ggml.pre" in model.keys:
-        model.keys["tokenizer.ggml.pre"] = text(o.pre)
     if o.lora:
         merge_adapter(model, open_adapter(o.lora))
+    if o.pre and "tokenizer.ggml.pre" in model.keys:
+        model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)
     temporary = o.output.with_name(f"{o.output.name}.{os.getpid()}.tmp")
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
+    beside = tempfile.TemporaryDirectory(dir=o.output.resolve().parent) if o.calibrate else contextlib.nullcontext()
     try:
-        write(model, o, types, temporary, run)
-        if wanted and (run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8"):  # its groups are no blocks
-            verify(model, types, temporary, o, run)
+        with beside as folder:
+            calibration = prepare_calibration(model, o, Path(folder), run) if folder else None
+            write(model, o, types, temporary, run)
+            if wanted:
+                verify(model, types, temporary, o, run)
+            if calibration:
+                calibrate(calibration, temporary, main_type(model, types), run)
         temporary.replace(o.output)
         if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
             o.output.with_suffix(".tokenizer.bin").write_bytes(packed)

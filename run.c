@@ -42,7 +42,7 @@
 #endif
 #define _GNU_SOURCE
 #define CRIA_VERSION "0.1"
-#define CRIA_GROUND_FLOOR
+#define CRIA_GROUND_FLOOR  // tells tokenizer.c that chapter 1 is there
 
 #include <ctype.h>
 #include <errno.h>
@@ -95,7 +95,7 @@ __attribute__((format(printf, 3, 4))) static bool fail(Error *e, int status, con
 
 // Zeroed memory for count things of the given size; NULL (and the error filled in) where there is not that much.
 static void *allocate(size_t count, size_t size, Error *e) {
-    void *p = calloc(count ? count : 1, size ? size : 1);
+    void *p = calloc(count ? count : 1, size);
     if (!p) fail(e, NO_MEMORY, "no memory for %zu x %zu bytes", count, size);
     return p;
 }
@@ -169,7 +169,7 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
 // One thread's place in the team that works on a step.
-typedef struct { int thread, threads; struct Gate *gate; } Team;
+typedef struct { int thread, threads; struct Gate *gate; } Team;  // the gate: where it waits
 
 // The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
 typedef struct { size_t from, to; } Range;
@@ -181,14 +181,14 @@ static Range share(size_t n, Team team) {
     return r;
 }
 
-// Runs work(job) on a team of at most `threads` threads and waits for all of them.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them.
 static void run_team(int threads, void (*work)(void *job, Team team), void *job);  // chapter 9
 
 // Every thread of the team waits here for the others.
-static void wait_for_team(Team team);
+static void wait_for_team(Team team);  // chapter 9
 
 // Seconds since some fixed moment.
-static double clock_seconds(void);
+static double clock_seconds(void);  // chapter 9
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
@@ -252,7 +252,7 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
-    int n_experts, n_experts_used;     // E: how many gates, ups and downs; to how many a token goes. 0: one, for all
+    int n_experts, n_experts_used;     // E: of gates, ups and downs; how many a token visits. 0: one of each, for all
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
@@ -287,12 +287,13 @@ typedef struct {
     int8_t q[32];
     float scale;
     float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum[3];  // likewise; where kernels for unsigned weights begin
-    int32_t unused;            // a block fills a line of the cache
+    int32_t minus_128_sum[3];  // -128 * sum of the same q: what makes a product with weight + 128 one with the weight
+    int32_t minus_8_sum;       // -8 * sum of all; and so a block fills a line of the cache, 64 bytes
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
-// by side for all tokens, as a tile meets them. Zeros follow from the matrix's width on.
+// by side for all tokens, as a tile meets them. Behind the width of a matrix of floats anything may follow: its weights
+// are zeros there.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
@@ -307,7 +308,7 @@ typedef struct {
     int threads;
     size_t work;         // multiply-adds of a token: where they are few, one thread does them
     bool exact, cache_f32; // multiply with dequantised weights in float; keys and values in 32 bits, else in 16
-    bool rounds, copies; // some products are made in 8 bits, some in float
+    bool rounds, copies; // some matrix wants its input in 8 bits; some wants it in float
     size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
     size_t logits_stride, routes_stride;               // V, E up to a multiple of 16
     float *x;                   // (B, D)    the token's vector, which each layer adds to
@@ -318,8 +319,8 @@ typedef struct {
     float *out, *expert_out;    // (B, D)    what a block adds to x, and what an expert adds to that
     float *routes;              // (B, E)    the weight of each expert's result for a token, 0: not visited
     int *visitors, *first_visit;// (visits) (E+1)  the tokens that visit expert 0, expert 1, ...; where each one's begin
-    float (*blocks)[32];        // (B or visits, widest/32)  the input of a product in blocks, as it is
-    Block *rounded;             // (B, visits or threads, widest/32)  and rounded
+    float (*blocks)[32];        // (widest/32, B or visits)  the input of a product in blocks, as it is
+    Block *rounded;             // (widest/32, B or visits), for one token (threads, widest/32)  and rounded
     size_t widest;              // of the strides above but the logits'
     float *logits;              // (LOGITS_AT_ONCE, V)
     float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
@@ -364,7 +365,7 @@ typedef struct {
     const char *name;
     int cols, per_scale;   // columns of a tile; those of a row that share a scale
     int header;            // bytes of scales and minima at the tile's beginning; 0: the weights are floats
-    int bits, offset;      // a weight q is stored as q + offset in so many bits
+    int bits, offset;      // the q of a weight, scale * (q - offset), has so many bits
     bool has_min;
     const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
 } TypeInfo;
@@ -406,7 +407,7 @@ INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; })
 // Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
 #define ROUNDER 0x1.8p23f
 
-// q[i] = x[i] / scale rounded, scale = max|x| / 127, for one block of 32.
+// q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
 // max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
 // the scale NaN, and the check of the layer will find what comes of it.
 INLINE void round_block(Block *b, const float *x) {
@@ -427,6 +428,7 @@ INLINE void round_block(Block *b, const float *x) {
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
     for (int i = 0; i < 3; i++) b->minus_128_sum[i] = -128 * sum[i];
+    b->minus_8_sum = -8 * sum[0];
 }
 
 // Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
@@ -470,7 +472,7 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
 
 // sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
 // for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
-// The dot products are of whole numbers below 2^19 in all: exact in float, whatever order they are added in.
+// The dot products are whole numbers below 32 * 128 * 128 = 2^19: exact in float, in whatever order they are added.
 INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
     enum { TOGETHER = 4 };
     const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
@@ -488,7 +490,7 @@ INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, cons
     }
 }
 
-// Adds the products of quantised tiles, one block after the other. x: the blocks of n of n_all tokens for the first.
+// Adds the products of quantised tiles, block after block. x: n tokens' input for the first; each next is n_all behind.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n) {
     bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
@@ -542,6 +544,8 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
+                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // asked for while we multiply
+                for (size_t i = 0; i < 2 * (row_bytes / blocks); i += 64) __builtin_prefetch(next + i, 0, 2);
                 kernels->dequantise(columns, w->type, tiles, c);
                 kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
             }
@@ -575,7 +579,7 @@ INLINE float fold_lanes(float lane[16]) {
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
-// Element i belongs to lane i mod 16. False if x is not finite.
+// Element i belongs to lane i mod 16. False if the sum of squares is not finite.
 INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
     float lane[16] = { 0 }, of_mean[16] = { 0 };
     size_t i;
@@ -757,8 +761,8 @@ static void make_angles(const Model *m, State *s, int n) {
 static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
                      const float *value);
 
-// The vectors that a thread makes for all to use: its share of n, or all of one, which every thread makes for itself in
-// a place of its own, since that takes less time than to wait for each other.
+// Which of n vectors a thread makes: its share; but a single one every thread makes for itself, in a place of its own,
+// which takes less time than to wait for another.
 static Range own_share(int n, Team team) {
     return n == 1 ? (Range){ 0, 1 } : share((size_t)n, team);
 }
@@ -1055,25 +1059,23 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
 static int choose_token(Sampler *s, const float *logits, int n) {
-    int best = likeliest(logits, n);  // what a temperature too small to divide by gives, too
+    int best = likeliest(logits, n);  // also the answer where logit / temperature is too large for a float
     if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
     make_probabilities(c, logits, n, s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
     if (!cuts) {
-        for (int i = 0; i < n; i++) {
+        for (int i = 0;; i++) {
             running += c[i].p;
-            if (coin < running) return i;
+            if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
         }
-        return n - 1;  // rounding may leave the sum below the coin
     }
     size_t n_left = cut_tail(s, c, (size_t)n, &sum);
-    for (size_t i = 1; i <= n_left; i++) {
+    for (size_t i = 1;; i++) {
         running += c[(size_t)n - i].p;
-        if (coin * sum < running) return c[(size_t)n - i].id;
+        if (i == n_left || coin * sum < running) return c[(size_t)n - i].id;
     }
-    return c[(size_t)n - n_left].id;
 }
 
 /* ==== 7. Generating and chatting ====================================================================================
@@ -1121,7 +1123,7 @@ typedef struct {
 } Speed;
 
 static void tell_speed(const Model *m, const Speed *v);  // chapter 10
-static void tell_seed(const Sampler *s);
+static void tell_seed(const Sampler *s);  // if the clock made it
 
 typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
 static const char *const stop_names[] = { "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
@@ -1338,9 +1340,11 @@ INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_
     size_t col_bytes = 2 * (size_t)types[type].bits;
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
-            load_weights(w, type, tiles + (i * cols + c) * col_bytes, 16, widen);
+            const void *from = tiles + (i * cols + c) * col_bytes;
+            const float *v = type == F32 ? from : w;  // a copy would be stored in halves, and read whole has to wait
+            if (type != F32) load_weights(w, type, from, 16, widen);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(w[r], x[c], sum[i][r]);
+            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(v[r], x[c], sum[i][r]);
         }
     }
     memcpy(y, sum, n * sizeof *sum);
@@ -1367,6 +1371,11 @@ INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
     for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
 }
 
+// So many bits of a byte, from number `from` on, moved to number `to` of the result.
+INLINE int move_bits(uint8_t byte, int bits, int from, int to) {
+    return (from > to ? byte >> (from - to) : byte << (to - from)) & ((1 << bits) - 1) << to;
+}
+
 // The stored weights of 32 columns as bytes, four columns of the 16 rows in each w[g].
 INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
@@ -1375,9 +1384,9 @@ INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     for (int g = 0; g < 8; g++) {
         for (int j = 0; j < 64; j++) {
             int x = bits == 8 ? plane[64 * g + j] : 0;
-            if (bits & 4) x = plane[64 * (g % 4) + j] >> g / 4 * 4 & 15;
-            if (bits & 2) x |= (pairs[64 * (g / 4) + j] >> g % 4 * 2 & 3) << low;
-            if (bits & 1) x |= (singles[j] >> g & 1) << lower;
+            if (bits & 4) x = move_bits(plane[64 * (g % 4) + j], 4, g / 4 * 4, 0);
+            if (bits & 2) x |= move_bits(pairs[64 * (g / 4) + j], 2, g % 4 * 2, low);
+            if (bits & 1) x |= move_bits(singles[j], 1, g, lower);
             w[g][j] = (uint8_t)x;
         }
     }
@@ -1724,7 +1733,7 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 // will be used whole is refused by the system if it is more than the machine has.
 static void *map_memory(size_t n_bytes, bool whole, Error *e) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | (whole ? 0 : MAP_NORESERVE);
-    void *p = n_bytes > PTRDIFF_MAX ? MAP_FAILED : mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void *p = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p != MAP_FAILED) return p;
     fail(e, NO_MEMORY, "no memory for %zu MiB", (n_bytes >> 20) + 1);
     return NULL;
@@ -1780,8 +1789,9 @@ static bool map_parts(const char *path, Model *m, Error *e) {
     bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
     for (part = 1; ok && part <= parts; part++) {
         snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
-        ok = map_file(name, part == 1 ? &m->file : &m->parts[part - 2], e) || in_part(part, e);
-        if (ok) m->n_parts = part - 1;
+        Map *map = part == 1 ? &m->file : &m->parts[part - 2];
+        ok = map_file(name, map, e) || in_part(part, e);
+        if (ok) m->n_parts = part - 1, map->path = path;
     }
     free(name);
     return ok;
@@ -2000,6 +2010,7 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
 
 enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
+_Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
 // A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
 enum {
@@ -2386,8 +2397,10 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         int need = slot.rows ? slot.rule->need : 0;
         Entry *entry = need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
         if (entry && !bind_slot(m, &slot, entry, e)) return false;
+        bool apart = slot.n > 1 && bsearch("blk.0.ffn_gate.0.weight", d->entries, d->n, sizeof *d->entries, by_name);
         if (!entry && need & features)
-            return refuse(e, "tensor %s is missing", slot.name);
+            return refuse(e, "tensor %s is missing%s", slot.name,
+                          apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
         if (slot.layer < 1 || !(need & OPTIONAL)) continue;
         Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
@@ -2694,10 +2707,9 @@ static double key_number(const Key *k, size_t i) {
 static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
     bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
-    if (k && !fits)
-        g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name,
-                                 k->is_array ? "an array of " : "", gguf_types[k->type].name,
-                                 is_array ? "an array of " : "", gguf_types[type].name);
+    if (k && !fits && !g->bad)
+        g->bad = !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name, k->is_array ? "an array of " : "",
+                       gguf_types[k->type].name, is_array ? "an array of " : "", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
 
@@ -2706,7 +2718,7 @@ static double get_number(Gguf *g, const char *name, double min, double max, doub
     Key k = get_key(g, name, G_NUMBER, false);
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     if (!k.value.at || (x >= min && x <= max)) return x;
-    g->bad = g->bad || !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
+    if (!g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
     return otherwise;
 }
 
@@ -2811,8 +2823,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
     for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        if (!strcmp(entry->name, "token_embd.weight") && entry->source.rows <= MAX_TOKENS)
-            c->n_tokens = (int)entry->source.rows;
+        if (!strcmp(entry->name, "token_embd.weight")) c->n_tokens = (int)entry->source.rows;
         has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
     }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
@@ -3338,7 +3349,7 @@ static void lay_out_state(const Model *m, State *s) {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
         { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
         { &s->value, n, s->kv_stride }, { &s->gate, rows, s->ffn_stride }, { &s->up, rows, s->ffn_stride },
-        { &s->expert_out, visits, s->x_stride }, { &s->routes, n, s->routes_stride },
+        { &s->expert_out, used ? n : 0, s->x_stride }, { &s->routes, n, s->routes_stride },
         { &s->logits, LOGITS_AT_ONCE, s->logits_stride },
         { &s->angles, c->local_theta > 0 ? 2 * positions : positions, (size_t)c->rope_dim },
         { &s->scratch, (size_t)s->threads, s->scratch_stride },
@@ -3667,10 +3678,10 @@ static void add_product(Load *w, const Tensor *t, double n_read, double n, bool 
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// n tokens after `past` others, in batches of at most `batch`; each run ends with the logits of its last token.
-static Load load_of(const Model *m, const State *s, int past, int n, int batch) {
+// n tokens after `past` others: in batches, the last of which ends with logits, or one by one, each with its own.
+static Load load_of(const Model *m, const State *s, int past, int n, bool one_by_one) {
     Load w = { 0 };
-    for (int done = 0, now; done < n; done += now) {
+    for (int done = 0, now, batch = one_by_one ? 1 : s->batch; done < n; done += now) {
         now = n - done < batch ? n - done : batch;
         double seen = past + done + (now + 1) / 2.0, last = past + done + now;
         for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
@@ -3685,7 +3696,7 @@ static Load load_of(const Model *m, const State *s, int past, int n, int batch) 
             w.f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * now;
             w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * fmin(last, window + now);
         }
-        if (batch == 1 || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
+        if (one_by_one || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
     }
     return w;
 }
@@ -3761,7 +3772,7 @@ static void conclude(Measured *r, int n_runs) {
 
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Measured *r, const char *title, bool first) {
-    static const char head[] = "| model                  | backend  | threads | test                 "
+    static const char head[] = "| model                  | backend  | threads | test                  "
                                "|              t/s |   GB/s |   Gop/s | of limit |\n";
     if (options.json) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
@@ -3773,7 +3784,7 @@ static void put_result(const Measured *r, const char *title, bool first) {
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-20s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
+        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
                r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
     }
     fflush(stdout);
@@ -3897,7 +3908,7 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     b->one_by_one = i >= options.pp.n;
     b->s->threads = r->threads;
     r->n_tokens = b->one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
-    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one ? 1 : b->s->batch);
+    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one);
     int length = snprintf(r->test, sizeof r->test, "%s%d", b->one_by_one ? "tg" : "pp", r->n_tokens);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
     b->s->n_past = 0;
@@ -3982,16 +3993,15 @@ static bool run_matmul(Error *e) {
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
 // 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
-// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 4 bits but q in more.
-typedef enum { SIGNED, UNSIGNED, UNSIGNED_NIBBLES } Signs;
+// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 6 bits but q in more.
+typedef enum { SIGNED, UNSIGNED, UNSIGNED_SIX_BITS } Signs;
 typedef struct {
-    _Alignas(64) uint8_t unpacked[8][64];
-    const uint8_t (*w)[64];  // these, or the tile's own bytes, if they are what is needed
+    _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
 } ByteBlock;
 
 // The leaves of an instruction set: dots[row] = the dot product of a row with groups `from` to `to` of the columns.
-typedef void Dot(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to);
+typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
 typedef struct {
     Signs signs;
     Dot *dot;
@@ -4004,22 +4014,32 @@ typedef struct {
 INLINE int byte_offset(Type type, Signs signs) {
     const TypeInfo *i = &types[type];
     if (signs == UNSIGNED && (i->bits == 8 || i->values)) return 128;
-    return signs == UNSIGNED || (signs == UNSIGNED_NIBBLES && i->bits <= 4) ? i->offset : 0;
+    return signs == UNSIGNED || (signs == UNSIGNED_SIX_BITS && i->bits <= 6) ? i->offset : 0;
 }
 
-// A kernel's part for a format, in C that the compiler makes SIMD of.
-INLINE void unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
+// That times the sum of a block's activations, or of those of a half, less than 0.
+INLINE int32_t offset_product(const Block *x, int part, int offset) {
+    if (offset == 8 && part == 0) return x->minus_8_sum;
+    return offset ? x->minus_128_sum[part] / (128 / offset) : 0;  // the divisor is a power of two
+}
+
+// A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
+// what is needed. Asks for the next block's weights from the first to the last, an order that the loads do not keep:
+// processors that guess what will be read next then guess right, and memory is read half as fast again.
+INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
     int change = byte_offset(type, leaves.signs) - i->offset;
-    uint8_t *w = u->unpacked[0];
-    u->w = i->bits == 8 && !change ? (const void *)from : u->unpacked;
+    uint8_t *w = u->w[0];
+    for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen,
                   leaves.scale_sixteen);
-    if (i->bits < 8) unpack_planes(u->unpacked, i->bits, from);
-    if (i->bits < 8) from = w;
-    if (i->values) leaves.look_up(w, 512, i->values);
-    for (int j = 0; change && j < 512; j++) w[j] = (uint8_t)(from[j] + change);
+    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
+    int8_t values[16];
+    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
+    if (i->values) leaves.look_up(w, 512, values);
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)((i->bits == 8 ? from : w)[j] + change);
+    return i->bits == 8 && !change ? from : w;
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -4027,14 +4047,14 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
     int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.signs);
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
-        unpack_bytes_of(&u, type, tiles, c, leaves);
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
         for (int t = 0; t < n; t++) {
             for (int h = 0; h < halves; h++) {
                 _Alignas(64) int32_t dots[16];
                 int part = halves == 1 ? 0 : 1 + h;
-                int32_t correction = (x[t].minus_128_sum[part] >> 7) * offset;
+                int32_t correction = offset_product(&x[t], part, offset);
                 float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, &u, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
                 for (int r = 0; r < 16; r++) {
                     y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
@@ -4047,13 +4067,13 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
 
 // A leaf for dot products, one vector of rows after the other, step: dot from w, four columns of the rows, and x.
 #define MAKE_DOT(isa, set, Vector, step)                                                                               \
-    isa void dot_##set(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {           \
+    isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
         (void)type;                                                                                                    \
         for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
-            Vector dot = { 0 }, w;                                                                                     \
+            Vector dot = { 0 }, four;                                                                                  \
             for (int g = from; g < to; g++) {                                                                          \
                 int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
-                memcpy(&w, u->w[g] + 4 * row, sizeof w);                                                               \
+                memcpy(&four, w[g] + 4 * row, sizeof four);                                                            \
                 dot = step;                                                                                            \
             }                                                                                                          \
             memcpy(dots + row, &dot, sizeof dot);                                                                      \
@@ -4108,7 +4128,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
-        now = left >= most ? most : left >= 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+        now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
         if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
         else if (now == most) leaf(c, c_stride, a, a_stride, b, half, b_stride, most, depth);
         else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, b_stride, 8, depth);
@@ -4157,31 +4177,31 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
 
-// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of nibbles fit:
-// 8 * 2 * 15 * 127 = 30480. Of bytes not even two do; and the sign of the first factor moves to the other.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const ByteBlock *u, Type type, const int8_t *q, int from, int to) {
+// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of 4-bit weights
+// fit: 8 * 2 * 15 * 127 = 30480; four of 5 bits; two of 6. Of bytes one does, if the sign moves to the other factor.
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from,
+                                int to) {
     __m256i ones = _mm256_set1_epi16(1);
-    bool nibbles = types[type].bits <= 4 && !types[type].values;
+    int bits = types[type].bits, n = to - from, fit = bits <= 4 ? n : bits == 5 ? 4 : 2;
+    bool is_small = bits <= 6 && !types[type].values;
     for (int half = 0; half < 2; half++) {
-        __m256i dot = _mm256_setzero_si256();
-        for (int g = from; g < to; g++) {
-            __m256i w = _mm256_load_si256((const __m256i *)&u->w[g][32 * half]);
-            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * g));
-            if (nibbles) {
-                dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(w, x));
-            } else {
-                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-                dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
-            }
+        __m256i dot = _mm256_setzero_si256(), pairs = dot;
+        for (int g = 0; g < n; g++) {
+            __m256i v = _mm256_load_si256((const __m256i *)&w[from + g][32 * half]);
+            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * (from + g)));
+            if (is_small) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v, x));
+            else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
+            if (is_small && (g + 1) % fit) continue;
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+            pairs = _mm256_setzero_si256();
         }
-        if (nibbles) dot = _mm256_madd_epi16(dot, ones);
         _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
 }
 
 // [kernel avxvnni] One vpdpbusd for three instructions.
-MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, w, _mm256_set1_epi32(x)))
-MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, w, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, four, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, four, _mm256_set1_epi32(x)))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
                 _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
@@ -4216,7 +4236,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
-MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, w, _mm512_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, four, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
@@ -4239,7 +4259,7 @@ MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_NIBBLES, dot_avx2, LEAVES_256 })
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_SIX_BITS, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
@@ -4274,7 +4294,7 @@ INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
     int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
-MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
+MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
@@ -4310,7 +4330,7 @@ MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neo
 
 // [kernel neondot] One sdot a group of columns.
 MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
-         vdotq_s32(dot, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(vdupq_n_s32(x))))
+         vdotq_s32(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
           float32x4_t, vfmaq_f32(x, sum[i], x))
@@ -4427,7 +4447,7 @@ static const Option option_table[] = {
     { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
     { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
-    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect: for programs to read" },
+    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: for programs" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
     { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
@@ -4728,8 +4748,8 @@ static void on_end(int number, siginfo_t *info, void *context) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     (void)context;
     if (unfinished) unlink(unfinished);
-    for (int i = 0; number == SIGBUS && i < 2; i++) {
-        const Map *map = i ? &in_use->tokenizer_file : &in_use->file;
+    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
+        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
         if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
         while (atomic_flag_test_and_set(&said)) pause();
         Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };

@@ -63,11 +63,10 @@ static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
     return known ? t->text + t->text_start[id] : "";
 }
 
-// The character at s: returns its length in bytes, 0 if the n bytes end before the character does, -1 if no valid UTF-8
-// begins like this (overlong forms, surrogates and all above U+10FFFF are not valid).
+// The character at s: returns its length in bytes, 0 if the n > 0 bytes end before it does, -1 if no valid UTF-8 begins
+// like this (overlong forms, surrogates and all above U+10FFFF are not valid).
 static int read_character(const char *s, size_t n, uint32_t *code) {
     const unsigned char *u = (const unsigned char *)s;
-    if (n == 0) return 0;
     *code = u[0];
     if (u[0] < 0x80) return 1;
     if (u[0] < 0xC2 || u[0] > 0xF4) return -1;
@@ -603,8 +602,8 @@ static bool unpack_unicode(Tokenizer *t, Error *e) {
         }
     }
     for (const char *p = unicode_data; *p; p++) {
-        uint32_t n = *p < '0' || *p > '9';  // 1 where none is given
-        for (; *p >= '0' && *p <= '9'; p++) n = n * 10 + (uint32_t)(*p - '0');
+        uint32_t n = !isdigit((unsigned char)*p);  // 1 where none is given
+        for (; isdigit((unsigned char)*p); p++) n = n * 10 + (uint32_t)(*p - '0');
         if (*p == 'k') class = n;
         else if (*p == 'c') code = n;
         else if (*p == 'f') first = n;
@@ -988,7 +987,7 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
         *n_bytes = 3;
         return "\xEF\xBF\xBD";
     }
-    bool starts = previous < 0 || previous >= t->n_tokens || t->type[previous] == PIECE_CONTROL;
+    bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
     if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
@@ -1092,7 +1091,8 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
 // Bytes of a file, with no NUL behind them; `at` is NULL where there is no such text.
 typedef struct { const char *at; size_t n; } Text;
 
-// A vocabulary as containers have it. Arrays may be unaligned; -1 is an id, or an answer, that the file does not give.
+// A vocabulary as containers have it; no string is cut short. Arrays may be unaligned; -1 is an id, or an answer, that
+// the file does not give.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
@@ -1188,8 +1188,7 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
             !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)))
             return false;
     }
-    uint32_t end = (uint32_t)part[PIECE_TEXT].n;
-    if (end < part[PIECE_TEXT].n) return refuse(e, "the vocabulary's text has more than 2^32 bytes");
+    uint32_t end = (uint32_t)part[PIECE_TEXT].n;  // 2^32, the most there can be, is 0: refused when it is opened
     return append(&part[STARTS], &end, 4, e);
 }
 

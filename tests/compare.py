@@ -89,10 +89,11 @@ class Model:
     tg: int
     shape: Optional[Shape] = None  # None: SmolLM2, whose weights are real
     qtype: str = ""          # of every matrix; Q4_K_M: Q4_K, and Q6_K for some
+    file: Optional[pathlib.Path] = None  # the user's own
 
     @property
     def path(self) -> pathlib.Path:
-        return BENCH / f"{self.name}.gguf" if self.shape else SMOLLM2
+        return self.file or (BENCH / f"{self.name}.gguf" if self.shape else SMOLLM2)
 
 
 TINYLLAMA = Shape(dim=2048, layers=22, heads=32, kv_heads=4, ffn=5632, context=2048, tied=False)
@@ -550,6 +551,7 @@ def compare(args: argparse.Namespace) -> None:
     get_models(models, llama)
 
     plan: list[Model] = models + ([LONG] if args.long else [])
+    plan += [Model(path.name, path.name, 512, 64, file=path) for path in args.gguf]
     plan = [shortened(model) for model in plan] if args.quick else plan
     head, rows, start = describe(args, llama), [], None
     if any(model.name == "smollm2" for model in plan):
@@ -586,7 +588,9 @@ def main() -> int:
     names = [model.name for model in MODELS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=words_of(names.__contains__, "the models are " + ",".join(names)),
-                        default=names, metavar="NAMES", help=f"some of {','.join(names)} (default: all)")
+                        metavar="NAMES", help=f"some of {','.join(names)} (default: all, or none with --gguf)")
+    parser.add_argument("--gguf", type=pathlib.Path, metavar="FILE", action="append", default=[],
+                        help="a model of your own")
     parser.add_argument("--threads", type=words_of(lambda word: word.isdigit() and int(word) > 0,
                                                    "numbers from 1 are wanted"),
                         default=["1", "2"], metavar="N,N,...", help="default: 1,2")
@@ -601,6 +605,8 @@ def main() -> int:
     args = parser.parse_args()
     args.threads = [int(word) for word in args.threads]
     args.pairs = args.pairs or (1 if args.quick else 5)
+    args.models = args.models or ([] if args.gguf else names)
+    args.gguf = [path.resolve() for path in args.gguf]
     args.output = args.output.resolve()
     os.chdir(ROOT)
     try:

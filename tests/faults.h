@@ -146,8 +146,8 @@ static int fault_fflush(FILE *f) {
 }
 
 static int fault_fclose(FILE *f) {
-    bool fails = fault(OUTPUT, "fclose");
-    faults.live--;
+    bool fails = fault(OUTPUT, f == stdout ? "fclose(stdout)" : "fclose");
+    faults.live -= f != stdout;  // which nobody opened here
     int result = fclose(f);
     if (fails) errno = EIO;
     return fails ? EOF : result;

@@ -287,8 +287,30 @@ PLAIN static void reference_encode(Reference *r, const char *s, size_t n, size_t
 
 // ---- The targets ----
 
+// Where texts are composed first: what the tokens say is composed, so that it has the same tokens.
+static const char *try_composing(const Tokenizer *t, const char *s, size_t n) {
+    Tokens tokens = { 0 }, again = { 0 };
+    Error e = { 0 };
+    Buffer text = { 0 };
+    const char *wrong = NULL;
+    bool ok = encode(t, &(Span){ s, n, false }, 1, &tokens, &e);
+    for (size_t i = 0; ok && i < tokens.n; i++) {
+        size_t n_bytes;
+        const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n_bytes);
+        ok = append(&text, bytes, n_bytes, &e);
+    }
+    bool whole = ok && t->kind == BPE && !tokens.n_dropped && t->unk < 0;
+    ok = ok && (!whole || encode(t, &(Span){ (const char *)text.bytes, text.n, false }, 1, &again, &e));
+    if (!ok) wrong = e.status == NO_MEMORY ? NULL : "a text was not encoded";
+    else if (whole && (again.n != tokens.n || (again.n && memcmp(again.ids, tokens.ids, again.n * sizeof(int)))))
+        wrong = "the composed text has other tokens";
+    free(tokens.ids), free(again.ids), free(text.bytes);
+    return wrong;
+}
+
 // The program's tokens are the reference's, and give the text back if the vocabulary had all of it.
 static const char *try_text(const Lexicon *x, const char *s, size_t n, size_t special) {
+    if (x->t->composes) return try_composing(x->t, s, n);
     static Reference r;
     static char rest[MAX_REFERENCE];
     size_t n_rest, at = 0;
@@ -400,9 +422,9 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
     static const struct { const char *path, *pre; } files[] = {
         { "spm.gguf", NULL }, { "spm-bare.gguf", NULL }, { "../tokenizer.bin", NULL }, { "bpe.gguf", "gpt-2" },
         { "bpe.gguf", "smollm" }, { "bpe.gguf", "llama-bpe" }, { "bpe.gguf", "dbrx" }, { "bpe.gguf", "qwen2" },
-        { "bpe.gguf", "deepseek-llm" }, { "bpe.gguf", "default" },
+        { "bpe.gguf", "deepseek-llm" }, { "bpe.gguf", "default" }, { "bpe.gguf", "qwen2" },
     };
-    enum { N_FILES = sizeof files / sizeof *files };
+    enum { N_FILES = sizeof files / sizeof *files };  // the last one does not compose
     static Model models[N_FILES];
     static Lexicon lexicons[N_FILES];
     if (n < 2) return NULL;
@@ -436,6 +458,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
             exit(1);
         }
         options.pre = NULL;
+        if (which == N_FILES - 1) models[which].tokenizer.composes = false;
         fclose(f);
         free(file.bytes);
         lexicons[which] = make_lexicon(&models[which].tokenizer);

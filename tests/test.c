@@ -37,6 +37,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -247,6 +248,7 @@ static const struct {
     const char *name;
     void (*run)(void);
 } groups[] = {
+    { "sizes", test_sizes },
     { "half and bfloat", test_halves },
     { "exponential", test_exponential },
     { "quantise", test_quantise },
@@ -257,6 +259,7 @@ static const struct {
     { "goldens", test_goldens },
     { "experts", test_experts },
     { "same bits", test_same_bits },
+    { "stops", test_stops },
     { "containers", test_containers },
     { "hashes", test_hashes },
     { "stories", test_stories },

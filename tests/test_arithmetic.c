@@ -25,6 +25,23 @@ static unsigned half_of_value(double x) {
     return sign | (((unsigned)(exponent + 14) << 10) + ((unsigned)units - 1024));
 }
 
+// What does not fit is SIZE_MAX.
+static void test_sizes(void) {
+    static const size_t half = SIZE_MAX / 2 + 1;
+    check(plus(2, 3) == 5 && plus(SIZE_MAX - 1, 1) == SIZE_MAX && plus(SIZE_MAX, 1) == SIZE_MAX &&
+          plus(half, half) == SIZE_MAX, "plus: wrong");
+    check(times(2, 3) == 6 && times(half, 2) == SIZE_MAX && times(SIZE_MAX, SIZE_MAX) == SIZE_MAX &&
+          times(0, SIZE_MAX) == 0 && times(half, 1) == half, "times: wrong");
+    check(round_up(0, 64) == 0 && round_up(1, 64) == 64 && round_up(64, 64) == 64 && round_up(65, 64) == 128 &&
+          round_up(SIZE_MAX - 62, 64) == SIZE_MAX && round_up(SIZE_MAX, 8) == SIZE_MAX, "round_up: wrong");
+    Error e = { 0 };
+    Buffer b = { .n = 16, .capacity = 16 };
+    faults.n = 0, faults.failing = 1;  // sanitizers end what asks for so much
+    check(!append(&b, NULL, SIZE_MAX - 8, &e) && e.status == NO_MEMORY && b.n == 16, "append: got \"%s\"", e.text);
+    faults.failing = 0;
+    check(!map_memory(SIZE_MAX - 4096, false, &e) && e.status == NO_MEMORY, "map_memory: got \"%s\"", e.text);
+}
+
 static void check_half(float x, const char *what) {
     unsigned got = half_of_float(x), wanted = half_of_value(x);
     bool both_nan = isnan(x) && (got & 0x7c00) == 0x7c00 && (got & 0x3ff);
@@ -346,9 +363,12 @@ static float wanted_product(const Product *p, const Source *s, size_t r, const f
     return y;
 }
 
-// Bytes of random weights. Scales are finite halves of every size, subnormals too; integers take all their values.
+// Bytes of random weights. Scales are finite halves of every size, subnormals too; integers take all their values, or
+// only the extreme ones, whose sums are the largest.
 static void fill_random(unsigned char *data, size_t n, const SourceType *type, double size) {
+    bool extreme = type->block_cols > 1 && random_below(4) == 0;
     for (size_t i = 0; i < n; i++) data[i] = (unsigned char)random_bits();
+    if (extreme) memset(data, random_below(2) ? 0xff : 0, n);
     bool wide = random_below(4) == 0;
     static const struct { const char *type; size_t at; } scales[] = {
         { "Q2_K", 80 }, { "Q3_K", 108 }, { "Q6_K", 208 }, { "Q4_K", 0 }, { "Q5_K", 0 },
@@ -388,7 +408,9 @@ static void check_product(const SourceType *type, Product p) {
     float *x = (float *)(void *)x_bytes.bytes, *y = get((size_t)p.n * y_stride * 4);
     memset(x, 0, x_bytes.n);
     for (size_t t = 0; t < (size_t)p.n; t++) {
-        for (size_t c = 0; c < p.cols; c++) x[t * x_stride + c] = random_float(random_below(50) ? 1 : 30);
+        bool extreme = random_below(4) == 0;
+        for (size_t c = 0; c < p.cols; c++)
+            x[t * x_stride + c] = extreme ? 1 : random_float(random_below(50) ? 1 : 30);
     }
     for (size_t i = 0; i < (size_t)p.n * x_stride; i += 32)  // block c of token t is [c * n + t]
         memcpy(blocks.bytes + (i % x_stride * (size_t)p.n + i / x_stride * 32) * 4, x + i, 128);
@@ -820,7 +842,7 @@ static void test_rotation(void) {
         double worst = 0;
         int half = c.rope_dim / 2;
         for (int position = 0; position < 1000; position += 27) {
-            float head[64], out[64], first[64], before[64];
+            float head[64], out[64] = { 0 }, first[64], before[64];
             for (int k = 0; k < c.head_dim; k++) head[k] = out[k] = random_float(1);
             memcpy(first, out, sizeof first);
             for (const Kernels *const *k = usable_kernels(); *k; k++) {

@@ -188,7 +188,11 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -n 0x10", "--n-predict" }, { "$tied -n ''", "--n-predict" }, { "$tied -s -1", "--seed -1" },
     { "$tied -s 18446744073709551616", "--seed" }, { "$tied -s abc", "--seed abc" }, { "$tied -s 1x", "--seed 1x" },
     { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
-    { "$tied -j 100000", "--threads 100000" }, { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
+    { "$tied -j 100000", "--threads 100000" }, { "$tied -j '1;2'", "--threads 1;2" },
+    { "$tied -j 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", "--threads 1,1" }, { "-m matmul --pp 5000", "at most 4096" },
+    { "$tied -m chat --ids 1", "-m chat takes" }, { "$tied -m inspect --template nonsense", "nonsense" },
+    { "$T/no_bos.bin -t 0", "an empty prompt, and the model has no begin token; see -i" },
+    { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
     { "$tied -b -1", "--batch-size" }, { "$tied -c -5", "--ctx-size -5" }, { "$tied -c 999999999", "--ctx-size" },
     { "$tied -c x", "--ctx-size x" }, { "$tied -i a -t 0 -c 65", "64 positions; -c 0" },
     { "$tied -i a -t 0 --kv f8", "--kv f8" }, { "$tied -i a -t 0 --kv ''", "--kv" },
@@ -202,6 +206,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
 
 static const Case cases[] = {
     // a bad model or tokenizer
+    { "-", 1, NULL, "run: -: " },
     { "nowhere.gguf", 1, NULL, "=run: nowhere.gguf: No such file or directory\n" },
     { "tests", 1, NULL, "run: tests: " }, { "/dev/null", 1, NULL, "run: /dev/null: " },
     { "run.c", 1, NULL, "run: run.c: " }, { "$T/empty", 1, NULL, "empty" },
@@ -213,6 +218,7 @@ static const Case cases[] = {
     { "$T/nan.bin -m inspect --check", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -m export -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -q -t 0 -n 1", 1, "", "run: layer 2 at position 0 is not finite" },
+    { "$T/rows.bin -q -t 0 -n 5 --ids '1 2 3'", 1, "\"#$", "run: the embedding at position 3 is not finite" },
     { "$v0 -z $tied", 1, NULL, "277 tokens, the model has 275" },
     { "$tied -z $z", 1, NULL, "275 tokens, the model has 277" }, { "$v0 -z run.c", 1, NULL, "run: run.c: " },
     { "$v0 -z tests", 1, NULL, "run: tests: " }, { "$v0 -i a", 1, NULL, "give it with -z FILE" },
@@ -234,6 +240,8 @@ static const Case cases[] = {
     // more text than room
     { "$tied -t 0 -f $T/text", 5, NULL, "the context has 64" },
     { "$tied -t 0 -i aaaaaaaaaaaaaaaa -c 8", 5, NULL, "; see -c" },
+    { "$tied -m bench -q --reps 1 -j 1 --pp $many --tg $many --depth $many", 2, "", "more than 511 tests" },
+    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "65 positions; the model was trained for 64" },
     { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
     // texts; stdout has nothing else
     { "$tied -t 0 -n 0 -i 'Once upon'", 0, "=Once upon\n", "stopped at -n tokens" },
@@ -246,7 +254,9 @@ static const Case cases[] = {
     { "$tied -t 0 -n -1 -i a -c 16", 0, "a", "generated 15 tokens" }, { "$tied -t 0 -n -1 -q -i a", 0, "a", NULL },
     { "-q -i a -t 0 -n 0 $tied", 0, "=a\n", NULL },
     { "--prompt a --temp 0 --n-predict 0 --quiet $tied", 0, "=a\n", NULL }, { "$tied -t 0 -n 1 -q", 0, "", NULL },
-    { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" },
+    { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" }, { "$tied -t 4.5 -n 1 -i a -s 1 -q", 0, "a", NULL },
+    { "$T/no_bos.bin -t 0 -n 0 -q -i a", 0, "=a\n", NULL }, { "$T/no_bos.bin -q -m tokenize", 0, "=\n", NULL },
+    { "$tied -m perplexity --ids '1 2 3 4' -c 4 -q", 0, "1 scored\nPPL = ", NULL },
     { "$tied -t 0 -n 1 -i a -c 0", 0, "a", "context of 64 positions" },
     { "$tied -t 0 -n 1 -i a -c 0 -q", 0, "a", NULL }, { "$tied -s 18446744073709551615 -n 2 -i a -q", 0, "a", NULL },
     { "$tied -s 0 -n 2 -i a -q", 0, "a", NULL }, { "$tied -k 1000000000 -p 0 --min-p 1 -n 2 -i a -q", 0, "a", NULL },
@@ -292,7 +302,10 @@ static const Case cases[] = {
 };
 
 static const Case tokenizer_cases[] = {
-    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied $tied", 2, NULL, "usage" },
+    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied -bs", 2, NULL, "usage" },
+    { "-", 2, NULL, "usage" },
+    { "$qwen2 -b <$T/prompt >$T/ids; $EMULATOR ./tokenizer $qwen2 <$T/prompt | cmp - $T/ids", 0, NULL, NULL },
+    { "$tied $tied", 2, NULL, "usage" },
     { "nowhere", 1, NULL, "tokenizer: nowhere: " }, { "$v0", 1, NULL, "tokenizer.bin" },
     { "$tied <&-", 3, NULL, "reading" }, { "$tied <$T/prompt >/dev/full", 3, NULL, "No space" },
     { "$tied -d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied", 0, "=\n", NULL },
@@ -345,7 +358,7 @@ static void make_files(void) {
         { "tied", "tests/golden/llama_tied.gguf" }, { "qwen2", "tests/golden/qwen2.gguf" },
         { "mixed", "tests/golden/mixed.gguf" }, { "v0", "tests/golden/llama2c_v0.bin" },
         { "z", "tests/golden/tokenizer.bin" }, { "bpe", "tests/golden/tokens/bpe.gguf" },
-        { "long", temporary("long.gguf") }, { "T", folder },
+        { "long", temporary("long.gguf") }, { "T", folder }, { "many", "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1" },
     };
     static const char bytes[] = "\0a\377\xE4\xBD b\n\xF0\x9F\x98\x80\0\0";
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) setenv(variables[i].name, variables[i].value, 1);
@@ -358,15 +371,25 @@ static void make_files(void) {
     free(chat.bytes);
     put_file("bytes", bytes, sizeof bytes - 1);
     mkdir(temporary("folder"), 0777);
+    Bytes b = export_golden("qwen2_untied.gguf");
+    FileHeader header;
+    memcpy(&header, b.bytes, sizeof header);
+    memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
+    put_file("no_bos.bin", b.bytes, b.n);
+    size_t n_bytes;
+    unsigned char *rows = native_tensor(b, "token_embd.weight", &n_bytes);  // 263 x 24, f32; finite are 1, 2 and 3:
+    for (size_t row = 0; row < 263; row++)
+        if (row < 1 || row > 3) memcpy(rows + 4 * (row / 16 * 32 * 16 + row % 16), (const float[]){ NAN }, 4);
+    put_file("rows.bin", b.bytes, b.n);
+    free(b.bytes);
     Result r = run_with("$tied -m export -o $T/native.bin");
-    Bytes b = read_bytes(temporary("native.bin"));
+    b = read_bytes(temporary("native.bin"));
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
         uint32_t layout = LAYOUT + 1;
         memcpy(b.bytes + offsetof(FileHeader, layout), &layout, sizeof layout);
         put_file("layout.bin", b.bytes, b.n);
         memcpy(b.bytes + offsetof(FileHeader, layout), (const uint32_t[]){ LAYOUT }, sizeof layout);
-        size_t n_bytes;
         unsigned char *data = native_tensor(b, "blk.1.ffn_up.weight", &n_bytes);  // f32, 44 rows in three row tiles
         memcpy(data + n_bytes / 3 + 4 * (17 % 16), (const float[]){ NAN }, 4);
         put_file("nan.bin", b.bytes, b.n);
@@ -621,7 +644,7 @@ static void test_json(void) {
         { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
         { "$mixed -m bench --json -q --pp 8,3 --tg 2 --depth 0,5 --reps 2", "\"test\": \"tg2 @ d5\"" },
         { "$tied -m bench --json -q --pp 4 --tg 0 --exact --reps 1 -j 1", "\"percent_of_ceiling\": " },
-        { "-m matmul --json -q --pp 1 --reps 1 -j 1 --kernel scalar", "\"test\": \"5632x2048 q4m x 1\"" },
+        { "-m matmul --json -q --pp 1 --reps 1 -j 1", "\"test\": \"5632x2048 q4m x 1\"" },
     };
     for (size_t i = 0; i < sizeof printed / sizeof *printed; i++) {
         Result r = run_with(printed[i].arguments);
@@ -920,6 +943,62 @@ static void test_terminal(void) {
     }
 }
 
+// A chat whose messages come from a terminal, which shows where they are expected; and progress on one, after a while.
+static void test_talking(void) {
+    char text[256], shown[4096] = "";
+    int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) return;
+    int slave = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+    snprintf(text, sizeof text, "exec $EMULATOR ./run $long -m chat -t 0 -n 3 -q <%s", ptsname(terminal));
+    Command c = start_command(text, false, -1);
+    bool sent = wait_for(&c, c.err, 2, "> ") && write(terminal, "a\n", 2) == 2 && wait_for(&c, c.err, 4, "> > ") &&
+                write(terminal, "\4", 1) == 1;
+    Result r = end_command(&c);
+    check(sent && r.status == 0 && r.n_out > 1 && !strcmp(r.err, "> > \n"), "%s: got status %d, \"%s\" and \"%s\"",
+          text, r.status, r.out, r.err);
+    free_result(&r);
+    snprintf(text, sizeof text, "exec $EMULATOR ./run $long -t 0 -n 0 -c 0 -b 16 -j 1 -f $T/long_text 2>%s",
+             ptsname(terminal));
+    c = start_command(text, false, -1);
+    fcntl(terminal, F_SETFL, O_NONBLOCK);
+    for (size_t i = 0, n = 0; i < 4000 && !strstr(shown, "\rprompt token "); i++, usleep(5000)) {
+        ssize_t now = read(terminal, shown + n, sizeof shown - 1 - n);
+        if (now > 0) n += (size_t)now;
+    }
+    kill(c.pid, SIGKILL);
+    r = end_command(&c);
+    close(slave), close(terminal);
+    check(strstr(shown, "\rprompt token "), "%s: got \"%s\"", text, shown);
+    free_result(&r);
+}
+
+// Ctrl-C while the model reads a message: as if it had not been said.
+static void test_unsaid(void) {
+    enum { LONG = 60000 };
+    Result wanted = run_shell("printf 'a\nb\n' | $EMULATOR ./run $long -q -m chat -t 0 -n 4 -c 0");
+    Command c = start_command("exec $EMULATOR ./run $long -q -m chat -t 0 -n 4 -c 0 -b 16 -j 1", true, -1);
+    char *message = get(LONG + 1);
+    memset(message, 'a', LONG);
+    message[LONG] = '\n';
+    bool ok = write(c.to_stdin, "a\n", 2) == 2 && wait_for(&c, c.out, 1, NULL) &&
+              write(c.to_stdin, message, LONG + 1) == LONG + 1;
+    for (int i = 0, left = 1; i < 4000 && ok && left > 0; i++, usleep(5000))
+        ok = ioctl(c.to_stdin, FIONREAD, &left) == 0;
+    usleep(50000);
+    kill(c.pid, SIGINT);
+    ok = ok && write(c.to_stdin, "b\n", 2) == 2;
+    Result r = end_command(&c);
+    const char *second = strchr(wanted.out, '\n');
+    size_t n = second ? (size_t)(second - wanted.out) + 1 : 0;
+    check(ok && n && r.status == 0 && !*r.err && !strncmp(r.out, wanted.out, n) && r.out[n] == '\n' &&
+              !strcmp(r.out + n + 1, wanted.out + n),
+          "Ctrl-C while a message is read: got status %d, \"%s\" and \"%s\", wanted \"%s\" with an empty line",
+          r.status, r.out, r.err, wanted.out);
+    free(message);
+    free_result(&r);
+    free_result(&wanted);
+}
+
 // Ctrl-C ends a text, and one that waits for a message; an answer it only cuts, and the chat goes on.
 static void test_interrupts(void) {
     char endless[128], chat[128];
@@ -988,6 +1067,13 @@ static void test_interrupts(void) {
     check(begun && goes_on && r.status == 128 + SIGTERM, "%s, then SIGHUP and SIGINT: got status %d and \"%s\"", text,
           r.status, r.err);
     free_result(&r);
+
+    c = start_command(endless, false, -1);  // a SIGBUS that is not of a mapped file is none of ours
+    begun = wait_for(&c, c.out, 50, NULL);
+    r = end_by(&c, SIGBUS);
+    check(begun && r.status == 128 + SIGBUS && !strstr(r.err, "run: "), "%s, SIGBUS: got status %d and \"%s\"", endless,
+          r.status, r.err);
+    free_result(&r);
     test_shrunk_files(endless);
 }
 
@@ -1032,7 +1118,9 @@ static void test_command_line(void) {
     test_chats();
     test_unfinished_files();
     test_interrupts();
+    test_unsaid();
     test_terminal();
+    test_talking();
     test_help();
     remove_files();
 }

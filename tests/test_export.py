@@ -29,6 +29,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -133,7 +134,7 @@ CASES = {
                        {"attention.sliding_window_pattern": [False, True]}),
 }
 # What the C program does not open yet, and the word by which it says so.
-UNOPENED = {"stablelm 12b": "ffn_norm.weight"}
+UNOPENED = {"stablelm 12b": "use_parallel_residual = true, qk_layernorm = true, "}
 BY_PROGRAM = [case for case in CASES if case not in UNOPENED]
 
 
@@ -284,6 +285,27 @@ def test_families(folder: Path) -> None:
         check(f"{case}: its keys", not lost, str(lost))
 
 
+def test_stablelm_12b(folder: Path) -> None:
+    """What it has and the smaller ones have not, each and both: converted for llama.cpp, refused by the key's name for
+    a native file, and by the C program in one line."""
+    for name, keys in (("norms", ["qk_layernorm"]), ("parallel", ["use_parallel_residual"]),
+                       ("both", ["use_parallel_residual", "qk_layernorm"])):
+        network = make_network("stablelm", **dict.fromkeys(keys, True))
+        check(f"{name}: it matters", np.abs(reference(network) - reference(make_network("stablelm"))).max() > 0.01)
+        source, made = save_model(folder / name, network), folder / f"{name}.gguf"
+        exported(source, "-o", made, "--to", "gguf")
+        check_logits(f"{name}: numpy, gguf", numpy_logits(made), reference(network))
+        status, stderr = export(source, "-o", folder / "no.bin")
+        check(f"{name}: the exporter", status == 1 and all(f"{key} = true" in stderr for key in keys)
+              and stderr.count("\n") == 1 and stderr.count("= true") == len(keys), stderr)
+        done = export_model.call(RUN, made, "-m", "inspect")
+        check(f"{name}: the program", done.returncode == 1 and done.stderr.count("\n") == 1
+              and ("ffn_norm.weight is missing" if "use_parallel_residual" in keys else "attn_k_norm.weight")
+              in done.stderr, done.stderr)
+    left = {p.name for p in folder.glob("no*")}
+    check("no file is left", left == {"norms", "norms.gguf"}, str(left))
+
+
 def test_scaled_rotation(folder: Path) -> None:
     """LongRoPE has factors for short and for long texts: transformers chooses by the text's length, cria by -c, once.
     And each number of a scaling shows in the logits: else no test of it could fail."""
@@ -411,8 +433,8 @@ def test_round_trips(folder: Path) -> None:
         check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
 
 
-def write_split(source: Path, made: Path, **how) -> list[Path]:
-    """A GGUF as gguf-py writes it in parts."""
+def copy_gguf(source: Path, made: Path, change=lambda name, data: {name: data}, **how) -> None:
+    """A GGUF written anew by gguf-py, in parts if `how` says so      change: a tensor -> those in its place"""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(made, reader.fields["general.architecture"].contents(), **how)
     for key, field in reader.fields.items():
@@ -420,12 +442,48 @@ def write_split(source: Path, made: Path, **how) -> list[Path]:
             kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), kind, item)
     for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+        for name, data in change(t.name, t.data).items():
+            writer.add_tensor(name, data, raw_dtype=t.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_split(source: Path, made: Path, **how) -> list[Path]:
+    copy_gguf(source, made, **how)
     return sorted(made.parent.glob(f"{made.stem}-*-of-*.gguf"))
+
+
+def test_single_experts(folder: Path) -> None:
+    """Files of a time when llama.cpp wrote a tensor for each expert: joined by export_model.py, refused by the program,
+    which names that command."""
+    def apart(name: str, data: np.ndarray) -> dict[str, np.ndarray]:
+        single = {name.replace("_exps.", f".{e}."): x for e, x in enumerate(data)}
+        return single if "_exps." in name else {name: data}
+    for choice in ("f16", "q4"):
+        source = save_model(folder / choice, make_network("mixtral"))
+        now, old, again = (folder / f"{choice} {name}.gguf" for name in ("now", "old", "again"))
+        exported(source, "-o", now, "--to", "gguf", "--type", choice)
+        copy_gguf(now, old, apart)
+        check(f"{choice}: single tensors", "blk.1.ffn_down.3.weight" in gguf_tensors(old))
+        exported(old, "-o", again, "--to", "gguf")
+        check(f"{choice}: the same weights", same_weights(now, again))
+        exported(old, "-o", folder / f"{choice}.bin")
+        check(f"{choice}: the same bits", np.array_equal(run_logits(folder / f"{choice}.bin"), run_logits(now)))
+        done = export_model.call(RUN, old, "-m", "inspect")
+        check(f"{choice}: run names the command", done.returncode == 1 and done.stderr.count("\n") == 1
+              and "export_model.py FILE -o NEW" in done.stderr, done.stderr)
+    for what, change in (("missing", lambda n, x: apart(n, x[1:] if "blk.1.ffn_up" in n else x)),
+                         ("shape", lambda n, x: apart(n, x) | ({"blk.1.ffn_up.2.weight": x[2, :64]} if "blk.1.ffn_up_"
+                                                               in n else {})),
+                         ("twice", lambda n, x: apart(n, x) | {n: x})):
+        copy_gguf(folder / "f16 now.gguf", folder / "bad.gguf", change)
+        if what == "missing":
+            damaged = (folder / "bad.gguf").read_bytes().replace(b"blk.1.ffn_up.0.w", b"blk.1.ffn_up.9.w")
+            (folder / "bad.gguf").write_bytes(damaged)
+        status, stderr = export(folder / "bad.gguf", "-o", folder / "no.gguf", "--to", "gguf")
+        check(f"an expert: {what}", status == 1 and "an expert is missing" in stderr, stderr)
 
 
 def test_split_files(folder: Path) -> None:
@@ -549,6 +607,54 @@ def test_types(folder: Path) -> None:
     exported(source, "-o", folder / "q4.gguf", "--type", "q4", "--to", "gguf")
     exported(folder / "q4.gguf", "-o", folder / "kept.gguf", "--to", "gguf")
     check("q4 is kept", same_weights(folder / "q4.gguf", folder / "kept.gguf"))
+
+
+def log_probabilities(network, chunks: torch.Tensor) -> torch.Tensor:
+    """Of what follows the tokens of each chunk's second half      out f64 (chunks, T, VOCAB)"""
+    with torch.no_grad():
+        logits = network(chunks).logits[:, chunks.shape[1] // 2:-1]
+    return torch.log_softmax(logits.double(), -1)
+
+
+def test_calibration(folder: Path) -> None:
+    """KL, perplexities and likeliest tokens over a text are transformers', of the source and of the rounded weights."""
+    network = make_network("llama")
+    source, text = save_model(folder / "model", network), folder / "text.txt"
+    text.write_bytes((ROOT / "LICENSE").read_bytes()[:1200])
+    ids = torch.tensor(byte_tokenizer().encode(text.read_text()).ids)
+    chunks = ids[:len(ids) // 128 * 128].reshape(-1, 128)  # the model has 128 positions
+    chunks[:, 0] = 0  # the begin token
+    check("several chunks, and some of another", len(chunks) > 2 and len(ids) > chunks.numel(), f"{len(ids)}")
+    p = log_probabilities(network, chunks)
+    before = (-p.gather(2, chunks[:, 65:, None])).mean().exp()
+    for form, choice in (("native", "q8"), ("gguf", "q4")):
+        made = folder / f"{form}.made"
+        lines = exported(source, "-o", made, "--to", form, "--type", choice, "--calibrate", text).splitlines()[-2:]
+        exported(made, "-o", folder / f"{form} again", "--to", "hf")
+        got = float(lines[1].split(" perplexity ")[1].split()[0])
+        check(f"{form}: perplexity of the source", abs(got - before) <= TOLERANCE * before, f"{before} {lines}")
+        done = export_model.call(RUN, made, "-m", "perplexity", "-f", text)
+        after = done.stdout.split("PPL = ")[-1].split()[0]
+        check(f"{form}: perplexity as by -m perplexity", f" -> {after}, " in lines[0], f"{done} {lines}")
+        rounded = transformers.AutoModelForCausalLM.from_pretrained(folder / f"{form} again", dtype=torch.float32,
+                                                                    **PLAINLY).eval()
+        q = log_probabilities(rounded, chunks)
+        kl, same = (p.exp() * (p - q)).sum(-1).mean(), (p.argmax(-1) == q.argmax(-1)).double().mean()
+        print(f"  {form}, {choice}: KL {kl:.3e};{lines[0][45:]};{lines[1][45:]}")
+        got = float(lines[1].split(" KL ")[1].split()[0])
+        check(f"{form}: KL", abs(got - kl) <= 1e-3 * kl, f"{got} {kl}")  # as printed
+        n, found = p[..., 0].numel(), float(lines[1].split("same top-1 ")[1].split("%")[0]) / 100
+        check(f"{form}: same top-1", abs(found - same) <= 1.1 / n and lines[1].endswith(f" of {n}"), f"{same} {lines}")
+        check(f"{form}: the line", lines[1].startswith("text.txt --exact") and f"f32 -> {choice} " in lines[1])
+    short = folder / "short.txt"
+    short.write_text("too short")
+    left = sorted(folder.iterdir())
+    for words, word in ((["--calibrate", short], "less than one chunk of 128"),
+                        (["--calibrate", folder / "none"], "no such file"),
+                        (["--calibrate", text, "--to", "hf"], "Hugging Face folder")):
+        status, stderr = export(source, "-o", folder / "no", *words)
+        check(f"calibration: {word}", status == 1 and word in stderr and stderr.count("\n") == 1, stderr)
+    check("no file is left", sorted(folder.iterdir()) == left)
 
 
 META_PARTS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
@@ -682,21 +788,31 @@ def test_tekken(folder: Path) -> None:
 
 
 def test_nfc(folder: Path) -> None:
-    """A normalizer NFC is kept: by the C program, in GGUF and in a folder made anew."""
+    """Whether a text is composed, tokenizer.json says, whatever is usual with its way to cut words: it is kept by the C
+    program, in GGUF and in a folder made anew."""
     source = save_model(folder / "model", make_network("llama"))
-    theirs = byte_tokenizer()
-    theirs.normalizer = normalizers.NFC()
-    theirs.save(str(source / "tokenizer.json"))
-    exported(source, "-o", folder / "model.bin")
-    exported(folder / "model.bin", "-o", folder / "again", "--to", "hf")
-    exported(source, "-o", folder / "model.gguf", "--to", "gguf")
-    exported(folder / "model.gguf", "-o", folder / "more", "--to", "hf")
-    again = [Tokenizer.from_file(str(folder / name / "tokenizer.json")) for name in ("again", "more")]
-    for text in ("e\u0301 \u1100\u1161\u11a8", "q\u0307\u0323", "\u212b\u0344"):
-        wanted = theirs.encode(text).ids
-        got = [tokenize(folder / f"model.{kind}", text) for kind in ("bin", "gguf")]
-        got += [t.encode(text).ids for t in again]
-        check(f"NFC: {text!r}", got == [wanted] * 4 and wanted != byte_tokenizer().encode(text).ids, f"{got} {wanted}")
+    for name, rule in (("gpt-2", pre_tokenizers.ByteLevel(False)), ("qwen2", None)):
+        for normalizer in (normalizers.NFC(), normalizers.Sequence([normalizers.NFC()]), None):
+            theirs = byte_tokenizer()
+            if normalizer:
+                theirs.normalizer = normalizer
+            regex = tokenizers.Regex(export_model.PRE_TOKENIZERS["qwen2"][0])
+            theirs.pre_tokenizer = rule or pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(regex, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+            theirs.save(str(source / "tokenizer.json"))
+            made = [folder / f"model.{kind}" for kind in ("native", "gguf")]
+            again = []
+            for path in made:
+                exported(source, "-o", path, "--to", path.suffix[1:])
+                exported(path, "-o", folder / f"{name} {path.suffix} {normalizer}", "--to", "hf")
+                again.append(Tokenizer.from_file(str(folder / f"{name} {path.suffix} {normalizer}/tokenizer.json")))
+            pre = gguf.GGUFReader(made[1]).fields["tokenizer.ggml.pre"].contents()
+            check(f"NFC: {name}", pre == name, pre)
+            for text in ("e\u0301 \u1100\u1161\u11a8", "q\u0307\u0323", "\u212b\u0344"):
+                wanted, plain = (t.encode(text).ids for t in (theirs, byte_tokenizer()))
+                got = [tokenize(path, text) for path in made] + [t.encode(text).ids for t in again]
+                check(f"NFC: {name}, {normalizer}, {text!r}", got == [wanted] * 4
+                      and (wanted != plain) == bool(normalizer), f"{got} {wanted}")
 
 
 def test_llama2c(folder: Path) -> None:
@@ -758,6 +874,79 @@ def test_lora(folder: Path) -> None:
         adapter.write_text(json.dumps(config | {key: value}))
         status, stderr = export(folder / "llama", "--lora", folder / "llama alpha", "-o", folder / "no.bin")
         check(f"LoRA: {key} is refused", status == 1 and key in stderr and not (folder / "no.bin").exists(), stderr)
+
+
+def test_modules_to_save(folder: Path) -> None:
+    """What PEFT saved as a whole replaces the base's, as its merge_and_unload() does: both big matrices or one, which
+    parts them where they were one; norms and a matrix with its bias; a longer vocabulary with the adapter's tokens."""
+    try:
+        import peft
+    except ImportError:
+        return print("  skipped: peft is not installed")
+    both, few = ["embed_tokens", "lm_head"], ["norm", "k_proj"]
+    for case, saved, rows in (("llama", both, 13), ("llama", few, 0), ("llama tied", both, 13), ("olmo2", both, 5),
+                              ("llama tied", ["embed_tokens"], 0), ("qwen2 tied", ["lm_head"], 0), ("qwen2", few, 0),
+                              ("gemma3", both + ["norm"], 7)):
+        name = f"{case} {' '.join(saved)}"
+        source = save_model(folder / f"{name} base", make_network(case))
+        exported(source, "-o", folder / f"{name}.gguf", "--to", "gguf")
+        network = make_network(case)
+        if rows:
+            network.resize_token_embeddings(VOCAB + rows)
+        network = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"],
+                                                               modules_to_save=saved))
+        with torch.no_grad():
+            for key, p in network.named_parameters():
+                if "lora_" in key or "modules_to_save" in key:
+                    p.add_(torch.randn_like(p) * 0.1)
+        adapter = folder / name
+        with contextlib.redirect_stderr(io.StringIO()):  # that they are no longer tied
+            network.save_pretrained(adapter)
+            wanted = reference(network.merge_and_unload())
+        if rows:
+            longer = byte_tokenizer()
+            longer.add_tokens([f"<more{i}>" for i in range(longer.get_vocab_size(), VOCAB + rows)])
+            longer.save(str(adapter / "tokenizer.json"))
+        for base in (source, folder / f"{name}.gguf"):
+            made = folder / f"{name} {base.suffix}.made"
+            exported(base, "--lora", adapter, "-o", made)
+            check_logits(f"{name}, {rows} rows more, {base.suffix or 'folder'}", run_logits(made), wanted)
+            if rows:
+                last = tokenize(made, f"<more{VOCAB + rows - 1}>")
+                check(f"{name}: its last token", last[-1] == VOCAB + rows - 1, str(last))
+            again = folder / f"{name} {base.suffix} again"
+            exported(base, "--lora", adapter, "-o", again, "--to", "hf")
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32, **PLAINLY).eval()
+            check_logits(f"{name}: transformers on a folder", reference(theirs), wanted)
+            n = Tokenizer.from_file(str(again / "tokenizer.json")).get_vocab_size()
+            check(f"{name}: the folder's tokenizer", (n == VOCAB + rows) == bool(rows), f"{n}")
+    adapter, base = folder / "llama embed_tokens lm_head", folder / "llama embed_tokens lm_head.gguf"
+    kept, config = load_file(adapter / "adapter_model.safetensors"), (adapter / "adapter_config.json").read_text()
+    head, embedding = ("base_model.model." + key for key in ("lm_head.weight", "model.embed_tokens.weight"))
+    for what, change, word in (("lm_head alone", {embedding: None}, "modules_to_save names embed_tokens"),
+                               ("rows differ", {head: kept[head][:-1].clone()}, "lm_head.weight 332"),
+                               ("fewer rows", {h: kept[h][:99].clone() for h in (head, embedding)}, "the base has 320"),
+                               ("columns", {h: kept[h][:, :60].clone() for h in (head, embedding)}, "[333, 60]"),
+                               ("unnamed", {"base_model.model.model.norm.weight": torch.ones(64)}, "model.norm.weight"),
+                               ("no tokenizer", {}, "neither tokenizer.json")):
+        tensors = {key: t for key, t in (kept | change).items() if t is not None}
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        if what == "no tokenizer":
+            (adapter / "tokenizer.json").unlink()
+        status, stderr = export(base, "--lora", adapter, "-o", folder / "no.bin")
+        check(f"modules_to_save: {what}", status == 1 and word in stderr and stderr.count("\n") == 1
+              and not (folder / "no.bin").exists(), stderr)
+    import sentencepiece  # and as Chinese-LLaMA's adapters are: a pickle, with SentencePiece's tokens beside it
+    theirs = sentencepiece.SentencePieceProcessor(str(train_sentencepiece(adapter, VOCAB)))
+    torch.save(kept, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    old = {"enable_lora": None, "merge_weights": False, "lora_alpha": 6.0}
+    (adapter / "adapter_config.json").write_text(json.dumps(json.loads(config) | old))
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "add_bos_token": True}))
+    exported(base, "--lora", adapter, "-o", folder / "pickled.bin")
+    check_logits("a pickled adapter", run_logits(folder / "pickled.bin"), run_logits(folder / f"{base.stem} .made"), 0)
+    got, wanted = tokenize(folder / "pickled.bin", "the moon of Rome"), theirs.encode("the moon of Rome")
+    check("a pickled adapter: tokens", got == [theirs.bos_id(), *wanted], f"{got} {wanted}")
 
 
 # -- Tokenizers --

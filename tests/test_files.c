@@ -213,7 +213,7 @@ static void damage_key(GgufParts *g, const DamageCase *c) {
     case K_F64: set_value(k, 12, &c->number, 8); break;
     case K_TEXT: set_value(k, 8, text, 8 + n); break;
     case K_BOOL: set_value(k, 7, &u, 1); break;
-    case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, 3, 0, 1, 2, 3 }, 24); break;  // of three u32
+    case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, u ? 0 : 3, 0, 1, 2, 3 }, u ? 12 : 24); break;  // of u32
     case K_ARRAY_OF_ONE: set_value(k, 9, (const uint32_t[]){ 4, 1, 0, u }, 16); break;
     case K_FLOATS: set_value(k, 9, (const uint32_t[]){ 6, 3, 0, 0, 0, 0 }, 24); break;
     case K_TYPE: memcpy(k->value.bytes, &u, 4); break;
@@ -242,23 +242,18 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
         memmove(t, t + 1, (size_t)(&g->tensor[--g->tensors] - t) * sizeof *t);
         g->n_tensors--;
         break;
-    case T_TWICE:  // with bytes of its own
+    case T_TWICE: case T_EXTRA:  // with bytes of its own
         g->tensor[g->tensors] = *t;
-        g->tensor[g->tensors++].offset = g->data.n;
+        t = &g->tensor[g->tensors++];
+        t->offset = g->data.n;
         g->n_tensors++;
         Bytes longer = new_bytes(g->data.n + 65536);
         memset(longer.bytes, 0, longer.n);
         memcpy(longer.bytes, g->data.bytes, g->data.n);
         free(g->data.bytes);
         g->data = longer;
-        break;
-    case T_EXTRA:
-        g->tensor[g->tensors] = *t;
-        t = &g->tensor[g->tensors++];
-        g->n_tensors++;
-        t->offset = g->data.n - 32;
-        t->n_dims = 1, t->dims[0] = 0;  // no bytes: in the way of nobody
-        t->dims[0] = 8;
+        if (c->how == T_TWICE) break;
+        t->n_dims = 1, t->dims[0] = u ? u : 8;
         // fall through: a name of its own
         __attribute__((fallthrough));
     case T_RENAME:
@@ -350,6 +345,11 @@ static const DamageCase gguf_cases[] = {
     { K_F32, "llama.rope.scaling.yarn_beta_fast", 32, NULL, "yarn_beta_fast" },  // where there is no YaRN
     { K_U32, "llama.rope.scaling.original_context_length", 4294967295.0, NULL, "original_context_length" },
     { T_EXTRA, "output_norm.weight", 0, "rope_factors_long.weight", "rope_factors_long" },
+    { T_EXTRA, "output_norm.weight", 2, "rope_factors_long.weight", "one is missing" },
+    { T_EXTRA, "output_norm.weight", 2, "rope_factors_short.weight", "one is missing" },
+    { K_BOOL, "llama.use_parallel_residual", 1, NULL, "llama.use_parallel_residual" },
+    { K_TEXT, "llama.tensor_data_format", 0, "x", "llama.tensor_data_format" },
+    { K_ARRAY, "tokenizer.ggml.precompiled_charsmap", 0, NULL, "precompiled_charsmap" },
     { K_F32, "llama.rope.scaling.factor", NAN, NULL, "factor" },
     { K_F32, "llama.rope.scaling.factor", -2, NULL, "factor" },
     { K_U32, "llama.expert_count", 8, NULL, "0 of 8 experts" },
@@ -485,7 +485,9 @@ static const DamageCase harmless_cases[] = {
     { K_U32, "llama.rope.scaling.original_context_length", 16, NULL, NULL },
     { K_F64, "llama.embedding_length", 24, NULL, NULL }, { K_DROP, "tokenizer.ggml.scores", 0, NULL, NULL },
     { K_BOOL, "llama.attention.causal", 1, NULL, NULL }, { K_F32, "llama.logit_scale", 1, NULL, NULL },
-    { K_U32, "split.count", 1, NULL, NULL },
+    { K_U32, "split.count", 1, NULL, NULL }, { K_BOOL, "llama.rope.scaling.finetuned", 1, NULL, NULL },
+    { K_TEXT, "llama.tensor_data_layout", 0, "Meta AI original pth", NULL },
+    { K_ARRAY, "tokenizer.ggml.precompiled_charsmap", 1, NULL, NULL },  // an empty one
 };
 
 static void test_damaged_ggufs(void) {
@@ -565,6 +567,8 @@ static void test_damaged_ggufs(void) {
         { T_DROP, "blk.0.ffn_up_exps.weight", 0, NULL, "blk.0.ffn_up_exps.weight is missing" },
         { T_RENAME, "blk.0.ffn_up_exps.weight", 0, "blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight is missing" },
         { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up.bias", "blk.0.ffn_up.bias" },
+        { T_RENAME, "blk.0.ffn_gate_exps.weight", 0, "blk.0.ffn_gate.0.weight",
+          "blk.0.ffn_gate_exps.weight is missing: experts are single tensors; join them: export_model.py FILE -o NEW" },
         { T_EXTRA, "blk.0.ffn_norm.weight", 0, "blk.0.ffn_up_exps.bias", "blk.0.ffn_up_exps.bias" },
         { T_N_DIMS, "blk.0.ffn_gate_exps.weight", 2, NULL, "is 1 x 40 x 32" },
         { T_DIM1, "blk.1.ffn_down_exps.weight", 31, NULL, "blk.1.ffn_down_exps.weight" },
@@ -702,9 +706,11 @@ static const struct { const char *file; DamageCase damage; const char *field; do
     { "families/mistral_yarn", { K_F32, "llama.rope.scaling.factor", 0.5, NULL, NULL }, "rope_magnitude", 1 },
     { "families/phi3_long", { K_U32, "phi3.rope.scaling.original_context_length", 100, NULL, NULL },
       "rope_magnitude", 1 },
+    { "families/phi3_short", { K_TEXT, "phi3.rope.scaling.type", 0, "longrope", NULL }, "rope_magnitude", 1.2f },
     { "families/olmo2", { K_U32, "olmo2.context_length", 128, NULL, NULL }, "local_theta", 0 },  // it has no window
     { "families/olmo3", { K_F32, "olmo2.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
     { "families/gemma3", { K_F32, "gemma3.rope.freq_base_swa", 500, NULL, NULL }, "local_theta", 500 },
+    { "families/stablelm", { K_BOOL, "stablelm.use_parallel_residual", 1, NULL, NULL }, "n_heads", 3 },
     { "families/granite", { K_DROP, "granite.logit_scale", 0, NULL, NULL }, "logit_scale", 1 },
     { "families/granite", { K_DROP, "granite.embedding_scale", 0, NULL, NULL }, "embedding_scale", 1 },
     { "families/granite", { K_DROP, "granite.residual_scale", 0, NULL, NULL }, "residual_scale", 1 },
@@ -816,16 +822,15 @@ static void test_limits(void) {
     free(b.bytes);
 }
 
-// A layer that is to rotate by a theta that is not there.
-static void test_no_local_theta(void) {
-    Bytes b = export_golden("llama_linear.gguf");
+// Where a native file has the values of a field of the configuration.
+static size_t values_at(Bytes b, const char *name) {
     FileHeader h;
+    ConfigRecord record = { 0 };
     memcpy(&h, b.bytes, sizeof h);
     size_t at = h.config.at;
-    for (const ConfigField *f = config_fields; strcmp(f->name, "angles"); f++) at += 32 + (f->per_layer ? 16 : 8);
-    memcpy(b.bytes + at + 32 + 8, &(double){ LOCAL }, 8);
-    check_refused(b, "angles of layer 1", "layer 1 needs local_theta");
-    free(b.bytes);
+    for (; strcmp(record.name, name); at += sizeof record + record.count * sizeof(double))
+        memcpy(&record, b.bytes + at, sizeof record);
+    return at - record.count * sizeof(double);
 }
 
 static void test_damaged_native(void) {
@@ -851,7 +856,8 @@ static void test_damaged_native(void) {
         { "weights too long", offsetof(FileHeader, weights) + 8, 8, b.n, "section" },
         { "template outside", offsetof(FileHeader, chat_template), 8, 1, "section" },
         { "configuration cut", offsetof(FileHeader, config) + 8, 8, 40, "configuration" },
-        { "configuration longer", offsetof(FileHeader, config) + 8, 8, h.config.n_bytes + 20, "asks for" },
+        { "configuration with more in it", offsetof(FileHeader, config) + 8, 8, h.config.n_bytes + 4, "asks for \"\"" },
+        { "local angles", values_at(b, "angles"), 8, 0x4000000000000000, "layer 0 needs local_theta" },
         { "configuration moved", offsetof(FileHeader, config), 8, record, "configuration" },
         { "tokenizer moved", offsetof(FileHeader, tokenizer), 8, record, "vocabulary" },
         { "another field", config, 1, 'N', "n_layers" }, { "0 values", config + 28, 4, 0, "n_layers" },
@@ -983,6 +989,89 @@ static void test_damaged_llama2c(void) {
     free(b.bytes);
 }
 
+// ---- Right but rare ----
+
+// More keys than are compared with each other; 32 bytes each, so that the tensors stay where they are.
+static void test_many_keys(void) {
+    enum { MANY = 5000 };
+    Bytes b = read_golden("llama_linear.gguf");
+    Buffer all = { 0 };
+    put(&all, b.bytes, 16);
+    put_number(&all, number_at(b.bytes + 16, 8) + MANY, 8);
+    for (int i = 0; i < MANY; i++) {
+        char name[32];
+        put_number(&all, (uint64_t)snprintf(name, sizeof name, "general.k%07d", i), 8);
+        put(&all, name, 16);
+        put_number(&all, 4, 4), put_number(&all, 1, 4);
+    }
+    put(&all, b.bytes + 24, b.n - 24);
+    Bytes larger = copy_bytes(all.bytes, all.n);
+    Error e;
+    check(try_open(larger, &e), "%d keys: got \"%s\", wanted it to open", MANY, e.text);
+    free(b.bytes), free(all.bytes), free(larger.bytes);
+}
+
+// A vocabulary that is whole, but another model's.
+static void test_other_vocabulary(void) {
+    enum { N_TOKENS = 130 };  // the weights have 131
+    static const DamageCase dropped[] = { { K_DROP, "tokenizer.ggml.scores", 0, NULL, NULL },
+                                          { K_DROP, "tokenizer.ggml.token_type", 0, NULL, NULL } };
+    Bytes b = read_golden("llama_linear.gguf");
+    GgufParts g;
+    take_apart(b, &g);
+    unsigned char array[12 + 8 * N_TOKENS] = { 8, 0, 0, 0, N_TOKENS };  // of strings
+    set_value(key_named(&g, "tokenizer.ggml.tokens", false), 9, array, sizeof array);
+    for (int i = 0; i < 2; i++) damage_key(&g, &dropped[i]);
+    Bytes other = put_together(&g);
+    check_refused(other, "another vocabulary", "its tokenizer has 130 tokens, its weights 131");
+    free(other.bytes), free(b.bytes);
+    free_parts(&g);
+}
+
+// 40 query heads that share a key/value head, more than are taken together: the model's own 5, and 35 more, which the
+// matrix behind them multiplies with 0. That changes no bit of what transformers has for the 5.
+static void test_wide_group(void) {
+    enum { TIMES = 8, HEADS = 5, HEAD_DIM = 6 };
+    Bytes b = read_golden("llama_mqa.gguf");
+    GgufParts *g = get(sizeof *g);
+    take_apart(b, g);
+    Buffer data = { 0 };
+    for (int i = 0; i < g->tensors; i++) {
+        GgufTensor *t = &g->tensor[i];
+        bool is_query = strstr(t->name, "attn_q."), is_out = strstr(t->name, "attn_output.");
+        size_t row = 4 * t->dims[0], rows = t->n_dims > 1 ? t->dims[1] : 1;
+        const unsigned char *from = g->data.bytes + t->offset;
+        t->offset = data.n;
+        for (size_t k = 0; k < rows * (is_query ? TIMES : 1); k++) {
+            put(&data, from + k % rows * row, row);
+            if (is_out) put(&data, NULL, (TIMES - 1) * row);
+        }
+        put(&data, NULL, round_up(data.n, 32) - data.n);
+        if (is_query) t->dims[1] *= TIMES;
+        if (is_out) t->dims[0] *= TIMES;
+    }
+    free(g->data.bytes);
+    g->data = copy_bytes(data.bytes, data.n);
+    set_value(key_named(g, "llama.attention.head_count", false), 4, &(uint32_t){ TIMES * HEADS }, 4);
+    set_value(key_named(g, "llama.attention.key_length", true), 4, &(uint32_t){ HEAD_DIM }, 4);
+    Opened own = open_golden("llama_mqa.gguf"), wide;
+    Error e;
+    int ids[GOLDEN_TOKENS];
+    read_golden_ids("llama_mqa", ids);
+    size_t n_bytes = n_logits_of(&own.model) * sizeof(float);
+    float *wanted = get(n_bytes), *got = get(n_bytes);
+    if (check(open_bytes(&wide, put_together(g), &e), "40 heads: got \"%s\"", e.text)) {
+        run_all(&own.model, ids, plain(false, true), wanted);
+        for (int batch = 1; batch <= 16; batch += 5) {
+            run_all(&wide.model, ids, (Setting){ false, true, 2, batch, NULL }, got);
+            check(!memcmp(got, wanted, n_bytes), "40 heads, batches of %d: other bits than with 5", batch);
+        }
+    }
+    close_opened(&own), close_opened(&wide);
+    free(wanted), free(got), free(data.bytes), free(b.bytes);
+    free_parts(g), free(g);
+}
+
 // ---- Numbers that are not finite ----
 
 // Of every format: a weight, a scale or a minimum of one row is Inf or NaN, or the largest that there is. What a
@@ -1095,7 +1184,7 @@ static void test_broken_weights(void) {
         Error e;
         State s = { 0 };
         int token = 5;
-        bool ok = open_bytes(&o, b, &e) && start_state(&o.model, (Setting){ false, true, 1, 4, NULL }, &s, &e);
+        bool ok = open_bytes(&o, b, &e) && start_state(&o.model, (Setting){ false, true, 2, 4, NULL }, &s, &e);
         check(ok, "%s of %g: got \"%s\", wanted it to open", cases[i].tensor, cases[i].value, e.text);
         ok = ok && forward(&o.model, &s, &token, 1, 1, &e);
         check(!ok && e.status == BAD_FILE && strstr(e.text, cases[i].wanted) && strstr(e.text, "position 0"),
@@ -1182,6 +1271,21 @@ static void check_damaged_part(int part, const DamageCase *c, const char *wanted
     for (int i = 0; i < N_SPLIT; i++) free(parts[i].bytes);
 }
 
+// What was mapped becomes shorter, and is read all the same: status 3, and the path that was given.
+static void check_shrunk_part(const char *path, const Map *map, const Model *m) {
+    int status = -1;
+    pid_t child = fork();
+    if (child == 0) {
+        close(2);
+        in_use = m;
+        sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_end, .sa_flags = SA_SIGINFO }, NULL);
+        _exit(truncate(path, 0) ? 98 : 90 + *(const volatile unsigned char *)map->bytes % 2);
+    }
+    waitpid(child, &status, 0);
+    check(!strcmp(map->path, path) && WIFEXITED(status) && WEXITSTATUS(status) == BROKEN_IO,
+          "%s is cut while it is mapped: got %x and \"%s\", wanted status 3 and \"%s\"", path, status, map->path, path);
+}
+
 static void check_named_parts(const Bytes *parts, Bytes wanted) {
     char path[N_SPLIT][160], plain[160];
     for (int i = 0; i < N_SPLIT; i++) {
@@ -1198,6 +1302,8 @@ static void check_named_parts(const Bytes *parts, Bytes wanted) {
         check(ok && got.n == wanted.n && !memcmp(got.bytes, wanted.bytes, got.n),
               "%s: got \"%s\" or another native file than from the whole GGUF", path[i], e.text);
         free(got.bytes);
+        check_shrunk_part(path[i], i ? &m.parts[i - 1] : &m.file, &m);
+        check(write_bytes(path[i], parts[i]), "%s cannot be written", path[i]);
         close_model(&m);
         unlink(native);
     }
@@ -1333,8 +1439,10 @@ static void test_damaged_files(void) {
     test_parts();
     test_unpadded_part();
     test_damaged_native();
+    test_many_keys();
+    test_other_vocabulary();
+    test_wide_group();
     test_limits();
-    test_no_local_theta();
     test_damaged_llama2c();
     for (int i = 0; i < N_SOURCE_TYPES; i++) check_broken_source(&source_types[i]);
     test_broken_numbers();
@@ -1432,7 +1540,7 @@ static bool open_and_run(Bytes b, Bytes vocabulary, Error *e) {
     State s = { 0 };
     Sampler sampler = { .temperature = 1 };
     Tokens tokens = { 0 };
-    Span span = { "Once upon a time, there was", 27, true };
+    Span span = { "Once upon a time, there wa\u0301s", 29, true };
     int token = 1;
     const char *path = temporary("no-memory.bin");
     bool ok = open_model(b.bytes, b.n, 1, &m, e) &&
@@ -1447,6 +1555,45 @@ static bool open_and_run(Bytes b, Bytes vocabulary, Error *e) {
     free_state(&s);
     close_model(&m);
     return ok;
+}
+
+// Texts of tokens of each kind, so many that memory is asked for at each of them: what fails there is told.
+static void test_failing_encoding(void) {
+    static const struct { const char *vocabulary, *pre, *first, *again; } cases[] = {
+        { "spm.gguf", NULL, "", "</s>" }, { "spm.gguf", NULL, "a", "</s>" }, { "spm.gguf", NULL, "</s>a", "</s>a" },
+        { "spm.gguf", NULL, "<tool>", "a<tool>" }, { "spm.gguf", NULL, "b", "a<tool>" },
+        { "spm-bare.gguf", NULL, "", "\u4F60a" }, { "spm-bare.gguf", NULL, "a", "\u4F60a" },
+        { "bpe.gguf", "qwen2", "", "a\u0301<|im_start|>" }, { "bpe.gguf", "llama-bpe", "a", " the\u4F60<|im_start|>" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[4096];
+        Opened o;
+        Error e;
+        int n = snprintf(text, sizeof text, "%s", cases[i].first);
+        for (int k = 0; k < 140; k++) n += snprintf(text + n, sizeof text - (size_t)n, "%s", cases[i].again);
+        Span span = { text, (size_t)n, true };
+        bool ok = !open_golden_vocabulary(cases[i].vocabulary, cases[i].pre, &o, &e);
+        size_t n_told = 0, failing = 0;
+        while (!ok && failing < 1000) {
+            Tokens tokens = { 0 };
+            e = (Error){ 0 };
+            faults.n = 0;
+            faults.failing = ++failing;
+            faults.for_good = false;
+            ok = encode(&o.model.tokenizer, &span, 1, &tokens, &e);
+            n_told += !ok && e.status == NO_MEMORY;
+            ok = ok && faults.n < failing;
+            faults.failing = 0;
+            free(tokens.ids);
+        }
+        check(failing > 4 && n_told == failing - 1, "%s%s...: %zu of %zu failures were told", cases[i].first,
+              cases[i].again, n_told, failing - 1);
+        close_opened(&o);
+    }
+    Error e = { 0 };
+    Span huge = { "", (size_t)MAX_TEXT + 1, false };
+    check(!encode(&(Tokenizer){ 0 }, &huge, 1, &(Tokens){ 0 }, &e) && e.status == NO_ROOM, "2^30 + 1 bytes: got \"%s\"",
+          e.text);
 }
 
 // The n-th allocation fails, for every n, once and from there on; then the n-th call for output.
@@ -1481,4 +1628,5 @@ static void test_failing_calls(void) {
         faults.kinds = MEMORY;
         free(b.bytes), free(vocabulary.bytes);
     }
+    test_failing_encoding();
 }

@@ -224,6 +224,39 @@ static void test_same_bits(void) {
     }
 }
 
+// ---- What does not go on ----
+
+// More tokens than a batch or the context holds; and after Ctrl-C, which the program looks for between two steps.
+static void test_stops(void) {
+    Opened o = open_golden("llama_tied.gguf");
+    State s;
+    Error e = { 0 };
+    Buffer b = { 0 };
+    int ids[64] = { 1 };
+    const char *path = temporary("interrupted.bin");
+    bool ok = start_state(&o.model, (Setting){ false, true, 1, 8, NULL }, &s, &e) &&
+              forward(&o.model, &s, ids, 8, 1, &e);
+    check(ok && s.n_past == 8, "8 tokens: got \"%s\"", e.text);
+    check(!forward(&o.model, &s, ids, 9, 1, &e) && e.status == NO_ROOM && s.n_past == 8, "9 tokens in batches of 8");
+    s.n_past = s.context - 3;
+    check(!forward(&o.model, &s, ids, 4, 1, &e) && e.status == NO_ROOM, "4 tokens where there is room for 3");
+    s.n_past = 0;
+    interrupted = SIGINT;
+    check(!prefill(&o.model, &s, ids, 3, &e) && e.status == INTERRUPTED && s.n_past == 0, "prefill after Ctrl-C");
+    e.status = DONE;
+    check(!forward_some(&o.model, &s, ids, 3, &e) && e.status == INTERRUPTED, "forward_some after Ctrl-C");
+    e.status = DONE;
+    check(!export_model(&o.model, path, &e) && e.status == INTERRUPTED && access(path, F_OK), "export after Ctrl-C");
+    e.status = DONE;
+    FILE *f = fopen("README.md", "r");
+    check(f && !read_all(f, &b, &e) && e.status == INTERRUPTED, "read_all after Ctrl-C");
+    if (f) fclose(f);
+    interrupted = 0;
+    free(b.bytes);
+    free_state(&s);
+    close_opened(&o);
+}
+
 // ---- The same weights in other files ----
 
 static void check_same_model(const Model *a, const Model *b, const char *name_a, const char *name_b, const int *ids) {

@@ -140,6 +140,21 @@ static void test_merges(void) {
     }
 }
 
+// Of two merges of one pair the earlier counts, whatever makes the same bytes.
+static void test_merge_twice(void) {
+    static const uint32_t lengths[] = { 1, 1, 2, 2 }, merges[][3] = { { 0, 1, 3 }, { 0, 1, 2 } };  // a b ab ab
+    Bytes b = make_section(BPE, lengths, (const uint8_t[]){ 1, 1, 1, 1 }, 4, "ababab", merges, 2);
+    Tokenizer t = { 0 };
+    Error e = { 0 };
+    if (check(open_tokenizer(b.bytes, b.n, &t, &e), "two merges of a pair: got \"%s\"", e.text)) {
+        Tokens tokens = encode_text(&t, "ab", 2, false);
+        check(tokens.n == 1 && tokens.ids[0] == 3, "two merges of a pair: got %zu tokens, %d", tokens.n, tokens.ids[0]);
+        free(tokens.ids);
+    }
+    close_tokenizer(&t);
+    free(b.bytes);
+}
+
 // Pieces, and pairs, whose hashes all lead to the same place of the table.
 static void test_collisions(void) {
     enum { N = 64, PIECES = 256 + N };
@@ -307,12 +322,70 @@ static void test_damaged_pieces(void) {
     free(many);
 }
 
+// OpenAI's harmony format: an answer ends at <|return|>, and <|end|> only ends one of its messages.
+static void test_end_tokens(void) {
+    static const Text pieces[] = { TEXT("a"), TEXT("<|end|>"), TEXT("<|return|>") };
+    static const int32_t types[] = { PIECE_NORMAL, PIECE_CONTROL, PIECE_CONTROL };
+    for (size_t n = 2; n <= 3; n++) {
+        Opened o;
+        Error e;
+        bool ok = open_pieces(&o, "llama", pieces, n, types, n, NULL, 0, &e);
+        const Tokenizer *t = &o.model.tokenizer;
+        check(ok && !is_end_token(t, 0) && is_end_token(t, 1) == (n == 2) && is_end_token(t, 2) == (n == 3),
+              "end tokens of %zu: got \"%s\" and %d of them", n, e.text, t->n_end);
+        close_opened(&o);
+    }
+}
+
+// A section whose padding needs memory of its own: the buffer that is doubled where it is full has room for one byte.
+static void test_padding(void) {
+    enum { N = 37, LENGTH = 376 };
+    char text[LENGTH];
+    memset(text, 'a', sizeof text);
+    Text pieces[N] = { { text, LENGTH } };
+    Opened o;
+    Error e;
+    check(open_pieces(&o, "llama", pieces, N, NULL, 0, NULL, 0, &e), "%d pieces: got \"%s\"", N, e.text);
+    close_model(&o.model);
+    bool ok = false;
+    size_t n_told = 0, failing = 0;
+    while (!ok && failing < 100) {
+        e = (Error){ 0 };
+        faults.n = 0;
+        faults.failing = ++failing;
+        faults.for_good = false;
+        ok = open_vocabulary(o.bytes.bytes, o.bytes.n, -1, &o.model, &e);
+        n_told += !ok && e.status == NO_MEMORY;
+        ok = ok && faults.n < failing;
+        faults.failing = 0;
+        close_model(&o.model);
+    }
+    check(failing > 9 && n_told == failing - 1, "padding: %zu of %zu failures were told", n_told, failing - 1);
+    close_opened(&o);
+}
+
+// More than there may be, of which nothing is read but the number.
+static void test_many(void) {
+    Error e = { 0 };
+    Bytes b = new_bytes(4 + 8 * ((size_t)MAX_TOKENS + 2));  // a tokenizer.bin of empty pieces
+    memset(b.bytes, 0, b.n);
+    Model m = { 0 };
+    check(!open_vocabulary(b.bytes, b.n, -1, &m, &e) && strstr(e.text, "of 1048578 tokens"), "many pieces: got \"%s\"",
+          e.text);
+    close_model(&m);
+    free(b.bytes);
+}
+
 static void test_damaged_vocabularies(void) {
     test_damaged_sections();
     test_lengths();
     test_merges();
+    test_merge_twice();
     test_collisions();
     test_spelled_bytes();
     test_merge_texts();
+    test_end_tokens();
+    test_padding();
+    test_many();
     test_damaged_pieces();
 }
