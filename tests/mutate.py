@@ -30,9 +30,10 @@ FILES = ["damaged files", "damaged vocabularies", "corpus", "goldens", "containe
 GROUPS = {"features": [["goldens", "damaged files"]], "ranges": [FILES, ["damaged everywhere"]],
           "checks": [FILES, ["damaged everywhere"]]}
 SANITIZER = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
-HURRY = [  # in test.c: it ends with the first failure, and leaves its files here
-    ("    if (n_failed_in_group == 20)", "    fflush(stdout), _exit(1);\n    if (n_failed_in_group == 20)"),
-    ("/tmp/cria-test-", "./cria-test-"),
+HURRY = [  # where a mutant is compiled, so that it takes half the time
+    ("tests/test.c", "    if (n_failed_in_group == 20)", "    fflush(stdout), _exit(1);\n    if (n_failed_in_group == 20)"),
+    ("tests/test.c", "/tmp/cria-test-", "./cria-test-"),  # it ends with the first failure, and leaves its files here
+    ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
 ]
 PARTS = {  # where a file is read: from a line that begins so to one that begins so
     "run.c": [("// ---- What a model consists of", "// ---- Chat templates"),
@@ -389,15 +390,13 @@ def noticed(mutant: Mutant, texts: dict[str, str], compiler: list[str]) -> str:
     """How the tests noticed it, or an empty text."""
     folder = TREE / f"{mutant.kind} {mutant.number}"
     folder.mkdir()
-    for name in SOURCES:
-        (folder / name).write_text(mutant.text if name == mutant.source else texts[name])
     (folder / "tests").mkdir()
-    for path in (ROOT / "tests").glob("*.[ch]"):
-        text = path.read_text()
-        for old, new in HURRY if path.name == "test.c" else []:
-            assert old in text, old
-            text = text.replace(old, new)
-        (folder / "tests" / path.name).write_text(text)
+    files = texts | {mutant.source: mutant.text}
+    for name, old, new in HURRY:
+        assert old in files[name], old
+        files[name] = files[name].replace(old, new)
+    for name, text in files.items():
+        (folder / name).write_text(text)
     for name in ("tests/golden", "tests/corpus", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     how = ""
@@ -420,7 +419,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default: 2)")
     parser.add_argument("--compiler", default="gcc -O0", help="and its options (default: gcc -O0)")
     args = parser.parse_args()
-    texts = {name: (ROOT / name).read_text() for name in SOURCES}
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/*.[ch]")}
+    texts |= {name: (ROOT / name).read_text() for name in SOURCES}
     mutants = features(texts["run.c"]) + ranges(texts["run.c"])
     mutants += [m for name in SOURCES for m in checks(name, texts[name])]
     for number, m in enumerate(mutants):
