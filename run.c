@@ -2896,7 +2896,7 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    if (n_dims > 4 || !dims[0] || !dims[1] || !dims[2] || dims[3] != 1 || dims[0] % source->block_cols)
+    if (n_dims > 4 || dims[3] != 1 || dims[0] % source->block_cols)  // a size of 0 is bind_slot()'s to refuse
         return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
     entry->n = (size_t)dims[2];
