@@ -30,7 +30,7 @@ FILES = ["damaged files", "damaged vocabularies", "corpus", "goldens", "containe
 GROUPS = {"features": ["goldens", "damaged files"], "ranges": FILES, "checks": FILES}
 SANITIZER = "-O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 HURRY = [  # where a mutant is compiled, so that it takes half the time
-    ("tests/test.c", "    if (n_failed_in_group == 20)", "    fflush(stdout), _exit(1);\n    if (n_failed_in_group == 20)"),
+    ("tests/test.c", "if (n_failed_in_group == 20)", "fflush(stdout), _exit(1);"),
     ("tests/test.c", "/tmp/cria-test-", "./cria-test-"),  # it ends with the first failure, and leaves its files here
     ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
 ]
@@ -308,7 +308,7 @@ def checks(source: str, text: str) -> list[Mutant]:
         low = text.index("\n" + first)
         for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, text.index("\n" + last, low)):
             at, end, before = match.start(), end_of(text, match.end() - 1), text[:match.start()]
-            governed = re.search(r"\)\s*(return |ok = )?$", before)
+            governed = re.search(r"\)(\s|//.*\n)*(return |ok = )?$", before)
             if governed:
                 opening = next(i for i in range(at, low, -1) if text.startswith("if (", i) and
                                end_of(text, i + 3) == governed.start() + 1)
