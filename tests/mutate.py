@@ -223,7 +223,7 @@ CHECKS = [
     ("run.c", "if (!finite && (n > 1 || team.thread == 0) && !*broken)", "if (0)"),
     ("run.c", "return sum < INFINITY;", "return true;"),
     ("run.c", "& 0x7fffffff) < 0x7f800000;", "& 0x7fffffff) <= 0x7fffffff;"),
-    ("run.c", "for (uint32_t i = 0; i < n_dims && i < 4; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
+    ("run.c", "for (uint32_t i = 0; i < n_dims && i < 3; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
     ("run.c", 'refuse(e, "models of family \\"%s\\" are not supported", name);\n    return NULL;', "return families;"),
     ("run.c", "if (!version && h.n_tokens < 0 && h.n_tokens > INT32_MIN)", "if (!version && h.n_tokens < 0)"),
     ("run.c", "r.name[NAME_BYTES - 1] = 0;", ""),

@@ -179,7 +179,7 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 typedef enum {
     K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
     K_FLOATS,
-    T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_FIVE, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
+    T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
     T_EXTRA,
     H_VERSION, H_TENSORS, H_KEYS,
 } Damage;
@@ -265,7 +265,6 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
     case T_DIM1: t->dims[1] = u; break;
     case T_DIM2: t->dims[2] = u, t->n_dims = 3; break;
     case T_ONE_ROW: t->dims[1] = 1, t->n_dims = 2; break;
-    case T_FIVE: t->dims[2] = t->dims[3] = 1, t->n_dims = 5; break;  // of which put_together() writes four
     case T_NUL: t->n_name++; break;
     case T_SWAP: t->dims[0] = t->dims[1], t->dims[1] = first; break;
     case T_N_DIMS: t->n_dims = (uint32_t)u; break;
@@ -456,9 +455,9 @@ static const DamageCase gguf_cases[] = {
     { T_DIM1, "token_embd.weight", 130, NULL, "13" }, { T_DIM1, "token_embd.weight", 2147483648.0, NULL, "token_embd" },
     { T_DIM0, "output_norm.weight", 23, NULL, "output_norm.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight" },
-    { T_FIVE, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight has a shape" },
+    { T_N_DIMS, "blk.0.attn_q.weight", 4, NULL, "blk.0.attn_q.weight has 4 dimensions" },
     { T_NUL, "blk.0.attn_q.weight", 0, NULL, "20 bytes or a NUL" },
-    { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "blk.0.attn_q.weight" },
+    { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "has 4294967295 dimensions" },
     { T_N_DIMS, "blk.0.attn_q.weight", 1, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_norm.weight", 2, NULL, "" },
     { T_ONE_ROW, "blk.0.attn_norm.weight", 0, NULL, "blk.0.attn_norm.weight is 1 x 1 x 24, expected 1 x 1 x 24" },
@@ -466,7 +465,7 @@ static const DamageCase gguf_cases[] = {
     { T_TYPE, "blk.0.attn_q.weight", 5, NULL, "type 5" }, { T_TYPE, "blk.0.attn_q.weight", 31, NULL, "type 31" },
     { T_TYPE, "blk.0.attn_q.weight", 99, NULL, "blk.0.attn_q.weight is of GGUF type 99" },
     { T_TYPE, "blk.0.attn_q.weight", 4294967295.0, NULL, "type 4294967295" },
-    { T_TYPE, "blk.0.attn_q.weight", 8, NULL, "blk.0.attn_q.weight" },
+    { T_TYPE, "blk.0.attn_q.weight", 8, NULL, "24 columns, which q8 cannot have" },
     { T_TYPE, "blk.0.attn_norm.weight", 1, NULL, "blk.0.attn_norm.weight" },
     { T_TYPE, "output_norm.weight", 30, NULL, "output_norm.weight" },
     { T_OFFSET, "blk.0.attn_q.weight", 33, NULL, "no multiple of 32" },
