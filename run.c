@@ -2838,7 +2838,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     Text chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, has_factors, e) || g->bad) return false;
+    if (!read_gguf_scaling(g, c, has_factors, e)) return false;
     m->chat_template = chat_template.at;
     m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
@@ -2870,7 +2870,7 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .dummy_prefix = (int)get_number(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
     };
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
-    if (g->bad) return false;
+    if (g->bad) return false;  // because of any key that was asked for so far
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
@@ -2940,7 +2940,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     }
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    return !g->bad;
+    return true;
 }
 
 // A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors

@@ -393,6 +393,7 @@ static const DamageCase gguf_cases[] = {
     { K_U32, "general.alignment", 1, NULL, "alignment" }, { K_U32, "general.alignment", 24, NULL, "alignment" },
     { K_U32, "general.alignment", 2147483648.0, NULL, "alignment" },
     { K_TEXT, "general.alignment", 0, "32", "alignment" },
+    { K_ARRAY, "general.alignment", 0, NULL, "general.alignment is an array of u32, expected number" },
     { K_F32, "llama.rope.scale_linear", 0, NULL, "scale_linear" },
     { K_F32, "llama.rope.scale_linear", 1e7, NULL, "scale_linear" },
     { K_F32, "llama.rope.scaling.factor", 1e7, NULL, "scaling.factor" },
@@ -626,6 +627,26 @@ static void test_cut_ggufs(void) {
     }
     free(b.bytes);
     free_parts(&g);
+}
+
+// Of several keys that are wrong the first that is asked for is named: others may only follow from it.
+static void test_first_key(void) {
+    static const struct { DamageCase damage[2]; const char *wanted; } cases[] = {
+        { { { K_U32, "llama.attention.value_length", 8, NULL, NULL },
+            { K_U32, "tokenizer.chat_template", 1, NULL, NULL } }, "value_length" },
+        { { { K_U32, "tokenizer.chat_template", 1, NULL, NULL },
+            { K_F32, "llama.rope.scaling.factor", NAN, NULL, NULL } }, "chat_template" },
+    };
+    for (int i = 0; i < 2; i++) {
+        Bytes b = read_golden("llama_linear.gguf");
+        GgufParts g;
+        take_apart(b, &g);
+        for (int k = 0; k < 2; k++) damage_key(&g, &cases[i].damage[k]);
+        Bytes damaged = put_together(&g);
+        check_refused(damaged, "two keys that are wrong", cases[i].wanted);
+        free(damaged.bytes), free(b.bytes);
+        free_parts(&g);
+    }
 }
 
 // Without one kind of tensor, in all layers, of the families that need it.
@@ -890,6 +911,9 @@ static void test_damaged_native(void) {
     for (size_t i = 0; i < sizeof patches / sizeof *patches; i++) check_patched("native", b, &patches[i]);
     memcpy(b.bytes + record, second.name, NAME_BYTES);  // two of one name, none of another
     check_refused(b, "native: two tensors with one name", "");
+    memset(b.bytes + record, 'x', NAME_BYTES);  // before its type, 'c'
+    check_patched("native", b, &(Patch){ "a name without an end", record + offsetof(TensorRecord, type), 4, 'c',
+                                         "x is of type 99" });
     memcpy(b.bytes + record, first.name, NAME_BYTES);
     Bytes longer = new_bytes(b.n + 1);
     memcpy(longer.bytes, b.bytes, b.n);
@@ -1386,6 +1410,7 @@ static void test_parts(void) {
         { 2, { K_TEXT, "split.no", 0, "1", NULL }, "part 2: key split.no" },
         { 1, { K_DROP, "general.architecture", 0, NULL, NULL }, "general.architecture" },
         { 2, { K_U32, "general.alignment", 24, NULL, NULL }, "part 2: key general.alignment" },
+        { 2, { K_TEXT, "general.alignment", 0, "32", NULL }, "part 2: key general.alignment" },
         { 2, { T_DROP, "blk.0.ffn_up.weight", 0, NULL, NULL }, "has 19 tensors" },
         { 2, { T_RENAME, "blk.0.ffn_up.weight", 0, "token_embd.weight", NULL }, "" },  // twice in all
         { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0x1p40, NULL, NULL }, "part 3: blk.1.ffn_up.weight ends after" },
@@ -1432,6 +1457,7 @@ static void test_parts(void) {
 static void test_damaged_files(void) {
     test_damaged_ggufs();
     test_cut_ggufs();
+    test_first_key();
     test_missing_kinds();
     test_expert_biases();
     test_readings();
