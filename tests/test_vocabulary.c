@@ -116,6 +116,7 @@ static void test_lengths(void) {
         Bytes b = make_section(SPM, &n, &(uint8_t){ PIECE_NORMAL }, 1, NULL, NULL, 0);
         size_t end = 53 + n;
         check_section(b, "with its last zeros", NULL);
+        check_section((Bytes){ b.bytes, b.n - 4 }, "without its last letters", "asks for more");
         if (end < b.n) check_section((Bytes){ b.bytes, end }, "without its last zeros", "asks for fewer");
         if (end < b.n) b.bytes[b.n - 1] = 1, check_section(b, "with another end", "last bytes are not zero");
         free(b.bytes);
