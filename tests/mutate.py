@@ -373,10 +373,10 @@ def features(text: str) -> list[Mutant]:
     return found + families(text)
 
 
-def run(command: list, folder: Path) -> str:
+def run(command: list, folder: Path, seconds: int) -> str:
     """What failed, or an empty text."""
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, errors="replace",
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, errors="replace",
                               stdin=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
     except subprocess.TimeoutExpired:
         return "hangs"
@@ -398,9 +398,9 @@ def noticed(mutant: Mutant, texts: dict[str, str], compiler: list[str]) -> str:
     for name in ("tests/golden", "tests/corpus", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     how = ""
-    for options, groups in (([], GROUPS[mutant.kind]), (SANITIZER, [*FILES, "damaged everywhere"])):
+    for options, groups, limit in (([], GROUPS[mutant.kind], 60), (SANITIZER, [*FILES, "damaged everywhere"], 900)):
         build = [*compiler, *options, "-w", "tests/test.c", "-lm", "-o", "test"]
-        how = how or run(build, folder) and "does not compile" or run(["./test", *groups], folder)
+        how = how or run(build, folder, 900) and "does not compile" or run(["./test", *groups], folder, limit)
     shutil.rmtree(folder)
     return how
 
