@@ -2847,6 +2847,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
 }
 
 // The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
+// False too where any key before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true);
@@ -2870,7 +2871,7 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .dummy_prefix = (int)get_number(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
     };
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
-    if (g->bad) return false;  // because of any key that was asked for so far
+    if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
     const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
