@@ -292,7 +292,7 @@ static void test_damaged_pieces(void) {
         { "llama", TEXT("a"), -1, "has type -1" }, { "llama", { huge, 4096 }, 1, NULL },
         { "llama", { huge, 4097 }, 1, "more than 4096 bytes" }, { "gpt2", { huge, 4097 }, 1, "more than 4096 bytes" },
         { "llama", TEXT("<0x4a>"), 6, NULL },
-        { "llama", TEXT("<0x41"), 6, "byte token 0" }, { "llama", TEXT("<0x411>"), 6, "byte token 0" },
+        { "llama", TEXT("<0x41"), 6, "byte token 0" }, { "llama", TEXT("<0x41>>"), 6, "byte token 0" },
         { "llama", TEXT("[0x41>"), 6, "byte token 0" }, { "llama", TEXT("<0x41]"), 6, "byte token 0" },
         { "llama", TEXT("<0xG1>"), 6, "byte token 0" }, { "llama", TEXT("<0x1G>"), 6, "byte token 0" },
         { "llama", TEXT(""), 6, "byte token 0" }, { "bert", TEXT("a"), 1, "\"bert\" is unknown" },
