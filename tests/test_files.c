@@ -834,7 +834,8 @@ static void test_limits(void) {
         memcpy(&kept, b.bytes + at, sizeof kept);
         for (int k = 0; k < 5 + whole; k++) {
             char wanted[80];
-            snprintf(wanted, sizeof wanted, "%s is %g, expected", limits[i].name, values[k]);
+            snprintf(wanted, sizeof wanted, "%s is %g, expected %s", limits[i].name, values[k],
+                     whole ? "a whole number" : "");
             memcpy(b.bytes + at, &values[k], sizeof kept);
             check_refused(b, "a configuration", wanted);
         }

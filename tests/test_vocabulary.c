@@ -131,8 +131,9 @@ static void test_merges(void) {
         { { { 0, 1, 2 } }, NULL }, { { { 2, 4, 3 } }, NULL }, { { { 1, 1, 2 } }, "merge 0" },
         { { { 0, 0, 2 } }, "merge 0" }, { { { 0, 1, 3 } }, "merge 0" }, { { { 0, 1, 1 } }, "merge 0" },
         { { { 5, 1, 1 } }, "merge 0: token 1 is not 5" }, { { { 1, 5, 1 } }, "merge 0: token 1 is not 1 and 5" },
-        { { { UINT32_MAX, 1, 1 } }, "merge 0" }, { { { 1, 0x80000000, 1 } }, "merge 0" },
-        { { { 0, 1, 5 } }, "merge 0" }, { { { 0, 1, UINT32_MAX } }, "merge 0" },
+        { { { INT32_MAX, 1, 1 } }, "merge 0" }, { { { UINT32_MAX, 1, 1 } }, "merge 0" },
+        { { { 1, 0x80000000, 1 } }, "merge 0" }, { { { 0, 1, 5 } }, "merge 0" },
+        { { { 0, 1, UINT32_MAX } }, "merge 0" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Bytes b = make_section(BPE, lengths, types, 5, "abababcc", cases[i].merge, 1);
