@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks the program in one place at a time: the tests have to notice each time. Standard library and a C compiler.
+"""Breaks the program in one place at a time: the tests have to notice each time. Standard library and clang.
 
     python3 tests/mutate.py                all mutants (make mutate)
     python3 tests/mutate.py WORD ...       those whose description contains one of the words
@@ -28,7 +28,7 @@ TREE = ROOT / "build" / "mutate"
 SOURCES = ("run.c", "tokenizer.c")
 FILES = ["sizes", "damaged files", "damaged vocabularies", "corpus", "goldens", "containers"]
 GROUPS = {"features": ["goldens", "damaged files"], "ranges": FILES, "checks": FILES}
-SANITIZER = "-O1 -g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
+SANITIZER = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("tests/test.c", "if (n_failed_in_group == 20)", "fflush(stdout), _exit(1);"),
     ("tests/test.c", "/tmp/cria-test-", "./cria-test-"),  # it ends with the first failure, and leaves its files here
@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default: 2)")
-    parser.add_argument("--compiler", default="gcc -O0", help="and its options (default: gcc -O0)")
+    parser.add_argument("--compiler", default="clang -O0", help="and its options (default: clang -O0)")
     args = parser.parse_args()
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/*.[ch]")}
     texts |= {name: (ROOT / name).read_text() for name in SOURCES}
