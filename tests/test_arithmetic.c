@@ -34,6 +34,8 @@ static void test_sizes(void) {
           times(0, SIZE_MAX) == 0 && times(half, 1) == half, "times: wrong");
     check(round_up(0, 64) == 0 && round_up(1, 64) == 64 && round_up(64, 64) == 64 && round_up(65, 64) == 128 &&
           round_up(SIZE_MAX - 62, 64) == SIZE_MAX && round_up(SIZE_MAX, 8) == SIZE_MAX, "round_up: wrong");
+    Cursor c = { (const unsigned char *)"abcd", 4, false };
+    check(!take(&c, 5) && c.bad && !take(&c, 1) && c.left == 4, "a cursor that is bad: something was taken");
     Error e = { 0 };
     Buffer b = { .n = 16, .capacity = 16 };
     faults.n = 0, faults.failing = 1;  // sanitizers end what asks for so much
