@@ -3644,7 +3644,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
 // nanosecond, which makes GB/s and Gop/s of them.
 typedef struct { double bytes, int8, f32; } Load;
 
-enum { MAX_RUNS = 64, MAX_RESULTS = 512, MEMORY_BYTES = 256 << 20 };  // of memory: many times the caches
+enum { MAX_RUNS = 64, MEMORY_BYTES = 256 << 20 };  // of memory: many times the caches
 
 typedef struct {
     const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
@@ -3737,7 +3737,7 @@ typedef struct Bench {
     size_t n_products;
     Activations x;
     float *y;  // (n, MOST_ROWS)
-    Measured results[MAX_RESULTS];
+    Measured *results;
 } Bench;
 
 static int by_size(const void *a, const void *b) {
@@ -3847,7 +3847,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     }
     conclude(r, (int)options.reps);
     put_result(r, b->title, b->n_results++ == 0);
-    return b->n_results < MAX_RESULTS || fail(e, MISUSE, "more than %d tests at once", MAX_RESULTS - 1);
+    return true;
 }
 
 // Every test with every number of threads. The ceilings are measured in the run that is held against them: machines are
@@ -3869,26 +3869,27 @@ static bool time_tests(Bench *b, Error *e) {
 // All tests, with those of the kernels that this machine has; then what the figures say, in words, and the picture.
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
-    bool ok = true;
-    if (!(b->memory = map_memory(MEMORY_BYTES, true, e))) return false;
-    use_large_pages(b->memory, MEMORY_BYTES);
-    memset(b->memory, 0x31, MEMORY_BYTES);
-    if (options.json) putchar('[');
+    Output out = { NULL, NULL, NULL };
+    size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
+    b->results = allocate(most, sizeof *b->results, e);
+    b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
+    bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
+    if (ok) use_large_pages(b->memory, MEMORY_BYTES);
+    if (ok) memset(b->memory, 0x31, MEMORY_BYTES);
+    if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets; i++)
         if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
-    munmap(b->memory, MEMORY_BYTES);
-    if (!ok) return false;
-    if (options.json) printf("\n]\n");
-    bool speaks = !options.json && b->n_results <= 16;  // more sentences would say less than the table
+    if (b->memory) munmap(b->memory, MEMORY_BYTES);
+    if (ok && options.json) printf("\n]\n");
+    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences would say less than the table
     for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
         printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
                r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
                r->bound->unit, r->percent);
-    if (!options.svg) return true;
-    Output out;
-    ok = open_output(&out, options.svg, e);
-    if (ok) draw_roofline(b, out.stream);
-    return close_output(&out, ok, e);
+    if (ok && options.svg) draw_roofline(b, out.stream);
+    if (options.svg) ok = close_output(&out, ok, e);
+    free(b->results);
+    return ok;
 }
 
 // ---- bench: a model ----

@@ -35,7 +35,7 @@ def build(target: str, afl: bool) -> Path:
         how = ["afl-clang-fast", f"-DFUZZ={TARGETS[target]}", "-DFUZZ_WITHOUT_MUTATOR", "-fsanitize=fuzzer"]
     else:  # the mutator and the dictionary know more than traces of comparisons, which take a third of the time
         how = ["clang", f"-DFUZZ={TARGETS[target]}", f"-fsanitize=fuzzer,{SANITIZERS}",
-               "-fno-sanitize-coverage=trace-cmp"]
+               "-fno-sanitize-coverage=trace-cmp", "-Wl,--wrap=__sanitizer_cov_8bit_counters_init"]
     print(f"building {program.relative_to(ROOT)}", flush=True)
     subprocess.run([*how, *FLAGS, "tests/fuzz.c", "-lm", "-o", program], cwd=ROOT, check=True)
     return program
@@ -52,7 +52,7 @@ def run(target: str, seconds: int) -> bool:
     own, log = WORK / "corpus" / target, WORK / f"{target}.log"
     own.mkdir(parents=True, exist_ok=True)
     command = [build(target, False), f"-max_len={LONGEST[target]}", f"-max_total_time={seconds}", *LIMITS,
-               "-print_final_stats=1", "-dict=tests/fuzz.dict", f"-artifact_prefix={WORK / 'found'}/", own,
+               "-print_final_stats=1", "-mutate_depth=2", "-dict=tests/fuzz.dict", f"-artifact_prefix={WORK / 'found'}/", own,
                *inputs(target)]
     with log.open("w") as out:
         status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out).returncode

@@ -262,6 +262,7 @@ static const struct {
     { "stops", test_stops },
     { "containers", test_containers },
     { "hashes", test_hashes },
+    { "what bench counts", test_counts },
     { "stories", test_stories },
     { "sampler", test_sampler },
     { "tokenizer", test_tokenizer },

@@ -384,6 +384,47 @@ static void test_hashes(void) {
     check(fnv1a("foobar", 6) == 0x85944171f73967e8u, "FNV-1a of foobar");  // the authors' test vector
 }
 
+// ---- What bench counts ----
+
+// Expected by hand. llama_mqa: 2 layers of 30 dimensions, 5 heads of 6 that share one key/value head, 36 in the
+// feed-forward layer, 135 tokens; in f32, tiles of 16 rows by 32 columns. A layer's matrices have 3 * 36 * 30 +
+// 2 * 30 * 30 + 2 * 6 * 30 = 5400 numbers and, padded, (2 * 48 + 64) * 32 + 2 * (32 + 16) * 32 = 8192 of 4 bytes; the
+// head has 4050, and padded 144 * 32. A position of the cache has 2 * 6 * 4 = 48 bytes a layer.
+static void test_counts(void) {
+    static const struct { const char *name; int past, n; bool exact, one_by_one; Load wanted; } cases[] = {
+        // two tokens that see 1 and 2, then one that sees 3; each 4 * 30 operations a position and layer
+        { "llama_mqa.gguf", 0, 3, true, false,
+          { 2 * 2 * 32768 + 18432 + 2 * 48 * (2 + 3), 0, 2 * (2 * 3 * 5400 + 4050) + 2 * 120 * (1 + 2 + 3) } },
+        { "llama_mqa.gguf", 5, 2, true, true,
+          { 2 * (2 * 32768 + 18432) + 2 * 48 * (6 + 7), 0, 2 * 2 * (2 * 5400 + 4050) + 2 * 120 * (6 + 7) } },
+        // 2 of 5 experts of 3 * 32 * 40 numbers in each of 2 layers: of all 38400, 19200 in q8, 6400 in q4, the others
+        // in 16 bits; 3072 of attention, 5 * 32 of the router, 131 * 32 of the head; 4 heads of 8 that see 1 position
+        { "mixtral.gguf", 0, 1, false, true,
+          { 0, 2 * 25600 * 2 / 5.0, 2 * (12800 * 2 / 5.0 + 2 * (3072 + 160) + 4192) + 2 * 4 * 32 } },
+        { "mixtral.gguf", 0, 1, true, true, { 0, 0, 2 * (38400 * 2 / 5.0 + 2 * (3072 + 160) + 4192) + 2 * 4 * 32 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Opened o = open_golden(cases[i].name);
+        State s = { .batch = 2, .exact = cases[i].exact, .cache_f32 = cases[i].exact };
+        const Load *wanted = &cases[i].wanted;
+        Load got = load_of(&o.model, &s, cases[i].past, cases[i].n, cases[i].one_by_one);
+        check(got.int8 == wanted->int8 && got.f32 == wanted->f32 && (!wanted->bytes || got.bytes == wanted->bytes),
+              "%s, %d tokens after %d: got %g bytes, %g and %g operations, wanted %g, %g and %g", cases[i].name,
+              cases[i].n, cases[i].past, got.bytes, got.int8, got.f32, wanted->bytes, wanted->int8, wanted->f32);
+        close_opened(&o);
+    }
+    // 100 bytes at 10 a nanosecond take 10; 1000 operations at 50 and 500 at 25 take 40. The median run took 80.
+    Measured r = { .n_tokens = 4, .load = { 100, 1000, 500 }, .ceiling = { 10, 50, 25 }, .ns = { 90, 60, 80 } };
+    conclude(&r, 3);
+    check(r.per_s == 5e7 && r.percent == 50 && r.bound == &r.arithmetic && r.arithmetic.ceiling == 37.5 &&
+              r.memory.reached == 1.25,
+          "a test's figures: got %g tokens/s, %g %% of %s", r.per_s, r.percent, r.bound->what);
+    r = (Measured){ .n_tokens = 1, .load = { 100, 10, 0 }, .ceiling = { 10, 50, 25 }, .ns = { 20, 20 } };
+    conclude(&r, 2);
+    check(r.percent == 50 && r.bound == &r.memory && r.arithmetic.reached == 0.5 && r.spread == 0,
+          "what reads: got %g %% of %s", r.percent, r.bound->what);
+}
+
 // ---- Stories ----
 
 // What llama2.c prints with stories260K.bin: ../shared/data/README.md. The first needs one token more than its -n 256.
