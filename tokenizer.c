@@ -738,19 +738,15 @@ typedef struct {
 typedef struct {
     uint32_t start, length;  // length is 0 once it was joined to the one on its left
     int previous, next, id;  // -1: there is none; the character is no piece
+    int pair;                // the piece that it makes with the next one, or -1
+    uint32_t rank;           // and how soon the vocabulary wants it made
 } Symbol;
-
-// A pair that may be joined. The smallest order goes first: the vocabulary's liking, then the leftmost.
-typedef struct {
-    uint64_t order;   // | rank, 32 bits | number of the left symbol, 32 bits |
-    uint32_t length;  // of both together; if that has changed, the pair is no more
-    int id;
-} Pair;
 
 typedef struct {
     const Tokenizer *t;
     Symbol *symbols;  // (capacity)
-    Pair *heap;       // (2 * capacity)  every joining takes one pair out and puts at most two in: n - 1 + n - 1 at most
+    uint64_t *heap;   // (2 * capacity)  pairs, the first to be joined on top: | rank, 32 bits | left symbol, 32 bits |.
+                      // Every joining takes one out and puts at most two in: n - 1 + n - 1 at most
     size_t n_symbols, n_heap, capacity;
     uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
     char *composed;     // (3 * n) a stretch of the text
@@ -772,20 +768,20 @@ static bool emit(Tokens *out, int id, Error *e) {
 }
 
 // The heap has four children to a node: half the depth of two, and four neighbours share a line of the cache.
-static void push_pair(Encoder *c, Pair pair) {
+static void push_pair(Encoder *c, uint64_t pair) {
     size_t i = c->n_heap++;
-    for (; i > 0 && c->heap[(i - 1) / 4].order > pair.order; i = (i - 1) / 4) c->heap[i] = c->heap[(i - 1) / 4];
+    for (; i > 0 && c->heap[(i - 1) / 4] > pair; i = (i - 1) / 4) c->heap[i] = c->heap[(i - 1) / 4];
     c->heap[i] = pair;
 }
 
-static Pair pop_pair(Encoder *c) {
-    Pair top = c->heap[0], last = c->heap[--c->n_heap];
+static uint64_t pop_pair(Encoder *c) {
+    uint64_t top = c->heap[0], last = c->heap[--c->n_heap];
     size_t i = 0;
     for (size_t first = 1; first < c->n_heap; first = 4 * i + 1) {
         size_t least = first;
         for (size_t child = first + 1; child < first + 4 && child < c->n_heap; child++)
-            if (c->heap[child].order < c->heap[least].order) least = child;
-        if (last.order <= c->heap[least].order) break;
+            if (c->heap[child] < c->heap[least]) least = child;
+        if (last <= c->heap[least]) break;
         c->heap[i] = c->heap[least];
         i = least;
     }
@@ -804,35 +800,35 @@ static uint32_t score_order(float score) {
 // Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
-    const Symbol *a = &c->symbols[left];
+    Symbol *a = &c->symbols[left];
+    a->pair = -1;
     if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
-    Pair pair = {.length = a->length + b->length, .id = -1};
-    uint32_t rank = 0;
     if (t->kind == SPM) {
-        pair.id = find_piece(t, s + a->start, pair.length);
-        if (pair.id >= 0) rank = score_order(t->score[pair.id]);
+        a->pair = find_piece(t, s + a->start, a->length + b->length);
+        if (a->pair >= 0) a->rank = score_order(t->score[a->pair]);
     } else {
         size_t steps = 0;
         int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        if (merge >= 0) pair.id = (int)t->merge[merge][2];
-        rank = (uint32_t)merge;
+        if (merge >= 0) a->pair = (int)t->merge[merge][2];
+        a->rank = (uint32_t)merge;
     }
-    if (pair.id < 0) return;
-    pair.order = (uint64_t)rank << 32 | (uint32_t)left;
-    push_pair(c, pair);
+    if (a->pair >= 0) push_pair(c, (uint64_t)a->rank << 32 | (uint32_t)left);
 }
 
+// Joins pairs, what the vocabulary likes best first, then the leftmost. One that has changed since it was put into the
+// heap is not what its symbol has now, or is there twice.
 static void join_symbols(Encoder *c, const char *s) {
     c->n_heap = 0;
-    for (size_t i = 0; i + 1 < c->n_symbols; i++) offer_pair(c, s, (int)i);
+    for (size_t i = 0; i < c->n_symbols; i++) offer_pair(c, s, (int)i);
     while (c->n_heap > 0) {
-        Pair pair = pop_pair(c);
-        int left = (int)(uint32_t)pair.order;
-        Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
-        if (a->length == 0 || !b || a->length + b->length != pair.length) continue;
-        a->length = pair.length;
-        a->id = pair.id;
+        uint64_t pair = pop_pair(c);
+        int left = (int)(uint32_t)pair;
+        Symbol *a = &c->symbols[left];
+        if (a->length == 0 || a->pair < 0 || a->rank != pair >> 32) continue;
+        Symbol *b = &c->symbols[a->next];
+        a->length += b->length;
+        a->id = a->pair;
         a->next = b->next;
         b->length = 0;
         if (a->next >= 0) c->symbols[a->next].previous = left;
@@ -879,7 +875,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         int id = t->kind == SPM ? find_piece(t, s + i, length) : t->byte_id[(unsigned char)s[i]];
         int at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
-        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id};
+        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1, 0};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols - 1].next = -1;
