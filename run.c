@@ -3258,7 +3258,6 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
 static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
     size_t head_dim = (size_t)m->config.head_dim;
     float eps = m->config.norm_eps;
-    if (!m->config.wide_head_norms) return;
     Range tokens = share((size_t)n, team);
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;

@@ -48,7 +48,8 @@ def raw(program: str) -> Path:
     return WORK / "raw" / program.replace("/", "-")
 
 
-def measure() -> None:
+def measure() -> list[str]:
+    """Builds and runs; says which of the runs failed."""
     shutil.rmtree(WORK, ignore_errors=True)
     (TREE / "build").mkdir(parents=True)
     for name in ("run.c", "tokenizer.c", "tests", "README.md", "Makefile"):
@@ -58,10 +59,13 @@ def measure() -> None:
     for program, source in PROGRAMS.items():
         counters = f"-fprofile-instr-generate={raw(program)}-%c%m.profraw"
         subprocess.run(["clang", *FLAGS, counters, source, "-lm", "-o", program], cwd=TREE, check=True)
+    wrong = []
     for command in (["build/test"], ["build/torture", "quick"]):
         done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
         failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         print("\n".join(failures + [" ".join(command) + ": " + done.stdout.strip().rpartition("\n")[2]]), flush=True)
+        wrong += [" ".join(command)] * (done.returncode != 0)
+    return wrong
 
 
 def line_counts(segments: list[list]) -> dict[int, int]:
@@ -124,10 +128,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--missing", action="store_true")
     args = parser.parse_args()
-    if not args.again:
-        measure()
+    wrong = [] if args.again else measure()
     lines, branches = read()
-    excuses, total, wrong = dict(UNREACHABLE), [0] * 5, []
+    excuses, total = dict(UNREACHABLE), [0] * 5
     print(f"\n{'chapter':45} {'lines':>6} {'ran':>8} {'branches':>9} {'taken':>8} {'unreachable':>12}")
     for name in ("run.c", "tokenizer.c"):
         begins, source, missing = parts(name), (ROOT / name).read_text().splitlines(), []

@@ -66,24 +66,36 @@ def run(target: str, seconds: int) -> bool:
     return status == 0
 
 
+def afl_figures(out: Path) -> dict[str, str]:
+    stats = out / "default" / "fuzzer_stats"
+    return dict(re.findall(r"(\w+) +: ([\d.]+)", stats.read_text())) if stats.exists() else {}
+
+
 def run_afl(target: str, seconds: int) -> bool:
+    """AFL++ goes on from its own last run, without sanitizers; what it has kept then goes through the program with them."""
     program, seeds, out = build(target, True), WORK / "afl-seeds" / target, WORK / "afl" / target
     shutil.rmtree(seeds, ignore_errors=True)
     seeds.mkdir(parents=True)
+    out.parent.mkdir(exist_ok=True)
     for folder in inputs(target):
         for path in folder.iterdir():
             shutil.copy(path, seeds / path.name)
     settings = dict.fromkeys(("AFL_SKIP_CPUFREQ", "AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES", "AFL_NO_UI",
                               "AFL_AUTORESUME", "AFL_NO_AFFINITY"), "1")
-    with (WORK / f"{target}-afl.log").open("w") as log:
+    before, log_path = int(afl_figures(out).get("execs_done", 0)), WORK / f"{target}-afl.log"
+    with log_path.open("w") as log:
         command = ["afl-fuzz", "-i", seeds, "-o", out, "-V", str(seconds), "-x", "tests/fuzz.dict",
                    "-G", str(LONGEST[target]), "--", program]
-        subprocess.run(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=log)
-    figures = dict(re.findall(r"(\w+) +: ([\d.]+)", (out / "default" / "fuzzer_stats").read_text()))
+        subprocess.run(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=log, check=True)
+        command = [build(target, False), "-runs=0", f"-max_len={LONGEST[target]}", *LIMITS,
+                   f"-artifact_prefix={WORK / 'found'}/", out / "default" / "queue"]
+        status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log).returncode
     found = sum(1 for kind in ("crashes", "hangs") for path in (out / "default" / kind).glob("id*"))
-    runs = int(figures["execs_done"])
-    print(f"{target}: {runs:,} runs of AFL++, {figures['execs_per_sec']}/s, {found} found", flush=True)
-    return found == 0
+    figures, kept = afl_figures(out), len(list((out / "default" / "queue").glob("id*")))
+    runs = int(figures["execs_done"]) - before
+    print(f"{target}: {runs:,} runs of AFL++, {runs / seconds:.0f}/s, {found} found; with sanitizers {kept} inputs"
+          + (f": FAILED, see {log_path.relative_to(ROOT)}" if status else ""), flush=True)
+    return found == 0 and status == 0
 
 
 def minimise(target: str) -> None:
