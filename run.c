@@ -2911,7 +2911,8 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
-    if (n > MAX_TENSORS - d->n) return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
+    if (n > MAX_TENSORS - d->n || n > c->left / 24)
+        return refuse(e, "claims to have %llu tensors; %zu bytes are left", (unsigned long long)n, c->left);
     Buffer all = { (void *)d->entries, d->n * sizeof *d->entries, d->n * sizeof *d->entries };
     if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
     d->entries = (void *)all.bytes;
@@ -2930,7 +2931,8 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint64_t n_keys = take_u64(c);
     if (c->bad || magic != 0x46554747) return refuse(e, "the file ends within its header");
     if (version != 2 && version != 3) return refuse(e, "has GGUF version %u, expected 2 or 3", version);
-    if (n_keys > MAX_KEYS) return refuse(e, "claims to have %llu keys", (unsigned long long)n_keys);
+    if (n_keys > MAX_KEYS || n_keys > c->left / 13)
+        return refuse(e, "claims to have %llu keys; %zu bytes are left", (unsigned long long)n_keys, c->left);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
     for (; g->n_keys < n_keys; g->n_keys++) {

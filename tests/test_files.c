@@ -604,7 +604,7 @@ static void test_damaged_ggufs(void) {
         check_damaged_gguf("families/phi3_long.gguf", &longrope[i]);
 }
 
-// Where a file that is cut says that it is.
+// Where a file that is cut says that it is. It may not claim to have more than there is room for.
 static void test_cut_ggufs(void) {
     Bytes b = read_golden("llama_linear.gguf");
     GgufParts g;
@@ -613,15 +613,19 @@ static void test_cut_ggufs(void) {
     for (int i = 0; i < g.keys; i++) list += 8 + g.key[i].n_name + g.key[i].value.n;
     size_t first = list;
     for (int i = 0; i < g.tensors; i++) list += 8 + g.tensor[i].n_name + 4 + 8 * g.tensor[i].n_dims + 12;
-    const struct { size_t n_bytes; const char *wanted; } cases[] = {
-        { 4, "ends within its header" }, { 23, "ends within its header" }, { 24, "ends within its keys" },
-        { name - 1, "ends within its keys" }, { name + 3, "ends within its keys" },
-        { name + 4 + 7, "general.architecture is longer" }, { name + 4 + 8 + 4, "general.architecture is longer" },
-        { first, "within its list of tensors" }, { list - 1, "within its list of tensors" },
-        { list, "ends after the file does" }, { b.n - 1, "ends after the file does" },
+    const struct { size_t n_bytes; bool one_key; const char *wanted; } cases[] = {
+        { 4, false, "ends within its header" }, { 23, false, "ends within its header" },
+        { 24, false, "26 keys; 0 bytes are left" }, { 24 + 26 * 13 - 1, false, "26 keys; 337 bytes are left" },
+        { name - 1, true, "ends within its keys" }, { name + 3, true, "ends within its keys" },
+        { name + 4 + 7, true, "general.architecture is longer" },
+        { name + 4 + 8 + 4, true, "general.architecture is longer" }, { first, false, "20 tensors; 0 bytes are left" },
+        { first + 20 * 24 - 1, false, "20 tensors; 479 bytes are left" },
+        { first + 20 * 24, false, "within its list of tensors" }, { list - 1, false, "within its list of tensors" },
+        { list, false, "ends after the file does" }, { b.n - 1, false, "ends after the file does" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Bytes cut = copy_bytes(b.bytes, cases[i].n_bytes);
+        if (cases[i].one_key) cut.bytes[16] = 1;
         check_refused(cut, "a GGUF that is cut", cases[i].wanted);
         free(cut.bytes);
     }
