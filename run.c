@@ -3045,8 +3045,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     if (version) take_into(&c, &shared, sizeof shared);
     if (shared > 1) return refuse(e, "its shared-classifier byte is %d, expected 0 or 1", shared);
     if (version == 2) take_into(&c, &group, sizeof group);
-    if (version) take(&c, 256 - (size_t)(c.at - file.at));
-    if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
+    if (version) take(&c, 256 - (size_t)(c.at - file.at));  // what ends before that has no heads, or no tensors
+    if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,

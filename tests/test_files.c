@@ -978,6 +978,10 @@ static void test_damaged_llama2c(void) {
         check_patched(cases[i].file, b, &cases[i].patch);
         free(b.bytes);
     }
+    Bytes cut = read_golden("llama2c_v1.bin");
+    check_refused((Bytes){ cut.bytes, 100 }, "llama2c_v1.bin of 100 bytes", "ends within blk.0.attn_norm.weight");
+    check_refused((Bytes){ cut.bytes, 30 }, "llama2c_v1.bin of 30 bytes", "no checkpoint");
+    free(cut.bytes);
     static const struct { const char *what, *begin, *wanted; } mistakes[] = {
         { "a program", "\177ELF\2\1\1", "program" },
         { "PyTorch", "PK\3\4aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "PyTorch" },
