@@ -2772,7 +2772,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     return true;
 }
 
-// What files of a family leave to the programs that know it. pattern: which layers have the window, or NULL.
+// What files of a family leave to the programs that know it. pattern: for each layer, whether it has the window; or a
+// number: the last of so many has none; or NULL.
 static void complete_config(Model *m, const Family *f, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
@@ -2785,11 +2786,11 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
     if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
+    bool each = pattern && pattern->is_array;
+    double every = pattern && !each ? key_number(pattern, 0) : f->global_every;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
-        if (pattern ? pattern->count == (size_t)c->n_layers && !key_number(pattern, (size_t)l)
-                    : f->global_every && (l + 1) % f->global_every == 0)
-            layer->window = 0;
+        if (each ? !key_number(pattern, (size_t)l) : every != 0 && fmod(l + 1, every) == 0) layer->window = 0;
         bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
         layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
     }
@@ -2836,7 +2837,10 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
-    complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
+    const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
+    if (pattern && (pattern->type == G_STRING || (pattern->is_array && pattern->count != (size_t)c->n_layers)))
+        return refuse_key(pattern, e);
+    complete_config(m, find_family(c->family, e), pattern);
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     Text chat_template = get_text(g, "tokenizer.chat_template");
