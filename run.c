@@ -2929,7 +2929,12 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     return place_entries(&own, *c, step, e);
 }
 
-// The header and all keys; the cursor is left at the tensors. The caller frees g->keys.
+static int by_key_name(const void *a, const void *b) {
+    const Text *x = a, *y = b;  // a Key begins with its name
+    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
+}
+
+// The header and all keys, sorted; the cursor is left at the tensors. The caller frees g->keys.
 static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint32_t magic = take_u32(c), version = take_u32(c);
     *n_tensors = take_u64(c);
@@ -2940,13 +2945,11 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         return refuse(e, "claims to have %llu keys", (unsigned long long)n_keys);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
-    for (; g->n_keys < n_keys; g->n_keys++) {
-        Key *k = &g->keys[g->n_keys];
-        if (!read_key(c, k, e)) return false;
-        for (const Key *other = g->keys; other < k && n_keys < 4096; other++)
-            if (other->name.n == k->name.n && !memcmp(other->name.at, k->name.at, k->name.n))
-                return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
-    }
+    for (; g->n_keys < n_keys; g->n_keys++)
+        if (!read_key(c, &g->keys[g->n_keys], e)) return false;
+    qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
+    for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
+        if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
@@ -3205,13 +3208,14 @@ static const ChatTemplate chat_templates[] = {
       "<start_of_turn>model\n@<end_of_turn>\n", true, true },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
+enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
 
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
         const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : m->chat_template != NULL;
+        bool fits = name ? !strcmp(name, t->name) : m->chat_template && m->chat_template_bytes <= MAX_TEMPLATE;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
             const char *sign = t->signs[j] + absent;
