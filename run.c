@@ -2773,7 +2773,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     return true;
 }
 
-// What files of a family leave to the programs that know it. pattern: which layers have the window, or NULL.
+// What files of a family leave to the programs that know it. pattern: for each layer, whether it has the window; or a
+// number: the last of so many has none; or NULL.
 static void complete_config(Model *m, const Family *f, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
@@ -2786,11 +2787,11 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
     if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
+    bool each = pattern && pattern->is_array;
+    double every = pattern && !each ? key_number(pattern, 0) : f->global_every;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
-        if (pattern ? pattern->count == (size_t)c->n_layers && !key_number(pattern, (size_t)l)
-                    : f->global_every && (l + 1) % f->global_every == 0)
-            layer->window = 0;
+        if (each ? !key_number(pattern, (size_t)l) : every != 0 && fmod(l + 1, every) == 0) layer->window = 0;
         bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
         layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
     }
@@ -2835,7 +2836,10 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     }
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
-    complete_config(m, find_family(c->family, e), find_key(g, ".attention.sliding_window_pattern"));
+    const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
+    if (pattern && (pattern->type == G_STRING || (pattern->is_array && pattern->count != (size_t)c->n_layers)))
+        return refuse_key(pattern, e);
+    complete_config(m, find_family(c->family, e), pattern);
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     Text chat_template = get_text(g, "tokenizer.chat_template");
@@ -2924,7 +2928,12 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     return place_entries(&own, *c, step, e);
 }
 
-// The header and all keys; the cursor is left at the tensors. The caller frees g->keys.
+static int by_key_name(const void *a, const void *b) {
+    const Text *x = a, *y = b;  // a Key begins with its name
+    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
+}
+
+// The header and all keys, sorted; the cursor is left at the tensors. The caller frees g->keys.
 static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     uint32_t magic = take_u32(c), version = take_u32(c);
     *n_tensors = take_u64(c);
@@ -2935,13 +2944,11 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         return refuse(e, "claims to have %llu keys; %zu bytes are left", (unsigned long long)n_keys, c->left);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
-    for (; g->n_keys < n_keys; g->n_keys++) {
-        Key *k = &g->keys[g->n_keys];
-        if (!read_key(c, k, e)) return false;
-        for (const Key *other = g->keys; other < k && n_keys < 4096; other++)
-            if (other->name.n == k->name.n && !memcmp(other->name.at, k->name.at, k->name.n))
-                return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
-    }
+    for (; g->n_keys < n_keys; g->n_keys++)
+        if (!read_key(c, &g->keys[g->n_keys], e)) return false;
+    qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
+    for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
+        if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     return true;
@@ -3199,13 +3206,14 @@ static const ChatTemplate chat_templates[] = {
       "<start_of_turn>model\n@<end_of_turn>\n", true, true },
 };
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
+enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
 
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
         const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : m->chat_template != NULL;
+        bool fits = name ? !strcmp(name, t->name) : m->chat_template && m->chat_template_bytes <= MAX_TEMPLATE;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
             const char *sign = t->signs[j] + absent;

@@ -50,9 +50,7 @@ typedef struct {
     uint16_t set_bits[128];      // bits of sets_of by the letters of sets
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
     int byte_id[256];            // the token that stands for a single byte, or -1
-    uint8_t begins[256];         // the set of types (1 << type) that pieces have that begin with this byte
-    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // likewise, and the greatest length that special ones have
-    size_t longest_special;
+    uint8_t *specials;           // (1 << 16)  by a hash's upper bits: 1 if a special piece begins so, 1 << its type
     bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
 } Tokenizer;
 
@@ -129,12 +127,12 @@ static int find_piece(const Tokenizer *t, const char *s, size_t n) { return look
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
     *n_bytes = 1;
-    if (!(t->begins[(unsigned char)s[0]] >> type & 1)) return found;
     uint64_t hash = 1;
     size_t steps = 0;
-    for (size_t length = 1; length <= n && length <= t->longest_special; length++) {
+    for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
-        if (!(t->types_of_length[length] >> type & 1)) continue;
+        if (!t->specials[hash >> 48]) break;
+        if (!(t->specials[hash >> 48] >> type & 1)) continue;
         int id = *piece_slot(t, s, length, hash, 1u << type, &steps);
         if (id < 0) continue;
         found = id;
@@ -166,7 +164,8 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
 // Of pieces with the same bytes and the same type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
     t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
-    if (!t->piece_slots) return false;
+    t->specials = allocate(1 << 16, 1, e);
+    if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
     size_t n, steps = 0;
@@ -178,12 +177,12 @@ static bool index_pieces(Tokenizer *t, Error *e) {
         if (n == 0 || type == PIECE_BYTE) continue;
         for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
             t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
-        t->begins[first] |= (uint8_t)(1 << type);
-        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) {
-            t->types_of_length[n] |= (uint8_t)(1 << type);
-            if (n > t->longest_special) t->longest_special = n;
+        uint64_t hash = 1;
+        for (size_t i = 0; i < n; i++) {
+            hash = hash_byte(hash, s[i]);
+            if (SPECIAL_TYPES >> type & 1) t->specials[hash >> 48] |= i + 1 < n ? 1 : (uint8_t)(1 | 1 << type);
         }
-        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type, &steps);
+        int *slot = piece_slot(t, s, n, hash, 1u << type, &steps);
         if (*slot < 0) *slot = id;
         if (steps > 8 * t->piece_mask) return refuse(e, "the vocabulary's pieces are made to collide");
     }
@@ -1000,6 +999,7 @@ static bool is_end_token(const Tokenizer *t, int id) {
 
 static void close_tokenizer(Tokenizer *t) {
     free(t->piece_slots);
+    free(t->specials);
     free(t->merge_slots);
     free(t->sets_of);
     free(t->compositions);

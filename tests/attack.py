@@ -938,6 +938,15 @@ def _():
         g.n_keys += 1
         refused(f"{i}", g.pack(), "twice")
 
+    def many() -> None:  # whose names differ only at their ends: to compare each with each would take long
+        g = gguf()
+        g.keys[-1][1] += b"".join(string(b"x" * 16376 + b"%08d" % i) + value(U8, 0) for i in range(4000))
+        g.n_keys += 4000
+        put("many", g.pack())
+    in_child(many)
+    expect(0, "38-many", *GENERATE)
+    (FOLDER / "38-many").unlink()
+
 
 @row(39, "types of values that do not exist")
 def _():
@@ -1388,6 +1397,9 @@ def _():
         expect(2, path.name, "-q", "-m", "chat", "-i", "a", word="--template")
         expect(0, path.name, "-q", "-t", "0", "-n", "3", "-m", "chat", "-i", "a", "--template", "chatml")
         expect(0, path.name, "-m", "inspect")
+    in_child(lambda: put("large", with_key("tokenizer.chat_template", value(STRING, "<" * (256 << 20)))))
+    expect(2, "73-large", "-q", "-m", "chat", "-i", "a", word="--template")
+    (FOLDER / "73-large").unlink()
 
 
 # ==== 8. E. Weights ====

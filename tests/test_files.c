@@ -602,6 +602,12 @@ static void test_damaged_ggufs(void) {
     };
     for (size_t i = 0; i < sizeof longrope / sizeof *longrope; i++)
         check_damaged_gguf("families/phi3_long.gguf", &longrope[i]);
+    static const char pattern[] = "gemma3.attention.sliding_window_pattern";  // of other than seven layers
+    const DamageCase patterns[] = {
+        { K_TEXT, pattern, 0, "6", pattern }, { K_ARRAY, pattern, 0, NULL, pattern },
+        { K_ARRAY, pattern, 1, NULL, pattern },
+    };
+    for (size_t i = 0; i < 3; i++) check_damaged_gguf("families/gemma3.gguf", &patterns[i]);
 }
 
 // Where a file that is cut says that it is. It may not claim to have more than there is room for.
@@ -742,7 +748,7 @@ static const struct { const char *file; DamageCase damage; const char *field; do
     { "families/granite", { K_DROP, "granite.residual_scale", 0, NULL, NULL }, "residual_scale", 1 },
 };
 
-static void check_reading(const char *name, const DamageCase *c, const char *field, double wanted) {
+static void check_reading(const char *name, const DamageCase *c, const char *field, double wanted, int layer) {
     char file[64];
     snprintf(file, sizeof file, "%s.gguf", name);
     Bytes b = read_golden(file);
@@ -754,7 +760,7 @@ static void check_reading(const char *name, const DamageCase *c, const char *fie
     bool opens = open_bytes(&o, put_together(&g), &e);
     const ConfigField *f = config_fields;
     while (strcmp(f->name, field)) f++;
-    double got = opens ? get_field(&o.model, f, 0) : NAN;
+    double got = opens ? get_field(&o.model, f, layer) : NAN;
     check(got == (f->type == SINGLE ? (double)(float)wanted : wanted), "%s with %s of %g: %s is %g, wanted %g \"%s\"",
           file, c->name, c->number, field, got, wanted, e.text);
     close_opened(&o);
@@ -780,7 +786,14 @@ static void check_sizes(const char *name, int layers, int dim, int heads, int he
 
 static void test_readings(void) {
     for (size_t i = 0; i < sizeof readings / sizeof *readings; i++)
-        check_reading(readings[i].file, &readings[i].damage, readings[i].field, readings[i].wanted);
+        check_reading(readings[i].file, &readings[i].damage, readings[i].field, readings[i].wanted, 0);
+    static const struct { int pattern, layer, window; } windows[] = {
+        { 3, 1, 9 }, { 3, 2, 0 }, { 6, 5, 0 }, { 1, 0, 0 }, { 0, 5, 9 },
+    };
+    for (int i = 0; i < 5; i++) {
+        const DamageCase c = { K_U32, "gemma3.attention.sliding_window_pattern", windows[i].pattern, NULL, NULL };
+        check_reading("families/gemma3", &c, "window", windows[i].window, windows[i].layer);
+    }
     float gemma2[] = { 50, 30 }, none[] = { 0, 0 };
     check_sizes("gemma2", 26, 2304, 8, 256, 256, gemma2);
     check_sizes("gemma2", 46, 4608, 32, 128, 144, gemma2);
