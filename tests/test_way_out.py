@@ -4,20 +4,25 @@
 # dependencies = ["numpy>=1.26", "torch>=2.4", "transformers>=5.0", "gguf>=0.17", "tokenizers>=0.20", "sentencepiece",
 #                 "safetensors", "jinja2", "llama-cpp-python>=0.3.36"]
 # ///
-"""Takes cria's own files to other engines: what llama.cpp makes of the GGUF, and transformers of the folder.
+"""Takes cria's own files to other engines: what llama.cpp makes of the GGUF, and transformers of the folder; and takes
+files of every type that GGUF has from llama.cpp.
 
     python tests/test_way_out.py SOURCE.gguf MODEL.bin      MODEL: made from SOURCE; BPE, with a chat template
 
 Logits: small random models of each family, as a native file, exported to GGUF and run by llama.cpp, against
-transformers in float32. Text: MODEL, exported both ways, must cut 10,000 random strings as cria itself does, and render
+transformers in float32. Types: a small random model, quantised by llama.cpp's own quantisers, against transformers with
+the weights that gguf-py makes of the file. Text: MODEL, exported both ways, must cut 10,000 random strings as cria itself does, and render
 conversations as one Jinja template does.
 """
+import ctypes
 import sys
 import tempfile
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
+import torch
 import transformers
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
@@ -60,6 +65,54 @@ def test_logits(folder: Path) -> None:
         llama.close()
 
 
+def quantised(weights: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """By ggml's own quantiser      weights (rows, cols), f32; out (rows, bytes of a row), uint8"""
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    out = np.zeros((len(weights), weights.shape[1] // block * n_bytes), np.uint8)
+    ggml = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    n = ggml.ggml_quantize_chunk(ctypes.c_int(kind), weights.ctypes.data_as(ctypes.c_void_p),
+                                 out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(0), ctypes.c_int64(len(weights)),
+                                 ctypes.c_int64(weights.shape[1]), None)
+    assert n == out.nbytes
+    return out
+
+
+NAMES = {"token_embd": "model.embed_tokens", "output": "lm_head", "attn_q": "self_attn.q_proj",
+         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def name_in_transformers(name: str) -> str:
+    *layer, part, _ = name.split(".")  # blk.N.PART.weight or PART.weight
+    return f"model.layers.{layer[1]}.{NAMES[part]}.weight" if layer else f"{NAMES[part]}.weight"
+
+
+def test_types(folder: Path) -> None:
+    plain = folder / "plain.gguf"
+    network = t.make_network("qwen2", hidden_size=256, intermediate_size=512, num_attention_heads=8)
+    with torch.no_grad():  # four times as many columns as elsewhere: half the spread makes vectors of the same size
+        for p in network.parameters():
+            p.mul_(0.5 if p.ndim == 2 else 1)
+    t.exported(t.save_model(folder / "plain", network), "-o", plain, "--to", "gguf", "--type", "f32", "--no-verify")
+    for number in sorted(kind.ggml for kind in t.export_model.TYPES.values()):
+        kind, made = gguf.GGMLQuantizationType(number), folder / f"{number}.gguf"
+        t.copy_gguf(plain, made, lambda name, data: {name: quantised(data, kind) if data.ndim == 2 else data}, kind)
+        with torch.no_grad():
+            for tensor in gguf.GGUFReader(made).tensors:
+                if len(tensor.shape) == 2:
+                    weights = gguf.dequantize(tensor.data, kind).astype(np.float32)
+                    network.get_parameter(name_in_transformers(tensor.name)).copy_(torch.from_numpy(weights))
+        wanted = t.reference(network)
+        t.check_logits(f"{kind.name}: --exact", t.run_logits(made), wanted)
+        if kind.name in ("F32", "F16", "BF16"):
+            t.check_logits(f"{kind.name}", t.run_logits(made, t.TOKENS, "--kv", "f32", exact=False), wanted)
+            continue
+        error = np.sqrt(np.square(t.run_logits(made, exact=False) - wanted).mean() / np.square(wanted).mean())
+        print(f"  {kind.name}: activations in 8 bits: {100 * error:.2f} % of the logits' spread")
+        t.check(f"{kind.name}: error", 1e-4 < error < 0.03, f"{error}")
+
+
 def test_text(folder: Path, source: Path, model: Path) -> None:
     gguf_file, hf = folder / "model.gguf", folder / "model"
     t.exported(model, "-o", gguf_file, "--to", "gguf")
@@ -91,6 +144,7 @@ def test_text(folder: Path, source: Path, model: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         test_logits(Path(folder))
+        test_types(Path(folder))
         test_text(Path(folder), *map(Path, sys.argv[1:3]))
     print(f"{t.passed} passed, {t.failed} failed")
     sys.exit(t.failed > 0)
