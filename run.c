@@ -2951,7 +2951,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    return true;
+    return !family.at || !memchr(family.at, 0, family.n) || refuse(e, "key general.architecture has a NUL in it");
 }
 
 // A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors

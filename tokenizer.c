@@ -737,8 +737,7 @@ typedef struct {
 typedef struct {
     uint32_t start, length;  // length is 0 once it was joined to the one on its left
     int previous, next, id;  // -1: there is none; the character is no piece
-    int pair;                // the piece that it makes with the next one, or -1
-    uint32_t rank;           // and how soon the vocabulary wants it made
+    int pair;                // what it makes with the next one, or -1: BPE: the merge; SPM: the piece
 } Symbol;
 
 typedef struct {
@@ -796,38 +795,38 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
+// How soon the vocabulary wants a pair joined: 0 first.
+static uint32_t pair_rank(const Tokenizer *t, int pair) {
+    return t->kind == SPM ? score_order(t->score[pair]) : (uint32_t)pair;
+}
+
 // Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
     Symbol *a = &c->symbols[left];
+    size_t steps = 0;
     a->pair = -1;
     if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
-    if (t->kind == SPM) {
-        a->pair = find_piece(t, s + a->start, a->length + b->length);
-        if (a->pair >= 0) a->rank = score_order(t->score[a->pair]);
-    } else {
-        size_t steps = 0;
-        int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        if (merge >= 0) a->pair = (int)t->merge[merge][2];
-        a->rank = (uint32_t)merge;
-    }
-    if (a->pair >= 0) push_pair(c, (uint64_t)a->rank << 32 | (uint32_t)left);
+    if (t->kind == SPM) a->pair = find_piece(t, s + a->start, a->length + b->length);
+    else a->pair = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
+    if (a->pair >= 0) push_pair(c, (uint64_t)pair_rank(t, a->pair) << 32 | (uint32_t)left);
 }
 
 // Joins pairs, what the vocabulary likes best first, then the leftmost. One that has changed since it was put into the
 // heap is not what its symbol has now, or is there twice.
 static void join_symbols(Encoder *c, const char *s) {
+    const Tokenizer *t = c->t;
     c->n_heap = 0;
     for (size_t i = 0; i < c->n_symbols; i++) offer_pair(c, s, (int)i);
     while (c->n_heap > 0) {
         uint64_t pair = pop_pair(c);
         int left = (int)(uint32_t)pair;
         Symbol *a = &c->symbols[left];
-        if (a->length == 0 || a->pair < 0 || a->rank != pair >> 32) continue;
+        if (a->length == 0 || a->pair < 0 || pair_rank(t, a->pair) != pair >> 32) continue;
         Symbol *b = &c->symbols[a->next];
         a->length += b->length;
-        a->id = a->pair;
+        a->id = t->kind == SPM ? a->pair : (int)t->merge[a->pair][2];
         a->next = b->next;
         b->length = 0;
         if (a->next >= 0) c->symbols[a->next].previous = left;
@@ -874,7 +873,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         int id = t->kind == SPM ? find_piece(t, s + i, length) : t->byte_id[(unsigned char)s[i]];
         int at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
-        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1, 0};
+        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols - 1].next = -1;

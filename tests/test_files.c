@@ -177,7 +177,7 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
-    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
+    K_U32, K_F32, K_F64, K_TEXT, K_NUL, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
     K_FLOATS,
     T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
     T_EXTRA,
@@ -212,6 +212,7 @@ static void damage_key(GgufParts *g, const DamageCase *c) {
     case K_F32: set_value(k, 6, &f, 4); break;
     case K_F64: set_value(k, 12, &c->number, 8); break;
     case K_TEXT: set_value(k, 8, text, 8 + n); break;
+    case K_NUL: k->value.bytes[k->value.n - 1] = 0; break;  // a text's last byte
     case K_BOOL: set_value(k, 7, &u, 1); break;
     case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, u ? 0 : 3, 0, 1, 2, 3 }, u ? 12 : 24); break;  // of u32
     case K_ARRAY_OF_ONE: set_value(k, 9, (const uint32_t[]){ 4, 1, 0, u }, 16); break;
@@ -302,6 +303,7 @@ static const DamageCase gguf_cases[] = {
     { H_KEYS, NULL, 65537, NULL, "claims to have 65537 keys" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
+    { K_NUL, "general.architecture", 0, NULL, "has a NUL in it" },
     { K_DROP, "llama.embedding_length", 0, NULL, "llama.embedding_length" },
     { K_DROP, "llama.context_length", 0, NULL, "llama.context_length" },
     { K_DROP, "llama.block_count", 0, NULL, "llama.block_count" },
