@@ -2825,7 +2825,9 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
     for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        if (!strcmp(entry->name, "token_embd.weight")) c->n_tokens = (int)entry->source.rows;
+        bool embeds = !strcmp(entry->name, "token_embd.weight"), fits = entry->source.rows - 1 < MAX_TOKENS;
+        if (embeds && !fits) return refuse(e, "%s has %zu rows", entry->name, entry->source.rows);
+        if (embeds) c->n_tokens = (int)entry->source.rows;
         has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
     }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
@@ -2837,8 +2839,10 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
-    if (pattern && (pattern->type == G_STRING || (pattern->is_array && pattern->count != (size_t)c->n_layers)))
-        return refuse_key(pattern, e);
+    size_t n = pattern ? pattern->is_array ? (size_t)c->n_layers : 1 : 0;
+    bool fits = !pattern || (pattern->type != G_STRING && pattern->count == n);
+    for (size_t i = 0; fits && i < n; i++) fits = fmod(key_number(pattern, i), 1) == 0 && key_number(pattern, i) >= 0;
+    if (!fits) return refuse_key(pattern, e);
     complete_config(m, find_family(c->family, e), pattern);
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
@@ -3880,8 +3884,7 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     b->results = allocate(most, sizeof *b->results, e);
     b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
     bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
-    if (ok) use_large_pages(b->memory, MEMORY_BYTES);
-    if (ok) memset(b->memory, 0x31, MEMORY_BYTES);
+    if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets; i++)
         if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);

@@ -32,9 +32,9 @@ import test_export as t  # noqa: E402
 
 STRINGS = 10_000
 F32 = 0  # ggml's number of the type: the cache is to keep what it is given
-# llama.cpp looks GELU up in a table of f16, whose steps of 2^-11 are relative to each number of the feed-forward layer;
-# its other operations are in f32.
-TOLERANCES = {"gemma2": 2e-2, "gemma3": 2e-2, "gemma3 linear": 2e-2, "gemma3 pattern": 2e-2}
+# llama.cpp looks GELU up in a table of f16: each number of the feed-forward layer is off by up to 2^-11 of it, which
+# leaves 1e-3 to 3e-3 in logits of up to 7; 2^-11 of the largest is 3.4e-3. Its other operations are in f32.
+TOLERANCES = {"gemma2": 4e-3, "gemma3 linear": 4e-3, "gemma3 pattern": 4e-3}
 # What llama.cpp does not do. It has no window in these, so that only the positions before its end are the same; and it
 # goes by the width of a head where Gemma 3's own scale of scores is another, and by YaRN's usual limits in Qwen 2.
 POSITIONS = {"mistral yarn": 11, "mistral window": 7, "qwen2 window": 7, "phi3": 9, "gemma3": 0, "qwen2 yarn": 0}
@@ -110,6 +110,7 @@ def test_types(folder: Path) -> None:
             continue
         error = np.sqrt(np.square(t.run_logits(made, exact=False) - wanted).mean() / np.square(wanted).mean())
         print(f"  {kind.name}: activations in 8 bits: {100 * error:.2f} % of the logits' spread")
+        # 8 bits a number are 0.4 % of the largest of 32; two layers make of that what is measured. 0: were none rounded?
         t.check(f"{kind.name}: error", 1e-4 < error < 0.03, f"{error}")
 
 
