@@ -749,8 +749,8 @@ typedef struct {
 // A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
 typedef struct {
     uint32_t start, length;  // length is 0 once it was joined to the one on its left
-    int previous, next, id;  // -1: there is none; the character is no piece
-    int pair;                // what it makes with the next one, or -1: BPE: the merge; SPM: the piece
+    int previous, next;      // -1: there is none
+    int id;                  // BPE: the piece; SPM: the one that it makes with the next symbol, or -1
 } Symbol;
 
 typedef struct {
@@ -808,26 +808,26 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
-// How soon the vocabulary wants a pair joined: 0 first.
-static uint32_t pair_rank(const Tokenizer *t, int pair) {
-    return t->kind == SPM ? score_order(t->score[pair]) : (uint32_t)pair;
-}
-
 // Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
-    Symbol *a = &c->symbols[left];
+    Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
     size_t steps = 0;
-    a->pair = -1;
-    if (a->next < 0) return;
-    const Symbol *b = &c->symbols[a->next];
-    if (t->kind == SPM) a->pair = find_piece(t, s + a->start, a->length + b->length);
-    else a->pair = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-    if (a->pair >= 0) push_pair(c, (uint64_t)pair_rank(t, a->pair) << 32 | (uint32_t)left);
+    uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
+    if (t->kind == BPE && b) rank = (uint32_t)*find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
+    if (t->kind == SPM) a->id = b ? find_piece(t, s + a->start, a->length + b->length) : -1;
+    if (t->kind == SPM && a->id >= 0) rank = score_order(t->score[a->id]);
+    if (rank != UINT32_MAX) push_pair(c, (uint64_t)rank << 32 | (uint32_t)left);
 }
 
-// Joins pairs, what the vocabulary likes best first, then the leftmost. One that has changed since it was put into the
-// heap is not what its symbol has now, or is there twice.
+// A pair in the heap may have changed since it was put there: one of the two was joined with another one.
+static bool is_pair(const Tokenizer *t, const Symbol *a, const Symbol *b, uint32_t rank) {
+    if (a->length == 0 || !b) return false;
+    if (t->kind == SPM) return a->id >= 0 && score_order(t->score[a->id]) == rank;
+    return t->merge[rank][0] == (uint32_t)a->id && t->merge[rank][1] == (uint32_t)b->id;
+}
+
+// Joins pairs, what the vocabulary likes best first, then the leftmost.
 static void join_symbols(Encoder *c, const char *s) {
     const Tokenizer *t = c->t;
     c->n_heap = 0;
@@ -835,11 +835,10 @@ static void join_symbols(Encoder *c, const char *s) {
     while (c->n_heap > 0) {
         uint64_t pair = pop_pair(c);
         int left = (int)(uint32_t)pair;
-        Symbol *a = &c->symbols[left];
-        if (a->length == 0 || a->pair < 0 || pair_rank(t, a->pair) != pair >> 32) continue;
-        Symbol *b = &c->symbols[a->next];
+        Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
+        if (!is_pair(t, a, b, (uint32_t)(pair >> 32))) continue;
+        if (t->kind == BPE) a->id = (int)t->merge[pair >> 32][2];
         a->length += b->length;
-        a->id = t->kind == SPM ? a->pair : (int)t->merge[a->pair][2];
         a->next = b->next;
         b->length = 0;
         if (a->next >= 0) c->symbols[a->next].previous = left;
@@ -883,17 +882,17 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         uint32_t code;
         int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
         length = of_character > 0 ? (size_t)of_character : 1;
-        int id = t->kind == SPM ? find_piece(t, s + i, length) : t->byte_id[(unsigned char)s[i]];
-        int at = (int)c->n_symbols;
+        int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
-        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1};
+        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols - 1].next = -1;
     join_symbols(c, s);
     for (int i = 0; i >= 0; i = c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
-        if (a->id >= 0 ? !emit(c->out, a->id, c->e) : !emit_unknown(c, s + a->start, a->length)) return false;
+        int id = t->kind == SPM ? find_piece(t, s + a->start, a->length) : a->id;
+        if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->start, a->length)) return false;
     }
     return true;
 }
