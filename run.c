@@ -286,9 +286,9 @@ typedef struct {
 typedef struct {
     int8_t q[32];
     float scale;
-    float scaled_sum[3];       // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum[3];  // -128 * sum of the same q: what makes a product with weight + 128 one with the weight
-    int32_t minus_8_sum;       // -8 * sum of all; and so a block fills a line of the cache, 64 bytes
+    float scaled_sum[3];    // scale * sum of the q: of all, of the first 16, of the last 16
+    int32_t minus_128_sum;  // -128 * sum of all q: what makes a product with weight + 128 one with the weight
+    int32_t minus_8_sum, minus_32_sum[2];  // of all; of the halves. So a block fills a line of the cache, 64 bytes
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
@@ -427,7 +427,8 @@ INLINE void round_block(Block *b, const float *x) {
     sum[0] = sum[1] + sum[2];
     b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
     for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
-    for (int i = 0; i < 3; i++) b->minus_128_sum[i] = -128 * sum[i];
+    for (int i = 0; i < 2; i++) b->minus_32_sum[i] = -32 * sum[i + 1];
+    b->minus_128_sum = -128 * sum[0];
     b->minus_8_sum = -8 * sum[0];
 }
 
@@ -2833,8 +2834,6 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
         if (y->n_experts) y->ffn_dim = (int)get_number(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
-    if (!c->head_dim && c->dim % m->layers->n_heads)
-        return refuse(e, "%d heads do not divide %d dimensions", m->layers->n_heads, c->dim);
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
@@ -2844,7 +2843,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     Text chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, has_factors, e) || g->bad) return false;
+    if (!read_gguf_scaling(g, c, has_factors, e)) return false;
     m->chat_template = chat_template.at;
     m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
@@ -2853,6 +2852,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
 }
 
 // The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
+// False too where any key before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true);
@@ -2886,24 +2886,23 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     return pack_vocabulary(&v, section, e);
 }
 
-// One tensor's name, shape, type and offset; place_entries() finds its data.
+// One tensor's name, shape, type and offset; place_entries() finds its data, bind_slot() says what shape fits.
 static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     Text name = take_string(c);
     uint32_t n_dims = take_u32(c);
-    uint64_t dims[4] = { 1, 1, 1, 1 };
-    for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
+    uint64_t dims[3] = { 1, 1, 1 };
+    for (uint32_t i = 0; i < n_dims && i < 3; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
     entry->offset = take_u64(c);
     if (c->bad) return refuse(e, "the file ends within its list of tensors");
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(entry->name, name.at, name.n);
+    if (n_dims > 3) return refuse(e, "%s has %u dimensions, expected 1 to 3", entry->name, n_dims);
     const SourceType *source = NULL;
     for (int i = 0; i < N_SOURCE_TYPES; i++)
         if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    if (n_dims < 1 || n_dims > 4 || !dims[0] || !dims[1] || !dims[2] || dims[3] != 1 || dims[0] % source->block_cols)
-        return refuse(e, "%s has a shape that %s cannot have", entry->name, source->name);
     entry->is_vector = n_dims == 1;
     entry->n = (size_t)dims[2];
     entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
@@ -2917,7 +2916,7 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - d->n || n > c->left / 24)
-        return refuse(e, "claims to have %llu tensors", (unsigned long long)n);
+        return refuse(e, "claims to have %llu tensors; %zu bytes are left", (unsigned long long)n, c->left);
     Buffer all = { (void *)d->entries, d->n * sizeof *d->entries, d->n * sizeof *d->entries };
     if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
     d->entries = (void *)all.bytes;
@@ -2942,7 +2941,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     if (c->bad || magic != 0x46554747) return refuse(e, "the file ends within its header");
     if (version != 2 && version != 3) return refuse(e, "has GGUF version %u, expected 2 or 3", version);
     if (n_keys > MAX_KEYS || n_keys > c->left / 13)
-        return refuse(e, "claims to have %llu keys", (unsigned long long)n_keys);
+        return refuse(e, "claims to have %llu keys; %zu bytes are left", (unsigned long long)n_keys, c->left);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
     for (; g->n_keys < n_keys; g->n_keys++)
@@ -2952,8 +2951,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
-    return !g->bad;
+    return true;
 }
 
 // A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors
@@ -4029,8 +4027,8 @@ INLINE int byte_offset(Type type, Signs signs) {
 
 // That times the sum of a block's activations, or of those of a half, less than 0.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (offset == 8 && part == 0) return x->minus_8_sum;
-    return offset ? x->minus_128_sum[part] / (128 / offset) : 0;  // the divisor is a power of two
+    if (part) return offset == 32 ? x->minus_32_sum[part - 1] : offset ? x->minus_32_sum[part - 1] >> 3 : 0;
+    return offset == 8 ? x->minus_8_sum : offset == 16 ? 2 * x->minus_8_sum : offset ? x->minus_128_sum : 0;
 }
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are

@@ -1260,7 +1260,7 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    if (v->n_tokens == 0 || v->n_tokens > MAX_TOKENS)
+    if (v->n_tokens > MAX_TOKENS)
         return refuse(e, "vocabulary of %zu tokens, expected 1 to %d", v->n_tokens, MAX_TOKENS);
     TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;

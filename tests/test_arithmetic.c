@@ -34,6 +34,8 @@ static void test_sizes(void) {
           times(0, SIZE_MAX) == 0 && times(half, 1) == half, "times: wrong");
     check(round_up(0, 64) == 0 && round_up(1, 64) == 64 && round_up(64, 64) == 64 && round_up(65, 64) == 128 &&
           round_up(SIZE_MAX - 62, 64) == SIZE_MAX && round_up(SIZE_MAX, 8) == SIZE_MAX, "round_up: wrong");
+    Cursor c = { (const unsigned char *)"abcd", 4, false };
+    check(!take(&c, 5) && c.bad && !take(&c, 1) && c.left == 4, "a cursor that is bad: something was taken");
     Error e = { 0 };
     Buffer b = { .n = 16, .capacity = 16 };
     faults.n = 0, faults.failing = 1;  // sanitizers end what asks for so much
@@ -154,7 +156,8 @@ static bool is_block(const Block *b, const Rounded *wanted) {
         for (int i = part == 2 ? 16 : 0; i < (part == 1 ? 16 : 32); i++) sum += wanted->q[i];
         float scaled = wanted->scale * (float)sum;
         same = same && (isnan(scaled) ? isnan(b->scaled_sum[part]) : b->scaled_sum[part] == scaled) &&
-               b->minus_128_sum[part] == -128 * sum;
+               (part ? b->minus_32_sum[part - 1] == -32 * sum
+                     : b->minus_128_sum == -128 * sum && b->minus_8_sum == -8 * sum);
     }
     return same && !memcmp(b->q, wanted->q, 32);
 }
@@ -168,7 +171,7 @@ static void check_block(const Kernels *k, const float *block, const char *what) 
     int at = 0;
     while (at < 31 && b.q[at] == wanted.q[at]) at++;
     check(is_block(&b, &wanted), "%s, kernel %s: got scale %a, sum %d, q[%d] %d, wanted %a, %d, %d", what, k->name,
-          (double)b.scale, b.minus_128_sum[0] / -128, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
+          (double)b.scale, b.minus_8_sum / -8, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
 }
 
 static void test_quantise(void) {

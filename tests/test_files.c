@@ -177,8 +177,10 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
-    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY,
-    T_DROP, T_TWICE, T_RENAME, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET, T_EXTRA,
+    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
+    K_FLOATS,
+    T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
+    T_EXTRA,
     H_VERSION, H_TENSORS, H_KEYS,
 } Damage;
 
@@ -212,6 +214,8 @@ static void damage_key(GgufParts *g, const DamageCase *c) {
     case K_TEXT: set_value(k, 8, text, 8 + n); break;
     case K_BOOL: set_value(k, 7, &u, 1); break;
     case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, u ? 0 : 3, 0, 1, 2, 3 }, u ? 12 : 24); break;  // of u32
+    case K_ARRAY_OF_ONE: set_value(k, 9, (const uint32_t[]){ 4, 1, 0, u }, 16); break;
+    case K_FLOATS: set_value(k, 9, (const uint32_t[]){ 6, 3, 0, 0, 0, 0 }, 24); break;
     case K_TYPE: memcpy(k->value.bytes, &u, 4); break;
     case K_ITEM_TYPE: memcpy(k->value.bytes + 4, &u, 4); break;
     case K_COUNT: n = (uint64_t)c->number, memcpy(k->value.bytes + 8, &n, 8); break;
@@ -261,6 +265,7 @@ static void damage_tensor(GgufParts *g, const DamageCase *c) {
     case T_DIM1: t->dims[1] = u; break;
     case T_DIM2: t->dims[2] = u, t->n_dims = 3; break;
     case T_ONE_ROW: t->dims[1] = 1, t->n_dims = 2; break;
+    case T_NUL: t->n_name++; break;
     case T_SWAP: t->dims[0] = t->dims[1], t->dims[1] = first; break;
     case T_N_DIMS: t->n_dims = (uint32_t)u; break;
     case T_TYPE: t->type = (uint32_t)u; break;
@@ -294,6 +299,7 @@ static const DamageCase gguf_cases[] = {
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
+    { H_KEYS, NULL, 65537, NULL, "claims to have 65537 keys" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
     { K_DROP, "llama.embedding_length", 0, NULL, "llama.embedding_length" },
@@ -315,6 +321,7 @@ static const DamageCase gguf_cases[] = {
     { K_ARRAY, "llama.embedding_length", 0, NULL, "embedding_length" },
     { K_ARRAY, "llama.attention.head_count", 0, NULL, "head_count" },
     { K_ARRAY, "llama.block_count", 0, NULL, "block_count" },
+    { K_ARRAY_OF_ONE, "llama.context_length", 64, NULL, "context_length is 1 of type u32, expected a number" },
     { K_U32, "general.architecture", 1, NULL, "general.architecture" },
     { K_U32, "tokenizer.ggml.model", 1, NULL, "tokenizer.ggml.model" },
     { K_U32, "tokenizer.ggml.tokens", 1, NULL, "tokens" },
@@ -386,6 +393,7 @@ static const DamageCase gguf_cases[] = {
     { K_U32, "general.alignment", 1, NULL, "alignment" }, { K_U32, "general.alignment", 24, NULL, "alignment" },
     { K_U32, "general.alignment", 2147483648.0, NULL, "alignment" },
     { K_TEXT, "general.alignment", 0, "32", "alignment" },
+    { K_ARRAY, "general.alignment", 0, NULL, "general.alignment is an array of u32, expected number" },
     { K_F32, "llama.rope.scale_linear", 0, NULL, "scale_linear" },
     { K_F32, "llama.rope.scale_linear", 1e7, NULL, "scale_linear" },
     { K_F32, "llama.rope.scaling.factor", 1e7, NULL, "scaling.factor" },
@@ -419,6 +427,8 @@ static const DamageCase gguf_cases[] = {
     { K_U32, "tokenizer.ggml.remove_extra_whitespaces", -1, NULL, "remove_extra_whitespaces" },
     { K_U32, "tokenizer.ggml.remove_extra_whitespaces", 1, NULL, "remove_extra_whitespaces" },
     { K_TEXT, "tokenizer.ggml.model", 0, "bert", "bert" }, { K_TEXT, "tokenizer.ggml.model", 0, "", "tokenizer" },
+    { K_ARRAY, "tokenizer.ggml.precompiled_charsmap", 0, NULL, "precompiled_charsmap" },
+    { K_FLOATS, "tokenizer.ggml.scores", 0, NULL, "131 tokens, 3 scores" },
     { K_U32, "tokenizer.ggml.bos_token_id", 131, NULL, "131" },
     { K_U32, "tokenizer.ggml.eos_token_id", 4294967295.0, NULL, "eos_token_id" },
     { K_U32, "tokenizer.ggml.unknown_token_id", 1e6, NULL, "1000000" },
@@ -436,8 +446,9 @@ static const DamageCase gguf_cases[] = {
     { T_SWAP, "token_embd.weight", 0, NULL, "131" },
     { T_SWAP, "blk.0.ffn_down.weight", 0, NULL, "blk.0.ffn_down.weight" },
     { T_SWAP, "blk.1.attn_k.weight", 0, NULL, "blk.1.attn_k.weight" },
-    { T_DIM0, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight" },
-    { T_DIM1, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight" },
+    { T_DIM0, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight is 1 x 24 x 0, expected 1 x 24 x 24" },
+    { T_DIM1, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight is 1 x 0 x 24, expected 1 x 24 x 24" },
+    { T_DIM1, "token_embd.weight", 0, NULL, "vocab_size is 131, expected 0 to 0" },
     { T_DIM0, "blk.0.attn_q.weight", 0x1p63, NULL, "blk.0.attn_q.weight" },
     { T_DIM0, "blk.0.attn_q.weight", -1, NULL, "blk.0.attn_q.weight" },
     { T_DIM1, "blk.0.attn_q.weight", 0x1p62, NULL, "blk.0.attn_q.weight" },
@@ -445,8 +456,9 @@ static const DamageCase gguf_cases[] = {
     { T_DIM1, "token_embd.weight", 130, NULL, "13" }, { T_DIM1, "token_embd.weight", 2147483648.0, NULL, "token_embd" },
     { T_DIM0, "output_norm.weight", 23, NULL, "output_norm.weight" },
     { T_N_DIMS, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight" },
-    { T_N_DIMS, "blk.0.attn_q.weight", 5, NULL, "blk.0.attn_q.weight" },
-    { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "blk.0.attn_q.weight" },
+    { T_N_DIMS, "blk.0.attn_q.weight", 4, NULL, "blk.0.attn_q.weight has 4 dimensions" },
+    { T_NUL, "blk.0.attn_q.weight", 0, NULL, "20 bytes or a NUL" },
+    { T_N_DIMS, "blk.0.attn_q.weight", 4294967295.0, NULL, "has 4294967295 dimensions" },
     { T_N_DIMS, "blk.0.attn_q.weight", 1, NULL, "blk.0.attn_q.weight" },
     { T_N_DIMS, "blk.0.attn_norm.weight", 2, NULL, "" },
     { T_ONE_ROW, "blk.0.attn_norm.weight", 0, NULL, "blk.0.attn_norm.weight is 1 x 1 x 24, expected 1 x 1 x 24" },
@@ -454,10 +466,10 @@ static const DamageCase gguf_cases[] = {
     { T_TYPE, "blk.0.attn_q.weight", 5, NULL, "type 5" }, { T_TYPE, "blk.0.attn_q.weight", 31, NULL, "type 31" },
     { T_TYPE, "blk.0.attn_q.weight", 99, NULL, "blk.0.attn_q.weight is of GGUF type 99" },
     { T_TYPE, "blk.0.attn_q.weight", 4294967295.0, NULL, "type 4294967295" },
-    { T_TYPE, "blk.0.attn_q.weight", 8, NULL, "blk.0.attn_q.weight" },
+    { T_TYPE, "blk.0.attn_q.weight", 8, NULL, "24 columns, which q8 cannot have" },
     { T_TYPE, "blk.0.attn_norm.weight", 1, NULL, "blk.0.attn_norm.weight" },
     { T_TYPE, "output_norm.weight", 30, NULL, "output_norm.weight" },
-    { T_OFFSET, "blk.0.attn_q.weight", 33, NULL, "blk.0.attn_q.weight" },
+    { T_OFFSET, "blk.0.attn_q.weight", 33, NULL, "no multiple of 32" },
     { T_OFFSET, "blk.0.attn_q.weight", 0, NULL, "overlap" },
     { T_OFFSET, "blk.0.attn_q.weight", 0x1p40, NULL, "blk.0.attn_q.weight" },
     { T_OFFSET, "blk.0.attn_q.weight", -32, NULL, "blk.0.attn_q.weight" },
@@ -563,7 +575,7 @@ static void test_damaged_ggufs(void) {
         { T_N_DIMS, "blk.0.ffn_gate_exps.weight", 2, NULL, "is 1 x 40 x 32" },
         { T_DIM1, "blk.1.ffn_down_exps.weight", 31, NULL, "blk.1.ffn_down_exps.weight" },
         { T_DIM1, "blk.1.ffn_down_exps.weight", 0x1p61, NULL, "blk.1.ffn_down_exps.weight" },
-        { T_DIM2, "blk.1.ffn_down_exps.weight", 0, NULL, "blk.1.ffn_down_exps.weight" },
+        { T_DIM2, "blk.1.ffn_down_exps.weight", 0, NULL, "is 0 x 32 x 40, expected 5 x 32 x 40" },
         { T_DIM2, "blk.1.ffn_down_exps.weight", 6, NULL, "" },
         { T_DIM2, "blk.1.ffn_down_exps.weight", 4, NULL, "is 4 x 32 x 40, expected 5 x" },
         { T_DIM2, "blk.1.ffn_down_exps.weight", 0x1p60, NULL, "blk.1.ffn_down_exps.weight" },
@@ -589,21 +601,32 @@ static void test_damaged_ggufs(void) {
         { K_ARRAY, pattern, 1, NULL, pattern },
     };
     for (size_t i = 0; i < 3; i++) check_damaged_gguf("families/gemma3.gguf", &patterns[i]);
+    static const DamageCase longrope[] = {
+        { T_DROP, "rope_factors_short.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
+        { T_DROP, "rope_factors_long.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
+        { T_DIM0, "rope_factors_long.weight", 1, NULL, "rope_factors_long.weight is 1 x 1 x 1, expected 1 x 1 x 2" },
+    };
+    for (size_t i = 0; i < sizeof longrope / sizeof *longrope; i++)
+        check_damaged_gguf("families/phi3_long.gguf", &longrope[i]);
 }
 
-// Where a file that is cut says that it is. n_keys = 1: a file may not claim to have more than there is room for.
+// Where a file that is cut says that it is. It may not claim to have more than there is room for.
 static void test_cut_ggufs(void) {
     Bytes b = read_golden("llama_linear.gguf");
     GgufParts g;
     take_apart(b, &g);
-    size_t name = 24 + 8 + g.key[0].n_name, list = 24;  // the end of the first key's name, of the list of tensors
+    size_t name = 24 + 8 + g.key[0].n_name, list = 24;  // the ends of the first key's name and of the list of tensors
     for (int i = 0; i < g.keys; i++) list += 8 + g.key[i].n_name + g.key[i].value.n;
+    size_t first = list;
     for (int i = 0; i < g.tensors; i++) list += 8 + g.tensor[i].n_name + 4 + 8 * g.tensor[i].n_dims + 12;
     const struct { size_t n_bytes; bool one_key; const char *wanted; } cases[] = {
         { 4, false, "ends within its header" }, { 23, false, "ends within its header" },
+        { 24, false, "26 keys; 0 bytes are left" }, { 24 + 26 * 13 - 1, false, "26 keys; 337 bytes are left" },
         { name - 1, true, "ends within its keys" }, { name + 3, true, "ends within its keys" },
         { name + 4 + 7, true, "general.architecture is longer" },
-        { name + 4 + 8 + 4, true, "general.architecture is longer" }, { list - 1, false, "within its list of tensors" },
+        { name + 4 + 8 + 4, true, "general.architecture is longer" }, { first, false, "20 tensors; 0 bytes are left" },
+        { first + 20 * 24 - 1, false, "20 tensors; 479 bytes are left" },
+        { first + 20 * 24, false, "within its list of tensors" }, { list - 1, false, "within its list of tensors" },
         { list, false, "ends after the file does" }, { b.n - 1, false, "ends after the file does" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -614,6 +637,26 @@ static void test_cut_ggufs(void) {
     }
     free(b.bytes);
     free_parts(&g);
+}
+
+// Of several keys that are wrong the first that is asked for is named: others may only follow from it.
+static void test_first_key(void) {
+    static const struct { DamageCase damage[2]; const char *wanted; } cases[] = {
+        { { { K_U32, "llama.attention.value_length", 8, NULL, NULL },
+            { K_U32, "tokenizer.chat_template", 1, NULL, NULL } }, "value_length" },
+        { { { K_U32, "tokenizer.chat_template", 1, NULL, NULL },
+            { K_F32, "llama.rope.scaling.factor", NAN, NULL, NULL } }, "chat_template" },
+    };
+    for (int i = 0; i < 2; i++) {
+        Bytes b = read_golden("llama_linear.gguf");
+        GgufParts g;
+        take_apart(b, &g);
+        for (int k = 0; k < 2; k++) damage_key(&g, &cases[i].damage[k]);
+        Bytes damaged = put_together(&g);
+        check_refused(damaged, "two keys that are wrong", cases[i].wanted);
+        free(damaged.bytes), free(b.bytes);
+        free_parts(&g);
+    }
 }
 
 // Without one kind of tensor, in all layers, of the families that need it.
@@ -808,7 +851,8 @@ static void test_limits(void) {
         memcpy(&kept, b.bytes + at, sizeof kept);
         for (int k = 0; k < 5 + whole; k++) {
             char wanted[80];
-            snprintf(wanted, sizeof wanted, "%s is %g, expected", limits[i].name, values[k]);
+            snprintf(wanted, sizeof wanted, "%s is %g, expected %s", limits[i].name, values[k],
+                     whole ? "a whole number" : "");
             memcpy(b.bytes + at, &values[k], sizeof kept);
             check_refused(b, "a configuration", wanted);
         }
@@ -843,6 +887,7 @@ static void test_damaged_native(void) {
         { "layout 0", offsetof(FileHeader, layout), 4, 0, "make it again" },
         { "longer than it is", offsetof(FileHeader, file_bytes), 8, b.n + 1, "not copied whole" },
         { "another family", offsetof(FileHeader, family), 8, 0x78787878, "xxxx" },
+        { "a table with a rest", offsetof(FileHeader, tensors) + 8, 8, h.tensors.n_bytes + 4, "in a table of" },
         { "no tensors", offsetof(FileHeader, n_tensors), 4, 0, "tensors" },
         { "2^32 - 1 tensors", offsetof(FileHeader, n_tensors), 4, UINT32_MAX, "tensors" },
         { "configuration outside", offsetof(FileHeader, config), 8, b.n + 64, "section" },
@@ -884,11 +929,23 @@ static void test_damaged_native(void) {
     for (size_t i = 0; i < sizeof patches / sizeof *patches; i++) check_patched("native", b, &patches[i]);
     memcpy(b.bytes + record, second.name, NAME_BYTES);  // two of one name, none of another
     check_refused(b, "native: two tensors with one name", "");
+    memset(b.bytes + record, 'x', NAME_BYTES);  // before its type, 'c'
+    check_patched("native", b, &(Patch){ "a name without an end", record + offsetof(TensorRecord, type), 4, 'c',
+                                         "x is of type 99" });
     memcpy(b.bytes + record, first.name, NAME_BYTES);
     Bytes longer = new_bytes(b.n + 1);
     memcpy(longer.bytes, b.bytes, b.n);
     longer.bytes[b.n] = 0;
     check_refused(longer, "native: a byte more", "not copied whole");
+    free(longer.bytes);
+    h.n_tensors = MAX_TENSORS + 1;
+    h.tensors = (Section){ round_up(b.n, 64), h.n_tensors * sizeof(TensorRecord) };
+    h.file_bytes = h.tensors.at + h.tensors.n_bytes;
+    longer = new_bytes((size_t)h.file_bytes);
+    memset(longer.bytes, 0, longer.n);
+    memcpy(longer.bytes, b.bytes, b.n);
+    memcpy(longer.bytes, &h, sizeof h);
+    check_refused(longer, "native: more tensors than there may be", "65537 tensors in a table");
     free(longer.bytes), free(b.bytes);
 }
 
@@ -903,8 +960,9 @@ static void test_damaged_llama2c(void) {
         { "llama2c_v0.bin", { "ffn 37", 4, 4, 37, "" } }, { "llama2c_v0.bin", { "0 layers", 8, 4, 0, "n_layers" } },
         { "llama2c_v0.bin", { "2^31 - 1 layers", 8, 4, INT32_MAX, "n_layers" } },
         { "llama2c_v0.bin", { "1 layer", 8, 4, 1, "left" } },
-        { "llama2c_v0.bin", { "3 layers", 8, 4, 3, "ends within" } }, { "llama2c_v0.bin", { "0 heads", 12, 4, 0, "" } },
-        { "llama2c_v0.bin", { "7 heads", 12, 4, 7, "" } },
+        { "llama2c_v0.bin", { "3 layers", 8, 4, 3, "ends within" } },
+        { "llama2c_v0.bin", { "0 heads", 12, 4, 0, "no checkpoint" } },
+        { "llama2c_v0.bin", { "7 heads", 12, 4, 7, "no checkpoint" } },
         { "llama2c_v0.bin", { "-4 heads", 12, 4, (uint32_t)-4, "" } },
         { "llama2c_v0.bin", { "8 heads of 3", 12, 4, 8, "rope_dim" } },
         { "llama2c_v0.bin", { "3 kv heads", 16, 4, 3, "" } },
@@ -939,9 +997,10 @@ static void test_damaged_llama2c(void) {
         { "LFS", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS" },
         { "a web page", "<!DOCTYPE html><html><body>404</body></html>", "web page" },
         { "another web page", "<html><body>404</body></html>", "web page" },
-        { "big-endian GGUF", "FUGG\3", "big-endian" }, { "text", "Once upon a time, there was a little girl.", "" },
+        { "big-endian GGUF", "FUGG\3", "big-endian" },
+        { "text", "Once upon a time, there was a little girl.", "no checkpoint" },
         { "one byte", "x", "" }, { "GGUF and no more", "GGUF", "" },
-        { "a magic and no more", "\x89" "cria\r\n\x1a", "" }, { "ak42", "24ka", "" },
+        { "a magic and no more", "\x89" "cria\r\n\x1a", "expected a header of 128" }, { "ak42", "24ka", "" },
         { "safetensors", "\x10\x01\x01\x01\x01\x01\x01\x01{\"a\":", "safetensors" },
     };
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
@@ -971,6 +1030,9 @@ static void test_damaged_llama2c(void) {
     Error e = { 0 };
     check(!open_vocabulary(b.bytes, b.n, 276, &m, &e) && strstr(e.text, "275"),
           "tokenizer.bin for 276 tokens: got \"%s\", wanted a refusal with \"275\"", e.text);
+    close_model(&m);
+    check(!open_vocabulary(b.bytes, 4, -1, &m, &e) && strstr(e.text, "0 tokens, expected at least 3"),
+          "tokenizer.bin without tokens: got \"%s\"", e.text);
     close_model(&m);
     free(b.bytes);
 }
@@ -1369,6 +1431,7 @@ static void test_parts(void) {
         { 2, { K_TEXT, "split.no", 0, "1", NULL }, "part 2: key split.no" },
         { 1, { K_DROP, "general.architecture", 0, NULL, NULL }, "general.architecture" },
         { 2, { K_U32, "general.alignment", 24, NULL, NULL }, "part 2: key general.alignment" },
+        { 2, { K_TEXT, "general.alignment", 0, "32", NULL }, "part 2: key general.alignment" },
         { 2, { T_DROP, "blk.0.ffn_up.weight", 0, NULL, NULL }, "has 19 tensors" },
         { 2, { T_RENAME, "blk.0.ffn_up.weight", 0, "token_embd.weight", NULL }, "" },  // twice in all
         { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0x1p40, NULL, NULL }, "part 3: blk.1.ffn_up.weight ends after" },
@@ -1383,16 +1446,12 @@ static void test_parts(void) {
     size_t n_wrong = 0;
     Model m;
     Error e;
-    Bytes second = parts[1];  // one that has room for as many tensors as there may be, but not beside the others
-    parts[1] = new_bytes(second.n + 24 * MAX_TENSORS);
-    memset(parts[1].bytes, 0, parts[1].n);
-    memcpy(parts[1].bytes, second.bytes, second.n);
-    memcpy(parts[1].bytes + 8, &(const uint64_t){ MAX_TENSORS }, 8);
+    uint64_t own = number_at(parts[1].bytes + 8, 8), most = MAX_TENSORS;  // as many as there may be in all parts
+    memcpy(parts[1].bytes + 8, &most, 8);
     check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: claims to have 65536 tensors"),
           "more tensors than there may be: got \"%s\"", e.text);
     close_in_parts(&m);
-    free(parts[1].bytes);
-    parts[1] = second;
+    memcpy(parts[1].bytes + 8, &own, 8);
     parts[1].bytes[0] = 'g';
     check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: "), "a part that is none: got \"%s\"",
           e.text);
@@ -1419,6 +1478,7 @@ static void test_parts(void) {
 static void test_damaged_files(void) {
     test_damaged_ggufs();
     test_cut_ggufs();
+    test_first_key();
     test_missing_kinds();
     test_expert_biases();
     test_readings();

@@ -1,0 +1,444 @@
+#!/usr/bin/env python3
+"""Breaks the program in one place at a time: the tests have to notice each time. Standard library and clang.
+
+    python3 tests/mutate.py                all mutants (make mutate)
+    python3 tests/mutate.py WORD ...       those whose description contains one of the words
+    python3 tests/mutate.py --list         what there is
+
+Three kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
+kinds of rotation) is not done, or a family's row lacks something. ranges: a number of the configuration may be smaller,
+or larger, than it may; a tensor or key that is needed need not be there. checks: each operand of each condition that
+refuses a file, in chapter 9's parsers and validator and where tokenizer.c reads vocabularies, never holds.
+
+Each mutant is compiled as build/test is, and the groups that concern it run, up to the first failure; what is not
+noticed so, more of them with the address sanitizer. What survives is listed, and the last line is the score.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "mutate"
+SOURCES = ("run.c", "tokenizer.c")
+FILES = ["sizes", "damaged files", "damaged vocabularies", "corpus", "goldens", "containers"]
+GROUPS = {"features": ["goldens", "damaged files"], "ranges": FILES, "checks": FILES}
+SANITIZER = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
+HURRY = [  # where a mutant is compiled, so that it takes half the time
+    ("tests/test.c", "if (n_failed_in_group == 20)", "fflush(stdout), _exit(1);"),
+    ("tests/test.c", "/tmp/cria-test-", "./cria-test-"),  # it ends with the first failure, and leaves its files here
+    ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
+]
+PARTS = {  # where a file is read: from a line that begins so to one that begins so
+    "run.c": [("// ---- What a model consists of", "// ---- Chat templates"),
+              ("// Not finite is what no weights should give", "/* ==== 10.")],
+    "tokenizer.c": [("// Fills the table behind lookup()", "/* ---- Composing"),
+                    ("/* ---- Opening a section", "#endif")],
+}
+
+# What is done for some models only, as it stands in the source, and as if it were not done. A text that is there
+# several times is changed in the first of these places.
+FEATURES = [
+    # attention
+    ("a window of attention", ".window = layer->window ? (size_t)layer->window : SIZE_MAX", ".window = SIZE_MAX"),
+    ("the window's size", "? seen_by(a, i) - a->window : 0", "? seen_by(a, i) - a->window + 1 : 0"),
+    ("the cap of scores", ".cap = m->config.attention_cap", ".cap = 0"),
+    ("the cap's size", "p[i] = cap * hyperbolic_tangent(p[i] * scale / cap)",
+     "p[i] = hyperbolic_tangent(p[i] * scale)"),
+    ("the scale of scores", ".scale = m->config.attention_scale", ".scale = 1 / sqrtf((float)head_dim)"),
+    ("query heads that share a key head", "layer->n_kv_heads * per_unit;\n        size_t at = kv_head * positions",
+     "layer->n_kv_heads * per_unit;\n        size_t at = 0 * positions"),
+    ("the cap of logits", "cap = m->config.logit_cap", "cap = 0"),
+    ("the scale of logits", "scale = m->config.logit_scale", "scale = 1"),
+    ("the scale of embeddings", "columns[i][row % 16] * m->config.embedding_scale", "columns[i][row % 16]"),
+    ("the scale of what a block adds", "out[r] * m->config.residual_scale", "out[r]"),
+    ("GELU", "(Activation)m->config.activation", "SILU"),
+    ("a head of its own", "s->logits_stride, &m->head", "s->logits_stride, &m->embedding"),
+    # biases
+    ("query's bias", "&layer->query, layer->query_bias", "&layer->query, NULL"),
+    ("key's bias", "&layer->key, layer->key_bias", "&layer->key, NULL"),
+    ("value's bias", "&layer->value, layer->value_bias", "&layer->value, NULL"),
+    ("attention's bias", "&layer->attention_out, layer->attention_out_bias", "&layer->attention_out, NULL"),
+    ("gate's bias", "&layer->gate, layer->gate_bias", "&layer->gate, NULL"),
+    ("up's bias", "&layer->up, layer->up_bias", "&layer->up, NULL"),
+    ("down's bias", "&layer->down, layer->down_bias", "&layer->down, NULL"),
+    # norms
+    ("the norm before attention", "normalise_stream(m, s, layer->attention_norm,", "normalise_stream(m, s, NULL,"),
+    ("the norm before the feed-forward layer", "normalise_stream(m, s, layer->ffn_norm,",
+     "normalise_stream(m, s, NULL,"),
+    ("the last norm", "normalise_stream(m, s, m->final_norm,", "normalise_stream(m, s, NULL,"),
+    ("the norm behind attention", "rows, layer->attention_post_norm,", "rows, NULL,"),
+    ("the norm behind the feed-forward layer", "rows, layer->ffn_post_norm,", "rows, NULL,"),
+    ("the bias of attention's norm", "layer->attention_norm, layer->attention_norm_bias",
+     "layer->attention_norm, NULL"),
+    ("the bias of the feed-forward layer's norm", "layer->ffn_norm, layer->ffn_norm_bias", "layer->ffn_norm, NULL"),
+    ("the last norm's bias", "m->final_norm, m->final_norm_bias", "m->final_norm, NULL"),
+    ("LayerNorm subtracts the mean", "float mean = bias ? fold_lanes(of_mean) / (float)dim : 0.0f",
+     "float mean = 0.0f"),
+    ("LayerNorm adds the bias", "for (i = 0; bias && i < dim; i++) out[i] += bias[i];", ""),
+    ("RMSNorm subtracts nothing", "of_mean[i % 16] += x[i];\n    float mean = bias ?",
+     "of_mean[i % 16] += x[i];\n    for (i = 0; i < dim; i++) of_mean[i % 16] += x[i];\n    float mean = 1 ?"),
+    ("the norm of query heads", "h < n_heads ? layer->query_norm : layer->key_norm",
+     "h < n_heads ? NULL : layer->key_norm"),
+    ("the norm of key heads", "h < n_heads ? layer->query_norm : layer->key_norm",
+     "h < n_heads ? layer->query_norm : NULL"),
+    ("norms of all heads at once", "if (c->wide_head_norms) normalise_heads(m, s, layer, n, team);", ""),
+    ("the wide norm of queries", "kernels->normalise(query, query, layer->query_norm",
+     "if (0) kernels->normalise(query, query, layer->query_norm"),
+    ("the wide norm of keys", "kernels->normalise(key, key, layer->key_norm",
+     "if (0) kernels->normalise(key, key, layer->key_norm"),
+    ("wide norms take the place of those of heads", "c->wide_head_norms ? NULL : h < n_heads", "h < n_heads"),
+    ("epsilon", "sqrtf(sum / (float)dim + eps)", "sqrtf(sum / (float)dim + 1e-5f)"),
+    # experts
+    ("experts are chosen by their logits", "p[e] > p[best[at - 1]]", "p[e] < p[best[at - 1]]"),
+    ("how many experts", "layer->n_experts, layer->n_experts_used);\n        memset",
+     "layer->n_experts, 1);\n        memset"),
+    ("experts' weights", "p[best[i]] = weight[i] / sum", "p[best[i]] = 1.0f / (float)n_used"),
+    ("experts' weights add up to 1", "for (int i = 0; i < n_used; i++) sum += weight[i]",
+     "for (int i = n_used; i < n_experts; i++) sum += exponential(p[i] - p[best[0]]);\n    for (int i = 0; i < "
+     "n_used; i++) sum += weight[i]"),
+    ("the weight of each expert", "s->routes + t * s->routes_stride + x->expert, *y",
+     "s->routes + t * s->routes_stride, *y"),
+    ("each expert has matrices of its own", "w->tiles + a->expert * tensor_bytes(w)", "w->tiles"),
+    ("tokens go to their experts only", "if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors",
+     "if (s->routes[(size_t)t * s->routes_stride + e] >= 0) s->visitors"),
+    # rotation
+    ("the pairing of neighbours", "c->rope_dim, c->pairing)", "c->rope_dim, HALVES)"),
+    ("the pairing of halves", "c->rope_dim, c->pairing)", "c->rope_dim, ADJACENT)"),
+    ("layers that do not rotate", "if (layer->angles) kernels->rotate", "kernels->rotate"),
+    ("angles of layers with a window", "(layer->angles == LOCAL) *", "0 *"),
+    ("theta", "local ? c->local_theta : c->rope_theta", "local ? c->local_theta : 10000"),
+    ("local theta", "local ? c->local_theta : c->rope_theta", "local ? 20000 : c->rope_theta"),
+    ("heads that are rotated in part", "-2.0 * pair / c->rope_dim", "-2.0 * pair / c->head_dim"),
+    ("heads are rotated in part", "angles + position * (size_t)c->rope_dim, c->rope_dim,",
+     "angles + position * (size_t)c->rope_dim, c->head_dim,"),
+    ("the magnitude", "size = local ? 1 : c->rope_magnitude", "size = 1"),
+    ("no magnitude of local angles", "size = local ? 1 : c->rope_magnitude", "size = c->rope_magnitude"),
+    ("angles that are scaled", "/ (local ? 1 : slow_down(m, s->context, pair))", ""),
+    ("local angles are not scaled", "/ (local ? 1 : slow_down(m, s->context, pair))",
+     "/ slow_down(m, s->context, pair)"),
+    ("linear scaling", "double scale = c->rope_scale, ramp = 1", "double scale = 1, ramp = 1"),
+    ("factors of the angles", "(own ? (double)own[pair] : 1)", "1"),
+    ("LLaMA 3.1's factors", "m->rope_factors ? m->rope_factors :", ""),
+    ("LongRoPE's long factors", "context > original ? m->long_factors", "0 ? m->long_factors"),
+    ("LongRoPE's short factors", "context > original ? m->long_factors", "1 ? m->long_factors"),
+    ("LongRoPE goes by the context in use", "context > original ? m->long_factors",
+     "c->context > original ? m->long_factors"),
+    ("YaRN", "if (c->yarn_fast > 0)", "if (0)"),
+    ("YaRN only where it is asked for", "if (c->yarn_fast > 0)", "if (1)"),
+    ("YaRN's original context", "int original = c->original_context ?", "int original = 0 ?"),
+    ("YaRN's fast pairs", "once - pairs * log(c->yarn_fast)", "once - pairs * log(32)"),
+    ("YaRN's slow pairs", "once - pairs * log(c->yarn_slow)", "once"),
+    ("YaRN's ramp begins at a whole pair", "fmax(floor(once", "fmax((once"),
+    ("YaRN's ramp ends at a whole pair", "fmin(ceil(once", "fmin((once"),
+    ("YaRN's ramp begins at 0", "fmax(floor(once - pairs * log(c->yarn_fast)), 0)",
+     "floor(once - pairs * log(c->yarn_fast))"),
+    ("YaRN's ramp is no less than 0", "fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1)",
+     "fmin((pair - first) / fmax(last - first, 0.001), 1)"),
+    ("YaRN's ramp is no more than 1", "fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1)",
+     "fmax((pair - first) / fmax(last - first, 0.001), 0)"),
+    # what chapter 9 works out for a family
+    ("Gemma's scale of embeddings", "c->embedding_scale = sqrtf((float)c->dim)", "c->embedding_scale = 1"),
+    ("Gemma's GELU", "c->activation = GELU", "c->activation = SILU"),
+    ("Gemma 2's usual cap of scores", "c->attention_cap == 0) c->attention_cap = 50", "0) c->attention_cap = 50"),
+    ("Gemma 2's own cap of scores", "c->attention_cap == 0) c->attention_cap = 50", "1) c->attention_cap = 50"),
+    ("Gemma 2's usual cap of logits", "c->logit_cap == 0) c->logit_cap = 30", "0) c->logit_cap = 30"),
+    ("Gemma 2's own cap of logits", "c->logit_cap == 0) c->logit_cap = 30", "1) c->logit_cap = 30"),
+    ("the largest Gemma 2's scale of scores", "c->n_layers == 46 ||", ""),
+    ("the largest Gemma 3's scale of scores", "|| c->n_layers == 62", ""),
+    ("only the largest Gemmas' scale of scores", "(c->n_layers == 46 || c->n_layers == 62)", "1"),
+    ("only Gemmas' scale of scores", "f->features & GEMMA && (c->n_layers == 46", "(c->n_layers == 46"),
+    ("the file's scale of scores", "if (c->attention_scale == 0) c->attention_scale", "c->attention_scale"),
+    ("Granite divides logits", "c->logit_scale = 1 / c->logit_scale", "(void)0"),
+    ("local theta is the usual one", "c->local_theta == 0 && f->local_theta < 0 && m->layers->window", "0"),
+    ("the usual theta only where there is a window", "f->local_theta < 0 && m->layers->window)", "f->local_theta < 0)"),
+    ("the family's local theta", "if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);", ""),
+    ("the file's local theta", "if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);",
+     "c->local_theta = fmax(f->local_theta, 0);"),
+    ("windows by a pattern", "if (pattern ? ", "if (0 ? "),
+    ("the pattern's layers", "!key_number(pattern, (size_t)l)", "key_number(pattern, (size_t)l)"),
+    ("windows by the family", ": f->global_every && (l + 1) % f->global_every == 0", ": 0"),
+    ("layers that do not rotate, by the family", "!f->no_rope_every || (l + 1) % f->no_rope_every", "true"),
+    ("angles of a window, by the family", "layer->window && c->local_theta > 0 ? LOCAL", "0 ? LOCAL"),
+    ("local angles only of layers with a window", "layer->window && c->local_theta > 0 ? LOCAL",
+     "c->local_theta > 0 ? LOCAL"),
+    ("local angles only where there is a theta", "layer->window && c->local_theta > 0 ? LOCAL",
+     "layer->window ? LOCAL"),
+    ("LayerNorm's own key of epsilon", 'layer_norm ? ".attention.layer_norm_epsilon" : f->key', "f->key"),
+    # what files say of the rotation, and of sizes
+    ("scaling none", "factor == 0 || none ? 1", "factor == 0 ? 1"),
+    ("scaling by 0", "factor == 0 || none ? 1", "none ? 1"),
+    ("the older key of linear scaling", 'get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1)', "1"),
+    ("the original context", "c->original_context = (int)original;", ""),
+    ("YaRN's magnitude", "magnitude = (1 + x) / (1 + all * x)", "magnitude = 1"),
+    ("YaRN's multiplier of the logarithm", "/ (1 + all * x)", ""),
+    ("YaRN's magnitude of less than 1", "0.1 * log(fmax(factor, 1))", "0.1 * log(factor)"),
+    ("YaRN's usual fast pairs", '".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32)',
+     '".rope.scaling.yarn_beta_fast", 1e-6, 1e6, 16)'),
+    ("YaRN's usual slow pairs", '".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1)',
+     '".rope.scaling.yarn_beta_slow", 1e-6, 1e6, 2)'),
+    ("LongRoPE's usual magnitude", "original > 0 && has_factors ? sqrt", "0 ? sqrt"),
+    ("LongRoPE's magnitude is LongRoPE's", "original > 0 && has_factors ? sqrt", "original > 0 ? sqrt"),
+    ("LongRoPE's magnitude of an unscaled context", "log(fmax(c->context / original, 1))",
+     "log(c->context / original)"),
+    ("the file's magnitude", 'get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual)',
+     '(get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual), usual)'),
+    ("the width of an expert", "if (y->n_experts) y->ffn_dim =", "if (0) y->ffn_dim ="),
+    ("as many key heads as heads", "if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;", ""),
+    ("the usual width of a head", "if (!c->head_dim) c->head_dim =", "if (0) c->head_dim ="),
+    ("all of a head is rotated", "if (!c->rope_dim) c->rope_dim =", "if (0) c->rope_dim ="),
+    ("the embedding is the head", "if (!m->head.tiles) m->head = m->embedding;", ""),
+    ("experts' tensors by name", 'by_expert ? "_exps" : ""', '""'),
+    ("gate and up in one", "by_name);\n    bool is_up = fused &&", "by_name);\n    bool is_up = 1 || fused &&"),
+    ("places within one tensor", "if (r == rule) slot.first_row = slot.all_rows;", ""),
+]
+
+# Checks that are no `if (...) return refuse(...)`.
+CHECKS = [
+    ("run.c", "c->bad || n > c->left", "c->bad"), ("run.c", "c->bad || n > c->left", "n > c->left"),
+    ("run.c", "__builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product", "a * b + 0 * (product = 0)"),
+    ("run.c", "a > SIZE_MAX - b ? SIZE_MAX : a + b", "a + b"),
+    ("run.c", "up == SIZE_MAX ? up : up / step * step", "up / step * step"),
+    ("run.c", "c->bad = count > c->left / least;", "c->bad = false;"),
+    ("run.c", "if (type != G_STRING) take(c, k->count * least);", "if (type != G_STRING) take(c, 0);"),
+    ("run.c", "if (k && !fits && !g->bad)", "if (0)"), ("run.c", "if (k && !fits && !g->bad)", "if (k && !fits)"),
+    ("run.c", "if (!g->bad) g->bad = !fail(", "g->bad = !fail("), ("run.c", "k && k->is_array == is_array &&", "k &&"),
+    ("run.c", "(type == G_NUMBER ? k->type != G_STRING : k->type == type)", "true"),
+    ("run.c", "if (isnan(harmless)) return true;", "return true;"),
+    ("run.c", "if (k->type == G_STRING) return false;", "if (k->type == G_STRING) return true;"),
+    ("run.c", "if (key_number(k, i) != harmless) return false;", "if (key_number(k, i) != harmless) return true;"),
+    ("run.c", "if (!set_field(m, f, l, get_field(m, f, l), e)) return false;", ";"),
+    ("run.c", "if (g->bad) return false;\n    if (v.kind", "if (v.kind"),
+    ("run.c", "if (g->bad) return false;\n    if (step", "if (step"),
+    ("run.c", "if (g->bad || (part == 1", "if ((part == 1"),
+    ("run.c", "(part == 1 && !find_family(g->family, e))", "0"),
+    ("run.c", "if (broken_row(slot.tensor, matrix", "if (0 && broken_row(slot.tensor, matrix"),
+    ("run.c", "if (job.broken) return check_weights(m, e);", ""),
+    ("run.c", "if (!finite && (n > 1 || team.thread == 0) && !*broken)", "if (0)"),
+    ("run.c", "return sum < INFINITY;", "return true;"),
+    ("run.c", "& 0x7fffffff) < 0x7f800000;", "& 0x7fffffff) <= 0x7fffffff;"),
+    ("run.c", "for (uint32_t i = 0; i < n_dims && i < 3; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
+    ("run.c", 'refuse(e, "models of family \\"%s\\" are not supported", name);\n    return NULL;', "return families;"),
+    ("run.c", "if (!version && h.n_tokens < 0 && h.n_tokens > INT32_MIN)", "if (!version && h.n_tokens < 0)"),
+    ("run.c", "r.name[NAME_BYTES - 1] = 0;", ""),
+    ("run.c", "qsort(d->entries, d->n, sizeof *d->entries, by_place);", ""),
+    ("tokenizer.c", "s.n > 2 && s.n < sizeof bytes ?", "s.n < sizeof bytes ?"),
+    ("tokenizer.c", "s.n > 2 && s.n < sizeof bytes ?", "s.n > 2 ?"), ("tokenizer.c", "if (!space) continue;", ""),
+    ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[1] >= 0 && ids[2] >= 0 &&"),
+    ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[0] >= 0 && ids[2] >= 0 &&"),
+    ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[0] >= 0 && ids[1] >= 0 &&"),
+    ("tokenizer.c", "n != 6 || ", ""), ("tokenizer.c", 'memcmp(s, "<0x", 3) || ', ""),
+    ("tokenizer.c", " || s[5] != '>'", ""), ("tokenizer.c", "return high && low ?", "return high ?"),
+    ("tokenizer.c", "return high && low ?", "return low ?"),
+    ("tokenizer.c", "n_character <= 0 || code < 33", "code < 33"), ("tokenizer.c", "|| code < 33 ||", "||"),
+    ("tokenizer.c", "|| (code > 126 && code < 161) ", ""), ("tokenizer.c", "|| code == 173 ", ""),
+    ("tokenizer.c", "|| code > 323)", ")"),
+    ("tokenizer.c", "bool known = id >= 0 && id < t->n_tokens;", "bool known = id >= 0;"),
+    ("tokenizer.c", "bool known = id >= 0 && id < t->n_tokens;", "bool known = id < t->n_tokens;"),
+]
+
+
+@dataclass
+class Mutant:
+    kind: str
+    source: str
+    line: int
+    what: str
+    text: str  # of the whole source
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind:8} {self.source}:{self.line}: {self.what}"
+
+
+def end_of(text: str, i: int) -> int:
+    """Behind what begins at i: a string, a character, a bracket with all that is in it, or one letter."""
+    opened = text[i]
+    if opened in "\"'(":
+        i += 1
+        while text[i] != (")" if opened == "(" else opened):
+            i = end_of(text, i) if opened == "(" else i + 1 + (text[i] == "\\")
+    return i + 1
+
+
+def split(text: str, begin: int, end: int, operator: str) -> list[tuple[int, int]]:
+    """The operands of a chain of || or && that are not inside of brackets."""
+    parts, i, start = [], begin, begin
+    while i < end:
+        if text[i] == "?":
+            return [(begin, end)]
+        if text.startswith(operator, i):
+            parts.append((start, i))
+            start = i = i + 2
+        else:
+            i = end_of(text, i)
+    return parts + [(start, end)]
+
+
+def operands(text: str, begin: int, end: int) -> list[tuple[int, int]]:
+    """Each condition that alone can make the whole one hold."""
+    while text[begin].isspace():
+        begin += 1
+    while text[end - 1].isspace():
+        end -= 1
+    if text[begin] == "(" and end_of(text, begin) == end:
+        return operands(text, begin + 1, end - 1)
+    parts = split(text, begin, end, "||")
+    if len(parts) > 1:
+        return [leaf for a, b in parts for leaf in operands(text, a, b)]
+    parts = split(text, begin, end, "&&")
+    inner = [operands(text, a, b) for a, b in parts if len(parts) > 1]
+    return [leaf for leaves in inner if len(leaves) > 1 for leaf in leaves] or [(begin, end)]
+
+
+def checks(source: str, text: str) -> list[Mutant]:
+    found = []
+
+    def mutant(begin: int, end: int, new: str) -> None:
+        what = " ".join(f"{text[begin:end]} -> {new}".split())
+        found.append(Mutant("checks", source, text.count("\n", 0, begin) + 1, what, text[:begin] + new + text[end:]))
+
+    for first, last in PARTS[source]:
+        low = text.index("\n" + first)
+        for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, text.index("\n" + last, low)):
+            at, end, before = match.start(), end_of(text, match.end() - 1), text[:match.start()]
+            governed = re.search(r"\)(\s|//.*\n)*(return |ok = )?$", before)
+            if governed:
+                opening = next(i for i in range(at, low, -1) if text.startswith("if (", i) and
+                               end_of(text, i + 3) == governed.start() + 1)
+                for a, b in operands(text, opening + 4, governed.start()):
+                    mutant(a, b, "0")
+            elif re.search(r"(\|\|\s*|return )$", before):
+                mutant(at, end, "true")
+            elif not before.endswith("static bool ") and "models of family" not in text[at:end]:
+                sys.exit(f"{source}: not understood: {text[at:end]}")
+    for name, old, new in CHECKS:
+        if name == source:
+            if old not in text:
+                sys.exit(f"{source} has no {old}")
+            at = text.index(old)
+            mutant(at, at + len(old), new)
+    return found
+
+
+def ranges(text: str) -> list[Mutant]:
+    found = []
+
+    def mutant(begin: int, end: int, new: str, what: str) -> None:
+        found.append(Mutant("ranges", "run.c", text.count("\n", 0, begin) + 1, what, text[:begin] + new + text[end:]))
+
+    for m in re.finditer(r'\{ "(\w+)", (?:INTEGER|SINGLE|DOUBLE), \w+, offsetof\(\w+, \w+\), ([^,]+), ([^,]+),', text):
+        mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
+        mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
+    for m in re.finditer(r'get_number\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
+        mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
+        mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
+    for m in re.finditer(r'\{ ("[\w.]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
+        needed = [word for word in m[2].split(" | ") if word != "OPTIONAL"]
+        if needed:
+            mutant(*m.span(2), "OPTIONAL", f"{m[1]} is not needed")
+    return found
+
+
+def families(text: str) -> list[Mutant]:
+    """Each entry of the rows of the table."""
+    found = []
+    begin = text.index("static const Family families[]")
+    entries = r'\{ "(\w+)", (\w+), ([\w |]+), (\d+), (\d+), (-?\d+) \}'
+    for row in re.finditer(entries, text[begin:text.index("};", begin)]):
+        changes = [(2, {"ADJACENT": "HALVES", "HALVES": "ADJACENT"}[row[2]])]
+        words = row[3].split(" | ")
+        changes += [(3, " | ".join(other for other in words if other != word) or "0") for word in words]
+        for column, others in ((4, (0, 1, 5)), (5, (0, 3)), (6, (0, -1, 20000))):  # of those that are set
+            changes += [(column, str(other)) for other in others if row[column] not in ("0", str(other))]
+        for column, new in changes:
+            a, b = begin + row.start(column), begin + row.end(column)
+            found.append(Mutant("features", "run.c", text.count("\n", 0, a) + 1,
+                                f"{row[1]}: {text[a:b]} -> {new}", text[:a] + new + text[b:]))
+    return found
+
+
+def features(text: str) -> list[Mutant]:
+    found = []
+    for name, old, new in FEATURES:
+        if old not in text:
+            sys.exit(f"run.c has no {old}")
+        at = text.index(old)
+        found.append(Mutant("features", "run.c", text.count("\n", 0, at) + 1, name, text.replace(old, new, 1)))
+    return found + families(text)
+
+
+def run(command: list, folder: Path, seconds: int) -> str:
+    """What failed, or an empty text."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, errors="replace",
+                              stdin=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    failed = [line for line in (done.stdout + done.stderr).splitlines() if "FAILED" in line or "rror: " in line]
+    return (failed or [f"status {done.returncode}"])[0] if done.returncode else ""
+
+
+def noticed(mutant: Mutant, texts: dict[str, str], compiler: list[str]) -> str:
+    """How the tests noticed it, or an empty text."""
+    folder = TREE / f"{mutant.kind} {mutant.number}"
+    folder.mkdir()
+    (folder / "tests").mkdir()
+    files = texts | {mutant.source: mutant.text}
+    for name, old, new in HURRY:
+        assert old in files[name], old
+        files[name] = files[name].replace(old, new)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    for name in ("tests/golden", "tests/corpus", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    how = ""
+    for options, groups, limit in (([], GROUPS[mutant.kind], 60), (SANITIZER, [*FILES, "damaged everywhere"], 900)):
+        build = [*compiler, *options, "-w", "tests/test.c", "-lm", "-o", "test"]
+        how = how or run(build, folder, 900) and "does not compile" or run(["./test", *groups], folder, limit)
+    shutil.rmtree(folder)
+    return how
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default: 2)")
+    parser.add_argument("--compiler", default="clang -O0", help="and its options (default: clang -O0)")
+    args = parser.parse_args()
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/*.[ch]")}
+    texts |= {name: (ROOT / name).read_text() for name in SOURCES}
+    mutants = features(texts["run.c"]) + ranges(texts["run.c"])
+    mutants += [m for name in SOURCES for m in checks(name, texts[name])]
+    for number, m in enumerate(mutants):
+        m.number = number
+    if args.words:
+        mutants = [m for m in mutants if any(word in str(m) for word in args.words)]
+    if args.list:
+        print(*mutants, len(mutants), sep="\n")
+        return
+    shutil.rmtree(TREE, ignore_errors=True)
+    TREE.mkdir(parents=True)
+    score = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for m, how in zip(mutants, pool.map(lambda m: noticed(m, texts, args.compiler.split()), mutants)):
+            if how == "does not compile":
+                sys.exit(f"{m} does not compile")
+            n, total = score.get(m.kind, (0, 0))
+            score[m.kind] = (n + bool(how), total + 1)
+            print(f"{'noticed ' if how else 'SURVIVED'} {m}   {how[:150]}", flush=True)
+    for kind, (n, total) in score.items():
+        print(f"{kind}: {n} of {total} noticed")
+    killed, total = (sum(x) for x in zip(*score.values()))
+    print(f"{killed} of {total} mutants noticed, {100 * killed / total:.1f} %")
+    sys.exit(killed != total)
+
+
+if __name__ == "__main__":
+    main()
