@@ -2825,7 +2825,9 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
     for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        if (!strcmp(entry->name, "token_embd.weight")) c->n_tokens = (int)entry->source.rows;
+        bool embeds = !strcmp(entry->name, "token_embd.weight"), fits = entry->source.rows - 1 < MAX_TOKENS;
+        if (embeds && !fits) return refuse(e, "%s has %zu rows", entry->name, entry->source.rows);
+        if (embeds) c->n_tokens = (int)entry->source.rows;
         has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
     }
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
@@ -2837,8 +2839,10 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
-    if (pattern && (pattern->type == G_STRING || (pattern->is_array && pattern->count != (size_t)c->n_layers)))
-        return refuse_key(pattern, e);
+    size_t n = pattern ? pattern->is_array ? (size_t)c->n_layers : 1 : 0;
+    bool fits = !pattern || (pattern->type != G_STRING && pattern->count == n);
+    for (size_t i = 0; fits && i < n; i++) fits = fmod(key_number(pattern, i), 1) == 0 && key_number(pattern, i) >= 0;
+    if (!fits) return refuse_key(pattern, e);
     complete_config(m, find_family(c->family, e), pattern);
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
@@ -2951,7 +2955,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    return true;
+    return !family.at || !memchr(family.at, 0, family.n) || refuse(e, "key general.architecture has a NUL in it");
 }
 
 // A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors
@@ -3052,8 +3056,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     if (version) take_into(&c, &shared, sizeof shared);
     if (shared > 1) return refuse(e, "its shared-classifier byte is %d, expected 0 or 1", shared);
     if (version == 2) take_into(&c, &group, sizeof group);
-    if (version) take(&c, 256 - (size_t)(c.at - file.at));
-    if (c.bad || h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
+    if (version) take(&c, 256 - (size_t)(c.at - file.at));  // what ends before that has no heads, or no tensors
+    if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
     int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
@@ -3880,8 +3884,7 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     b->results = allocate(most, sizeof *b->results, e);
     b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
     bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
-    if (ok) use_large_pages(b->memory, MEMORY_BYTES);
-    if (ok) memset(b->memory, 0x31, MEMORY_BYTES);
+    if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets; i++)
         if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);

@@ -23,7 +23,7 @@ enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
-enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 23, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
+enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 21, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
 
 typedef struct {
     uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
@@ -51,6 +51,7 @@ typedef struct {
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
     int byte_id[256];            // the token that stands for a single byte, or -1
     uint8_t *specials;           // (1 << 16)  by a hash's upper bits: 1 if a special piece begins so, 1 << its type
+    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // the types (1 << type) of special pieces that are so long
     bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
 } Tokenizer;
 
@@ -132,7 +133,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
         if (!t->specials[hash >> 48]) break;
-        if (!(t->specials[hash >> 48] >> type & 1)) continue;
+        if (!(t->specials[hash >> 48] & t->types_of_length[length] & 1 << type)) continue;
         int id = *piece_slot(t, s, length, hash, 1u << type, &steps);
         if (id < 0) continue;
         found = id;
@@ -150,14 +151,23 @@ static int *find_merge(const Tokenizer *t, uint32_t left, uint32_t right, size_t
     }
 }
 
-// Memory for a table of at least n entries, all of them -1: a power of two slots, at most two thirds of them used.
+// Memory for a table of at least n entries, all of them -1: a power of two slots, at most half of them used.
 static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
-    while (slots < n + n / 2) slots *= 2;
+    while (slots < 2 * n) slots *= 2;
     int *table = allocate(slots, sizeof *table, e);
     if (table) memset(table, 0xFF, slots * sizeof *table);
     *mask = slots - 1;
     return table;
+}
+
+// Looking up what is not there goes on to the end of a run of used slots. By chance the longest has some 70 of a
+// million, those of published vocabularies at most 47; where one is longer than this, somebody wanted it.
+enum { MAX_RUN = 128 };
+static bool has_long_run(const int *table, size_t mask) {
+    size_t run = 0;
+    for (size_t slot = 0; slot <= mask && run <= MAX_RUN; slot++) run = table[slot] < 0 ? 0 : run + 1;
+    return run > MAX_RUN;
 }
 
 // Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
@@ -169,7 +179,7 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
     size_t n, steps = 0;
-    for (int id = 0; id < t->n_tokens; id++) {
+    for (int id = 0; id < t->n_tokens && steps <= MAX_RUN; id++) {
         const char *s = piece(t, id, &n);
         int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
@@ -182,11 +192,13 @@ static bool index_pieces(Tokenizer *t, Error *e) {
             hash = hash_byte(hash, s[i]);
             if (SPECIAL_TYPES >> type & 1) t->specials[hash >> 48] |= i + 1 < n ? 1 : (uint8_t)(1 | 1 << type);
         }
+        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
+        steps = 0;
         int *slot = piece_slot(t, s, n, hash, 1u << type, &steps);
         if (*slot < 0) *slot = id;
-        if (steps > 8 * t->piece_mask) return refuse(e, "the vocabulary's pieces are made to collide");
     }
-    return true;
+    bool collide = steps > MAX_RUN || has_long_run(t->piece_slots, t->piece_mask);
+    return !collide || refuse(e, "the vocabulary's pieces are made to collide");
 }
 
 // Fills the table of merges. Of two for the same pair the earlier counts.
@@ -194,12 +206,13 @@ static bool index_merges(Tokenizer *t, Error *e) {
     t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
     if (!t->merge_slots) return false;
     size_t steps = 0;
-    for (int rank = 0; rank < t->n_merges; rank++) {
+    for (int rank = 0; rank < t->n_merges && steps <= MAX_RUN; rank++) {
+        steps = 0;
         int *slot = find_merge(t, t->merge[rank][0], t->merge[rank][1], &steps);
         if (*slot < 0) *slot = rank;
-        if (steps > 8 * t->merge_mask) return refuse(e, "the vocabulary's merges are made to collide");
     }
-    return true;
+    bool collide = steps > MAX_RUN || has_long_run(t->merge_slots, t->merge_mask);
+    return !collide || refuse(e, "the vocabulary's merges are made to collide");
 }
 
 /* ---- Composing characters (BPE) ------------------------------------------------------------------------------------
@@ -737,8 +750,7 @@ typedef struct {
 typedef struct {
     uint32_t start, length;  // length is 0 once it was joined to the one on its left
     int previous, next, id;  // -1: there is none; the character is no piece
-    int pair;                // the piece that it makes with the next one, or -1
-    uint32_t rank;           // and how soon the vocabulary wants it made
+    int pair;                // what it makes with the next one, or -1: BPE: the merge; SPM: the piece
 } Symbol;
 
 typedef struct {
@@ -796,38 +808,38 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
+// How soon the vocabulary wants a pair joined: 0 first.
+static uint32_t pair_rank(const Tokenizer *t, int pair) {
+    return t->kind == SPM ? score_order(t->score[pair]) : (uint32_t)pair;
+}
+
 // Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
     Symbol *a = &c->symbols[left];
+    size_t steps = 0;
     a->pair = -1;
     if (a->next < 0) return;
     const Symbol *b = &c->symbols[a->next];
-    if (t->kind == SPM) {
-        a->pair = find_piece(t, s + a->start, a->length + b->length);
-        if (a->pair >= 0) a->rank = score_order(t->score[a->pair]);
-    } else {
-        size_t steps = 0;
-        int merge = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
-        if (merge >= 0) a->pair = (int)t->merge[merge][2];
-        a->rank = (uint32_t)merge;
-    }
-    if (a->pair >= 0) push_pair(c, (uint64_t)a->rank << 32 | (uint32_t)left);
+    if (t->kind == SPM) a->pair = find_piece(t, s + a->start, a->length + b->length);
+    else a->pair = *find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
+    if (a->pair >= 0) push_pair(c, (uint64_t)pair_rank(t, a->pair) << 32 | (uint32_t)left);
 }
 
 // Joins pairs, what the vocabulary likes best first, then the leftmost. One that has changed since it was put into the
 // heap is not what its symbol has now, or is there twice.
 static void join_symbols(Encoder *c, const char *s) {
+    const Tokenizer *t = c->t;
     c->n_heap = 0;
     for (size_t i = 0; i < c->n_symbols; i++) offer_pair(c, s, (int)i);
     while (c->n_heap > 0) {
         uint64_t pair = pop_pair(c);
         int left = (int)(uint32_t)pair;
         Symbol *a = &c->symbols[left];
-        if (a->length == 0 || a->pair < 0 || a->rank != pair >> 32) continue;
+        if (a->length == 0 || a->pair < 0 || pair_rank(t, a->pair) != pair >> 32) continue;
         Symbol *b = &c->symbols[a->next];
         a->length += b->length;
-        a->id = a->pair;
+        a->id = t->kind == SPM ? a->pair : (int)t->merge[a->pair][2];
         a->next = b->next;
         b->length = 0;
         if (a->next >= 0) c->symbols[a->next].previous = left;
@@ -874,7 +886,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         int id = t->kind == SPM ? find_piece(t, s + i, length) : t->byte_id[(unsigned char)s[i]];
         int at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
-        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1, 0};
+        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id, -1};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols - 1].next = -1;
@@ -1260,8 +1272,8 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    if (v->n_tokens > MAX_TOKENS)
-        return refuse(e, "vocabulary of %zu tokens, expected 1 to %d", v->n_tokens, MAX_TOKENS);
+    if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
+        return refuse(e, "vocabulary of %zu tokens and %zu merges, more than there may be", v->n_tokens, v->n_merges);
     TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};

@@ -221,10 +221,11 @@ def exported(*words) -> str:
     return stderr
 
 
-def run_logits(path: Path, n: int = TOKENS, *more) -> np.ndarray:
-    """The C program's, --exact, of the first n of IDS      out (n, VOCAB)"""
+def run_logits(path: Path, n: int = TOKENS, *more, exact: bool = True) -> np.ndarray:
+    """The C program's, of the first n of IDS      out (n, VOCAB)"""
     out, ids = path.with_suffix(".logits"), " ".join(map(str, IDS[:n]))
-    subprocess.run([RUN, path, "-m", "logits", "--exact", "--ids", ids, "-o", out, *map(str, more)], check=True)
+    more = [*(["--exact"] if exact else []), *map(str, more)]
+    subprocess.run([RUN, path, "-m", "logits", "--ids", ids, "-o", out, *more], check=True)
     return np.fromfile(out, "<f4").reshape(n, -1)
 
 
@@ -433,8 +434,9 @@ def test_round_trips(folder: Path) -> None:
         check(f"{name}: GGUF, native, GGUF", same_weights(golden / f"{name}.gguf", folder / f"{name}.gguf"))
 
 
-def copy_gguf(source: Path, made: Path, change=lambda name, data: {name: data}, **how) -> None:
-    """A GGUF written anew by gguf-py, in parts if `how` says so      change: a tensor -> those in its place"""
+def copy_gguf(source: Path, made: Path, change=lambda name, data: {name: data}, matrices=None, **how) -> None:
+    """A GGUF written anew by gguf-py, in parts if `how` says so      change: a tensor -> those in its place
+    matrices: the type of all matrices, if they are given another one"""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(made, reader.fields["general.architecture"].contents(), **how)
     for key, field in reader.fields.items():
@@ -443,7 +445,7 @@ def copy_gguf(source: Path, made: Path, change=lambda name, data: {name: data}, 
             writer.add_key_value(key, field.contents(), kind, item)
     for t in reader.tensors:
         for name, data in change(t.name, t.data).items():
-            writer.add_tensor(name, data, raw_dtype=t.tensor_type)
+            writer.add_tensor(name, data, raw_dtype=t.tensor_type if matrices is None or len(t.shape) < 2 else matrices)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -177,7 +177,7 @@ static void set_value(GgufKey *k, uint32_t type, const void *value, size_t n) {
 
 // What is done to a file: to a key (K) or a tensor (T) of that name.
 typedef enum {
-    K_U32, K_F32, K_F64, K_TEXT, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
+    K_U32, K_F32, K_F64, K_TEXT, K_NUL, K_BOOL, K_TYPE, K_DROP, K_TWICE, K_ITEM_TYPE, K_COUNT, K_ARRAY, K_ARRAY_OF_ONE,
     K_FLOATS,
     T_DROP, T_TWICE, T_RENAME, T_NUL, T_DIM0, T_DIM1, T_DIM2, T_ONE_ROW, T_SWAP, T_N_DIMS, T_TYPE, T_OFFSET,
     T_EXTRA,
@@ -212,6 +212,7 @@ static void damage_key(GgufParts *g, const DamageCase *c) {
     case K_F32: set_value(k, 6, &f, 4); break;
     case K_F64: set_value(k, 12, &c->number, 8); break;
     case K_TEXT: set_value(k, 8, text, 8 + n); break;
+    case K_NUL: k->value.bytes[k->value.n - 1] = 0; break;  // a text's last byte
     case K_BOOL: set_value(k, 7, &u, 1); break;
     case K_ARRAY: set_value(k, 9, (const uint32_t[]){ 4, u ? 0 : 3, 0, 1, 2, 3 }, u ? 12 : 24); break;  // of u32
     case K_ARRAY_OF_ONE: set_value(k, 9, (const uint32_t[]){ 4, 1, 0, u }, 16); break;
@@ -299,9 +300,9 @@ static const DamageCase gguf_cases[] = {
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
-    { H_KEYS, NULL, 65537, NULL, "claims to have 65537 keys" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
+    { K_NUL, "general.architecture", 0, NULL, "has a NUL in it" },
     { K_DROP, "llama.embedding_length", 0, NULL, "llama.embedding_length" },
     { K_DROP, "llama.context_length", 0, NULL, "llama.context_length" },
     { K_DROP, "llama.block_count", 0, NULL, "llama.block_count" },
@@ -448,7 +449,7 @@ static const DamageCase gguf_cases[] = {
     { T_SWAP, "blk.1.attn_k.weight", 0, NULL, "blk.1.attn_k.weight" },
     { T_DIM0, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight is 1 x 24 x 0, expected 1 x 24 x 24" },
     { T_DIM1, "blk.0.attn_q.weight", 0, NULL, "blk.0.attn_q.weight is 1 x 0 x 24, expected 1 x 24 x 24" },
-    { T_DIM1, "token_embd.weight", 0, NULL, "vocab_size is 131, expected 0 to 0" },
+    { T_DIM1, "token_embd.weight", 0, NULL, "token_embd.weight has 0 rows" },
     { T_DIM0, "blk.0.attn_q.weight", 0x1p63, NULL, "blk.0.attn_q.weight" },
     { T_DIM0, "blk.0.attn_q.weight", -1, NULL, "blk.0.attn_q.weight" },
     { T_DIM1, "blk.0.attn_q.weight", 0x1p62, NULL, "blk.0.attn_q.weight" },
@@ -595,12 +596,6 @@ static void test_damaged_ggufs(void) {
     };
     for (size_t i = 0; i < sizeof yarn / sizeof *yarn; i++)
         check_damaged_gguf("families/mistral_yarn.gguf", &yarn[i]);
-    static const char pattern[] = "gemma3.attention.sliding_window_pattern";  // of other than seven layers
-    const DamageCase patterns[] = {
-        { K_TEXT, pattern, 0, "6", pattern }, { K_ARRAY, pattern, 0, NULL, pattern },
-        { K_ARRAY, pattern, 1, NULL, pattern },
-    };
-    for (size_t i = 0; i < 3; i++) check_damaged_gguf("families/gemma3.gguf", &patterns[i]);
     static const DamageCase longrope[] = {
         { T_DROP, "rope_factors_short.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
         { T_DROP, "rope_factors_long.weight", 0, NULL, "of rope_factors_long.weight and rope_factors_short.weight" },
@@ -608,6 +603,15 @@ static void test_damaged_ggufs(void) {
     };
     for (size_t i = 0; i < sizeof longrope / sizeof *longrope; i++)
         check_damaged_gguf("families/phi3_long.gguf", &longrope[i]);
+    static const char pattern[] = "gemma3.attention.sliding_window_pattern";  // of other than seven layers
+    const DamageCase patterns[] = {
+        { K_TEXT, pattern, 0, "6", pattern }, { K_ARRAY, pattern, 0, NULL, pattern },
+        { K_ARRAY, pattern, 1, NULL, pattern }, { K_F32, pattern, -3, NULL, pattern },
+        { K_F32, pattern, 2.5, NULL, pattern }, { K_F32, pattern, NAN, NULL, pattern },
+        { K_F64, pattern, INFINITY, NULL, pattern },
+    };
+    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
+        check_damaged_gguf("families/gemma3.gguf", &patterns[i]);
 }
 
 // Where a file that is cut says that it is. It may not claim to have more than there is room for.
@@ -991,6 +995,10 @@ static void test_damaged_llama2c(void) {
         check_patched(cases[i].file, b, &cases[i].patch);
         free(b.bytes);
     }
+    Bytes cut = read_golden("llama2c_v1.bin");
+    check_refused((Bytes){ cut.bytes, 100 }, "llama2c_v1.bin of 100 bytes", "ends within blk.0.attn_norm.weight");
+    check_refused((Bytes){ cut.bytes, 30 }, "llama2c_v1.bin of 30 bytes", "no checkpoint");
+    free(cut.bytes);
     static const struct { const char *what, *begin, *wanted; } mistakes[] = {
         { "a program", "\177ELF\2\1\1", "program" },
         { "PyTorch", "PK\3\4aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "PyTorch" },
@@ -1056,6 +1064,12 @@ static void test_many_keys(void) {
     Bytes larger = copy_bytes(all.bytes, all.n);
     Error e;
     check(try_open(larger, &e), "%d keys: got \"%s\", wanted it to open", MANY, e.text);
+    free(larger.bytes);
+    larger = new_bytes(24 + 13 * (MAX_KEYS + 1));  // room for more of the shortest than there may be
+    memset(larger.bytes, 0, larger.n);
+    memcpy(larger.bytes, b.bytes, 16);
+    memcpy(larger.bytes + 16, &(const uint64_t){ MAX_KEYS + 1 }, 8);
+    check_refused(larger, "many keys", "claims to have 65537 keys");
     free(b.bytes), free(all.bytes), free(larger.bytes);
 }
 
@@ -1446,12 +1460,16 @@ static void test_parts(void) {
     size_t n_wrong = 0;
     Model m;
     Error e;
-    uint64_t own = number_at(parts[1].bytes + 8, 8), most = MAX_TENSORS;  // as many as there may be in all parts
-    memcpy(parts[1].bytes + 8, &most, 8);
+    Bytes second = parts[1];  // one that has room for as many tensors as there may be, but not beside the others
+    parts[1] = new_bytes(second.n + 24 * MAX_TENSORS);
+    memset(parts[1].bytes, 0, parts[1].n);
+    memcpy(parts[1].bytes, second.bytes, second.n);
+    memcpy(parts[1].bytes + 8, &(const uint64_t){ MAX_TENSORS }, 8);
     check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: claims to have 65536 tensors"),
           "more tensors than there may be: got \"%s\"", e.text);
     close_in_parts(&m);
-    memcpy(parts[1].bytes + 8, &own, 8);
+    free(parts[1].bytes);
+    parts[1] = second;
     parts[1].bytes[0] = 'g';
     check(!open_in_parts(parts, N_SPLIT, &m, &e) && strstr(e.text, "part 2: "), "a part that is none: got \"%s\"",
           e.text);

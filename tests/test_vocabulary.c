@@ -157,31 +157,41 @@ static void test_merge_twice(void) {
     free(b.bytes);
 }
 
-// Pieces, and pairs, whose hashes all lead to the same place of the table.
+// Pieces whose hashes lead to the same place of the table; pieces, and pairs, that fill a run of places, one each,
+// which every look-up that begins there would have to go through.
 static void test_collisions(void) {
-    enum { N = 64, PIECES = 256 + N };
-    uint32_t lengths[PIECES], merges[N][3], n = 0;
+    enum { N = MAX_RUN + 2, PIECES = 256 + N, SLOTS = 512 };
+    uint32_t lengths[PIECES], merges[N][3], n;
     uint8_t types[PIECES];
     char text[256 + 8 * N];
-    for (uint64_t x = 0; n < N; x++) {  // 64 pieces have a table of 128
-        uint64_t hash = hash_bytes((char *)&x, 8);
-        if ((hash ^ hash >> 32) % 128) continue;
-        memcpy(text + 8 * n, &x, 8);
-        lengths[n] = 8;
-        types[n++] = PIECE_NORMAL;
+    for (int run = 0; run < 2; run++) {
+        bool used[SLOTS] = { false };
+        n = 0;
+        for (uint64_t x = 0; n < N; x++) {
+            uint64_t hash = hash_bytes((char *)&x, 8), slot = (hash ^ hash >> 32) % SLOTS;
+            if (run ? slot >= N || used[slot] : slot != 0) continue;
+            used[slot] = true;
+            memcpy(text + 8 * n, &x, 8);
+            lengths[n] = 8;
+            types[n++] = PIECE_NORMAL;
+        }
+        Bytes b = make_section(SPM, lengths, types, N, text, NULL, 0);
+        check_section(b, "pieces", "pieces are made to collide");
+        free(b.bytes);
     }
-    Bytes b = make_section(SPM, lengths, types, N, text, NULL, 0);
-    check_section(b, "pieces", "pieces are made to collide");
-    free(b.bytes);
-    for (uint32_t i = n = 0; i < 65536 && n < N; i++) {  // 256 single bytes, and pairs of these
+    bool used[SLOTS] = { false };
+    n = 0;
+    for (uint32_t i = 0; i < 65536 && n < N; i++) {  // 256 single bytes, and pairs of these
         uint64_t hash = ((uint64_t)(i >> 8) << 32 | (i & 255)) * 0x9E3779B97F4A7C15u;
-        if ((hash ^ hash >> 32) % 128) continue;
+        uint64_t slot = (hash ^ hash >> 32) % SLOTS;
+        if (slot >= N || used[slot]) continue;
+        used[slot] = true;
         memcpy(merges[n], (const uint32_t[]){ i >> 8, i & 255, 256 + n }, sizeof *merges);
         memcpy(text + 256 + 2 * n++, (const unsigned char[]){ (unsigned char)(i >> 8), (unsigned char)i }, 2);
     }
     for (int i = 0; i < PIECES; i++) types[i] = PIECE_NORMAL, lengths[i] = i < 256 ? 1 : 2;
     for (int i = 0; i < 256; i++) text[i] = (char)i;
-    b = make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N);
+    Bytes b = make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N);
     check_section(b, "merges", "merges are made to collide");
     free(b.bytes);
 }
