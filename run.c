@@ -2787,11 +2787,11 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
     if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
+    bool each = pattern && pattern->is_array;
+    double every = pattern && !each ? key_number(pattern, 0) : f->global_every;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
-        if (pattern ? pattern->is_array ? !key_number(pattern, (size_t)l) : fmod(l + 1, key_number(pattern, 0)) == 0
-                    : f->global_every && (l + 1) % f->global_every == 0)
-            layer->window = 0;
+        if (each ? !key_number(pattern, (size_t)l) : every != 0 && fmod(l + 1, every) == 0) layer->window = 0;
         bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
         layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
     }
