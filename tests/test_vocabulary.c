@@ -157,19 +157,19 @@ static void test_merge_twice(void) {
     free(b.bytes);
 }
 
-// Pieces whose hashes lead to the same place of the table; pieces, and pairs, that fill a run of places, one each,
-// which every look-up that begins there would have to go through.
+// Pieces, and pairs, whose hashes all lead to one place near the end of the table, so that they go on at its beginning;
+// and those that fill a run of places, one each, which every look-up that begins there would have to go through.
 static void test_collisions(void) {
-    enum { N = MAX_RUN + 2, PIECES = 256 + N, SLOTS = 512 };
+    enum { N = MAX_RUN + 3, SINGLE = 512, PIECES = SINGLE + N, SLOTS = 512 };
     uint32_t lengths[PIECES], merges[N][3], n;
     uint8_t types[PIECES];
-    char text[256 + 8 * N];
+    char text[SINGLE + 8 * N];
     for (int run = 0; run < 2; run++) {
         bool used[SLOTS] = { false };
         n = 0;
         for (uint64_t x = 0; n < N; x++) {
             uint64_t hash = hash_bytes((char *)&x, 8), slot = (hash ^ hash >> 32) % SLOTS;
-            if (run ? slot >= N || used[slot] : slot != 0) continue;
+            if (run ? slot >= N || used[slot] : slot != SLOTS - N / 2) continue;
             used[slot] = true;
             memcpy(text + 8 * n, &x, 8);
             lengths[n] = 8;
@@ -179,21 +179,66 @@ static void test_collisions(void) {
         check_section(b, "pieces", "pieces are made to collide");
         free(b.bytes);
     }
-    bool used[SLOTS] = { false };
-    n = 0;
-    for (uint32_t i = 0; i < 65536 && n < N; i++) {  // 256 single bytes, and pairs of these
-        uint64_t hash = ((uint64_t)(i >> 8) << 32 | (i & 255)) * 0x9E3779B97F4A7C15u;
-        uint64_t slot = (hash ^ hash >> 32) % SLOTS;
-        if (slot >= N || used[slot]) continue;
-        used[slot] = true;
-        memcpy(merges[n], (const uint32_t[]){ i >> 8, i & 255, 256 + n }, sizeof *merges);
-        memcpy(text + 256 + 2 * n++, (const unsigned char[]){ (unsigned char)(i >> 8), (unsigned char)i }, 2);
+    for (int i = 0; i < PIECES; i++) types[i] = PIECE_NORMAL, lengths[i] = i < SINGLE ? 1 : 2;
+    for (int i = 0; i < SINGLE; i++) text[i] = (char)i;  // all bytes, twice, and pairs of these
+    for (int run = 0; run < 2; run++) {
+        bool used[SLOTS] = { false };
+        n = 0;
+        for (uint32_t i = 0; i < SINGLE * SINGLE && n < N; i++) {
+            const uint32_t left = i / SINGLE, right = i % SINGLE;
+            uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u, slot = (hash ^ hash >> 32) % SLOTS;
+            if (run ? slot >= N || used[slot] : slot != SLOTS - N / 2) continue;
+            used[slot] = true;
+            memcpy(merges[n], (const uint32_t[]){ left, right, SINGLE + n }, sizeof *merges);
+            memcpy(text + SINGLE + 2 * n++, (const unsigned char[]){ (unsigned char)left, (unsigned char)right }, 2);
+        }
+        check(n == N, "only %u pairs lead to one place", n);
+        Bytes b = make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N);
+        check_section(b, "merges", "merges are made to collide");
+        free(b.bytes);
     }
-    for (int i = 0; i < PIECES; i++) types[i] = PIECE_NORMAL, lengths[i] = i < 256 ? 1 : 2;
-    for (int i = 0; i < 256; i++) text[i] = (char)i;
-    Bytes b = make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N);
-    check_section(b, "merges", "merges are made to collide");
+}
+
+// Special pieces: one of the greatest length; and one of two bytes in a text that four bytes long has another's hash.
+static void test_special_pieces(void) {
+    enum { LONG = MAX_SPECIAL_PIECE };
+    char text[2 + LONG + 4 + 5 + 2] = "ab";
+    memset(text + 2, 'a', LONG);
+    memcpy(text + 2 + LONG, "wxyz", 4);
+    uint64_t wanted = hash_bytes("wxyz", 4) >> 48;
+    char *alike = text + 2 + LONG + 4;
+    for (uint32_t i = 0; i == 0 || hash_bytes(alike, 4) >> 48 != wanted; i++) memcpy(alike, &i, 4);
+    alike[4] = 'a';
+    memcpy(alike + 5, alike, 2);
+    const uint32_t lengths[] = { 1, 1, LONG, 4, 5, 2 };
+    const uint8_t types[] = { PIECE_NORMAL, PIECE_NORMAL,
+                              PIECE_USER_DEFINED, PIECE_CONTROL, PIECE_CONTROL, PIECE_CONTROL };
+    Bytes b = make_section(BPE, lengths, types, 6, text, NULL, 0);
+    Tokenizer t = { 0 };
+    Error e = { 0 };
+    if (check(open_tokenizer(b.bytes, b.n, &t, &e), "special pieces: got \"%s\"", e.text)) {
+        Tokens tokens = encode_text(&t, text + 2, LONG, false);
+        check(tokens.n == 1 && tokens.ids[0] == 2, "a piece of %d bytes: got %zu tokens", LONG, tokens.n);
+        free(tokens.ids);
+        char longer[LONG + 2];
+        snprintf(longer, sizeof longer, "%.*sb", LONG, text + 2);
+        tokens = encode_text(&t, longer, LONG + 1, false);
+        check(tokens.n == 2 && tokens.ids[0] == 2 && tokens.ids[1] == 1, "and one more: got %zu tokens", tokens.n);
+        free(tokens.ids);
+        char other[] = "wxyzb\0\0\0\0b";
+        memcpy(other + 5, alike, 4);
+        tokens = encode_text(&t, other, 10, true);
+        check(tokens.n == 4 && tokens.ids[0] == 3 && tokens.ids[2] == 5 && tokens.ids[3] == 1 && tokens.n_dropped == 2,
+              "bytes with the hash of a special piece: got %zu tokens, %zu bytes dropped", tokens.n, tokens.n_dropped);
+        free(tokens.ids);
+    }
+    close_tokenizer(&t);
     free(b.bytes);
+    Buffer section = { 0 };
+    Vocabulary many = { .kind = BPE, .n_tokens = 1, .n_merges = MAX_MERGES + 1 };
+    e = (Error){ 0 };
+    check(!pack_vocabulary(&many, &section, &e) && strstr(e.text, "2097153 merges"), "merges: got \"%s\"", e.text);
+    free(section.bytes);
 }
 
 // ---- GGUF ----
@@ -394,6 +439,7 @@ static void test_damaged_vocabularies(void) {
     test_merges();
     test_merge_twice();
     test_collisions();
+    test_special_pieces();
     test_spelled_bytes();
     test_merge_texts();
     test_end_tokens();
