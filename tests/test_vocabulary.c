@@ -430,7 +430,11 @@ static void test_many(void) {
     check(!open_vocabulary(b.bytes, b.n, -1, &m, &e) && strstr(e.text, "of 1048578 tokens") && !m.packed_vocabulary.n,
           "many pieces: got \"%s\"", e.text);
     close_model(&m);
-    free(b.bytes);
+    Buffer section = { 0 };
+    Vocabulary v = { .kind = SPM, .n_tokens = 1, .pieces = { b.bytes, 8, false }, .n_merges = MAX_MERGES + 1 };
+    check(!pack_vocabulary(&v, &section, &e) && strstr(e.text, "and 2097153 merges") && !section.n,
+          "many merges: got \"%s\"", e.text);
+    free(section.bytes), free(b.bytes);
 }
 
 static void test_damaged_vocabularies(void) {
