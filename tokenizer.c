@@ -94,8 +94,8 @@ static size_t whole_characters(const char *s, size_t n) {
 
 /* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
-// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. A vocabulary made
-// to collide is refused, so this need not be secret.
+// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. It need not be
+// secret: vocabularies that are made to collide are refused.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
 static uint64_t hash_bytes(const char *s, size_t n) {
@@ -104,21 +104,29 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// Where the piece with these bytes and one of these types is in the table of pieces, or where it would be put.
-static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types, size_t *steps) {
-    for (size_t slot = (size_t)(hash ^ hash >> 32);; slot++, ++*steps) {
+// How many slots are looked at from where a hash leads: published vocabularies need at most 47. What would need more is
+// refused, so that nobody can make a vocabulary in which looking up takes long.
+enum { MAX_PROBES = 128 };
+
+// Where the piece with these bytes and one of these types is in the table of pieces, or where it would be put; NULL: it
+// is not there, and has no place.
+static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
+    for (size_t slot = (size_t)(hash ^ hash >> 32), i = 0; i < MAX_PROBES; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
         if (*id < 0) return id;
         const char *bytes = piece(t, *id, &n_bytes);
         if (n_bytes == n && types >> t->type[*id] & 1 && memcmp(bytes, s, n) == 0) return id;
     }
+    return NULL;
 }
+
+// What is in the slot, -1 if nothing.
+static int at_slot(const int *slot) { return slot ? *slot : -1; }
 
 // The lowest id of a piece with these bytes whose type is in `types`, or -1.
 static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
-    size_t steps = 0;
-    return *piece_slot(t, s, n, hash_bytes(s, n), types, &steps);
+    return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
 // The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
@@ -129,12 +137,11 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     int found = -1;
     *n_bytes = 1;
     uint64_t hash = 1;
-    size_t steps = 0;
     for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
         if (!t->specials[hash >> 48]) break;
         if (!(t->specials[hash >> 48] & t->types_of_length[length] & 1 << type)) continue;
-        int id = *piece_slot(t, s, length, hash, 1u << type, &steps);
+        int id = at_slot(piece_slot(t, s, length, hash, 1u << type));
         if (id < 0) continue;
         found = id;
         *n_bytes = length;
@@ -142,13 +149,14 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     return found;
 }
 
-// Where the pair is in the table of merges, or where it would be put.
-static int *find_merge(const Tokenizer *t, uint32_t left, uint32_t right, size_t *steps) {
+// Likewise for the pair, in the table of merges.
+static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
-    for (size_t slot = (size_t)(hash ^ hash >> 32);; slot++, ++*steps) {
+    for (size_t slot = (size_t)(hash ^ hash >> 32), i = 0; i < MAX_PROBES; slot++, i++) {
         int *rank = &t->merge_slots[slot & t->merge_mask];
         if (*rank < 0 || (t->merge[*rank][0] == left && t->merge[*rank][1] == right)) return rank;
     }
+    return NULL;
 }
 
 // Memory for a table of at least n entries, all of them -1: a power of two slots, at most half of them used.
@@ -161,13 +169,15 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
     return table;
 }
 
-// Looking up what is not there goes on to the end of a run of used slots. By chance the longest has some 70 of a
-// million, those of published vocabularies at most 47; where one is longer than this, somebody wanted it.
-enum { MAX_RUN = 128 };
-static bool has_long_run(const int *table, size_t mask) {
-    size_t run = 0;
-    for (size_t slot = 0; slot <= mask && run <= MAX_RUN; slot++) run = table[slot] < 0 ? 0 : run + 1;
-    return run > MAX_RUN;
+// What longest_special() goes by.
+static void note_special(Tokenizer *t, const char *s, size_t n, int type) {
+    uint64_t hash = 1;
+    for (size_t i = 0; i < n; i++) {
+        hash = hash_byte(hash, s[i]);
+        t->specials[hash >> 48] |= 1;
+    }
+    t->specials[hash >> 48] |= (uint8_t)(1 << type);
+    t->types_of_length[n] |= (uint8_t)(1 << type);
 }
 
 // Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
@@ -178,8 +188,8 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
-    size_t n, steps = 0;
-    for (int id = 0; id < t->n_tokens && steps <= MAX_RUN; id++) {
+    size_t n;
+    for (int id = 0; id < t->n_tokens; id++) {
         const char *s = piece(t, id, &n);
         int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
@@ -187,32 +197,24 @@ static bool index_pieces(Tokenizer *t, Error *e) {
         if (n == 0 || type == PIECE_BYTE) continue;
         for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
             t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
-        uint64_t hash = 1;
-        for (size_t i = 0; i < n; i++) {
-            hash = hash_byte(hash, s[i]);
-            if (SPECIAL_TYPES >> type & 1) t->specials[hash >> 48] |= i + 1 < n ? 1 : (uint8_t)(1 | 1 << type);
-        }
-        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
-        steps = 0;
-        int *slot = piece_slot(t, s, n, hash, 1u << type, &steps);
+        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) note_special(t, s, n, type);
+        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type);
+        if (!slot) return refuse(e, "the vocabulary's pieces are made to collide");
         if (*slot < 0) *slot = id;
     }
-    bool collide = steps > MAX_RUN || has_long_run(t->piece_slots, t->piece_mask);
-    return !collide || refuse(e, "the vocabulary's pieces are made to collide");
+    return true;
 }
 
 // Fills the table of merges. Of two for the same pair the earlier counts.
 static bool index_merges(Tokenizer *t, Error *e) {
     t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
     if (!t->merge_slots) return false;
-    size_t steps = 0;
-    for (int rank = 0; rank < t->n_merges && steps <= MAX_RUN; rank++) {
-        steps = 0;
-        int *slot = find_merge(t, t->merge[rank][0], t->merge[rank][1], &steps);
+    for (int rank = 0; rank < t->n_merges; rank++) {
+        int *slot = merge_slot(t, t->merge[rank][0], t->merge[rank][1]);
+        if (!slot) return refuse(e, "the vocabulary's merges are made to collide");
         if (*slot < 0) *slot = rank;
     }
-    bool collide = steps > MAX_RUN || has_long_run(t->merge_slots, t->merge_mask);
-    return !collide || refuse(e, "the vocabulary's merges are made to collide");
+    return true;
 }
 
 /* ---- Composing characters (BPE) ------------------------------------------------------------------------------------
@@ -812,9 +814,8 @@ static uint32_t score_order(float score) {
 static void offer_pair(Encoder *c, const char *s, int left) {
     const Tokenizer *t = c->t;
     Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
-    size_t steps = 0;
     uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
-    if (t->kind == BPE && b) rank = (uint32_t)*find_merge(t, (uint32_t)a->id, (uint32_t)b->id, &steps);
+    if (t->kind == BPE && b) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->id, (uint32_t)b->id));
     if (t->kind == SPM) a->id = b ? find_piece(t, s + a->start, a->length + b->length) : -1;
     if (t->kind == SPM && a->id >= 0) rank = score_order(t->score[a->id]);
     if (rank != UINT32_MAX) push_pair(c, (uint64_t)rank << 32 | (uint32_t)left);

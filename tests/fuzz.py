@@ -52,8 +52,8 @@ def run(target: str, seconds: int) -> bool:
     own, log = WORK / "corpus" / target, WORK / f"{target}.log"
     own.mkdir(parents=True, exist_ok=True)
     command = [build(target, False), f"-max_len={LONGEST[target]}", f"-max_total_time={seconds}", *LIMITS,
-               "-print_final_stats=1", "-mutate_depth=2", "-dict=tests/fuzz.dict", f"-artifact_prefix={WORK / 'found'}/", own,
-               *inputs(target)]
+               "-print_final_stats=1", "-mutate_depth=2", "-dict=tests/fuzz.dict",
+               f"-artifact_prefix={WORK / 'found'}/", own, *inputs(target)]
     with log.open("w") as out:
         status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out).returncode
     text = log.read_text(errors="replace")
@@ -72,7 +72,7 @@ def afl_figures(out: Path) -> dict[str, str]:
 
 
 def run_afl(target: str, seconds: int) -> bool:
-    """AFL++ goes on from its own last run, without sanitizers; what it has kept then goes through the program with them."""
+    """AFL++ goes on from its own last run, without sanitizers; what it keeps then goes through the other's program."""
     program, seeds, out = build(target, True), WORK / "afl-seeds" / target, WORK / "afl" / target
     shutil.rmtree(seeds, ignore_errors=True)
     seeds.mkdir(parents=True)

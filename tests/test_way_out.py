@@ -11,8 +11,8 @@ files of every type that GGUF has from llama.cpp.
 
 Logits: small random models of each family, as a native file, exported to GGUF and run by llama.cpp, against
 transformers in float32. Types: a small random model, quantised by llama.cpp's own quantisers, against transformers with
-the weights that gguf-py makes of the file. Text: MODEL, exported both ways, must cut 10,000 random strings as cria itself does, and render
-conversations as one Jinja template does.
+the weights that gguf-py makes of the file. Text: MODEL, exported both ways, must cut 10,000 random strings as cria
+itself does, and render conversations as one Jinja template does.
 """
 import ctypes
 import sys
@@ -110,7 +110,7 @@ def test_types(folder: Path) -> None:
             continue
         error = np.sqrt(np.square(t.run_logits(made, exact=False) - wanted).mean() / np.square(wanted).mean())
         print(f"  {kind.name}: activations in 8 bits: {100 * error:.2f} % of the logits' spread")
-        # 8 bits a number are 0.4 % of the largest of 32; two layers make of that what is measured. 0: were none rounded?
+        # 8 bits are 0.4 % of the largest of 32 numbers; two layers make more of it. 0: was none rounded?
         t.check(f"{kind.name}: error", 1e-4 < error < 0.03, f"{error}")
 
 
@@ -119,8 +119,8 @@ def test_text(folder: Path, source: Path, model: Path) -> None:
     t.exported(model, "-o", gguf_file, "--to", "gguf")
     t.exported(model, "-o", hf, "--to", "hf", "--type", "bf16", "--no-verify")
     vocabulary = goldens.read_gguf(gguf_file)
-    texts = [s for s in goldens.random_strings(STRINGS + STRINGS // 10, vocabulary, 1) if goldens.as_bytes(s) == s.encode()]
-    texts = texts[:STRINGS]
+    texts = goldens.random_strings(STRINGS + STRINGS // 10, vocabulary, 1)  # of which one in twenty is not UTF-8
+    texts = [s for s in texts if goldens.as_bytes(s) == s.encode()][:STRINGS]
     wanted = goldens.run_tokenizer(t.ROOT / "build" / "test", model, texts, ["--special"])
     llama, tokenizer = load(gguf_file, vocab_only=True), transformers.AutoTokenizer.from_pretrained(hf)
     by_llama, by_source = ([engine.tokenize(s.encode(), add_bos=False, special=True) for s in texts]
