@@ -284,6 +284,19 @@ def test_families(folder: Path) -> None:
                 and key != "qwen3moe.feed_forward_length"  # of layers without experts, which there are none of
                 and (key not in again or again[key].contents() != f.contents())]
         check(f"{case}: its keys", not lost, str(lost))
+        check_halves(folder, case, network)
+
+
+def check_halves(folder: Path, case: str, network) -> None:
+    """The same in bf16: transformers, in float32, with weights that are rounded so."""
+    with torch.no_grad():  # not the whole network, whose angles would be rounded too
+        for p in network.parameters():
+            p.copy_(p.bfloat16().float())
+    wanted, source = reference(network), save_model(folder / f"{case} bf16", network, torch.bfloat16)
+    exported(source, "-o", folder / "bf16.gguf", "--to", "gguf", "--no-verify")
+    exported(source, "-o", folder / "bf16.bin", "--no-verify")
+    for made in (folder / "bf16.gguf", folder / "bf16.bin"):
+        check_logits(f"{case}: bf16{made.suffix}", run_logits(made), wanted)
 
 
 def test_stablelm_12b(folder: Path) -> None:
