@@ -272,8 +272,7 @@ typedef struct {
     Tensor head;                // (V,D): the embedding itself, where the model has no other
     const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
-    const char *chat_template;  // the checkpoint's own, as text that is compared and never run; NULL if there is none
-    size_t chat_template_bytes;
+    Text chat_template;         // the checkpoint's own, as text that is compared and never run; empty if there is none
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
     Map file, tokenizer_file, *parts;  // what the pointers above point into, if the file's layout is ours ...
@@ -2514,8 +2513,7 @@ static bool parse_native(Cursor file, Model *m, Directory *d, Error *e) {
     m->vocabulary_bytes = sections[TOKENIZER].left;
     if (!d) return true;
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
-    m->chat_template_bytes = sections[CHAT_TEMPLATE].left;
-    m->chat_template = m->chat_template_bytes ? (const char *)sections[CHAT_TEMPLATE].at : NULL;
+    m->chat_template = (Text){ (const char *)sections[CHAT_TEMPLATE].at, sections[CHAT_TEMPLATE].left };
     return transfer_config(m, sections[CONFIG], NULL, e) && read_tensor_records(&h, sections[TENSORS], d, e) &&
            place_entries(d, sections[WEIGHTS], 64, e);
 }
@@ -2600,7 +2598,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
     const Cursor sections[WEIGHTS] = {
         [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { records.bytes, records.n, false },
         [TOKENIZER] = { m->vocabulary, m->vocabulary_bytes, false },
-        [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template, m->chat_template_bytes, false },
+        [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template.at, m->chat_template.n, false },
     };
     for (int i = 0; i < WEIGHTS; i++) {
         h.sections[i] = (Section){ h.weights.at, sections[i].left };
@@ -2830,6 +2828,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         if (embeds) c->n_tokens = (int)entry->source.rows;
         has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
     }
+    if (!c->n_tokens) return refuse(e, d->n ? "token_embd.weight is missing" : "no tensors; ./tokenizer can read it");
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
@@ -2846,10 +2845,8 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     complete_config(m, find_family(c->family, e), pattern);
     get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
-    Text chat_template = get_text(g, "tokenizer.chat_template");
+    m->chat_template = get_text(g, "tokenizer.chat_template");
     if (!read_gguf_scaling(g, c, has_factors, e)) return false;
-    m->chat_template = chat_template.at;
-    m->chat_template_bytes = chat_template.n;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
         if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
@@ -3214,14 +3211,15 @@ enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked 
 
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
+    Text own = m->chat_template;
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
         const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : m->chat_template && m->chat_template_bytes <= MAX_TEMPLATE;
+        bool fits = name ? !strcmp(name, t->name) : own.n && own.n <= MAX_TEMPLATE;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
             const char *sign = t->signs[j] + absent;
-            fits = (memmem(m->chat_template, m->chat_template_bytes, sign, strlen(sign)) != NULL) != absent;
+            fits = (memmem(own.at, own.n, sign, strlen(sign)) != NULL) != absent;
         }
         if (fits) return t;
         size_t n = strlen(names);

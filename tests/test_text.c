@@ -670,7 +670,7 @@ static void test_recognition(void) {
     for (size_t i = 0; i < sizeof recognised / sizeof *recognised; i++) {
         size_t n = strlen(recognised[i].jinja);
         Bytes b = copy_bytes((const unsigned char *)recognised[i].jinja, n);  // no NUL behind it: as in a file
-        Model m = { .chat_template = (char *)b.bytes, .chat_template_bytes = n };
+        Model m = { .chat_template = { (char *)b.bytes, n } };
         const ChatTemplate *t = choose_template(&m, NULL, &e);
         const char *wanted = recognised[i].name;
         check(wanted ? t && !strcmp(t->name, wanted) : !t && e.status == MISUSE && strstr(e.text, "--template"),
