@@ -750,17 +750,18 @@ typedef struct {
 
 // A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
 typedef struct {
-    uint32_t start, length;  // length is 0 once it was joined to the one on its left
-    int previous, next;      // -1: there is none
-    int id;                  // BPE: the piece; SPM: the one that it makes with the next symbol, or -1
+    uint32_t start, length;
+    int previous, next;  // -1: there is none
+    int id;              // BPE: the piece
 } Symbol;
 
 typedef struct {
     const Tokenizer *t;
-    Symbol *symbols;  // (capacity)
-    uint64_t *heap;   // (2 * capacity)  pairs, the first to be joined on top: | rank, 32 bits | left symbol, 32 bits |.
-                      // Every joining takes one out and puts at most two in: n - 1 + n - 1 at most
-    size_t n_symbols, n_heap, capacity;
+    Symbol *symbols;     // (capacity)
+    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  room for the tree
+    uint32_t *least[8];  // the tree: the rank of each symbol and the next (UINT32_MAX: they stay apart), the least of
+    int n_levels;        // each 16 of these, of each 16 of those, ... up to a level of 16 numbers
+    size_t n_symbols, capacity;
     uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
     char *composed;     // (3 * n) a stretch of the text
     size_t first;       // where in out->ids this stretch of plain text begins
@@ -780,26 +781,32 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
-// The heap has four children to a node: half the depth of two, and four neighbours share a line of the cache.
-static void push_pair(Encoder *c, uint64_t pair) {
-    size_t i = c->n_heap++;
-    for (; i > 0 && c->heap[(i - 1) / 4] > pair; i = (i - 1) / 4) c->heap[i] = c->heap[(i - 1) / 4];
-    c->heap[i] = pair;
+// Makes the tree for symbols that all stay apart.
+static void plant_tree(Encoder *c) {
+    uint32_t *end = c->ranks;
+    size_t width = c->n_symbols;
+    for (c->n_levels = 0; c->n_levels == 0 || width > 1; width /= 16) {
+        width = (width + 15) / 16 * 16;
+        c->least[c->n_levels++] = end;
+        end += width;
+    }
+    memset(c->ranks, 0xFF, (size_t)(end - c->ranks) * sizeof *end);
 }
 
-static uint64_t pop_pair(Encoder *c) {
-    uint64_t top = c->heap[0], last = c->heap[--c->n_heap];
-    size_t i = 0;
-    for (size_t first = 1; first < c->n_heap; first = 4 * i + 1) {
-        size_t least = first;
-        for (size_t child = first + 1; child < first + 4 && child < c->n_heap; child++)
-            if (c->heap[child] < c->heap[least]) least = child;
-        if (last <= c->heap[least]) break;
-        c->heap[i] = c->heap[least];
-        i = least;
+static uint32_t least_of_16(const uint32_t *ranks) {
+    uint32_t least = UINT32_MAX;
+    for (int i = 0; i < 16; i++) least = ranks[i] < least ? ranks[i] : least;
+    return least;
+}
+
+static void set_rank(Encoder *c, size_t i, uint32_t rank) {
+    c->least[0][i] = rank;
+    for (int level = 1; level < c->n_levels; level++) {
+        rank = least_of_16(&c->least[level - 1][i / 16 * 16]);
+        i /= 16;
+        if (c->least[level][i] == rank) return;
+        c->least[level][i] = rank;
     }
-    c->heap[i] = last;
-    return top;
 }
 
 // Makes unsigned numbers of finite floats: the larger the score, the smaller the number, and -0 is 0.
@@ -810,41 +817,34 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
-// Puts the symbol and the one on its right into the heap, if the vocabulary lets them be joined.
-static void offer_pair(Encoder *c, const char *s, int left) {
+// Ranks the pair of the symbol and the one on its right, if the vocabulary lets them be joined.
+static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
-    Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
+    const Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
     uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
     if (t->kind == BPE && b) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->id, (uint32_t)b->id));
-    if (t->kind == SPM) a->id = b ? find_piece(t, s + a->start, a->length + b->length) : -1;
-    if (t->kind == SPM && a->id >= 0) rank = score_order(t->score[a->id]);
-    if (rank != UINT32_MAX) push_pair(c, (uint64_t)rank << 32 | (uint32_t)left);
-}
-
-// A pair in the heap may have changed since it was put there: one of the two was joined with another one.
-static bool is_pair(const Tokenizer *t, const Symbol *a, const Symbol *b, uint32_t rank) {
-    if (a->length == 0 || !b) return false;
-    if (t->kind == SPM) return a->id >= 0 && score_order(t->score[a->id]) == rank;
-    return t->merge[rank][0] == (uint32_t)a->id && t->merge[rank][1] == (uint32_t)b->id;
+    int id = t->kind == SPM && b ? find_piece(t, s + a->start, a->length + b->length) : -1;
+    if (id >= 0) rank = score_order(t->score[id]);
+    set_rank(c, left, rank);
 }
 
 // Joins pairs, what the vocabulary likes best first, then the leftmost.
 static void join_symbols(Encoder *c, const char *s) {
     const Tokenizer *t = c->t;
-    c->n_heap = 0;
-    for (size_t i = 0; i < c->n_symbols; i++) offer_pair(c, s, (int)i);
-    while (c->n_heap > 0) {
-        uint64_t pair = pop_pair(c);
-        int left = (int)(uint32_t)pair;
-        Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
-        if (!is_pair(t, a, b, (uint32_t)(pair >> 32))) continue;
-        if (t->kind == BPE) a->id = (int)t->merge[pair >> 32][2];
+    plant_tree(c);
+    for (size_t i = 0; i < c->n_symbols; i++) rank_pair(c, s, i);
+    for (uint32_t rank; (rank = least_of_16(c->least[c->n_levels - 1])) != UINT32_MAX;) {
+        size_t left = 0;  // the first in each level with that rank leads to the leftmost symbol
+        for (int level = c->n_levels; level-- > 0;)
+            for (left *= 16; c->least[level][left] != rank;) left++;
+        Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
+        if (t->kind == BPE) a->id = (int)t->merge[rank][2];
+        set_rank(c, (size_t)a->next, UINT32_MAX);
         a->length += b->length;
         a->next = b->next;
-        b->length = 0;
-        if (a->next >= 0) c->symbols[a->next].previous = left;
-        if (a->previous >= 0) offer_pair(c, s, a->previous);
-        offer_pair(c, s, left);
+        if (a->next >= 0) c->symbols[a->next].previous = (int)left;
+        if (a->previous >= 0) rank_pair(c, s, (size_t)a->previous);
+        rank_pair(c, s, left);
     }
 }
 
@@ -865,10 +865,10 @@ static bool emit_unknown(Encoder *c, const char *s, size_t n) {
 static bool reserve_symbols(Encoder *c, size_t n) {
     if (n <= c->capacity) return true;
     free(c->symbols);
-    free(c->heap);
+    free(c->ranks);
     c->symbols = allocate(n, sizeof *c->symbols, c->e);
-    c->heap = allocate(2 * n, sizeof *c->heap, c->e);
-    c->capacity = c->symbols && c->heap ? n : 0;
+    c->ranks = allocate(n + n / 8 + 256, sizeof *c->ranks, c->e);
+    c->capacity = c->symbols && c->ranks ? n : 0;
     return c->capacity > 0;
 }
 
@@ -979,7 +979,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     free(c.scratch);
     free(c.composed);
     free(c.symbols);
-    free(c.heap);
+    free(c.ranks);
     return ok;
 }
 
