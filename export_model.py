@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import json
 import math
 import os
@@ -55,6 +54,11 @@ except ImportError:
 
 class Refusal(Exception):
     """What cannot be exported, in one line for the user. Exit status 1."""
+
+
+def printable(message: str) -> str:
+    """As one line that a terminal only shows, whatever names a file has."""
+    return "".join(c if c.isprintable() else "?" for c in message)
 
 
 # ==== 1. Numbers and blocks ====
@@ -551,6 +555,8 @@ def open_gguf_part(path: Path) -> Model:
     keys = {}
     for _ in range(n_keys):
         name = c.string()
+        if name in keys:
+            raise Refusal(f"{path}: key {name} is there twice")
         keys[name] = read_value(c, c.number(U32))
     entries = []
     for _ in range(n_tensors):
@@ -564,6 +570,8 @@ def open_gguf_part(path: Path) -> Model:
     for name, shape, ggml, offset in entries:
         if ggml not in names:
             raise Refusal(f"{path}: {name} is of GGUF type {ggml}, which is not known")
+        if name in tensors:
+            raise Refusal(f"{path}: tensor {name} is there twice")
         tensors[name] = gguf_tensor(c, name, shape, names[ggml], begin + offset)
     return Model(path, keys, tensors)
 
@@ -944,10 +952,10 @@ class Config:
         value = self.values.get(key)
         return otherwise if value is None else value
 
-    def integer(self, key: str, otherwise: int | None = None) -> int:
+    def integer(self, key: str, otherwise: int | None = None, limit: int = (1 << 31) - 1) -> int:
         value = self.get(key, otherwise)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a whole number from 1 to {limit}")
         return value
 
     def real(self, key: str, otherwise: float | None = None) -> float:
@@ -1395,11 +1403,14 @@ def own_keys(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Val
     return {}
 
 
+MAX_LAYERS, MAX_WIDTH = 1024, 65536  # as in the C program
+
+
 def read_sizes(c: Config, f: Family) -> Sizes:
-    D, H = c.integer("hidden_size"), c.integer("num_attention_heads")
+    D, H = c.integer("hidden_size", limit=MAX_WIDTH), c.integer("num_attention_heads", limit=MAX_WIDTH)
     if c.get("head_dim") is None and D % H:
         raise Refusal(f"{c.where}: num_attention_heads = {H} does not divide hidden_size = {D}")
-    K = c.integer("head_dim", D // H)
+    K = c.integer("head_dim", D // H, MAX_WIDTH)
     if f.arch in ("granite", "phi3", "olmo2", "smollm3", "stablelm") and K != D // H:
         raise Refusal(f"{c.where}: head_dim = {K} is not supported: llama.cpp's format of {f.arch} means {D // H}")
     width = "moe_intermediate_size" if f.arch == "qwen3moe" else "intermediate_size"
@@ -1420,7 +1431,7 @@ def read_config(values: dict, where: Path) -> tuple[Family, Sizes, int, bool, di
     c.get("model_type")
     if any(not str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in c.get("architectures", [])):
         raise Refusal(f"{where}: architectures = {json.dumps(c.get('architectures'))} is not supported")
-    sizes, n_layers = read_sizes(c, f), c.integer("num_hidden_layers")
+    sizes, n_layers = read_sizes(c, f), c.integer("num_hidden_layers", limit=MAX_LAYERS)
     context = c.integer("max_position_embeddings")
     eps = c.real("layer_norm_eps", 1e-5) if f.arch == "stablelm" else c.real("rms_norm_eps", 1e-6)
     for key in ("hidden_act", "hidden_activation"):
@@ -1704,11 +1715,12 @@ def proto_fields(data: bytes, where: Path) -> Iterator[tuple[int, Any]]:
     def varint() -> int:
         nonlocal at
         value = shift = 0
-        while True:
+        while shift < 64:
             value |= (data[at] & 127) << shift
             at, shift = at + 1, shift + 7
             if data[at - 1] < 128:
                 return value
+        raise IndexError
     try:
         while at < len(data):
             tag = varint()
@@ -1776,11 +1788,16 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
+MAX_RANKED = 512  # bytes of a token: what merging makes of it takes the square of that; published ones have 128
+
+
 def rank_keys(ranks: dict[bytes, int], special: list[tuple[int, str, bool]], first: int, size: int, pre: str,
               where: Path) -> tuple[dict[str, Value], "Vocabulary"]:
     """A vocabulary that is given as tokens with ranks: a rank, from `first` on, is an id, and orders the merges."""
     def spell(part: bytes) -> str:
         return "".join(BYTE_CHARACTERS[b] for b in part)
+    if long := [token for token in ranks if len(token) > MAX_RANKED]:
+        raise Refusal(f"{where}: a token has {len(long[0])} bytes, more than {MAX_RANKED}")
     pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
     model = {"vocab": {spell(t): first + i for t, i in ranks.items()}, "ignore_merges": True,
              "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}
@@ -2111,6 +2128,8 @@ def shards(folder: Path) -> list[Path]:
 def open_weights(paths: list[Path]) -> dict[str, Tensor]:
     tensors = {}
     for path in paths:
+        if not path.is_file():
+            raise Refusal(f"{path}: no file")
         if path.suffix == ".safetensors":
             tensors |= open_safetensors(path)
         else:
@@ -2296,7 +2315,11 @@ class Adapter:
 
 
 def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
-    """Of rank_pattern or alpha_pattern: the first entry that the end of the module's name matches."""
+    """Of rank_pattern or alpha_pattern: the first entry that the end of the module's name matches. What could take for
+    ever, because it repeats a group or repeats often, is refused."""
+    for p in patterns:
+        if re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 3:
+            raise Refusal(f"the pattern {p} repeats a group, or repeats often, which is not supported")
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
 
 
@@ -2678,7 +2701,7 @@ def write_tensors(file: Any, tensors: dict[str, tuple[Tensor, str]], alignment: 
             raise Refusal(f"{name} {refusal}") from None
         file.write(bytes(-n % alignment))
         if errors and type_name != tensor.type:
-            print(errors.line(name, tensor.type, type_name), file=sys.stderr)
+            print(printable(errors.line(name, tensor.type, type_name)), file=sys.stderr)
 
 
 def file_type(types: list[str]) -> int:
@@ -2736,7 +2759,7 @@ def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
     """Signals wait until the child's number is known: else it would go on alone, and write what nobody removes."""
     came: list[int] = []
     usual = {number: signal.signal(number, lambda number, frame: came.append(number))
-             for number in (signal.SIGINT, signal.SIGTERM)}
+             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         process = subprocess.Popen([str(run), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, errors="replace")
@@ -3084,7 +3107,7 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
         if o.verify:
             raise Refusal(f"cannot be verified: {refusal}") from None
         return warn(f"not verified: {refusal}")
-    ids = np.random.default_rng(1).integers(0, network.s.V, N_VERIFIED)
+    ids = np.random.default_rng(1).integers(0, network.s.V, min(N_VERIFIED, model.value("context_length", N_VERIFIED)))
     source = network.logits(ids)
     exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
     rounded = source if exact else Network(model, types).logits(ids)
@@ -3095,7 +3118,7 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
     change = float(np.abs(made - source).max())
     if off > TOLERANCE * scale:
         raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}")
-    print(f"verified on {N_VERIFIED} tokens: computed as written within {off:.2g}; to the source, greatest difference "
+    print(f"verified on {len(ids)} tokens: computed as written within {off:.2g}; to the source, greatest difference "
           f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
 
 
@@ -3179,15 +3202,14 @@ def calibrate(c: Calibration, made: Path, target: str, run: Path) -> None:
         progress.add(len(ids) * 12 * c.n_tokens)
     for name, total in sums.items():
         kl, before, after, same = total / n
-        print(f"{name:32} {c.type:>5} -> {target:5} KL   {kl:9.3e}  perplexity {math.exp(before):.4f} -> "
+        print(f"{printable(name):32} {c.type:>5} -> {target:5} KL   {kl:9.3e}  perplexity {math.exp(before):.4f} -> "
               f"{math.exp(after):.4f}, same top-1 {same:.2%} of {n}", file=sys.stderr)
 
 
 # ==== 12. The command line ====
 
 def warn(message: str) -> None:
-    """In one line, whatever names a file has."""
-    print("export_model.py:", "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)
+    print("export_model.py:", printable(message), file=sys.stderr)
 
 
 def parse_options(words: list[str]) -> argparse.Namespace:
@@ -3224,7 +3246,7 @@ def find_run(named: Path | None, needed: bool) -> Path | None:
 
 def check_choices(o: argparse.Namespace) -> None:
     """What can be said before anything is read."""
-    if not o.source.exists():
+    if not o.source.is_file() and not o.source.is_dir():
         raise Refusal(f"{o.source}: no such file or folder")
     if not o.output.resolve().parent.is_dir():
         raise Refusal(f"{o.output}: its folder does not exist")
@@ -3268,34 +3290,34 @@ def export(o: argparse.Namespace) -> None:
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)
-    temporary = o.output.with_name(f"{o.output.name}.{os.getpid()}.tmp")
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
     wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
-    beside = tempfile.TemporaryDirectory(dir=o.output.resolve().parent) if o.calibrate else contextlib.nullcontext()
-    try:
-        with beside as folder:
-            calibration = prepare_calibration(model, o, Path(folder), run) if folder else None
-            write(model, o, types, temporary, run)
-            if wanted:
-                verify(model, types, temporary, o, run)
-            if calibration:
-                calibrate(calibration, temporary, main_type(model, types), run)
-        temporary.replace(o.output)
+    with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.resolve().parent) as folder:
+        made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
+        calibration = prepare_calibration(model, o, Path(folder), run) if o.calibrate else None
+        write(model, o, types, made, run)
+        if wanted:
+            verify(model, types, made, o, run)
+        if calibration:
+            calibrate(calibration, made, main_type(model, types), run)
+        made.replace(o.output)
         if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
-            o.output.with_suffix(".tokenizer.bin").write_bytes(packed)
-    finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+            tokenizer.write_bytes(packed)
+            tokenizer.replace(o.output.with_suffix(".tokenizer.bin"))
 
 
 def main(words: list[str]) -> int:
     options = parse_options(words)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the temporary file goes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the temporary file goes
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         export(options)
         return 0
     except Refusal as refusal:
         warn(str(refusal))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error,
+            re.error) as error:
         warn(f"{options.source}: damaged, or not of the form that is expected here: {error!r}")
     except MemoryError:
         warn("not enough memory")

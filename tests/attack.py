@@ -1955,6 +1955,16 @@ def python_with_numpy() -> str | None:
     return None
 
 
+def safetensors(tensors: dict[str, tuple[tuple[int, ...], array.array]]) -> bytes:
+    """A file of f32: name -> shape and numbers."""
+    header, data = {}, b""
+    for n, (shape, numbers) in tensors.items():
+        header[n] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + 4 * len(numbers)]}
+        data += numbers.tobytes()
+    packed = json.dumps(header).encode()
+    return struct.pack("<Q", len(packed)) + packed + data
+
+
 def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, shard: bool = False) -> Path:
     """A tiny LLaMA of Hugging Face's, of random numbers. change() gets its configuration and its tensors."""
     folder = FOLDER / f"{now.number}-{name}"
@@ -1987,16 +1997,11 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
         "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
                                                     "unk_token": None, "byte_fallback": False,
                                                     "ignore_merges": False}}))
-    header, data = {}, b""
-    for n, (shape, numbers) in tensors.items():
-        header[n] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + 4 * len(numbers)]}
-        data += numbers.tobytes()
-    packed = json.dumps(header).encode()
     file = "model-00001-of-00002.safetensors" if shard else "model.safetensors"
-    (folder / file).write_bytes(struct.pack("<Q", len(packed)) + packed + data)
+    (folder / file).write_bytes(safetensors(tensors))
     if shard:
         (folder / "model.safetensors.index.json").write_text(json.dumps(
-            {"weight_map": dict.fromkeys(header, file) | {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+            {"weight_map": dict.fromkeys(tensors, file) | {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
     return folder
 
 
@@ -2030,12 +2035,12 @@ def _():
         export(python, model, "-o", FOLDER / "nowhere" / "x", "--to", to, status=1, word="does not exist")
         started = start([python, ROOT / "export_model.py", model, "-o", FOLDER / f"111-killed.{to}", "--to", to])
         wait_until(lambda: has_ended(started[0]) or any(FOLDER.glob(f"111-killed.{to}.*")))
-        os.kill(started[0].pid, signal.SIGTERM)
+        os.kill(started[0].pid, signal.SIGHUP if to == "gguf" else signal.SIGTERM)
         o = finish(started)
         left, good = list(FOLDER.glob("111-killed*")), FOLDER / f"111-good.{to}"
         whole = FOLDER / f"111-killed.{to}"  # it may have been done, or nearly
         now.demand(set(left) <= {whole, whole.with_suffix(".tokenizer.bin")} and
-                   (not whole.is_file() or whole.read_bytes() == good.read_bytes()), f"{to}, SIGTERM: {o}, {left}")
+                   (not whole.is_file() or whole.read_bytes() == good.read_bytes()), f"{to}, a signal: {o}, {left}")
         for p in FOLDER.glob("111-killed*"):
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
@@ -2074,6 +2079,7 @@ def _():
                           ("act", {"hidden_act": "relu"}), ("unknown", {"something_new": 7}),
                           ("kind", {"model_type": "mamba"}),
                           ("heads", {"num_attention_heads": 3}), ("layers", {"num_hidden_layers": 2}),
+                          ("more", {"num_hidden_layers": 2_000_000_000}), ("wide", {"head_dim": 1 << 30}),
                           ("vocab", {"vocab_size": 299}),
                           ("text", {"hidden_size": "32"}), ("negative", {"num_hidden_layers": -1}),
                           ("huge", {"hidden_size": 1 << 40})):
@@ -2088,6 +2094,30 @@ def _():
         folder = hf_folder(f"damaged-{name}-{len(data)}-{data[:1].hex()}")
         (folder / name).write_bytes(data)
         export(python, folder, "-o", FOLDER / "112-out-damaged", "--to", "gguf", status=1)
+    folder = hf_folder("endless-number")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\xff" * 400_000)
+    export(python, folder, "-o", FOLDER / "112-out-number", "--to", "gguf", status=1, word="not a SentencePiece model")
+    folder = hf_folder("pipe")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    export(python, folder, "-o", FOLDER / "112-out-pipe", "--to", "gguf", status=1, word="no file")
+    export(python, folder / "model.safetensors", "-o", FOLDER / "112-out-pipe", "--to", "gguf", status=1)
+    base, adapter = hf_folder("base"), FOLDER / "112-adapter"
+    adapter.mkdir()
+    for pattern, word in (("([a-z_.0-9]+)+X", "repeats"), (".*.*.*.*.*X", "repeats"), ("(", "unterminated")):
+        (adapter / "adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "r": 1, "lora_alpha": 1, "bias": "none", "rank_pattern": {pattern: 1}}))
+        module, ones = "base_model.model.model.layers.0.self_attn.q_proj", array.array("f", [1.0] * 32)
+        (adapter / "adapter_model.safetensors").write_bytes(safetensors(
+            {f"{module}.lora_A.weight": ((1, 32), ones), f"{module}.lora_B.weight": ((32, 1), ones)}))
+        export(python, base, "--lora", adapter, "-o", FOLDER / "112-out-lora", "--to", "gguf", status=1,
+               word=word)
+    g = gguf()
+    g.keys.append(list(g.keys[3]))
+    g.n_keys += 1
+    (FOLDER / "112-twice.gguf").write_bytes(g.pack())
+    export(python, FOLDER / "112-twice.gguf", "-o", FOLDER / "112-out-twice", "--to", "gguf", status=1, word="twice")
     nothing_left("112-out")
 
 

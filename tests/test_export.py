@@ -793,7 +793,9 @@ def test_tekken(folder: Path) -> None:
     named = content | {"special_tokens": [{"rank": 0, "token_str": "<unk>"}, {"rank": 1, "token_str": "<s>"},
                                           {"rank": 2, "token_str": "</s>"}, {"rank": 3, "token_str": "[NEW]"}]}
     others = [content | {"config": content["config"] | change} for change in ({"pattern": "\\S+"}, {"version": "v11"})]
-    for change, word in ((named, "[NEW]"), (others[0], "\\S+"), (others[1], "v11"), ({"vocab": []}, "config")):
+    long = content | {"vocab": [{"rank": 0, "token_bytes": base64.b64encode(b"a" * 513).decode()}]}
+    for change, word in ((named, "[NEW]"), (others[0], "\\S+"), (others[1], "v11"), ({"vocab": []}, "config"),
+                         (long, "513 bytes, more than 512")):
         path.write_text(json.dumps(change))
         try:
             found = " ".join(export_model.tekken_keys(path, VOCAB)[0]["tokenizer.ggml.tokens"].data[:5])
