@@ -291,8 +291,7 @@ typedef struct {
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
-// by side for all tokens, as a tile meets them. Behind the width of a matrix of floats anything may follow: its weights
-// are zeros there.
+// by side for all tokens, as a tile meets them. What lies behind a float matrix's width meets zeros.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
@@ -330,7 +329,7 @@ typedef struct {
     size_t scratch_stride;
     int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
     void *arena;                // all of these
-    size_t arena_bytes;
+    size_t arena_bytes, buffer_bytes;  // of all, and of all before the cache
 } State;
 
 enum {
@@ -569,6 +568,8 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
 INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
 static double slow_down(const Model *m, int context, int pair);  // by what angles are divided (chapter 9)
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+// About y, but never beyond the cap; what is not finite becomes no number, so that it is noticed.
+INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / cap) + (y - y); }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
@@ -579,7 +580,7 @@ INLINE float fold_lanes(float lane[16]) {
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
-// Element i belongs to lane i mod 16. False if the sum of squares is not finite.
+// Element i belongs to lane i mod 16. False, and no numbers, if the sum of squares is not finite.
 INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
     float lane[16] = { 0 }, of_mean[16] = { 0 };
     size_t i;
@@ -589,7 +590,7 @@ INLINE bool apply_norm(float *out, const float *x, const float *weight, const fl
         for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j] - mean, x[i + j] - mean, lane[j]);
     }
     for (; i < dim; i++) lane[i % 16] = fmaf(x[i] - mean, x[i] - mean, lane[i % 16]);
-    float sum = fold_lanes(lane), r = 1.0f / sqrtf(sum / (float)dim + eps);
+    float sum = fold_lanes(lane), r = sum < INFINITY ? 1.0f / sqrtf(sum / (float)dim + eps) : NAN;
     for (i = 0; i < dim; i++) out[i] = (x[i] - mean) * r * weight[i];
     for (i = 0; bias && i < dim; i++) out[i] += bias[i];
     return sum < INFINITY;
@@ -620,7 +621,7 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
 // of p; zeros before them, and behind up to a multiple of 16; returns their sum.
 INLINE float exponentiate(float *p, size_t from, size_t n, float scale, float cap) {
     float max[16], lane[16] = { 0 };
-    for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap * hyperbolic_tangent(p[i] * scale / cap);
+    for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap_at(p[i] * scale, cap);
     if (cap > 0) scale = 1;
     for (size_t i = 0; i < from; i++) p[i] = -INFINITY;
     for (size_t i = n; i % 16; i++) p[i] = -INFINITY;
@@ -950,7 +951,7 @@ static void forward_team(void *p, Team team) {
     for (size_t t = 0; t < (size_t)n && (scale != 1 || cap > 0); t++) {
         for (size_t r = rows.from; r < rows.to; r++) {
             float *y = &s->logits[t * s->logits_stride + r];
-            *y = cap > 0 ? cap * hyperbolic_tangent(*y * scale / cap) : *y * scale;
+            *y = cap > 0 ? cap_at(*y * scale, cap) : *y * scale;
         }
     }
 }
@@ -1250,8 +1251,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
    a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
 
-// What the weights of IQ4_NL and IQ4_XS stand for, places on a curve, and those of MXFP4, twice a float of 1 sign, 2
-// exponent, 1 fraction bit.
+// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
@@ -1661,8 +1661,7 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// The formats that files may hold. To add one: a block above, the function that packs it, and a row here; the tile
-// that it becomes is chapter 4's.
+// The formats that files may hold. To add one: a block and a function above, and a row here; the tile is chapter 4's.
 static const SourceType source_types[] = {
     { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
     { "F16", 1, 1, 2, F16, pack_halves, 0, 0, 0, 0, 0, 0 },
@@ -1781,10 +1780,11 @@ static bool in_part(size_t part, Error *e) {
 // Maps a file or, of a split GGUF (NAME-00001-of-00003.gguf), all parts, whichever of them is named.
 static bool map_parts(const char *path, Model *m, Error *e) {
     size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
-    unsigned part, parts;
-    int end = 0;
-    if (sscanf(path + prefix, "-%5u-of-%5u.gguf%n", &part, &parts, &end) < 2 || end != 20 || part - 1 >= parts)
-        return map_file(path, &m->file, e);
+    unsigned part = 0, parts = 0;
+    char again[32];
+    sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
+    snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
+    if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
     char *name = allocate(n + 1, 1, e);
     bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
     for (part = 1; ok && part <= parts; part++) {
@@ -1823,8 +1823,7 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
-// The processors that this process may use, or only the physical cores among them: a core's second thread shares its
-// arithmetic, and would be in the way.
+// The processors that this process may use, or only the physical cores: a core's second thread shares its arithmetic.
 static int count_cores(bool physical) {
     long n = 0;
 #if defined(_OPENMP) && defined(__linux__)
@@ -1929,8 +1928,7 @@ static void heed(int number, const struct sigaction *action) {
     if (sigaction(number, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(number, action, NULL);
 }
 
-// Makes question marks of what could steer a terminal: control characters, but for those in `kept`, and bytes that are
-// not UTF-8.
+// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
 static void disarm(char *s, size_t n, const char *kept) {
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t c;
@@ -2072,17 +2070,17 @@ static const ConfigField config_fields[] = {
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
     { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
-    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
+    { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20f, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
     { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
     { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
     { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
-    { "embedding_scale", SINGLE, false, offsetof(Config, embedding_scale), 1e-6, 1e6, ".embedding_scale", 1, SCALES },
-    { "residual_scale", SINGLE, false, offsetof(Config, residual_scale), 1e-6, 1e6, ".residual_scale", 1, SCALES },
-    { "attention_scale", SINGLE, false, offsetof(Config, attention_scale), 1e-6, 1e6, ".attention.scale", 0, 0 },
-    { "logit_scale", SINGLE, false, offsetof(Config, logit_scale), 1e-6, 1e6, ".logit_scale", 1, SCALES },
+    { "embedding_scale", SINGLE, false, offsetof(Config, embedding_scale), 1e-6f, 1e6, ".embedding_scale", 1, SCALES },
+    { "residual_scale", SINGLE, false, offsetof(Config, residual_scale), 1e-6f, 1e6, ".residual_scale", 1, SCALES },
+    { "attention_scale", SINGLE, false, offsetof(Config, attention_scale), 1e-6f, 1e6, ".attention.scale", 0, 0 },
+    { "logit_scale", SINGLE, false, offsetof(Config, logit_scale), 1e-6f, 1e6, ".logit_scale", 1, SCALES },
     { "attention_cap", SINGLE, false, offsetof(Config, attention_cap), 0, 1e6, ".attn_logit_softcapping", 0, 0 },
     { "logit_cap", SINGLE, false, offsetof(Config, logit_cap), 0, 1e6, ".final_logit_softcapping", 0, 0 },
     { "activation", INTEGER, false, offsetof(Config, activation), SILU, GELU, NULL, 0, 0 },
@@ -2142,9 +2140,8 @@ static bool check_config(Model *m, Error *e) {
     return true;
 }
 
-// A tensor that the model has or may have, named as in GGUF. Rows ONE means a vector of floats, else it is a matrix. A
-// tensor with `fused` may instead be a range of rows of the tensor with that name, in which the parts follow each
-// other in the order of this table.
+// A tensor that the model has or may have, named as in GGUF. With rows ONE it is a vector of floats, else a matrix.
+// With `fused` it may instead be a range of that tensor's rows, which has its parts in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
@@ -2269,7 +2266,7 @@ typedef struct {
     bool is_vector;   // one dimension
     uint64_t offset;  // of source.data, from where the data of all tensors begin
     size_t n_bytes;   // from source.data on
-    bool used;
+    size_t rows_used;
 } Entry;
 
 enum { NATIVE_VECTOR = 255 };
@@ -2368,7 +2365,7 @@ static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
         entry->n != slot->n)
         return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", entry->name, entry->n, s->rows, s->cols,
                       slot->n, slot->all_rows, slot->cols);
-    entry->used = true;
+    entry->rows_used += slot->rows;
     Type type = s->type ? s->type->tile : (Type)entry->native_type;
     if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
@@ -2406,8 +2403,12 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
         if ((entry_for(d, &before) != NULL) != (entry != NULL))
             return refuse(e, "tensor %s is missing", entry ? before.name : slot.name);
     }
-    for (const Entry *a = d->entries; a < d->entries + d->n; a++)
-        if (!a->used) return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
+    size_t n_bytes = 0;
+    for (const Entry *a = d->entries; a < d->entries + d->n; n_bytes = plus(n_bytes, a++->n_bytes))
+        if (a->rows_used != a->source.rows)
+            return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
+    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // the smallest matrix has one number and 2 KB in tiles
+        return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, d, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
@@ -2534,7 +2535,7 @@ static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) 
 }
 
 // A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
-// file, a pipe for instance, is written to directly.
+// file, a pipe for instance, is written to directly, and so is stdout's file, behind what there is.
 typedef struct {
     FILE *stream;
     char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
@@ -2543,16 +2544,17 @@ typedef struct {
 static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 11
 
 static bool open_output(Output *o, const char *path, Error *e) {
-    struct stat info;
+    struct stat info, out;
     *o = (Output){ NULL, NULL, NULL };
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
+    bool is_stdout = exists && !fstat(1, &out) && out.st_dev == info.st_dev && out.st_ino == info.st_ino;
     o->path = is_file ? realpath(path, NULL) : strdup(path);
     if (!o->path) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
     if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
-    if (exists && !is_file) {
-        o->stream = fopen(o->path, "wb");
+    if (is_stdout || (exists && !is_file)) {
+        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(o->path, "wb");
     } else {
         size_t length = strlen(o->path) + 32;
         if (!(o->temporary = allocate(length, 1, e))) return false;
@@ -2721,6 +2723,12 @@ static double get_number(Gguf *g, const char *name, double min, double max, doub
     return otherwise;
 }
 
+static int get_whole(Gguf *g, const char *name, int min, int max, int otherwise) {
+    double x = get_number(g, name, min, max, otherwise);
+    if (x != floor(x) && !g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, no whole number", name, x);
+    return (int)x;
+}
+
 static Text get_text(Gguf *g, const char *name) {
     Key k = get_key(g, name, G_STRING, false);
     return take_string(&k.value);
@@ -2752,8 +2760,7 @@ static bool is_harmless(const Gguf *g, const Key *k) {
             harmless = other_keys[i].harmless;
     if (isnan(harmless)) return true;
     if (k->type == G_STRING) return false;
-    for (size_t i = 0; i < k->count; i++)
-        if (key_number(k, i) != harmless) return false;
+    for (size_t i = 0; i < k->count; i++) if (key_number(k, i) != harmless) return false;
     return true;
 }
 
@@ -2833,7 +2840,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
-        if (y->n_experts) y->ffn_dim = (int)get_number(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
+        if (y->n_experts) y->ffn_dim = get_whole(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
@@ -2847,8 +2854,7 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
     get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
     m->chat_template = get_text(g, "tokenizer.chat_template");
     if (!read_gguf_scaling(g, c, has_factors, e)) return false;
-    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++)
-        if (!is_harmless(g, k)) return refuse_key(k, e);
+    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
 }
 
@@ -2865,16 +2871,16 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
         .scores = scores.value.at, .types = piece_types.value.at,
-        .bos = (int)get_number(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
-        .eos = (int)get_number(g, "tokenizer.ggml.eos_token_id", 0, INT32_MAX, -1),
-        .eot = (int)get_number(g, "tokenizer.ggml.eot_token_id", 0, INT32_MAX, -1),
-        .eom = (int)get_number(g, "tokenizer.ggml.eom_token_id", 0, INT32_MAX, -1),
-        .unk = (int)get_number(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
-        .add_bos = (int)get_number(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
-        .add_eos = (int)get_number(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
-        .ignore_merges = (int)get_number(g, "tokenizer.ggml.ignore_merges", 0, 1, -1),
-        .composes = (int)get_number(g, "tokenizer.ggml.normalizer.nfc", 0, 1, -1),
-        .dummy_prefix = (int)get_number(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
+        .bos = get_whole(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
+        .eos = get_whole(g, "tokenizer.ggml.eos_token_id", 0, INT32_MAX, -1),
+        .eot = get_whole(g, "tokenizer.ggml.eot_token_id", 0, INT32_MAX, -1),
+        .eom = get_whole(g, "tokenizer.ggml.eom_token_id", 0, INT32_MAX, -1),
+        .unk = get_whole(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
+        .add_bos = get_whole(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
+        .add_eos = get_whole(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
+        .ignore_merges = get_whole(g, "tokenizer.ggml.ignore_merges", 0, 1, -1),
+        .composes = get_whole(g, "tokenizer.ggml.normalizer.nfc", 0, 1, -1),
+        .dummy_prefix = get_whole(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
     };
     get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
     if (g->bad) return false;
@@ -2901,8 +2907,7 @@ static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
     memcpy(entry->name, name.at, name.n);
     if (n_dims > 3) return refuse(e, "%s has %u dimensions, expected 1 to 3", entry->name, n_dims);
     const SourceType *source = NULL;
-    for (int i = 0; i < N_SOURCE_TYPES; i++)
-        if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
+    for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
     if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
     entry->is_vector = n_dims == 1;
     entry->n = (size_t)dims[2];
@@ -2922,8 +2927,7 @@ static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, ui
     if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
     d->entries = (void *)all.bytes;
     Directory own = { d->entries + d->n, 0 };
-    for (; own.n < n; own.n++, d->n++)
-        if (!read_gguf_tensor(c, &own.entries[own.n], e)) return false;
+    for (; own.n < n; own.n++, d->n++) if (!read_gguf_tensor(c, &own.entries[own.n], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
     take(c, round_up(n_read, step) - n_read);
     return place_entries(&own, *c, step, e);
@@ -2945,8 +2949,7 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
         return refuse(e, "claims to have %llu keys; %zu bytes are left", (unsigned long long)n_keys, c->left);
     *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
     if (!g->keys) return false;
-    for (; g->n_keys < n_keys; g->n_keys++)
-        if (!read_key(c, &g->keys[g->n_keys], e)) return false;
+    for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
     qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
         if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
@@ -3280,12 +3283,14 @@ static void normalise_heads(const Model *m, State *s, const Layer *layer, int n,
 }
 
 // Makes of the router's logits for a token the weights of its n_used likeliest experts, the softmax of theirs, and 0.
+// A logit that is not finite makes none of them a number.
 static void choose_experts(float *p, int n_experts, int n_used) {
     float weight[MAX_EXPERTS], sum = 0;
     int best[MAX_EXPERTS + 1];  // and a place for the one that falls out
     for (int e = 0, at; e < n_experts; e++) {
         for (at = e < n_used ? e : n_used; at > 0 && p[e] > p[best[at - 1]]; at--) best[at] = best[at - 1];
         best[at] = e;
+        sum += p[e] - p[e];
     }
     for (int i = 0; i < n_used; i++) sum += weight[i] = exponential(p[best[i]] - p[best[0]]);
     memset(p, 0, (size_t)n_experts * sizeof *p);
@@ -3303,8 +3308,7 @@ static Activations route(const Model *m, State *s, const Layer *layer, const Act
     }
     wait_for_team(team);
     for (size_t e = 0, i = 0; e < n_experts && team.thread == 0; s->first_visit[++e] = (int)i) {
-        for (int t = 0; t < n; t++)
-            if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors[i++] = t;
+        for (int t = 0; t < n; t++) if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors[i++] = t;
     }
     wait_for_team(team);
     return prepare(s, s->normed, s->x_stride, s->visitors, (size_t)m->config.dim, s->first_visit[n_experts], team);
@@ -3338,6 +3342,7 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static void lay_out_state(const Model *m, State *s) {
     const Config *c = &m->config;
+    s->arena_bytes = 0;
     size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER, experts = 0, used = 0;
     for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
         s->q_stride = larger(s->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
@@ -3372,6 +3377,7 @@ static void lay_out_state(const Model *m, State *s) {
     s->broken = place(s, n, sizeof *s->broken);
     s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
+    s->buffer_bytes = s->arena_bytes;
     for (int l = 0; l < c->n_layers; l++) {
         size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
         void *key = place(s, size, head_dim), *value = place(s, size, round_up(head_dim, 16));
@@ -3420,6 +3426,7 @@ static double slow_down(const Model *m, int context, int pair) {
 }
 
 // Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.
+// Without -b the batch gets smaller where it would need much memory.
 static bool make_state(const Model *m, State *s, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
@@ -3430,10 +3437,10 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->copies |= !rounds;
     }
     lay_out_state(m, s);
+    for (; s->buffer_bytes > 48 << 20 && s->batch > 1 && !options.batch; lay_out_state(m, s)) s->batch /= 2;
     if (!(s->arena = map_memory(s->arena_bytes, false, e))) return false;
-    s->arena_bytes = 0;
     lay_out_state(m, s);
-    use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
+    use_large_pages(s->arena, s->buffer_bytes);
     return true;
 }
 
@@ -3515,8 +3522,7 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
-// Sends the first of n tokens through the model, as many as logits of all of them are to be had for: their number, or 0
-// if that failed.
+// Sends the first of n tokens through the model, as many as all can have logits of: their number, 0 if that failed.
 static size_t forward_some(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
     n = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
     n = n < (size_t)s->batch ? n : (size_t)s->batch;
@@ -3570,8 +3576,8 @@ static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error
         }
         show_progress("chunk", start, chunk + 1, n_chunks);
     }
-    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean, ppl = exp(mean);
-    double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
+    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
+    double ppl = exp(fmin(mean, 600)), error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;  // finite
     if (options.json)
         printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
                n_scored, n_chunks);
@@ -3621,7 +3627,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         if (same) put_figure(f->name, get_field(m, f, 0), "");
         else printf(options.json ? ",\n  \"%s\": [" : "  %-28s ", f->name);
         for (int l = 0; !same && l < c->n_layers; l++)
-            printf("%s%g", l == 0 ? "" : options.json ? ", " : " ", get_field(m, f, l));
+            printf("%s%.0f", l == 0 ? "" : options.json ? ", " : " ", get_field(m, f, l));
         if (!same) printf(options.json ? "]" : "\n");
     }
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -3812,8 +3818,7 @@ static void draw_roof(FILE *f, double gb, double gop, const char *style, const c
             plot_x(gop / gb), top, top - 7, what, gop);
 }
 
-// The ceilings of the most threads, and a point for each result, with its name where there is room for it. The colours
-// do on a light page and on a dark one.
+// The ceilings of the most threads, and a point for each result, named if there is room; for light and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
     const Load *c = &b->results[0].ceiling;
     const Measured *end = b->results + b->n_results;
@@ -3858,8 +3863,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     return true;
 }
 
-// Every test with every number of threads. The ceilings are measured in the run that is held against them: machines are
-// shared, and throttle.
+// Every test with every number of threads. The ceilings are of the same run: machines are shared, and throttle.
 static bool time_tests(Bench *b, Error *e) {
     for (int j = 0; j < options.threads.n; j++) {
         int threads = options.threads.at[j];
@@ -3884,8 +3888,7 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
-    for (int i = 0; ok && i < n_sets; i++)
-        if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
+    for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
     bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences would say less than the table
@@ -4445,7 +4448,7 @@ static const Option option_table[] = {
     { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "of the random numbers: the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's, at most 4096; 0 = all it has" },
     { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
-    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128" },
+    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128, or fewer" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
@@ -4542,8 +4545,7 @@ static const char *const mode_names[N_MODES] = { "generate", "tokenize", "logits
                                                  "export", "bench", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
-    for (*mode = GENERATE; *mode < N_MODES; ++*mode)
-        if (!strcmp(mode_names[*mode], name)) return true;
+    for (*mode = GENERATE; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
     return fail(e, MISUSE, "-m %s: expected %s; the checkpoint comes first: ./run FILE", name, find_option("-m")->help);
 }
 
@@ -4617,7 +4619,8 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
-    s->batch = (int)options.batch < s->context ? (int)options.batch : s->context;
+    s->batch = options.batch ? (int)options.batch : 128;
+    if (s->batch > s->context) s->batch = s->context;
     s->threads = largest(options.threads);
     s->exact = options.exact;
     bool all_f32 = true;
@@ -4628,10 +4631,10 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
     s->cache_f32 = options.cache ? !strcmp(options.cache, "f32") : options.exact || all_f32;
     if (options.cache && !s->cache_f32 && strcmp(options.cache, "f16"))
         return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
-    if (!make_state(m, s, e)) return false;
-    if (options.context == 0 && !options.quiet)
+    bool ok = make_state(m, s, e);
+    if (ok && options.context == 0 && !options.quiet)
         fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", s->context, s->arena_bytes >> 20);
-    return true;
+    return ok;
 }
 
 static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) {
@@ -4669,7 +4672,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .batch = 128, .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
+                         .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
                          .depth = { 1, { 0 } }, .seed = clock_seed };
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
@@ -4708,7 +4711,8 @@ static bool convert_input(const Tokenizer *t, bool ends, bool special, bool deco
     bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
     const char *s = (const char *)text.bytes;
     if (ok && decodes) {
-        ok = !s[strspn(s, " \n")] || read_ids(s, t->n_tokens, &tokens, e);
+        bool is_text = strlen(s) + 1 == text.n || fail(e, MISUSE, "a NUL among the token ids");
+        ok = is_text && (!s[strspn(s, " \n")] || read_ids(s, t->n_tokens, &tokens, e));
     } else if (ok) {
         Span span = { s, text.n - 1, special };
         ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
@@ -4776,8 +4780,7 @@ static void prepare_process(const Model *m) {
     in_use = m;
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
     signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails
-    for (int i = 0; i < 3; i++)
-        if (fcntl(i, F_GETFD) < 0) open(i ? "/" : "/dev/null", i ? O_RDONLY : O_WRONLY);
+    for (int i = 0; i < 3; i++) if (fcntl(i, F_GETFD) < 0) open(i ? "/" : "/dev/null", i ? O_RDONLY : O_WRONLY);
 }
 
 #ifndef CRIA_NO_MAIN

@@ -23,7 +23,8 @@ enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
-enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 1 << 21, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256, MAX_TEXT = 1 << 30 };
+enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
+enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces that a GGUF has, and of a prompt
 
 typedef struct {
     uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
@@ -104,14 +105,16 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// How many slots are looked at from where a hash leads: published vocabularies need at most 47. What would need more is
-// refused, so that nobody can make a vocabulary in which looking up takes long.
+// Slots that are looked at from where a hash leads: published vocabularies need at most 38; what needs more is refused.
 enum { MAX_PROBES = 128 };
 
-// Where the piece with these bytes and one of these types is in the table of pieces, or where it would be put; NULL: it
-// is not there, and has no place.
+// Where a hash leads: all its bits count, whatever grid the pairs of a vocabulary form.
+static size_t first_slot(uint64_t hash) { return (size_t)((hash ^ hash >> 32) * 0xD6E8FEB86659FD93u >> 32); }
+
+// Where the piece with these bytes and one of these types is in its table, or would be put; NULL: it has no place.
 static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    for (size_t slot = (size_t)(hash ^ hash >> 32), i = 0; i < MAX_PROBES; slot++, i++) {
+    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // looked for at every byte
+    for (size_t slot = first_slot(hash), i = 0; i < n_probes; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
         if (*id < 0) return id;
@@ -152,7 +155,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
 // Likewise for the pair, in the table of merges.
 static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
-    for (size_t slot = (size_t)(hash ^ hash >> 32), i = 0; i < MAX_PROBES; slot++, i++) {
+    for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
         int *rank = &t->merge_slots[slot & t->merge_mask];
         if (*rank < 0 || (t->merge[*rank][0] == left && t->merge[*rank][1] == right)) return rank;
     }
@@ -181,7 +184,7 @@ static void note_special(Tokenizer *t, const char *s, size_t n, int type) {
 }
 
 // Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
-// Of pieces with the same bytes and the same type only the first has an entry.
+// Of pieces with the same bytes and the same type only the first has an entry. Special pieces come first in the table.
 static bool index_pieces(Tokenizer *t, Error *e) {
     t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     t->specials = allocate(1 << 16, 1, e);
@@ -189,9 +192,10 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
     size_t n;
-    for (int id = 0; id < t->n_tokens; id++) {
+    for (int i = 0, id = 0; i < 2 * t->n_tokens; id = ++i % t->n_tokens) {
         const char *s = piece(t, id, &n);
         int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
+        if ((SPECIAL_TYPES >> type & 1) == (i >= t->n_tokens)) continue;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
             t->byte_id[first] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
@@ -751,8 +755,7 @@ typedef struct {
 // A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
 typedef struct {
     uint32_t start, length;
-    int previous, next;  // -1: there is none
-    int id;              // BPE: the piece
+    int previous, next, id;  // -1: there is none; BPE: the piece
 } Symbol;
 
 typedef struct {
@@ -848,8 +851,7 @@ static void join_symbols(Encoder *c, const char *s) {
     }
 }
 
-// A character that is no piece: its bytes' tokens, where there are some; else one unknown token for all such characters
-// in a row (as SentencePiece does).
+// A character that is no piece: its bytes' tokens, or else, as in SentencePiece, one unknown token for all in a row.
 static bool emit_unknown(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
     for (size_t i = 0; i < n; i++) {
@@ -1002,8 +1004,7 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
 
 // Whether an answer ends here.
 static bool is_end_token(const Tokenizer *t, int id) {
-    for (int i = 0; i < t->n_end; i++)
-        if (t->end_id[i] == (uint32_t)id) return true;
+    for (int i = 0; i < t->n_end; i++) if (t->end_id[i] == (uint32_t)id) return true;
     return false;
 }
 
@@ -1088,8 +1089,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     t->text = (const void *)take(&c, h.text_bytes);
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
-    while (c.left > 0)
-        if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
+    while (c.left > 0) if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
     return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_unicode(t, e));
 }
@@ -1099,8 +1099,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
 // Bytes of a file, with no NUL behind them; `at` is NULL where there is no such text.
 typedef struct { const char *at; size_t n; } Text;
 
-// A vocabulary as containers have it; no string is cut short. Arrays may be unaligned; -1 is an id, or an answer, that
-// the file does not give.
+// A vocabulary as containers have it; no string is cut short. Arrays may be unaligned; -1: the file does not say.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
@@ -1190,13 +1189,14 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %zu has type %d", id, type);
         size_t n = unspell_piece(v->kind, s, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
+        if (part[PIECE_TEXT].n > MAX_VOCABULARY) return refuse(e, "its pieces have more than %d bytes", MAX_VOCABULARY);
         uint8_t packed_type = (uint8_t)type;
         uint32_t start = (uint32_t)part[PIECE_TEXT].n;
         if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
             !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)))
             return false;
     }
-    uint32_t end = (uint32_t)part[PIECE_TEXT].n;  // 2^32, the most there can be, is 0: refused when it is opened
+    uint32_t end = (uint32_t)part[PIECE_TEXT].n;
     return append(&part[STARTS], &end, 4, e);
 }
 
@@ -1259,8 +1259,7 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
     h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
     h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
     h->unk = v->unk;
-    for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++)
-        if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
+    for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
     unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[h->pre].flags;
     h->flags = 0;
     if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;

@@ -543,11 +543,13 @@ static void check_normalise(size_t dim, double size, float eps) {
         check(!memcmp(first, out, dim * 4), "normalise %zu numbers: kernels %s and %s differ", dim,
               usable_kernels()[0]->name, (*k)->name);
         float kept = x[dim / 2];
-        const float bad[] = { NAN, INFINITY, -INFINITY };
-        for (int i = 0; i < 3; i++) {
+        const float bad[] = { NAN, INFINITY, -INFINITY, 1e25f };  // the square of the last is not finite
+        for (int i = 0; i < 4; i++) {
             x[dim / 2] = bad[i];
             check(!(*k)->normalise(out, x, weight, NULL, dim, eps), "normalise with %g in it: got true, wanted false",
                   (double)bad[i]);
+            for (size_t j = 0; j < dim; j++)
+                check(isnan(out[j]), "normalise with %g in it: got a number", (double)bad[i]);
         }
         x[dim / 2] = kept;
     }
@@ -783,6 +785,14 @@ static void test_attention(void) {
     }
     check_attention((AttentionCase){ 64, 1, 24, 100, false, 1, 30, 0 });
     check_attention((AttentionCase){ 32, 32, 2, 70, false, 1, 0, 2 });
+    // A cap would make what is not finite finite again.
+    for (const Kernels *const *k = usable_kernels(); *k; k++) {
+        const float bad[] = { NAN, INFINITY, -INFINITY };
+        for (int i = 0; i < 3; i++) {
+            float p[16] = { 1, bad[i], 2 };
+            check(isnan((*k)->exponentiate(p, 0, 3, 1, 50)), "a score of %g under a cap: got a number", (double)bad[i]);
+        }
+    }
 }
 
 // ---- Rotation ----

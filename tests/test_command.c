@@ -268,6 +268,8 @@ static const Case cases[] = {
     { "$tied -t 0 -i a --ids 1", 2, "=", "more than one prompt" },
     { "$tied -m chat -f $T/prompt", 2, "=", "-m chat" },
     { "$tied -q -m logits --ids '1 2' -o /dev/stdout | wc -c", 0, "=2216\n", NULL },
+    { "$tied -q -m logits --ids '1 2' -o /dev/stdout >>$T/more && $EMULATOR ./run $tied -q -m logits --ids '1 2' "
+      "-o /dev/stdout >>$T/more; wc -c <$T/more", 0, "=4432\n", NULL },
     { "$tied -t 0 -n 0 -q -i '</s>'", 0, "=</s>\n", NULL },
     { "$tied -t 0 -n 0 -q --special -i 'a</s>b'", 0, "=ab\n", NULL },
     { "$tied -t 0 -n 0 -f $T/empty", 0, "=\n", "prompt 1 tokens" },
@@ -309,6 +311,7 @@ static const Case tokenizer_cases[] = {
     { "$tied <&-", 3, NULL, "reading" }, { "$tied <$T/prompt >/dev/full", 3, NULL, "No space" },
     { "$tied -d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied", 0, "=\n", NULL },
     { "$tied -b", 0, "=1\n", NULL },
+    { "$tied -d <$T/bytes", 2, NULL, "a NUL among" },
     { "$tied -d", 0, NULL, NULL }, { "$tied <$T/prompt", 0, "=265 82 271 102 266 265 120 115 273 271\n", NULL },
     { "$z <$T/prompt", 0, " ", NULL },
     { "$tied -b <$T/prompt", 0, "=1 265 82 271 102 266 265 120 115 273 271\n", NULL },
@@ -376,7 +379,14 @@ static void make_files(void) {
     memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
     put_file("no_bos.bin", b.bytes, b.n);
     size_t n_bytes;
-    unsigned char *rows = native_tensor(b, "token_embd.weight", &n_bytes);  // 263 x 24, f32; finite are 1, 2 and 3:
+    unsigned char *rows = native_tensor(b, "output.weight", &n_bytes);
+    for (size_t i = 0; i < n_bytes; i += 4) {
+        float weight;
+        memcpy(&weight, rows + i, 4);
+        memcpy(rows + i, (const float[]){ weight * 1e9f }, 4);
+    }
+    put_file("loud.bin", b.bytes, b.n);
+    rows = native_tensor(b, "token_embd.weight", &n_bytes);  // 263 x 24, f32; finite are 1, 2 and 3:
     for (size_t row = 0; row < 263; row++)
         if (row < 1 || row > 3) memcpy(rows + 4 * (row / 16 * 32 * 16 + row % 16), (const float[]){ NAN }, 4);
     put_file("rows.bin", b.bytes, b.n);
@@ -641,6 +651,7 @@ static void test_json(void) {
         { "$tied -m inspect --json", "\"n_layers\": 2" }, { "$mixed -m inspect --json", "\"ffn_dim\": [64, 32]" },
         { "$v0 -m inspect --json", "\"container\": \"llama2.c\"" },
         { "$tied -m perplexity --json -f $T/text", "\"perplexity\": " },
+        { "$T/loud.bin -m perplexity --json -f $T/text -c 64", "\"perplexity\": 3773020" },  // e^600, and not infinity
         { "$mixed -m bench --json -q --pp 8,3 --tg 2 --depth 0,5 --reps 2", "\"test\": \"tg2 @ d5\"" },
         { "$tied -m bench --json -q --pp 4 --tg 0 --exact --reps 1 -j 1", "\"percent_of_ceiling\": " },
         { "-m matmul --json -q --pp 1 --reps 1 -j 1", "\"test\": \"5632x2048 q4m x 1\"" },

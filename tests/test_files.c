@@ -300,6 +300,8 @@ static const DamageCase gguf_cases[] = {
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
     { H_TENSORS, NULL, 0, NULL, "no tensors; ./tokenizer can read it" },
+    { K_F32, "tokenizer.ggml.add_bos_token", 0.9, NULL, "add_bos_token is 0.9, no whole number" },
+    { K_F64, "tokenizer.ggml.bos_token_id", 1.5, NULL, "bos_token_id is 1.5, no whole number" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
@@ -494,7 +496,41 @@ static const DamageCase harmless_cases[] = {
     { K_ARRAY, "tokenizer.ggml.precompiled_charsmap", 1, NULL, NULL },  // an empty one
 };
 
+// Beside a fused tensor a part of it under its own name: nobody would use that part of the fused one.
+static void test_half_used(void) {
+    static const char file[] = "families/phi3.gguf", *const names[][2] = {
+        { "blk.0.attn_qkv.weight", "blk.0.attn_q.weight" }, { "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight" },
+    };
+    Opened o = open_golden(file);
+    const int rows[] = { o.model.layers[0].query.rows, o.model.layers[0].gate.rows };
+    close_opened(&o);
+    for (int i = 0; i < 2; i++) {
+        Bytes b = read_golden(file);
+        GgufParts g;
+        take_apart(b, &g);
+        const GgufTensor *fused = tensor_named(&g, names[i][0]);
+        GgufTensor *part = &g.tensor[g.tensors++];
+        *part = *fused;
+        part->n_name = strlen(strcpy(part->name, names[i][1]));
+        part->dims[1] = (uint64_t)rows[i];
+        part->offset = round_up(g.data.n, 32);
+        g.n_tensors++;
+        Bytes more = new_bytes(part->offset + 8 * part->dims[0] * part->dims[1]);
+        memset(more.bytes, 0, more.n);
+        memcpy(more.bytes, g.data.bytes, g.data.n);
+        free(g.data.bytes);
+        g.data = more;
+        Bytes damaged = put_together(&g);
+        char wanted[80];
+        snprintf(wanted, sizeof wanted, "tensor %s is there twice, or", names[i][0]);
+        check_refused(damaged, names[i][1], wanted);
+        free(damaged.bytes), free(b.bytes);
+        free_parts(&g);
+    }
+}
+
 static void test_damaged_ggufs(void) {
+    test_half_used();
     Bytes b = read_golden("llama_linear.gguf");
     GgufParts g;
     take_apart(b, &g);
@@ -1226,22 +1262,25 @@ static void test_broken_numbers(void) {
 
 // A native file's matrices are not looked at before they are used: the run says where.
 static void test_broken_weights(void) {
-    static const struct { const char *tensor; double value; const char *wanted, *file; } cases[] = {
-        { "token_embd.weight", NAN, "embedding", "qwen2_untied.gguf" },
-        { "blk.0.ffn_down.weight", INFINITY, "layer 1", "qwen2_untied.gguf" },
-        { "blk.1.attn_output.weight", NAN, "layer 2", "qwen2_untied.gguf" },
-        { "output.weight", NAN, "logits", "qwen2_untied.gguf" },
-        { "blk.0.attn_v.weight", NAN, "layer 1", "qwen2_untied.gguf" },
-        { "blk.1.ffn_gate.weight", NAN, "layer 2", "qwen2_untied.gguf" },
-        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf" },
-        { "blk.1.ffn_gate_inp.weight", INFINITY, "layer 2", "mixtral.gguf" },
+    static const struct { const char *tensor; double value; const char *wanted, *file; bool one; } cases[] = {
+        { "token_embd.weight", NAN, "embedding", "qwen2_untied.gguf", false },
+        { "blk.0.ffn_down.weight", INFINITY, "layer 1", "qwen2_untied.gguf", false },
+        { "blk.1.attn_output.weight", NAN, "layer 2", "qwen2_untied.gguf", false },
+        { "output.weight", NAN, "logits", "qwen2_untied.gguf", false },
+        { "blk.0.attn_v.weight", NAN, "layer 1", "qwen2_untied.gguf", false },
+        { "blk.1.ffn_gate.weight", NAN, "layer 2", "qwen2_untied.gguf", false },
+        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf", false },
+        { "blk.1.ffn_gate_inp.weight", INFINITY, "layer 2", "mixtral.gguf", false },
+        // one in row 3, which a comparison or a cap would make finite again
+        { "blk.0.ffn_gate_inp.weight", NAN, "layer 1", "mixtral.gguf", true },
+        { "token_embd.weight", 0x1.00f8p121, "logits", "families/gemma2.gguf", true },  // in f16 infinity, twice
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Bytes b = export_golden(cases[i].file);
         float value = (float)cases[i].value;
         size_t n_bytes;
         unsigned char *data = native_tensor(b, cases[i].tensor, &n_bytes);
-        for (size_t k = 0; k < n_bytes; k += 4) memcpy(data + k, &value, 4);
+        for (size_t k = cases[i].one ? 12 : 0; k < (cases[i].one ? 16 : n_bytes); k += 4) memcpy(data + k, &value, 4);
         Opened o;
         Error e;
         State s = { 0 };
@@ -1380,9 +1419,12 @@ static void check_named_parts(const Bytes *parts, Bytes wanted) {
     check(n_failed_well > 10 && faults.failing == n_failed_well + 1, "parts without memory: allocation %zu",
           faults.failing);
     faults.failing = 0;
-    snprintf(plain, sizeof plain, "%s/model-00004-of-00003.gguf", folder);  // no part: as any other file
-    check(!map_parts(plain, &m, &e) && !strstr(e.text, "part"), "%s: got \"%s\"", plain, e.text);
-    close_model(&m);
+    static const char *const no_parts[] = { "00004-of-00003", "00001-of--0003", "+0001-of-00001", "00001-of-    1" };
+    for (size_t i = 0; i < sizeof no_parts / sizeof *no_parts; i++) {  // as any other file
+        snprintf(plain, sizeof plain, "%s/model-%s.gguf", folder, no_parts[i]);
+        check(!map_parts(plain, &m, &e) && !strstr(e.text, "part"), "%s: got \"%s\"", plain, e.text);
+        close_model(&m);
+    }
     unlink(path[1]);
     check(!map_parts(path[0], &m, &e) && strstr(e.text, "part 2: No such file"), "without part 2: got \"%s\"", e.text);
     close_model(&m);

@@ -157,6 +157,26 @@ static void test_merge_twice(void) {
     free(b.bytes);
 }
 
+// A word of so many symbols that the tree of their ranks has five levels.
+static void test_long_word(void) {
+    enum { N_AB = (1 << 16) + 1 };
+    static const uint32_t lengths[] = { 1, 1, 2, 4 }, merges[][3] = { { 0, 1, 2 }, { 2, 2, 3 } };  // a b ab abab
+    Bytes b = make_section(BPE, lengths, (const uint8_t[]){ 1, 1, 1, 1 }, 4, "abababab", merges, 2);
+    Tokenizer t = { 0 };
+    Error e = { 0 };
+    char *text = get(2 * N_AB);
+    for (size_t i = 0; i < 2 * N_AB; i++) text[i] = i % 2 ? 'b' : 'a';
+    if (check(open_tokenizer(b.bytes, b.n, &t, &e), "a long word's vocabulary: got \"%s\"", e.text)) {
+        Tokens tokens = encode_text(&t, text, 2 * N_AB, false);
+        size_t n = 0;
+        while (n < tokens.n && tokens.ids[n] == (n < N_AB / 2 ? 3 : 2)) n++;
+        check(n == N_AB / 2 + 1 && n == tokens.n, "a long word: got %zu tokens, the first %zu right", tokens.n, n);
+        free(tokens.ids);
+    }
+    close_tokenizer(&t);
+    free(b.bytes), free(text);
+}
+
 // A vocabulary with more pieces, or pairs, of one hash than are looked at is refused. One whose entries fill a run of
 // places, one each, opens: what is not there is not looked for to the run's end.
 static void check_collisions(Bytes b, bool run, const char *what, size_t n) {
@@ -175,7 +195,7 @@ static void check_collisions(Bytes b, bool run, const char *what, size_t n) {
     }
     if (run && ok && !t.n_merges) {  // as long as the run that it leads into is, and not there
         uint64_t x = 1u << 31, hash;
-        while (hash = hash_bytes((char *)&x, 8), (hash ^ hash >> 32) & t.piece_mask) x++;
+        while (hash = hash_bytes((char *)&x, 8), first_slot(hash) & t.piece_mask) x++;
         check(lookup(&t, (char *)&x, 8, TEXT_TYPES) == -1, "%s that fill a run: found what is not there", what);
     }
     close_tokenizer(&t);
@@ -189,18 +209,21 @@ static void test_collisions(void) {
     uint32_t lengths[PIECES], merges[N][3], n;
     uint8_t types[PIECES];
     char text[SINGLE + 8 * N];
-    for (int run = 0; run < 2; run++) {
+    const uint32_t special = MAX_PROBES / 8 + 1;  // control pieces are looked for not that far
+    for (int run = 0; run < 3; run++) {
         bool used[SLOTS] = { false };
         n = 0;
         for (uint64_t x = 0; n < N; x++) {
-            uint64_t hash = hash_bytes((char *)&x, 8), slot = (hash ^ hash >> 32) % SLOTS;
-            if (run ? slot >= N || used[slot] : slot != SLOTS - N / 2) continue;
+            uint64_t hash = hash_bytes((char *)&x, 8), slot = first_slot(hash) % SLOTS;
+            if (run == 1 ? slot >= N || used[slot] : slot != SLOTS - N / 2) continue;
             used[slot] = true;
             memcpy(text + 8 * n, &x, 8);
             lengths[n] = 8;
-            types[n++] = PIECE_NORMAL;
+            types[n] = run < 2 || n >= special ? PIECE_NORMAL : PIECE_CONTROL;
+            n++;
         }
-        check_collisions(make_section(SPM, lengths, types, N, text, NULL, 0), run, "pieces", N);
+        if (run == 2) for (n = special; n < N; n++) text[8 * n] ^= 1;  // these lead to anywhere
+        check_collisions(make_section(SPM, lengths, types, N, text, NULL, 0), run == 1, "pieces", N);
     }
     for (int i = 0; i < PIECES; i++) types[i] = PIECE_NORMAL, lengths[i] = i < SINGLE ? 1 : 2;
     for (int i = 0; i < SINGLE; i++) text[i] = (char)i;  // all bytes, twice, and pairs of these
@@ -209,7 +232,7 @@ static void test_collisions(void) {
         n = 0;
         for (uint32_t i = 0; i < SINGLE * SINGLE && n < N; i++) {
             const uint32_t left = i / SINGLE, right = i % SINGLE;
-            uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u, slot = (hash ^ hash >> 32) % SLOTS;
+            uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u, slot = first_slot(hash) % SLOTS;
             if (run ? slot >= N || used[slot] : slot != SLOTS - N / 2) continue;
             used[slot] = true;
             memcpy(merges[n], (const uint32_t[]){ left, right, SINGLE + n }, sizeof *merges);
@@ -218,6 +241,31 @@ static void test_collisions(void) {
         check(n == N, "only %u pairs lead to one place", n);
         check_collisions(make_section(BPE, lengths, types, PIECES, text, (const void *)merges, N), run, "merges", N);
     }
+}
+
+// Pairs that form grids, as those of a vocabulary do, lie in their table about as random ones do.
+static void test_grids(void) {
+    static const uint32_t grids[][2] = { { 2, 32768 }, { 32768, 2 }, { 256, 256 }, { 16, 4096 }, { 1, 65536 } };
+    enum { SLOTS = 1 << 17 };
+    int *probes = get(SLOTS * sizeof *probes);
+    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++) {
+        Tokenizer t = { .merge_slots = probes, .merge_mask = SLOTS - 1, .n_merges = SLOTS / 2 };
+        uint32_t (*merges)[3] = get(SLOTS / 2 * sizeof *merges);
+        uint32_t n = 0;
+        for (uint32_t left = 0; left < grids[i][0]; left++)
+            for (uint32_t right = 0; right < grids[i][1]; right++)
+                memcpy(merges[n++], (uint32_t[]){ left, right, 0 }, sizeof *merges);
+        t.merge = (const void *)merges;
+        memset(probes, 0xFF, SLOTS * sizeof *probes);
+        uint32_t placed = 0;
+        for (uint32_t rank = 0; rank < n; rank++) {
+            int *slot = merge_slot(&t, merges[rank][0], merges[rank][1]);
+            if (slot && *slot < 0) *slot = (int)rank, placed++;
+        }
+        check(placed == n, "a grid of %u x %u merges: %u of %u have a place", grids[i][0], grids[i][1], placed, n);
+        free(merges);
+    }
+    free(probes);
 }
 
 // Special pieces: one of the greatest length; and one of two bytes in a text that four bytes long has another's hash.
@@ -258,7 +306,7 @@ static void test_special_pieces(void) {
     Buffer section = { 0 };
     Vocabulary many = { .kind = BPE, .n_tokens = 1, .n_merges = MAX_MERGES + 1 };
     e = (Error){ 0 };
-    check(!pack_vocabulary(&many, &section, &e) && strstr(e.text, "2097153 merges"), "merges: got \"%s\"", e.text);
+    check(!pack_vocabulary(&many, &section, &e) && strstr(e.text, "1572865 merges"), "merges: got \"%s\"", e.text);
     free(section.bytes);
 }
 
@@ -453,8 +501,16 @@ static void test_many(void) {
     close_model(&m);
     Buffer section = { 0 };
     Vocabulary v = { .kind = SPM, .n_tokens = 1, .pieces = { b.bytes, 8, false }, .n_merges = MAX_MERGES + 1 };
-    check(!pack_vocabulary(&v, &section, &e) && strstr(e.text, "and 2097153 merges") && !section.n,
+    check(!pack_vocabulary(&v, &section, &e) && strstr(e.text, "and 1572865 merges") && !section.n,
           "many merges: got \"%s\"", e.text);
+    free(section.bytes), free(b.bytes);
+    b = new_bytes((8 + MAX_PIECE) * (MAX_VOCABULARY / MAX_PIECE + 2));  // pieces as GGUF has them
+    memset(b.bytes, 'a', b.n);
+    for (size_t i = 0; i < b.n; i += 8 + MAX_PIECE) memcpy(b.bytes + i, &(uint64_t){ MAX_PIECE }, 8);
+    v = (Vocabulary){ .kind = SPM, .n_tokens = MAX_VOCABULARY / MAX_PIECE + 2, .pieces = { b.bytes, b.n, false } };
+    section = (Buffer){ 0 };
+    check(!pack_vocabulary(&v, &section, &e) && strstr(e.text, "more than 16777216 bytes") && !section.n,
+          "long pieces: got \"%s\"", e.text);
     free(section.bytes), free(b.bytes);
 }
 
@@ -463,7 +519,9 @@ static void test_damaged_vocabularies(void) {
     test_lengths();
     test_merges();
     test_merge_twice();
+    test_long_word();
     test_collisions();
+    test_grids();
     test_special_pieces();
     test_spelled_bytes();
     test_merge_texts();
