@@ -2723,7 +2723,7 @@ static double get_number(Gguf *g, const char *name, double min, double max, doub
     return otherwise;
 }
 
-static int get_whole(Gguf *g, const char *name, int min, int max, int otherwise) {
+static int get_whole(Gguf *g, const char *name, double min, double max, int otherwise) {
     double x = get_number(g, name, min, max, otherwise);
     if (x != floor(x) && !g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, no whole number", name, x);
     return (int)x;

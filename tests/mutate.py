@@ -48,8 +48,9 @@ FEATURES = [
     ("a window of attention", ".window = layer->window ? (size_t)layer->window : SIZE_MAX", ".window = SIZE_MAX"),
     ("the window's size", "? seen_by(a, i) - a->window : 0", "? seen_by(a, i) - a->window + 1 : 0"),
     ("the cap of scores", ".cap = m->config.attention_cap", ".cap = 0"),
-    ("the cap's size", "p[i] = cap * hyperbolic_tangent(p[i] * scale / cap)",
-     "p[i] = hyperbolic_tangent(p[i] * scale)"),
+    ("the cap's size", "cap * hyperbolic_tangent(y / cap) + (y - y)", "hyperbolic_tangent(y) + (y - y)"),
+    ("what a cap would hide", "cap * hyperbolic_tangent(y / cap) + (y - y)", "cap * hyperbolic_tangent(y / cap)"),
+    ("what the choice of experts would hide", "sum += p[e] - p[e]", "sum += 0"),
     ("the scale of scores", ".scale = m->config.attention_scale", ".scale = 1 / sqrtf((float)head_dim)"),
     ("query heads that share a key head", "layer->n_kv_heads * per_unit;\n        size_t at = kv_head * positions",
      "layer->n_kv_heads * per_unit;\n        size_t at = 0 * positions"),
@@ -337,7 +338,7 @@ def ranges(text: str) -> list[Mutant]:
     for m in re.finditer(r'\{ "(\w+)", (?:INTEGER|SINGLE|DOUBLE), \w+, offsetof\(\w+, \w+\), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
-    for m in re.finditer(r'get_number\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
+    for m in re.finditer(r'get_(?:number|whole)\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
     for m in re.finditer(r'\{ ("[\w.]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
