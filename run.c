@@ -1760,7 +1760,7 @@ static bool map_file(const char *path, Map *map, Error *e) {
     void *p = MAP_FAILED;
     if (fstat(file, &info)) fail(e, BROKEN_IO, "%s", strerror(errno));
     else if (!S_ISREG(info.st_mode))
-        refuse(e, "a directory, a pipe or a device, expected a checkpoint");
+        refuse(e, "a directory, a pipe or a device, expected a checkpoint; export_model.py converts folders");
     else if (info.st_size == 0) refuse(e, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
         fail(e, io_status(), "cannot be mapped: %s", strerror(errno));
@@ -3075,8 +3075,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
 
 // Things that people take for a checkpoint, by the bytes at some place.
 static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
-    { 0, "PK\3\4", "a zip archive or PyTorch file: convert it first" },
-    { 8, "{\"", "a safetensors file: convert it first" },
+    { 0, "PK\3\4", "a zip archive or PyTorch file: export_model.py converts those of models" },
+    { 8, "{\"", "a safetensors file: export_model.py converts its folder" },
     { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
     { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
     { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
