@@ -802,7 +802,7 @@ static uint32_t least_of_16(const uint32_t *ranks) {
     return least;
 }
 
-static void set_rank(Encoder *c, size_t i, uint32_t rank) {
+static void set_rank(Encoder *c, size_t i, uint32_t rank) {  // and what follows from it in the levels above
     c->least[0][i] = rank;
     for (int level = 1; level < c->n_levels; level++) {
         rank = least_of_16(&c->least[level - 1][i / 16 * 16]);
