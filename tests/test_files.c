@@ -1208,6 +1208,17 @@ static void check_broken_source(const SourceType *type) {
     free(data), free(scales), free(tiles);
 }
 
+// An embedding of a million rows with two columns each, which have 64 bytes each in tiles.
+static void test_small_matrices(void) {
+    const int32_t header[] = { 2, 1, 1, 1, 1, MAX_TOKENS, 1 };  // of llama2.c: D, F, L, H, G, V and positions
+    Bytes b = new_bytes(sizeof header + 4 * (2 * (size_t)MAX_TOKENS + 30));
+    memset(b.bytes, 0, b.n);
+    memcpy(b.bytes, header, sizeof header);
+    // 2 V + 28 numbers; tiles of 2 KB for 16 rows, here V / 16 + 7, and three norms in 64 bytes each
+    check_refused(b, "many small rows", "matrices so small that their 8388720 bytes take 134232256 in tiles");
+    free(b.bytes);
+}
+
 // The bytes of a tensor in a native file.
 static unsigned char *native_tensor(Bytes b, const char *name, size_t *n_bytes) {
     FileHeader h;
@@ -1536,6 +1547,7 @@ static void test_parts(void) {
 }
 
 static void test_damaged_files(void) {
+    test_small_matrices();
     test_damaged_ggufs();
     test_cut_ggufs();
     test_first_key();
