@@ -490,6 +490,7 @@ static const DamageCase harmless_cases[] = {
     { K_TEXT, "llama.rope.scaling.type", 0, "yarn", NULL },
     { K_U32, "llama.rope.scaling.original_context_length", 16, NULL, NULL },
     { K_F64, "llama.embedding_length", 24, NULL, NULL }, { K_DROP, "tokenizer.ggml.scores", 0, NULL, NULL },
+    { K_U32, "llam", 1, NULL, NULL },
     { K_BOOL, "llama.attention.causal", 1, NULL, NULL }, { K_F32, "llama.logit_scale", 1, NULL, NULL },
     { K_U32, "split.count", 1, NULL, NULL }, { K_BOOL, "llama.rope.scaling.finetuned", 1, NULL, NULL },
     { K_TEXT, "llama.tensor_data_layout", 0, "Meta AI original pth", NULL },
@@ -686,8 +687,10 @@ static void test_first_key(void) {
             { K_U32, "tokenizer.chat_template", 1, NULL, NULL } }, "value_length" },
         { { { K_U32, "tokenizer.chat_template", 1, NULL, NULL },
             { K_F32, "llama.rope.scaling.factor", NAN, NULL, NULL } }, "chat_template" },
+        { { { K_F32, "tokenizer.ggml.bos_token_id", 0.5, NULL, NULL },
+            { K_F32, "tokenizer.ggml.eos_token_id", 1.5, NULL, NULL } }, "bos_token_id" },
     };
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Bytes b = read_golden("llama_linear.gguf");
         GgufParts g;
         take_apart(b, &g);
