@@ -754,13 +754,13 @@ typedef struct {
 
 // A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
 typedef struct {
-    uint32_t start, length;
-    int previous, next, id;  // -1: there is none; BPE: the piece
+    int previous, next;  // -1, or n_symbols: there is none
+    int what;            // BPE: the piece; SPM: where it begins. Behind the last symbol stands the end
 } Symbol;
 
 typedef struct {
     const Tokenizer *t;
-    Symbol *symbols;     // (capacity)
+    Symbol *symbols;     // (capacity + 1)
     uint32_t *ranks;     // (capacity + capacity / 8 + 256)  room for the tree
     uint32_t *least[8];  // the tree: the rank of each symbol and the next (UINT32_MAX: they stay apart), the least of
     int n_levels;        // each 16 of these, of each 16 of those, ... up to a level of 16 numbers
@@ -823,12 +823,12 @@ static uint32_t score_order(float score) {
 // Ranks the pair of the symbol and the one on its right, if the vocabulary lets them be joined.
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
-    const Symbol *a = &c->symbols[left], *b = a->next < 0 ? NULL : &c->symbols[a->next];
+    const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
+    bool bpe = t->kind == BPE, is_pair = (size_t)a->next < c->n_symbols;
     uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
-    if (t->kind == BPE && b) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->id, (uint32_t)b->id));
-    int id = t->kind == SPM && b ? find_piece(t, s + a->start, a->length + b->length) : -1;
-    if (id >= 0) rank = score_order(t->score[id]);
-    set_rank(c, left, rank);
+    if (bpe && is_pair) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
+    int id = bpe || !is_pair ? -1 : find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what));
+    set_rank(c, left, id >= 0 ? score_order(t->score[id]) : rank);
 }
 
 // Joins pairs, what the vocabulary likes best first, then the leftmost.
@@ -841,11 +841,10 @@ static void join_symbols(Encoder *c, const char *s) {
         for (int level = c->n_levels; level-- > 0;)
             for (left *= 16; c->least[level][left] != rank;) left++;
         Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
-        if (t->kind == BPE) a->id = (int)t->merge[rank][2];
+        if (t->kind == BPE) a->what = (int)t->merge[rank][2];
         set_rank(c, (size_t)a->next, UINT32_MAX);
-        a->length += b->length;
         a->next = b->next;
-        if (a->next >= 0) c->symbols[a->next].previous = (int)left;
+        c->symbols[a->next].previous = (int)left;
         if (a->previous >= 0) rank_pair(c, s, (size_t)a->previous);
         rank_pair(c, s, left);
     }
@@ -868,7 +867,7 @@ static bool reserve_symbols(Encoder *c, size_t n) {
     if (n <= c->capacity) return true;
     free(c->symbols);
     free(c->ranks);
-    c->symbols = allocate(n, sizeof *c->symbols, c->e);
+    c->symbols = allocate(n + 1, sizeof *c->symbols, c->e);
     c->ranks = allocate(n + n / 8 + 256, sizeof *c->ranks, c->e);
     c->capacity = c->symbols && c->ranks ? n : 0;
     return c->capacity > 0;
@@ -887,15 +886,16 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         length = of_character > 0 ? (size_t)of_character : 1;
         int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
         if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
-        else c->symbols[c->n_symbols++] = (Symbol){(uint32_t)i, (uint32_t)length, at - 1, at + 1, id};
+        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
     }
     if (c->n_symbols == 0) return true;
-    c->symbols[c->n_symbols - 1].next = -1;
+    c->symbols[c->n_symbols].what = (int)n;
     join_symbols(c, s);
-    for (int i = 0; i >= 0; i = c->symbols[i].next) {
+    for (size_t i = 0; i < c->n_symbols; i = (size_t)c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
-        int id = t->kind == SPM ? find_piece(t, s + a->start, a->length) : a->id;
-        if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->start, a->length)) return false;
+        size_t length = (size_t)(c->symbols[a->next].what - a->what);  // SPM's
+        int id = t->kind == SPM ? find_piece(t, s + a->what, length) : a->what;
+        if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->what, length)) return false;
     }
     return true;
 }
