@@ -3292,7 +3292,7 @@ def export(o: argparse.Namespace) -> None:
     types = plan_types(model, o)
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
     wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
-    with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.resolve().parent) as folder:
+    with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
         calibration = prepare_calibration(model, o, Path(folder), run) if o.calibrate else None
         write(model, o, types, made, run)
