@@ -2318,7 +2318,7 @@ def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
     """Of rank_pattern or alpha_pattern: the first entry that the end of the module's name matches. What could take for
     ever, because it repeats a group or repeats often, is refused."""
     for p in patterns:
-        if re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 3:
+        if re.search(r"\)[*+{]|\(\?(?!:)|\s", p) or len(re.findall(r"[*+{]", p)) > 3:
             raise Refusal(f"the pattern {p} repeats a group, or repeats often, which is not supported")
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
 
@@ -2759,7 +2759,8 @@ def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
     """Signals wait until the child's number is known: else it would go on alone, and write what nobody removes."""
     came: list[int] = []
     usual = {number: signal.signal(number, lambda number, frame: came.append(number))
-             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+             if signal.getsignal(number) != signal.SIG_IGN}
     try:
         process = subprocess.Popen([str(run), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, errors="replace")
@@ -3294,7 +3295,9 @@ def export(o: argparse.Namespace) -> None:
     wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
-        calibration = prepare_calibration(model, o, Path(folder), run) if o.calibrate else None
+        beside = Path(folder) / f"{o.output.name}.calibration"
+        beside.mkdir()
+        calibration = prepare_calibration(model, o, beside, run) if o.calibrate else None
         write(model, o, types, made, run)
         if wanted:
             verify(model, types, made, o, run)

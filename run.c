@@ -329,7 +329,7 @@ typedef struct {
     size_t scratch_stride;
     int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
     void *arena;                // all of these
-    size_t arena_bytes, buffer_bytes;  // of all, and of all before the cache
+    size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
 } State;
 
 enum {
@@ -3214,15 +3214,14 @@ enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked 
 
 // The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
-    Text own = m->chat_template;
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
         const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : own.n && own.n <= MAX_TEMPLATE;
+        bool fits = name ? !strcmp(name, t->name) : m->chat_template.n && m->chat_template.n <= MAX_TEMPLATE;
         for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
             bool absent = t->signs[j][0] == '!';
             const char *sign = t->signs[j] + absent;
-            fits = (memmem(own.at, own.n, sign, strlen(sign)) != NULL) != absent;
+            fits = (memmem(m->chat_template.at, m->chat_template.n, sign, strlen(sign)) != NULL) != absent;
         }
         if (fits) return t;
         size_t n = strlen(names);
@@ -3359,14 +3358,15 @@ static void lay_out_state(const Model *m, State *s) {
     s->routes_stride = round_up(experts, 16);
     s->scratch_stride = 2 * group * round_up(head_dim, 16) + group * (positions + 16);
     s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
+    s->logits = place(s, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
+    s->scratch = place(s, (size_t)s->threads * s->scratch_stride, sizeof(float));
+    s->angles = place(s, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
+    s->batch_bytes = s->arena_bytes;
     const struct { float **at; size_t rows, stride; } floats[] = {
         { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
         { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
         { &s->value, n, s->kv_stride }, { &s->gate, rows, s->ffn_stride }, { &s->up, rows, s->ffn_stride },
         { &s->expert_out, used ? n : 0, s->x_stride }, { &s->routes, n, s->routes_stride },
-        { &s->logits, LOGITS_AT_ONCE, s->logits_stride },
-        { &s->angles, c->local_theta > 0 ? 2 * positions : positions, (size_t)c->rope_dim },
-        { &s->scratch, (size_t)s->threads, s->scratch_stride },
     };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
         *floats[i].at = place(s, floats[i].rows * floats[i].stride, sizeof(float));
@@ -3377,7 +3377,7 @@ static void lay_out_state(const Model *m, State *s) {
     s->broken = place(s, n, sizeof *s->broken);
     s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
     s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
-    s->buffer_bytes = s->arena_bytes;
+    s->batch_bytes = s->arena_bytes - s->batch_bytes;
     for (int l = 0; l < c->n_layers; l++) {
         size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
         void *key = place(s, size, head_dim), *value = place(s, size, round_up(head_dim, 16));
@@ -3425,8 +3425,7 @@ static double slow_down(const Model *m, int context, int pair) {
     return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
 }
 
-// Makes a state. The caller has set s->context (positions), batch, threads, exact and cache_f32; the rest is zero.
-// Without -b the batch gets smaller where it would need much memory.
+// Makes a state. The caller has set s->context, batch (without -b one that may shrink), threads, exact and cache_f32.
 static bool make_state(const Model *m, State *s, Error *e) {
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
@@ -3437,10 +3436,10 @@ static bool make_state(const Model *m, State *s, Error *e) {
         s->copies |= !rounds;
     }
     lay_out_state(m, s);
-    for (; s->buffer_bytes > 48 << 20 && s->batch > 1 && !options.batch; lay_out_state(m, s)) s->batch /= 2;
+    for (; s->batch_bytes > 48 << 20 && s->batch > 1 && !options.batch; lay_out_state(m, s)) s->batch /= 2;
     if (!(s->arena = map_memory(s->arena_bytes, false, e))) return false;
     lay_out_state(m, s);
-    use_large_pages(s->arena, s->buffer_bytes);
+    use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
     return true;
 }
 

@@ -186,12 +186,13 @@ static void note_special(Tokenizer *t, const char *s, size_t n, int type) {
 // Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
 // Of pieces with the same bytes and the same type only the first has an entry. Special pieces come first in the table.
 static bool index_pieces(Tokenizer *t, Error *e) {
-    t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
+    size_t n_slots = (size_t)t->n_tokens, n;
+    for (int id = 0; id < t->n_tokens; id++) n_slots += SPECIAL_TYPES >> t->type[id] & 1 ? 3 : 0;  // no long runs
+    t->piece_slots = make_table(n_slots, &t->piece_mask, e);
     t->specials = allocate(1 << 16, 1, e);
     if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
-    size_t n;
     for (int i = 0, id = 0; i < 2 * t->n_tokens; id = ++i % t->n_tokens) {
         const char *s = piece(t, id, &n);
         int type = t->type[id], first = n ? (unsigned char)s[0] : 0;

@@ -2043,6 +2043,11 @@ def _():
                    (not whole.is_file() or whole.read_bytes() == good.read_bytes()), f"{to}, a signal: {o}, {left}")
         for p in FOLDER.glob("111-killed*"):
             shutil.rmtree(p) if p.is_dir() else p.unlink()
+    ignores = FOLDER / "111-ignores"  # under nohup the C program has to go on as well
+    ignores.write_text(f"#!/bin/sh\ngrep -q 'SigIgn:.*[13579bdf]$' /proc/self/status || exit 9\nexec {RUN} \"$@\"\n")
+    ignores.chmod(0o755)
+    export(python, model, "-o", FOLDER / "111-nohup", "--run", ignores, status=0,
+           before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
 
 
 @row(112, "export_model.py and sources that it must refuse")
@@ -2105,7 +2110,8 @@ def _():
     export(python, folder / "model.safetensors", "-o", FOLDER / "112-out-pipe", "--to", "gguf", status=1)
     base, adapter = hf_folder("base"), FOLDER / "112-adapter"
     adapter.mkdir()
-    for pattern, word in (("([a-z_.0-9]+)+X", "repeats"), (".*.*.*.*.*X", "repeats"), ("(", "unterminated")):
+    for pattern, word in (("([a-z_.0-9]+)+X", "repeats"), (".*.*.*.*.*X", "repeats"),
+                          ("(?x:([a-z_.0-9]+) +X)", "repeats"), ("(", "unterminated")):
         (adapter / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "r": 1, "lora_alpha": 1, "bias": "none", "rank_pattern": {pattern: 1}}))
         module, ones = "base_model.model.model.layers.0.self_attn.q_proj", array.array("f", [1.0] * 32)

@@ -259,6 +259,7 @@ static const struct {
     { "goldens", test_goldens },
     { "experts", test_experts },
     { "same bits", test_same_bits },
+    { "batches", test_batches },
     { "stops", test_stops },
     { "containers", test_containers },
     { "hashes", test_hashes },

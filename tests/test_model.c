@@ -224,6 +224,28 @@ static void test_same_bits(void) {
     }
 }
 
+// Without -b the batch shrinks for what it makes large itself, and not for a long context, many threads or tokens.
+static void test_batches(void) {
+    Opened o = open_golden("llama_linear.gguf");
+    const struct { int context, threads, ffn_dim; long asked; bool shrinks; } cases[] = {
+        { 128, 1, 36, 0, false }, { 1 << 20, 64, 36, 0, false }, { 128, 1, 1 << 17, 0, true },
+        { 128, 1, 1 << 17, 128, false },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        o.model.layers[0].ffn_dim = cases[i].ffn_dim;
+        options.batch = cases[i].asked;
+        State s = { .context = cases[i].context, .batch = 128, .threads = cases[i].threads };
+        Error e = { 0 };
+        bool ok = make_state(&o.model, &s, &e);
+        check(ok && (s.batch < 128) == cases[i].shrinks && s.batch >= 16, "a batch of 128, case %zu: got %d and \"%s\"",
+              i, s.batch, e.text);
+        free_state(&s);
+    }
+    options.batch = 0;
+    o.model.layers[0].ffn_dim = 36;
+    close_opened(&o);
+}
+
 // ---- What does not go on ----
 
 // More tokens than a batch or the context holds; and after Ctrl-C, which the program looks for between two steps.

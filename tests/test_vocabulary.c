@@ -157,6 +157,21 @@ static void test_merge_twice(void) {
     free(b.bytes);
 }
 
+// All pieces may be special, even if the text looks for these not as far in their table.
+static void test_all_special(void) {
+    enum { N = 4096 };
+    uint32_t lengths[N];
+    uint8_t types[N];
+    char text[N * 8 + 1];
+    for (int i = 0, n = 0; i < N; i++) {
+        types[i] = PIECE_USER_DEFINED;
+        n += (int)(lengths[i] = (uint32_t)snprintf(text + n, 9, "<t_%d>", i));
+    }
+    Bytes b = make_section(BPE, lengths, types, N, text, NULL, 0);
+    check_section(b, "all its pieces special", NULL);
+    free(b.bytes);
+}
+
 // A word of so many symbols that the tree of their ranks has five levels.
 static void test_long_word(void) {
     enum { N_AB = (1 << 16) + 1 };
@@ -520,6 +535,7 @@ static void test_damaged_vocabularies(void) {
     test_merges();
     test_merge_twice();
     test_long_word();
+    test_all_special();
     test_collisions();
     test_grids();
     test_special_pieces();
