@@ -3149,6 +3149,7 @@ def main_type(model: Model, types: dict[str, str]) -> str:
 def prepare_calibration(model: Model, o: argparse.Namespace, folder: Path, run: Path) -> Calibration:
     types = {name: planned_type(name, tensor, "keep") for name, tensor in model.tensors.items()}
     source, size = folder / "source.bin", min(CHUNK, model.value("context_length"))
+    folder.mkdir()
     write_native(model, types, source, False, run)
     done = [call(run, source, "-m", "tokenize", *words) for words in (("-f", o.calibrate.resolve()), ("-i", ""))]
     if done[0].returncode:
@@ -3296,7 +3297,6 @@ def export(o: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
         beside = Path(folder) / f"{o.output.name}.calibration"
-        beside.mkdir()
         calibration = prepare_calibration(model, o, beside, run) if o.calibrate else None
         write(model, o, types, made, run)
         if wanted:
