@@ -152,7 +152,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     return found;
 }
 
-// Likewise for the pair, in the table of merges.
+// Where the pair is in the table of merges, or would be put; NULL: it has no place.
 static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
@@ -193,12 +193,12 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
-    for (int i = 0, id = 0; i < 2 * t->n_tokens; id = ++i % t->n_tokens) {
+    for (int round = 0; round < 2 * t->n_tokens; round++) {
+        int id = round % t->n_tokens, type = t->type[id];
         const char *s = piece(t, id, &n);
-        int type = t->type[id], first = n ? (unsigned char)s[0] : 0;
-        if ((SPECIAL_TYPES >> type & 1) == (i >= t->n_tokens)) continue;
-        if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[first] < 0)
-            t->byte_id[first] = id;
+        if ((SPECIAL_TYPES >> type & 1) == (round >= t->n_tokens)) continue;
+        if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[(unsigned char)s[0]] < 0)
+            t->byte_id[(unsigned char)s[0]] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
         for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
             t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
