@@ -47,6 +47,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <math.h>
 #include <sched.h>
 #include <signal.h>
@@ -62,9 +63,12 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <pthread.h>
 #ifdef _OPENMP
 #include <omp.h>
-#include <pthread.h>
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
 #endif
 
 /* ==== 1. The ground floor ===========================================================================================
@@ -168,24 +172,37 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
-// One thread's place in the team that works on a step.
-typedef struct { int thread, threads; struct Gate *gate; } Team;  // the gate: where it waits
-
-// The half-open range of work that is this thread's part of n. By index only: who computes a number never changes it.
+// A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-static Range share(size_t n, Team team) {
-    size_t each = n / (size_t)team.threads, rest = n % (size_t)team.threads, i = (size_t)team.thread;
+// One thread's place in the team that works on a pass. Work comes in steps, and no thread begins a step before all have
+// ended the one before. A step's work is dealt out in chunks, so that each thread does as much as it manages: who
+// computes a number never changes it.
+typedef struct {
+    int thread, threads;
+    struct Gate *gate;  // where it waits for the others (chapter 9)
+    unsigned n_steps;   // that it has ended
+    int n_helped;       // how many threads' chunks it has found taken in this step, its own first
+    double began;       // when the step did, if steps are measured
+} Team;
+
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them.
+static void run_team(int threads, void (*work)(void *job, Team *team), void *job);  // chapter 9
+
+// The next chunk of a step's n units for this thread: of its own share, then of others' that are slower. It is a
+// multiple of `unit`, but for the last. False: all are taken.
+static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk);  // chapter 9
+
+// Every thread of the team waits here for the others. Says which step has ended, for whoever measures the steps.
+static void end_step(Team *team, int step, int layer);  // chapter 9
+
+// This thread's part of n, by index, where all parts take the same time.
+static Range share(size_t n, const Team *team) {
+    size_t each = n / (size_t)team->threads, rest = n % (size_t)team->threads, i = (size_t)team->thread;
     Range r = { i * each + (i < rest ? i : rest), 0 };
     r.to = r.from + each + (i < rest);
     return r;
 }
-
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them.
-static void run_team(int threads, void (*work)(void *job, Team team), void *job);  // chapter 9
-
-// Every thread of the team waits here for the others.
-static void wait_for_team(Team team);  // chapter 9
 
 // Seconds since some fixed moment.
 static double clock_seconds(void);  // chapter 9
@@ -281,61 +298,41 @@ typedef struct {
     size_t packed_bytes, n_parts;  // the latter: of a split GGUF those after its first
 } Model;
 
-// 32 numbers of a vector, rounded to 8 bits (chapter 4): a number is about scale * q.
-typedef struct {
-    int8_t q[32];
-    float scale;
-    float scaled_sum[3];    // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum;  // -128 * sum of all q: what makes a product with weight + 128 one with the weight
-    int32_t minus_8_sum, minus_32_sum[2];  // of all; of the halves. So a block fills a line of the cache, 64 bytes
-} Block;
+// The steps of a pass, in the order in which they happen: what threads do between two waits for each other. Some models
+// skip some, and one token alone skips all that only prepare inputs, which each thread then makes for itself.
+// To add a step: its name here and in step_names[], its work in a loop over take_chunk(), and end_step() behind that.
+typedef enum {
+    EMBED,
+    ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
+    ATTENTION_POST_NORM,
+    FFN_NORM, ROUTER, CHOOSE_EXPERTS, LIST_VISITORS, ROUND_VISITORS, GATE_UP, ROUND_HIDDEN, DOWN, FFN_POST_NORM,
+    FINAL_NORM, HEAD,
+    N_STEPS
+} Step;
+static const char *const step_names[N_STEPS] = {
+    [EMBED] = "embed", [ATTENTION_NORM] = "attention norm", [QUERY_KEY_VALUE] = "query, key, value",
+    [WIDE_HEAD_NORM] = "norm of all heads", [ROTATE] = "rotate, cache", [ATTEND] = "attention",
+    [SCORE] = "attention: scores",
+    [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix", [ROUND_ATTENDED] = "round attended",
+    [ATTENTION_OUT] = "attention out", [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm",
+    [ROUTER] = "router", [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors",
+    [ROUND_VISITORS] = "round visitors", [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down",
+    [FFN_POST_NORM] = "ffn post norm", [FINAL_NORM] = "final norm", [HEAD] = "logits",
+};
 
-// The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
-// by side for all tokens, as a tile meets them. What lies behind a float matrix's width meets zeros.
+// How models are run, as the user has asked for it.
 typedef struct {
-    const float (*x)[32];  // (cols/32, n)
-    const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n, first, some; // of the n, `some` from number `first` on are multiplied
-    size_t expert;         // with this one's matrix, or 0
-} Activations;
-
-// What changes while text is made.
-typedef struct {
-    int context, batch;  // S and B as allocated
-    int n_past;          // positions that are in the cache
     int threads;
-    size_t work;         // multiply-adds of a token: where they are few, one thread does them
-    bool exact, cache_f32; // multiply with dequantised weights in float; keys and values in 32 bits, else in 16
-    bool rounds, copies; // some matrix wants its input in 8 bits; some wants it in float
-    size_t x_stride, q_stride, kv_stride, ffn_stride;  // D, H*K, G*K, F of the widest layer, up to a multiple of 32
-    size_t logits_stride, routes_stride;               // V, E up to a multiple of 16
-    float *x;                   // (B, D)    the token's vector, which each layer adds to
-    float *normed;              // (B or threads, D)
-    float *query, *key, *value; // (B, H*K) (B, G*K) (B, G*K)
-    float *attended;            // (B, H*K)
-    float *gate, *up;           // (B, F), with experts (visits, F): a token visits n_experts_used of them
-    float *out, *expert_out;    // (B, D)    what a block adds to x, and what an expert adds to that
-    float *routes;              // (B, E)    the weight of each expert's result for a token, 0: not visited
-    int *visitors, *first_visit;// (visits) (E+1)  the tokens that visit expert 0, expert 1, ...; where each one's begin
-    float (*blocks)[32];        // (widest/32, B or visits)  the input of a product in blocks, as it is
-    Block *rounded;             // (widest/32, B or visits), for one token (threads, widest/32)  and rounded
-    size_t widest;              // of the strides above but the logits'
-    float *logits;              // (LOGITS_AT_ONCE, V)
-    float *angles;              // (1 or 2, S, R/2, 2)  cosine and sine of each position's rotation; the local ones
-    int n_angles;               // positions whose angles are there
-    void **keys;                // (L)(G, S/16, K, 16)  sixteen positions side by side, f16 or f32
-    void **values;              // (L)(G, K/16, S, 16)  sixteen numbers of each position side by side
-    float *scratch;             // (threads, scratch_stride)  each thread's room for attention scores
-    size_t scratch_stride;
-    int *broken;                // (B)  0, or 1 + the number of layers after which the token's vector was not finite
-    void *arena;                // all of these
-    size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
-} State;
+    int context, batch;  // S: positions of a text at most; B: rows of a pass at most
+    bool exact;          // multiply with dequantised weights in float
+    bool cache_f32;      // keep keys and values in 32 bits, else in 16
+} Settings;
 
 enum {
     LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
-    QUERIES_TOGETHER = 24, POSITIONS_TOGETHER = 64,  // of one key/value head, for one thread at once
-    MAX_HEAD_DIM = 1024,      // K at most
+    QUERIES_TOGETHER = 24,    // of one key/value head, for one thread at once
+    DEEP_PAGES = 8,           // from so many on, the positions of a single token's attention are shared by threads
+    MAX_HEADS = 1024, MAX_HEAD_DIM = 1024,  // H and K at most
 };
 
 /* ==== 4. Matrix multiplication ======================================================================================
@@ -402,7 +399,25 @@ static size_t tensor_bytes(const Tensor *w) {
 INLINE float float_of_bits(uint32_t u) { return (union { uint32_t u; float x; }){ .u = u }.x; }
 INLINE uint32_t bits_of_float(float x) { return (union { uint32_t u; float x; }){ .x = x }.u; }
 
-// Adding and subtracting this rounds a float below 2^22 to a whole number, ties to even, which the sum's low bits are.
+// 32 numbers of a vector, rounded to 8 bits: a number is about scale * q.
+typedef struct {
+    int8_t q[32];
+    float scale;
+    float scaled_sum[3];    // scale * sum of the q: of all, of the first 16, of the last 16
+    int32_t minus_128_sum;  // -128 * sum of all q: what makes a product with weight + 128 one with the weight
+    int32_t minus_8_sum, minus_32_sum[2];  // of all; of the halves. So a block fills a line of the cache, 64 bytes
+} Block;
+
+// The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
+// by side for all tokens, as a tile meets them. What lies behind a float matrix's width meets zeros.
+typedef struct {
+    const float (*x)[32];  // (cols/32, n)
+    const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
+    size_t n, first, some; // of the n, `some` from number `first` on are multiplied
+    size_t expert;         // with this one's matrix, or 0
+} Activations;
+
+// (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
 #define ROUNDER 0x1.8p23f
 
 // q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
@@ -516,7 +531,8 @@ typedef struct {
     void (*round)(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens);
     bool (*normalise)(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps);
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
-    float (*exponentiate)(float *p, size_t from, size_t n, float scale, float cap);
+    float (*scale_scores)(float *p, size_t from, size_t n, float scale, float cap);
+    void (*exponentiate)(float lane[16], float *p, size_t n, float max);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
     double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
     void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
@@ -553,6 +569,54 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
     }
 }
 
+// Room for the vectors that a step's products share as their input.
+typedef struct {
+    bool rounds, copies;  // some matrix wants its input in 8 bits; some wants it in float
+    size_t widest;        // numbers of the widest input, up to a multiple of 32
+    float (*blocks)[32];  // (widest/32, B or visits)
+    Block *rounded;       // (widest/32, B or visits), for one token (threads, widest/32)
+} Inputs;
+
+// y = w x + bias      y (n, y_stride)  bias (rows) or NULL
+typedef struct {
+    float *y;
+    size_t y_stride;
+    const Tensor *w;
+    const float *bias;
+} Product;
+
+// Makes the rows of some row tiles; returns these rows.
+static Range multiply_part(const Product *p, Range tiles, const Activations *x) {
+    multiply_rows(p->y, p->y_stride, p->w, tiles, x);
+    Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)p->w->rows ? tiles.to * 16 : (size_t)p->w->rows };
+    for (size_t t = 0; p->bias && t < x->some; t++) {
+        for (size_t r = rows.from; r < rows.to; r++) p->y[t * p->y_stride + r] += p->bias[r];
+    }
+    return rows;
+}
+
+// Of how many row tiles a chunk is a multiple: with one vector, four tiles of floats are multiplied side by side.
+static size_t tiles_together(const Tensor *w, const Activations *x) {
+    return x->n == 1 && !is_quantised(w->type) ? 4 : 1;
+}
+
+// Makes products that share their input; the team deals out their row tiles as one list.
+static void multiply_all(const Product *products, int n, const Activations *x, Team *team) {
+    size_t n_tiles = 0, unit = 1;
+    for (const Product *p = products; p < products + n; p++) {
+        n_tiles += n_row_tiles(p->w);
+        if (tiles_together(p->w, x) > unit) unit = tiles_together(p->w, x);
+    }
+    for (Range chunk; take_chunk(team, n_tiles, unit, &chunk);) {
+        size_t first = 0;  // tile of this product in the list
+        for (const Product *p = products; p < products + n; first += n_row_tiles(p++->w)) {
+            size_t from = chunk.from > first ? chunk.from - first : 0, to = chunk.to > first ? chunk.to - first : 0;
+            if (to > n_row_tiles(p->w)) to = n_row_tiles(p->w);
+            if (from < to) multiply_part(p, (Range){ from, to }, x);
+        }
+    }
+}
+
 /* ==== 5. The forward pass ===========================================================================================
    n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A
    prompt goes through in batches, a generated token alone; both take the same way, and with the same bits. First the
@@ -566,7 +630,6 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
    token costs one pass and not the whole text again. */
 
 INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
-static double slow_down(const Model *m, int context, int pair);  // by what angles are divided (chapter 9)
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 // About y, but never beyond the cap; what is not finite becomes no number, so that it is noticed.
 INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / cap) + (y - y); }
@@ -617,10 +680,10 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
     }
 }
 
-// p[i] = e^(y - max), y = p[i] * scale or, if there is a cap, cap * tanh(p[i] * scale / cap), for numbers `from` to n
-// of p; zeros before them, and behind up to a multiple of 16; returns their sum.
-INLINE float exponentiate(float *p, size_t from, size_t n, float scale, float cap) {
-    float max[16], lane[16] = { 0 };
+// p = p * scale or, if there is a cap, cap * tanh(p * scale / cap), for numbers `from` to n of p; -infinity before them,
+// and behind up to a multiple of 16. Returns the largest.
+INLINE float scale_scores(float *p, size_t from, size_t n, float scale, float cap) {
+    float max[16];
     for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap_at(p[i] * scale, cap);
     if (cap > 0) scale = 1;
     for (size_t i = 0; i < from; i++) p[i] = -INFINITY;
@@ -633,357 +696,721 @@ INLINE float exponentiate(float *p, size_t from, size_t n, float scale, float ca
         }
     }
     for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
+}
+
+// p = e^(p - max), lane[i mod 16] += p[i]      p (n up to a multiple of 16)
+INLINE void exponentiate(float lane[16], float *p, size_t n, float max) {
     for (size_t i = 0; i < n; i += 16) {
         for (int j = 0; j < 16; j++) {
-            p[i + j] = exponential(p[i + j] - max[0]);
+            p[i + j] = exponential(p[i + j] - max);
             lane[j] += p[i + j];
         }
     }
-    return fold_lanes(lane);
 }
 
-// Some tokens' queries that share a key/value head, of which a thread makes what they get from those before them.
+// ---- Rows, sequences and the cache ----
+
+// One token of one text, on its way through the model.
+typedef struct { int token, position, sequence; bool wants_logits; } Row;
+
+enum { PAGE = 64 };  // positions that lie together in the cache
+
+// The KV cache: keys and values of all texts, in pages from one pool, which cost no memory before they are used. Each
+// layer's part of a page is contiguous. There a key's numbers are spread, so that a SIMD lane is a position:
+//     keys (G, 4, K, 16): head, sixteen positions, number, position       values (G, K/16, 64, 16): head, 16 numbers, ...
+typedef struct {
+    bool f32;                         // else f16: attention is bound by reading this
+    int n_layers, context;            // S, of each text
+    unsigned char **keys, **values;   // (L): where a layer's pages begin
+    size_t *key_bytes, *value_bytes;  // (L): of a page, in this layer
+    int *users;                       // (pages)  how many sequences hold the page
+    int *spare, n_spare;              // (pages)  those that none holds; the last is taken first
+    int *ids, *pages;                 // (texts, S) (texts, S/64)  what the sequences point into
+    void *arena;                      // all of these
+    size_t arena_bytes;
+} Cache;
+
+// One text, and what the model keeps of it.
+typedef struct {
+    Cache *cache;
+    int *ids;    // (S)     its tokens
+    int *pages;  // (S/64)  of the cache
+    int n;       // tokens that have gone through the model
+} Sequence;
+
+static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
+
+// Where the keys, or values, of one key/value head of a layer begin in a page: the one place that knows.
+static unsigned char *cached_keys(const Cache *c, int layer, size_t n_kv_heads, size_t head, int page) {
+    return c->keys[layer] + (size_t)page * c->key_bytes[layer] + head * (c->key_bytes[layer] / n_kv_heads);
+}
+
+static unsigned char *cached_values(const Cache *c, int layer, size_t n_kv_heads, size_t head, int page) {
+    return c->values[layer] + (size_t)page * c->value_bytes[layer] + head * (c->value_bytes[layer] / n_kv_heads);
+}
+
+// Bytes of n numbers of the cache.
+static size_t cached_bytes(const Cache *c, size_t n) { return n * (c->f32 ? sizeof(float) : sizeof(uint16_t)); }
+
+// Puts one head's key and value of a position into the cache.      key, value (K)
+static void store(const Sequence *s, int layer, size_t n_kv_heads, size_t head, size_t head_dim, size_t position,
+                  const float *key, const float *value) {
+    uint16_t half_key[MAX_HEAD_DIM], half_value[MAX_HEAD_DIM];
+    void *keys = cached_keys(s->cache, layer, n_kv_heads, head, s->pages[position / PAGE]);
+    void *values = cached_values(s->cache, layer, n_kv_heads, head, s->pages[position / PAGE]);
+    size_t at = position % PAGE;
+    if (!s->cache->f32) kernels->narrow(half_key, key, head_dim);
+    if (!s->cache->f32) kernels->narrow(half_value, value, head_dim);
+    for (size_t d = 0; d < head_dim; d++) {
+        size_t k = (at / 16 * head_dim + d) * 16 + at % 16, v = (d / 16 * PAGE + at) * 16 + d % 16;
+        if (s->cache->f32) {
+            ((float *)keys)[k] = key[d];
+            ((float *)values)[v] = value[d];
+        } else {
+            ((uint16_t *)keys)[k] = half_key[d];
+            ((uint16_t *)values)[v] = half_value[d];
+        }
+    }
+}
+
+// Forgets all but the first n tokens.
+static void rewind_sequence(Sequence *s, int n) {
+    Cache *c = s->cache;
+    for (size_t i = n_pages(n); i < n_pages(s->n); i++)
+        if (--c->users[s->pages[i]] == 0) c->spare[c->n_spare++] = s->pages[i];
+    if (n < s->n) s->n = n;
+}
+
+// Makes `to` the first n tokens of `from`, both of one cache. Pages are shared until one of the two writes to them.
+static void fork_sequence(Sequence *to, const Sequence *from, int n) {
+    rewind_sequence(to, 0);
+    for (size_t i = 0; i < n_pages(n); i++) to->cache->users[to->pages[i] = from->pages[i]]++;
+    memcpy(to->ids, from->ids, (size_t)n * sizeof *to->ids);
+    to->n = n;
+}
+
+// Adds a token, at a place in a page that no other sequence holds: a new page, or a copy of one that is shared.
+static void append_token(Sequence *s, int token) {
+    Cache *c = s->cache;
+    int *page = &s->pages[s->n / PAGE], old = *page;
+    bool is_new = s->n % PAGE == 0;
+    if (is_new || c->users[old] > 1) c->users[*page = c->spare[--c->n_spare]] = 1;
+    for (int l = 0; !is_new && *page != old && l < c->n_layers; l++) {
+        memcpy(cached_keys(c, l, 1, 0, *page), cached_keys(c, l, 1, 0, old), c->key_bytes[l]);
+        memcpy(cached_values(c, l, 1, 0, *page), cached_values(c, l, 1, 0, old), c->value_bytes[l]);
+    }
+    if (!is_new && *page != old) c->users[old]--;
+    s->ids[s->n++] = token;
+}
+
+// ---- Attention ----
+
+// One unit of attention: the queries of some tokens of one text that share a key/value head.
 typedef struct {
     const float *query;  // (n, stride)  `group` heads of K numbers from here on
     float *out;          // (n, stride)
     size_t stride;
-    const void *keys;    // (S/16, K, 16)
-    const void *values;  // (row/16, S, 16)
-    bool cache_f32;
-    int group, n_queries;     // number i is of token i / group and head i % group
-    size_t head_dim, row, positions;  // K, that up to a multiple of 16, S
+    const Sequence *sequence;
+    int layer;
+    size_t n_kv_heads, kv_head;
+    int group, n_queries;     // query i is of token i / group and head i % group
+    size_t head_dim, row;     // K, and that up to a multiple of 16
     size_t position, window;  // of the first of the n tokens; how many each sees
     float scale, cap;         // of the scores
     float *queries, *sums;    // (n_queries, row)
-    float *scores;            // (n_queries, score_stride)
+    float *scores;            // (n_queries, score_stride)  by position
     size_t score_stride;
+    float *totals;            // (n_queries)
 } Attention;
 
-// Where the K numbers of query i, or of its result, are.
+// Offset of query i's head (and of its result) in `query` and `out`.
 static size_t head_at(const Attention *a, int i) {
     return (size_t)(i / a->group) * a->stride + (size_t)(i % a->group) * a->head_dim;
 }
 
-// The positions that query i may see: up to its token's own.
-static size_t seen_by(const Attention *a, int i) {
+// The end of the positions that query i may see: its token's own is the last.
+static size_t seen_to(const Attention *a, int i) {
     return a->position + (size_t)(i / a->group) + 1;
 }
 
 // The first that it may see.
 static size_t seen_from(const Attention *a, int i) {
-    return seen_by(a, i) > a->window ? seen_by(a, i) - a->window : 0;
+    return seen_to(a, i) > a->window ? seen_to(a, i) - a->window : 0;
 }
 
-// Number i of the cache.
-static const void *cached(const Attention *a, const void *cache, size_t i) {
-    return (const char *)cache + i * (a->cache_f32 ? sizeof(float) : sizeof(uint16_t));
+// The positions that some query may see, from a multiple of 16 on.
+static Range all_seen(const Attention *a) {
+    return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
 
-// scores[i,p] = query[i] . key[p] for all positions that some query may see, sixteen at a time
-static void score_keys(const Attention *a) {
-    for (size_t p = seen_from(a, 0) / 16 * 16; p < seen_by(a, a->n_queries - 1); p += 16) {
+// scores[i,p] = query[i] . key[p] for these positions, sixteen at a time      query (n_queries, stride)
+static void score_keys(const Attention *a, const float *query, size_t stride, Range positions) {
+    const Cache *c = a->sequence->cache;
+    for (size_t p = positions.from; p < positions.to; p += 16) {
+        const unsigned char *keys = cached_keys(c, a->layer, a->n_kv_heads, a->kv_head, a->sequence->pages[p / PAGE]);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, a->queries, a->row, cached(a, a->keys, p * a->head_dim),
-                              !a->cache_f32, 16, a->n_queries, (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, query, stride, keys + cached_bytes(c, p % PAGE * a->head_dim),
+                              !c->f32, 16, a->n_queries, (int)a->head_dim);
     }
 }
 
-// sums[i] = sum over the positions p that query i may see of scores[i,p] * value[p]
-static void mix_values(const Attention *a) {
-    size_t n = seen_by(a, a->n_queries - 1);
-    for (size_t p = seen_from(a, 0) / 16 * 16, now; p < n; p += now) {
-        now = n - p < POSITIONS_TOGETHER ? n - p : POSITIONS_TOGETHER;
-        bool all_see = p + now <= seen_by(a, 0);
-        int rows = all_see ? a->n_queries : a->group;  // the last positions are for some tokens only
+// sums[i,d] = sum over the positions p that query i may see of scores[i,p] * value[p,d], for these columns d
+static void mix_values(const Attention *a, Range columns) {
+    const Cache *c = a->sequence->cache;
+    Range seen = all_seen(a);
+    for (int i = 0; i < a->n_queries; i++)
+        memset(a->sums + (size_t)i * a->row + columns.from, 0, (columns.to - columns.from) * sizeof(float));
+    for (size_t p = seen.from, end; p < seen.to; p = end) {
+        const unsigned char *page = cached_values(c, a->layer, a->n_kv_heads, a->kv_head, a->sequence->pages[p / PAGE]);
+        end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
+        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
-            size_t seen = seen_by(a, i), depth = seen >= p + now ? now : seen > p ? seen - p : 0;
+            size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
-            for (size_t d = 0; d < a->row; d += 16) {
-                const void *values = cached(a, a->values, d * a->positions + p * 16);
-                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride, values,
-                                      !a->cache_f32, 16, rows, (int)depth);
-            }
+            for (size_t d = columns.from; d < columns.to && p < last; d += 16)
+                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride,
+                                      page + cached_bytes(c, d * PAGE + p % PAGE * 16), !c->f32, 16, rows,
+                                      (int)(last - p));
         }
+    }
+}
+
+// out = sums / totals, for these columns
+static void divide_sums(const Attention *a, Range columns) {
+    for (int i = 0; i < a->n_queries; i++) {
+        float *out = a->out + head_at(a, i);
+        for (size_t d = columns.from; d < columns.to && d < a->head_dim; d++)
+            out[d] = a->sums[(size_t)i * a->row + d] / a->totals[i];
     }
 }
 
 // out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
 static void attend_group(const Attention *a) {
-    size_t begin = seen_from(a, 0) / 16 * 16;
+    Range seen = all_seen(a), columns = { 0, a->row };
     for (int i = 0; i < a->n_queries; i++)
         memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
-    score_keys(a);
-    memset(a->sums, 0, (size_t)a->n_queries * a->row * sizeof(float));
+    score_keys(a, a->queries, a->row, seen);
     for (int i = 0; i < a->n_queries; i++) {
-        float *p = a->scores + (size_t)i * a->score_stride;
-        p[a->score_stride - 1] = kernels->exponentiate(  // a row's last place is free for this
-            p + begin, seen_from(a, i) - begin, seen_by(a, i) - begin, a->scale, a->cap);
+        float *p = a->scores + (size_t)i * a->score_stride + seen.from, lane[16] = { 0 };
+        size_t n = seen_to(a, i) - seen.from;
+        float max = kernels->scale_scores(p, seen_from(a, i) - seen.from, n, a->scale, a->cap);
+        kernels->exponentiate(lane, p, n, max);
+        a->totals[i] = fold_lanes(lane);
     }
-    mix_values(a);
-    for (int i = 0; i < a->n_queries; i++) {
-        float sum = a->scores[(size_t)(i + 1) * a->score_stride - 1], *out = a->out + head_at(a, i);
-        for (size_t d = 0; d < a->head_dim; d++) out[d] = a->sums[(size_t)i * a->row + d] / sum;
+    mix_values(a, columns);
+    divide_sums(a, columns);
+}
+
+
+// ---- The steps ----
+
+// Cosine and sine of each position's rotation, by the usual angles and by the local ones.
+typedef struct {
+    double *turns;      // (2, R/2)     what a pair turns from one position to the next
+    float *cosine_sine; // (2, S, R/2, 2)
+    int n, positions;   // those whose angles are there; S up to a multiple of 16
+} Rotation;
+
+typedef struct Experts Experts;  // what only models with experts need (chapter 10)
+
+// The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
+typedef struct {
+    Settings settings;
+    size_t work;             // multiply-adds of a token: where they are few, one thread does them
+    const Row *rows;         // of this pass
+    Sequence *sequences;
+    int n;                   // rows
+    int *wanted, n_wanted;   // (B)     those that want logits
+    int *broken;             // (B)     0, or 1 + the number of layers after which the row's vector was not finite
+    float *x, *out;          // (B, D)  each row's vector, which each layer adds to; what a block adds to it
+    float *normed;           // (B or threads, D)
+    float *query, *attended; // (B, H*K)
+    float *key, *value;      // (B, G*K)
+    float *gate, *up;        // (B, F), with experts (visits, F)
+    float *logits;           // (LOGITS_AT_ONCE, V)
+    float *scratch;          // (threads, scratch_stride)  for attention
+    size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, scratch_stride;
+    Row *room;               // (B)     where callers put a pass's rows together
+    Inputs inputs;
+    Rotation angles;
+    Experts *experts;        // or NULL
+    void *arena;             // all of these
+    size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
+} Workspace;
+
+// The factor by which a pair's angle is divided. Linear scaling turns all pairs slower alike; YaRN not those that turn
+// more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in part
+// those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the context
+// is longer than the original one (Ding et al., "LongRoPE").
+static double slow_down(const Model *m, int context, int pair) {
+    const Config *c = &m->config;
+    double scale = c->rope_scale, ramp = 1;
+    int original = c->original_context ? c->original_context : c->context;
+    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
+        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
+        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
+        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
+        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
+    }
+    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
+    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
+}
+
+// What pair i turns from a position to the next: theta^(-2i/R), the first pair fastest. A model sees how far apart two
+// tokens are by how far their rotations differ (Su et al., "RoFormer").
+static void make_turns(const Model *m, Rotation *a, int context) {
+    const Config *c = &m->config;
+    int half = c->rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        a->turns[i] = pow(c->rope_theta, -2.0 * i / c->rope_dim) / slow_down(m, context, i);
+        if (c->local_theta > 0) a->turns[half + i] = pow(c->local_theta, -2.0 * i / c->rope_dim);
+    }
+}
+
+// The angles of these positions: pair i of position p turns by p * turns[i].
+static void make_angles(const Model *m, const Rotation *a, Range positions) {
+    const Config *c = &m->config;
+    int half = c->rope_dim / 2, n = c->local_theta > 0 ? 2 * half : half;
+    for (size_t p = positions.from; p < positions.to; p++) {
+        for (int i = 0; i < n; i++) {
+            float *to = a->cosine_sine + (i / half * (size_t)a->positions + p) * (size_t)c->rope_dim + i % half * 2;
+            double size = i < half ? c->rope_magnitude : 1;
+            to[0] = (float)(cos((double)p * a->turns[i]) * size);
+            to[1] = (float)(sin((double)p * a->turns[i]) * size);
+        }
     }
 }
 
 // x[t] = row tokens[t] of the embedding      x (n, x_stride)
-static void embed(const Model *m, State *s, const int *tokens, Range range) {
-    const Tensor *w = &m->embedding;
-    for (size_t t = range.from; t < range.to; t++) {
-        size_t row = (size_t)tokens[t];
-        for (size_t c = 0; c < n_blocks(w); c++) {
+static void embed(const Model *m, Workspace *w, Range rows) {
+    const Tensor *e = &m->embedding;
+    for (size_t t = rows.from; t < rows.to; t++) {
+        size_t row = (size_t)w->rows[t].token;
+        for (size_t c = 0; c < n_blocks(e); c++) {
             float columns[32][16];
-            kernels->dequantise(columns, w->type, w->tiles + row / 16 * row_tile_bytes(w), c);
+            kernels->dequantise(columns, e->type, e->tiles + row / 16 * row_tile_bytes(e), c);
             for (size_t i = 0; i < 32; i++)
-                s->x[t * s->x_stride + c * 32 + i] = columns[i][row % 16] * m->config.embedding_scale;
+                w->x[t * w->x_stride + c * 32 + i] = columns[i][row % 16] * m->config.embedding_scale;
         }
     }
 }
 
-// The angles of positions n_angles to n: pair i of position p turns by p * theta^(-2i/R), the first pair fastest. A
-// model sees how far apart two tokens are by how far their rotations differ (Su et al., "RoFormer").
-static void make_angles(const Model *m, State *s, int n) {
-    const Config *c = &m->config;
-    size_t positions = round_up((size_t)s->context, 16);
-    for (; s->n_angles < n; s->n_angles++) {
-        for (int i = 0; i < c->rope_dim / (c->local_theta > 0 ? 1 : 2); i++) {  // usual angles, then local ones
-            int pair = i % (c->rope_dim / 2), local = i >= c->rope_dim / 2;
-            double theta = local ? c->local_theta : c->rope_theta, size = local ? 1 : c->rope_magnitude;
-            double turn = pow(theta, -2.0 * pair / c->rope_dim) / (local ? 1 : slow_down(m, s->context, pair));
-            float *angle = s->angles + ((size_t)local * positions + (size_t)s->n_angles) * (size_t)c->rope_dim;
-            angle[2 * pair] = (float)(cos(s->n_angles * turn) * size);
-            angle[2 * pair + 1] = (float)(sin(s->n_angles * turn) * size);
+// Vectors on their way into products: x[t] or, unless `rows` is NULL, x[rows[t]].
+typedef struct {
+    const float *x;  // (n, stride)
+    size_t stride;
+    const int *rows;
+    size_t cols;
+    int n;
+} Vectors;
+
+// Rounds vector t, or copies it, to where the products find it.
+static void put_input(const Inputs *in, Block *rounded, const float *x, const Vectors *v, size_t t) {
+    size_t n = (size_t)v->n;
+    if (in->rounds) kernels->round(rounded, x, 0, v->cols, n, (Range){ t, t + 1 });
+    for (size_t c = 0; n > 1 && in->copies && c < v->cols; c += 32)
+        memcpy(in->blocks[c / 32 * n + t], x + c, sizeof *in->blocks);
+}
+
+// n vectors as the input of products, as norm(x) if there is a weight. A single vector is made by every thread for
+// itself, in a place of its own: cheaper than waiting for another. Each layer's result is checked here: a sum of squares
+// that is not finite comes from the last of the layers that the row has gone through.
+static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
+                           Step step, int l, Team *team) {
+    const Inputs *in = &w->inputs;
+    size_t n = (size_t)v->n, own = n == 1 ? (size_t)team->thread : 0;
+    Block *rounded = in->rounded + own * in->widest / 32;
+    const float *x = v->x;
+    for (Range r = { 0, 1 }; n == 1 || take_chunk(team, n, 1, &r);) {
+        for (size_t t = r.from; t < r.to; t++) {
+            size_t row = v->rows ? (size_t)v->rows[t] : t;
+            float *normed = w->normed + (t + own) * w->x_stride;
+            x = v->x + row * v->stride;
+            if (weight) {
+                bool finite = kernels->normalise(normed, x, weight, bias, v->cols, m->config.norm_eps);
+                if (!finite && (n > 1 || team->thread == 0) && !w->broken[row])
+                    w->broken[row] = 1 + (step == FFN_NORM ? l + 1 : l);
+                x = normed;
+            }
+            put_input(in, rounded, x, v, t);
         }
+        if (n == 1) break;
     }
+    if (n > 1) end_step(team, step, l);
+    return (Activations){ n == 1 ? (const void *)x : (const void *)in->blocks, in->rounds ? rounded : NULL, n, 0, n, 0 };
 }
 
-// Puts one head's key and value of a position into the cache (chapter 9).      key, value (K)
-static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
-                     const float *value);
-
-// Which of n vectors a thread makes: its share; but a single one every thread makes for itself, in a place of its own,
-// which takes less time than to wait for another.
-static Range own_share(int n, Team team) {
-    return n == 1 ? (Range){ 0, 1 } : share((size_t)n, team);
-}
-
-// x (n, stride), or unless `rows` is NULL these n of its rows, as input of products; a thread has own_share(n, team).
-static Activations prepare(const State *s, const float *x, size_t stride, const int *rows, size_t cols, int n,
-                           Team team) {
-    Range tokens = own_share(n, team);
-    Block *rounded = s->rounded + (n == 1 ? (size_t)team.thread * s->widest / 32 : 0);
-    const float (*blocks)[32] = (const void *)(n == 1 ? x : s->blocks[0]);
+// x += residual_scale * out for some rows of the matrices and all tokens
+static void add_out(const Model *m, Workspace *w, Range tokens, Range rows) {
     for (size_t t = tokens.from; t < tokens.to; t++) {
-        const float *row = x + (rows ? (size_t)rows[t] : t) * stride;
-        if (s->rounds) kernels->round(rounded, row, 0, cols, (size_t)n, (Range){ t, t + 1 });
-        for (size_t c = 0; n > 1 && s->copies && c < cols; c += 32)
-            memcpy(s->blocks[c / 32 * (size_t)n + t], row + c, sizeof *s->blocks);
-    }
-    if (n > 1) wait_for_team(team);
-    return (Activations){ blocks, s->rounds ? rounded : NULL, (size_t)n, 0, (size_t)n, 0 };
-}
-
-// y = w x + bias for this thread's rows, which are returned.      y (n, y_stride)  bias (rows) or NULL
-static Range matmul(float *y, size_t y_stride, const Tensor *w, const float *bias, const Activations *x, Team team) {
-    Range tiles = share(n_row_tiles(w), team);
-    multiply_rows(y, y_stride, w, tiles, x);
-    Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)w->rows ? tiles.to * 16 : (size_t)w->rows };
-    for (size_t t = 0; bias && t < x->some; t++) {
-        for (size_t r = rows.from; r < rows.to; r++) y[t * y_stride + r] += bias[r];
-    }
-    return rows;
-}
-
-// normed = norm(x) of n tokens from `first` on, as input of the next products. Each layer's result is checked here: a
-// sum of squares that is not finite comes from the last of the `n_layers` layers that the token has gone through.
-static Activations normalise_stream(const Model *m, State *s, const float *weight, const float *bias, int first, int n,
-                                    int n_layers, Team team) {
-    size_t dim = (size_t)m->config.dim;
-    float *normed = s->normed + (n == 1 ? (size_t)team.thread * s->x_stride : 0);
-    Range tokens = own_share(n, team);
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        const float *x = s->x + ((size_t)first + t) * s->x_stride;
-        if (!weight) memcpy(normed + t * s->x_stride, x, dim * sizeof *x);
-        bool finite = !weight || kernels->normalise(normed + t * s->x_stride, x, weight, bias, dim, m->config.norm_eps);
-        int *broken = &s->broken[(size_t)first + t];
-        if (!finite && (n > 1 || team.thread == 0) && !*broken) *broken = n_layers + 1;
-    }
-    return prepare(s, normed, s->x_stride, NULL, dim, n, team);
-}
-
-// x += residual_scale * out, normalised before if there is a norm for it; this thread has made these rows of out
-static void add_to_stream(const Model *m, State *s, Range rows, const float *norm, int n, Team team) {
-    Range tokens = { 0, (size_t)n };
-    if (norm) {  // needs whole vectors, so that the tokens are shared and not the rows
-        wait_for_team(team);
-        rows = (Range){ 0, (size_t)m->config.dim };
-        tokens = share((size_t)n, team);
-    }
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        float *x = s->x + t * s->x_stride, *out = s->out + t * s->x_stride;
-        if (norm) kernels->normalise(out, out, norm, NULL, rows.to, m->config.norm_eps);
+        float *x = w->x + t * w->x_stride, *out = w->out + t * w->x_stride;
         for (size_t r = rows.from; r < rows.to; r++) x[r] += out[r] * m->config.residual_scale;
     }
-    wait_for_team(team);
 }
 
-// attended = attention(query, cache). A unit of work is some tokens of one key/value head; the later, the longer they
-// take, so the threads deal them out one by one.
-static void attend(const Model *m, State *s, int l, int n, Team team) {
+// Ends the step that has made `out`. With a norm for it, x += residual_scale * norm(out) comes only now, since it needs
+// whole vectors.
+static void end_block(const Model *m, Workspace *w, const float *norm, Step step, int l, Team *team) {
+    size_t dim = (size_t)m->config.dim;
+    end_step(team, step, l);
+    if (!norm) return;
+    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) {
+        for (size_t t = r.from; t < r.to; t++) {
+            float *out = w->out + t * w->x_stride;
+            kernels->normalise(out, out, norm, NULL, dim, m->config.norm_eps);
+        }
+        add_out(m, w, r, (Range){ 0, dim });
+    }
+    end_step(team, (Step)(step + 1), l);
+}
+
+// x += residual_scale * (matrix in + bias), the sum normalised before if there is a norm. A chunk of rows is made and
+// added by the same thread.
+static void add_to_stream(const Model *m, Workspace *w, const Tensor *matrix, const float *bias, const Activations *in,
+                          const float *norm, Step step, int l, Team *team) {
+    Product p = { w->out, w->x_stride, matrix, bias };
+    for (Range chunk; take_chunk(team, n_row_tiles(matrix), tiles_together(matrix, in), &chunk);) {
+        Range rows = multiply_part(&p, chunk, in);
+        if (!norm) add_out(m, w, (Range){ 0, (size_t)w->n }, rows);
+    }
+    end_block(m, w, norm, step, l, team);
+}
+
+// The end of the rows from `first` on that one unit of attention takes: of one text, one after the other.
+static int unit_end(const Workspace *w, int first, int most) {
+    int end = first + 1;
+    while (end < w->n && end - first < most && w->rows[end].sequence == w->rows[first].sequence) end++;
+    return end;
+}
+
+// The unit of attention for n rows from `first` on and one key/value head, without its scratch buffers.
+static Attention unit_of(const Model *m, const Workspace *w, int l, int first, int n, size_t kv_head) {
     const Layer *layer = &m->layers[l];
     size_t head_dim = (size_t)m->config.head_dim, group = (size_t)(layer->n_heads / layer->n_kv_heads);
-    size_t positions = round_up((size_t)s->context, 16), item_bytes = s->cache_f32 ? sizeof(float) : sizeof(uint16_t);
-    size_t per_unit = group < QUERIES_TOGETHER ? QUERIES_TOGETHER / group : 1, row = round_up(head_dim, 16);
-    size_t n_units = ((size_t)n + per_unit - 1) / per_unit * (size_t)layer->n_kv_heads;
-    size_t n_queries = group > QUERIES_TOGETHER ? group : QUERIES_TOGETHER;
-    float *scratch = s->scratch + (size_t)team.thread * s->scratch_stride;
-    for (size_t i = (size_t)team.thread; i < n_units; i += (size_t)team.threads) {
-        size_t kv_head = i % (size_t)layer->n_kv_heads, t = i / (size_t)layer->n_kv_heads * per_unit;
-        size_t at = kv_head * positions * item_bytes, q = t * s->q_stride + kv_head * group * head_dim;
-        int n_now = (int)((size_t)n - t < per_unit ? (size_t)n - t : per_unit);
-        Attention a = {
-            .query = s->query + q, .out = s->attended + q, .stride = s->q_stride,
-            .keys = (const char *)s->keys[l] + at * head_dim, .values = (const char *)s->values[l] + at * row,
-            .cache_f32 = s->cache_f32, .group = (int)group, .n_queries = n_now * (int)group,
-            .head_dim = head_dim, .row = row, .positions = positions, .position = (size_t)s->n_past + t,
-            .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
-            .cap = m->config.attention_cap,
-            .queries = scratch, .sums = scratch + n_queries * row,
-            .scores = scratch + 2 * n_queries * row, .score_stride = positions + 16,
-        };
-        attend_group(&a);
+    size_t at = (size_t)first * w->q_stride + kv_head * group * head_dim;
+    return (Attention){
+        .query = w->query + at, .out = w->attended + at, .stride = w->q_stride,
+        .sequence = &w->sequences[w->rows[first].sequence], .layer = l, .n_kv_heads = (size_t)layer->n_kv_heads,
+        .kv_head = kv_head, .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim,
+        .row = round_up(head_dim, 16), .position = (size_t)w->rows[first].position,
+        .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
+        .cap = m->config.attention_cap, .score_stride = round_up((size_t)w->settings.context, 16),
+    };
+}
+
+// Gives a unit its scratch buffers from `at` on; returns their end.
+static float *place_scratch(Attention *a, float *at) {
+    size_t n = (size_t)a->n_queries;
+    a->queries = at;
+    a->sums = a->queries + n * a->row;
+    a->scores = a->sums + n * a->row;
+    a->totals = a->scores + n * a->score_stride;
+    return a->totals + n;
+}
+
+// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
+static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
+    size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
+    Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
+    size_t each = (size_t)a.n_queries * (2 * a.row + a.score_stride + 1 + n_pages);
+    *largest = place_scratch(&a, w->scratch + i * each);
+    return a;
+}
+
+// The positions of a page that a unit sees; none if they end before they begin.
+static Range seen_in_page(const Attention *a, size_t page) {
+    Range seen = all_seen(a);
+    if (seen.from < page * PAGE) seen.from = page * PAGE;
+    if (seen.to > page * PAGE + PAGE) seen.to = page * PAGE + PAGE;
+    return seen;
+}
+
+// The largest score of each query, from those of its pages.      max (group)
+static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
+    Range seen = all_seen(a);
+    for (int q = 0; q < a->group; q++) {
+        max[q] = -INFINITY;
+        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
+            float of_page = largest[(size_t)q * n_pages + page];
+            max[q] = of_page > max[q] ? of_page : max[q];
+        }
     }
 }
 
-// Queries and keys of all heads normalised at once, in models that do so (chapter 9).
-static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team);
+// totals[q] = the sum of weights scores[q], position p in lane p mod 16
+static void add_weights(const Attention *a) {
+    Range seen = all_seen(a);
+    for (int q = 0; q < a->group; q++) {
+        float lane[16] = { 0 };
+        const float *weights = a->scores + (size_t)q * a->score_stride;
+        for (size_t p = seen.from; p < seen.to; p += 16)
+            for (int j = 0; j < 16; j++) lane[j] += weights[p + (size_t)j];
+        a->totals[q] = fold_lanes(lane);
+    }
+}
+
+// For few tokens far down their texts, whose heads alone would leave threads idle: scores, their maximum and their
+// exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_group()'s.
+static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
+    size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads, n_columns = round_up((size_t)m->config.head_dim, 16);
+    float *largest, max[MAX_HEADS], lane[16];
+    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Range p = seen_in_page(&a, i % n_pages);
+            size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
+            if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
+            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
+                largest[q * n_pages + i % n_pages] = kernels->scale_scores(a.scores + q * a.score_stride + p.from, first,
+                                                                           p.to - p.from, a.scale, a.cap);
+        }
+    }
+    end_step(team, SCORE, l);
+    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Range p = seen_in_page(&a, i % n_pages);
+            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
+            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
+                kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
+        }
+    }
+    end_step(team, SOFTMAX, l);
+    for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
+            Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
+            a.totals = max;  // each thread makes its own
+            add_weights(&a);
+            mix_values(&a, columns);
+            divide_sums(&a, columns);
+        }
+    }
+    end_step(team, MIX, l);
+}
+
+// attended = attention(query, cache)
+static void attend(const Model *m, Workspace *w, int l, Team *team) {
+    size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads, group = (size_t)m->layers[l].n_heads / n_kv_heads;
+    int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1, n_runs = 0, last = 0;  // rows of a unit
+    for (int t = 0; t < w->n; t++) last = w->rows[t].position > last ? w->rows[t].position : last;
+    for (int t = 0; t < w->n; t = unit_end(w, t, most)) n_runs++;
+    size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads, n_threads = (size_t)team->threads;
+    Attention a = unit_of(m, w, l, 0, 1, 0);
+    bool fits = n_queries * (2 * a.row + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
+    if (n_threads > 1 && fits && pages > DEEP_PAGES && (size_t)n_runs * n_kv_heads < 4 * n_threads) {
+        attend_deep(m, w, l, pages, team);
+        return;
+    }
+    for (Range r; take_chunk(team, (size_t)n_runs * n_kv_heads, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            int first = 0;
+            for (size_t run = 0; run < i / n_kv_heads; run++) first = unit_end(w, first, most);
+            a = unit_of(m, w, l, first, unit_end(w, first, most) - first, i % n_kv_heads);
+            place_scratch(&a, w->scratch + (size_t)team->thread * w->scratch_stride);
+            attend_group(&a);
+        }
+    }
+    end_step(team, ATTEND, l);
+}
+
+// Queries and keys normalised over all heads at once, in models that do so (OLMo 2).
+static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int l, Team *team) {
+    size_t head_dim = (size_t)m->config.head_dim;
+    float eps = m->config.norm_eps;
+    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) {
+        for (size_t t = r.from; t < r.to; t++) {
+            float *query = w->query + t * w->q_stride, *key = w->key + t * w->kv_stride;
+            kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
+            kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
+        }
+    }
+    end_step(team, WIDE_HEAD_NORM, l);
+}
+
+// One query or key head of row t on its way: normalised, rotated, and a key put into the cache with its value.
+static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, size_t t, size_t h) {
+    const Config *c = &m->config;
+    size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, position = (size_t)w->rows[t].position;
+    bool is_key = h >= n_heads;
+    float *head = is_key ? w->key + t * w->kv_stride + (h - n_heads) * head_dim : w->query + t * w->q_stride + h * head_dim;
+    const float *norm = c->wide_head_norms ? NULL : is_key ? layer->key_norm : layer->query_norm;
+    const float *angles = w->angles.cosine_sine + (layer->angles == LOCAL) * w->angles.positions * (size_t)c->rope_dim;
+    if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
+    if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
+    if (is_key)
+        store(&w->sequences[w->rows[t].sequence], l, (size_t)layer->n_kv_heads, h - n_heads, head_dim, position, head,
+              w->value + (head - w->key));
+}
 
 // What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
-static void attention_block(const Model *m, State *s, int l, int n, Team team) {
+static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
-    const Config *c = &m->config;
-    size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, n_kv_heads = (size_t)layer->n_kv_heads;
-    Activations input = normalise_stream(m, s, layer->attention_norm, layer->attention_norm_bias, 0, n, l, team);
-    matmul(s->query, s->q_stride, &layer->query, layer->query_bias, &input, team);
-    matmul(s->key, s->kv_stride, &layer->key, layer->key_bias, &input, team);
-    matmul(s->value, s->kv_stride, &layer->value, layer->value_bias, &input, team);
-    wait_for_team(team);
+    size_t n_turned = (size_t)(layer->n_heads + layer->n_kv_heads);
+    Vectors v = { w->x, w->x_stride, NULL, (size_t)m->config.dim, w->n };
+    Activations input = prepare(m, w, &v, layer->attention_norm, layer->attention_norm_bias, ATTENTION_NORM, l, team);
+    const Product products[] = {
+        { w->query, w->q_stride, &layer->query, layer->query_bias },
+        { w->key, w->kv_stride, &layer->key, layer->key_bias },
+        { w->value, w->kv_stride, &layer->value, layer->value_bias },
+    };
+    multiply_all(products, 3, &input, team);
+    end_step(team, QUERY_KEY_VALUE, l);
 
-    if (c->wide_head_norms) normalise_heads(m, s, layer, n, team);
-    const float *angles = s->angles + (layer->angles == LOCAL) * round_up((size_t)s->context, 16) * (size_t)c->rope_dim;
-    Range heads = share((size_t)n * (n_heads + n_kv_heads), team);
-    for (size_t i = heads.from; i < heads.to; i++) {
-        size_t t = i / (n_heads + n_kv_heads), h = i % (n_heads + n_kv_heads), position = (size_t)s->n_past + t;
-        float *head = h < n_heads ? s->query + t * s->q_stride + h * head_dim
-                                  : s->key + t * s->kv_stride + (h - n_heads) * head_dim;
-        const float *norm = c->wide_head_norms ? NULL : h < n_heads ? layer->query_norm : layer->key_norm;
-        if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
-        if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
-        if (h >= n_heads) remember(s, l, h - n_heads, head_dim, position, head, s->value + (head - s->key));
-    }
-    wait_for_team(team);
+    if (m->config.wide_head_norms) normalise_wide(m, w, layer, l, team);
+    for (Range r; take_chunk(team, (size_t)w->n * n_turned, 1, &r);)
+        for (size_t i = r.from; i < r.to; i++) turn_head(m, w, layer, l, i / n_turned, i % n_turned);
+    end_step(team, ROTATE, l);
 
-    attend(m, s, l, n, team);
-    wait_for_team(team);
-    input = prepare(s, s->attended, s->q_stride, NULL, n_heads * head_dim, n, team);
-    Range rows = matmul(s->out, s->x_stride, &layer->attention_out, layer->attention_out_bias, &input, team);
-    add_to_stream(m, s, rows, layer->attention_post_norm, n, team);
+    attend(m, w, l, team);
+    v = (Vectors){ w->attended, w->q_stride, NULL, (size_t)layer->n_heads * (size_t)m->config.head_dim, w->n };
+    input = prepare(m, w, &v, NULL, NULL, ROUND_ATTENDED, l, team);
+    add_to_stream(m, w, &layer->attention_out, layer->attention_out_bias, &input, layer->attention_post_norm,
+                  ATTENTION_OUT, l, team);
 }
 
-// Chooses the experts that each token visits (Shazeer et al., "Outrageously Large Neural Networks"), and prepares their
-// input; the part of it that is expert e's; out += weight * what that one has made of it (chapter 9).
-static Activations route(const Model *m, State *s, const Layer *layer, const Activations *x, int n, Team team);
-static Activations visits(const State *s, size_t e, Activations all);
-static void add_visits(State *s, const Activations *x, Range rows);
+// gate = activation(W_gate x) * W_up x for some row tiles, of one expert where there are some
+static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range tiles, const Activations *x) {
+    float *gate = w->gate + x->first * w->ffn_stride, *up = w->up + x->first * w->ffn_stride;
+    Range rows = multiply_part(&(Product){ gate, w->ffn_stride, &layer->gate, layer->gate_bias }, tiles, x);
+    multiply_part(&(Product){ up, w->ffn_stride, &layer->up, layer->up_bias }, tiles, x);
+    for (size_t t = 0, i = rows.from; t < x->some; t++, i += w->ffn_stride)
+        kernels->activate(gate + i, up + i, rows.to - rows.from, (Activation)m->config.activation);
+}
+
+// The same for models with experts: chapter 10.
+static void experts_block(const Model *m, Workspace *w, int l, Team *team);
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
-// Or, with experts, the sum of that over those that the token visits, each times its weight. An expert takes all its
-// visitors of a batch at once, so that each of its weights is read once, if at all.
-static void feed_forward_block(const Model *m, State *s, int l, int n, Team team) {
+static void feed_forward_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
-    size_t n_experts = (size_t)layer->n_experts, n_parts = n_experts ? n_experts : 1;
-    Activations all = normalise_stream(m, s, layer->ffn_norm, layer->ffn_norm_bias, 0, n, l + 1, team);
-    if (n_experts) all = route(m, s, layer, &all, n, team);
-    for (size_t e = 0; e < n_parts; e++) {
-        Activations x = n_experts ? visits(s, e, all) : all;
-        if (!x.some) continue;
-        float *gate = s->gate + x.first * s->ffn_stride, *up = s->up + x.first * s->ffn_stride;
-        Range rows = matmul(gate, s->ffn_stride, &layer->gate, layer->gate_bias, &x, team);
-        matmul(up, s->ffn_stride, &layer->up, layer->up_bias, &x, team);
-        for (size_t i = rows.from, t = 0; t < x.some && rows.to > rows.from; t++, i += s->ffn_stride)
-            kernels->activate(gate + i, up + i, rows.to - rows.from, (Activation)m->config.activation);
-    }
-    wait_for_team(team);
-    all = prepare(s, s->gate, s->ffn_stride, NULL, (size_t)layer->ffn_dim, (int)all.n, team);
-    Range rows = { 0, 0 };
-    for (size_t e = 0; e < n_parts; e++) {
-        Activations x = n_experts ? visits(s, e, all) : all;
-        if (!x.some) continue;
-        rows = matmul(n_experts ? s->expert_out : s->out, s->x_stride, &layer->down, layer->down_bias, &x, team);
-        if (n_experts) add_visits(s, &x, rows);
-    }
-    add_to_stream(m, s, rows, layer->ffn_post_norm, n, team);
+    Vectors v = { w->x, w->x_stride, NULL, (size_t)m->config.dim, w->n };
+    Activations input = prepare(m, w, &v, layer->ffn_norm, layer->ffn_norm_bias, FFN_NORM, l, team);
+    for (Range r; take_chunk(team, n_row_tiles(&layer->gate), tiles_together(&layer->gate, &input), &r);)
+        make_hidden(m, w, layer, r, &input);
+    end_step(team, GATE_UP, l);
+    v = (Vectors){ w->gate, w->ffn_stride, NULL, (size_t)layer->ffn_dim, w->n };
+    input = prepare(m, w, &v, NULL, NULL, ROUND_HIDDEN, l, team);
+    add_to_stream(m, w, &layer->down, layer->down_bias, &input, layer->ffn_post_norm, DOWN, l, team);
 }
 
 typedef struct {
     const Model *model;
-    State *state;
-    const int *tokens;
-    int n, n_logits;
-} ForwardJob;
+    Workspace *workspace;
+    Range new_angles;     // positions that no pass has come to before
+    int first, n_logits;  // make_logits(): of which rows
+} Job;
 
-static void forward_team(void *p, Team team) {
-    ForwardJob *job = p;
+static void pass_team(void *p, Team *team) {
+    const Job *job = p;
     const Model *m = job->model;
-    State *s = job->state;
-    embed(m, s, job->tokens, share((size_t)job->n, team));
-    wait_for_team(team);
+    Workspace *w = job->workspace;
+    Range mine = share(job->new_angles.to - job->new_angles.from, team);
+    make_angles(m, &w->angles, (Range){ job->new_angles.from + mine.from, job->new_angles.from + mine.to });
+    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) embed(m, w, r);
+    end_step(team, EMBED, 0);
     for (int l = 0; l < m->config.n_layers; l++) {
-        attention_block(m, s, l, job->n, team);
-        feed_forward_block(m, s, l, job->n, team);
+        attention_block(m, w, l, team);
+        if (m->layers[l].n_experts) experts_block(m, w, l, team);
+        else feed_forward_block(m, w, l, team);
     }
-    if (job->n_logits == 0) return;
-    int n = job->n_logits, first = job->n - n;
-    Activations input = normalise_stream(m, s, m->final_norm, m->final_norm_bias, first, n, m->config.n_layers, team);
-    Range rows = matmul(s->logits, s->logits_stride, &m->head, NULL, &input, team);
+}
+
+static void logits_team(void *p, Team *team) {
+    const Job *job = p;
+    const Model *m = job->model;
+    Workspace *w = job->workspace;
     float scale = m->config.logit_scale, cap = m->config.logit_cap;
-    for (size_t t = 0; t < (size_t)n && (scale != 1 || cap > 0); t++) {
-        for (size_t r = rows.from; r < rows.to; r++) {
-            float *y = &s->logits[t * s->logits_stride + r];
-            *y = cap > 0 ? cap_at(*y * scale, cap) : *y * scale;
+    Vectors v = { w->x, w->x_stride, w->wanted + job->first, (size_t)m->config.dim, job->n_logits };
+    Activations input = prepare(m, w, &v, m->final_norm, m->final_norm_bias, FINAL_NORM, m->config.n_layers, team);
+    Product head = { w->logits, w->logits_stride, &m->head, NULL };
+    for (Range r; take_chunk(team, n_row_tiles(&m->head), tiles_together(&m->head, &input), &r);) {
+        Range rows = multiply_part(&head, r, &input);
+        for (size_t t = 0; t < input.n && (scale != 1 || cap > 0); t++) {
+            for (size_t i = t * w->logits_stride + rows.from, end = i + rows.to - rows.from; i < end; i++)
+                w->logits[i] = cap > 0 ? cap_at(w->logits[i] * scale, cap) : w->logits[i] * scale;
         }
     }
+    end_step(team, HEAD, m->config.n_layers);
 }
 
-// False, and the first position named, where a token's vector or its logits are not finite.
-static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e);  // chapter 9
-
-// Sends n <= B tokens through the model, at the positions after those in the cache; leaves the logits of the last
-// n_logits <= LOGITS_AT_ONCE of them in s->logits.      tokens (n)  logits (n_logits, logits_stride)
-static bool forward(const Model *m, State *s, const int *tokens, int n, int n_logits, Error *e) {
-    if (n > s->batch || n > s->context - s->n_past)
-        return fail(e, NO_ROOM, "%d positions do not hold %d + %d", s->context, s->n_past, n);
-    make_angles(m, s, s->n_past + n);
-    memset(s->broken, 0, (size_t)n * sizeof *s->broken);
-    ForwardJob job = { m, s, tokens, n, n_logits };
-    run_team(times(s->work, (size_t)n) < 1000000 ? 1 : s->threads, forward_team, &job);
-    if (!check_finite(m, s, n, n_logits, e)) return false;
-    s->n_past += n;
-    return true;
+// Does a pass, or its logits. For very little work a second thread is not worth waiting for.
+static void run_pass(const Workspace *w, size_t n, void (*work)(void *job, Team *team), void *job) {
+    run_team(times(w->work, n) < 1000000 ? 1 : w->settings.threads, work, job);
 }
 
-// Takes tokens into the cache in batches, with the logits of the last one.      tokens (n)
-static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
-    double start = clock_seconds();
-    for (size_t done = 0; done < n;) {
-        size_t now = n - done < (size_t)s->batch ? n - done : (size_t)s->batch;
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, s, tokens + done, (int)now, done + now == n, e)) return false;
-        done += now;
-        show_progress("prompt token", start, done, n);
+// Takes the pass's tokens back out of their texts.
+static void undo_rows(Workspace *w, int n) {
+    for (int t = n - 1; t >= 0; t--) rewind_sequence(&w->sequences[w->rows[t].sequence], w->rows[t].position);
+}
+
+// False where a row's vector is not finite: no token may be chosen from what follows from it.
+static bool check_rows(const Workspace *w, const int *rows, int n, Error *e) {
+    for (int i = 0; i < n; i++) {
+        int t = rows ? rows[i] : i, layers = w->broken[t] - 1, at = w->rows[t].position;
+        if (layers == 0) return refuse(e, "the embedding at position %d is not finite or too large", at);
+        if (layers > 0) return refuse(e, "layer %d at position %d is not finite or too large", layers, at);
     }
     return true;
+}
+
+// Sends n <= B rows through the model: tokens of any texts, each at the next position of its own. A row's bits depend on
+// its text up to there, and on nothing else. Leaves the vectors of the rows that want logits to make_logits(). On
+// failure the texts are as they were.
+static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row *rows, int n, Error *e) {
+    w->rows = rows, w->sequences = sequences, w->n = n, w->n_wanted = 0;
+    if (n > w->settings.batch) return fail(e, NO_ROOM, "%d rows, expected at most %d", n, w->settings.batch);
+    Range new_angles = { (size_t)w->angles.n, (size_t)w->angles.n };
+    for (int t = 0; t < n; t++) {
+        Sequence *s = &sequences[rows[t].sequence];
+        if (rows[t].position != s->n || s->n == s->cache->context) {
+            undo_rows(w, t);
+            return fail(e, NO_ROOM, "position %d of a text of %d in a context of %d", rows[t].position, s->n,
+                        s->cache->context);
+        }
+        append_token(s, rows[t].token);
+        if (rows[t].wants_logits) w->wanted[w->n_wanted++] = t;
+        if ((size_t)s->n > new_angles.to) new_angles.to = (size_t)s->n;
+    }
+    memset(w->broken, 0, (size_t)n * sizeof *w->broken);
+    w->angles.n = (int)new_angles.to;
+    Job job = { m, w, new_angles, 0, 0 };
+    run_pass(w, (size_t)n, pass_team, &job);
+    if (check_rows(w, NULL, n, e)) return true;
+    undo_rows(w, n);
+    return false;
+}
+
+// Makes logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass, from number `first` of these on.
+//     logits (n, logits_stride)
+static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
+    Job job = { m, w, { 0, 0 }, first, n };
+    run_pass(w, (size_t)n, logits_team, &job);
+    if (!check_rows(w, w->wanted + first, n, e)) return false;
+    for (int i = 0; i < n; i++) {
+        const float *logits = w->logits + (size_t)i * w->logits_stride;
+        bool finite = true;
+        for (int k = 0; k < m->config.n_tokens; k++) finite &= (bits_of_float(logits[k]) & 0x7fffffff) < 0x7f800000;
+        if (!finite)
+            return refuse(e, "the logits at position %d are not finite", w->rows[w->wanted[first + i]].position);
+    }
+    return true;
+}
+
+// Takes a text's next tokens into the cache, B at a time; the last one wants logits.      tokens (n)
+static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
+    double start = clock_seconds();
+    for (size_t done = 0; done < n;) {
+        int now = 0;
+        for (; now < w->settings.batch && done < n; now++, done++)
+            w->room[now] = (Row){ tokens[done], s->n + now, 0, done + 1 == n };
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, s, w->room, now, e)) return false;
+        show_progress("prompt token", start, done, n);
+    }
+    return make_logits(m, w, 0, n > 0, e);
 }
 
 /* ==== 6. Choosing a token ===========================================================================================
@@ -1093,9 +1520,9 @@ typedef struct {
     const char *cache, *kernel, *pre, *svg;
     double temperature, top_p, min_p;
     int64_t n_predict, top_k, context, batch, reps;
-    List threads, pp, tg, depth;
+    List threads, pp, tg, depth, parallel;
     uint64_t seed;
-    bool quiet, json, exact, no_echo, no_bos, pieces, special, check, help, version;
+    bool quiet, json, exact, no_echo, no_bos, pieces, special, check, profile, help, version;
 } Options;
 
 static Options options;
@@ -1126,60 +1553,73 @@ typedef struct {
 static void tell_speed(const Model *m, const Speed *v);  // chapter 10
 static void tell_seed(const Sampler *s);  // if the clock made it
 
-typedef enum { AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
-static const char *const stop_names[] = { "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
+typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
+static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
 
-// Generates from the logits of the last prompt token until it stops. *last is the token before, and in the end the one
-// printed last, which the cache does not have if the limit or the context stopped it.
-static bool generate(const Model *m, State *s, Sampler *sampler, int *last, Stop *why, Speed *speed, Error *e) {
-    Printer printer = { .n_held = 0 };
+// A text that the model goes on with.
+typedef struct {
+    Sequence *sequence;
+    Sampler *sampler;
+    Printer printer;
+    size_t limit, n_made;  // tokens
+    int last;              // the token printed last; -1: none
+} Continuation;
+
+// Chooses the next token and prints it, unless it ends the text. GO_ON: the token has to go through the model, too.
+static Stop next_token(const Model *m, Continuation *c, const float *logits) {
+    if (c->n_made == c->limit) return AT_LIMIT;
+    int token = choose_token(c->sampler, logits, m->config.n_tokens);
+    if (interrupted) return AT_INTERRUPT;
+    if (is_end_token(&m->tokenizer, token)) return AT_END_TOKEN;
+    print_token(m, &c->printer, c->last, token);
+    fflush(stdout);
+    c->last = token;
+    if (++c->n_made == c->limit) return AT_LIMIT;
+    return c->sequence->n == c->sequence->cache->context || ferror(stdout) ? AT_CONTEXT : GO_ON;
+}
+
+// Goes on with a text, whose last token has left its logits, until it stops. The cache does not have the token printed
+// last if the limit or the context has stopped it.
+static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Speed *speed, Error *e) {
     double start = clock_seconds();
-    size_t n = 0, limit = options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict;
     bool ok = true;
-    *why = AT_LIMIT;
-    while (ok && n < limit) {
-        int token = choose_token(sampler, s->logits, m->config.n_tokens);
-        *why = interrupted ? AT_INTERRUPT : is_end_token(&m->tokenizer, token) ? AT_END_TOKEN : AT_CONTEXT;
-        if (*why != AT_CONTEXT) break;
-        if (++n == limit) *why = AT_LIMIT;
-        print_token(m, &printer, *last, token);
-        fflush(stdout);
-        *last = token;
-        if (*why == AT_LIMIT || s->n_past == s->context || ferror(stdout)) break;
-        ok = forward(m, s, &token, 1, 1, e);
-        speed->n_passes++;
+    for (*why = GO_ON; ok && (*why = next_token(m, c, w->logits)) == GO_ON; speed->n_passes++) {
+        Row row = { c->last, c->sequence->n, 0, true };
+        ok = forward(m, w, c->sequence, &row, 1, e) && make_logits(m, w, 0, 1, e);
     }
-    end_printing(&printer);
-    speed->n_made += n;
+    end_printing(&c->printer);
+    speed->n_made += c->n_made;
     speed->made_seconds += clock_seconds() - start;
     return ok;
 }
 
 // Sends tokens through the model, if they fit, and counts the time.
-static bool take_prompt(const Model *m, State *s, const int *tokens, size_t n, Speed *speed, Error *e) {
-    size_t total = plus((size_t)s->n_past, n);
-    if (total > (size_t)s->context)
+static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
+    size_t total = plus((size_t)s->n, tokens->n);
+    int context = s->cache->context, most = m->config.context;
+    if (total > (size_t)context)
         return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
-                    s->context, m->config.context, total <= (size_t)m->config.context ? "; see -c" : "");
+                    context, most, total <= (size_t)most ? "; see -c" : "");
     double start = clock_seconds();
-    if (!prefill(m, s, tokens, n, e)) return false;
-    speed->n_prompt += n;
+    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
+    speed->n_prompt += tokens->n;
     speed->prompt_seconds += clock_seconds() - start;
     return true;
 }
 
-static bool run_generate(const Model *m, State *s, Sampler *sampler, const Tokens *prompt, Error *e) {
+static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
+
+static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
     Speed speed = { 0 };
+    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
     Stop why;
-    if (!take_prompt(m, s, prompt->ids, prompt->n, &speed, e)) return false;
+    if (!take_prompt(m, w, s, prompt, &speed, e)) return false;
     tell_seed(sampler);
-    Printer printer = { .n_held = 0 };
-    int last = -1;
-    for (size_t i = 0; i < prompt->n; last = prompt->ids[i++]) {
-        if (!options.no_echo) print_token(m, &printer, last, prompt->ids[i]);
+    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++]) {
+        if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
     }
-    end_printing(&printer);
-    if (!generate(m, s, sampler, &last, &why, &speed, e)) return false;
+    end_printing(&c.printer);
+    if (!generate(m, w, &c, &why, &speed, e)) return false;
     putchar('\n');
     fflush(stdout);
     if (!options.quiet) fprintf(stderr, "stopped %s\n", stop_names[why]);
@@ -1202,20 +1642,19 @@ static bool read_line(Buffer *line, Error *e);
 
 // One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
 // *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
-static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
+static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
     Span spans[MAX_SPANS];
     size_t n_unread = unread->n;
-    int n_past = s->n_past, last = -1;
-    int n_spans = render_turn(t, n_past == 0, options.system, message, n_message, spans);
+    int n_before = s->n, n_spans = render_turn(t, s->n == 0, options.system, message, n_message, spans);
+    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
     Stop why = AT_INTERRUPT;
-    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) &&
-              take_prompt(m, s, unread->ids, unread->n, speed, e);
+    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
     unread->n = ok ? 0 : n_unread;
-    ok = ok && generate(m, s, sampler, &last, &why, speed, e);
-    if (last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, last, e);
+    ok = ok && generate(m, w, &c, &why, speed, e);
+    if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
-        s->n_past = n_past;
+        rewind_sequence(s, n_before);
         e->status = DONE;
         ok = true;
     }
@@ -1227,7 +1666,7 @@ static bool answer(const Model *m, State *s, Sampler *sampler, const ChatTemplat
 }
 
 // Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
-static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
+static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t) return false;
     tell_seed(sampler);
@@ -1238,7 +1677,7 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
     const char *message = options.prompt;
     for (; ok && !ferror(stdout) && (message || read_line(&line, e)); message = NULL) {
         size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
+        ok = answer(m, w, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
     }
     free(line.bytes);
     free(unread.ids);
@@ -1497,14 +1936,15 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         return apply_norm(y, x, w, bias, dim, eps);                                                                    \
     }                                                                                                                  \
     target void set##_rotate(float *h, const float *angle, int n, Pairing p) { rotate(h, angle, n, p); }               \
-    target float set##_exponentiate(float *p, size_t from, size_t n, float scale, float cap) {                         \
-        return exponentiate(p, from, n, scale, cap);                                                                   \
+    target float set##_scale_scores(float *p, size_t from, size_t n, float scale, float cap) {                         \
+        return scale_scores(p, from, n, scale, cap);                                                                   \
     }                                                                                                                  \
+    target void set##_exponentiate(float lane[16], float *p, size_t n, float max) { exponentiate(lane, p, n, max); }   \
     target void set##_activate(float *gate, const float *up, size_t n, Activation a) { activate(gate, up, n, a); }     \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
-                                 set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
-                                 set##_activate, peak_of, set##_read };
+                                 set##_narrow, set##_round, set##_normalise, set##_rotate, set##_scale_scores,         \
+                                 set##_exponentiate, set##_activate, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -1823,32 +2263,186 @@ static bool read_all(FILE *stream, Buffer *b, Error *e) {
     return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
 }
 
-// The processors that this process may use, or only the physical cores: a core's second thread shares its arithmetic.
-static int count_cores(bool physical) {
-    long n = 0;
-#if defined(_OPENMP) && defined(__linux__)
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed)) CPU_ZERO(&allowed);
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-        char path[80];
-        int first = cpu;  // of the threads of its core
-        if (!CPU_ISSET(cpu, &allowed)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        FILE *f = physical ? fopen(path, "r") : NULL;
-        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
-        if (f) fclose(f);
-        n += first == cpu || !CPU_ISSET(first, &allowed);
-    }
-#endif
-#ifdef _OPENMP
-    if (n == 0) n = sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-    (void)physical;
-    return n > 0 && n <= 1024 ? (int)n : 1;
+// ---- Processors ----
+
+enum { MAX_THREADS = 4096 };
+
+#ifdef __linux__
+// The number in a file of the system, or `otherwise`.
+static long read_number(const char *path, long otherwise) {
+    long n;
+    FILE *f = fopen(path, "r");
+    if (!f || fscanf(f, "%ld", &n) != 1) n = otherwise;
+    if (f) fclose(f);
+    return n;
 }
 
+// Whether the list of processors in a file, "0-3,8" for example, has this one; true where there is no such file.
+static bool is_listed(const char *path, int cpu) {
+    FILE *f = fopen(path, "r");
+    bool found = !f;
+    for (int from, to, end = ','; f && end == ',' && fscanf(f, "%d", &from) == 1;) {
+        to = from;
+        if ((end = fgetc(f)) == '-' && fscanf(f, "%d", &to) == 1) end = fgetc(f);
+        found |= from <= cpu && cpu <= to;
+    }
+    if (f) fclose(f);
+    return found;
+}
+
+// How many processors the control groups let this process use at a time: the least quota of its own group (of version 1
+// or 2) and of those above it, but at least one.
+static long cpu_quota(void) {
+    char line[512], path[700];
+    double least = INFINITY, quota, period;
+    FILE *groups = fopen("/proc/self/cgroup", "r");  // number:controllers:path
+    while (groups && fgets(line, sizeof line, groups)) {
+        char *name = strchr(line, ':'), *group = name ? strchr(name + 1, ':') : NULL;
+        if (!group) continue;
+        *group++ = 0;
+        group[strcspn(group, "\n")] = 0;
+        bool second = name[1] == 0;  // version 2 has one group for all controllers
+        if (!second && strcmp(name, ":cpu") && !strstr(name, ":cpu,") && !strstr(name, ",cpu,")) continue;
+        for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
+            *end = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/cpu.%s", second ? "" : "/cpu", group,
+                     second ? "max" : "cfs_quota_us");
+            FILE *f = fopen(path, "r");
+            int n = f ? fscanf(f, "%lf %lf", &quota, &period) : 0;
+            if (f) fclose(f);
+            if (n == 1) snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us"), period = (double)read_number(path, 0);
+            if (n > 0 && quota > 0 && period > 0) least = fmin(least, quota / period);
+        }
+    }
+    if (groups) fclose(groups);
+    return least < 1 ? 1 : least < MAX_THREADS ? (long)least : MAX_THREADS;
+}
+#endif
+
+// The processors that this process may use; or, by default, one for each physical core, whose second thread would share
+// its arithmetic, without cores that are made to save energy, and no more than a control group's quota.
+static int count_cores(bool by_default) {
+    long n = 0;
+#ifdef __linux__
+    enum { MOST_CPUS = 1 << 16 };
+    static cpu_set_t allowed[MOST_CPUS / CPU_SETSIZE];
+    long largest = 0;
+    char path[96];
+    if (sched_getaffinity(0, sizeof allowed, allowed)) memset(allowed, 0, sizeof allowed);
+    for (int round = 0; round < 2; round++) {  // the first finds the largest core's capacity
+        for (int cpu = 0; cpu < MOST_CPUS; cpu++) {
+            if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
+            long capacity = by_default ? read_number(path, 0) : 0;
+            if (round == 0) largest = capacity > largest ? capacity : largest;
+            if (round == 0) continue;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+            int first = by_default ? (int)read_number(path, cpu) : cpu;
+            bool counts = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
+            n += counts && 2 * capacity >= largest && (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));
+        }
+    }
+    if (by_default && n > cpu_quota()) n = cpu_quota();
+#elif defined(__APPLE__)
+    int cores = 0;
+    size_t size = sizeof cores;
+    if (by_default && !sysctlbyname("hw.perflevel0.physicalcpu", &cores, &size, NULL, 0)) n = cores;
+#endif
+    (void)by_default;
+    if (n == 0) n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n < MAX_THREADS ? (int)n : MAX_THREADS;
+}
+
+// ---- Threads ----
+
+// A thread's place at the gate. What different threads write lies in different lines of the cache.
+typedef struct {
+    _Alignas(64) atomic_size_t taken[2];  // chunks of its share that are taken, in even and in odd steps
+} Seat;
+
 // Where the threads of a team wait for each other: the last one to come opens it.
-typedef struct Gate { atomic_uint arrived, round; } Gate;
+typedef struct Gate {
+    _Alignas(64) atomic_uint arrived;
+    _Alignas(64) atomic_uint round;
+    _Alignas(64) atomic_bool slept;  // some thread has waited so long that it went to sleep
+    Seat seats[MAX_THREADS];
+} Gate;
+
+static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk) {
+    enum { CHUNKS = 8 };  // of a share: the last one of fewer takes a slow thread long; more take time to deal out
+    size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), unit);
+    *chunk = (Range){ 0, n };
+    if (n == 0 || threads == 1) return n > 0 && team->n_helped++ == 0;
+    size_t n_chunks = (n + size - 1) / size;
+    for (; team->n_helped < team->threads; team->n_helped++) {
+        size_t owner = (size_t)(team->thread + team->n_helped) % threads;
+        size_t first = n_chunks * owner / threads, end = n_chunks * (owner + 1) / threads;
+        atomic_size_t *taken = &team->gate->seats[owner].taken[team->n_steps % 2];
+        if (first + atomic_load_explicit(taken, memory_order_relaxed) >= end) continue;
+        size_t i = first + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (i >= end) continue;
+        *chunk = (Range){ i * size, (i + 1) * size < n ? (i + 1) * size : n };
+        return true;
+    }
+    return false;
+}
+
+// Tells the processor that this thread only waits.
+static void pause_core(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// What a thread's clock says of each step, with -m bench --profile; else NULL.
+typedef struct { size_t calls; double seconds, waiting; } StepTime;
+static StepTime (*profile)[N_STEPS];  // (threads)
+
+static void note_step(Team *team, int step, double arrived) {
+    double now = clock_seconds();
+    StepTime *t = &profile[team->thread][step];
+    t->calls++;
+    t->seconds += now - team->began;
+    t->waiting += now - arrived;
+    team->began = now;
+}
+
+// One more look at whether others have come. They are waited for awake, since it takes less than a microsecond. But where
+// another program has got the processor of one of them, the others had better sleep than keep that program off their own.
+static void look_again(int n_looks) {
+    enum { EAGER = 2000, PATIENT = 2100 };  // the first ones take some 50 microseconds
+    if (n_looks < EAGER) pause_core();
+    else if (n_looks < PATIENT) sched_yield();
+    else nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
+}
+
+static void end_step(Team *team, int step, int layer) {
+    Gate *gate = team->gate;
+    double arrived = profile ? clock_seconds() : 0;
+    (void)layer;
+    if (team->threads > 1) {
+        // Nobody looks at the counts of the step before any more: the next one begins with them.
+        atomic_store_explicit(&gate->seats[team->thread].taken[(team->n_steps + 1) % 2], 0, memory_order_relaxed);
+        unsigned round = atomic_load(&gate->round);
+        if (atomic_fetch_add(&gate->arrived, 1) + 1 == (unsigned)team->threads) {
+            atomic_store(&gate->arrived, 0);
+            atomic_store(&gate->round, round + 1);
+        }
+        for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX) look_again(i);
+    }
+    team->n_steps++;
+    team->n_helped = 0;
+    if (profile) note_step(team, step, arrived);
+}
+
+static void take_part(int thread, int threads, void (*work)(void *job, Team *team), void *job, Gate *gate) {
+#ifdef __APPLE__
+    pthread_set_qos_class_self_np(QOS_CLASS_USER_INITIATED, 0);  // else a core that saves energy may be good enough
+#endif
+    work(job, &(Team){ .thread = thread, .threads = threads, .gate = gate, .began = profile ? clock_seconds() : 0 });
+}
 
 #ifdef _OPENMP
 // Each thread starts the next and waits for its end, so that all are there at once. *left: how many are still to come.
@@ -1861,7 +2455,7 @@ static void *start_next(void *left) {
 // Of so many threads, those that can work. OpenMP ends the program where it cannot start one (ulimit -u), so this finds
 // out first; and it gives them what stack OMP_STACKSIZE says: where that is too little, one thread has to do.
 static int usable_threads(int threads) {
-    enum { STACK = 48 << 10 };  // bytes: clang -O0 needs 36,000
+    enum { STACK = 64 << 10 };  // bytes: clang -O0 needs 36,000
     int left = threads;
     atomic_bool cramped = false;
     start_next(&left);
@@ -1874,39 +2468,73 @@ static int usable_threads(int threads) {
             cramped |= pthread_attr_getstacksize(&own, &size) || pthread_attr_destroy(&own) || size < STACK;
     }
 #endif
-    int usable = cramped ? 1 : threads - left;
-    if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
-    return usable;
+    return cramped ? 1 : threads - left;
 }
-#endif
-
-static void run_team(int threads, void (*work)(void *job, Team team), void *job) {
-    Gate gate = { 0 };
-#ifdef _OPENMP
-    static int asked_for = 1, usable = 1;
-    if (threads > asked_for) usable = usable_threads(asked_for = threads);
-    threads = threads < usable ? threads : usable;
-#pragma omp parallel num_threads(threads)
-    work(job, (Team){ omp_get_thread_num(), omp_get_num_threads(), &gate });
 #else
-    (void)threads;
-    work(job, (Team){ 0, 1, &gate });
-#endif
+// Without OpenMP the team is made of pthreads, which are kept for the next job.
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t called;
+    atomic_uint n_jobs;
+    atomic_int n_busy;
+    int threads, n_started;  // of this job; besides the program's own
+    unsigned n_before;       // jobs before the newest threads were started
+    void (*work)(void *job, Team *team);
+    void *job;
+    Gate *gate;
+} crew = { .lock = PTHREAD_MUTEX_INITIALIZER, .called = PTHREAD_COND_INITIALIZER, .n_started = 0 };
+
+static void *serve(void *place) {
+    int thread = (int)(uintptr_t)place;
+    for (unsigned n_done = crew.n_before;;) {
+        for (int i = 0; i < 2000 && atomic_load(&crew.n_jobs) == n_done; i++) pause_core();
+        pthread_mutex_lock(&crew.lock);
+        while (atomic_load(&crew.n_jobs) == n_done) pthread_cond_wait(&crew.called, &crew.lock);
+        n_done = atomic_load(&crew.n_jobs);
+        bool is_called = thread < crew.threads;
+        pthread_mutex_unlock(&crew.lock);
+        if (!is_called) continue;
+        take_part(thread, crew.threads, crew.work, crew.job, crew.gate);
+        atomic_fetch_sub(&crew.n_busy, 1);
+    }
+    return NULL;
 }
 
-// They wait awake, since it takes less than a microsecond. But where another program has got the processor of one of
-// them, the others had better sleep than keep that program off their own.
-static void wait_for_team(Team team) {
-    enum { EAGER = 5000, PATIENCE = 6000 };  // looks; the first ones take some microseconds, all of them a millisecond
-    unsigned round = atomic_load(&team.gate->round);
-    if (atomic_fetch_add(&team.gate->arrived, 1) + 1 == (unsigned)team.threads) {
-        atomic_store(&team.gate->arrived, 0);
-        atomic_store(&team.gate->round, round + 1);
+// Of so many threads, those that can work.
+static int usable_threads(int threads) {
+    crew.n_before = atomic_load(&crew.n_jobs);
+    for (pthread_t t; crew.n_started + 1 < threads; crew.n_started++) {
+        if (pthread_create(&t, NULL, serve, (void *)(uintptr_t)(crew.n_started + 1))) break;
+        pthread_detach(t);
     }
-    for (int i = 0; atomic_load(&team.gate->round) == round; i += i <= PATIENCE) {
-        if (i > PATIENCE) nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
-        else if (i > EAGER) sched_yield();
+    return crew.n_started + 1;
+}
+#endif
+
+static void run_team(int threads, void (*work)(void *job, Team *team), void *job) {
+    static Gate gate;
+    static int asked_for = 1, usable = 1;
+    if (threads > asked_for) {
+        usable = usable_threads(asked_for = threads);
+        if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
     }
+    threads = threads < usable ? threads : usable;
+    for (int i = 0; i < threads; i++) gate.seats[i].taken[0] = gate.seats[i].taken[1] = 0;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    take_part(omp_get_thread_num(), omp_get_num_threads(), work, job, &gate);
+#else
+    if (threads > 1) {
+        pthread_mutex_lock(&crew.lock);
+        crew.threads = threads, crew.work = work, crew.job = job, crew.gate = &gate;
+        atomic_store(&crew.n_busy, threads - 1);
+        atomic_fetch_add(&crew.n_jobs, 1);
+        pthread_cond_broadcast(&crew.called);
+        pthread_mutex_unlock(&crew.lock);
+    }
+    take_part(0, threads, work, job, &gate);
+    for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i < INT_MAX) look_again(i);
+#endif
 }
 
 static double clock_seconds(void) {
@@ -2006,7 +2634,7 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
 
 // ---- What a model consists of ----
 
-enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
+enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
@@ -2318,7 +2946,7 @@ static void give_back(const Source *s, Range tiles) {
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
-static void pack_team(void *p, Team team) {
+static void pack_team(void *p, Team *team) {
     PackJob *job = p;
     unsigned char *to = job->m->packed;
     for (size_t i = 0; i < n_slots(job->m); i++) {
@@ -2337,9 +2965,9 @@ static void pack_team(void *p, Team team) {
             }
             give_back(&part, tiles);
         }
-        if (!slot.tensor && team.thread == 0) memcpy(to, part.data, slot_bytes(&slot));
-        if (team.thread == 0) set_slot(&slot, to);
-        if (team.thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
+        if (!slot.tensor && team->thread == 0) memcpy(to, part.data, slot_bytes(&slot));
+        if (team->thread == 0) set_slot(&slot, to);
+        if (team->thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
         to += round_up(slot_bytes(&slot), 64);
     }
 }
@@ -3266,20 +3894,17 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
-// ---- What only some models do ----
+// ---- Experts ----
 
-// OLMo2.
-static void normalise_heads(const Model *m, State *s, const Layer *layer, int n, Team team) {
-    size_t head_dim = (size_t)m->config.head_dim;
-    float eps = m->config.norm_eps;
-    Range tokens = share((size_t)n, team);
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        float *query = s->query + t * s->q_stride, *key = s->key + t * s->kv_stride;
-        kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
-        kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
-    }
-    wait_for_team(team);
-}
+// Each token visits a few experts, whose results are added up, each times its weight (Shazeer et al., "Outrageously
+// Large Neural Networks"). An expert takes all its visitors of a pass at once, so that its weights are read once.
+struct Experts {
+    size_t routes_stride;  // E up to a multiple of 16
+    float *routes;         // (B, E)    the weight of each expert's result for a token; 0: not visited
+    int *visitors;         // (visits)  the tokens that visit expert 0, expert 1, ...
+    int *first_visit;      // (E+1)     where each one's begin
+    float *out;            // (B, D)    what an expert makes of its visitors
+};
 
 // Makes of the router's logits for a token the weights of its n_used likeliest experts, the softmax of theirs, and 0.
 // A logit that is not finite makes none of them a number.
@@ -3296,171 +3921,191 @@ static void choose_experts(float *p, int n_experts, int n_used) {
     for (int i = 0; i < n_used; i++) p[best[i]] = weight[i] / sum;
 }
 
-static Activations route(const Model *m, State *s, const Layer *layer, const Activations *x, int n, Team team) {
+// Chooses each token's experts, and prepares the tokens as their input, expert by expert.
+static Activations route(const Model *m, Workspace *w, int l, Team *team) {
+    const Layer *layer = &m->layers[l];
+    const Experts *x = w->experts;
     size_t n_experts = (size_t)layer->n_experts;
-    Range tokens = share((size_t)n, team);
-    matmul(s->routes, s->routes_stride, &layer->router, NULL, x, team);
-    wait_for_team(team);
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        choose_experts(s->routes + t * s->routes_stride, layer->n_experts, layer->n_experts_used);
-        memset(s->out + t * s->x_stride, 0, s->x_stride * sizeof *s->out);
+    Vectors v = { w->x, w->x_stride, NULL, (size_t)m->config.dim, w->n };
+    Activations input = prepare(m, w, &v, layer->ffn_norm, layer->ffn_norm_bias, FFN_NORM, l, team);
+    multiply_all(&(Product){ x->routes, x->routes_stride, &layer->router, NULL }, 1, &input, team);
+    end_step(team, ROUTER, l);
+    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) {
+        for (size_t t = r.from; t < r.to; t++)
+            choose_experts(x->routes + t * x->routes_stride, layer->n_experts, layer->n_experts_used);
+        memset(w->out + r.from * w->x_stride, 0, (r.to - r.from) * w->x_stride * sizeof *w->out);
     }
-    wait_for_team(team);
-    for (size_t e = 0, i = 0; e < n_experts && team.thread == 0; s->first_visit[++e] = (int)i) {
-        for (int t = 0; t < n; t++) if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors[i++] = t;
+    end_step(team, CHOOSE_EXPERTS, l);
+    for (size_t e = 0, i = 0; e < n_experts && team->thread == 0; x->first_visit[++e] = (int)i) {
+        for (int t = 0; t < w->n; t++) if (x->routes[(size_t)t * x->routes_stride + e] != 0) x->visitors[i++] = t;
     }
-    wait_for_team(team);
-    return prepare(s, s->normed, s->x_stride, s->visitors, (size_t)m->config.dim, s->first_visit[n_experts], team);
+    end_step(team, LIST_VISITORS, l);
+    v = (Vectors){ layer->ffn_norm ? w->normed : w->x, w->x_stride, x->visitors, v.cols, x->first_visit[n_experts] };
+    return prepare(m, w, &v, NULL, NULL, ROUND_VISITORS, l, team);
 }
 
-static Activations visits(const State *s, size_t e, Activations all) {
-    size_t first = (size_t)s->first_visit[e];
-    return (Activations){ all.x, all.rounded, all.n, first, (size_t)s->first_visit[e + 1] - first, e };
+// The part of all visits that is expert e's.
+static Activations visits(const Experts *x, size_t e, Activations all) {
+    size_t first = (size_t)x->first_visit[e];
+    return (Activations){ all.x, all.rounded, all.n, first, (size_t)x->first_visit[e + 1] - first, e };
 }
 
-static void add_visits(State *s, const Activations *x, Range rows) {
-    for (size_t i = 0; i < x->some; i++) {
-        size_t t = (size_t)s->visitors[x->first + i];
-        const float *weight = s->routes + t * s->routes_stride + x->expert, *y = s->expert_out + i * s->x_stride;
+// out += weight * what the expert has made, for each of its visitors
+static void add_visits(const Workspace *w, const Activations *visits, Range rows) {
+    const Experts *x = w->experts;
+    for (size_t i = 0; i < visits->some; i++) {
+        size_t t = (size_t)x->visitors[visits->first + i];
+        const float *weight = x->routes + t * x->routes_stride + visits->expert, *y = x->out + i * w->x_stride;
         for (size_t r = rows.from; r < rows.to; r += 16)
-            kernels->add_products(s->out + t * s->x_stride + r, 16, weight, 1, y + r, false, 16, 1, 1);
+            kernels->add_products(w->out + t * w->x_stride + r, 16, weight, 1, y + r, false, 16, 1, 1);
     }
+}
+
+// x += the sum over a token's experts of weight * W_down (silu(W_gate x) * W_up x), in the order of their numbers
+static void experts_block(const Model *m, Workspace *w, int l, Team *team) {
+    const Layer *layer = &m->layers[l];
+    size_t n_experts = (size_t)layer->n_experts;
+    Activations all = route(m, w, l, team), some;
+    for (Range r; take_chunk(team, n_row_tiles(&layer->gate), tiles_together(&layer->gate, &all), &r);)
+        for (size_t e = 0; e < n_experts; e++)
+            if ((some = visits(w->experts, e, all)).some) make_hidden(m, w, layer, r, &some);
+    end_step(team, GATE_UP, l);
+    Vectors v = { w->gate, w->ffn_stride, NULL, (size_t)layer->ffn_dim, (int)all.n };
+    all = prepare(m, w, &v, NULL, NULL, ROUND_HIDDEN, l, team);
+    Product down = { w->experts->out, w->x_stride, &layer->down, layer->down_bias };
+    for (Range r, rows; take_chunk(team, n_row_tiles(&layer->down), tiles_together(&layer->down, &all), &r);) {
+        for (size_t e = 0; e < n_experts; e++) {
+            if (!(some = visits(w->experts, e, all)).some) continue;
+            rows = multiply_part(&down, r, &some);
+            add_visits(w, &some, rows);
+        }
+        if (!layer->ffn_post_norm) add_out(m, w, (Range){ 0, (size_t)w->n }, rows);
+    }
+    end_block(m, w, layer->ffn_post_norm, DOWN, l, team);
 }
 
 // ---- The memory to run it in ----
 
-// All buffers of the forward pass come from one block. lay_out_state() runs twice, first without it, to count bytes.
+// All buffers of a pass come from one block, and so does the cache. What lays them out runs twice: first without the
+// block, to count its bytes.
+typedef struct { unsigned char *bytes; size_t n; } Arena;
+
 // The next count things of that size, 64-byte aligned; NULL while counting. A sum beyond SIZE_MAX stays there.
-static void *place(State *s, size_t count, size_t size) {
-    unsigned char *p = s->arena ? (unsigned char *)s->arena + s->arena_bytes : NULL;
-    s->arena_bytes = round_up(plus(s->arena_bytes, times(count, size)), 64);
+static void *place(Arena *a, size_t count, size_t size) {
+    unsigned char *p = a->bytes ? a->bytes + a->n : NULL;
+    a->n = round_up(plus(a->n, times(count, size)), 64);
     return p;
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
-static void lay_out_state(const Model *m, State *s) {
+static void lay_out_workspace(const Model *m, Workspace *w) {
     const Config *c = &m->config;
-    s->arena_bytes = 0;
+    Arena a = { w->arena, 0 };
     size_t head_dim = (size_t)c->head_dim, group = QUERIES_TOGETHER, experts = 0, used = 0;
     for (const Layer *layer = m->layers; layer < m->layers + c->n_layers; layer++) {
-        s->q_stride = larger(s->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
-        s->kv_stride = larger(s->kv_stride, round_up((size_t)layer->n_kv_heads * head_dim, 32));
-        s->ffn_stride = larger(s->ffn_stride, round_up((size_t)layer->ffn_dim, 32));
+        w->q_stride = larger(w->q_stride, round_up((size_t)layer->n_heads * head_dim, 32));
+        w->kv_stride = larger(w->kv_stride, round_up((size_t)layer->n_kv_heads * head_dim, 32));
+        w->ffn_stride = larger(w->ffn_stride, round_up((size_t)layer->ffn_dim, 32));
         group = larger(group, (size_t)(layer->n_heads / layer->n_kv_heads));
         experts = larger(experts, (size_t)layer->n_experts);
         used = larger(used, (size_t)layer->n_experts_used);
     }
-    size_t n = (size_t)s->batch, positions = round_up((size_t)s->context, 16), visits = n * used;
-    size_t n_or_threads = larger(n, (size_t)s->threads), rows = larger(n, visits);
-    s->x_stride = round_up((size_t)c->dim, 32);
-    s->logits_stride = round_up((size_t)c->n_tokens, 16);
-    s->routes_stride = round_up(experts, 16);
-    s->scratch_stride = 2 * group * round_up(head_dim, 16) + group * (positions + 16);
-    s->widest = larger(larger(s->x_stride, s->q_stride), s->ffn_stride);
-    s->logits = place(s, LOGITS_AT_ONCE * s->logits_stride, sizeof(float));
-    s->scratch = place(s, (size_t)s->threads * s->scratch_stride, sizeof(float));
-    s->angles = place(s, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
-    s->batch_bytes = s->arena_bytes;
+    size_t n = (size_t)w->settings.batch, threads = (size_t)w->settings.threads, visits = n * used;
+    size_t positions = round_up((size_t)w->settings.context, 16), own = larger(n, threads), rows = larger(n, visits);
+    w->x_stride = round_up((size_t)c->dim, 32);
+    w->logits_stride = round_up((size_t)c->n_tokens, 16);
+    w->scratch_stride = group * (2 * round_up(head_dim, 16) + positions + 1);
+    w->inputs.widest = larger(larger(w->x_stride, w->q_stride), w->ffn_stride);
+    w->angles.positions = (int)positions;
+    w->logits = place(&a, LOGITS_AT_ONCE * w->logits_stride, sizeof(float));
+    w->scratch = place(&a, threads * w->scratch_stride, sizeof(float));
+    w->angles.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
+    w->angles.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
+    w->batch_bytes = a.n;
+    Experts unused, *x = used ? place(&a, 1, sizeof *x) : NULL;
+    w->experts = x;
+    if (!x) x = &unused;
+    x->routes_stride = round_up(experts, 16);
     const struct { float **at; size_t rows, stride; } floats[] = {
-        { &s->x, n, s->x_stride }, { &s->normed, n_or_threads, s->x_stride }, { &s->out, n, s->x_stride },
-        { &s->query, n, s->q_stride }, { &s->attended, n, s->q_stride }, { &s->key, n, s->kv_stride },
-        { &s->value, n, s->kv_stride }, { &s->gate, rows, s->ffn_stride }, { &s->up, rows, s->ffn_stride },
-        { &s->expert_out, used ? n : 0, s->x_stride }, { &s->routes, n, s->routes_stride },
+        { &w->x, n, w->x_stride }, { &w->normed, own, w->x_stride }, { &w->out, n, w->x_stride },
+        { &w->query, n, w->q_stride }, { &w->attended, n, w->q_stride }, { &w->key, n, w->kv_stride },
+        { &w->value, n, w->kv_stride }, { &w->gate, rows, w->ffn_stride }, { &w->up, rows, w->ffn_stride },
+        { &x->out, used ? n : 0, w->x_stride }, { &x->routes, n, x->routes_stride },
     };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
-        *floats[i].at = place(s, floats[i].rows * floats[i].stride, sizeof(float));
-    s->blocks = place(s, rows * s->widest / 32, sizeof *s->blocks);
-    s->rounded = place(s, larger(n_or_threads, visits) * s->widest / 32, sizeof *s->rounded);
-    s->visitors = place(s, visits, sizeof *s->visitors);
-    s->first_visit = place(s, experts + 1, sizeof *s->first_visit);
-    s->broken = place(s, n, sizeof *s->broken);
-    s->keys = place(s, (size_t)c->n_layers, sizeof *s->keys);
-    s->values = place(s, (size_t)c->n_layers, sizeof *s->values);
-    s->batch_bytes = s->arena_bytes - s->batch_bytes;
-    for (int l = 0; l < c->n_layers; l++) {
-        size_t size = positions * (size_t)m->layers[l].n_kv_heads * (s->cache_f32 ? sizeof(float) : sizeof(uint16_t));
-        void *key = place(s, size, head_dim), *value = place(s, size, round_up(head_dim, 16));
-        if (!s->arena) continue;
-        s->keys[l] = key;
-        s->values[l] = value;
-    }
+        *floats[i].at = place(&a, floats[i].rows * floats[i].stride, sizeof(float));
+    w->inputs.blocks = place(&a, rows * w->inputs.widest / 32, sizeof *w->inputs.blocks);
+    w->inputs.rounded = place(&a, larger(own, visits) * w->inputs.widest / 32, sizeof *w->inputs.rounded);
+    x->visitors = place(&a, visits, sizeof *x->visitors);
+    x->first_visit = place(&a, experts + 1, sizeof *x->first_visit);
+    w->broken = place(&a, n, sizeof *w->broken);
+    w->wanted = place(&a, n, sizeof *w->wanted);
+    w->room = place(&a, n, sizeof *w->room);
+    w->batch_bytes = a.n - w->batch_bytes;
+    w->arena_bytes = a.n;
 }
 
-// In the order in which attention reads it: see State.
-static void remember(const State *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
-                     const float *value) {
-    size_t positions = round_up((size_t)s->context, 16), row = round_up(head_dim, 16);
-    size_t tile = (head * positions + position / 16 * 16) * head_dim + position % 16;
-    uint16_t half_key[MAX_HEAD_DIM], half_value[MAX_HEAD_DIM];
-    if (!s->cache_f32) kernels->narrow(half_key, key, head_dim);
-    if (!s->cache_f32) kernels->narrow(half_value, value, head_dim);
-    for (size_t d = 0; d < head_dim; d++) {
-        size_t k = tile + d * 16, v = (head * row + d / 16 * 16) * positions + position * 16 + d % 16;
-        if (s->cache_f32) {
-            ((float *)s->keys[layer])[k] = key[d];
-            ((float *)s->values[layer])[v] = value[d];
-        } else {
-            ((uint16_t *)s->keys[layer])[k] = half_key[d];
-            ((uint16_t *)s->values[layer])[v] = half_value[d];
-        }
-    }
-}
-
-// By what the angles of a pair are smaller than theta says. Linear scaling turns all pairs slower alike; YaRN not those
-// that turn more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in
-// part those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the
-// context is longer than the original one (Ding et al., "LongRoPE").
-static double slow_down(const Model *m, int context, int pair) {
-    const Config *c = &m->config;
-    double scale = c->rope_scale, ramp = 1;
-    int original = c->original_context ? c->original_context : c->context;
-    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
-        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
-        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
-        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
-        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
-    }
-    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
-    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
-}
-
-// Makes a state. The caller has set s->context, batch (without -b one that may shrink), threads, exact and cache_f32.
-static bool make_state(const Model *m, State *s, Error *e) {
+// Makes the scratch buffers for passes as the settings say; without -b a large batch may shrink.
+static bool make_workspace(const Model *m, Workspace *w, Settings settings, Error *e) {
+    *w = (Workspace){ .settings = settings };
     for (size_t i = 0; i < n_slots(m); i++) {
         Slot slot = get_slot((Model *)m, i);
         if (!is_multiplied(m, &slot)) continue;
-        bool rounds = is_quantised(slot.tensor->type) && !s->exact;
-        s->work += slot.rows * slot.cols * slot.n_used;
-        s->rounds |= rounds;
-        s->copies |= !rounds;
+        bool rounds = is_quantised(slot.tensor->type) && !settings.exact;
+        w->work += slot.rows * slot.cols * slot.n_used;
+        w->inputs.rounds |= rounds;
+        w->inputs.copies |= !rounds;
     }
-    lay_out_state(m, s);
-    for (; s->batch_bytes > 48 << 20 && s->batch > 1 && !options.batch; lay_out_state(m, s)) s->batch /= 2;
-    if (!(s->arena = map_memory(s->arena_bytes, false, e))) return false;
-    lay_out_state(m, s);
-    use_large_pages(s->arena, (size_t)((char *)s->keys - (char *)s->arena));  // all before the cache
+    lay_out_workspace(m, w);
+    for (; w->batch_bytes > 48 << 20 && w->settings.batch > 1 && !options.batch; lay_out_workspace(m, w))
+        w->settings.batch /= 2;
+    if (!(w->arena = map_memory(w->arena_bytes, false, e))) return false;
+    lay_out_workspace(m, w);
+    use_large_pages(w->arena, w->arena_bytes);
+    make_turns(m, &w->angles, settings.context);
     return true;
 }
 
-static void free_state(State *s) {
-    if (s->arena) munmap(s->arena, s->arena_bytes);
-    s->arena = NULL;
+static void lay_out_cache(const Model *m, Cache *c, size_t n_texts) {
+    Arena a = { c->arena, 0 };
+    size_t layers = (size_t)c->n_layers, each = n_pages(c->context), pages = times(n_texts, each);
+    c->keys = place(&a, layers, sizeof *c->keys);
+    c->values = place(&a, layers, sizeof *c->values);
+    c->key_bytes = place(&a, layers, sizeof *c->key_bytes);
+    c->value_bytes = place(&a, layers, sizeof *c->value_bytes);
+    c->users = place(&a, pages, sizeof *c->users);
+    c->spare = place(&a, pages, sizeof *c->spare);
+    c->ids = place(&a, times(n_texts, (size_t)c->context), sizeof *c->ids);
+    c->pages = place(&a, pages, sizeof *c->pages);
+    for (size_t l = 0; l < layers; l++) {
+        size_t n = PAGE * (size_t)m->layers[l].n_kv_heads;
+        size_t key_bytes = cached_bytes(c, n * (size_t)m->config.head_dim);
+        size_t value_bytes = cached_bytes(c, n * round_up((size_t)m->config.head_dim, 16));
+        unsigned char *keys = place(&a, pages, key_bytes), *values = place(&a, pages, value_bytes);
+        if (!c->arena) continue;
+        c->keys[l] = keys, c->values[l] = values;
+        c->key_bytes[l] = key_bytes, c->value_bytes[l] = value_bytes;
+    }
+    for (c->n_spare = 0; c->arena && (size_t)c->n_spare < pages; c->n_spare++)  // the first pages are taken first
+        c->spare[c->n_spare] = (int)(pages - 1) - c->n_spare;
+    c->arena_bytes = a.n;
 }
 
-// Not finite is what no weights should give and no token may be chosen from.
-static bool check_finite(const Model *m, const State *s, int n, int n_logits, Error *e) {
-    for (int t = 0; t < n; t++) {
-        int layers = s->broken[t] - 1, row = t - (n - n_logits), at = s->n_past + t;
-        bool finite = true;
-        for (int i = 0; row >= 0 && i < m->config.n_tokens; i++)
-            finite &= (bits_of_float(s->logits[(size_t)row * s->logits_stride + (size_t)i]) & 0x7fffffff) < 0x7f800000;
-        if (layers == 0) return refuse(e, "the embedding at position %d is not finite or too large", at);
-        if (layers > 0) return refuse(e, "layer %d at position %d is not finite or too large", layers, at);
-        if (!finite) return refuse(e, "the logits at position %d are not finite", at);
-    }
+// Makes the cache for so many texts of up to settings.context tokens.
+static bool make_cache(const Model *m, Cache *c, Settings settings, int n_texts, Error *e) {
+    *c = (Cache){ .f32 = settings.cache_f32, .n_layers = m->config.n_layers, .context = settings.context };
+    lay_out_cache(m, c, (size_t)n_texts);
+    if (!(c->arena = map_memory(c->arena_bytes, false, e))) return false;
+    lay_out_cache(m, c, (size_t)n_texts);
     return true;
 }
+
+// An empty text, number i of those that the cache was made for.
+static Sequence new_sequence(Cache *c, int i) {
+    return (Sequence){ c, c->ids + (size_t)i * (size_t)c->context, c->pages + (size_t)i * n_pages(c->context), 0 };
+}
+
 
 /* ==== 10. Measuring =================================================================================================
    What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
@@ -3521,25 +4166,29 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
-// Sends the first of n tokens through the model, as many as all can have logits of: their number, 0 if that failed.
-static size_t forward_some(const Model *m, State *s, const int *tokens, size_t n, Error *e) {
-    n = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
-    n = n < (size_t)s->batch ? n : (size_t)s->batch;
-    bool ok = interrupted ? fail(e, INTERRUPTED, "interrupted") : forward(m, s, tokens, (int)n, (int)n, e);
-    return ok ? n : 0;
+// How many of the rows that want logits get them together, from number `first` on.
+static int slice(const Workspace *w, int first) {
+    return w->n_wanted - first < LOGITS_AT_ONCE ? w->n_wanted - first : LOGITS_AT_ONCE;
 }
 
 // Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
-static bool run_logits(const Model *m, State *s, const Tokens *tokens, Error *e) {
-    if (tokens->n > (size_t)s->context)
-        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->context);
+static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
+    if (tokens->n > (size_t)s->cache->context)
+        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
     Output out;
     size_t n_tokens = (size_t)m->config.n_tokens;
     bool ok = open_output(&out, options.output, e);
-    for (size_t done = 0, n; ok && done < tokens->n && !ferror(out.stream); done += n) {
-        n = forward_some(m, s, tokens->ids + done, tokens->n - done, e);
-        ok = n > 0;
-        for (size_t t = 0; t < n; t++) fwrite(s->logits + t * s->logits_stride, sizeof(float), n_tokens, out.stream);
+    for (size_t done = 0; ok && done < tokens->n && !ferror(out.stream);) {
+        int n = 0;
+        for (; n < w->settings.batch && done < tokens->n; n++, done++)
+            w->room[n] = (Row){ tokens->ids[done], s->n + n, 0, true };
+        ok = !interrupted || fail(e, INTERRUPTED, "interrupted");
+        ok = ok && forward(m, w, s, w->room, n, e);
+        for (int first = 0; ok && first < n; first += LOGITS_AT_ONCE) {
+            ok = make_logits(m, w, first, slice(w, first), e);
+            for (int i = 0; ok && i < slice(w, first); i++)
+                fwrite(w->logits + (size_t)i * w->logits_stride, sizeof(float), n_tokens, out.stream);
+        }
     }
     return close_output(&out, ok, e);  // which also looks whether all was written
 }
@@ -3552,28 +4201,34 @@ static double surprise(const float *logits, int n, int token) {
 }
 
 // Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second
-// half of each is scored, so that every prediction has at least half a chunk to go by.
-static bool run_perplexity(const Model *m, State *s, const Tokens *tokens, Error *e) {
-    size_t size = (size_t)s->context, n_chunks = tokens->n / size, n_scored = 0;
+// half of each is scored, so that every prediction has at least half a chunk to go by. The chunks are texts of their
+// own, whose rows follow each other without a gap, so that passes are full.
+static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_texts, const Tokens *tokens, Error *e) {
+    size_t size = (size_t)w->settings.context, n_chunks = tokens->n / size, n_scored = 0;
     if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; chunk < n_chunks; chunk++) {
-        int *ids = tokens->ids + chunk * size;
-        if (m->tokenizer.add_bos) ids[0] = m->tokenizer.bos;
-        s->n_past = 0;
-        if (!prefill(m, s, ids, size / 2, e)) return false;
-        for (size_t i = size / 2; i < size - 1;) {
-            size_t n = forward_some(m, s, ids + i, size - 1 - i, e);
-            if (!n) return false;
-            for (size_t t = 0; t < n; t++, i++, n_scored++) {
-                double x = surprise(s->logits + t * s->logits_stride, m->config.n_tokens, ids[i + 1]);
-                sum += x;
-                sum_of_squares += x * x;
-            }
+    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+        tokens->ids[chunk * size] = m->tokenizer.bos;
+    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
+        int n = 0;
+        for (; n < w->settings.batch && done < n_rows; n++, done++) {
+            size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
+            if (at == 0) rewind_sequence(&texts[text], 0);
+            w->room[n] = (Row){ tokens->ids[chunk * size + at], (int)at, (int)text, at >= size / 2 };
         }
-        show_progress("chunk", start, chunk + 1, n_chunks);
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, texts, w->room, n, e)) return false;
+        for (int i = 0; i < w->n_wanted; i++, n_scored++) {
+            if (i % LOGITS_AT_ONCE == 0 && !make_logits(m, w, i, slice(w, i), e)) return false;
+            size_t row = done - (size_t)(n - w->wanted[i]), next = row / (size - 1) * size + row % (size - 1) + 1;
+            double x = surprise(w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride, m->config.n_tokens,
+                                tokens->ids[next]);
+            sum += x;
+            sum_of_squares += x * x;
+        }
+        show_progress("chunk", start, done / (size - 1), n_chunks);
     }
     double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
     double ppl = exp(fmin(mean, 600)), error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;  // finite
@@ -3600,7 +4255,7 @@ static const char *kernel_names(void);  // the appendix
 static bool choose_kernels(const char *name, Error *e);
 
 // Sizes, types, costs: what one needs to know before running a model.
-static bool run_inspect(Model *m, const State *s, Error *e) {
+static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error *e) {
     const Config *c = &m->config;
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
     for (size_t i = 0; i < n_slots(m); i++) {
@@ -3611,7 +4266,7 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         bytes += (double)slot_bytes(&slot);
         if (slot.tensor) by_type[slot.tensor->type] += size;
     }
-    for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (s->cache_f32 ? 4 : 2);
+    for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     const ChatTemplate *t = choose_template(m, options.template_name, e);
@@ -3638,12 +4293,12 @@ static bool run_inspect(Model *m, const State *s, Error *e) {
         if (by_type[i] > 0) put_figure(name, by_type[i], "");
     }
     put_figure("bytes of weights", bytes, "");
-    put_figure("parameters used per token", (double)s->work, " in products");
+    put_figure("parameters used per token", (double)w->work, " in products");
     put_figure("bytes read per token", (double)bytes_per_token(m), "");
     put_figure("bytes of cache per position", cache, "");
-    put_figure("context in use (-c)", s->context, " positions");
-    put_figure("memory for it", (double)s->arena_bytes / 1048576, " MiB");
-    put_figure("FLOPs per token", 2 * (double)s->work, " and what attention takes");
+    put_figure("context in use (-c)", texts->context, " positions");
+    put_figure("memory for it", (double)(w->arena_bytes + texts->arena_bytes) / 1048576, " MiB");
+    put_figure("FLOPs per token", 2 * (double)w->work, " and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
     put_word("kernel", kernels->name);
     put_word("kernels of this machine", kernel_names());
@@ -3665,7 +4320,7 @@ typedef struct {
     bool int8;
 } CeilingJob;
 
-static void work_at_ceiling(void *p, Team team) {
+static void work_at_ceiling(void *p, Team *team) {
     const CeilingJob *job = p;
     Range r = share(job->n, team);
     if (job->memory) kernels->read(job->memory + r.from, r.to - r.from);
@@ -3692,27 +4347,48 @@ static void add_product(Load *w, const Tensor *t, double n_read, double n, bool 
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// n tokens after `past` others: in batches, the last of which ends with logits, or one by one, each with its own.
-static Load load_of(const Model *m, const State *s, int past, int n, bool one_by_one) {
-    Load w = { 0 };
-    for (int done = 0, now, batch = one_by_one ? 1 : s->batch; done < n; done += now) {
-        now = n - done < batch ? n - done : batch;
-        double seen = past + done + (now + 1) / 2.0, last = past + done + now;
-        for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
-            const Tensor *matrices[] = { &y->gate, &y->up, &y->down, &y->query, &y->key, &y->value, &y->attention_out,
-                                         &y->router };
-            // Of E experts, each token visits k: n tokens some E * (1 - (1 - k / E)^n) of them, if chance decides.
-            double experts = fmax(y->n_experts, 1), used = fmax(y->n_experts_used, 1);
-            double read = experts * (1 - pow(1 - used / experts, now));
-            for (int i = 0; i < 8; i++)
-                add_product(&w, matrices[i], i < 3 ? read : 1, i < 3 ? used * now : now, s->exact);
-            double window = y->window ? y->window : INFINITY;
-            w.f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * now;
-            w.bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (s->cache_f32 ? 4 : 2) * fmin(last, window + now);
-        }
-        if (one_by_one || done + now == n) add_product(&w, &m->head, 1, 1, s->exact);
+// What passes do in each step. A pass has n rows: of `texts` texts, n / texts of each after `past` others.
+static void add_pass(Load *steps, const Model *m, const Workspace *w, double past, int n, int texts, int n_logits) {
+    bool exact = w->settings.exact;
+    double each = (double)n / texts, seen = past + (each + 1) / 2, last = past + each;
+    for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
+        // Of E experts, each token visits k: n tokens some E * (1 - (1 - k / E)^n) of them, if chance decides.
+        double experts = fmax(y->n_experts, 1), used = fmax(y->n_experts_used, 1);
+        double read = experts * (1 - pow(1 - used / experts, n)), window = y->window ? y->window : INFINITY;
+        add_product(&steps[QUERY_KEY_VALUE], &y->query, 1, n, exact);
+        add_product(&steps[QUERY_KEY_VALUE], &y->key, 1, n, exact);
+        add_product(&steps[QUERY_KEY_VALUE], &y->value, 1, n, exact);
+        add_product(&steps[ATTENTION_OUT], &y->attention_out, 1, n, exact);
+        add_product(&steps[ROUTER], &y->router, 1, n, exact);
+        add_product(&steps[GATE_UP], &y->gate, read, used * n, exact);
+        add_product(&steps[GATE_UP], &y->up, read, used * n, exact);
+        add_product(&steps[DOWN], &y->down, read, used * n, exact);
+        steps[ATTEND].f32 += 4.0 * y->n_heads * m->config.head_dim * fmin(seen, window) * n;
+        steps[ATTEND].bytes += 2.0 * y->n_kv_heads * m->config.head_dim * (w->settings.cache_f32 ? 4 : 2) *
+                               fmin(last, window + each) * texts;
     }
-    return w;
+    add_product(&steps[HEAD], &m->head, n_logits > 0, n_logits, exact);
+}
+
+// A test's passes, step by step, and their sum: n tokens of a prompt in batches, the last with logits; or n tokens of
+// each of `parallel` texts, one after the other, each with its own.
+static Load load_of(const Model *m, const Workspace *w, int past, int n, int parallel, Load steps[N_STEPS]) {
+    Load sum = { 0 };
+    memset(steps, 0, N_STEPS * sizeof *steps);
+    for (int done = 0, now; done < n; done += now) {
+        now = parallel ? 1 : n - done < w->settings.batch ? n - done : w->settings.batch;
+        if (parallel) add_pass(steps, m, w, past + done, parallel, parallel, parallel);
+        else add_pass(steps, m, w, past + done, now, 1, done + now == n);
+    }
+    for (int i = 0; i < N_STEPS; i++)
+        sum.bytes += steps[i].bytes, sum.int8 += steps[i].int8, sum.f32 += steps[i].f32;
+    return sum;
+}
+
+static int largest(List list) {
+    int most = 0;
+    for (int i = 0; i < list.n; i++) most = list.at[i] > most ? list.at[i] : most;
+    return most;
 }
 
 // ---- Results: a table, and a picture ----
@@ -3725,6 +4401,8 @@ typedef struct {
     const char *kernel;
     int threads, n_tokens;
     Load load, ceiling;       // of a run; in a nanosecond
+    Load steps[N_STEPS];      // the load's parts
+    int parallel;             // texts that were generated together; 0: a prompt
     double ns[MAX_RUNS];      // that each run took
     double per_s, spread;     // tokens a second: the median, and half of what lies between the least and the most
     Rate memory, arithmetic;  // reading; this mix of operations
@@ -3740,11 +4418,11 @@ typedef struct Bench {
     bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
     bool (*run)(struct Bench *b, const Measured *r, Error *e);
     uint64_t *memory;  // (MEMORY_BYTES)  to read, as matrices and vectors too: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens at a depth, as a prompt ("pp") or one by one ("tg")
+    // bench: tokens at a depth, as a prompt (parallel 0) or one by one, of so many texts
     const Model *m;
-    State *s;
-    int *tokens, depth;  // (S)
-    bool one_by_one;
+    Workspace *workspace;
+    Sequence *sequences;
+    int *tokens, depth, parallel;  // (S)
     // matmul: products, without a model
     Tensor w;
     size_t n_products;
@@ -3784,6 +4462,30 @@ static void conclude(Measured *r, int n_runs) {
         fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
 }
 
+// The steps of a test, with the time of one run: what all took, and of it what threads waited for each other.
+static void put_profile(const Measured *r) {
+    double total = 0;
+    for (int i = 0; i < N_STEPS; i++) total += profile[0][i].seconds;
+    if (options.json) printf(",\n   \"profile\": [");
+    else printf("  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
+    const char *before = "";
+    for (int i = 0; i < N_STEPS; i++) {
+        double runs = (double)options.reps, seconds = profile[0][i].seconds / runs, waiting = 0;
+        for (int j = 0; j < r->threads; j++) waiting += profile[j][i].waiting / runs / r->threads;
+        size_t calls = profile[0][i].calls / (size_t)options.reps;
+        double gb = r->steps[i].bytes / seconds * 1e-9, gop = (r->steps[i].int8 + r->steps[i].f32) / seconds * 1e-9;
+        if (!calls) continue;
+        if (options.json)
+            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
+                   "\"waiting_seconds\": %.6g}", before, step_names[i], calls, seconds, gb, gop, waiting);
+        else
+            printf("  %-20s %7zu %10.3f %6.1f %% %8.2f %8.1f %12.3f\n", step_names[i], calls, seconds * 1e3,
+                   100 * profile[0][i].seconds / total, gb, gop, waiting * 1e3);
+        before = ",";
+    }
+    if (options.json) printf("]");
+}
+
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Measured *r, const char *title, bool first) {
     static const char head[] = "| model                  | backend  | threads | test                  "
@@ -3791,15 +4493,19 @@ static void put_result(const Measured *r, const char *title, bool first) {
     if (options.json) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
                "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g}",
+               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
                first ? "" : ",", title, r->kernel, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
                r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
                r->percent);
+        if (r->parallel) printf(", \"parallel\": %d", r->parallel);
+        if (profile) put_profile(r);
+        putchar('}');
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
         printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
                r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
+        if (profile) put_profile(r);
     }
     fflush(stdout);
 }
@@ -3856,6 +4562,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
         double start = clock_seconds();
         if (!b->run(b, r, e)) return false;
         if (i >= 0) r->ns[i] = (clock_seconds() - start) * 1e9;
+        if (i < 0 && profile) memset(profile, 0, (size_t)r->threads * sizeof *profile);
     }
     conclude(r, (int)options.reps);
     put_result(r, b->title, b->n_results++ == 0);
@@ -3904,58 +4611,67 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
 // ---- bench: a model ----
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
-    b->s->n_past = b->depth;  // what the cache holds up to there is kept
-    if (!b->one_by_one) return prefill(b->m, b->s, b->tokens, (size_t)r->n_tokens, e);
-    for (int i = 0; i < r->n_tokens; i++) {
+    Sequence *s = b->sequences;
+    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);  // what is before that is kept
+    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, e);
+    for (int n = 0; n < r->n_tokens / b->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(b->m, b->s, &b->tokens[i], 1, 1, e)) return false;
+        for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
+        if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
+        for (int i = 0; i < b->parallel; i += LOGITS_AT_ONCE)
+            if (!make_logits(b->m, b->workspace, i, slice(b->workspace, i), e)) return false;
     }
     return true;
 }
 
+// Tests at each depth: prompts, then each number of tokens by each number of texts.
 static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
-    int n_at_depth = options.pp.n + options.tg.n, i = number % n_at_depth;
+    int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
     b->depth = options.depth.at[number / n_at_depth];
-    b->one_by_one = i >= options.pp.n;
-    b->s->threads = r->threads;
-    r->n_tokens = b->one_by_one ? options.tg.at[i - options.pp.n] : options.pp.at[i];
-    r->load = load_of(b->m, b->s, b->depth, r->n_tokens, b->one_by_one);
-    int length = snprintf(r->test, sizeof r->test, "%s%d", b->one_by_one ? "tg" : "pp", r->n_tokens);
+    b->parallel = t < 0 ? 0 : options.parallel.at[t % options.parallel.n];
+    b->workspace->settings.threads = r->threads;
+    int n = t < 0 ? options.pp.at[i] : options.tg.at[t / options.parallel.n];
+    r->n_tokens = t < 0 ? n : n * b->parallel;
+    r->parallel = b->parallel;
+    r->load = load_of(b->m, b->workspace, b->depth, n, b->parallel, r->steps);
+    int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
+    if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    b->s->n_past = 0;
-    return i > 0 || b->depth == 0 || prefill(b->m, b->s, b->tokens, (size_t)b->depth, e);
+    bool is_there = i > 0;  // what comes before that depth
+    for (int k = largest(options.parallel); !is_there && k-- > 0;) rewind_sequence(&b->sequences[k], 0);
+    if (!is_there && b->depth && !prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, e)) return false;
+    for (int k = 1; !is_there && k < largest(options.parallel); k++)
+        fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
+    return true;
 }
 
-static int largest(List list) {
-    int most = 0;
-    for (int i = 0; i < list.n; i++) most = list.at[i] > most ? list.at[i] : most;
-    return most;
-}
-
-static bool run_bench(const Model *m, State *s, Error *e) {
+static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
     static Bench b = { .prepare = prepare_model, .run = run_model };
-    b.n_tests = options.depth.n * (options.pp.n + options.tg.n);
-    b.m = m, b.s = s;
-    if (!(b.tokens = allocate((size_t)s->context, sizeof *b.tokens, e))) return false;
-    for (int i = 0; i < s->context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    int context = w->settings.context;
+    b.n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
+    b.m = m, b.workspace = w, b.sequences = texts;
+    if (!(b.tokens = allocate((size_t)context, sizeof *b.tokens, e))) return false;
+    for (int i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
     snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
+    if (options.profile && !(profile = allocate((size_t)w->settings.threads, sizeof *profile, e))) return false;
     bool ok = run_tests(&b, &kernels->name, 1, e);
+    free(profile);
+    profile = NULL;
     free(b.tokens);
     return ok;
 }
 
 // ---- matmul: products alone, without a model ----
 
-static void multiply_team(void *p, Team team) {
+static void multiply_team(void *p, Team *team) {
     const Bench *b = p;
     Tensor w = b->w;
     size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that none is found in a cache
-    Range rows = share(n_row_tiles(&w), team);
     for (size_t i = 0; i < b->n_products; i++) {
         w.tiles = (const unsigned char *)b->memory + i % n_copies * n_bytes;
-        multiply_rows(b->y, round_up((size_t)w.rows, 16), &w, rows, &b->x);
-        wait_for_team(team);
+        multiply_all(&(Product){ b->y, round_up((size_t)w.rows, 16), &w, NULL }, 1, &b->x, team);
+        end_step(team, GATE_UP, 0);
     }
 }
 
@@ -4446,7 +5162,7 @@ static const Option option_table[] = {
     { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
     { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "of the random numbers: the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's, at most 4096; 0 = all it has" },
-    { 'j', "threads", "N", LIST, OF(threads), 1, 1024, "the physical cores that this process may use; bench: 1,2" },
+    { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "the physical cores that this process may use; bench: 1,2" },
     { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128, or fewer" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
@@ -4455,6 +5171,8 @@ static const Option option_table[] = {
     { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: so many tokens one by one: 128" },
     { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: after so many others: 0" },
+    { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: so many texts generated together: 1" },
+    { 0, "profile", NULL, FLAG, OF(profile), 0, 0, "bench: where the time goes, step by step" },
     { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
     { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
@@ -4607,8 +5325,8 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-// A state as the options ask for it.
-static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
+// How the options ask for the model to be run.
+static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
     if (mode == BENCH && options.context < 0) {
         int pp = largest(options.pp), tg = largest(options.tg);
@@ -4620,6 +5338,7 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
+    if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
     s->threads = largest(options.threads);
     s->exact = options.exact;
     bool all_f32 = true;
@@ -4628,29 +5347,58 @@ static bool set_up_state(const Model *m, Mode mode, State *s, Error *e) {
         all_f32 &= !slot.tensor || !slot.tensor->tiles || slot.tensor->type == F32;
     }
     s->cache_f32 = options.cache ? !strcmp(options.cache, "f32") : options.exact || all_f32;
-    if (options.cache && !s->cache_f32 && strcmp(options.cache, "f16"))
-        return fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
-    bool ok = make_state(m, s, e);
-    if (ok && options.context == 0 && !options.quiet)
-        fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", s->context, s->arena_bytes >> 20);
-    return ok;
+    return !options.cache || s->cache_f32 || !strcmp(options.cache, "f16") ||
+           fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
 }
 
-static bool run_mode(Model *m, Mode mode, State *s, Sampler *sampler, Error *e) {
+// What a model needs to run: buffers, and the cache of so many texts.
+typedef struct {
+    Workspace workspace;
+    Cache cache;
+    Sequence *texts;
+    int n_texts;
+} Engine;
+
+static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
+    Settings settings = { .threads = 1 };
+    if (!choose_settings(m, mode, &settings, e) || !make_workspace(m, &g->workspace, settings, e)) return false;
+    settings = g->workspace.settings;
+    g->n_texts = mode == BENCH ? largest(options.parallel) : 1;
+    if (mode == PERPLEXITY) g->n_texts = settings.batch / (settings.context > 1 ? settings.context - 1 : 1) + 2;
+    if (!make_cache(m, &g->cache, settings, g->n_texts, e)) return false;
+    if (!(g->texts = allocate((size_t)g->n_texts, sizeof *g->texts, e))) return false;
+    for (int i = 0; i < g->n_texts; i++) g->texts[i] = new_sequence(&g->cache, i);
+    if (options.context == 0 && !options.quiet)
+        fprintf(stderr, "a context of %d positions: %zu MiB when it is full\n", settings.context,
+                (g->workspace.arena_bytes + g->cache.arena_bytes) >> 20);
+    return true;
+}
+
+static void free_engine(Engine *g) {
+    if (g->workspace.arena) munmap(g->workspace.arena, g->workspace.arena_bytes);
+    if (g->cache.arena) munmap(g->cache.arena, g->cache.arena_bytes);
+    free(g->texts);
+    *g = (Engine){ .n_texts = 0 };
+}
+
+static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
+    Workspace *w = &g->workspace;
+    Sequence *s = NULL;
     Tokens tokens = { 0 };
     if (mode == CHAT && (options.file || options.ids))
         return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
     bool ok = mode > PERPLEXITY || read_prompt(m, mode, &tokens, e);
-    if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_state(m, mode, s, e);
+    if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_engine(m, mode, g, e);
+    s = g->texts;
     switch (ok ? mode : N_MODES) {
-    case GENERATE: ok = run_generate(m, s, sampler, &tokens, e); break;
+    case GENERATE: ok = run_generate(m, w, s, sampler, &tokens, e); break;
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
-    case LOGITS: ok = run_logits(m, s, &tokens, e); break;
-    case PERPLEXITY: ok = run_perplexity(m, s, &tokens, e); break;
-    case CHAT: ok = run_chat(m, s, sampler, e); break;
-    case INSPECT: ok = run_inspect(m, s, e); break;
+    case LOGITS: ok = run_logits(m, w, s, &tokens, e); break;
+    case PERPLEXITY: ok = run_perplexity(m, w, s, g->n_texts, &tokens, e); break;
+    case CHAT: ok = run_chat(m, w, s, sampler, e); break;
+    case INSPECT: ok = run_inspect(m, w, &g->cache, e); break;
     case EXPORT: ok = export_model(m, options.output, e); break;
-    case BENCH: ok = run_bench(m, s, e); break;
+    case BENCH: ok = run_bench(m, w, s, e); break;
     default: break;
     }
     free(tokens.ids);
@@ -4667,12 +5415,12 @@ static int tell_error(const char *program, const char *culprit, const Error *e) 
     return e->status;
 }
 
-static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Error *e, const char **culprit) {
+static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Error *e, const char **culprit) {
     uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
                          .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } }, .seed = clock_seed };
+                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } }, .seed = clock_seed };
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
@@ -4698,7 +5446,7 @@ static bool run(int argc, char **argv, Model *m, State *s, Sampler *sampler, Err
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
     heed(SIGINT, &action);
-    return run_mode(m, mode, s, sampler, e);
+    return run_mode(m, mode, g, sampler, e);
 }
 
 // Stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts the model's begin and end tokens round
@@ -4785,19 +5533,19 @@ static void prepare_process(const Model *m) {
 #ifndef CRIA_NO_MAIN
 int main(int argc, char **argv) {
     Model model = { 0 };
-    State state = { 0 };
+    Engine engine = { .n_texts = 0 };
     Sampler sampler = { 0 };
     Error error = { 0 };
     const char *culprit = NULL;
     prepare_process(&model);
     bool ok = TOKENIZER_COMMAND ? run_tokenizer(argc, argv, &model, &error, &culprit)
-                                : run(argc, argv, &model, &state, &sampler, &error, &culprit);
+                                : run(argc, argv, &model, &engine, &sampler, &error, &culprit);
     bool written = !ferror(stdout);  // a run whose text was lost has not succeeded
     written = fclose(stdout) == 0 && written;
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
     int status = ok ? DONE : tell_error(program, culprit, &error);
     free(sampler.candidates);
-    free_state(&state);
+    free_engine(&engine);
     close_model(&model);
     return status;
 }

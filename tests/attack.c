@@ -33,6 +33,7 @@ static void *counting_mmap(void *p, size_t n, int protection, int flags, int fil
 #define realloc counting_realloc
 #define mmap counting_mmap
 #include "../run.c"
+#include "runner.h"
 #undef calloc
 #undef realloc
 #undef mmap
@@ -76,15 +77,16 @@ static bool use_vocabulary(const Tokenizer *t, Error *e) {
 }
 
 static bool send_two_tokens(const Model *m, Error *e) {
-    State s = { .batch = 2, .threads = 1, .context = m->config.context < 16 ? m->config.context : 16 };
+    Runner s;
+    Settings settings = { 1, m->config.context < 16 ? m->config.context : 16, 2, false, false };
     int tokens[] = { 0, m->config.n_tokens - 1 };
     Sampler sampler = { .temperature = 1, .top_p = 0.9f };
-    bool ok = make_state(m, &s, e) && make_sampler(&sampler, m->config.n_tokens, 1, e);
-    ok = ok && forward(m, &s, tokens, 1, 1, e);
-    if (ok) tokens[0] = choose_token(&sampler, s.logits, m->config.n_tokens);
-    if (ok && s.context > 1) ok = forward(m, &s, tokens + 1, 1, 1, e);
+    bool ok = make_runner(m, settings, &s, e) && make_sampler(&sampler, m->config.n_tokens, 1, e);
+    ok = ok && run_tokens(m, &s, tokens, 1, 1, e);
+    if (ok) tokens[0] = choose_token(&sampler, s.w.logits, m->config.n_tokens);
+    if (ok && settings.context > 1) ok = run_tokens(m, &s, tokens + 1, 1, 1, e);
     free(sampler.candidates);
-    free_state(&s);
+    free_runner(&s);
     return ok;
 }
 

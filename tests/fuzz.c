@@ -54,6 +54,7 @@ static int fuzz_munmap(void *p, size_t n) {
 #define munmap fuzz_munmap
 #define madvise(at, n, advice) ((void)(at), (void)(n), 0)
 #include "../run.c"
+#include "runner.h"
 #undef calloc
 #undef realloc
 #undef mmap
@@ -346,25 +347,25 @@ static const char *try_vocabulary(const Tokenizer *t, const char *s, size_t n, s
 }
 
 typedef enum { RAN, REFUSED, TOO_MUCH, BROKEN } Outcome;
-static size_t n_forward;  // models that went through forward()
+static size_t n_forward;  // models that went through run_tokens()
 
 // Two tokens, together or one after the other; their logits.       rows (2, V)
 static Outcome run_two(const Model *m, bool exact, int batch, const Kernels *with, float *rows) {
     enum { MAX_WORK = 1 << 15, MAX_DEPTH = 4, CONTEXT = 8 };
     const int ids[2] = { 0, m->config.n_tokens - 1 };
     size_t n_tokens = (size_t)m->config.n_tokens;
-    State s = { .context = m->config.context < CONTEXT ? m->config.context : CONTEXT, .batch = batch, .threads = 1,
-                .exact = exact, .cache_f32 = exact };
+    Runner s = { .w = { .n = 0 } };
+    Settings settings = { 1, m->config.context < CONTEXT ? m->config.context : CONTEXT, batch, exact, exact };
     Error e = { 0 };
-    bool small = m->config.n_layers <= MAX_DEPTH && s.context >= 2;
-    Outcome outcome = small && make_state(m, &s, &e) && s.work <= MAX_WORK ? RAN : TOO_MUCH;
+    bool small = m->config.n_layers <= MAX_DEPTH && settings.context >= 2;
+    Outcome outcome = small && make_runner(m, settings, &s, &e) && s.w.work <= MAX_WORK ? RAN : TOO_MUCH;
     kernels = with;
     for (int done = 0; outcome == RAN && done < 2; done += batch) {
-        if (!forward(m, &s, ids + done, batch, batch, &e)) outcome = e.status == BAD_FILE ? REFUSED : BROKEN;
+        if (!run_tokens(m, &s, ids + done, batch, batch, &e)) outcome = e.status == BAD_FILE ? REFUSED : BROKEN;
         for (int t = 0; outcome == RAN && t < batch; t++)
-            memcpy(rows + (size_t)(done + t) * n_tokens, s.logits + (size_t)t * s.logits_stride, n_tokens * 4);
+            memcpy(rows + (size_t)(done + t) * n_tokens, s.w.logits + (size_t)t * s.w.logits_stride, n_tokens * 4);
     }
-    free_state(&s);
+    free_runner(&s);
     return outcome;
 }
 

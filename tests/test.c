@@ -10,6 +10,7 @@
 
      test.c              this frame: files, random numbers, models in memory
      faults.h            calls that are counted and can fail
+     runner.h            a text that goes through a model
      test_arithmetic.c   numbers and kernels against plain arithmetic in double
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
@@ -45,6 +46,7 @@
 
 #include "faults.h"  // run.c's own allocations are counted, and one of them, or all from one on, can be made to fail
 #include "../run.c"
+#include "runner.h"
 #include "faults.h"
 
 // ---- Counting ----
@@ -216,12 +218,12 @@ typedef struct {
 
 static int context_asked;  // as by -c; 0: the model's
 
-static bool start_state(const Model *m, Setting how, State *s, Error *e) {
-    *s = (State){ .context = context_asked ? context_asked : m->config.context, .batch = how.batch,
-                  .threads = how.threads, .exact = how.exact, .cache_f32 = how.cache_f32 };
+static bool start_runner(const Model *m, Setting how, Runner *r, Error *e) {
+    Settings settings = { .context = context_asked ? context_asked : m->config.context, .batch = how.batch,
+                          .threads = how.threads, .exact = how.exact, .cache_f32 = how.cache_f32 };
     if (how.kernels) kernels = how.kernels;
-    bool ok = make_state(m, s, e);
-    s->work = SIZE_MAX;  // small as they are: all threads shall work
+    bool ok = make_runner(m, settings, r, e);
+    r->w.work = SIZE_MAX;  // small as they are: all threads shall work
     return ok;
 }
 

@@ -321,10 +321,10 @@ typedef struct {
     const char *type;  // one of source_types
     size_t rows, cols;
     int n;
-} Product;
+} ProductCase;
 
 // y[t,r] by design.md, chapter 2, from the source's bytes. Sums of products of integers are exact in double.
-static float wanted_product(const Product *p, const Source *s, size_t r, const float *x, bool exact) {
+static float wanted_product(const ProductCase *p, const Source *s, size_t r, const float *x, bool exact) {
     const SourceType *type = s->type;
     bool groups = type->gguf_id < 0, quantised = type->block_cols > 1;
     const unsigned char *row = s->data + r * (p->cols / type->block_cols) * type->block_bytes;
@@ -393,7 +393,7 @@ static void fill_random(unsigned char *data, size_t n, const SourceType *type, d
     }
 }
 
-static void check_product(const SourceType *type, Product p) {
+static void check_product(const SourceType *type, ProductCase p) {
     size_t x_stride = round_up(p.cols, 32), y_stride = round_up(p.rows, 16);
     size_t n_bytes = p.rows * (p.cols / type->block_cols) * type->block_bytes;
     size_t group = p.cols % 64 ? 32 : 64;
@@ -506,14 +506,14 @@ static void test_multiply(void) {
             for (size_t c = 0; c < 8; c++) {
                 if (cols[c] % source_types[i].block_cols) continue;
                 check_product(&source_types[i],
-                              (Product){ source_types[i].name, rows[r], cols[c], tokens[(r + 3 * c) % 8] });
+                              (ProductCase){ source_types[i].name, rows[r], cols[c], tokens[(r + 3 * c) % 8] });
             }
         }
         size_t wide = source_types[i].block_cols == 256 ? 512 : 64;
         for (int n = 0; n < 8; n++)
-            check_product(&source_types[i], (Product){ source_types[i].name, 33, wide, tokens[n] });
+            check_product(&source_types[i], (ProductCase){ source_types[i].name, 33, wide, tokens[n] });
         for (int n = 127; n <= 257; n += 65)  // a weight is read once for 128 tokens
-            check_product(&source_types[i], (Product){ source_types[i].name, 17, wide / 2, n });
+            check_product(&source_types[i], (ProductCase){ source_types[i].name, 17, wide / 2, n });
     }
 }
 
@@ -706,38 +706,50 @@ static double wanted_attention(const AttentionCase *c, const float *query, const
     return out / sum;
 }
 
-static void check_attention(AttentionCase c) {
-    size_t n_positions = c.position + (size_t)c.n, padded = round_up(n_positions, 16), head_dim = (size_t)c.head_dim;
-    size_t stride = round_up((size_t)c.group * head_dim, 32) + 32, n_cached = padded * head_dim;
-    double *keys = get(n_cached * sizeof *keys), *values = get(n_cached * sizeof *values);
-    size_t row = round_up(head_dim, 16);
-    Bytes cached_keys = new_bytes(n_cached * 4), cached_values = new_bytes(padded * row * 4);
-    memset(cached_keys.bytes, 0, n_cached * 4), memset(cached_values.bytes, 0, padded * row * 4);
-    for (size_t p = 0; p < n_positions; p++) {
+// The cache of this one head: pages in an order that is not theirs, filled with NaN where nothing was stored.
+static Sequence put_into_cache(AttentionCase c, Cache *cache, size_t n, double *keys, double *values) {
+    size_t head_dim = (size_t)c.head_dim, item = c.cache_f32 ? 4 : 2;
+    Layer layer = { .n_kv_heads = 1 };
+    Model m = { .config = { .n_layers = 1, .head_dim = c.head_dim }, .layers = &layer };
+    Error e = { 0 };
+    if (!make_cache(&m, cache, (Settings){ .context = (int)n + 100, .cache_f32 = c.cache_f32 }, 1, &e)) exit(1);
+    Sequence s = new_sequence(cache, 0);
+    for (size_t i = 0; i < n_pages((int)n); i++) s.pages[i] = (int)(n_pages((int)n) - i);
+    memset(cache->keys[0], 255, cache->key_bytes[0] * n_pages((int)n + 100));
+    memset(cache->values[0], 255, cache->value_bytes[0] * n_pages((int)n + 100));
+    for (size_t p = 0; p < n; p++) {
+        unsigned char *to_keys = cache->keys[0] + (size_t)s.pages[p / 64] * 64 * head_dim * item;
+        unsigned char *to_values = cache->values[0] + (size_t)s.pages[p / 64] * 64 * round_up(head_dim, 16) * item;
         for (size_t d = 0; d < head_dim; d++) {
             float key = random_float(c.size), value = random_float(1);
-            size_t k = (p / 16 * head_dim + d) * 16 + p % 16, v = p * head_dim + d;
             uint16_t half[2] = { (uint16_t)half_of_value(key), (uint16_t)half_of_value(value) };
-            keys[v] = c.cache_f32 ? key : value_of_half(half[0]);
-            values[v] = c.cache_f32 ? value : value_of_half(half[1]);
-            memcpy(cached_keys.bytes + k * (c.cache_f32 ? 4 : 2), c.cache_f32 ? (void *)&key : (void *)&half[0],
-                   c.cache_f32 ? 4 : 2);
-            memcpy(cached_values.bytes + ((d / 16 * padded + p) * 16 + d % 16) * (c.cache_f32 ? 4 : 2),
-                   c.cache_f32 ? (void *)&value : (void *)&half[1], c.cache_f32 ? 4 : 2);
+            keys[p * head_dim + d] = c.cache_f32 ? key : value_of_half(half[0]);
+            values[p * head_dim + d] = c.cache_f32 ? value : value_of_half(half[1]);
+            // (4, K, 16) and (K/16, 64, 16), written out
+            size_t k = p % 64 / 16 * head_dim * 16 + d * 16 + p % 16, v = d / 16 * 64 * 16 + p % 64 * 16 + d % 16;
+            memcpy(to_keys + k * item, c.cache_f32 ? (void *)&key : (void *)&half[0], item);
+            memcpy(to_values + v * item, c.cache_f32 ? (void *)&value : (void *)&half[1], item);
         }
     }
-    size_t n_out = (size_t)c.n * stride, score_stride = padded + 16;
+    return s;
+}
+
+static void check_attention(AttentionCase c) {
+    size_t n_positions = c.position + (size_t)c.n, head_dim = (size_t)c.head_dim, row = round_up(head_dim, 16);
+    size_t stride = round_up((size_t)c.group * head_dim, 32) + 32, score_stride = round_up(n_positions, 16);
+    double *keys = get(n_positions * head_dim * sizeof *keys), *values = get(n_positions * head_dim * sizeof *values);
+    Cache cache;
+    Sequence sequence = put_into_cache(c, &cache, n_positions, keys, values);
+    size_t n_out = (size_t)c.n * stride, n_queries = (size_t)(c.n * c.group);
     float *query = get(n_out * 4), *out = get(n_out * 4), *first = get(n_out * 4);
-    size_t n_queries = (size_t)(c.n * c.group);
     Bytes scores = new_bytes(n_queries * score_stride * 4), queries = new_bytes(n_queries * row * 4);
-    Bytes sums = new_bytes(n_queries * row * 4);
+    Bytes sums = new_bytes(n_queries * row * 4), totals = new_bytes(n_queries * 4);
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
     Attention a = {
-        .query = query, .out = out, .stride = stride, .keys = cached_keys.bytes, .values = cached_values.bytes,
-        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .positions = padded, .group = c.group,
-        .n_queries = (int)n_queries, .position = c.position, .window = c.window ? c.window : SIZE_MAX,
-        .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap, .scores = (float *)(void *)scores.bytes,
-        .score_stride = score_stride,
+        .query = query, .out = out, .stride = stride, .sequence = &sequence, .n_kv_heads = 1, .head_dim = head_dim,
+        .row = row, .group = c.group, .n_queries = (int)n_queries, .position = c.position,
+        .window = c.window ? c.window : SIZE_MAX, .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap,
+        .scores = (float *)(void *)scores.bytes, .score_stride = score_stride, .totals = (float *)(void *)totals.bytes,
         .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,
     };
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
@@ -766,8 +778,8 @@ static void check_attention(AttentionCase c) {
         check(!memcmp(first, out, n_out * 4), "%d heads of %d, %d tokens from %zu: kernels %s and %s differ", c.group,
               c.head_dim, c.n, c.position, usable_kernels()[0]->name, (*k)->name);
     }
-    free(keys), free(values), free(cached_keys.bytes), free(cached_values.bytes), free(query), free(out), free(first);
-    free(scores.bytes), free(queries.bytes), free(sums.bytes);
+    free(keys), free(values), free(query), free(out), free(first), munmap(cache.arena, cache.arena_bytes);
+    free(scores.bytes), free(queries.bytes), free(sums.bytes), free(totals.bytes);
 }
 
 static void test_attention(void) {
@@ -790,7 +802,9 @@ static void test_attention(void) {
         const float bad[] = { NAN, INFINITY, -INFINITY };
         for (int i = 0; i < 3; i++) {
             float p[16] = { 1, bad[i], 2 };
-            check(isnan((*k)->exponentiate(p, 0, 3, 1, 50)), "a score of %g under a cap: got a number", (double)bad[i]);
+            float lane[16] = { 0 };
+            (*k)->exponentiate(lane, p, 3, (*k)->scale_scores(p, 0, 3, 1, 50));
+            check(isnan(fold_lanes(lane)), "a score of %g under a cap: got a number", (double)bad[i]);
         }
     }
 }
@@ -849,9 +863,11 @@ static void test_rotation(void) {
             .context = 1000,
         };
         Model m = { .config = c, .rope_factors = slowed ? factors : NULL };
-        State s = { .context = 1000, .angles = get(1000 * (size_t)c.rope_dim * 4) };
-        make_angles(&m, &s, 7);
-        make_angles(&m, &s, 1000);
+        double turns[64];
+        Rotation a = { .turns = turns, .cosine_sine = get(1000 * (size_t)c.rope_dim * 4), .positions = 1000 };
+        make_turns(&m, &a, 1000);
+        make_angles(&m, &a, (Range){ 7, 1000 });
+        make_angles(&m, &a, (Range){ 0, 7 });
         double worst = 0;
         int half = c.rope_dim / 2;
         for (int position = 0; position < 1000; position += 27) {
@@ -860,7 +876,7 @@ static void test_rotation(void) {
             memcpy(first, out, sizeof first);
             for (const Kernels *const *k = usable_kernels(); *k; k++) {
                 memcpy(out, first, sizeof out);
-                (*k)->rotate(out, s.angles + (size_t)position * (size_t)c.rope_dim, c.rope_dim, c.pairing);
+                (*k)->rotate(out, a.cosine_sine + (size_t)position * (size_t)c.rope_dim, c.rope_dim, c.pairing);
                 if (k != usable_kernels() && memcmp(out, before, sizeof out)) worst = INFINITY;
                 memcpy(before, out, sizeof out);
             }
@@ -884,6 +900,6 @@ static void test_rotation(void) {
         }
         check(worst <= 1, "%s%s: got an error of %.2f times the bound of 3 roundings", cases[i / 2].what,
               slowed ? ", with factors" : "", worst);
-        free(s.angles);
+        free(a.cosine_sine);
     }
 }

@@ -782,22 +782,21 @@ static void test_environment(void) {
 static void put_reference_chat(const char *const *said, int n_said, int limit, Buffer *out) {
     Opened o;
     Error e = { 0 };
-    State s = { 0 };
+    Runner s = { .w = { .n = 0 } };
     Tokens all = { 0 };
     if (!check(open_bytes(&o, read_bytes(temporary("long.gguf")), &e), "long.gguf: got \"%s\"", e.text)) return;
     const Model *m = &o.model;
     const ChatTemplate *t = choose_template(m, NULL, &e);
-    s = (State){ .context = 1024, .batch = 16, .threads = 1, .cache_f32 = true };
-    bool ok = t && make_state(m, &s, &e) && emit(&all, m->tokenizer.bos, &e);
+    bool ok = t && make_runner(m, (Settings){ 1, 1024, 16, false, true }, &s, &e) && emit(&all, m->tokenizer.bos, &e);
     for (int turn = 0; ok && turn < n_said; turn++) {
         Span spans[MAX_SPANS];
         int n_spans = render_turn(t, turn == 0, NULL, said[turn], strlen(said[turn]), spans), last = -1;
         ok = encode(&m->tokenizer, spans, n_spans, &all, &e);
         for (int n = 0; ok && n < limit; n++) {
             size_t n_bytes;
-            s.n_past = 0;
-            ok = prefill(m, &s, all.ids, all.n, &e);
-            int token = likeliest(s.logits, m->config.n_tokens);
+            rewind_sequence(&s.text, 0);
+            ok = prefill(m, &s.w, &s.text, all.ids, all.n, &e);
+            int token = likeliest(s.w.logits, m->config.n_tokens);
             if (is_end_token(&m->tokenizer, token)) break;
             const char *bytes = decode(&m->tokenizer, last, token, &n_bytes);
             put_text_into(out, bytes, n_bytes);
@@ -808,7 +807,7 @@ static void put_reference_chat(const char *const *said, int n_said, int limit, B
     }
     check(ok, "three turns in this process: got \"%s\"", e.text);
     free(all.ids);
-    free_state(&s);
+    free_runner(&s);
     close_opened(&o);
 }
 

@@ -8,14 +8,14 @@ static bool try_open(Bytes b, Error *e) {
     *e = (Error){ 0 };
     bool ok = open_model(b.bytes, b.n, 1, &m, e);
     if (ok) {
-        State s = { .batch = 1, .threads = 1 };
-        s.context = m.config.context < 16 ? m.config.context : 16;
+        Runner s;
+        int context = m.config.context < 16 ? m.config.context : 16;
         Error run = { 0 };
         int token = 0;
         // numbers that are not finite are refused here
-        if (make_state(&m, &s, &run)) forward(&m, &s, &token, 1, 1, &run);
+        if (make_runner(&m, (Settings){ 1, context, 1, false, false }, &s, &run)) run_tokens(&m, &s, &token, 1, 1, &run);
         if (run.status != DONE && run.status != BAD_FILE && run.status != NO_MEMORY) e->status = -1, ok = false;
-        free_state(&s);
+        free_runner(&s);
     }
     close_model(&m);
     return ok;
@@ -1297,15 +1297,15 @@ static void test_broken_weights(void) {
         for (size_t k = cases[i].one ? 12 : 0; k < (cases[i].one ? 16 : n_bytes); k += 4) memcpy(data + k, &value, 4);
         Opened o;
         Error e;
-        State s = { 0 };
+        Runner s = { .w = { .n = 0 } };
         int token = 5;
-        bool ok = open_bytes(&o, b, &e) && start_state(&o.model, (Setting){ false, true, 2, 4, NULL }, &s, &e);
+        bool ok = open_bytes(&o, b, &e) && start_runner(&o.model, (Setting){ false, true, 2, 4, NULL }, &s, &e);
         check(ok, "%s of %g: got \"%s\", wanted it to open", cases[i].tensor, cases[i].value, e.text);
-        ok = ok && forward(&o.model, &s, &token, 1, 1, &e);
+        ok = ok && run_tokens(&o.model, &s, &token, 1, 1, &e);
         check(!ok && e.status == BAD_FILE && strstr(e.text, cases[i].wanted) && strstr(e.text, "position 0"),
               "%s of %g: got \"%s\", wanted \"%s\"", cases[i].tensor, cases[i].value, e.text, cases[i].wanted);
-        check(s.n_past == 0, "%s of %g: the cache has grown to %d", cases[i].tensor, cases[i].value, s.n_past);
-        free_state(&s);
+        check(s.text.n == 0, "%s of %g: the cache has grown to %d", cases[i].tensor, cases[i].value, s.text.n);
+        free_runner(&s);
         close_opened(&o);
     }
 }
@@ -1658,7 +1658,7 @@ static void test_corpus(void) {
 
 static bool open_and_run(Bytes b, Bytes vocabulary, Error *e) {
     Model m = { 0 };
-    State s = { 0 };
+    Runner s = { .w = { .n = 0 } };
     Sampler sampler = { .temperature = 1 };
     Tokens tokens = { 0 };
     Span span = { "Once upon a time, there wa\u0301s", 29, true };
@@ -1666,14 +1666,14 @@ static bool open_and_run(Bytes b, Bytes vocabulary, Error *e) {
     const char *path = temporary("no-memory.bin");
     bool ok = open_model(b.bytes, b.n, 1, &m, e) &&
               (!vocabulary.bytes || open_vocabulary(vocabulary.bytes, vocabulary.n, m.config.n_tokens, &m, e)) &&
-              start_state(&m, (Setting){ false, false, 1, 4, NULL }, &s, e) &&
+              start_runner(&m, (Setting){ false, false, 1, 4, NULL }, &s, e) &&
               make_sampler(&sampler, m.config.n_tokens, 1, e) && encode(&m.tokenizer, &span, 1, &tokens, e) &&
-              forward(&m, &s, &token, 1, 1, e) && export_model(&m, path, e);
+              run_tokens(&m, &s, &token, 1, 1, e) && export_model(&m, path, e);
     check(ok || access(path, F_OK), "a file is there that was not written whole");
     if (ok) unlink(path);
     free(tokens.ids);
     free(sampler.candidates);
-    free_state(&s);
+    free_runner(&s);
     close_model(&m);
     return ok;
 }

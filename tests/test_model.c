@@ -36,14 +36,14 @@ static void read_golden_ids(const char *name, int *ids) {
 static size_t n_logits_of(const Model *m) { return GOLDEN_TOKENS * (size_t)m->config.n_tokens; }
 
 // Sends the tokens from `from` to `to` on and keeps each row of logits that a batch gives in `rows`.
-static bool run_from(const Model *m, State *s, const int *ids, int from, int to, float *rows, Error *e) {
+static bool run_from(const Model *m, Runner *s, const int *ids, int from, int to, float *rows, Error *e) {
     size_t n_tokens = (size_t)m->config.n_tokens;
     for (int done = from; done < to;) {
-        int n = to - done < s->batch ? to - done : s->batch, n_rows = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
-        if (!forward(m, s, ids + done, n, n_rows, e)) return false;
+        int n = to - done < s->w.settings.batch ? to - done : s->w.settings.batch, n_rows = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
+        if (!run_tokens(m, s, ids + done, n, n_rows, e)) return false;
         done += n;
         for (int i = 0; i < n_rows; i++)
-            memcpy(rows + (size_t)(done - n_rows + i) * n_tokens, s->logits + (size_t)i * s->logits_stride,
+            memcpy(rows + (size_t)(done - n_rows + i) * n_tokens, s->w.logits + (size_t)i * s->w.logits_stride,
                    n_tokens * sizeof(float));
     }
     return true;
@@ -51,11 +51,11 @@ static bool run_from(const Model *m, State *s, const int *ids, int from, int to,
 
 // All logits with this setting; those that a batch of more than 16 does not give stay as they are in `rows`.
 static void run_all(const Model *m, const int *ids, Setting how, float *rows) {
-    State s;
+    Runner s;
     Error e = { 0 };
-    bool ok = start_state(m, how, &s, &e) && run_from(m, &s, ids, 0, GOLDEN_TOKENS, rows, &e);
+    bool ok = start_runner(m, how, &s, &e) && run_from(m, &s, ids, 0, GOLDEN_TOKENS, rows, &e);
     if (!ok) check(false, "a run: got \"%s\"", e.text), memset(rows, 0, n_logits_of(m) * sizeof *rows);
-    free_state(&s);
+    free_runner(&s);
 }
 
 static Setting plain(bool exact, bool cache_f32) { return (Setting){ exact, cache_f32, 1, 1, &scalar }; }
@@ -155,7 +155,7 @@ typedef struct {
     bool exact, cache_f32;
 } Same;
 
-static void check_rows(const Same *c, const char *what, int a, int b) {
+static void check_same_rows(const Same *c, const char *what, int a, int b) {
     size_t n = (size_t)c->model->config.n_tokens, total = n_logits_of(c->model);
     size_t at = 0;
     while (at < total && !memcmp(c->rows + at, c->wanted + at, sizeof(float))) at++;
@@ -169,23 +169,23 @@ static void check_setting(const Same *c, int threads, int batch, const Kernels *
     snprintf(what, sizeof what, "kernel %s with (threads, batch)", k->name);
     memcpy(c->rows, c->wanted, n_logits_of(c->model) * sizeof(float));
     run_all(c->model, c->ids, (Setting){ c->exact, c->cache_f32, threads, batch, k }, c->rows);
-    check_rows(c, what, threads, batch);
+    check_same_rows(c, what, threads, batch);
 }
 
 // The prompt in two parts, cut at `cut`; then the cache rewound to `cut` and run again.
-static void check_cut(const Same *c, State *s, int cut) {
+static void check_cut(const Same *c, Runner *s, int cut) {
     Error e = { 0 };
     for (int again = 0; again < 2; again++) {
         memset(c->rows, 0, n_logits_of(c->model) * sizeof(float));
         memcpy(c->rows, c->wanted, (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens * sizeof(float));
-        if (!again) s->n_past = 0;
-        bool ok = (again || prefill(c->model, s, c->ids, (size_t)cut, &e));
-        if (again) s->n_past = cut;
-        ok = ok && prefill(c->model, s, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), &e);
-        memcpy(c->rows + (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens, s->logits,
+        if (!again) rewind_sequence(&s->text, 0);
+        bool ok = (again || prefill(c->model, &s->w, &s->text, c->ids, (size_t)cut, &e));
+        if (again) rewind_sequence(&s->text, cut);
+        ok = ok && prefill(c->model, &s->w, &s->text, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), &e);
+        memcpy(c->rows + (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens, s->w.logits,
                (size_t)c->model->config.n_tokens * sizeof(float));
         check(ok, "%s cut at %d: got \"%s\"", c->name, cut, e.text);
-        check_rows(c, again ? "the cache rewound to" : "the prompt cut at", cut, again);
+        check_same_rows(c, again ? "the cache rewound to" : "the prompt cut at", cut, again);
     }
 }
 
@@ -202,13 +202,13 @@ static void check_same_bits(const Model *m, const char *name, const int *ids, bo
                 check_setting(&c, settings[i].threads, settings[i].batch, *k);
         }
     }
-    State s;
+    Runner s;
     Error e = { 0 };
-    if (check(start_state(m, (Setting){ exact, cache_f32, 1, 64, usable_kernels()[0] }, &s, &e), "%s: got \"%s\"", name,
+    if (check(start_runner(m, (Setting){ exact, cache_f32, 1, 64, usable_kernels()[0] }, &s, &e), "%s: got \"%s\"", name,
               e.text)) {
         for (int cut = 1; cut < GOLDEN_TOKENS; cut += exact ? 11 : 1) check_cut(&c, &s, cut);
     }
-    free_state(&s);
+    free_runner(&s);
     free(wanted), free(rows);
 }
 
@@ -234,12 +234,13 @@ static void test_batches(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         o.model.layers[0].ffn_dim = cases[i].ffn_dim;
         options.batch = cases[i].asked;
-        State s = { .context = cases[i].context, .batch = 128, .threads = cases[i].threads };
+        Runner s;
         Error e = { 0 };
-        bool ok = make_state(&o.model, &s, &e);
-        check(ok && (s.batch < 128) == cases[i].shrinks && s.batch >= 16, "a batch of 128, case %zu: got %d and \"%s\"",
-              i, s.batch, e.text);
-        free_state(&s);
+        bool ok = make_runner(&o.model, (Settings){ cases[i].threads, cases[i].context, 128, false, false }, &s, &e);
+        int batch = s.w.settings.batch;
+        check(ok && (batch < 128) == cases[i].shrinks && batch >= 16, "a batch of 128, case %zu: got %d and \"%s\"", i,
+              batch, e.text);
+        free_runner(&s);
     }
     options.batch = 0;
     o.model.layers[0].ffn_dim = 36;
@@ -251,22 +252,23 @@ static void test_batches(void) {
 // More tokens than a batch or the context holds; and after Ctrl-C, which the program looks for between two steps.
 static void test_stops(void) {
     Opened o = open_golden("llama_tied.gguf");
-    State s;
+    Runner s;
     Error e = { 0 };
     Buffer b = { 0 };
     int ids[64] = { 1 };
     const char *path = temporary("interrupted.bin");
-    bool ok = start_state(&o.model, (Setting){ false, true, 1, 8, NULL }, &s, &e) &&
-              forward(&o.model, &s, ids, 8, 1, &e);
-    check(ok && s.n_past == 8, "8 tokens: got \"%s\"", e.text);
-    check(!forward(&o.model, &s, ids, 9, 1, &e) && e.status == NO_ROOM && s.n_past == 8, "9 tokens in batches of 8");
-    s.n_past = s.context - 3;
-    check(!forward(&o.model, &s, ids, 4, 1, &e) && e.status == NO_ROOM, "4 tokens where there is room for 3");
-    s.n_past = 0;
+    bool ok = start_runner(&o.model, (Setting){ false, true, 1, 8, NULL }, &s, &e) &&
+              run_tokens(&o.model, &s, ids, 8, 1, &e);
+    check(ok && s.text.n == 8, "8 tokens: got \"%s\"", e.text);
+    check(!run_tokens(&o.model, &s, ids, 9, 1, &e) && e.status == NO_ROOM && s.text.n == 8, "9 tokens in batches of 8");
+    rewind_sequence(&s.text, 0);
     interrupted = SIGINT;
-    check(!prefill(&o.model, &s, ids, 3, &e) && e.status == INTERRUPTED && s.n_past == 0, "prefill after Ctrl-C");
+    check(!prefill(&o.model, &s.w, &s.text, ids, 3, &e) && e.status == INTERRUPTED && s.text.n == 0, "prefill after Ctrl-C");
     e.status = DONE;
-    check(!forward_some(&o.model, &s, ids, 3, &e) && e.status == INTERRUPTED, "forward_some after Ctrl-C");
+    options.output = temporary("interrupted.logits");
+    check(!run_logits(&o.model, &s.w, &s.text, &(Tokens){ ids, 3, 3, 0 }, &e) && e.status == INTERRUPTED,
+          "logits after Ctrl-C");
+    options.output = NULL;
     e.status = DONE;
     check(!export_model(&o.model, path, &e) && e.status == INTERRUPTED && access(path, F_OK), "export after Ctrl-C");
     e.status = DONE;
@@ -275,7 +277,7 @@ static void test_stops(void) {
     if (f) fclose(f);
     interrupted = 0;
     free(b.bytes);
-    free_state(&s);
+    free_runner(&s);
     close_opened(&o);
 }
 
@@ -427,9 +429,10 @@ static void test_counts(void) {
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Opened o = open_golden(cases[i].name);
-        State s = { .batch = 2, .exact = cases[i].exact, .cache_f32 = cases[i].exact };
+        Workspace w = { .settings = { .batch = 2, .exact = cases[i].exact, .cache_f32 = cases[i].exact } };
+        Load steps[N_STEPS];
         const Load *wanted = &cases[i].wanted;
-        Load got = load_of(&o.model, &s, cases[i].past, cases[i].n, cases[i].one_by_one);
+        Load got = load_of(&o.model, &w, cases[i].past, cases[i].n, cases[i].one_by_one, steps);
         check(got.int8 == wanted->int8 && got.f32 == wanted->f32 && (!wanted->bytes || got.bytes == wanted->bytes),
               "%s, %d tokens after %d: got %g bytes, %g and %g operations, wanted %g, %g and %g", cases[i].name,
               cases[i].n, cases[i].past, got.bytes, got.int8, got.f32, wanted->bytes, wanted->int8, wanted->f32);

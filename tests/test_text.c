@@ -157,20 +157,20 @@ static void test_sampler(void) {
     check(choose_token(&s, tied, 5) == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", choose_token(&s, tied, 5));
 
     Opened o = open_golden("mixed.gguf");  // nothing is allocated while text is made
-    State st;
+    Runner st;
     Sampler sampler = { .temperature = 1, .top_p = 0.9f };
     int ids[3] = { 1, 2, 3 };
-    bool ok = start_state(&o.model, (Setting){ false, false, 2, 4, NULL }, &st, &e) &&
+    bool ok = start_runner(&o.model, (Setting){ false, false, 2, 4, NULL }, &st, &e) &&
               make_sampler(&sampler, o.model.config.n_tokens, 1, &e);
     size_t before = faults.n;
     for (int i = 0; ok && i < 5; i++) {
-        ok = forward(&o.model, &st, ids, 3, 1, &e);
-        ids[0] = choose_token(&sampler, st.logits, o.model.config.n_tokens);
+        ok = run_tokens(&o.model, &st, ids, 3, 1, &e);
+        ids[0] = choose_token(&sampler, st.w.logits, o.model.config.n_tokens);
     }
     check(ok && faults.n == before, "forward and choose_token: got %zu allocations, wanted none",
           faults.n - before);
     free(sampler.candidates);
-    free_state(&st);
+    free_runner(&st);
     close_opened(&o);
 }
 
