@@ -261,6 +261,7 @@ static const struct {
     { "goldens", test_goldens },
     { "experts", test_experts },
     { "same bits", test_same_bits },
+    { "many texts", test_sequences },
     { "batches", test_batches },
     { "stops", test_stops },
     { "containers", test_containers },

@@ -224,6 +224,137 @@ static void test_same_bits(void) {
     }
 }
 
+// ---- Many texts in one pass ----
+
+enum { MOST_TEXTS = 17 };
+
+static pthread_t main_thread;
+
+// The kernels in use, but all threads but the main one take much longer for a tile.
+static void slow_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                           size_t n_all, int n) {
+    for (volatile int i = 0; !pthread_equal(pthread_self(), main_thread) && i < 20000; i++) {}
+    usable_kernels()[0]->add_tiles(sum, type, tiles, n_blocks, x, n_all, n);
+}
+
+// Texts that go through together must have the logits that each has alone.
+typedef struct {
+    const Model *model;
+    const char *name;
+    int n_texts;
+    int ids[MOST_TEXTS][GOLDEN_TOKENS], same[MOST_TEXTS];  // text t begins with the first same[t] tokens of text t / 2
+    float *wanted[MOST_TEXTS];                             // of each alone, token by token, on one thread
+} Crowd;
+
+static Crowd make_crowd(const Model *m, const char *name, int n_texts) {
+    Crowd c = { .model = m, .name = name, .n_texts = n_texts };
+    for (int t = 0; t < n_texts; t++) {
+        c.same[t] = t ? (int)random_below(GOLDEN_TOKENS) : 0;
+        for (int i = 0; i < GOLDEN_TOKENS; i++)
+            c.ids[t][i] = i < c.same[t] ? c.ids[t / 2][i] : (int)random_below((size_t)m->config.n_tokens);
+        c.wanted[t] = get(n_logits_of(m) * sizeof(float));
+        run_all(m, c.ids[t], plain(false, false), c.wanted[t]);
+    }
+    return c;
+}
+
+// Some rows of some texts, in any order; then all the logits that were asked for are compared.
+static bool run_rows(const Crowd *c, Workspace *w, Sequence *texts, int threads, Error *e) {
+    size_t n_tokens = (size_t)c->model->config.n_tokens;
+    int n = 0, pending[MOST_TEXTS] = { 0 };
+    for (int tries = 1 + (int)random_below(30); tries > 0 && n < w->settings.batch; tries--) {
+        int t = (int)random_below((size_t)c->n_texts), position = texts[t].n + pending[t];
+        if (position == GOLDEN_TOKENS) continue;
+        w->room[n++] = (Row){ c->ids[t][position], position, t, random_below(2) };
+        pending[t]++;
+    }
+    if (!forward(c->model, w, texts, w->room, n, e)) return false;
+    for (int i = 0; i < w->n_wanted; i++) {
+        if (i % LOGITS_AT_ONCE == 0 && !make_logits(c->model, w, i, slice(w, i), e)) return false;
+        const Row *row = &w->room[w->wanted[i]];
+        const float *got = w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride;
+        check(!memcmp(got, c->wanted[row->sequence] + (size_t)row->position * n_tokens, n_tokens * sizeof *got),
+              "%s, %d rows of %d texts, %d threads: token %d of text %d has other logits than alone", c->name, n,
+              c->n_texts, threads, row->position, row->sequence);
+    }
+    return true;
+}
+
+static void check_crowd(const Crowd *c, int threads) {
+    Workspace w;
+    Cache cache;
+    Error e = { 0 };
+    Settings settings = { .threads = threads, .context = GOLDEN_TOKENS, .batch = 40 };
+    Sequence texts[MOST_TEXTS];
+    bool ok = make_workspace(c->model, &w, settings, &e) && make_cache(c->model, &cache, settings, c->n_texts, &e);
+    w.work = SIZE_MAX;
+    for (int t = 0; ok && t < c->n_texts; t++) texts[t] = new_sequence(&cache, t);
+    int n_spare = cache.n_spare;
+    for (int round = 0; ok && round < 60; round++) {
+        int t = (int)random_below((size_t)c->n_texts), n = texts[t].n, of_other = texts[t / 2].n;
+        if (random_below(3) == 0) rewind_sequence(&texts[t], (int)random_below((size_t)n + 1));
+        if (t > 0 && random_below(3) == 0) fork_sequence(&texts[t], &texts[t / 2], of_other < c->same[t] ? of_other : c->same[t]);
+        ok = run_rows(c, &w, texts, threads, &e);
+        for (int i = 0; ok && i < c->n_texts; i++)
+            check(!memcmp(texts[i].ids, c->ids[i], (size_t)texts[i].n * sizeof(int)), "text %d has other ids", i);
+    }
+    check(ok, "%s, %d texts together: got \"%s\"", c->name, c->n_texts, e.text);
+    for (int t = 0; t < c->n_texts; t++) rewind_sequence(&texts[t], 0);
+    check(cache.n_spare == n_spare, "%s: %d of %d pages are free after all", c->name, cache.n_spare, n_spare);
+    munmap(w.arena, w.arena_bytes), munmap(cache.arena, cache.arena_bytes);
+}
+
+// A token far down a text, whose attention threads share, must have the logits that one thread gives it.
+static void check_depth(Model *m, const char *name) {
+    enum { DEPTH = 700, TAIL = 3 };
+    int ids[DEPTH + TAIL], context = m->config.context;
+    size_t n_tokens = (size_t)m->config.n_tokens;
+    float *wanted = get(TAIL * n_tokens * sizeof *wanted);
+    m->config.context = DEPTH + TAIL;
+    for (int i = 0; i < DEPTH + TAIL; i++) ids[i] = (int)random_below(n_tokens);
+    for (int threads = 1; threads <= 8; threads += threads < 3 ? 1 : 5) {
+        Runner r;
+        Error e = { 0 };
+        bool ok = start_runner(m, (Setting){ false, false, threads, 64, NULL }, &r, &e) &&
+                  prefill(m, &r.w, &r.text, ids, DEPTH, &e);
+        for (int i = 0; ok && i < TAIL; i++) {
+            ok = run_tokens(m, &r, ids + DEPTH + i, 1, 1, &e);
+            if (threads == 1) memcpy(wanted + (size_t)i * n_tokens, r.w.logits, n_tokens * sizeof *wanted);
+            check(!memcmp(r.w.logits, wanted + (size_t)i * n_tokens, n_tokens * sizeof *wanted),
+                  "%s, token %d by %d threads: other logits than by one", name, DEPTH + i, threads);
+        }
+        check(ok, "%s, %d tokens by %d threads: got \"%s\"", name, DEPTH, threads, e.text);
+        free_runner(&r);
+    }
+    m->config.context = context;
+    free(wanted);
+}
+
+static void test_sequences(void) {
+    static const char *const files[] = {
+        "llama_mqa.gguf", "mixed.gguf", "mixtral.gguf", "families/gemma2.gguf", "families/olmo2.gguf",
+    };
+    static const int n_texts[] = { 1, 3, 8, MOST_TEXTS }, n_threads[] = { 1, 2, 3, 8 };
+    main_thread = pthread_self();
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        Opened o = open_golden(files[i]);
+        for (int k = 0; k < 4; k++) {
+            kernels = usable_kernels()[0];
+            Crowd c = make_crowd(&o.model, files[i], n_texts[k]);
+            kernels = usable_kernels()[0];
+            for (int j = 0; j < 4; j++) check_crowd(&c, n_threads[j]);
+            Kernels slow = *kernels;
+            slow.add_tiles = slow_add_tiles;
+            kernels = &slow;
+            if (k == 2) check_crowd(&c, 2), check_crowd(&c, 3);
+            kernels = usable_kernels()[0];
+            for (int t = 0; t < c.n_texts; t++) free(c.wanted[t]);
+        }
+        check_depth(&o.model, files[i]);
+        close_opened(&o);
+    }
+}
+
 // Without -b the batch shrinks for what it makes large itself, and not for a long context, many threads or tokens.
 static void test_batches(void) {
     Opened o = open_golden("llama_linear.gguf");
