@@ -2438,13 +2438,15 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
    or one for each layer. They are within the limits of the row, and integers where it says so. rope_dim is even and at
    most head_dim; n_kv_heads divides n_heads; n_experts_used is at most n_experts, and 0 only if that is 0. `activation`
    and `angles` are enumerators of chapter 3. A 0 means: no cap, no window, no experts, no YaRN (yarn_fast), no
-   local_theta, or an original_context that equals context. A scale or a rope_magnitude of 1 changes nothing.
+   local_theta, or an original_context that equals context; layers whose `angles` are LOCAL need a local_theta. A scale
+   or a rope_magnitude of 1 changes nothing.
 
    TENSOR RECORDS, in any order: the name is that of rules[]; a tensor of layer N has "blk.N." before it, and one with a
    matrix for each expert has "_exps" after the stem ("blk.0.ffn_gate_exps.weight"). `type` is a Type of chapter 3 (F32
    is 0); a vector has type 255, 1 row and f32 elements. `n` is the number of experts, or 1. rules[] gives the shapes
-   and says which tensors must be there; no others may be. What one layer has, all layers have. Without output.weight,
-   the embedding is the output matrix too. Rows of attn_q and attn_k lie as in GGUF (for llama, pairs are neighbours).
+   and says which tensors must be there; no others may be, and none is fused. What one layer has, all layers have; long
+   and short factors come together. Without output.weight, the embedding is the output matrix too. Rows of attn_q and
+   attn_k lie as in GGUF (for llama, pairs are neighbours).
 
    WEIGHTS: a matrix is its tiles, which chapter 4 draws, of 16 rows and 32 or 256 columns (types[], chapter 8): those
    of the first 16 rows from left to right, then the next 16 rows. Each expert's matrix begins a new tile. Zeros pad the
