@@ -3051,9 +3051,47 @@ static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
 
 // ---- cria's own file ----
 
-// | header, 128 bytes | configuration | tensor records | tokenizer (tokenizer.c) | chat template | weights |
-// Everything is little-endian; every section and every tensor begins at a multiple of 64 and is padded with zeros. The
-// weights lie in the tiles of chapter 4, so that a mapped file is ready. README draws it byte by byte.
+/* The format, byte by byte. The structs below are its records, without gaps. Integers are little-endian, floats are
+   IEEE 754. Every section and every tensor begins at a multiple of 64 bytes from the beginning of the file; zeros fill
+   the space before it.
+
+       | header, 128 bytes | configuration | tensor records | tokenizer (tokenizer.c) | chat template | weights |
+
+   HEADER: `layout` is 2; it changes whenever anything here does. `family` is a name of families[]. A section is its
+   offset in the file and its length without the padding after it; the length of `weights` includes the padding of each
+   tensor. The chat template is text without a zero at its end; it may be empty. Names are padded with zeros, at least
+   one.
+
+   CONFIGURATION: for each row of config_fields[], in that order, a ConfigRecord, then `count` numbers of type f64: one,
+   or one for each layer. They are within the limits of the row, and integers where it says so. rope_dim is even and at
+   most head_dim; n_kv_heads divides n_heads; n_experts_used is at most n_experts, and 0 only if that is 0. `activation`
+   and `angles` are enumerators of chapter 3. A 0 means: no cap, no window, no experts, no YaRN (yarn_fast), no
+   local_theta, or an original_context that equals context; layers whose `angles` are LOCAL need a local_theta. A scale
+   or a rope_magnitude of 1 changes nothing.
+
+   TENSOR RECORDS, in any order: the name is that of rules[]; a tensor of layer N has "blk.N." before it, and one with a
+   matrix for each expert has "_exps" after the stem ("blk.0.ffn_gate_exps.weight"). `type` is a Type of chapter 3 (F32
+   is 0); a vector has type 255, 1 row and f32 elements. `n` is the number of experts, or 1. rules[] gives the shapes
+   and says which tensors must be there; no others may be, and none is fused. What one layer has, all layers have; long
+   and short factors come together. Without output.weight, the embedding is the output matrix too. Rows of attn_q and
+   attn_k lie as in GGUF (for llama, pairs are neighbours).
+
+   WEIGHTS: a matrix is its tiles, which chapter 4 draws, of 16 rows and 32 or 256 columns (types[], chapter 8): those
+   of the first 16 rows from left to right, then the next 16 rows. Each expert's matrix begins a new tile. Zeros pad the
+   last rows and columns. A quantised tile begins with the header below. x is a weight as stored; d, m and e stand for
+   d[r], m[r] and e[r], r being its row in the tile; s and t for s[k][r] and t[k][r], k being the index of its 32
+   columns in the tile, or of its 16 columns where there are 16 such indices. Each operation rounds to f32.
+
+       f32, f16, bf16  no header                                       x
+       q8, q8f         f16 d[16]; q8f: f32 d[16]                       d * x, x is signed
+       q4, q5          f16 d[16]                                       d * (x - 8), d * (x - 16)
+       q4m, q5m        f16 d[16], f16 m[16]                            d * x + m
+       iq4nl           f16 d[16]                                       d * curve[x]
+       mxfp4           u8 e[16]                                        2^(e - 128) * small_floats[x]
+       q2k             f16 d[16], f16 m[16], u8 s[16][16]              (d * (s & 15)) * x - m * (s >> 4)
+       q3k, q6k        f16 d[16], i8 s[16][16]                         (d * s) * (x - 4), (d * s) * (x - 32)
+       q4k, q5k        f16 d[16], f16 m[16], u8 s[8][16], u8 t[8][16]  (d * s) * x - m * t
+       iq4xs           f16 d[16], i8 s[8][16]                          (d * s) * curve[x] */
 enum { LAYOUT = 2 };  // of tiles and sections: it changes when either does
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
