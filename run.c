@@ -4028,10 +4028,12 @@ INLINE int byte_offset(Type type, Signs signs) {
     return signs == UNSIGNED || (signs == UNSIGNED_SIX_BITS && i->bits <= 6) ? i->offset : 0;
 }
 
-// That times the sum of a block's activations, or of those of a half, less than 0.
+// -offset * the sum of a block's activations, or of those of a half, from the multiple of it that is at hand.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (part) return offset == 32 ? x->minus_32_sum[part - 1] : offset ? x->minus_32_sum[part - 1] >> 3 : 0;
-    return offset == 8 ? x->minus_8_sum : offset == 16 ? 2 * x->minus_8_sum : offset ? x->minus_128_sum : 0;
+    if (!part && offset == 128) return x->minus_128_sum;
+    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
+    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
+    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
 }
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
