@@ -4330,27 +4330,20 @@ MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
-// A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
-#if defined(__ARM_FEATURE_DOTPROD)
-#define NEON_DOT static
-#define NEON_DOT_INLINE INLINE
-#elif !defined(__clang__)
-#define NEON_DOT LEAF("arch=armv8.2-a+dotprod")
-#define NEON_DOT_INLINE LEAF_INLINE("arch=armv8.2-a+dotprod")
-#endif
-
-#ifdef NEON_DOT
-
-// [kernel neondot] One sdot a group of columns.
-MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
-         vdotq_s32(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
-
-MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
-          float32x4_t, vfmaq_f32(x, sum[i], x))
+// [kernel neondot] One sdot a group of columns: four products of bytes, added to each lane. Compilers and assemblers know
+// it only where -march or -mcpu names it, and a target attribute would undo what else those name. So here are its bits,
+// made of the registers' numbers, as which the assembler is taught the names v0 to v31.
+INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
+    __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+            ".equ number_of_v\\n,\\n\n.endr\n"
+            ".inst 0x4e809400 + number_of_%0 + 32 * number_of_%1 + 65536 * number_of_%2" : "+w"(sum) : "w"(w), "w"(x));
+    return sum;
+}
+MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
+MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, LEAVES_128 })
-MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
-#endif
+MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 
 // To add a set of kernels: its leaves above, a row here, better ones first.
@@ -4358,10 +4351,7 @@ static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
     &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2,
 #elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
-#ifdef NEON_DOT
-    &neondot,
-#endif
-    &neon,
+    &neondot, &neon,
 #endif
     &scalar,
 };
@@ -4386,9 +4376,9 @@ static bool cpu_can_run(const Kernels *k) {
     if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
     if (k == &avx512vl) return has_vnni;
     if (k == &avx2 || k == &scalar_avx2) return has_avx2;
-#elif defined(NEON_DOT) && defined(__linux__)
+#elif defined(__aarch64__) && defined(__linux__) && !defined(TOKENIZER_COMMAND)
     if (k == &neondot) return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-#elif defined(NEON_DOT) && defined(__APPLE__)
+#elif defined(__aarch64__) && defined(__APPLE__) && !defined(TOKENIZER_COMMAND)
     int answer = 0;
     size_t size = sizeof answer;
     if (k == &neondot) return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &answer, &size, NULL, 0) && answer;
