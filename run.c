@@ -514,7 +514,9 @@ INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, si
     }
 }
 
-// The kernels: the innermost loops, here and in chapter 5. The loops there define the results; the appendix has some of
+typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
+
+// The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has some of
 // them again for other instruction sets, and `kernels` points to the set in use.
 typedef struct {
     const char *name;
@@ -530,6 +532,7 @@ typedef struct {
     void (*rotate)(float *head, const float *angle, int rope_dim, Pairing pairing);
     float (*exponentiate)(float *p, size_t from, size_t n, float scale, float cap);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
+    void (*make_probabilities)(Candidate *c, const float *logits, int n, float temperature, float max);
     double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
     void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
@@ -1003,7 +1006,7 @@ static bool prefill(const Model *m, State *s, const int *tokens, size_t n, Error
    temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
    than surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
 
-typedef struct { int id; float p; } Candidate;
+struct Candidate { int id; float p; };
 
 typedef struct {
     float temperature;     // 0 = the likeliest token
@@ -1029,14 +1032,11 @@ static int likeliest(const float *logits, int n) {
     return best;
 }
 
-// p = softmax(logits / temperature)      both (n)
-static void make_probabilities(Candidate *c, const float *logits, int n, float temperature) {
-    float max = logits[likeliest(logits, n)] / temperature, sum = 0.0f;
-    for (int i = 0; i < n; i++) {
-        c[i].id = i;
-        c[i].p = exponential(logits[i] / temperature - max);
-        sum += c[i].p;
-    }
+// p = softmax(logits / temperature), where max is the largest of these quotients      c, logits (n)
+INLINE void make_probabilities(Candidate *c, const float *logits, int n, float temperature, float max) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) c[i] = (Candidate){ i, exponential(logits[i] / temperature - max) };
+    for (int i = 0; i < n; i++) sum += c[i].p;  // in the order of the ids, as llama2.c does
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
@@ -1075,7 +1075,7 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     int best = likeliest(logits, n);  // also the answer where logit / temperature is too large for a float
     if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
-    make_probabilities(c, logits, n, s->temperature);
+    kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
     if (!cuts) {
@@ -1513,10 +1513,13 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         return exponentiate(p, from, n, scale, cap);                                                                   \
     }                                                                                                                  \
     target void set##_activate(float *gate, const float *up, size_t n, Activation a) { activate(gate, up, n, a); }     \
+    target void set##_make_probabilities(Candidate *c, const float *logits, int n, float temperature, float max) {     \
+        make_probabilities(c, logits, n, temperature, max);                                                            \
+    }                                                                                                                  \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_narrow, set##_round, set##_normalise, set##_rotate, set##_exponentiate,         \
-                                 set##_activate, peak_of, set##_read };
+                                 set##_activate, set##_make_probabilities, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
