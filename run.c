@@ -516,8 +516,8 @@ INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, si
 
 typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
 
-// The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has some of
-// them again for other instruction sets, and `kernels` points to the set in use.
+// The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has
+// some of them again for other instruction sets, and `kernels` points to the set in use.
 typedef struct {
     const char *name;
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -1267,26 +1267,28 @@ static bool run_chat(const Model *m, State *s, Sampler *sampler, Error *e) {
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
-// To add a type: a row here, a branch in unpack_scales() if its header is new, its source in the table below, and its
-// case in add_byte_tiles() for the kernels of the appendix.
+// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
+// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
 static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", 32, 32, 0, 32, 0, false, NULL },
-    [F16] = { "f16", 32, 32, 0, 16, 0, false, NULL },
-    [BF16] = { "bf16", 32, 32, 0, 16, 0, false, NULL },
-    [Q8] = { "q8", 32, 32, 32, 8, 0, false, NULL },           // header: f16 scale[16]
-    [Q8F] = { "q8f", 32, 32, 64, 8, 0, false, NULL },         // f32 scale[16]
-    [Q4] = { "q4", 32, 32, 32, 4, 8, false, NULL },
-    [Q4M] = { "q4m", 32, 32, 64, 4, 0, true, NULL },          // f16 scale[16], f16 min[16]
-    [Q5] = { "q5", 32, 32, 32, 5, 16, false, NULL },
-    [Q5M] = { "q5m", 32, 32, 64, 5, 0, true, NULL },
-    [Q2K] = { "q2k", 256, 16, 320, 2, 0, true, NULL },        // f16 d[16], f16 dmin[16], u8 scale and min[16][16]
-    [Q3K] = { "q3k", 256, 16, 288, 3, 4, false, NULL },       // f16 d[16], i8 scale[16][16]
-    [Q4K] = { "q4k", 256, 32, 320, 4, 0, true, NULL },        // f16 d[16], f16 dmin[16], i8 scale[8][16], u8 min[8][16]
-    [Q5K] = { "q5k", 256, 32, 320, 5, 0, true, NULL },
-    [Q6K] = { "q6k", 256, 16, 288, 6, 32, false, NULL },
-    [IQ4NL] = { "iq4nl", 32, 32, 32, 4, 0, false, curve },
-    [IQ4XS] = { "iq4xs", 256, 32, 160, 4, 0, false, curve },  // f16 d[16], i8 scale[8][16]
-    [MXFP4] = { "mxfp4", 32, 32, 16, 4, 0, false, small_floats },  // u8 exponent[16]
+    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
+    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
+    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
+    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
+    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
+    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
+    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
+    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
+    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
+    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
+    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
+    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
+    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
+    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
+    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
+    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
+    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
 };
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
@@ -1454,14 +1456,8 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
     _Alignas(64) uint8_t q[8][64];
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats,
                   scale_floats);
-    switch (types[type].bits) {  // a loop of its own for each
-    case 2: unpack_planes(q, 2, weights); break;
-    case 3: unpack_planes(q, 3, weights); break;
-    case 4: unpack_planes(q, 4, weights); break;
-    case 5: unpack_planes(q, 5, weights); break;
-    case 6: unpack_planes(q, 6, weights); break;
-    default: unpack_planes(q, 8, weights); break;
-    }
+#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // a loop of its own for each number
+    switch (types[type].bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) PLANES(8) }
     if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
     for (int g = 0; g < 8; g++) {
         for (int r = 0; r < 16; r++)
@@ -1557,10 +1553,11 @@ struct SourceType {
     size_t block_cols, block_bytes;
     Type tile;
     PackTile *pack;
-    // Where in a block of quantised weights things are: the scale in 16 bits, with the minimum behind it if there is
-    // one; the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either,
-    // the first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
-    int scale_at, scales_at, low_at, low_run, high_at, high_run;
+    // Where in a block of quantised weights things are: the scale in 16 bits, followed by the minimum if there is one;
+    // the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either, the
+    // first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
+    int scale_at, scales_at;
+    struct { int at, run; } low, high;
 };
 
 static size_t source_row_bytes(const Source *s) {
@@ -1660,8 +1657,8 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
         for (int bits = 8; bits; bits /= 2) {
             bool is_low = info->bits < 2 * bits;
             if (!(info->bits & bits)) continue;
-            pack_plane(to, block + (is_low ? t->low_at : t->high_at), row_bytes, rows, bits,
-                       is_low ? t->low_run : t->high_run, c);
+            pack_plane(to, block + (is_low ? t->low.at : t->high.at), row_bytes, rows, bits,
+                       is_low ? t->low.run : t->high.run, c);
             to += 64 * bits;
         }
     }
@@ -1676,28 +1673,31 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// The formats that files may hold. To add one: a block and a function above, and a row here; the tile is chapter 4's.
+// The formats that files may hold: name, number in GGUF, columns and bytes of a block, tile, what packs it. To add one:
+// a row at the end, which says where a block has its parts, and if pack_blocks() does not fit, a function above. So has
+//     Q5_K  | d, dmin | 12 bytes of scales and minima | 32 bytes: bit 4 of each weight | 128 bytes: bits 0 to 3 |
+//     byte  0         4                               16                               48                       176
+enum { SOURCE_F32, SOURCE_GROUPS };  // those that the code below names
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
-    { "F16", 1, 1, 2, F16, pack_halves, 0, 0, 0, 0, 0, 0 },
-    { "BF16", 30, 1, 2, BF16, pack_halves, 0, 0, 0, 0, 0, 0 },
-    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 32, 0, 0 },
-    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 16, 0, 0 },
-    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 16, 0, 0 },
-    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 16, 2, 1 },
-    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 16, 4, 1 },
-    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 32, 0, 0 },
-    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 32, 0, 32 },
-    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 32, 0, 0 },
-    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 32, 16, 32 },
-    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 64, 128, 32 },
-    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 16, 0, 0 },
-    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 16, 0, 0 },
-    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 16, 0, 0 },
-    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0, 0, 0 },
+    [SOURCE_F32] = { "F32", 0, 1, 4, F32, .pack = pack_floats },
+    [SOURCE_GROUPS] = { "int8 groups", -1, 32, 32, Q8F, .pack = pack_groups },  // llama2.c's
+    { "F16", 1, 1, 2, F16, .pack = pack_halves },
+    { "BF16", 30, 1, 2, BF16, .pack = pack_halves },
+    { "Q8_0", 8, 32, 34, Q8, pack_blocks, .scale_at = 0, .low = { 2, 32 } },
+    { "Q4_0", 2, 32, 18, Q4, pack_blocks, .scale_at = 0, .low = { 2, 16 } },
+    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, .scale_at = 0, .low = { 4, 16 } },
+    { "Q5_0", 6, 32, 22, Q5, pack_blocks, .scale_at = 0, .low = { 6, 16 }, .high = { 2, 1 } },
+    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, .scale_at = 0, .low = { 8, 16 }, .high = { 4, 1 } },
+    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, .scale_at = 80, .scales_at = 0, .low = { 16, 32 } },
+    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, .scale_at = 108, .scales_at = 96, .low = { 32, 32 }, .high = { 0, 32 } },
+    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, .scale_at = 0, .scales_at = 4, .low = { 16, 32 } },
+    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, .scale_at = 0, .scales_at = 4, .low = { 48, 32 }, .high = { 16, 32 } },
+    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, .scale_at = 208, .scales_at = 192, .low.run = 64, .high = { 128, 32 } },
+    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, .scale_at = 0, .low = { 2, 16 } },
+    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, .scale_at = 0, .scales_at = 2, .low = { 8, 16 } },
+    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, .scale_at = 0, .low = { 1, 16 } },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
-enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
 
 // Makes row tiles `range` of a matrix from its source.
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
@@ -4115,7 +4115,7 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
     switch (type) {
         FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
         FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
-    default: break;
+    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
     }
 }
 
@@ -4345,9 +4345,9 @@ MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
-// [kernel neondot] One sdot a group of columns: four products of bytes, added to each lane. Compilers and assemblers know
-// it only where -march or -mcpu names it, and a target attribute would undo what else those name. So here are its bits,
-// made of the registers' numbers, as which the assembler is taught the names v0 to v31.
+// [kernel neondot] One sdot a group of columns: four products of bytes, added to each lane. Compilers and assemblers
+// know it only where -march or -mcpu names it, and a target attribute would undo what else those name. So here are its
+// bits, made of the registers' numbers, which the assembler gets from symbols.
 INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
     __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
             ".equ number_of_v\\n,\\n\n.endr\n"
