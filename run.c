@@ -1555,7 +1555,8 @@ struct SourceType {
     PackTile *pack;
     // Where in a block of quantised weights things are: the scale in 16 bits, followed by the minimum if there is one;
     // the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either, the
-    // first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
+    // first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full. A run is a
+    // multiple of 4, or 1 for single bits.
     int scale_at, scales_at;
     struct { int at, run; } low, high;
 };
@@ -1616,15 +1617,18 @@ INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t r
     }
 }
 
-// A loop of its own for each way that there is: divisions by what is not known would take most of the time.
+// A loop of its own for each way that there is: divisions by what is not known would take most of the time. The last line
+// serves all others.
 static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, int bits, int run,
                        unsigned first) {
     if (bits == 8) pack_plane_by(to, from, row_bytes, rows, 8, 32, first);
     else if (bits == 4 && run == 16) pack_plane_by(to, from, row_bytes, rows, 4, 16, first);
     else if (bits == 4 && run == 32) pack_plane_by(to, from, row_bytes, rows, 4, 32, first);
-    else if (bits == 4) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
-    else if (bits == 2) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
-    else pack_plane_by(to, from, row_bytes, rows, 1, run == 1 ? 1 : 32, first);
+    else if (bits == 4 && run == 64) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
+    else if (bits == 2 && run == 32) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
+    else if (bits == 1 && run == 32) pack_plane_by(to, from, row_bytes, rows, 1, 32, first);
+    else if (bits == 1 && run == 1) pack_plane_by(to, from, row_bytes, rows, 1, 1, first);
+    else pack_plane_by(to, from, row_bytes, rows, (unsigned)bits, (unsigned)run, first);
 }
 
 // Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
