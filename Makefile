@@ -63,6 +63,8 @@ build/attack: tests/attack.c run.c tokenizer.c build/flags
 	$(CC) -O1 -g -fno-omit-frame-pointer $(WARNINGS) $(SANITIZERS) tests/attack.c $(LDFLAGS) -lm -o $@
 
 test: run tokenizer build/test
+	@sh tests/flags.sh "$(CC)"
+	@sh tests/recipes.sh "$(CC)"
 	@$(EMULATOR) build/test
 
 # ATTACK="--rows 36-62", ATTACK=--full, ...: see tests/attack.py

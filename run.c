@@ -30,16 +30,28 @@
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
    chapters 4 and 5 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
-   nowhere else (which the pragma below forbids the compiler), and no option that reorders arithmetic is allowed. */
+   nowhere else (which the pragmas below forbid the compiler), and no option that reorders arithmetic is allowed. */
 
 #if defined(__clang__)
+#ifdef __x86_64__  // undoes what clang has no macro for: -funsafe-math-optimizations, -freciprocal-math, ...
+#pragma float_control(precise, on)
+#else
+#pragma clang fp reassociate(off)
+#endif
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#ifdef __OPTIMIZE__  // -O2 would take 1.2 times the instructions of -O3, -O1 and -Os nearly 3 times
+#pragma GCC optimize("O3")
 #endif
-#ifdef __FAST_MATH__
-#error "cria promises the same bits everywhere: build it without -ffast-math and -Ofast"
 #endif
+#if __FAST_MATH__ || __FINITE_MATH_ONLY__ || (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
+#error "cria promises the same bits everywhere: build it without -ffast-math, -Ofast and options that are part of it"
+#endif
+#if __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16  // 16: f16 need not be widened for arithmetic either
+#error "cria promises the same bits everywhere: this compiler computes floats in another precision (-mfpmath=387?)"
+#endif
+#pragma GCC diagnostic error "-Wswitch"  // a switch over an enum names every member
 #define _GNU_SOURCE
 #define CRIA_VERSION "0.1"
 #define CRIA_GROUND_FLOOR  // tells tokenizer.c that chapter 1 is there
@@ -517,8 +529,10 @@ INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, si
     }
 }
 
-// The kernels: the innermost loops, here and in chapter 5. The loops there define the results; the appendix has some of
-// them again for other instruction sets, and `kernels` points to the set in use.
+typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
+
+// The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has
+// some of them again for other instruction sets, and `kernels` points to the set in use.
 typedef struct {
     const char *name;
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -534,6 +548,7 @@ typedef struct {
     float (*scale_scores)(float *p, size_t from, size_t n, float scale, float cap);
     void (*exponentiate)(float lane[16], float *p, size_t n, float max);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
+    void (*make_probabilities)(Candidate *c, const float *logits, int n, float temperature, float max);
     double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
     void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
@@ -1418,7 +1433,7 @@ static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens
    temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
    than surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
 
-typedef struct { int id; float p; } Candidate;
+struct Candidate { int id; float p; };
 
 typedef struct {
     float temperature;     // 0 = the likeliest token
@@ -1444,14 +1459,11 @@ static int likeliest(const float *logits, int n) {
     return best;
 }
 
-// p = softmax(logits / temperature)      both (n)
-static void make_probabilities(Candidate *c, const float *logits, int n, float temperature) {
-    float max = logits[likeliest(logits, n)] / temperature, sum = 0.0f;
-    for (int i = 0; i < n; i++) {
-        c[i].id = i;
-        c[i].p = exponential(logits[i] / temperature - max);
-        sum += c[i].p;
-    }
+// p = softmax(logits / temperature), where max is the largest of these quotients      c, logits (n)
+INLINE void make_probabilities(Candidate *c, const float *logits, int n, float temperature, float max) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) c[i] = (Candidate){ i, exponential(logits[i] / temperature - max) };
+    for (int i = 0; i < n; i++) sum += c[i].p;  // in the order of the ids, as llama2.c does
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
@@ -1490,7 +1502,7 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     int best = likeliest(logits, n);  // also the answer where logit / temperature is too large for a float
     if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
-    make_probabilities(c, logits, n, s->temperature);
+    kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
     if (!cuts) {
@@ -1694,26 +1706,28 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
-// To add a type: a row here, a branch in unpack_scales() if its header is new, its source in the table below, and its
-// case in add_byte_tiles() for the kernels of the appendix.
+// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
+// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
 static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", 32, 32, 0, 32, 0, false, NULL },
-    [F16] = { "f16", 32, 32, 0, 16, 0, false, NULL },
-    [BF16] = { "bf16", 32, 32, 0, 16, 0, false, NULL },
-    [Q8] = { "q8", 32, 32, 32, 8, 0, false, NULL },           // header: f16 scale[16]
-    [Q8F] = { "q8f", 32, 32, 64, 8, 0, false, NULL },         // f32 scale[16]
-    [Q4] = { "q4", 32, 32, 32, 4, 8, false, NULL },
-    [Q4M] = { "q4m", 32, 32, 64, 4, 0, true, NULL },          // f16 scale[16], f16 min[16]
-    [Q5] = { "q5", 32, 32, 32, 5, 16, false, NULL },
-    [Q5M] = { "q5m", 32, 32, 64, 5, 0, true, NULL },
-    [Q2K] = { "q2k", 256, 16, 320, 2, 0, true, NULL },        // f16 d[16], f16 dmin[16], u8 scale and min[16][16]
-    [Q3K] = { "q3k", 256, 16, 288, 3, 4, false, NULL },       // f16 d[16], i8 scale[16][16]
-    [Q4K] = { "q4k", 256, 32, 320, 4, 0, true, NULL },        // f16 d[16], f16 dmin[16], i8 scale[8][16], u8 min[8][16]
-    [Q5K] = { "q5k", 256, 32, 320, 5, 0, true, NULL },
-    [Q6K] = { "q6k", 256, 16, 288, 6, 32, false, NULL },
-    [IQ4NL] = { "iq4nl", 32, 32, 32, 4, 0, false, curve },
-    [IQ4XS] = { "iq4xs", 256, 32, 160, 4, 0, false, curve },  // f16 d[16], i8 scale[8][16]
-    [MXFP4] = { "mxfp4", 32, 32, 16, 4, 0, false, small_floats },  // u8 exponent[16]
+    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
+    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
+    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
+    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
+    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
+    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
+    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
+    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
+    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
+    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
+    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
+    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
+    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
+    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
+    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
+    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
+    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
 };
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
@@ -1881,14 +1895,8 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
     _Alignas(64) uint8_t q[8][64];
     unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats,
                   scale_floats);
-    switch (types[type].bits) {  // a loop of its own for each
-    case 2: unpack_planes(q, 2, weights); break;
-    case 3: unpack_planes(q, 3, weights); break;
-    case 4: unpack_planes(q, 4, weights); break;
-    case 5: unpack_planes(q, 5, weights); break;
-    case 6: unpack_planes(q, 6, weights); break;
-    default: unpack_planes(q, 8, weights); break;
-    }
+#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // a loop of its own for each number
+    switch (types[type].bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) PLANES(8) }
     if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
     for (int g = 0; g < 8; g++) {
         for (int r = 0; r < 16; r++)
@@ -1941,10 +1949,13 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     }                                                                                                                  \
     target void set##_exponentiate(float lane[16], float *p, size_t n, float max) { exponentiate(lane, p, n, max); }   \
     target void set##_activate(float *gate, const float *up, size_t n, Activation a) { activate(gate, up, n, a); }     \
+    target void set##_make_probabilities(Candidate *c, const float *logits, int n, float temperature, float max) {     \
+        make_probabilities(c, logits, n, temperature, max);                                                            \
+    }                                                                                                                  \
     target void set##_read(const uint64_t *memory, size_t n) { read_memory(memory, n); }                               \
     static const Kernels set = { name, set##_add_tiles, set##_add_products, set##_multiply_vector, set##_dequantise,   \
                                  set##_narrow, set##_round, set##_normalise, set##_rotate, set##_scale_scores,         \
-                                 set##_exponentiate, set##_activate, peak_of, set##_read };
+                                 set##_exponentiate, set##_activate, set##_make_probabilities, peak_of, set##_read };
 
 // Reads n numbers and keeps nothing of them but a sum.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
@@ -1982,10 +1993,12 @@ struct SourceType {
     size_t block_cols, block_bytes;
     Type tile;
     PackTile *pack;
-    // Where in a block of quantised weights things are: the scale in 16 bits, with the minimum behind it if there is
-    // one; the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either,
-    // the first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full.
-    int scale_at, scales_at, low_at, low_run, high_at, high_run;
+    // Where in a block of quantised weights things are: the scale in 16 bits, followed by the minimum if there is one;
+    // the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either, the
+    // first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full. A run is a
+    // multiple of 4, or 1 for single bits.
+    int scale_at, scales_at;
+    struct { int at, run; } low, high;
 };
 
 static size_t source_row_bytes(const Source *s) {
@@ -2044,15 +2057,18 @@ INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t r
     }
 }
 
-// A loop of its own for each way that there is: divisions by what is not known would take most of the time.
+// A loop of its own for each way that there is: divisions by what is not known would take most of the time. The last line
+// serves all others.
 static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, int bits, int run,
                        unsigned first) {
     if (bits == 8) pack_plane_by(to, from, row_bytes, rows, 8, 32, first);
     else if (bits == 4 && run == 16) pack_plane_by(to, from, row_bytes, rows, 4, 16, first);
     else if (bits == 4 && run == 32) pack_plane_by(to, from, row_bytes, rows, 4, 32, first);
-    else if (bits == 4) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
-    else if (bits == 2) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
-    else pack_plane_by(to, from, row_bytes, rows, 1, run == 1 ? 1 : 32, first);
+    else if (bits == 4 && run == 64) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
+    else if (bits == 2 && run == 32) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
+    else if (bits == 1 && run == 32) pack_plane_by(to, from, row_bytes, rows, 1, 32, first);
+    else if (bits == 1 && run == 1) pack_plane_by(to, from, row_bytes, rows, 1, 1, first);
+    else pack_plane_by(to, from, row_bytes, rows, (unsigned)bits, (unsigned)run, first);
 }
 
 // Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
@@ -2085,8 +2101,8 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
         for (int bits = 8; bits; bits /= 2) {
             bool is_low = info->bits < 2 * bits;
             if (!(info->bits & bits)) continue;
-            pack_plane(to, block + (is_low ? t->low_at : t->high_at), row_bytes, rows, bits,
-                       is_low ? t->low_run : t->high_run, c);
+            pack_plane(to, block + (is_low ? t->low.at : t->high.at), row_bytes, rows, bits,
+                       is_low ? t->low.run : t->high.run, c);
             to += 64 * bits;
         }
     }
@@ -2101,28 +2117,31 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// The formats that files may hold. To add one: a block and a function above, and a row here; the tile is chapter 4's.
+// The formats that files may hold: name, number in GGUF, columns and bytes of a block, tile, what packs it. To add one:
+// a row at the end, which says where a block has its parts, and if pack_blocks() does not fit, a function above. So has
+//     Q5_K  | d, dmin | 12 bytes of scales and minima | 32 bytes: bit 4 of each weight | 128 bytes: bits 0 to 3 |
+//     byte  0         4                               16                               48                       176
+enum { SOURCE_F32, SOURCE_GROUPS };  // those that the code below names
 static const SourceType source_types[] = {
-    { "F32", 0, 1, 4, F32, pack_floats, 0, 0, 0, 0, 0, 0 },
-    { "F16", 1, 1, 2, F16, pack_halves, 0, 0, 0, 0, 0, 0 },
-    { "BF16", 30, 1, 2, BF16, pack_halves, 0, 0, 0, 0, 0, 0 },
-    { "Q8_0", 8, 32, 34, Q8, pack_blocks, 0, 0, 2, 32, 0, 0 },
-    { "Q4_0", 2, 32, 18, Q4, pack_blocks, 0, 0, 2, 16, 0, 0 },
-    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, 0, 0, 4, 16, 0, 0 },
-    { "Q5_0", 6, 32, 22, Q5, pack_blocks, 0, 0, 6, 16, 2, 1 },
-    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, 0, 0, 8, 16, 4, 1 },
-    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, 80, 0, 16, 32, 0, 0 },
-    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, 108, 96, 32, 32, 0, 32 },
-    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, 0, 4, 16, 32, 0, 0 },
-    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, 0, 4, 48, 32, 16, 32 },
-    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, 208, 192, 0, 64, 128, 32 },
-    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, 0, 0, 2, 16, 0, 0 },
-    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, 0, 2, 8, 16, 0, 0 },
-    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, 0, 0, 1, 16, 0, 0 },
-    { "int8 groups", -1, 32, 32, Q8F, pack_groups, 0, 0, 0, 0, 0, 0 },
+    [SOURCE_F32] = { "F32", 0, 1, 4, F32, .pack = pack_floats },
+    [SOURCE_GROUPS] = { "int8 groups", -1, 32, 32, Q8F, .pack = pack_groups },  // llama2.c's
+    { "F16", 1, 1, 2, F16, .pack = pack_halves },
+    { "BF16", 30, 1, 2, BF16, .pack = pack_halves },
+    { "Q8_0", 8, 32, 34, Q8, pack_blocks, .scale_at = 0, .low = { 2, 32 } },
+    { "Q4_0", 2, 32, 18, Q4, pack_blocks, .scale_at = 0, .low = { 2, 16 } },
+    { "Q4_1", 3, 32, 20, Q4M, pack_blocks, .scale_at = 0, .low = { 4, 16 } },
+    { "Q5_0", 6, 32, 22, Q5, pack_blocks, .scale_at = 0, .low = { 6, 16 }, .high = { 2, 1 } },
+    { "Q5_1", 7, 32, 24, Q5M, pack_blocks, .scale_at = 0, .low = { 8, 16 }, .high = { 4, 1 } },
+    { "Q2_K", 10, 256, 84, Q2K, pack_blocks, .scale_at = 80, .scales_at = 0, .low = { 16, 32 } },
+    { "Q3_K", 11, 256, 110, Q3K, pack_blocks, .scale_at = 108, .scales_at = 96, .low = { 32, 32 }, .high = { 0, 32 } },
+    { "Q4_K", 12, 256, 144, Q4K, pack_blocks, .scale_at = 0, .scales_at = 4, .low = { 16, 32 } },
+    { "Q5_K", 13, 256, 176, Q5K, pack_blocks, .scale_at = 0, .scales_at = 4, .low = { 48, 32 }, .high = { 16, 32 } },
+    { "Q6_K", 14, 256, 210, Q6K, pack_blocks, .scale_at = 208, .scales_at = 192, .low.run = 64, .high = { 128, 32 } },
+    { "IQ4_NL", 20, 32, 18, IQ4NL, pack_blocks, .scale_at = 0, .low = { 2, 16 } },
+    { "IQ4_XS", 23, 256, 136, IQ4XS, pack_blocks, .scale_at = 0, .scales_at = 2, .low = { 8, 16 } },
+    { "MXFP4", 39, 32, 17, MXFP4, pack_blocks, .scale_at = 0, .low = { 1, 16 } },
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
-enum { SOURCE_F32 = 0, SOURCE_GROUPS = N_SOURCE_TYPES - 1 };
 
 // Makes row tiles `range` of a matrix from its source.
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
@@ -4782,10 +4801,12 @@ INLINE int byte_offset(Type type, Signs signs) {
     return signs == UNSIGNED || (signs == UNSIGNED_SIX_BITS && i->bits <= 6) ? i->offset : 0;
 }
 
-// That times the sum of a block's activations, or of those of a half, less than 0.
+// -offset * the sum of a block's activations, or of those of a half, from the multiple of it that is at hand.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (part) return offset == 32 ? x->minus_32_sum[part - 1] : offset ? x->minus_32_sum[part - 1] >> 3 : 0;
-    return offset == 8 ? x->minus_8_sum : offset == 16 ? 2 * x->minus_8_sum : offset ? x->minus_128_sum : 0;
+    if (!part && offset == 128) return x->minus_128_sum;
+    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
+    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
+    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
 }
 
 // A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
@@ -4852,7 +4873,7 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
     switch (type) {
         FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
         FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
-    default: break;
+    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
     }
 }
 
@@ -5082,27 +5103,20 @@ MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
-// A target would take from the compiler what an -march or -mcpu has given; and clang's header has vdotq_s32 only then.
-#if defined(__ARM_FEATURE_DOTPROD)
-#define NEON_DOT static
-#define NEON_DOT_INLINE INLINE
-#elif !defined(__clang__)
-#define NEON_DOT LEAF("arch=armv8.2-a+dotprod")
-#define NEON_DOT_INLINE LEAF_INLINE("arch=armv8.2-a+dotprod")
-#endif
-
-#ifdef NEON_DOT
-
-// [kernel neondot] One sdot a group of columns.
-MAKE_DOT(NEON_DOT_INLINE, neondot, int32x4_t,
-         vdotq_s32(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
-
-MAKE_PEAK(NEON_DOT, neondot, "w", int32x4_t, vdotq_s32(sum[i], vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x)),
-          float32x4_t, vfmaq_f32(x, sum[i], x))
+// [kernel neondot] One sdot a group of columns: four products of bytes, added to each lane. Compilers and assemblers
+// know it only where -march or -mcpu names it, and a target attribute would undo what else those name. So here are its
+// bits, made of the registers' numbers, which the assembler gets from symbols.
+INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
+    __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+            ".equ number_of_v\\n,\\n\n.endr\n"
+            ".inst 0x4e809400 + number_of_%0 + 32 * number_of_%1 + 65536 * number_of_%2" : "+w"(sum) : "w"(w), "w"(x));
+    return sum;
+}
+MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
+MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, LEAVES_128 })
-MAKE_KERNELS(neondot, NEON_DOT, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
-#endif
+MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 #endif
 
 // To add a set of kernels: its leaves above, a row here, better ones first.
@@ -5110,10 +5124,7 @@ static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
     &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2,
 #elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
-#ifdef NEON_DOT
-    &neondot,
-#endif
-    &neon,
+    &neondot, &neon,
 #endif
     &scalar,
 };
@@ -5138,9 +5149,9 @@ static bool cpu_can_run(const Kernels *k) {
     if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
     if (k == &avx512vl) return has_vnni;
     if (k == &avx2 || k == &scalar_avx2) return has_avx2;
-#elif defined(NEON_DOT) && defined(__linux__)
+#elif defined(__aarch64__) && defined(__linux__) && !defined(TOKENIZER_COMMAND)
     if (k == &neondot) return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-#elif defined(NEON_DOT) && defined(__APPLE__)
+#elif defined(__aarch64__) && defined(__APPLE__) && !defined(TOKENIZER_COMMAND)
     int answer = 0;
     size_t size = sizeof answer;
     if (k == &neondot) return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &answer, &size, NULL, 0) && answer;

@@ -140,7 +140,7 @@ static Bytes read_bytes(const char *path) {
 }
 
 static Bytes read_golden(const char *name) {
-    char path[128];
+    char path[160];
     snprintf(path, sizeof path, "tests/golden/%s", name);
     Bytes b = read_bytes(path);
     if (!b.bytes) {

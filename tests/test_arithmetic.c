@@ -597,7 +597,8 @@ static void check_layer_norm(size_t dim, double size, double offset) {
             double scaled = (x[i] - mean) * r * weight[i], wanted = scaled + bias[i];
             double bound = off * r * fabs((double)weight[i]) + fabs(scaled) * (relative + off * off * r * r) +
                            UNIT * fabs(wanted);
-            worst = fmax(worst, fabs(out[i] - wanted) / (bound * 1.001 + 1e-300));
+            double error = fabs(out[i] - wanted) / (bound * 1.001 + 1e-300);
+            if (error > worst) worst = error;  // gcc 12 for arm64 breaks down over fmax() here
         }
         check(finite && worst <= 1, "LayerNorm of %zu numbers, kernel %s: got %g times the error that may be", dim,
               (*k)->name, worst);
