@@ -2017,36 +2017,38 @@ enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_HEADS = 1024, MAX_FFN_DIM = 1 << 
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
-// A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
+// A family of models. To add one: a row in families[]. What is new in it takes a member of Config or Layer, its use in
+// chapter 5, and a row in config_fields[] if it is a number (then LAYOUT is one more), or in model_rules[] or
+// layer_rules[] if it is a tensor; and a feature here, the next power of two, if not every family may have it.
 enum {
-    BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, PRE_NORMS = 8, POST_NORMS = 16,
-    SCALES = 32,  // of embedding, residual and logits
-    GEMMA = 64,   // GELU, and embeddings times sqrt(D)
-    CAPS = 128,   // of 50 and 30, where the file does not say others
-    LAYER_NORMS = 256,
-    ALWAYS = 512, OPTIONAL = 1024, BY_EXPERT = 2048,  // in a tensor's rule: it must, or may, be there; for each expert
+    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must, or may, be there; for each expert
+    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
+    SCALES = 512,  // of embedding, residual and logits
+    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
+    CAPS = 2048,   // of 50 and 30, where the file does not say others
 };
 typedef struct {
     const char *name;
     Pairing pairing;
-    int features;       // a set of those above
+    int features;       // a sum of those above
     int global_every;   // where there is a window, the last of so many layers has none
     int no_rope_every;  // the last of so many layers does not rotate
     double local_theta; // of layers with a window; -1: rope_theta, but not scaled
 } Family;
 
 static const Family families[] = {
-    { "llama", ADJACENT, PRE_NORMS, 0, 0, 0 },  // LLaMA 1-3, Mistral, Mixtral, TinyLlama, SmolLM, Yi, Vicuna, ...
-    { "qwen2", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
-    { "qwen3", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
-    { "qwen3moe", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
-    { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
-    { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
-    { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, -1 },  // OLMo 3 has windows
-    { "stablelm", HALVES, PRE_NORMS | LAYER_NORMS, 0, 0, 0 },
-    { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
-    { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
+    { "llama", ADJACENT, .features = PRE_NORMS },  // LLaMA 1-3, Mistral, Mixtral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "qwen2", HALVES, .features = PRE_NORMS | BIASES },  // Qwen 1.5, 2, 2.5
+    { "qwen3", HALVES, .features = PRE_NORMS | HEAD_NORMS },
+    { "qwen3moe", HALVES, .features = PRE_NORMS | HEAD_NORMS },
+    { "phi3", HALVES, .features = PRE_NORMS },
+    { "granite", ADJACENT, .features = PRE_NORMS | SCALES },
+    { "smollm3", ADJACENT, .features = PRE_NORMS, .no_rope_every = 4 },
+    { "olmo2", HALVES, .features = WIDE_HEAD_NORMS | POST_NORMS, .global_every = 4, .local_theta = -1 },  // and OLMo 3
+    { "stablelm", HALVES, .features = PRE_NORMS | LAYER_NORMS },
+    { "gemma2", HALVES, .features = PRE_NORMS | POST_NORMS | GEMMA | CAPS, .global_every = 2 },
+    { "gemma3", HALVES, .features = PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, .global_every = 6,
+      .local_theta = 10000 },
 };
 
 static const Family *find_family(const char *name, Error *e) {
@@ -2069,7 +2071,7 @@ typedef struct {
     int feature;       // 0, or the one without which a family does not have the key
 } ConfigField;
 
-static const ConfigField config_fields[] = {
+static const ConfigField config_fields[] = {  // of the model, then of each layer
     { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN, 0 },
     { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN, 0 },
     { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0, 0 },
@@ -2638,11 +2640,11 @@ static bool export_model(Model *m, const char *path, Error *e) {
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
     G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G,
-    G_NUMBER = N_G,  // any but G_STRING
+    G_INTEGER = N_G, G_NUMBER,  // what may be asked for: any of those with u and i; and with f
 } GgufType;
 static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = {
     { "u8", 1 }, { "i8", 1 }, { "u16", 2 }, { "i16", 2 }, { "u32", 4 }, { "i32", 4 }, { "f32", 4 }, { "bool", 1 },
-    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "number", 0 },
+    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "integer", 0 }, { "number", 0 },
 };
 
 typedef struct {
@@ -2715,26 +2717,41 @@ static double key_number(const Key *k, size_t i) {
 // A copy of the key of that name, which must hold a value, or an array of values, of that type; zeros if there is none.
 static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
-    bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
+    const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
+    bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name, k->is_array ? "an array of " : "",
-                       gguf_types[k->type].name, is_array ? "an array of " : "", gguf_types[type].name);
+        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
+                         k->is_array ? "an array of " : "", gguf_types[k->type].name,
+                         is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
 
 // A key's number, or `otherwise` where there is no such key.
-static double get_number(Gguf *g, const char *name, double min, double max, double otherwise) {
-    Key k = get_key(g, name, G_NUMBER, false);
+static double get_value(Gguf *g, const char *name, GgufType type, double min, double max, double otherwise) {
+    Key k = get_key(g, name, type, false);
     double x = k.value.at ? key_number(&k, 0) : otherwise;
-    if (!k.value.at || (x >= min && x <= max)) return x;
-    if (!g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
-    return otherwise;
+    bool fits = !k.value.at || (x >= min && x <= max);
+    if (!fits && !g->bad)
+        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min,
+                       max);
+    return fits ? x : otherwise;
 }
 
-static int get_whole(Gguf *g, const char *name, double min, double max, int otherwise) {
-    double x = get_number(g, name, min, max, otherwise);
-    if (x != floor(x) && !g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, no whole number", name, x);
-    return (int)x;
+static double get_number(Gguf *g, const char *name, double min, double max, double otherwise) {
+    return get_value(g, name, G_NUMBER, min, max, otherwise);
+}
+
+static int get_integer(Gguf *g, const char *name, int min, int max, int otherwise) {
+    return (int)get_value(g, name, G_INTEGER, min, max, otherwise);
+}
+
+// 0 or 1, or -1 where there is no such key.
+static int get_flag(Gguf *g, const char *name) { return (int)get_value(g, name, G_BOOL, 0, 1, -1); }
+
+// A token's id; -1 where the file names none, or one beyond its vocabulary: 2^32 - 1 often stands for none.
+static int get_token(Gguf *g, const char *name, size_t n_tokens) {
+    double id = get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1);
+    return id < fmin((double)n_tokens, MAX_TOKENS) ? (int)id : -1;
 }
 
 static Text get_text(Gguf *g, const char *name) {
@@ -2754,6 +2771,7 @@ static const struct {
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
+    { ".vocab_size", NAN },  // the rows of the embedding are what counts
     { "stablelm.use_parallel_residual", NAN },  // often said; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
@@ -2772,23 +2790,27 @@ static bool is_harmless(const Gguf *g, const Key *k) {
     return true;
 }
 
+// A field's values from its key: one for all layers, or an array.
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
     int features = find_family(g->family, e)->features, n = n_values(m, f);
     bool layer_norm = features & LAYER_NORMS && !strcmp(f->name, "norm_eps");
-    const char *key = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
-    const Key *k = !f->feature || features & f->feature ? find_key(g, key) : NULL;
-    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, key);
-    if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
-        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, key, k->count,
-                    gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
-    for (int l = 0; l < n && (k || f->otherwise > 0); l++)
-        if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
+    const char *name = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
+    const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
+    if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
+    if (!found && f->otherwise == 0) return true;
+    Key k = { 0 };
+    if (found) k = get_key(g, name, f->type == INTEGER ? G_INTEGER : G_NUMBER, f->per_layer && found->is_array);
+    if (g->bad) return false;
+    if (k.is_array && k.count != (size_t)n)
+        return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
+    for (int l = 0; l < n; l++)
+        if (!set_field(m, f, l, found ? key_number(&k, k.is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
     return true;
 }
 
-// What files of a family leave to the programs that know it. pattern: for each layer, whether it has the window; or a
-// number: the last of so many has none; or NULL.
-static void complete_config(Model *m, const Family *f, const Key *pattern) {
+// What files of a family leave to the programs that know it. pattern: whether each layer has the window; or NULL: of
+// every `every` layers the last has none.
+static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
@@ -2800,11 +2822,9 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
     if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
-    bool each = pattern && pattern->is_array;
-    double every = pattern && !each ? key_number(pattern, 0) : f->global_every;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
-        if (each ? !key_number(pattern, (size_t)l) : every != 0 && fmod(l + 1, every) == 0) layer->window = 0;
+        if (pattern ? !key_number(pattern, (size_t)l) : every && (l + 1) % every == 0) layer->window = 0;
         bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
         layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
     }
@@ -2815,7 +2835,7 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    double original = get_number(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    double original = get_integer(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
     c->rope_scale = factor == 0 || none ? 1 : factor;
     c->original_context = (int)original;
     if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
@@ -2835,34 +2855,32 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
 // The configuration, and the refusal of every key that would need code which is not here.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
-    bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
-    for (const Source *s = m->sources; s < m->sources + m->n_sources; s++) {
-        bool embeds = !strcmp(s->name, "token_embd.weight"), fits = s->rows - 1 < MAX_TOKENS;
-        if (embeds && !fits) return refuse(e, "%s has %zu rows", s->name, s->rows);
-        if (embeds) c->n_tokens = (int)s->rows;
-        has_factors |= !strcmp(s->name, "rope_factors_long.weight");
-    }
+    qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
+    const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors; ./tokenizer can read it");
-    if (!c->n_tokens) return refuse(e, "token_embd.weight is missing");
+    if (!embedding) return refuse(e, "token_embd.weight is missing");
+    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
+    c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
-        if (y->n_experts) y->ffn_dim = get_whole(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
+        if (y->n_experts) y->ffn_dim = get_integer(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
-    const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
-    size_t n = pattern ? pattern->is_array ? (size_t)c->n_layers : 1 : 0;
-    bool fits = !pattern || (pattern->type != G_STRING && pattern->count == n);
-    for (size_t i = 0; fits && i < n; i++) fits = fmod(key_number(pattern, i), 1) == 0 && key_number(pattern, i) >= 0;
-    if (!fits) return refuse_key(pattern, e);
-    complete_config(m, find_family(c->family, e), pattern);
-    get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
-    get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
+    const Family *family = find_family(c->family, e);
+    const char *name = ".attention.sliding_window_pattern";
+    const Key *found = find_key(g, name), *pattern = found && found->is_array ? found : NULL;
+    int every = pattern ? 0 : get_integer(g, name, 0, MAX_CONTEXT, family->global_every);
+    if (pattern) get_key(g, name, pattern->type == G_BOOL ? G_BOOL : G_INTEGER, true);
+    if (g->bad) return false;
+    if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
+    complete_config(m, family, every, pattern);
+    get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     m->chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, has_factors, e)) return false;
+    if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
 }
@@ -2871,27 +2889,27 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
 // False too where any key before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
-    Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true);
-    Key scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
+    bool spm = is_text(model, "llama");  // nothing else has a use for scores
+    Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true), scores = { 0 };
+    if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
     Vocabulary v = {
-        .kind = is_text(model, "llama") ? SPM : BPE,
-        .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
+        .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
         .scores = scores.value.at, .types = piece_types.value.at,
-        .bos = get_whole(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
-        .eos = get_whole(g, "tokenizer.ggml.eos_token_id", 0, INT32_MAX, -1),
-        .eot = get_whole(g, "tokenizer.ggml.eot_token_id", 0, INT32_MAX, -1),
-        .eom = get_whole(g, "tokenizer.ggml.eom_token_id", 0, INT32_MAX, -1),
-        .unk = get_whole(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
-        .add_bos = get_whole(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
-        .add_eos = get_whole(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
-        .ignore_merges = get_whole(g, "tokenizer.ggml.ignore_merges", 0, 1, -1),
-        .composes = get_whole(g, "tokenizer.ggml.normalizer.nfc", 0, 1, -1),
-        .dummy_prefix = get_whole(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
+        .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
+        .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
+        .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
+        .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
+        .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
+        .add_bos = get_flag(g, "tokenizer.ggml.add_bos_token"),
+        .add_eos = get_flag(g, "tokenizer.ggml.add_eos_token"),
+        .ignore_merges = get_flag(g, "tokenizer.ggml.ignore_merges"),
+        .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
+        .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
     };
-    get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
+    get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
@@ -2926,7 +2944,7 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
 
 // Adds a file's tensors, from the cursor on, to the model's sources; `bytes` is where the file begins.
 static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Model *m, Error *e) {
-    size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32), before = m->n_sources;
+    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32), before = m->n_sources;
     if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - before || n > c->left / 24)
@@ -2974,11 +2992,12 @@ static bool read_gguf_part(Cursor file, size_t part, size_t parts, Gguf *g, Mode
     if (!read_gguf_keys(&c, g, &n_tensors, e)) return false;
     if (part == 1 && !find_key(g, "general.architecture")) return refuse(e, "key general.architecture is missing");
     if (!m) return true;
-    double number = get_number(g, "split.no", 0, 65535, 0) + 1, count = get_number(g, "split.count", 0, 65535, 0);
+    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
+    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
     if (g->bad || (part == 1 && !find_family(g->family, e))) return false;
-    if (number != (double)part || fmax(count, 1) != (double)parts)
-        return refuse(e, "says that it is part %g of %g of a split GGUF, its name says %zu of %zu", number, count, part,
-                      parts);
+    if (number != part || (count ? count : 1) != parts)
+        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
+                      part, parts);
     return read_gguf_tensors(g, &c, file.at, n_tensors, m, e);
 }
 
@@ -2991,8 +3010,8 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
         ok = read_gguf_part(c, i + 2, m->n_parts + 1, &part, m, e) || in_part(i + 2, e);
         free(part.keys);
     }
-    double has = (double)m->n_sources, n = whole && ok ? get_number(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
-    if (whole && ok && n != has) ok = refuse(e, "has %g tensors, key split.tensors.count says %g", has, n);
+    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
+    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
     if (whole) ok = ok && read_gguf_config(&g, m, e);
     ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) && (!whole || check_config(m, e));
     free(g.keys);
@@ -3072,7 +3091,7 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
-    complete_config(m, families, NULL);
+    complete_config(m, families, 0, NULL);
     return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, e);
 }
 
