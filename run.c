@@ -1728,10 +1728,10 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 
 /* ==== 9. Opening a checkpoint =======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
-   directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts
-   are held against the bytes that are left. Then one function, bind_model(), derives from the configuration which
-   tensors the model must have and demands each of them once, with its shape and an allowed type, inside the file,
-   overlapping no other. Only there does a pointer into the file become a weight. */
+   list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
+   counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
+   tensors the model must or may have (Slot). Then one function, bind_model(), demands each of them once, with its shape
+   and an allowed type, inside the file, overlapping no other. Only there do bytes of the file become a Tensor. */
 
 // ---- The operating system ----
 
@@ -2059,14 +2059,14 @@ static const Family *find_family(const char *name, Error *e) {
 }
 
 // A number of the configuration: its name in native files, where it lives, what it may be, and where a GGUF has it.
-// The first says of how many layers the others are to be had.
+// The first row is the number of layers, which makes room for the numbers of each.
 typedef struct {
     const char *name;
     enum { INTEGER, SINGLE, DOUBLE } type;
     bool per_layer;
     size_t offset;  // in Config or in Layer
     double min, max;
-    const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
+    const char *key;   // after the family's name: one number for all layers, or an array; NULL: found elsewhere
     double otherwise;  // where there is no such key; NAN: it is needed; 0: worked out from others
     int feature;       // 0, or the one without which a family does not have the key
 } ConfigField;
@@ -2118,8 +2118,8 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
 // Sets a field, if the value is one that it may have; the number of layers makes room for these.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
-        return refuse(e, "%s is %g, expected %s%g to %g", f->name, value,
-                    f->type == INTEGER ? "a whole number " : "", f->min, f->max);
+        return refuse(e, "%s is %.10g, expected %s%g to %g", f->name, value,
+                      f->type == INTEGER ? "an integer from " : "", f->min, f->max);
     void *p = field_place(m, f, layer);
     if (f->type == INTEGER) *(int *)p = (int)value;
     else if (f->type == SINGLE) *(float *)p = (float)value;
@@ -2182,7 +2182,6 @@ typedef struct Slot {
     char name[NAME_BYTES];
     const TensorRule *rule;
     int layer;               // -1: the model's
-    const char *fused;       // the rule's, but for experts: theirs are never fused
     bool is_vector;
     size_t rows, cols;       // of a vector: 1 and its length
     size_t n, n_used;        // how many there are, and how many a token is multiplied with: of experts, or 1
@@ -2192,38 +2191,34 @@ typedef struct Slot {
     const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
 } Slot;
 
-// The tensor of a rule.
-static Slot make_slot(const Model *m, const TensorRule *rule, int index) {
-    const Layer *layer = &m->layers[index < 0 ? 0 : index];
-    size_t head_dim = (size_t)m->config.head_dim;
-    const size_t sizes[] = {
-        [ONE] = 1, [DIM] = (size_t)m->config.dim, [FFN_DIM] = (size_t)layer->ffn_dim,
-        [PAIRS] = (size_t)m->config.rope_dim / 2, [N_TOKENS] = (size_t)m->config.n_tokens,
-        [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
-        [Q_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_heads : 1) * head_dim,
-        [K_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_kv_heads : 1) * head_dim,
-        [N_EXPERTS] = (size_t)layer->n_experts,
-    };
-    bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-    Slot slot = { .rule = rule, .layer = index, .fused = by_expert ? NULL : rule->fused, .n = 1, .n_used = 1,
-                  .is_vector = rule->rows == ONE, .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
-    if (by_expert) slot.n = (size_t)layer->n_experts, slot.n_used = (size_t)layer->n_experts_used;
-    int stem = (int)strcspn(rule->name, ".");
-    if (index < 0) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
-    else snprintf(slot.name, NAME_BYTES, "blk.%d.%.*s%s%s", index, stem, rule->name, by_expert ? "_exps" : "",
-                  rule->name + stem);
-    return slot;
-}
-
 // Makes the slots of a model whose configuration is known, in the order in which native files have the tensors.
 static bool make_slots(Model *m, Error *e) {
-    Slot *slot = m->slots = allocate(N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES, sizeof *m->slots, e);
-    if (!slot) return false;
-    for (int i = 0; i < N_MODEL_RULES; i++) *slot++ = make_slot(m, &model_rules[i], -1);
-    for (int l = 0; l < m->config.n_layers; l++)
-        for (int i = 0; i < N_LAYER_RULES; i++) *slot++ = make_slot(m, &layer_rules[i], l);
-    m->n_slots = (size_t)(slot - m->slots);
-    return true;
+    const Config *c = &m->config;
+    m->n_slots = N_MODEL_RULES + (size_t)c->n_layers * N_LAYER_RULES;
+    Slot *slot = m->slots = allocate(m->n_slots, sizeof *m->slots, e);
+    for (int l = -1; slot && l < c->n_layers; l++) {
+        const TensorRule *rule = l < 0 ? model_rules : layer_rules;
+        const Layer *layer = &m->layers[l < 0 ? 0 : l];
+        size_t heads = (size_t)layer->n_heads, groups = (size_t)layer->n_kv_heads, head_dim = (size_t)c->head_dim;
+        const size_t sizes[] = {
+            [ONE] = 1, [DIM] = (size_t)c->dim, [FFN_DIM] = (size_t)layer->ffn_dim, [N_TOKENS] = (size_t)c->n_tokens,
+            [Q_DIM] = heads * head_dim, [KV_DIM] = groups * head_dim, [PAIRS] = (size_t)c->rope_dim / 2,
+            [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
+            [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
+        };
+        char prefix[16] = "";
+        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
+        for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
+            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
+            int stem = (int)strcspn(rule->name, ".");
+            *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
+                            .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
+            if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
+            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
+                     rule->name + stem);
+        }
+    }
+    return slot;
 }
 
 // What the fields must be to each other; completes the configuration from its family, and lists its tensors.
@@ -2298,24 +2293,14 @@ static Source *find_source(const Model *m, const char *name) {
     return bsearch(name, m->sources, m->n_sources, sizeof *m->sources, by_name);
 }
 
-// Finds what the file has for a slot: its own tensor, which is all that native files have, or a range of the fused one.
-// Returns how many rows that must have.
-static size_t find_for_slot(const Model *m, Slot *slot) {
+// What the file has for a slot, or NULL: its own tensor, which is all that native files have, or the fused one.
+static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES];
-    Source *own = slot->source = find_source(m, slot->name);
-    if (!slot->fused) return slot->rows;
-    snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->fused);
+    Source *own = find_source(m, slot->name);
+    if (own || !slot->rule->fused) return own;
+    snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
     Source *fused = find_source(m, name);
-    size_t first_row = 0, all_rows = 0;
-    for (const Slot *s = slot - (slot->rule - layer_rules), *end = s + N_LAYER_RULES; s < end; s++) {
-        if (s == slot) first_row = all_rows;
-        if (s->fused && !strcmp(s->fused, slot->fused)) all_rows += s->rows;
-    }
-    bool is_up = fused && fused->rows != all_rows && !strcmp(slot->fused, "ffn_up.weight");
-    if (!fused || !fused->type || is_up || (own && own != fused)) return slot->rows;
-    slot->source = fused;
-    slot->first_row = first_row;
-    return all_rows;
+    return fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Makes the tiles of a file that has none, in one block.
@@ -2369,16 +2354,18 @@ static bool check_weights(const Model *m, Error *e) {
     return true;
 }
 
-// Checks what was found for a slot, whose rows must be so many; points into a native file, or counts what is to be
+// Checks what was found for a slot, which is the next rows of that; points into a native file, or counts what is to be
 // packed.
-static bool bind_slot(Model *m, Slot *slot, size_t all_rows, Error *e) {
+static bool bind_slot(Model *m, Slot *slot, Error *e) {
     Source *s = slot->source;
-    if (s->rows != all_rows || s->cols != slot->cols || s->n != slot->n)
+    slot->first_row = s->rows_used;
+    s->rows_used += slot->rows;
+    bool rows_fit = slot->rule->fused ? s->rows_used <= s->rows : s->rows_used == s->rows;
+    if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
         return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
-                      all_rows, slot->cols);
+                      s->rows_used, slot->cols);
     if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
         return refuse(e, "%s is %s vector", s->name, slot->is_vector ? "no" : "a");
-    s->rows_used += slot->rows;
     slot->type = s->type ? s->type->tile : (Type)s->tiles;
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
@@ -2403,8 +2390,8 @@ static bool bind_model(Model *m, int threads, Error *e) {
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
     for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         int need = slot->rows ? slot->rule->need : 0;
-        size_t all_rows = need & (features | OPTIONAL) ? find_for_slot(m, slot) : 0;
-        if (slot->source && !bind_slot(m, slot, all_rows, e)) return false;
+        if (need & (features | OPTIONAL)) slot->source = find_for_slot(m, slot);
+        if (slot->source && !bind_slot(m, slot, e)) return false;
         bool apart = slot->n > 1 && find_source(m, "blk.0.ffn_gate.0.weight");
         if (!slot->source && need & features)
             return refuse(e, "tensor %s is missing%s", slot->name,
@@ -2417,7 +2404,8 @@ static bool bind_model(Model *m, int threads, Error *e) {
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
         if (s->rows_used != s->rows)
-            return refuse(e, "tensor %s is there twice, or no %s has it", s->name, m->config.family);
+            return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
+                          s->rows_used ? "has rows that are" : "is", m->config.family);
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // the smallest matrix has one number and 2 KB in tiles
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
@@ -2703,7 +2691,7 @@ static Key *find_key(Gguf *g, const char *name) {
     return NULL;
 }
 
-// Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
+// Item i of a key that holds numbers, as a double (no integer of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
     union { uint64_t u; float f32; double f64; } x = { 0 };
     size_t n = gguf_types[k->type].n_bytes;
@@ -2798,8 +2786,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
     if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
     if (!found && f->otherwise == 0) return true;
-    Key k = { 0 };
-    if (found) k = get_key(g, name, f->type == INTEGER ? G_INTEGER : G_NUMBER, f->per_layer && found->is_array);
+    GgufType type = f->type == INTEGER ? G_INTEGER : G_NUMBER;
+    Key k = found ? get_key(g, name, type, f->per_layer && found->is_array) : (Key){ 0 };
     if (g->bad) return false;
     if (k.is_array && k.count != (size_t)n)
         return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
@@ -3031,23 +3019,7 @@ enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
 typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
-// Adds the tensor of a slot that lies at the cursor.
-static bool add_llama2c_tensor(Model *m, const Slot *slot, Cursor *c, size_t group, Error *e) {
-    bool grouped = group && !slot->is_vector;
-    Source *s = &m->sources[m->n_sources++];
-    *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
-                   .cols = slot->cols, .data = c->at, .group = group };
-    memcpy(s->name, slot->name, NAME_BYTES);
-    if (grouped && (slot->cols % group || group % 32))
-        return refuse(e, "groups of %zu: no multiple of 32 that divides the %zu columns of %s", group, slot->cols,
-                      slot->name);
-    s->n_bytes = source_bytes(s);
-    take(c, s->n_bytes);
-    if (grouped) s->scales = take(c, times(slot->rows, slot->cols) / group * 4);
-    return !c->bad || refuse(e, "the file ends within %s: not copied whole?", slot->name);
-}
-
-static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Error *e) {
+static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, size_t group, Error *e) {
     if (!(m->sources = allocate(m->n_slots, sizeof *m->sources, e))) return false;
     for (int i = 0; i < (version ? 2 : 1) * N_LLAMA2C; i++) {
         const char *name = llama2c_order[i % N_LLAMA2C];
@@ -3056,7 +3028,18 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
         if (!*name || (shared && !strcmp(name, "output.weight"))) continue;
         for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
             if (strcmp(slot->rule->name, name) || !(slot->is_vector ? vectors : matrices)) continue;
-            if (!add_llama2c_tensor(m, slot, c, (size_t)group, e)) return false;
+            bool grouped = group && !slot->is_vector;
+            if (grouped && (slot->cols % group || group % 32))
+                return refuse(e, "groups of %zu: no multiple of 32 that divides the %zu columns of %s", group,
+                              slot->cols, slot->name);
+            Source *s = &m->sources[m->n_sources++];
+            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
+                           .cols = slot->cols, .data = c->at, .group = group };
+            memcpy(s->name, slot->name, NAME_BYTES);
+            s->n_bytes = source_bytes(s);
+            take(c, s->n_bytes);
+            if (grouped) s->scales = take(c, times(s->rows, s->cols) / group * 4);
+            if (c->bad) return refuse(e, "the file ends within %s: not copied whole?", s->name);
         }
     }
     return c->left == 0 || refuse(e, "%zu bytes are left after the weights that its header asks for", c->left);
@@ -3092,7 +3075,7 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
     complete_config(m, families, 0, NULL);
-    return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, e);
+    return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, (size_t)group, e);
 }
 
 // ---- Any of them ----

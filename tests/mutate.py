@@ -197,8 +197,9 @@ FEATURES = [
     ("all of a head is rotated", "if (!c->rope_dim) c->rope_dim =", "if (0) c->rope_dim ="),
     ("the embedding is the head", "if (!m->head.tiles) m->head = m->embedding;", ""),
     ("experts' tensors by name", 'by_expert ? "_exps" : ""', '""'),
-    ("gate and up in one", "bool is_up = fused &&", "bool is_up = 1 || fused &&"),
-    ("places within one tensor", "if (s == slot) first_row = all_rows;", ""),
+    ("several in one tensor", "fused->rows > slot->rows ? fused : NULL", "0 ? fused : NULL"),
+    ("up alone is not gate and up", "fused->rows > slot->rows ? fused : NULL", "1 ? fused : NULL"),
+    ("places within one tensor", "slot->first_row = s->rows_used;", "slot->first_row = 0;"),
 ]
 
 # Checks that are no `if (...) return refuse(...)`.

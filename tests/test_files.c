@@ -546,7 +546,7 @@ static void test_half_used(void) {
         g.data = more;
         Bytes damaged = put_together(&g);
         char wanted[80];
-        snprintf(wanted, sizeof wanted, "tensor %s is there twice, or", names[i][0]);
+        snprintf(wanted, sizeof wanted, "tensor %s has rows that are there twice, or", names[i][0]);
         check_refused(damaged, names[i][1], wanted);
         free(damaged.bytes), free(b.bytes);
         free_parts(&g);
@@ -623,7 +623,7 @@ static void test_damaged_ggufs(void) {
         { K_U32, "llama.expert_used_count", 6, NULL, "6 of 5 experts" },
         { K_U32, "llama.expert_used_count", -1, NULL, "n_experts_used" },
         { K_DROP, "llama.expert_used_count", 0, NULL, "0 of 5 experts" },
-        { K_U32, "llama.expert_feed_forward_length", 20, NULL, "expected 5 x 20 x 32" },
+        { K_U32, "llama.expert_feed_forward_length", 20, NULL, "expected 5 x 32 x 20" },
         { K_U32, "llama.expert_feed_forward_length", 0, NULL, "expert_feed_forward_length" },
         { K_U32, "llama.expert_feed_forward_length", (1 << 20) + 1, NULL, "expert_feed_forward_length" },
         { K_F32, "llama.expert_weights_scale", 2, NULL, "expert_weights_scale" },
@@ -919,8 +919,8 @@ static void test_limits(void) {
         memcpy(&kept, b.bytes + at, sizeof kept);
         for (int k = 0; k < 5 + whole; k++) {
             char wanted[80];
-            snprintf(wanted, sizeof wanted, "%s is %g, expected %s", limits[i].name, values[k],
-                     whole ? "a whole number" : "");
+            snprintf(wanted, sizeof wanted, "%s is %.10g, expected %s", limits[i].name, values[k],
+                     whole ? "an integer" : "");
             memcpy(b.bytes + at, &values[k], sizeof kept);
             check_refused(b, "a configuration", wanted);
         }
