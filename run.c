@@ -304,10 +304,11 @@ typedef struct {
     Text chat_template;         // the checkpoint's own, as text that is compared and never run; empty if there is none
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
+    struct Slot *slots; struct Source *sources;  // each tensor that it has or may have; what its file has (chapter 9)
     Map file, tokenizer_file, *parts;  // what the pointers above point into, if the file's layout is ours ...
     unsigned char *packed;     // ... or else this block, made from the file when it was opened
     Buffer packed_vocabulary;  // likewise for the tokenizer's section
-    size_t packed_bytes, n_parts;  // the latter: of a split GGUF those after its first
+    size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
 // The steps of a pass, in the order in which they happen: what threads do between two waits for each other. Some models
@@ -1974,13 +1975,19 @@ static double peak_scalar(bool int8, size_t rounds) {
 
 MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
-// A matrix as a file has it: rows of blocks, one after the other.
+enum { NAME_BYTES = 64, VECTOR = 255 };
+
+// A tensor as a file has it: matrices of rows of blocks, one after the other.
 typedef struct SourceType SourceType;
-typedef struct {
-    const SourceType *type;
-    size_t rows, cols;
+typedef struct Source {
+    char name[NAME_BYTES];
+    const SourceType *type;              // NULL in native files, which have ...
+    uint32_t tiles;                      // ... tiles of this Type, or a VECTOR of floats
+    size_t n, rows, cols;                // n: matrices, of experts; of a vector: 1 x 1 x its length
     const unsigned char *data, *scales;  // scales: llama2.c's int8 groups have theirs apart, else NULL
     size_t group;                        // weights that share one of those
+    uint64_t at;                         // where the file says that the data are, from the first byte of all data on
+    size_t n_bytes, rows_used;           // of the data; how many rows belong to tensors of the model
 } Source;
 
 // Fills one tile: `rows` of its 16 rows, of which row 0 is the source's row `row`, and the columns from `col` on. The
@@ -2180,10 +2187,10 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 
 /* ==== 9. Opening a checkpoint =======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
-   directory of the tensors that the file claims to have, and believes nothing: lengths go through the cursor, counts
-   are held against the bytes that are left. Then one function, bind_model(), derives from the configuration which
-   tensors the model must have and demands each of them once, with its shape and an allowed type, inside the file,
-   overlapping no other. Only there does a pointer into the file become a weight. */
+   list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
+   counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
+   tensors the model must or may have (Slot). Then one function, bind_model(), demands each of them once, with its shape
+   and an allowed type, inside the file, overlapping no other. Only there do bytes of the file become a Tensor. */
 
 // ---- The operating system ----
 
@@ -2657,36 +2664,38 @@ enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
-// A family of models. To add one: a row here; a config_fields row, a Layer member, a rule below for what is new in it.
+// A family of models. To add one: a row in families[]. What is new in it takes a member of Config or Layer, its use in
+// chapter 5, and a row in config_fields[] if it is a number (then LAYOUT is one more), or in model_rules[] or
+// layer_rules[] if it is a tensor; and a feature here, the next power of two, if not every family may have it.
 enum {
-    BIASES = 1, HEAD_NORMS = 2, WIDE_HEAD_NORMS = 4, PRE_NORMS = 8, POST_NORMS = 16,
-    SCALES = 32,  // of embedding, residual and logits
-    GEMMA = 64,   // GELU, and embeddings times sqrt(D)
-    CAPS = 128,   // of 50 and 30, where the file does not say others
-    LAYER_NORMS = 256,
-    ALWAYS = 512, OPTIONAL = 1024, BY_EXPERT = 2048,  // in a tensor's rule: it must, or may, be there; for each expert
+    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must, or may, be there; for each expert
+    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
+    SCALES = 512,  // of embedding, residual and logits
+    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
+    CAPS = 2048,   // of 50 and 30, where the file does not say others
 };
 typedef struct {
     const char *name;
     Pairing pairing;
-    int features;       // a set of those above
+    int features;       // a sum of those above
     int global_every;   // where there is a window, the last of so many layers has none
     int no_rope_every;  // the last of so many layers does not rotate
     double local_theta; // of layers with a window; -1: rope_theta, but not scaled
 } Family;
 
 static const Family families[] = {
-    { "llama", ADJACENT, PRE_NORMS, 0, 0, 0 },  // LLaMA 1-3, Mistral, Mixtral, TinyLlama, SmolLM, Yi, Vicuna, ...
-    { "qwen2", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },  // Qwen 1.5, 2, 2.5
-    { "qwen3", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
-    { "qwen3moe", HALVES, PRE_NORMS | HEAD_NORMS, 0, 0, 0 },
-    { "phi3", HALVES, PRE_NORMS, 0, 0, 0 },
-    { "granite", ADJACENT, PRE_NORMS | SCALES, 0, 0, 0 },
-    { "smollm3", ADJACENT, PRE_NORMS, 0, 4, 0 },
-    { "olmo2", HALVES, WIDE_HEAD_NORMS | POST_NORMS, 4, 0, -1 },  // OLMo 3 has windows
-    { "stablelm", HALVES, PRE_NORMS | LAYER_NORMS, 0, 0, 0 },
-    { "gemma2", HALVES, PRE_NORMS | POST_NORMS | GEMMA | CAPS, 2, 0, 0 },
-    { "gemma3", HALVES, PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, 6, 0, 10000 },
+    { "llama", ADJACENT, .features = PRE_NORMS },  // LLaMA 1-3, Mistral, Mixtral, TinyLlama, SmolLM, Yi, Vicuna, ...
+    { "qwen2", HALVES, .features = PRE_NORMS | BIASES },  // Qwen 1.5, 2, 2.5
+    { "qwen3", HALVES, .features = PRE_NORMS | HEAD_NORMS },
+    { "qwen3moe", HALVES, .features = PRE_NORMS | HEAD_NORMS },
+    { "phi3", HALVES, .features = PRE_NORMS },
+    { "granite", ADJACENT, .features = PRE_NORMS | SCALES },
+    { "smollm3", ADJACENT, .features = PRE_NORMS, .no_rope_every = 4 },
+    { "olmo2", HALVES, .features = WIDE_HEAD_NORMS | POST_NORMS, .global_every = 4, .local_theta = -1 },  // and OLMo 3
+    { "stablelm", HALVES, .features = PRE_NORMS | LAYER_NORMS },
+    { "gemma2", HALVES, .features = PRE_NORMS | POST_NORMS | GEMMA | CAPS, .global_every = 2 },
+    { "gemma3", HALVES, .features = PRE_NORMS | HEAD_NORMS | POST_NORMS | GEMMA, .global_every = 6,
+      .local_theta = 10000 },
 };
 
 static const Family *find_family(const char *name, Error *e) {
@@ -2697,19 +2706,19 @@ static const Family *find_family(const char *name, Error *e) {
 }
 
 // A number of the configuration: its name in native files, where it lives, what it may be, and where a GGUF has it.
-// The first says of how many layers the others are to be had.
+// The first row is the number of layers, which makes room for the numbers of each.
 typedef struct {
     const char *name;
     enum { INTEGER, SINGLE, DOUBLE } type;
     bool per_layer;
     size_t offset;  // in Config or in Layer
     double min, max;
-    const char *key;   // the family's: one number for all layers, or an array of one for each; NULL: found elsewhere
+    const char *key;   // after the family's name: one number for all layers, or an array; NULL: found elsewhere
     double otherwise;  // where there is no such key; NAN: it is needed; 0: worked out from others
     int feature;       // 0, or the one without which a family does not have the key
 } ConfigField;
 
-static const ConfigField config_fields[] = {
+static const ConfigField config_fields[] = {  // of the model, then of each layer
     { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN, 0 },
     { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN, 0 },
     { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0, 0 },
@@ -2741,6 +2750,9 @@ static const ConfigField config_fields[] = {
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
+// How many values a field has.
+static int n_values(const Model *m, const ConfigField *f) { return f->per_layer ? m->config.n_layers : 1; }
+
 static void *field_place(Model *m, const ConfigField *f, int layer) {
     return (char *)(f->per_layer ? (void *)&m->layers[layer] : (void *)&m->config) + f->offset;
 }
@@ -2753,8 +2765,8 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
 // Sets a field, if the value is one that it may have; the number of layers makes room for these.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
-        return refuse(e, "%s is %g, expected %s%g to %g", f->name, value,
-                    f->type == INTEGER ? "a whole number " : "", f->min, f->max);
+        return refuse(e, "%s is %.10g, expected %s%g to %g", f->name, value,
+                      f->type == INTEGER ? "an integer from " : "", f->min, f->max);
     void *p = field_place(m, f, layer);
     if (f->type == INTEGER) *(int *)p = (int)value;
     else if (f->type == SINGLE) *(float *)p = (float)value;
@@ -2763,32 +2775,8 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// What the fields must be to each other; completes the configuration from its family.
-static bool check_config(Model *m, Error *e) {
-    Config *c = &m->config;
-    const Family *family = find_family(c->family, e);
-    if (!family) return false;
-    c->pairing = family->pairing;
-    c->wide_head_norms = family->features & WIDE_HEAD_NORMS;
-    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
-        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
-            if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
-    if (c->rope_dim > c->head_dim || c->rope_dim % 2)
-        return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
-    for (int l = 0; l < c->n_layers; l++) {
-        int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
-        int experts = m->layers[l].n_experts, used = m->layers[l].n_experts_used;
-        if (used > experts || !used != !experts)
-            return refuse(e, "layer %d: n_experts_used is %d of %d experts", l, used, experts);
-        if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
-        if (heads % groups)
-            return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
-    }
-    return true;
-}
-
-// A tensor that the model has or may have, named as in GGUF. With rows ONE it is a vector of floats, else a matrix.
-// With `fused` it may instead be a range of that tensor's rows, which has its parts in the order of this table.
+// A tensor that models have or may have, named as in GGUF. With rows ONE it is a vector of floats, else a matrix. With
+// `fused` it may instead be a range of that tensor's rows, which has its parts in the order of this table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
@@ -2799,7 +2787,7 @@ typedef struct {
     const char *fused;
 } TensorRule;
 
-static const TensorRule rules[] = {
+static const TensorRule model_rules[] = {
     { "token_embd.weight", offsetof(Model, embedding), N_TOKENS, DIM, ALWAYS, NULL },
     { "output_norm.weight", offsetof(Model, final_norm), ONE, DIM, ALWAYS, NULL },
     { "output_norm.bias", offsetof(Model, final_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
@@ -2807,7 +2795,8 @@ static const TensorRule rules[] = {
     { "rope_freqs.weight", offsetof(Model, rope_factors), ONE, PAIRS, OPTIONAL, NULL },
     { "rope_factors_long.weight", offsetof(Model, long_factors), ONE, PAIRS, OPTIONAL, NULL },
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
-    // and of each layer
+};
+static const TensorRule layer_rules[] = {
     { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
     { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
     { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
@@ -2832,129 +2821,137 @@ static const TensorRule rules[] = {
     { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
     { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
-enum { N_MODEL_RULES = 7, N_LAYER_RULES = sizeof rules / sizeof *rules - N_MODEL_RULES, NAME_BYTES = 64 };
+enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
+enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
 
-// One of the tensors that a model has or may have.
-typedef struct {
+// A tensor that this model has or may have: what it must be, and its data once they are found.
+typedef struct Slot {
+    char name[NAME_BYTES];
     const TensorRule *rule;
-    int layer;          // -1: the model's
-    size_t rows, cols;  // of a vector: 1 and its length
-    size_t n, n_used;   // how many there are, and how many a token is multiplied with: of experts, or 1
-    Tensor *tensor;     // one of these two is where it belongs
-    const float **vector;
-    char name[NAME_BYTES], fused[NAME_BYTES];
-    size_t first_row, all_rows;  // where it begins in the fused tensor, and what that has in all
+    int layer;               // -1: the model's
+    bool is_vector;
+    size_t rows, cols;       // of a vector: 1 and its length
+    size_t n, n_used;        // how many there are, and how many a token is multiplied with: of experts, or 1
+    Source *source;          // what the file has for it, or NULL
+    size_t first_row;        // where it begins in that
+    Type type;               // of a matrix
+    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
 } Slot;
 
-static size_t n_slots(const Model *m) { return N_MODEL_RULES + (size_t)m->config.n_layers * N_LAYER_RULES; }
-
-// The i-th tensor of the model, in the order in which native files hold them.
-static Slot get_slot(Model *m, size_t i) {
-    bool whole = i < N_MODEL_RULES;
-    int index = whole ? -1 : (int)((i - N_MODEL_RULES) / N_LAYER_RULES);
-    const TensorRule *rule = &rules[whole ? i : N_MODEL_RULES + (i - N_MODEL_RULES) % N_LAYER_RULES];
-    Layer *layer = &m->layers[whole ? 0 : index];
-    char *place = (whole ? (char *)m : (char *)layer) + rule->offset;
-    size_t head_dim = (size_t)m->config.head_dim;
-    const size_t sizes[] = {
-        [ONE] = 1, [DIM] = (size_t)m->config.dim, [FFN_DIM] = (size_t)layer->ffn_dim,
-        [PAIRS] = (size_t)m->config.rope_dim / 2, [N_TOKENS] = (size_t)m->config.n_tokens,
-        [Q_DIM] = (size_t)layer->n_heads * head_dim, [KV_DIM] = (size_t)layer->n_kv_heads * head_dim,
-        [Q_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_heads : 1) * head_dim,
-        [K_NORM] = (m->config.wide_head_norms ? (size_t)layer->n_kv_heads : 1) * head_dim,
-        [N_EXPERTS] = (size_t)layer->n_experts,
-    };
-    bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-    Slot slot = { .rule = rule, .layer = index, .rows = sizes[rule->rows], .cols = sizes[rule->cols], 1, 1 };
-    if (by_expert) slot.n = (size_t)layer->n_experts, slot.n_used = (size_t)layer->n_experts_used;
-    if (rule->rows == ONE) slot.vector = (const float **)(void *)place;
-    else slot.tensor = (Tensor *)(void *)place;
-    int stem = (int)strcspn(rule->name, ".");
-    if (whole) snprintf(slot.name, NAME_BYTES, "%s", rule->name);
-    else snprintf(slot.name, NAME_BYTES, "blk.%d.%.*s%s%s", index, stem, rule->name, by_expert ? "_exps" : "",
-                  rule->name + stem);
-    if (!rule->fused || by_expert) return slot;
-    snprintf(slot.fused, NAME_BYTES, "blk.%d.%s", index, rule->fused);
-    for (const TensorRule *r = rules; r < rules + N_MODEL_RULES + N_LAYER_RULES; r++) {
-        if (!r->fused || strcmp(r->fused, rule->fused)) continue;
-        if (r == rule) slot.first_row = slot.all_rows;
-        slot.all_rows += sizes[r->rows];
+// Makes the slots of a model whose configuration is known, in the order in which native files have the tensors.
+static bool make_slots(Model *m, Error *e) {
+    const Config *c = &m->config;
+    m->n_slots = N_MODEL_RULES + (size_t)c->n_layers * N_LAYER_RULES;
+    Slot *slot = m->slots = allocate(m->n_slots, sizeof *m->slots, e);
+    for (int l = -1; slot && l < c->n_layers; l++) {
+        const TensorRule *rule = l < 0 ? model_rules : layer_rules;
+        const Layer *layer = &m->layers[l < 0 ? 0 : l];
+        size_t heads = (size_t)layer->n_heads, groups = (size_t)layer->n_kv_heads, head_dim = (size_t)c->head_dim;
+        const size_t sizes[] = {
+            [ONE] = 1, [DIM] = (size_t)c->dim, [FFN_DIM] = (size_t)layer->ffn_dim, [N_TOKENS] = (size_t)c->n_tokens,
+            [Q_DIM] = heads * head_dim, [KV_DIM] = groups * head_dim, [PAIRS] = (size_t)c->rope_dim / 2,
+            [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
+            [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
+        };
+        char prefix[16] = "";
+        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
+        for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
+            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
+            int stem = (int)strcspn(rule->name, ".");
+            *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
+                            .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
+            if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
+            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
+                     rule->name + stem);
+        }
     }
     return slot;
 }
 
-static const void *slot_data(const Slot *s) { return s->tensor ? (const void *)s->tensor->tiles : *s->vector; }
+// What the fields must be to each other; completes the configuration from its family, and lists its tensors.
+static bool check_config(Model *m, Error *e) {
+    Config *c = &m->config;
+    const Family *family = find_family(c->family, e);
+    if (!family) return false;
+    c->pairing = family->pairing;
+    c->wide_head_norms = family->features & WIDE_HEAD_NORMS;
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
+        for (int l = 0; l < n_values(m, f); l++)
+            if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
+    if (c->rope_dim > c->head_dim || c->rope_dim % 2)
+        return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
+    for (int l = 0; l < c->n_layers; l++) {
+        int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
+        int experts = m->layers[l].n_experts, used = m->layers[l].n_experts_used;
+        if (used > experts || !used != !experts)
+            return refuse(e, "layer %d: n_experts_used is %d of %d experts", l, used, experts);
+        if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
+        if (heads % groups)
+            return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
+    }
+    return make_slots(m, e);
+}
+
+static Tensor slot_matrix(const Slot *s) { return (Tensor){ s->type, (int)s->rows, (int)s->cols, s->data }; }
+
 // Bytes in the form in which it is used.
 static size_t slot_bytes(const Slot *s) {
-    return s->tensor ? times(s->n, tensor_bytes(s->tensor)) : s->cols * sizeof(float);
+    Tensor matrix = slot_matrix(s);
+    return s->is_vector ? s->cols * sizeof(float) : times(s->n, tensor_bytes(&matrix));
 }
 
-static void set_slot(const Slot *s, const unsigned char *data) {
-    if (s->tensor) s->tensor->tiles = data;
-    else *s->vector = (const float *)(const void *)data;
+// Gives the model its tensor.
+static void set_slot(Model *m, Slot *s, const unsigned char *data) {
+    void *place = (s->layer < 0 ? (char *)m : (char *)&m->layers[s->layer]) + s->rule->offset;
+    s->data = data;
+    if (s->is_vector) *(const float **)place = (const float *)(const void *)data;
+    else *(Tensor *)place = slot_matrix(s);
 }
 
-// Whether the model has it, and not as a second name of the embedding.
-static bool is_stored(const Model *m, const Slot *s) {
-    return slot_data(s) && !(s->tensor == &m->head && m->head.tiles == m->embedding.tiles);
-}
-
-// Whether every token is multiplied with it, which an embedding that is not the head is not.
+// Whether every token is multiplied with it, which the embedding (the first slot) is only where it is the head, too.
 static bool is_multiplied(const Model *m, const Slot *s) {
-    return s->tensor && s->tensor->tiles && s->tensor != &m->embedding;
+    return s->data && !s->is_vector && (s != m->slots || m->head.tiles == s->data);
 }
 
-// A tensor that a file says it has.
-typedef struct {
-    char name[NAME_BYTES];
-    size_t n;         // how many matrices follow each other
-    Source source;    // how one is stored: rows, cols, data; type NULL in native files,
-    int native_type;  // where it is in tiles of this type, or NATIVE_VECTOR
-    bool is_vector;   // one dimension
-    uint64_t offset;  // of source.data, from where the data of all tensors begin
-    size_t n_bytes;   // from source.data on
-    size_t rows_used;
-} Entry;
-
-enum { NATIVE_VECTOR = 255 };
-typedef struct { Entry *entries; size_t n; } Directory;
-
-static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // an Entry begins with its name
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // a Source begins with its name
 
 static int by_place(const void *a, const void *b) {
-    const unsigned char *x = ((const Entry *)a)->source.data, *y = ((const Entry *)b)->source.data;
+    const unsigned char *x = ((const Source *)a)->data, *y = ((const Source *)b)->data;
     return x < y ? -1 : x > y;
 }
 
 // Finds each tensor's bytes in those of all. It must begin at a multiple of `step`, and no two may share any.
-static bool place_entries(Directory *d, Cursor data, size_t step, Error *e) {
-    for (Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        unsigned long long at = entry->offset;
-        if (at % step) return refuse(e, "%s begins at %llu, no multiple of %zu", entry->name, at, step);
-        if (data.bad || at > data.left || entry->n_bytes > data.left - at)
-            return refuse(e, "%s ends after the file does: not copied whole?", entry->name);
-        entry->source.data = data.at + at;
+static bool place_sources(Source *sources, size_t n, Cursor data, size_t step, Error *e) {
+    for (Source *s = sources; s < sources + n; s++) {
+        unsigned long long at = s->at;
+        if (at % step) return refuse(e, "%s begins at %llu, no multiple of %zu", s->name, at, step);
+        if (data.bad || at > data.left || s->n_bytes > data.left - at)
+            return refuse(e, "%s ends after the file does: not copied whole?", s->name);
+        s->data = data.at + at;
     }
-    qsort(d->entries, d->n, sizeof *d->entries, by_place);
-    for (const Entry *a = d->entries; a + 1 < d->entries + d->n; a++)
-        if (a->n_bytes > (size_t)(a[1].source.data - a->source.data))
-            return refuse(e, "tensors %s and %s overlap", a->name, a[1].name);
+    qsort(sources, n, sizeof *sources, by_place);
+    for (const Source *s = sources; s + 1 < sources + n; s++)
+        if (s->n_bytes > (size_t)(s[1].data - s->data))
+            return refuse(e, "tensors %s and %s overlap", s->name, s[1].name);
     return true;
 }
 
-// The entry for a slot, or NULL: its own, which is all that native files have, or the fused one.
-static Entry *entry_for(const Directory *d, Slot *slot) {
-    Entry *own = bsearch(slot->name, d->entries, d->n, sizeof *d->entries, by_name), *fused = NULL;
-    if (slot->fused[0]) fused = bsearch(slot->fused, d->entries, d->n, sizeof *d->entries, by_name);
-    bool is_up = fused && fused->source.rows != slot->all_rows && !strcmp(slot->rule->fused, "ffn_up.weight");
-    if (fused && fused->source.type && !is_up && (!own || own == fused)) return fused;
-    slot->first_row = 0;
-    slot->all_rows = slot->rows;
-    return own;
+static Source *find_source(const Model *m, const char *name) {
+    return bsearch(name, m->sources, m->n_sources, sizeof *m->sources, by_name);
+}
+
+// What the file has for a slot, or NULL: its own tensor, which is all that native files have, or the fused one.
+static Source *find_for_slot(const Model *m, const Slot *slot) {
+    char name[NAME_BYTES];
+    Source *own = find_source(m, slot->name);
+    if (own || !slot->rule->fused) return own;
+    snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    Source *fused = find_source(m, name);
+    return fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Makes the tiles of a file that has none, in one block.
-typedef struct { Model *m; const Directory *d; double start; atomic_bool broken; } PackJob;
+typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
 // The file's pages of these row tiles are not needed any more: two copies of a model would be one too many.
 static void give_back(const Source *s, Range tiles) {
@@ -2967,96 +2964,98 @@ static void give_back(const Source *s, Range tiles) {
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
-    unsigned char *to = job->m->packed;
-    for (size_t i = 0; i < n_slots(job->m); i++) {
-        Slot slot = get_slot(job->m, i);
-        const Entry *entry = entry_for(job->d, &slot);
-        if (!entry) continue;
-        Source part = entry->source;
-        part.rows = slot.rows;
-        part.data = source_block(&part, slot.first_row, 0);
-        Range tiles = slot.tensor ? share(n_row_tiles(slot.tensor), team) : (Range){ 0, 0 };
-        for (size_t k = 0; k < slot.n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
-            unsigned char *matrix = to + k * tensor_bytes(slot.tensor);
+    Model *m = job->m;
+    unsigned char *to = m->packed;
+    for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+        if (!slot->source) continue;
+        Source part = *slot->source;
+        Tensor matrix = slot_matrix(slot);
+        part.rows = slot->rows;
+        part.data = source_block(&part, slot->first_row, 0);
+        Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
+        for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
+            unsigned char *begin = to + k * tensor_bytes(&matrix);
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(matrix, &part, (Range){ row, row + 1 });
-                if (broken_row(slot.tensor, matrix + row * row_tile_bytes(slot.tensor)) < TILE_ROWS) job->broken = true;
+                pack_rows(begin, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, begin + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
-        if (!slot.tensor && team->thread == 0) memcpy(to, part.data, slot_bytes(&slot));
-        if (team->thread == 0) set_slot(&slot, to);
-        if (team->thread == 0) show_progress("packing tensor", job->start, i + 1, n_slots(job->m));
-        to += round_up(slot_bytes(&slot), 64);
+        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
+        if (team->thread == 0) set_slot(m, slot, to);
+        if (team->thread == 0) show_progress("packing tensor", job->start, (size_t)(slot - m->slots) + 1, m->n_slots);
+        to += round_up(slot_bytes(slot), 64);
     }
 }
 
 // False, and the first row named, where a matrix is not finite. A native file's are read for this only on demand.
-static bool check_weights(Model *m, Error *e) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        const Tensor *w = slot.tensor;
-        size_t n_tiles = w && w->tiles ? n_row_tiles(w) : 0;
-        for (size_t j = 0, r; j < slot.n * n_tiles; j++)
-            if ((r = broken_row(w, w->tiles + j * row_tile_bytes(w))) < TILE_ROWS)
-                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot.name,
-                              j / n_tiles * slot.rows + j % n_tiles * TILE_ROWS + r);
+static bool check_weights(const Model *m, Error *e) {
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+        const Tensor w = slot_matrix(slot);
+        size_t n_tiles = w.tiles && !slot->is_vector ? n_row_tiles(&w) : 0;
+        for (size_t j = 0, r; j < slot->n * n_tiles; j++)
+            if ((r = broken_row(&w, w.tiles + j * row_tile_bytes(&w))) < TILE_ROWS)
+                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot->name,
+                              j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r);
     }
     return true;
 }
 
-// Fills one slot from its entry: points into a native file, or counts what is to be packed.
-static bool bind_slot(Model *m, const Slot *slot, Entry *entry, Error *e) {
-    const Source *s = &entry->source;
-    if (entry->is_vector != (slot->vector != NULL) || s->rows != slot->all_rows || s->cols != slot->cols ||
-        entry->n != slot->n)
-        return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", entry->name, entry->n, s->rows, s->cols,
-                      slot->n, slot->all_rows, slot->cols);
-    entry->rows_used += slot->rows;
-    Type type = s->type ? s->type->tile : (Type)entry->native_type;
-    if (slot->tensor && is_quantised(type) && slot->cols % (size_t)types[type].cols)
-        return refuse(e, "%s has %zu columns, which %s cannot have", entry->name, slot->cols, types[type].name);
-    if (slot->tensor) *slot->tensor = (Tensor){ type, (int)slot->rows, (int)slot->cols, NULL };
-    if (!s->type) set_slot(slot, s->data);
-    if (!s->type && slot_bytes(slot) != entry->n_bytes)
-        return refuse(e, "%s has %zu bytes, expected %zu", entry->name, entry->n_bytes, slot_bytes(slot));
-    if (slot->vector && s->type && s->type != &source_types[SOURCE_F32])
-        return refuse(e, "%s is of type %s, expected F32", entry->name, s->type->name);
-    for (size_t i = 0; slot->vector && i < slot->cols; i++) {
+// Checks what was found for a slot, which is the next rows of that; points into a native file, or counts what is to be
+// packed.
+static bool bind_slot(Model *m, Slot *slot, Error *e) {
+    Source *s = slot->source;
+    slot->first_row = s->rows_used;
+    s->rows_used += slot->rows;
+    bool rows_fit = slot->rule->fused ? s->rows_used <= s->rows : s->rows_used == s->rows;
+    if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
+        return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
+                      s->rows_used, slot->cols);
+    if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
+        return refuse(e, "%s is %s vector", s->name, slot->is_vector ? "no" : "a");
+    slot->type = s->type ? s->type->tile : (Type)s->tiles;
+    if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
+        return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
+    if (!s->type && slot_bytes(slot) != s->n_bytes)
+        return refuse(e, "%s has %zu bytes, expected %zu", s->name, s->n_bytes, slot_bytes(slot));
+    if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
+        return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
+    for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
         float x;
         memcpy(&x, s->data + i * sizeof x, sizeof x);
-        if (!isfinite(x)) return refuse(e, "%s: number %zu is not finite", entry->name, i);
+        if (!isfinite(x)) return refuse(e, "%s: number %zu is not finite", s->name, i);
     }
     if (s->type) m->packed_bytes = round_up(plus(m->packed_bytes, slot_bytes(slot)), 64);
+    else set_slot(m, slot, s->data);
     return true;
 }
 
 // From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
 // configuration needs, and sees that none is left over.
-static bool bind_model(Model *m, Directory *d, int threads, Error *e) {
+static bool bind_model(Model *m, int threads, Error *e) {
     int features = find_family(m->config.family, e)->features | ALWAYS;
-    qsort(d->entries, d->n, sizeof *d->entries, by_name);
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        int need = slot.rows ? slot.rule->need : 0;
-        Entry *entry = need & (features | OPTIONAL) ? entry_for(d, &slot) : NULL;
-        if (entry && !bind_slot(m, &slot, entry, e)) return false;
-        bool apart = slot.n > 1 && bsearch("blk.0.ffn_gate.0.weight", d->entries, d->n, sizeof *d->entries, by_name);
-        if (!entry && need & features)
-            return refuse(e, "tensor %s is missing%s", slot.name,
+    qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
+    for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+        int need = slot->rows ? slot->rule->need : 0;
+        if (need & (features | OPTIONAL)) slot->source = find_for_slot(m, slot);
+        if (slot->source && !bind_slot(m, slot, e)) return false;
+        bool apart = slot->n > 1 && find_source(m, "blk.0.ffn_gate.0.weight");
+        if (!slot->source && need & features)
+            return refuse(e, "tensor %s is missing%s", slot->name,
                           apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
-        if (slot.layer < 1 || !(need & OPTIONAL)) continue;
-        Slot before = get_slot(m, i - N_LAYER_RULES);  // what one layer has, all have: else a tensor was lost
-        if ((entry_for(d, &before) != NULL) != (entry != NULL))
-            return refuse(e, "tensor %s is missing", entry ? before.name : slot.name);
+        if (slot->layer < 1 || !(need & OPTIONAL)) continue;
+        const Slot *before = slot - N_LAYER_RULES;  // what one layer has, all have: else a tensor was lost
+        if (!before->source != !slot->source)
+            return refuse(e, "tensor %s is missing", slot->source ? before->name : slot->name);
     }
     size_t n_bytes = 0;
-    for (const Entry *a = d->entries; a < d->entries + d->n; n_bytes = plus(n_bytes, a++->n_bytes))
-        if (a->rows_used != a->source.rows)
-            return refuse(e, "tensor %s is there twice, or no %s has it", a->name, m->config.family);
+    for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
+        if (s->rows_used != s->rows)
+            return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
+                          s->rows_used ? "has rows that are" : "is", m->config.family);
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // the smallest matrix has one number and 2 KB in tiles
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
-    PackJob job = { m, d, clock_seconds(), false };
+    PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
@@ -3131,18 +3130,15 @@ typedef struct {
 
 // Followed by `count` doubles: one, or one for each layer.
 typedef struct { char name[28]; uint32_t count; } ConfigRecord;
+_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32, "no padding");
 
-typedef struct {
-    char name[NAME_BYTES];
-    uint32_t type, rows, cols, n;     // type: Type, or NATIVE_VECTOR; n: how many matrices there are, of experts
-    uint64_t at, n_bytes;             // from the beginning of the file
-} TensorRecord;
-_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && sizeof(TensorRecord) == 96, "no padding");
+// | name | u32 Type, or VECTOR | u32 rows, columns, matrices | u64 at, from the beginning of the file, bytes |
+enum { RECORD_BYTES = NAME_BYTES + 4 * sizeof(uint32_t) + 2 * sizeof(uint64_t) };
 
 // Appends the configuration to `to` or, where that is NULL, reads it from the cursor.
 static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
-        ConfigRecord record = { .count = f->per_layer ? (uint32_t)m->config.n_layers : 1 }, found;
+        ConfigRecord record = { .count = (uint32_t)n_values(m, f) }, found;
         snprintf(record.name, sizeof record.name, "%s", f->name);
         if (to && !append(to, &record, sizeof record, e)) return false;
         if (!to) take_into(&from, &found, sizeof found);
@@ -3159,36 +3155,38 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
     return n == 0 || refuse(e, "the configuration asks for \"%.*s\", which is not known", n, (const char *)from.at);
 }
 
-static bool read_tensor_records(const FileHeader *h, Cursor c, Directory *d, Error *e) {
-    if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / sizeof(TensorRecord) || c.left % sizeof(TensorRecord))
+static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *e) {
+    if (h->n_tensors > MAX_TENSORS || h->n_tensors != c.left / RECORD_BYTES || c.left % RECORD_BYTES)
         return refuse(e, "%u tensors in a table of %zu bytes", h->n_tensors, c.left);
-    if (!(d->entries = allocate(h->n_tensors, sizeof *d->entries, e))) return false;
-    for (; d->n < h->n_tensors; d->n++) {
-        TensorRecord r;
-        take_into(&c, &r, sizeof r);
-        r.name[NAME_BYTES - 1] = 0;
-        if (r.type >= N_TYPES && r.type != NATIVE_VECTOR)
-            return refuse(e, "%s is of type %u, which is not known", r.name, r.type);
-        Entry *entry = &d->entries[d->n];
-        *entry = (Entry){ .n = r.n, .source = { .rows = r.rows, .cols = r.cols }, .native_type = (int)r.type,
-                          .is_vector = r.type == NATIVE_VECTOR, .offset = r.at - h->weights.at, .n_bytes = r.n_bytes };
-        memcpy(entry->name, r.name, NAME_BYTES);
+    if (!(m->sources = allocate(h->n_tensors, sizeof *m->sources, e))) return false;
+    for (; m->n_sources < h->n_tensors; m->n_sources++) {
+        Source *s = &m->sources[m->n_sources];
+        take_into(&c, s->name, NAME_BYTES);
+        s->name[NAME_BYTES - 1] = 0;
+        s->tiles = take_u32(&c);
+        s->rows = take_u32(&c);
+        s->cols = take_u32(&c);
+        s->n = take_u32(&c);
+        s->at = take_u64(&c) - h->weights.at;
+        s->n_bytes = (size_t)take_u64(&c);
+        if (s->tiles >= N_TYPES && s->tiles != VECTOR)
+            return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
     return true;
 }
 
-// What each parser makes of a file: a Model's configuration, vocabulary and template, and what tensors there are; or,
-// where there is no directory to put these in, the vocabulary only.
-static bool parse_native(Cursor file, Model *m, Directory *d, Error *e) {
+// What each parser makes of a file: a model's vocabulary and, where the `whole` model is asked for, its configuration,
+// checked, its template, and what tensors there are.
+static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     FileHeader h;
     Cursor c = file, sections[N_SECTIONS];
     take_into(&c, &h, sizeof h);
     if (c.bad) return refuse(e, "%zu bytes, expected a header of %zu", file.left, sizeof h);
-    unsigned long long whole = h.file_bytes;
+    unsigned long long n_bytes = h.file_bytes;
     if (h.layout != LAYOUT)
         return refuse(e, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
                       h.layout, LAYOUT);
-    if (whole != file.left) return refuse(e, "%zu bytes, expected %llu: not copied whole?", file.left, whole);
+    if (n_bytes != file.left) return refuse(e, "%zu bytes, expected %llu: not copied whole?", file.left, n_bytes);
     for (int i = 0; i < N_SECTIONS; i++) {
         Section s = h.sections[i];
         if (s.at > file.left || s.n_bytes > file.left - s.at || s.at % 64)
@@ -3197,24 +3195,24 @@ static bool parse_native(Cursor file, Model *m, Directory *d, Error *e) {
     }
     m->vocabulary = sections[TOKENIZER].at;
     m->vocabulary_bytes = sections[TOKENIZER].left;
-    if (!d) return true;
+    if (!whole) return true;
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
     m->chat_template = (Text){ (const char *)sections[CHAT_TEMPLATE].at, sections[CHAT_TEMPLATE].left };
-    return transfer_config(m, sections[CONFIG], NULL, e) && read_tensor_records(&h, sections[TENSORS], d, e) &&
-           place_entries(d, sections[WEIGHTS], 64, e);
+    return transfer_config(m, sections[CONFIG], NULL, e) && check_config(m, e) &&
+           read_tensor_records(&h, sections[TENSORS], m, e) &&
+           place_sources(m->sources, m->n_sources, sections[WEIGHTS], 64, e);
 }
 
-// The tensor records, with places from where the weights begin on, and how many bytes those take.
-static bool append_tensor_records(Model *m, Buffer *b, uint64_t *end, Error *e) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        if (!is_stored(m, &slot)) continue;
-        TensorRecord r = { .type = slot.tensor ? slot.tensor->type : NATIVE_VECTOR, .rows = (uint32_t)slot.rows,
-                           .cols = (uint32_t)slot.cols, .n = (uint32_t)slot.n, .n_bytes = slot_bytes(&slot) };
-        r.at = *end;
-        memcpy(r.name, slot.name, NAME_BYTES);
-        *end = round_up(*end + r.n_bytes, 64);
-        if (!append(b, &r, sizeof r, e)) return false;
+// Appends the tensor records; the weights begin at *end, and end there on return.
+static bool append_tensor_records(const Model *m, Buffer *b, uint64_t *end, Error *e) {
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
+        uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
+        uint64_t place[] = { *end, slot_bytes(s) };
+        if (!s->data) continue;
+        if (!append(b, s->name, NAME_BYTES, e) || !append(b, shape, sizeof shape, e) ||
+            !append(b, place, sizeof place, e))
+            return false;
+        *end = round_up(*end + place[1], 64);
     }
     return true;
 }
@@ -3280,10 +3278,10 @@ static bool export_model(Model *m, const char *path, Error *e) {
     FileHeader h = { .layout = LAYOUT, .weights = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = check_weights(m, e) && transfer_config(m, (Cursor){ NULL, 0, false }, &config, e) &&
-              append_tensor_records(m, &records, &h.weights.n_bytes, e);
-    const Cursor sections[WEIGHTS] = {
-        [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { records.bytes, records.n, false },
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) h.n_tensors += slot->data != NULL;
+    bool ok = check_weights(m, e) && transfer_config(m, (Cursor){ NULL, 0, false }, &config, e);
+    Cursor sections[WEIGHTS] = {
+        [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { NULL, h.n_tensors * RECORD_BYTES, false },
         [TOKENIZER] = { m->vocabulary, m->vocabulary_bytes, false },
         [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template.at, m->chat_template.n, false },
     };
@@ -3291,17 +3289,17 @@ static bool export_model(Model *m, const char *path, Error *e) {
         h.sections[i] = (Section){ h.weights.at, sections[i].left };
         h.weights.at = round_up(h.weights.at + sections[i].left, 64);
     }
-    h.file_bytes = h.weights.at + h.weights.n_bytes;
-    h.n_tensors = (uint32_t)(records.n / sizeof(TensorRecord));
-    for (uint32_t i = 0; i < h.n_tensors; i++) ((TensorRecord *)(void *)records.bytes)[i].at += h.weights.at;
+    h.file_bytes = h.weights.at;
+    ok = ok && append_tensor_records(m, &records, &h.file_bytes, e);
+    h.weights.n_bytes = h.file_bytes - h.weights.at;
+    sections[TENSORS].at = records.bytes;
 
     Output out = { 0 };
     ok = ok && open_output(&out, path, e);
     if (ok) write_padded(out.stream, (Cursor){ (const unsigned char *)&h, sizeof h, false });
     for (int i = 0; ok && i < WEIGHTS; i++) write_padded(out.stream, sections[i]);
-    for (size_t i = 0; ok && i < n_slots(m) && !ferror(out.stream); i++) {
-        Slot slot = get_slot(m, i);
-        if (is_stored(m, &slot)) write_padded(out.stream, (Cursor){ slot_data(&slot), slot_bytes(&slot), false });
+    for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
+        if (slot->data) write_padded(out.stream, (Cursor){ slot->data, slot_bytes(slot), false });
         if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     }
     ok = close_output(&out, ok, e);
@@ -3315,11 +3313,11 @@ static bool export_model(Model *m, const char *path, Error *e) {
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
     G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G,
-    G_NUMBER = N_G,  // any but G_STRING
+    G_INTEGER = N_G, G_NUMBER,  // what may be asked for: any of those with u and i; and with f
 } GgufType;
 static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = {
     { "u8", 1 }, { "i8", 1 }, { "u16", 2 }, { "i16", 2 }, { "u32", 4 }, { "i32", 4 }, { "f32", 4 }, { "bool", 1 },
-    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "number", 0 },
+    { "string", 0 }, { "array", 0 }, { "u64", 8 }, { "i64", 8 }, { "f64", 8 }, { "integer", 0 }, { "number", 0 },
 };
 
 typedef struct {
@@ -3378,7 +3376,7 @@ static Key *find_key(Gguf *g, const char *name) {
     return NULL;
 }
 
-// Item i of a key that holds numbers, as a double (no whole number of interest is above 2^53).
+// Item i of a key that holds numbers, as a double (no integer of interest is above 2^53).
 static double key_number(const Key *k, size_t i) {
     union { uint64_t u; float f32; double f64; } x = { 0 };
     size_t n = gguf_types[k->type].n_bytes;
@@ -3392,26 +3390,41 @@ static double key_number(const Key *k, size_t i) {
 // A copy of the key of that name, which must hold a value, or an array of values, of that type; zeros if there is none.
 static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
-    bool fits = k && k->is_array == is_array && (type == G_NUMBER ? k->type != G_STRING : k->type == type);
+    const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
+    bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !fail(g->error, BAD_FILE, "key %s is %s%s, expected %s%s", name, k->is_array ? "an array of " : "",
-                       gguf_types[k->type].name, is_array ? "an array of " : "", gguf_types[type].name);
+        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
+                         k->is_array ? "an array of " : "", gguf_types[k->type].name,
+                         is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
 
 // A key's number, or `otherwise` where there is no such key.
-static double get_number(Gguf *g, const char *name, double min, double max, double otherwise) {
-    Key k = get_key(g, name, G_NUMBER, false);
+static double get_value(Gguf *g, const char *name, GgufType type, double min, double max, double otherwise) {
+    Key k = get_key(g, name, type, false);
     double x = k.value.at ? key_number(&k, 0) : otherwise;
-    if (!k.value.at || (x >= min && x <= max)) return x;
-    if (!g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, expected %g to %g", name, x, min, max);
-    return otherwise;
+    bool fits = !k.value.at || (x >= min && x <= max);
+    if (!fits && !g->bad)
+        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min,
+                       max);
+    return fits ? x : otherwise;
 }
 
-static int get_whole(Gguf *g, const char *name, double min, double max, int otherwise) {
-    double x = get_number(g, name, min, max, otherwise);
-    if (x != floor(x) && !g->bad) g->bad = !fail(g->error, BAD_FILE, "key %s is %g, no whole number", name, x);
-    return (int)x;
+static double get_number(Gguf *g, const char *name, double min, double max, double otherwise) {
+    return get_value(g, name, G_NUMBER, min, max, otherwise);
+}
+
+static int get_integer(Gguf *g, const char *name, int min, int max, int otherwise) {
+    return (int)get_value(g, name, G_INTEGER, min, max, otherwise);
+}
+
+// 0 or 1, or -1 where there is no such key.
+static int get_flag(Gguf *g, const char *name) { return (int)get_value(g, name, G_BOOL, 0, 1, -1); }
+
+// A token's id; -1 where the file names none, or one beyond its vocabulary: 2^32 - 1 often stands for none.
+static int get_token(Gguf *g, const char *name, size_t n_tokens) {
+    double id = get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1);
+    return id < fmin((double)n_tokens, MAX_TOKENS) ? (int)id : -1;
 }
 
 static Text get_text(Gguf *g, const char *name) {
@@ -3431,6 +3444,7 @@ static const struct {
 } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
+    { ".vocab_size", NAN },  // the rows of the embedding are what counts
     { "stablelm.use_parallel_residual", NAN },  // often said; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
@@ -3449,23 +3463,27 @@ static bool is_harmless(const Gguf *g, const Key *k) {
     return true;
 }
 
+// A field's values from its key: one for all layers, or an array.
 static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) {
-    int features = find_family(g->family, e)->features, n = f->per_layer ? m->config.n_layers : 1;
+    int features = find_family(g->family, e)->features, n = n_values(m, f);
     bool layer_norm = features & LAYER_NORMS && !strcmp(f->name, "norm_eps");
-    const char *key = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
-    const Key *k = !f->feature || features & f->feature ? find_key(g, key) : NULL;
-    if (!k && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, key);
-    if (k && (k->type == G_STRING || (k->is_array && (!f->per_layer || k->count != (size_t)n))))
-        return refuse(e, "key %s%s is %zu of type %s, expected a number%s", g->family, key, k->count,
-                    gguf_types[k->type].name, f->per_layer ? ", or one for each layer" : "");
-    for (int l = 0; l < n && (k || f->otherwise > 0); l++)
-        if (!set_field(m, f, l, k ? key_number(k, k->is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
+    const char *name = layer_norm ? ".attention.layer_norm_epsilon" : f->key;
+    const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
+    if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
+    if (!found && f->otherwise == 0) return true;
+    GgufType type = f->type == INTEGER ? G_INTEGER : G_NUMBER;
+    Key k = found ? get_key(g, name, type, f->per_layer && found->is_array) : (Key){ 0 };
+    if (g->bad) return false;
+    if (k.is_array && k.count != (size_t)n)
+        return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
+    for (int l = 0; l < n; l++)
+        if (!set_field(m, f, l, found ? key_number(&k, k.is_array ? (size_t)l : 0) : f->otherwise, e)) return false;
     return true;
 }
 
-// What files of a family leave to the programs that know it. pattern: for each layer, whether it has the window; or a
-// number: the last of so many has none; or NULL.
-static void complete_config(Model *m, const Family *f, const Key *pattern) {
+// What files of a family leave to the programs that know it. pattern: whether each layer has the window; or NULL: of
+// every `every` layers the last has none.
+static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
@@ -3477,11 +3495,9 @@ static void complete_config(Model *m, const Family *f, const Key *pattern) {
     if (c->attention_scale == 0) c->attention_scale = 1.0f / sqrtf(width);
     if (c->local_theta == 0 && f->local_theta < 0 && m->layers->window) c->local_theta = c->rope_theta;
     if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);
-    bool each = pattern && pattern->is_array;
-    double every = pattern && !each ? key_number(pattern, 0) : f->global_every;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &m->layers[l];
-        if (each ? !key_number(pattern, (size_t)l) : every != 0 && fmod(l + 1, every) == 0) layer->window = 0;
+        if (pattern ? !key_number(pattern, (size_t)l) : every && (l + 1) % every == 0) layer->window = 0;
         bool rotates = !f->no_rope_every || (l + 1) % f->no_rope_every;
         layer->angles = !rotates ? UNROTATED : layer->window && c->local_theta > 0 ? LOCAL : ROTATED;
     }
@@ -3492,7 +3508,7 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    double original = get_number(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    double original = get_integer(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
     c->rope_scale = factor == 0 || none ? 1 : factor;
     c->original_context = (int)original;
     if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
@@ -3510,35 +3526,34 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
 }
 
 // The configuration, and the refusal of every key that would need code which is not here.
-static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
+static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
-    bool has_factors = false;
     snprintf(c->family, sizeof c->family, "%s", g->family);
-    for (const Entry *entry = d->entries; entry < d->entries + d->n; entry++) {
-        bool embeds = !strcmp(entry->name, "token_embd.weight"), fits = entry->source.rows - 1 < MAX_TOKENS;
-        if (embeds && !fits) return refuse(e, "%s has %zu rows", entry->name, entry->source.rows);
-        if (embeds) c->n_tokens = (int)entry->source.rows;
-        has_factors |= !strcmp(entry->name, "rope_factors_long.weight");
-    }
-    if (!c->n_tokens) return refuse(e, d->n ? "token_embd.weight is missing" : "no tensors; ./tokenizer can read it");
+    qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
+    const Source *embedding = find_source(m, "token_embd.weight");
+    if (!m->n_sources) return refuse(e, "no tensors; ./tokenizer can read it");
+    if (!embedding) return refuse(e, "token_embd.weight is missing");
+    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
+    c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
     for (Layer *y = m->layers; y < m->layers + c->n_layers; y++) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
-        if (y->n_experts) y->ffn_dim = get_whole(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
+        if (y->n_experts) y->ffn_dim = get_integer(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
     if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
     if (!c->rope_dim) c->rope_dim = c->head_dim;
-    const Key *pattern = find_key(g, ".attention.sliding_window_pattern");
-    size_t n = pattern ? pattern->is_array ? (size_t)c->n_layers : 1 : 0;
-    bool fits = !pattern || (pattern->type != G_STRING && pattern->count == n);
-    for (size_t i = 0; fits && i < n; i++) fits = fmod(key_number(pattern, i), 1) == 0 && key_number(pattern, i) >= 0;
-    if (!fits) return refuse_key(pattern, e);
-    complete_config(m, find_family(c->family, e), pattern);
-    get_number(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
-    get_number(g, ".vocab_size", c->n_tokens, c->n_tokens, 0);
+    const Family *family = find_family(c->family, e);
+    const char *name = ".attention.sliding_window_pattern";
+    const Key *found = find_key(g, name), *pattern = found && found->is_array ? found : NULL;
+    int every = pattern ? 0 : get_integer(g, name, 0, MAX_CONTEXT, family->global_every);
+    if (pattern) get_key(g, name, pattern->type == G_BOOL ? G_BOOL : G_INTEGER, true);
+    if (g->bad) return false;
+    if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
+    complete_config(m, family, every, pattern);
+    get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
     m->chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, has_factors, e)) return false;
+    if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
 }
@@ -3547,27 +3562,27 @@ static bool read_gguf_config(Gguf *g, Model *m, const Directory *d, Error *e) {
 // False too where any key before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
-    Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true);
-    Key scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
+    bool spm = is_text(model, "llama");  // nothing else has a use for scores
+    Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true), scores = { 0 };
+    if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
     Vocabulary v = {
-        .kind = is_text(model, "llama") ? SPM : BPE,
-        .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
+        .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
         .scores = scores.value.at, .types = piece_types.value.at,
-        .bos = get_whole(g, "tokenizer.ggml.bos_token_id", 0, INT32_MAX, -1),
-        .eos = get_whole(g, "tokenizer.ggml.eos_token_id", 0, INT32_MAX, -1),
-        .eot = get_whole(g, "tokenizer.ggml.eot_token_id", 0, INT32_MAX, -1),
-        .eom = get_whole(g, "tokenizer.ggml.eom_token_id", 0, INT32_MAX, -1),
-        .unk = get_whole(g, "tokenizer.ggml.unknown_token_id", 0, INT32_MAX, -1),
-        .add_bos = get_whole(g, "tokenizer.ggml.add_bos_token", 0, 1, -1),
-        .add_eos = get_whole(g, "tokenizer.ggml.add_eos_token", 0, 1, -1),
-        .ignore_merges = get_whole(g, "tokenizer.ggml.ignore_merges", 0, 1, -1),
-        .composes = get_whole(g, "tokenizer.ggml.normalizer.nfc", 0, 1, -1),
-        .dummy_prefix = get_whole(g, "tokenizer.ggml.add_space_prefix", 0, 1, -1),
+        .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
+        .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
+        .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
+        .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
+        .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
+        .add_bos = get_flag(g, "tokenizer.ggml.add_bos_token"),
+        .add_eos = get_flag(g, "tokenizer.ggml.add_eos_token"),
+        .ignore_merges = get_flag(g, "tokenizer.ggml.ignore_merges"),
+        .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
+        .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
     };
-    get_number(g, "tokenizer.ggml.remove_extra_whitespaces", 0, 0, 0);
+    get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
@@ -3578,44 +3593,43 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     return pack_vocabulary(&v, section, e);
 }
 
-// One tensor's name, shape, type and offset; place_entries() finds its data, bind_slot() says what shape fits.
-static bool read_gguf_tensor(Cursor *c, Entry *entry, Error *e) {
+// One tensor's name, shape, type and offset; place_sources() finds its data, bind_slot() says what shape fits.
+static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     Text name = take_string(c);
     uint32_t n_dims = take_u32(c);
-    uint64_t dims[3] = { 1, 1, 1 };
-    for (uint32_t i = 0; i < n_dims && i < 3; i++) dims[i] = take_u64(c);
+    uint64_t dims[4] = { 1, 1, 1, 1 };
+    for (uint32_t i = 0; i < n_dims && i < 4; i++) dims[i] = take_u64(c);
     uint32_t type = take_u32(c);
-    entry->offset = take_u64(c);
+    s->at = take_u64(c);
     if (c->bad) return refuse(e, "the file ends within its list of tensors");
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
-    memcpy(entry->name, name.at, name.n);
-    if (n_dims > 3) return refuse(e, "%s has %u dimensions, expected 1 to 3", entry->name, n_dims);
-    const SourceType *source = NULL;
-    for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) source = &source_types[i];
-    if (!source) return refuse(e, "%s is of GGUF type %u, which is not supported", entry->name, type);
-    entry->is_vector = n_dims == 1;
-    entry->n = (size_t)dims[2];
-    entry->source = (Source){ source, (size_t)dims[1], (size_t)dims[0], NULL, NULL, 0 };
-    entry->n_bytes = times(entry->n, source_bytes(&entry->source));
+    memcpy(s->name, name.at, name.n);
+    if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
+    for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
+    if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
+    s->cols = (size_t)dims[0];
+    s->rows = (size_t)dims[1];
+    s->n = (size_t)dims[2];
+    s->n_bytes = times(s->n, source_bytes(s));
     return true;
 }
 
-// Adds a file's tensors, from the cursor on, to the directory; `bytes` is where the file begins.
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Directory *d, Error *e) {
-    size_t step = (size_t)get_number(g, "general.alignment", 8, 1 << 20, 32);
+// Adds a file's tensors, from the cursor on, to the model's sources; `bytes` is where the file begins.
+static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Model *m, Error *e) {
+    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32), before = m->n_sources;
     if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
-    if (n > MAX_TENSORS - d->n || n > c->left / 24)
+    if (n > MAX_TENSORS - before || n > c->left / 24)
         return refuse(e, "claims to have %llu tensors; %zu bytes are left", (unsigned long long)n, c->left);
-    Buffer all = { (void *)d->entries, d->n * sizeof *d->entries, d->n * sizeof *d->entries };
-    if (!append(&all, NULL, ((size_t)n + 1) * sizeof *d->entries, e)) return false;  // one more, so that it is never 0
-    d->entries = (void *)all.bytes;
-    Directory own = { d->entries + d->n, 0 };
-    for (; own.n < n; own.n++, d->n++) if (!read_gguf_tensor(c, &own.entries[own.n], e)) return false;
+    Buffer all = { (void *)m->sources, before * sizeof *m->sources, before * sizeof *m->sources };
+    if (!append(&all, NULL, ((size_t)n + 1) * sizeof *m->sources, e)) return false;  // one more, so that it is never 0
+    m->sources = (void *)all.bytes;
+    for (; m->n_sources < before + n; m->n_sources++)
+        if (!read_gguf_tensor(c, &m->sources[m->n_sources], e)) return false;
     size_t n_read = (size_t)(c->at - bytes);
     take(c, round_up(n_read, step) - n_read);
-    return place_entries(&own, *c, step, e);
+    return place_sources(m->sources + before, (size_t)n, *c, step, e);
 }
 
 static int by_key_name(const void *a, const void *b) {
@@ -3644,34 +3658,35 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
 }
 
 // A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors
-// are added to d, if that is not NULL. The caller frees g->keys.
-static bool read_gguf_part(Cursor file, size_t part, size_t parts, Gguf *g, Directory *d, Error *e) {
+// are added to those of m, if that is not NULL. The caller frees g->keys.
+static bool read_gguf_part(Cursor file, size_t part, size_t parts, Gguf *g, Model *m, Error *e) {
     Cursor c = file;
     uint64_t n_tensors;
     if (!read_gguf_keys(&c, g, &n_tensors, e)) return false;
     if (part == 1 && !find_key(g, "general.architecture")) return refuse(e, "key general.architecture is missing");
-    if (!d) return true;
-    double number = get_number(g, "split.no", 0, 65535, 0) + 1, count = get_number(g, "split.count", 0, 65535, 0);
+    if (!m) return true;
+    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
+    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
     if (g->bad || (part == 1 && !find_family(g->family, e))) return false;
-    if (number != (double)part || fmax(count, 1) != (double)parts)
-        return refuse(e, "says that it is part %g of %g of a split GGUF, its name says %zu of %zu", number, count, part,
-                      parts);
-    return read_gguf_tensors(g, &c, file.at, n_tensors, d, e);
+    if (number != part || (count ? count : 1) != parts)
+        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
+                      part, parts);
+    return read_gguf_tensors(g, &c, file.at, n_tensors, m, e);
 }
 
-static bool parse_gguf(Cursor file, Model *m, Directory *d, Error *e) {
+static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
     Gguf g = { 0 };
-    bool ok = read_gguf_part(file, 1, m->n_parts + 1, &g, d, e);
-    for (size_t i = 0; d && ok && i < m->n_parts; i++) {
+    bool ok = read_gguf_part(file, 1, m->n_parts + 1, &g, whole ? m : NULL, e);
+    for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         Gguf part = { 0 };
         Cursor c = { m->parts[i].bytes, m->parts[i].n_bytes, false };
-        ok = read_gguf_part(c, i + 2, m->n_parts + 1, &part, d, e) || in_part(i + 2, e);
+        ok = read_gguf_part(c, i + 2, m->n_parts + 1, &part, m, e) || in_part(i + 2, e);
         free(part.keys);
     }
-    double n = d && ok ? get_number(&g, "split.tensors.count", 0, MAX_TENSORS, (double)d->n) : 0;
-    if (d && ok && n != (double)d->n) ok = refuse(e, "has %zu tensors, key split.tensors.count says %g", d->n, n);
-    if (d) ok = ok && read_gguf_config(&g, m, d, e);
-    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e);
+    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
+    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
+    if (whole) ok = ok && read_gguf_config(&g, m, e);
+    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) && (!whole || check_config(m, e));
     free(g.keys);
     return ok;
 }
@@ -3689,42 +3704,34 @@ enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
 typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
 
-// Adds the tensor of a slot that lies at the cursor.
-static bool add_llama2c_tensor(const Slot *slot, Cursor *c, int32_t group, Directory *d, Error *e) {
-    Entry *entry = &d->entries[d->n++];
-    bool grouped = group && slot->tensor;
-    const SourceType *type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32];
-    entry->source = (Source){ type, slot->rows, slot->cols, c->at, NULL, (size_t)group };
-    entry->n = 1;
-    entry->is_vector = slot->vector != NULL;
-    memcpy(entry->name, slot->name, NAME_BYTES);
-    if (grouped && (slot->cols % (size_t)group || group % 32))
-        return refuse(e, "groups of %d: no multiple of 32 that divides the %zu columns of %s", group,
-                    slot->cols, slot->name);
-    entry->n_bytes = source_bytes(&entry->source);
-    take(c, entry->n_bytes);
-    if (grouped) entry->source.scales = take(c, times(slot->rows, slot->cols) / (size_t)group * 4);
-    return !c->bad || refuse(e, "the file ends within %s: not copied whole?", slot->name);
-}
-
-static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, int32_t group, Directory *d, Error *e) {
-    if (!(d->entries = allocate(n_slots(m), sizeof *d->entries, e))) return false;
+static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, size_t group, Error *e) {
+    if (!(m->sources = allocate(m->n_slots, sizeof *m->sources, e))) return false;
     for (int i = 0; i < (version ? 2 : 1) * N_LLAMA2C; i++) {
         const char *name = llama2c_order[i % N_LLAMA2C];
         bool vectors = !version || i < N_LLAMA2C, matrices = !version || i >= N_LLAMA2C;
         if (!*name && !version) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
         if (!*name || (shared && !strcmp(name, "output.weight"))) continue;
-        for (size_t j = 0; j < n_slots(m); j++) {
-            Slot slot = get_slot(m, j);
-            if (strcmp(slot.rule->name, name) || !(slot.vector ? vectors : matrices)) continue;
-            if (!add_llama2c_tensor(&slot, c, group, d, e)) return false;
+        for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+            if (strcmp(slot->rule->name, name) || !(slot->is_vector ? vectors : matrices)) continue;
+            bool grouped = group && !slot->is_vector;
+            if (grouped && (slot->cols % group || group % 32))
+                return refuse(e, "groups of %zu: no multiple of 32 that divides the %zu columns of %s", group,
+                              slot->cols, slot->name);
+            Source *s = &m->sources[m->n_sources++];
+            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
+                           .cols = slot->cols, .data = c->at, .group = group };
+            memcpy(s->name, slot->name, NAME_BYTES);
+            s->n_bytes = source_bytes(s);
+            take(c, s->n_bytes);
+            if (grouped) s->scales = take(c, times(s->rows, s->cols) / group * 4);
+            if (c->bad) return refuse(e, "the file ends within %s: not copied whole?", s->name);
         }
     }
     return c->left == 0 || refuse(e, "%zu bytes are left after the weights that its header asks for", c->left);
 }
 
-static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
-    if (!d) return read_llama2c_tokenizer(file, &m->packed_vocabulary, e);
+static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
+    if (!whole) return read_llama2c_tokenizer(file, &m->packed_vocabulary, e);
     Cursor c = file;
     Llama2cHeader h;
     uint32_t version = 0;
@@ -3752,8 +3759,8 @@ static bool parse_llama2c(Cursor file, Model *m, Directory *d, Error *e) {
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
-    complete_config(m, families, NULL);
-    return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, group, d, e);
+    complete_config(m, families, 0, NULL);
+    return check_config(m, e) && read_llama2c_tensors(m, &c, (int)version, shared, (size_t)group, e);
 }
 
 // ---- Any of them ----
@@ -3775,15 +3782,15 @@ static Container recognise(const unsigned char *bytes, size_t n) {
 }
 
 // Parses the file, and opens the vocabulary that is in it or was made from it, in place of the one there may be.
-static bool parse_file(Cursor file, Model *m, Directory *d, Error *e) {
-    static bool (*const parsers[])(Cursor file, Model *m, Directory *d, Error *e) = {
+static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
+    static bool (*const parsers[])(Cursor file, Model *m, bool whole, Error *e) = {
         [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
     };
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
     m->packed_vocabulary.n = 0;
-    if (!parsers[recognise(file.at, file.left)](file, m, d, e)) return false;
+    if (!parsers[recognise(file.at, file.left)](file, m, whole, e)) return false;
     if (made->n) m->vocabulary = made->bytes;
     if (made->n) m->vocabulary_bytes = made->n;
     return !m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e);
@@ -3796,10 +3803,7 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
         if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
             return refuse(e, "is %s", mistakes[i].thing);
     }
-    Directory d = { 0 };
-    Cursor file = { bytes, n_bytes, false };
-    bool ok = parse_file(file, m, &d, e) && check_config(m, e) && bind_model(m, &d, threads, e);
-    free(d.entries);
+    bool ok = parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && bind_model(m, threads, e);
     int n = m->tokenizer.n_tokens;
     return ok && (n == 0 || n == m->config.n_tokens ||
                   refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
@@ -3807,7 +3811,7 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
 
 // The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, NULL, e)) return false;
+    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
     int n = m->tokenizer.n_tokens;
     return n_tokens < 0 || n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
 }
@@ -3816,6 +3820,8 @@ static void close_model(Model *m) {
     close_tokenizer(&m->tokenizer);
     free(m->packed_vocabulary.bytes);
     free(m->layers);
+    free(m->slots);
+    free(m->sources);
     if (m->packed) munmap(m->packed, m->packed_bytes);
     if (m->file.bytes) munmap((void *)m->file.bytes, m->file.n_bytes);
     for (size_t i = 0; i < m->n_parts; i++) munmap((void *)m->parts[i].bytes, m->parts[i].n_bytes);
@@ -4106,11 +4112,10 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
 // Makes the scratch buffers for passes as the settings say; without -b a large batch may shrink.
 static bool make_workspace(const Model *m, Workspace *w, Settings settings, Error *e) {
     *w = (Workspace){ .settings = settings };
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        if (!is_multiplied(m, &slot)) continue;
-        bool rounds = is_quantised(slot.tensor->type) && !settings.exact;
-        w->work += slot.rows * slot.cols * slot.n_used;
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+        if (!is_multiplied(m, slot)) continue;
+        bool rounds = is_quantised(slot->type) && !settings.exact;
+        w->work += slot->rows * slot->cols * slot->n_used;
         w->inputs.rounds |= rounds;
         w->inputs.copies |= !rounds;
     }
@@ -4170,10 +4175,8 @@ static Sequence new_sequence(Cache *c, int i) {
 // Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
 static size_t bytes_per_token(const Model *m) {
     size_t n = 0;
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        if (is_multiplied(m, &slot)) n += slot_bytes(&slot) / slot.n * slot.n_used;
-    }
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+        if (is_multiplied(m, slot)) n += slot_bytes(slot) / slot->n * slot->n_used;
     return n;
 }
 
@@ -4315,13 +4318,12 @@ static bool choose_kernels(const char *name, Error *e);
 static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error *e) {
     const Config *c = &m->config;
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot(m, i);
-        double size = (double)slot.n * (double)slot.rows * (double)slot.cols;
-        if (!is_stored(m, &slot)) continue;
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+        double size = (double)slot->n * (double)slot->rows * (double)slot->cols;
+        if (!slot->data) continue;
         parameters += size;
-        bytes += (double)slot_bytes(&slot);
-        if (slot.tensor) by_type[slot.tensor->type] += size;
+        bytes += (double)slot_bytes(slot);
+        if (!slot->is_vector) by_type[slot->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
@@ -4334,7 +4336,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField *f = &config_fields[i];
         bool same = true;
-        for (int l = 1; f->per_layer && l < c->n_layers; l++) same &= get_field(m, f, l) == get_field(m, f, 0);
+        for (int l = 1; l < n_values(m, f); l++) same &= get_field(m, f, l) == get_field(m, f, 0);
         if (same) put_figure(f->name, get_field(m, f, 0), "");
         else printf(options.json ? ",\n  \"%s\": [" : "  %-28s ", f->name);
         for (int l = 0; !same && l < c->n_layers; l++)
@@ -5391,10 +5393,8 @@ static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     s->threads = largest(options.threads);
     s->exact = options.exact;
     bool all_f32 = true;
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        all_f32 &= !slot.tensor || !slot.tensor->tiles || slot.tensor->type == F32;
-    }
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+        all_f32 &= !slot->data || slot->is_vector || slot->type == F32;
     s->cache_f32 = options.cache ? !strcmp(options.cache, "f32") : options.exact || all_f32;
     return !options.cache || s->cache_f32 || !strcmp(options.cache, "f16") ||
            fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);

@@ -124,18 +124,16 @@ static void try_case(Count *c, const Victim *v, size_t n_bytes) {
 // Where the weights begin and the tensors' edges, by the parser that is under test. A vocabulary is all header.
 static bool open_victim(Victim *v, Error *e) {
     Model m = { 0 };
-    Directory d = { 0 };
     if (v->is_vocabulary) return v->header = v->n, true;
-    bool ok = parse_file((Cursor){ v->bytes, v->n, false }, &m, &d, e);
-    v->edges = calloc(2 * d.n + 2, sizeof *v->edges);
+    bool ok = parse_file((Cursor){ v->bytes, v->n, false }, &m, true, e);
+    v->edges = calloc(2 * m.n_sources + 2, sizeof *v->edges);
     v->header = v->n;
-    for (size_t i = 0; ok && v->edges && i < d.n; i++) {
-        size_t begin = (size_t)(d.entries[i].source.data - v->bytes);
+    for (size_t i = 0; ok && v->edges && i < m.n_sources; i++) {
+        size_t begin = (size_t)(m.sources[i].data - v->bytes);
         v->header = begin < v->header ? begin : v->header;
         v->edges[v->n_edges++] = begin;
-        v->edges[v->n_edges++] = begin + d.entries[i].n_bytes;
+        v->edges[v->n_edges++] = begin + m.sources[i].n_bytes;
     }
-    free(d.entries);
     close_model(&m);
     return ok && v->edges;
 }

@@ -678,10 +678,10 @@ static void place_again(Draft *d) {
     size_t begin = round_up(l.tables_end, 32), end = 0;
     for (int i = 0; i < l.n_tensors; i++) {
         Cursor c = { d->bytes + l.tensors[i].at, l.tensors[i].n, false };
-        Entry entry = { { 0 }, .n_bytes = 0 };
+        Source source = { .n_bytes = 0 };
         Error e;
         uint64_t place = end;
-        if (read_gguf_tensor(&c, &entry, &e)) end = round_up(plus(end, entry.n_bytes), 32);
+        if (read_gguf_tensor(&c, &source, &e)) end = round_up(plus(end, source.n_bytes), 32);
         memcpy(d->bytes + l.tensors[i].at + l.tensors[i].n - 8, &place, 8);
     }
     if (end < d->max && begin + end < d->max && begin + end > d->n) draft(d, NULL, begin + end - d->n);
@@ -739,7 +739,7 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
     memcpy(text, bytes + p.at + 8, length);
     if (one_in(2)) length = LLVMFuzzerMutate(text, length, sizeof text);
     else length = (size_t)snprintf((char *)text, sizeof text, "%s%s", one_in(2) ? "blk.0." : "",
-                                   rules[below(sizeof rules / sizeof *rules)].name);
+                                   layer_rules[below(N_LAYER_RULES)].name);
     uint64_t n_text = length;
     draft(d, bytes, p.at);
     draft(d, &n_text, 8);
@@ -754,16 +754,14 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
 // A llama2.c checkpoint as long as its header says, where that is not long.
 static void fit_llama2c(Draft *d) {
     Model m = { 0 };
-    Directory directory = { 0 };
     Error e = { 0 };
     Cursor c = { d->bytes, d->max, false };
     if (d->n < 28 || recognise(d->bytes, d->n) != LLAMA2C) return;
     memset(d->bytes + d->n, 0, d->max - d->n);
-    if (!parse_llama2c(c, &m, &directory, &e)) {  // "N bytes are left": what is too much
+    if (!parse_llama2c(c, &m, true, &e)) {  // "N bytes are left": what is too much
         size_t left = strtoull(e.text, NULL, 10);
         if (strstr(e.text, "bytes are left") && left < d->max) d->n = d->max - left;
     }
-    free(directory.entries);
     close_model(&m);
 }
 

@@ -161,11 +161,12 @@ FEATURES = [
     ("the family's local theta", "if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);", ""),
     ("the file's local theta", "if (c->local_theta == 0) c->local_theta = fmax(f->local_theta, 0);",
      "c->local_theta = fmax(f->local_theta, 0);"),
-    ("windows by a pattern", "each ? !key_number", "0 ? !key_number"),
+    ("windows by a pattern", "pattern ? !key_number", "0 ? !key_number"),
     ("the pattern's layers", "!key_number(pattern, (size_t)l)", "key_number(pattern, (size_t)l)"),
-    ("windows of all but every n-th layer", ": every != 0 && fmod(l + 1, every) == 0", ": 0"),
-    ("windows by the family", ": f->global_every;", ": 0;"),
-    ("windows by a number", "pattern && !each ? key_number", "0 ? key_number"),
+    ("windows of all but every n-th layer", ": every && (l + 1) % every == 0", ": 0"),
+    ("windows by the family", "0, MAX_CONTEXT, family->global_every)", "0, MAX_CONTEXT, 0)"),
+    ("windows by a number", "get_integer(g, name, 0, MAX_CONTEXT, family->global_every)",
+     "family->global_every"),
     ("layers that do not rotate, by the family", "!f->no_rope_every || (l + 1) % f->no_rope_every", "true"),
     ("angles of a window, by the family", "layer->window && c->local_theta > 0 ? LOCAL", "0 ? LOCAL"),
     ("local angles only of layers with a window", "layer->window && c->local_theta > 0 ? LOCAL",
@@ -197,8 +198,9 @@ FEATURES = [
     ("all of a head is rotated", "if (!c->rope_dim) c->rope_dim =", "if (0) c->rope_dim ="),
     ("the embedding is the head", "if (!m->head.tiles) m->head = m->embedding;", ""),
     ("experts' tensors by name", 'by_expert ? "_exps" : ""', '""'),
-    ("gate and up in one", "by_name);\n    bool is_up = fused &&", "by_name);\n    bool is_up = 1 || fused &&"),
-    ("places within one tensor", "if (r == rule) slot.first_row = slot.all_rows;", ""),
+    ("several in one tensor", "fused->rows > slot->rows ? fused : NULL", "0 ? fused : NULL"),
+    ("up alone is not gate and up", "fused->rows > slot->rows ? fused : NULL", "1 ? fused : NULL"),
+    ("places within one tensor", "slot->first_row = s->rows_used;", "slot->first_row = 0;"),
 ]
 
 # Checks that are no `if (...) return refuse(...)`.
@@ -210,8 +212,14 @@ CHECKS = [
     ("run.c", "c->bad = count > c->left / least;", "c->bad = false;"),
     ("run.c", "if (type != G_STRING) take(c, k->count * least);", "if (type != G_STRING) take(c, 0);"),
     ("run.c", "if (k && !fits && !g->bad)", "if (0)"), ("run.c", "if (k && !fits && !g->bad)", "if (k && !fits)"),
-    ("run.c", "if (!g->bad) g->bad = !fail(", "g->bad = !fail("), ("run.c", "k && k->is_array == is_array &&", "k &&"),
-    ("run.c", "(type == G_NUMBER ? k->type != G_STRING : k->type == type)", "true"),
+    ("run.c", "if (!fits && !g->bad)", "if (!fits)"), ("run.c", "k && k->is_array == is_array &&", "k &&"),
+    ("run.c", "(k->type == type || strchr(kinds, gguf_types[k->type].name[0]))", "true"),
+    ("run.c", 'type == G_INTEGER ? "ui" :', 'type == G_INTEGER ? "uif" :'),
+    ("run.c", 'type == G_NUMBER ? "uif" :', 'type == G_NUMBER ? "uifb" :'),
+    ("run.c", "get_value(g, name, G_BOOL, 0, 1, -1)", "get_value(g, name, G_BOOL, 0, 255, -1)"),
+    ("run.c", "get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1)", "get_value(g, name, G_INTEGER, -9, UINT32_MAX, -1)"),
+    ("run.c", "get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1)", "get_value(g, name, G_INTEGER, -1, 1e18, -1)"),
+    ("run.c", "id < fmin((double)n_tokens, MAX_TOKENS)", "id < 1e9"),
     ("run.c", "if (isnan(harmless)) return true;", "return true;"),
     ("run.c", "if (k->type == G_STRING) return false;", "if (k->type == G_STRING) return true;"),
     ("run.c", "if (key_number(k, i) != harmless) return false;", "if (key_number(k, i) != harmless) return true;"),
@@ -220,16 +228,16 @@ CHECKS = [
     ("run.c", "if (g->bad) return false;\n    if (step", "if (step"),
     ("run.c", "if (g->bad || (part == 1", "if ((part == 1"),
     ("run.c", "(part == 1 && !find_family(g->family, e))", "0"),
-    ("run.c", "if (broken_row(slot.tensor, matrix", "if (0 && broken_row(slot.tensor, matrix"),
+    ("run.c", "if (broken_row(&matrix, begin", "if (0 && broken_row(&matrix, begin"),
     ("run.c", "if (job.broken) return check_weights(m, e);", ""),
     ("run.c", "if (!finite && (n > 1 || team.thread == 0) && !*broken)", "if (0)"),
     ("run.c", "return sum < INFINITY;", "return true;"),
     ("run.c", "& 0x7fffffff) < 0x7f800000;", "& 0x7fffffff) <= 0x7fffffff;"),
-    ("run.c", "for (uint32_t i = 0; i < n_dims && i < 3; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
+    ("run.c", "for (uint32_t i = 0; i < n_dims && i < 4; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
     ("run.c", 'refuse(e, "models of family \\"%s\\" are not supported", name);\n    return NULL;', "return families;"),
     ("run.c", "if (!version && h.n_tokens < 0 && h.n_tokens > INT32_MIN)", "if (!version && h.n_tokens < 0)"),
-    ("run.c", "r.name[NAME_BYTES - 1] = 0;", ""),
-    ("run.c", "qsort(d->entries, d->n, sizeof *d->entries, by_place);", ""),
+    ("run.c", "s->name[NAME_BYTES - 1] = 0;", ""),
+    ("run.c", "qsort(sources, n, sizeof *sources, by_place);", ""),
     ("tokenizer.c", "s.n > 2 && s.n < sizeof bytes ?", "s.n < sizeof bytes ?"),
     ("tokenizer.c", "s.n > 2 && s.n < sizeof bytes ?", "s.n > 2 ?"), ("tokenizer.c", "if (!space) continue;", ""),
     ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[1] >= 0 && ids[2] >= 0 &&"),
@@ -338,7 +346,7 @@ def ranges(text: str) -> list[Mutant]:
     for m in re.finditer(r'\{ "(\w+)", (?:INTEGER|SINGLE|DOUBLE), \w+, offsetof\(\w+, \w+\), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
-    for m in re.finditer(r'get_(?:number|whole)\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
+    for m in re.finditer(r'get_(?:number|integer)\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
     for m in re.finditer(r'\{ ("[\w.]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
@@ -352,15 +360,16 @@ def families(text: str) -> list[Mutant]:
     """Each entry of the rows of the table."""
     found = []
     begin = text.index("static const Family families[]")
-    entries = r'\{ "(\w+)", (\w+), ([\w |]+), (\d+), (\d+), (-?\d+) \}'
+    entries = r'\{ "(\w+)", (\w+), \.features = ([\w |]+)((?:,\s+\.\w+ = -?\d+)*) \}'
     for row in re.finditer(entries, text[begin:text.index("};", begin)]):
-        changes = [(2, {"ADJACENT": "HALVES", "HALVES": "ADJACENT"}[row[2]])]
+        changes = [(*row.span(2), {"ADJACENT": "HALVES", "HALVES": "ADJACENT"}[row[2]])]
         words = row[3].split(" | ")
-        changes += [(3, " | ".join(other for other in words if other != word) or "0") for word in words]
-        for column, others in ((4, (0, 1, 5)), (5, (0, 3)), (6, (0, -1, 20000))):  # of those that are set
-            changes += [(column, str(other)) for other in others if row[column] not in ("0", str(other))]
-        for column, new in changes:
-            a, b = begin + row.start(column), begin + row.end(column)
+        changes += [(*row.span(3), " | ".join(other for other in words if other != word) or "0") for word in words]
+        for set_one in re.finditer(r"\.(\w+) = (-?\d+)", row[4]):  # of those that are set
+            others = {"global_every": (0, 1, 5), "no_rope_every": (0, 3), "local_theta": (0, -1, 20000)}[set_one[1]]
+            a, b = (row.start(4) + i for i in set_one.span(2))
+            changes += [(a, b, str(other)) for other in others if set_one[2] != str(other)]
+        for a, b, new in ((begin + a, begin + b, new) for a, b, new in changes):
             found.append(Mutant("features", "run.c", text.count("\n", 0, a) + 1,
                                 f"{row[1]}: {text[a:b]} -> {new}", text[:a] + new + text[b:]))
     return found

@@ -399,7 +399,8 @@ static void check_product(const SourceType *type, ProductCase p) {
     size_t group = p.cols % 64 ? 32 : 64;
     unsigned char *data = get(n_bytes);
     float *scales = get(p.rows * p.cols / group * 4 + 4);
-    Source source = { type, p.rows, p.cols, data, type->gguf_id < 0 ? (unsigned char *)scales : NULL, group };
+    Source source = { .type = type, .rows = p.rows, .cols = p.cols, .data = data,
+                      .scales = type->gguf_id < 0 ? (unsigned char *)scales : NULL, .group = group };
     fill_random(data, n_bytes, type, 0.05);
     for (size_t i = 0; i < p.rows * p.cols / group; i++) scales[i] = random_float(0.01);
     Tensor w = { type->tile, (int)p.rows, (int)p.cols, NULL };
@@ -474,7 +475,7 @@ static void test_products_by_hand(void) {
             if (!strcmp(source_types[k].name, cases[i].type)) type = &source_types[k];
         }
         if (!check(type != NULL, "type %s: not in source_types", cases[i].type)) continue;
-        Source source = { type, 1, 32, cases[i].block, NULL, 0 };
+        Source source = { .type = type, .rows = 1, .cols = 32, .data = cases[i].block };
         Tensor w = { type->tile, 1, 32, NULL };
         Bytes tile = new_bytes(tensor_bytes(&w));
         w.tiles = tile.bytes;

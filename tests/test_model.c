@@ -61,11 +61,9 @@ static void run_all(const Model *m, const int *ids, Setting how, float *rows) {
 static Setting plain(bool exact, bool cache_f32) { return (Setting){ exact, cache_f32, 1, 1, &scalar }; }
 
 static bool is_f32(const Model *m) {
-    for (size_t i = 0; i < n_slots(m); i++) {
-        Slot slot = get_slot((Model *)m, i);
-        if (slot.tensor && slot.tensor->tiles && slot.tensor->type != F32) return false;
-    }
-    return true;
+    bool all = true;
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) all &= !s->data || s->is_vector || s->type == F32;
+    return all;
 }
 
 static void test_goldens(void) {
@@ -446,7 +444,7 @@ static bool same_config(const Model *a, const Model *b) {
     bool same = !strcmp(c->family, d->family) && c->n_layers == d->n_layers && c->pairing == d->pairing &&
                 c->wide_head_norms == d->wide_head_norms;
     for (const ConfigField *f = config_fields; same && f < config_fields + N_CONFIG_FIELDS; f++)
-        for (int l = 0; l < (f->per_layer ? c->n_layers : 1); l++)
+        for (int l = 0; l < n_values(a, f); l++)
             same = same && get_field(a, f, l) == get_field(b, f, l);
     return same;
 }
