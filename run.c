@@ -2964,9 +2964,9 @@ static void give_back(const Source *s, Range tiles) {
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
-    Model *m = job->m;
+    const Model *m = job->m;
     unsigned char *to = m->packed;
-    for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
@@ -2982,7 +2982,6 @@ static void pack_team(void *p, Team *team) {
             give_back(&part, tiles);
         }
         if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
-        if (team->thread == 0) set_slot(m, slot, to);
         if (team->thread == 0) show_progress("packing tensor", job->start, (size_t)(slot - m->slots) + 1, m->n_slots);
         to += round_up(slot_bytes(slot), 64);
     }
@@ -3060,6 +3059,10 @@ static bool bind_model(Model *m, int threads, Error *e) {
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, pack_team, &job);
+    }
+    unsigned char *to = m->packed;
+    for (Slot *slot = m->slots; to && slot < m->slots + m->n_slots; slot++) {
+        if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
     }
     if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
