@@ -41,8 +41,8 @@
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#ifdef __OPTIMIZE__  // -O2 would take 1.2 times the instructions of -O3, -O1 and -Os nearly 3 times
-#pragma GCC optimize("O3")
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)  // sanitizers would take minutes to compile
+#pragma GCC optimize("O3")  // -O2 would take 1.2 times the instructions, -O1 and -Os nearly 3 times
 #endif
 #endif
 #if __FAST_MATH__ || __FINITE_MATH_ONLY__ || (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
@@ -2064,8 +2064,8 @@ INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t r
     }
 }
 
-// A loop of its own for each way that there is: divisions by what is not known would take most of the time. The last line
-// serves all others.
+// A loop of its own for each way in use: divisions by what is not known would take most of the time. The last line
+// serves any other.
 static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, int bits, int run,
                        unsigned first) {
     if (bits == 8) pack_plane_by(to, from, row_bytes, rows, 8, 32, first);
@@ -4778,6 +4778,9 @@ static bool run_matmul(Error *e) {
    all. Each gives its definition's bits: products of bytes are exact, in whatever order they are added, and the
    operations on floats are the definition's, one SIMD lane a row. */
 
+// To add a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels, better ones first, and what
+// the CPU must have in cpu_can_run(), all in its processor's part.
+
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
@@ -5065,6 +5068,27 @@ MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, wid
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
+static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
+
+// A bit of what cpuid says in eax and ecx, for the features that compilers have no name for.
+static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
+    unsigned a = leaf, b, c = part, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return (of_ecx ? c : a) >> bit & 1;
+}
+
+static bool cpu_can_run(const Kernels *k) {
+    __builtin_cpu_init();  // looks at what the operating system saves, too
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    cpuid_bit(1, 0, true, 29);  // f16c
+    bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (k == &avx512) return has_vnni && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
+    if (k == &avx512vl) return has_vnni;
+    if (k == &avx2 || k == &scalar_avx2) return has_avx2;
+    return true;
+}
+
 #elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
 #include <arm_neon.h>
 #ifdef __linux__
@@ -5122,48 +5146,26 @@ MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, 
 
 #define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, LEAVES_128 })
 MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
-#endif
 
-// To add a set of kernels: its leaves above, a row here, better ones first.
-static const Kernels *const all_kernels[] = {
-#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
-    &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2,
-#elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
-    &neondot, &neon,
-#endif
-    &scalar,
-};
-enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
-
-#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
-// A bit of what cpuid says in eax and ecx, for the features that compilers have no name for.
-static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
-    unsigned a = leaf, b, c = part, d;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return (of_ecx ? c : a) >> bit & 1;
-}
-#endif
+static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
 
 static bool cpu_can_run(const Kernels *k) {
-#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)
-    __builtin_cpu_init();  // looks at what the operating system saves, too
-    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    cpuid_bit(1, 0, true, 29);  // f16c
-    bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (k == &avx512) return has_vnni && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (k == &avxvnni) return has_avx2 && cpuid_bit(7, 1, false, 4);
-    if (k == &avx512vl) return has_vnni;
-    if (k == &avx2 || k == &scalar_avx2) return has_avx2;
-#elif defined(__aarch64__) && defined(__linux__) && !defined(TOKENIZER_COMMAND)
+#ifdef __linux__
     if (k == &neondot) return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-#elif defined(__aarch64__) && defined(__APPLE__) && !defined(TOKENIZER_COMMAND)
+#elif defined(__APPLE__)
     int answer = 0;
     size_t size = sizeof answer;
     if (k == &neondot) return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &answer, &size, NULL, 0) && answer;
 #endif
-    (void)k;
-    return true;
+    return k != &neondot;
 }
+
+#else
+static const Kernels *const all_kernels[] = { &scalar };
+static bool cpu_can_run(const Kernels *k) { return (void)k, true; }
+#endif
+
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
 // The names of those that this machine can run, the best first.
 static const char *kernel_names(void) {

@@ -40,10 +40,13 @@ add run.c '^};' '^static const Option option_table' before \
     '    { 0, "whisper", NULL, FLAG, OF(whisper), 0, 0, "says less" },'
 add README.md '^ *--version ' '' before '          --whisper            says less'
 
-recipe "To add a set of kernels: its leaves above, a row here, better ones first"
-add run.c '^// To add a set of kernels' '' before \
+recipe "To add a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels"
+add run.c '^static const Kernels .const all_kernels' '' before \
     'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
-add run.c '^    &scalar,' '^static const Kernels .const all_kernels' before '    &another,'
+add run.c '^static const Kernels .const all_kernels' '^#elif defined.__aarch64__' before \
+    'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
+sed -i.old '/^static const Kernels .const all_kernels/s/&scalar };/\&another, &/' $here/run.c
+grep -q '^static const Kernels .const all_kernels.*&another, &scalar };' $here/run.c
 
 # To come: a step of a layer, a sampler.
 
