@@ -299,9 +299,9 @@ static const DamageCase gguf_cases[] = {
     { H_VERSION, NULL, 0, NULL, "version 0" }, { H_VERSION, NULL, 0x03000000, NULL, "version" },
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
-    { H_TENSORS, NULL, 0, NULL, "no tensors; ./tokenizer can read it" },
-    { K_F32, "tokenizer.ggml.add_bos_token", 0.9, NULL, "add_bos_token is 0.9, no whole number" },
-    { K_F64, "tokenizer.ggml.bos_token_id", 1.5, NULL, "bos_token_id is 1.5, no whole number" },
+    { H_TENSORS, NULL, 0, NULL, "no tensors; it is enough for -m tokenize" },
+    { K_F32, "tokenizer.ggml.add_bos_token", 0.9, NULL, "add_bos_token is 0.9, not an integer" },
+    { K_F64, "tokenizer.ggml.bos_token_id", 1.5, NULL, "bos_token_id is 1.5, not an integer" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
@@ -895,7 +895,7 @@ static void test_limits(void) {
         for (int k = 0; k < 5 + whole; k++) {
             char wanted[80];
             snprintf(wanted, sizeof wanted, "%s is %g, expected %s", limits[i].name, values[k],
-                     whole ? "a whole number" : "");
+                     whole ? "an integer" : "");
             memcpy(b.bytes + at, &values[k], sizeof kept);
             check_refused(b, "a configuration", wanted);
         }
@@ -1045,7 +1045,7 @@ static void test_damaged_llama2c(void) {
         { "a web page", "<!DOCTYPE html><html><body>404</body></html>", "web page" },
         { "another web page", "<html><body>404</body></html>", "web page" },
         { "big-endian GGUF", "FUGG\3", "big-endian" },
-        { "text", "Once upon a time, there was a little girl.", "no checkpoint" },
+        { "text", "Once upon a time, there was a little girl.", "a text file, not a model" },
         { "one byte", "x", "" }, { "GGUF and no more", "GGUF", "" },
         { "a magic and no more", "\x89" "cria\r\n\x1a", "expected a header of 128" }, { "ak42", "24ka", "" },
         { "safetensors", "\x10\x01\x01\x01\x01\x01\x01\x01{\"a\":", "safetensors" },
