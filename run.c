@@ -54,7 +54,6 @@
 #pragma GCC diagnostic error "-Wswitch"  // a switch over an enum names every member
 #define _GNU_SOURCE
 #define CRIA_VERSION "0.1"
-#define CRIA_GROUND_FLOOR  // tells tokenizer.c that chapter 1 is there
 
 #include <ctype.h>
 #include <errno.h>
@@ -1534,8 +1533,8 @@ typedef struct {
     double temperature, top_p, min_p;
     int64_t n_predict, top_k, context, batch, reps;
     List threads, pp, tg, depth, parallel;
-    uint64_t seed;
-    bool quiet, json, exact, no_echo, no_bos, pieces, special, check, profile, help, version;
+    uint64_t seed, clock_seed;
+    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
 } Options;
 
 static Options options;
@@ -2221,6 +2220,8 @@ static int io_status(void) { return errno == ENOMEM ? NO_MEMORY : BROKEN_IO; }
 static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
     bool is_broken = errno == EIO || errno == EMFILE || errno == ENFILE;  // and not only not there, or not ours
+    if (file < 0 && strstr(path, "://"))
+        return refuse(e, "an address, not a file; download it first: curl -LO %s", path);
     if (file < 0) return fail(e, is_broken ? BROKEN_IO : BAD_FILE, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
@@ -2278,15 +2279,19 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     return true;
 }
 
-// All of a stream, to its end or to more than can be encoded. The caller frees b->bytes.
-static bool read_all(FILE *stream, Buffer *b, Error *e) {
+// The bytes of a file, or of stdin, to its end or to more than `most`. The caller frees b->bytes.
+static bool read_file(const char *path, size_t most, Buffer *b, Error *e) {
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     char chunk[4096];
-    while (!feof(stream) && !ferror(stream) && !interrupted && b->n <= MAX_TEXT) {  // a terminal's end comes only once
-        size_t n = fread(chunk, 1, sizeof chunk, stream);
-        if (n && !append(b, chunk, n, e)) return false;
+    bool ok = true;
+    while (ok && !feof(f) && !ferror(f) && b->n <= most) {  // a terminal's end comes only once
+        size_t n = fread(chunk, 1, sizeof chunk, f);
+        ok = n == 0 || append(b, chunk, n, e);
     }
-    if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-    return !ferror(stream) || fail(e, BROKEN_IO, "reading failed: %s", strerror(errno));
+    if (ok && ferror(f)) ok = fail(e, BROKEN_IO, "%s: reading failed: %s", path, strerror(errno));
+    if (f != stdin) fclose(f);
+    return ok;
 }
 
 // ---- Processors ----
@@ -2574,8 +2579,6 @@ static void show_progress(const char *what, double start, size_t done, size_t to
     fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
 }
 
-static void on_interrupt(int number) { interrupted = number; }
-
 // Sets a signal's handler, unless whoever started us wants the signal ignored.
 static void heed(int number, const struct sigaction *action) {
     struct sigaction old;
@@ -2595,7 +2598,9 @@ static void disarm(char *s, size_t n, const char *kept) {
 
 // Prints the first n bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
-    if (n && isatty(STDOUT_FILENO)) disarm(p->held, n, "\n\t");
+    static int is_terminal = -1;  // the system is asked once
+    if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
+    if (is_terminal) disarm(p->held, n, "\n\t");
     fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
@@ -2613,10 +2618,14 @@ static void end_printing(Printer *p) {
     fflush(stdout);
 }
 
+static volatile sig_atomic_t at_prompt;  // where Ctrl-C ends the program
+
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+    at_prompt = 1;
     ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
+    at_prompt = 0;
     line->bytes = (unsigned char *)text;
     if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
     if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
@@ -3534,7 +3543,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     snprintf(c->family, sizeof c->family, "%s", g->family);
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
     const Source *embedding = find_source(m, "token_embd.weight");
-    if (!m->n_sources) return refuse(e, "no tensors; ./tokenizer can read it");
+    if (!m->n_sources) return refuse(e, "no tensors; it is enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
     if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
@@ -3784,29 +3793,43 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
+// Whether a file begins with 64 bytes of text, or is shorter and has nothing else. What cria reads has zeros there.
+static bool is_text_file(Cursor c) {
+    for (int i = 0; i < 64 && c.left > 0; i++) {
+        unsigned char byte = *take(&c, 1);
+        if (byte < '\t' || (byte > '\r' && byte < ' ')) return false;
+    }
+    return true;
+}
+
 // Parses the file, and opens the vocabulary that is in it or was made from it, in place of the one there may be.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     static bool (*const parsers[])(Cursor file, Model *m, bool whole, Error *e) = {
         [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
     };
+    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
+        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
+        if (file.left >= at + length && !memcmp(file.at + at, mistakes[i].sign, length))
+            return refuse(e, "is %s", mistakes[i].thing);
+    }
+    Container container = recognise(file.at, file.left);
+    if (container == LLAMA2C && is_text_file(file))
+        return refuse(e, "a text file, not a model; as a prompt: -f %s", m->file.path ? m->file.path : "FILE");
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
     m->packed_vocabulary.n = 0;
-    if (!parsers[recognise(file.at, file.left)](file, m, whole, e)) return false;
+    if (!parsers[container](file, m, whole, e)) return false;
     if (made->n) m->vocabulary = made->bytes;
     if (made->n) m->vocabulary_bytes = made->n;
     return !m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e);
 }
 
-// A model's parts from a file's bytes. On failure too, close_model() frees what there is.
+// A model's parts from a file's bytes; without threads all but the weights. On failure too, close_model() frees what
+// there is.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
-        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
-        if (n_bytes >= at + length && !memcmp(bytes + at, mistakes[i].sign, length))
-            return refuse(e, "is %s", mistakes[i].thing);
-    }
-    bool ok = parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && bind_model(m, threads, e);
+    Cursor file = { bytes, n_bytes, false };
+    bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
     int n = m->tokenizer.n_tokens;
     return ok && (n == 0 || n == m->config.n_tokens ||
                   refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
@@ -4217,9 +4240,9 @@ static void put_json_string(FILE *f, const char *text, size_t n) {
 static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     bool json = options.json, pieces = options.pieces;
     if (json) putchar('[');
-    for (size_t i = 0; i < tokens->n; i++) {
-        size_t n;
+    for (size_t i = 0, n; i < tokens->n; i++) {
         const char *bytes = piece(t, tokens->ids[i], &n);
+        if (interrupted) return;
         if (i && (json || !pieces)) printf(json ? ", " : " ");
         printf(!pieces ? "%d" : json ? "{\"id\": %d, \"piece\": " : "%7d  ", tokens->ids[i]);
         if (pieces) put_json_string(stdout, bytes, n);
@@ -4227,6 +4250,17 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     }
     if (json) putchar(']');
     if (json || !pieces) putchar('\n');
+}
+
+// The text that the ids stand for, and nothing after it; with --special the names of control tokens, too.
+static void print_text(const Tokenizer *t, const Tokens *tokens) {
+    Printer printer = { .n_held = 0 };
+    for (size_t i = 0, n; i < tokens->n && !interrupted; i++) {
+        const char *bytes = decode(t, i ? tokens->ids[i - 1] : -1, tokens->ids[i], &n);
+        if (options.special && t->type[tokens->ids[i]] == PIECE_CONTROL) bytes = piece(t, tokens->ids[i], &n);
+        print_bytes(&printer, bytes, n);
+    }
+    end_printing(&printer);
 }
 
 // How many of the rows that want logits get them together, from number `first` on.
@@ -4962,7 +4996,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
         return 12 * (double)(int8 ? 2 * sizeof(Bytes) : sizeof(Floats) / 2) * (double)rounds;                          \
     }
 
-#if defined(__x86_64__) && !defined(TOKENIZER_COMMAND)  // ./tokenizer multiplies nothing
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 // ---- 256 bits: AVX2, and AVX-VNNI, which has one instruction for three ----
@@ -5089,7 +5123,7 @@ static bool cpu_can_run(const Kernels *k) {
     return true;
 }
 
-#elif defined(__aarch64__) && !defined(TOKENIZER_COMMAND)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #ifdef __linux__
 #include <sys/auxv.h>
@@ -5207,7 +5241,7 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, logits, perplexity, inspect, export, bench, matmul" },
+      "generate (default), chat, tokenize, detokenize, logits, perplexity, inspect, export, bench, matmul" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
@@ -5216,12 +5250,13 @@ static const Option option_table[] = {
     { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "the likeliest that make up P: 0.9; 0 or 1 = off; the prompt is -i" },
     { 'k', "top-k", "K", WHOLE, OF(top_k), 0, 1e9, "choose among the K likeliest; 0 = off" },
     { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
-    { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "of the random numbers: the clock, and printed" },
+    { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "seed; default -1: from the clock, and printed" },
     { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's, at most 4096; 0 = all it has" },
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "the physical cores that this process may use; bench: 1,2" },
-    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096, "tokens that a prompt goes in by: 128, or fewer" },
+    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096,
+      "prompt tokens per step (default 128); changes speed and memory, never the text" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
-    { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: what the model is told about its part (-sys too)" },
+    { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
     { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
@@ -5239,7 +5274,8 @@ static const Option option_table[] = {
     { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
-    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens in the prompt as such" },
+    { 0, "ends", NULL, FLAG, OF(ends), 0, 0, "tokenize: the end token after the text, too, where the model adds one" },
+    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens as such; detokenize: write them" },
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: reads all weights, whether they are finite" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this" },
@@ -5248,7 +5284,7 @@ static const Option option_table[] = {
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
 static void print_help(void) {
-    printf("usage: ./run CHECKPOINT [options]\n");
+    printf("usage: ./run CHECKPOINT [PROMPT] [options]\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
         char left[48], letter[] = { '-', o->letter, ',', ' ', 0 };
@@ -5261,17 +5297,20 @@ static void print_help(void) {
 
 static const Option *find_option(const char *word) {
     if (!strcmp(word, "-sys")) word = "-y";
+    size_t n = strcspn(word, "=");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
-        if (word[1] == '-' ? !strcmp(word + 2, o->name) : o->letter && word[1] == o->letter && !word[2]) return o;
+        if (word[1] == '-' ? !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
+                           : o->letter && word[1] == o->letter && !word[2]) return o;
     }
     return NULL;
 }
 
 // Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
-    static const char *const kinds[] = { [WHOLE] = "a whole number", [SEED] = "a whole number", [REAL] = "a number",
-                                         [LIST] = "whole numbers, as in 1,2," };
+    static const char *const kinds[] = { [WHOLE] = "an integer", [SEED] = "an integer", [REAL] = "a number",
+                                         [LIST] = "integers, as in 1,2," };
+    char most[32] = "18446744073709551615";  // the largest seed, which no double is
     const char *starts = o->min < 0 ? "0123456789-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
@@ -5279,6 +5318,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
     if (o->type == FLAG) *(bool *)place = true;
     if (o->type == TEXT) *(const char **)place = value;
     if (o->type == FLAG || o->type == TEXT) return true;
+    if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
         double x;
@@ -5292,41 +5332,50 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         if (!*end) return true;
         if (o->type != LIST || *end != ',' || list->n == 16) break;
     }
-    return fail(e, MISUSE, "--%s %s: expected %s from %.10g to %.10g (%s)", o->name, value, kinds[o->type], o->min,
-                o->max, o->help);
+    if (o->type != SEED) snprintf(most, sizeof most, "%.10g", o->max);
+    return fail(e, MISUSE, "--%s %s: expected %s from %.10g to %s (%s)", o->name, value, kinds[o->type], o->min, most,
+                o->help);
 }
 
 static bool parse_options(int argc, char **argv, Options *to, Error *e) {
     for (int i = 1; i < argc; i++) {
         const char *word = argv[i];
-        if (word[0] != '-' || !word[1]) {
-            if (to->checkpoint) return fail(e, MISUSE, "two checkpoints: \"%s\" and \"%s\"", to->checkpoint, word);
-            to->checkpoint = word;
+        if (word[0] != '-') {
+            const char **place = to->checkpoint ? &to->prompt : &to->checkpoint;
+            if (*place) return fail(e, MISUSE, "two prompts: \"%.100s\" and \"%.100s\"; quote spaces", *place, word);
+            *place = word;
             continue;
         }
         const Option *o = find_option(word);
-        if (!o) return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
-        if (o->type != FLAG && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-        if (!set_option(o, argv[i], to, e)) return false;
+        const char *glued = word[1] == '-' ? strchr(word, '=') : NULL;  // --name=value
+        const char *value = glued ? glued + 1 : argv[i + 1];
+        if (!o && value && !strncmp(word, "--model", 7))
+            return fail(e, MISUSE, "--model %.100s: the model comes first: ./run %.100s", value, value);
+        if (!o || (glued && o->type == FLAG))
+            return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
+        if (o->type != FLAG && !glued && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
+        if (!set_option(o, value, to, e)) return false;
     }
     return true;
 }
 
-// Up to PERPLEXITY they take a text.
-typedef enum { GENERATE, TOKENIZE, LOGITS, PERPLEXITY, CHAT, INSPECT, EXPORT, BENCH, MATMUL, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "generate", "tokenize", "logits", "perplexity", "chat", "inspect",
-                                                 "export", "bench", "matmul" };
+// Up to DETOKENIZE a vocabulary is enough; up to PERPLEXITY they take a prompt; those before EXPORT need a state.
+typedef enum {
+    TOKENIZE, DETOKENIZE, GENERATE, LOGITS, PERPLEXITY, CHAT, INSPECT, BENCH, EXPORT, MATMUL, N_MODES
+} Mode;
+static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "logits", "perplexity", "chat",
+                                                 "inspect", "bench", "export", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
-    for (*mode = GENERATE; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
+    for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
     return fail(e, MISUSE, "-m %s: expected %s; the checkpoint comes first: ./run FILE", name, find_option("-m")->help);
 }
 
-// Token ids from a text of numbers.
-static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
+// Token ids from a text of numbers, which has a NUL after its n bytes.
+static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, Error *e) {
     for (const char *p = text;;) {
         p += strspn(p, " \t\r\n,");
-        if (!*p) return tokens->n > 0 || fail(e, MISUSE, "no token ids");
+        if (!*p) return p == text + n || fail(e, MISUSE, "a NUL among the token ids");
         char *end;
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
         if (id < 0 || id >= n_tokens)
@@ -5336,44 +5385,71 @@ static bool read_ids(const char *text, int n_tokens, Tokens *tokens, Error *e) {
     }
 }
 
-// The prompt as tokens: from --ids, -f or -i.
-static bool read_prompt(const Model *m, Mode mode, Tokens *tokens, Error *e) {
-    if (!!options.ids + !!options.file + !!options.prompt > 1)
-        return fail(e, MISUSE, "more than one prompt: -i, -f and --ids exclude each other");
-    if (options.ids) return read_ids(options.ids, m->config.n_tokens, tokens, e);
-    Buffer text = { 0 };
-    struct stat info;
-    bool ok = true;
-    if (options.file) {
-        FILE *f = strcmp(options.file, "-") ? fopen(options.file, "rb") : stdin;
-        if (f && fstat(fileno(f), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, ok = false;
-        ok = f && ok ? read_all(f, &text, e) : fail(e, io_status(), "%s: %s", options.file, strerror(errno));
-        if (f && f != stdin) fclose(f);
-    } else if (options.prompt) {
-        ok = append(&text, options.prompt, strlen(options.prompt), e);
+// A text of more bytes has more than so many tokens. Each stands for the bytes of a piece at most; a byte of that came
+// from 8 of the text at most: 4 characters of 4 bytes each may compose to one of 2. But where some byte has no token, a
+// text may be longer than any number of tokens.
+static size_t most_bytes(const Tokenizer *t, int n_tokens) {
+    size_t longest = 0, n;
+    for (int id = 0; id < t->n_tokens; id++) {
+        piece(t, id, &n);
+        longest = n > longest ? n : longest;
     }
-    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
-    bool begins = m->tokenizer.add_bos || (mode != TOKENIZE && text.n == 0 && m->tokenizer.bos >= 0);
-    Span span = { (const char *)text.bytes, text.n, options.special };
-    ok = ok && (!begins || emit(tokens, m->tokenizer.bos, e)) && encode(&m->tokenizer, &span, 1, tokens, e);
-    if (ok && tokens->n_dropped && (tokens->n > 0 || mode == TOKENIZE))
-        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
-    free(text.bytes);
-    return ok && (tokens->n > 0 || mode == TOKENIZE ||
-                  fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
+    for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
+    n = times((size_t)n_tokens, 8 * longest);
+    return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
-// Opens the checkpoint and, for llama2.c's, the tokenizer beside it.
-static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
-    *culprit = options.checkpoint;
-    if (!map_parts(options.checkpoint, m, e) ||
-        !open_model(m->file.bytes, m->file.n_bytes, options.threads.at[0], m, e))
+// A text as the model is given it.
+static bool encode_prompt(const Tokenizer *t, Mode mode, Span text, Tokens *tokens, Error *e) {
+    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
+    bool begins = t->add_bos || (mode != TOKENIZE && text.n_bytes == 0 && t->bos >= 0);
+    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
+    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &text, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
         return false;
-    if (m->tokenizer.n_tokens && !options.tokenizer) return true;
-    bool ids_only = options.ids && mode <= PERPLEXITY && mode != TOKENIZE;
+    if (mode != TOKENIZE && tokens->n == 0)
+        return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
+    if (tokens->n_dropped)
+        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
+    return true;
+}
+
+// The prompt as tokens: from --ids, -f or -i.
+static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, Error *e) {
+    const char *given = options.ids ? options.ids : options.prompt ? options.prompt : "";
+    bool is_limited = mode == GENERATE || mode == LOGITS, are_ids = options.ids || mode == DETOKENIZE;
+    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
+    Buffer text = { 0 };
+    if (!!options.ids + !!options.file + !!options.prompt > 1)
+        return fail(e, MISUSE, "more than one prompt: -i, -f and --ids exclude each other");
+    bool ok = options.file ? read_file(options.file, most, &text, e) : append(&text, given, strlen(given), e);
+    if (ok && text.n > most)
+        ok = fail(e, NO_ROOM, "the prompt has more than %zu bytes, too many for %d positions; see -c", most, context);
+    ok = ok && append(&text, "", 1, e);
+    Span span = { (const char *)text.bytes, text.n - 1, options.special };
+    if (ok && are_ids)
+        ok = read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
+             (tokens->n > 0 || options.file || fail(e, MISUSE, "no token ids; see --ids"));
+    else ok = ok && encode_prompt(&m->tokenizer, mode, span, tokens, e);
+    free(text.bytes);
+    return ok;
+}
+
+// Opens the checkpoint and, for llama2.c's, the tokenizer beside it. Where no weights are needed, a vocabulary will do.
+static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
+    bool only_words = mode <= DETOKENIZE, needs_none = options.ids && !only_words && mode <= PERPLEXITY;
+    *culprit = options.checkpoint;
+    if (!map_parts(options.checkpoint, m, e)) return false;
+    bool is_llama2c = recognise(m->file.bytes, m->file.n_bytes) == LLAMA2C;
+    int threads = only_words ? 0 : options.threads.at[0];
+    bool ok = (!only_words || is_llama2c) && open_model(m->file.bytes, m->file.n_bytes, threads, m, e);
+    if (!ok && only_words && !(is_llama2c && options.tokenizer)) {
+        ok = open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e);
+        m->config.n_tokens = m->tokenizer.n_tokens;
+    }
+    if (!ok || (m->tokenizer.n_tokens && !options.tokenizer)) return ok;
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
     if (!options.tokenizer && access(path, R_OK)) {
-        if (ids_only || mode == INSPECT) return true;
+        if (needs_none || mode == INSPECT) return true;
         return fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
     }
     *culprit = path;
@@ -5435,46 +5511,62 @@ static void free_engine(Engine *g) {
     *g = (Engine){ .n_texts = 0 };
 }
 
-static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
-    Workspace *w = &g->workspace;
-    Sequence *s = NULL;
-    Tokens tokens = { 0 };
-    if (mode == CHAT && (options.file || options.ids))
-        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
-    bool ok = mode > PERPLEXITY || read_prompt(m, mode, &tokens, e);
-    if (ok && mode != TOKENIZE && mode != EXPORT) ok = set_up_engine(m, mode, g, e);
-    s = g->texts;
-    switch (ok ? mode : N_MODES) {
-    case GENERATE: ok = run_generate(m, w, s, sampler, &tokens, e); break;
-    case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
-    case LOGITS: ok = run_logits(m, w, s, &tokens, e); break;
-    case PERPLEXITY: ok = run_perplexity(m, w, s, g->n_texts, &tokens, e); break;
-    case CHAT: ok = run_chat(m, w, s, sampler, e); break;
-    case INSPECT: ok = run_inspect(m, w, &g->cache, e); break;
-    case EXPORT: ok = export_model(m, options.output, e); break;
-    case BENCH: ok = run_bench(m, w, s, e); break;
-    default: break;
-    }
-    free(tokens.ids);
-    return ok;
-}
-
 // The one line that ends a run that failed.
-static int tell_error(const char *program, const char *culprit, const Error *e) {
+static int tell_error(const char *culprit, const Error *e) {
     char line[1024];
-    snprintf(line, sizeof line, "%s: %.600s%s%s", program, culprit ? culprit : "", culprit ? ": " : "", e->text);
+    snprintf(line, sizeof line, "run: %.600s%s%s", culprit ? culprit : "", culprit ? ": " : "", e->text);
     disarm(line, strlen(line), "");
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // after the terminal's ^C
     return e->status;
 }
 
+// The first Ctrl-C asks for the end, and loops look for it. A second one, or one at a chat's prompt, is the end.
+static void on_interrupt(int number) {
+    Error e = { INTERRUPTED, "" };
+    if (!interrupted && !at_prompt) {
+        interrupted = number;
+        return;
+    }
+    if (unfinished) unlink(unfinished);
+    _exit(tell_error(NULL, &e));
+}
+
+static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
+    struct sigaction action = { .sa_handler = on_interrupt, .sa_flags = SA_RESTART };  // so that no write is cut short
+    Tokens tokens = { 0 };
+    if (mode == CHAT && (options.file || options.ids))
+        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
+    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
+    Workspace *w = &g->workspace;
+    Sequence *s = g->texts;
+    ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
+    heed(SIGINT, &action);
+    switch (ok ? mode : N_MODES) {
+    case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
+    case DETOKENIZE: print_text(&m->tokenizer, &tokens); break;
+    case GENERATE: ok = run_generate(m, w, s, sampler, &tokens, e); break;
+    case LOGITS: ok = run_logits(m, w, s, &tokens, e); break;
+    case PERPLEXITY: ok = run_perplexity(m, w, s, g->n_texts, &tokens, e); break;
+    case CHAT: ok = run_chat(m, w, s, sampler, e); break;
+    case INSPECT: ok = run_inspect(m, w, &g->cache, e); break;
+    case BENCH: ok = run_bench(m, w, s, e); break;
+    case EXPORT: ok = export_model(m, options.output, e); break;
+    case MATMUL: ok = run_matmul(e); break;
+    default: break;
+    }
+    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
+    free(tokens.ids);
+    return ok;
+}
+
 static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Error *e, const char **culprit) {
-    uint64_t clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
                          .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } }, .seed = clock_seed };
+                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } },
+                         .clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid() };
+    options.seed = options.clock_seed;
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
@@ -5490,70 +5582,15 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
-    struct sigaction action = { .sa_handler = on_interrupt };  // without SA_RESTART: a read from the terminal returns
-    if (mode == MATMUL) heed(SIGINT, &action);
-    if (mode == MATMUL) return run_matmul(e);
-    if (!open_files(m, mode, e, culprit)) return false;
+    if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
-    *sampler = (Sampler){ .from_clock = options.seed == clock_seed, .temperature = (float)options.temperature,
+    *sampler = (Sampler){ .from_clock = options.seed == options.clock_seed, .temperature = (float)options.temperature,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
     if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
-    heed(SIGINT, &action);
     return run_mode(m, mode, g, sampler, e);
 }
 
-// Stdin's text to ids on one line, or with -d ids to the text's bytes. -b puts the model's begin and end tokens round
-// the ids, -s reads special tokens in the text, and with -d writes them.
-static bool convert_input(const Tokenizer *t, bool ends, bool special, bool decodes, Error *e) {
-    Buffer text = { 0 };
-    Tokens tokens = { 0 };
-    Printer printer = { .n_held = 0 };
-    bool ok = read_all(stdin, &text, e) && append(&text, "", 1, e);
-    const char *s = (const char *)text.bytes;
-    if (ok && decodes) {
-        bool is_text = strlen(s) + 1 == text.n || fail(e, MISUSE, "a NUL among the token ids");
-        ok = is_text && (!s[strspn(s, " \n")] || read_ids(s, t->n_tokens, &tokens, e));
-    } else if (ok) {
-        Span span = { s, text.n - 1, special };
-        ok = (!ends || !t->add_bos || emit(&tokens, t->bos, e)) && encode(t, &span, 1, &tokens, e) &&
-             (!ends || !t->add_eos || emit(&tokens, t->eos, e));
-        if (ok) print_tokens(t, &tokens);
-    }
-    for (size_t i = 0, n; ok && decodes && i < tokens.n; i++) {
-        const char *bytes = decode(t, i ? tokens.ids[i - 1] : -1, tokens.ids[i], &n);
-        if (special && n == 0) bytes = piece(t, tokens.ids[i], &n);
-        print_bytes(&printer, bytes, n);
-    }
-    end_printing(&printer);
-    free(text.bytes);
-    free(tokens.ids);
-    return ok;
-}
-
-// ./tokenizer FILE [-b] [-s] [-d]
-static bool run_tokenizer(int argc, char **argv, Model *m, Error *e, const char **culprit) {
-    bool given[128] = { false }, understood = true;  // given: by an option's letter
-    const char *path = NULL;
-    for (int i = 1; i < argc; i++) {
-        const char *word = argv[i];
-        if (word[0] == '-' && word[1] && strchr("bsd", word[1]) && !word[2]) given[(int)word[1]] = true;
-        else if (word[0] == '-' || path) understood = false;
-        else path = word;
-    }
-    if (!understood || !path)
-        return fail(e, MISUSE, "usage: ./tokenizer FILE [-b] [-s] [-d]: text on stdin to ids; -b with the model's "
-                               "begin and end tokens, -s reads special ones in the text, -d ids to text");
-    *culprit = path;
-    if (!map_file(path, &m->file, e) || !open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e)) return false;
-    *culprit = NULL;
-    return convert_input(&m->tokenizer, given['b'], given['s'], given['d'], e);
-}
-
-#ifndef TOKENIZER_COMMAND
-#define TOKENIZER_COMMAND 0  // tokenizer.c, built alone, says 1 and includes this file
-#endif
-static const char *const program = TOKENIZER_COMMAND ? "tokenizer" : "run";
 static const Model *in_use;  // for the handler
 
 // Before a signal ends the program, the unfinished file goes. SIGBUS may mean that a mapped file became shorter, or its
@@ -5567,7 +5604,7 @@ static void on_end(int number, siginfo_t *info, void *context) {
         if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
         while (atomic_flag_test_and_set(&said)) pause();
         Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
-        _exit(tell_error(program, map->path, &e));
+        _exit(tell_error(map->path, &e));
     }
     signal(number, SIG_DFL);  // it ends as it would have
     raise(number);
@@ -5592,12 +5629,11 @@ int main(int argc, char **argv) {
     Error error = { 0 };
     const char *culprit = NULL;
     prepare_process(&model);
-    bool ok = TOKENIZER_COMMAND ? run_tokenizer(argc, argv, &model, &error, &culprit)
-                                : run(argc, argv, &model, &engine, &sampler, &error, &culprit);
+    bool ok = run(argc, argv, &model, &engine, &sampler, &error, &culprit);
     bool written = !ferror(stdout);  // a run whose text was lost has not succeeded
     written = fclose(stdout) == 0 && written;
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
-    int status = ok ? DONE : tell_error(program, culprit, &error);
+    int status = ok ? DONE : tell_error(culprit, &error);
     free(sampler.candidates);
     free_engine(&engine);
     close_model(&model);

@@ -1,8 +1,3 @@
-#ifndef CRIA_GROUND_FLOOR  // built alone, as a command: run.c brings everything and, at its end, the command's main()
-#define TOKENIZER_COMMAND 1
-#include "run.c"
-#else
-
 /* ==== 2. Text to tokens ==============================================================================================
    A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
    kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
@@ -1302,7 +1297,7 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
                     .eot = 1,  // llama2.c stops at a begin token, too: its stories follow each other
                     .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
-    for (; c.left > 0; v.n_tokens++) {
+    for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
         take_u32(&c);
         take(&c, take_u32(&c));
         if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", v.n_tokens);
@@ -1310,5 +1305,3 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
     return pack_vocabulary(&v, section, e);
 }
-
-#endif

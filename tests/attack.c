@@ -2,8 +2,8 @@
 
    make attack        (tests/attack.py starts build/attack, and reads what it prints)
 
-   Alone this is a program of its own, compiled with the sanitizers that the compiler has and without kernels, whose
-   compilation would take minutes; as a part of test.c it is the quick part, the group "damaged everywhere". Each case
+   Alone this is a program of its own, compiled with the sanitizers that the compiler has, and runs on the
+   scalar kernels; as a part of test.c it is the quick part, the group "damaged everywhere". Each case
    is a copy of the file in a heap block of exactly its size. A file that opens has its vocabulary used in both
    directions and sends two tokens through the model. Whatever the bytes, it must end so, or be refused in one text
    with the status of a bad file, in two seconds and with no more memory than the file's size and 64 MiB. */
@@ -11,7 +11,6 @@
 #ifndef CRIA_NO_MAIN
 #define ATTACK_PROGRAM
 #define CRIA_NO_MAIN
-#define TOKENIZER_COMMAND 1  // the plain kernels only
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>

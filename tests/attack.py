@@ -39,11 +39,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-RUN, TOKENIZER, SWEEP, TEST = ROOT / "run", ROOT / "tokenizer", ROOT / "build" / "attack", ROOT / "build" / "test"
+RUN, SWEEP, TEST = ROOT / "run", ROOT / "build" / "attack", ROOT / "build" / "test"
 SECONDS, MEMORY = 2.0, 64 << 20
 SPM, BPE, Q = GOLDEN / "llama_linear.gguf", GOLDEN / "qwen2.gguf", GOLDEN / "mixed.gguf"
 V0, V1, V2, Z = (GOLDEN / name for name in ("llama2c_v0.bin", "llama2c_v1.bin", "llama2c_v2.bin", "tokenizer.bin"))
 GENERATE = ("-q", "-t", "0", "-n", "2", "-i", "Once")
+TOKENIZE = ("-m", "tokenize", "-f", "-")
 FOLDER = Path("/")  # where files are made; main() sets it
 
 
@@ -414,7 +415,7 @@ def _():
     expect(1, V0, "-z", "nowhere.bin", word="No such file")
     expect(3, SPM, "-f", "nowhere.txt", word="No such file")
     expect(3, SPM, "-m", "export", "-o", "nowhere/x", word="No such file")
-    expect(1, "nowhere", program=TOKENIZER, word="No such file")
+    expect(1, "nowhere", *TOKENIZE, word="No such file")
 
 
 @row(2, "no permission")
@@ -451,7 +452,7 @@ def _():
     for path in ("fifo", "socket", "/dev/zero", "/dev/null", "/dev/random", "/dev/full", "/dev/tty", "/proc/self/mem"):
         expect(1, path, *GENERATE)
         expect(1, V0, "-z", path, *GENERATE)
-        expect(1, path, program=TOKENIZER)
+        expect(1, path, *TOKENIZE)
     server.close()
 
 
@@ -460,7 +461,7 @@ def _():
     empty = put("empty", b"")
     expect(1, empty.name, word="an empty file")
     expect(1, V0, "-z", empty.name, word="an empty file")
-    expect(1, empty.name, program=TOKENIZER, word="an empty file")
+    expect(1, empty.name, *TOKENIZE, word="an empty file")
     made.remove(empty)
 
 
@@ -642,7 +643,7 @@ def _():
     huge = sparse("huge.gguf", header, size)
     if huge:
         expect(4, huge.name, *GENERATE, word="no memory")
-        expect(0, huge.name, program=TOKENIZER)
+        expect(0, huge.name, *TOKENIZE)
         huge.unlink()
 
 
@@ -772,7 +773,7 @@ def _():
 def _():
     expect(3, SPM, "-f", "/proc/self/mem", word="reading failed")  # EIO at its first byte
     expect(3, SPM, "-f", "-", closed=[0], word="reading failed")
-    expect(3, SPM, program=TOKENIZER, closed=[0], word="reading failed")
+    expect(3, SPM, *TOKENIZE, closed=[0], word="reading failed")
     expect(3, SPM, "-m", "export", "-o", "/dev/full", word="No space")
     now.note = "a mapped file's read error is a SIGBUS, as in row 17"
 
@@ -1265,7 +1266,7 @@ def _():
         for at in (8, 8 + 8 + 5):
             path = put(f"z-{at}-{n}-tokenizer.bin", patched(Z.read_bytes(), at, struct.pack("<i", n)))
             expect(1, V0, "-z", path.name, *GENERATE)
-            expect(1, path.name, program=TOKENIZER)
+            expect(1, path.name, *TOKENIZE)
 
 
 @row(66, "max_token_length 0, negative, too small, 2^31 - 1")
@@ -1610,12 +1611,12 @@ def _():
 
 @row(88, "prompts without an end")
 def _():
+    expect(5, SPM, "-n", "1", "-f", "/dev/zero", word="see -c")
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if not FULL and available < 4 << 30:
         return now.skip("less than 4 GB of memory are free")
-    for words in (("-m", "tokenize"), ("-n", "1")):
-        o = run(SPM, *words, "-f", "/dev/zero", timeout=120)
-        now.demand(o.status == 5 and o.err.count(b"\n") == 1 and o.peak < 3 << 30, str(o))
+    o = run(SPM, "-m", "tokenize", "-f", "/dev/zero", timeout=120)
+    now.demand(o.status == 5 and o.err.count(b"\n") == 1 and o.peak < 3 << 30, str(o))
 
 
 # ==== 10. G. Options ====
@@ -1627,15 +1628,15 @@ OPTIONS = ("-m", "-i", "-f", "--ids", "-n", "-t", "-p", "-k", "--min-p", "-s", "
 
 @row(89, "options unknown, without value, with an empty one")
 def _():
-    for word in ("--nonsense", "-x", "-", "--", "---", "-tt", "--temp=1", "-n5", "--ids=1", "-\n", "--\x1b[31m", "-é"):
+    for word in ("--nonsense", "-x", "-", "--", "---", "-tt", "--quiet=1", "-n5", "--id=1", "-\n", "--\x1b[31m", "-é"):
         expect(2, SPM, word)
     for word in OPTIONS:
         expect(2, SPM, word, word="needs a value")
         expect((0, 1, 2, 3), SPM, "-q", word, "", "-i" if word not in ("-i", "-f", "--ids") else "-y", "a",
                "-n" if word != "-n" else "-y", "1")
     expect(2, word="no checkpoint")
-    expect(2, SPM, SPM, word="two checkpoints")
-    expect(2, "", SPM)
+    expect(2, SPM, "a", "b", word="two prompts")
+    expect(2, SPM, "--=1")
 
 
 def option_cases(option: str, wrong: Iterable[str], right: Iterable[str]) -> None:
@@ -1719,7 +1720,8 @@ def _():
 
 # ==== 11. H. The environment ====
 
-MODES = (["-i", "a", "-n", "3"], ["-m", "tokenize", "-i", "a"], ["-m", "inspect"], ["-m", "inspect", "--json"],
+MODES = (["-i", "a", "-n", "3"], ["-m", "tokenize", "-i", "a"], ["-m", "detokenize", "--ids", "5"],
+         ["-m", "inspect"], ["-m", "inspect", "--json"],
          ["-m", "chat", "--template", "zephyr", "-i", "a", "-n", "3"], ["-m", "perplexity", "-c", "8", "-f", V0],
          ["-m", "bench", "--pp", "4", "--tg", "2", "--reps", "1", "-j", "1"], ["--help"], ["--version"])
 
@@ -1728,7 +1730,7 @@ MODES = (["-i", "a", "-n", "3"], ["-m", "tokenize", "-i", "a"], ["-m", "inspect"
 def _():
     for mode in MODES:
         expect(3, SPM, "-q", *mode, closed=[1], word="stdout", slow="bench" in mode)
-    expect(3, SPM, program=TOKENIZER, closed=[1], input=b"a", word="stdout")
+    expect(3, SPM, *TOKENIZE, closed=[1], input=b"a", word="stdout")
     expect(0, SPM, "-m", "export", "-o", "x.bin", closed=[1])
     now.demand((FOLDER / "x.bin").read_bytes() == native(), "a file exported without stdout is another")
 
@@ -1740,7 +1742,7 @@ def _():
             expect(3, SPM, "-q", *mode, stdout=full, word="No space", slow="bench" in mode)
     with open("/dev/full", "wb") as full:
         expect(3, *endless(long_model()), stdout=full, word="No space")
-        expect(3, SPM, program=TOKENIZER, stdout=full, input=b"a", word="No space")
+        expect(3, SPM, *TOKENIZE, stdout=full, input=b"a", word="No space")
 
 
 @row(100, "the reader goes away")

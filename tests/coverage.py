@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "coverage"
 TREE = WORK / "tree"  # a repository whose ./run counts
 FLAGS = ["-O1", "-g", "-fopenmp", "-w", "-fcoverage-mapping", "-mllvm", "-runtime-counter-relocation"]
-PROGRAMS = {"run": "run.c", "tokenizer": "tokenizer.c", "build/test": "tests/test.c",
-            "build/torture": "tests/torture.c"}
+PROGRAMS = {"run": "run.c", "build/test": "tests/test.c", "build/torture": "tests/torture.c"}
 WANTED = 95  # percent of all branches
 WHOLE = ("What a model consists of", "cria's own file", "GGUF", "llama2.c", "Any of them", "Looking up",
          "Opening a section", "Making a section")  # sections that read files: all of their branches

@@ -163,6 +163,10 @@ static int fault_rename(const char *from, const char *to) {
     return fails_with(EXDEV, OUTPUT, "rename") ? -1 : rename(from, to);
 }
 
+static size_t n_isatty;  // how often it was asked
+
+static int fault_isatty(int file) { return n_isatty++, isatty(file); }
+
 #define calloc fault_calloc
 #define realloc fault_realloc
 #define free fault_free
@@ -184,6 +188,7 @@ static int fault_rename(const char *from, const char *to) {
 #define fsync fault_fsync
 #define fchmod fault_fchmod
 #define rename fault_rename
+#define isatty fault_isatty
 #else
 #undef calloc
 #undef realloc
@@ -206,4 +211,5 @@ static int fault_rename(const char *from, const char *to) {
 #undef fsync
 #undef fchmod
 #undef rename
+#undef isatty
 #endif

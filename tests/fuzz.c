@@ -451,14 +451,12 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
         snprintf(path, sizeof path, "tests/golden/tokens/%s", files[which].path);
         options.pre = files[which].pre;
         Buffer file = { 0 };
-        FILE *f = fopen(path, "rb");
-        if (!f || !read_all(f, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
+        if (!read_file(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
             printf("%s: %s\n", path, e.text);
             exit(1);
         }
         options.pre = NULL;
         if (which == N_FILES - 1) models[which].tokenizer.composes = false;
-        fclose(f);
         free(file.bytes);
         lexicons[which] = make_lexicon(&models[which].tokenizer);
     }

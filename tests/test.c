@@ -291,7 +291,7 @@ static int encode_lines(const char *path, const char *pre, bool special) {
     Buffer line = { 0 };
     options.pre = pre;
     if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
-        return tell_error("test", path, &e);
+        return tell_error(path, &e);
     while (read_line(&line, &e)) {
         size_t n = read_hex((char *)line.bytes, line.n, (char *)line.bytes);
         Tokens tokens = encode_text(&m.tokenizer, (char *)line.bytes, n, special);
@@ -326,7 +326,7 @@ static int print_times(const char *path) {
         snprintf(name, sizeof name, "%.*s", (int)strcspn(pre_tokenizers[pre].names, " "), pre_tokenizers[pre].names);
         options.pre = name;
         if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
-            return tell_error("test", path, &e);
+            return tell_error(path, &e);
         double worst = 0, worst_ratio = 0;
         const char *slowest = "", *steepest = "";
         for (size_t i = 0; i < N_UNITS; i++) {

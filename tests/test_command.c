@@ -1,4 +1,4 @@
-// ./run and ./tokenizer as commands, and the limits of style. Part of test.c.
+// ./run as a command, and the limits of style. Part of test.c.
 
 
 // ---- Running a command ----
@@ -92,12 +92,12 @@ static bool wait_for(Command *c, FILE *stream, size_t n, const char *part) {
     return false;
 }
 
-// Presses Ctrl-C until the command ends; a first one may come where the program does not look.
+// Presses Ctrl-C until the command ends, but leaves it time: a second one ends it wherever it is.
 static Result interrupt(Command *c) {
     siginfo_t ended = { 0 };
     for (int i = 0; i < 50 && !ended.si_pid; i++) {
         kill(c->pid, SIGINT);
-        for (int k = 0; k < 40 && !ended.si_pid; k++) {
+        for (int k = 0; k < 400 && !ended.si_pid; k++) {
             usleep(5000);
             if (waitid(P_PID, (id_t)c->pid, &ended, WEXITED | WNOHANG | WNOWAIT)) break;
         }
@@ -111,15 +111,13 @@ static Result run_shell(const char *text) {
 }
 
 // The arguments may end in redirections and pipes. $EMULATOR is the Makefile's.
-static Result run_program(const char *program, const char *arguments) {
+static Result run_with(const char *arguments) {
     char *text = get(strlen(arguments) + 64);
-    sprintf(text, "$EMULATOR ./%s %s", program, arguments);
+    sprintf(text, "$EMULATOR ./run %s", arguments);
     Result r = run_shell(text);
     free(text);
     return r;
 }
-
-static Result run_with(const char *arguments) { return run_program("run", arguments); }
 
 static void free_result(Result *r) {
     free(r->out), free(r->err);
@@ -149,20 +147,19 @@ static bool fits(const char *got, const char *wanted) {
 }
 
 // An error is one line that names the program.
-static bool is_error_line(const char *err, const char *program) {
-    size_t n = strlen(program);
-    return !strncmp(err, program, n) && !strncmp(err + n, ": ", 2) && strchr(err, '\n') == err + strlen(err) - 1;
+static bool is_error_line(const char *err) {
+    return !strncmp(err, "run: ", 5) && strchr(err, '\n') == err + strlen(err) - 1;
 }
 
-static void check_case(const char *program, const Case *c) {
+static void check_case(const Case *c) {
     if (strstr(c->arguments, "/dev/full") && !file_exists("/dev/full")) return;  // macOS has none
-    Result r = run_program(program, c->arguments);
+    Result r = run_with(c->arguments);
     bool ok = r.status == c->status && fits(r.out, c->out) && fits(r.err, c->err);
-    check(ok, "./%s %s: got status %d, \"%.300s\" and \"%.300s\", wanted %d, \"%s\" and \"%s\"", program, c->arguments,
+    check(ok, "./run %s: got status %d, \"%.300s\" and \"%.300s\", wanted %d, \"%s\" and \"%s\"", c->arguments,
           r.status, r.out, r.err, c->status, c->out ? c->out : "", c->err ? c->err : "");
     if (c->status >= 1 && c->status <= 5)
-        check(is_error_line(r.err, program), "./%s %s: got \"%.300s\", wanted one line that begins with \"%s: \"",
-              program, c->arguments, r.err, program);
+        check(is_error_line(r.err), "./run %s: got \"%.300s\", wanted one line that begins with \"run: \"",
+              c->arguments, r.err);
     free_result(&r);
 }
 
@@ -170,7 +167,13 @@ static void check_case(const char *program, const Case *c) {
 static const struct { const char *arguments, *wanted; } misuses[] = {
     { "", "no checkpoint" }, { "-m model.gguf", "the checkpoint comes first" }, { "-x", "-x" },
     { "$tied -m nonsense", "-m nonsense: expected generate" }, { "$tied -m ''", "expected generate" },
-    { "$tied -m Generate", "expected generate" }, { "$tied $tied", "two checkpoints" }, { "$tied ''", "two" },
+    { "$tied -m Generate", "expected generate" }, { "$tied 'a b' c", "two prompts: \"a b\" and \"c\"" },
+    { "$tied -i a b", "two prompts" }, { "-", "no option -" }, { "$tied -", "no option -" },
+    { "--model $tied", "the model comes first: ./run tests/golden/llama_tied.gguf" },
+    { "--model=a.gguf -i a", "the model comes first: ./run a.gguf" }, { "$tied --model", "no option --model" },
+    { "$tied --quiet=1", "no option --quiet=1" }, { "$tied --=1", "no option --=1" },
+    { "$tied -n=1", "no option -n=1" },
+    { "$tied --top-p=2", "--top-p 2" }, { "$tied --temp=", "--temp" },
     { "$tied --nonsense", "--nonsense" }, { "$tied -tt 1", "-tt" }, { "$tied --", "--" },
     { "$tied -i", "needs a value" }, { "$tied --temp", "needs a value" }, { "$tied -m", "needs a value" },
     { "$tied -n 1 -f", "needs a value" }, { "$tied -t abc", "--temp abc" }, { "$tied -t nan", "--temp nan" },
@@ -183,9 +186,10 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied --min-p -1", "--min-p" }, { "$tied --min-p nan", "--min-p nan" }, { "$tied -k -1", "--top-k -1" },
     { "$tied -k 1.5", "--top-k 1.5" }, { "$tied -k x", "--top-k x" }, { "$tied -n -2", "--n-predict -2" },
     { "$tied -n abc", "--n-predict abc" }, { "$tied -n 99999999999", "--n-predict" },
-    { "$tied -n 99999999999999999999", "--n-predict" }, { "$tied -n 1.5", "--n-predict" },
-    { "$tied -n 0x10", "--n-predict" }, { "$tied -n ''", "--n-predict" }, { "$tied -s -1", "--seed -1" },
-    { "$tied -s 18446744073709551616", "--seed" }, { "$tied -s abc", "--seed abc" }, { "$tied -s 1x", "--seed 1x" },
+    { "$tied -n 99999999999999999999", "--n-predict" }, { "$tied -n 1.5", "expected an integer from -1" },
+    { "$tied -n 0x10", "--n-predict" }, { "$tied -n ''", "--n-predict" }, { "$tied -s -2", "--seed -2" },
+    { "$tied -s 18446744073709551616", "expected an integer from 0 to 18446744073709551615 (" },
+    { "$tied -s abc", "--seed abc" }, { "$tied -s 1x", "--seed 1x" },
     { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
     { "$tied -j 100000", "--threads 100000" }, { "$tied -j '1;2'", "--threads 1;2" },
     { "$tied -j 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", "--threads 1,1" }, { "-m matmul --pp 5000", "at most 4096" },
@@ -205,10 +209,12 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
 
 static const Case cases[] = {
     // a bad model or tokenizer
-    { "-", 1, NULL, "run: -: " },
     { "nowhere.gguf", 1, NULL, "=run: nowhere.gguf: No such file or directory\n" },
     { "tests", 1, NULL, "run: tests: " }, { "/dev/null", 1, NULL, "run: /dev/null: " },
-    { "run.c", 1, NULL, "run: run.c: " }, { "$T/empty", 1, NULL, "empty" },
+    { "run.c", 1, NULL, "=run: run.c: a text file, not a model; as a prompt: -f run.c\n" },
+    { "$T/prompt", 1, NULL, "/prompt: a text file" },
+    { "https://a.b/c.gguf", 1, NULL, "an address, not a file; download it first: curl -LO https://a.b/c.gguf\n" },
+    { "$T/empty", 1, NULL, "empty" },
     { "$T/cut.bin", 1, NULL, "not copied whole" },
     { "$T/layout.bin", 1, NULL, "make it again with  ./run SOURCE -m export -o FILE" },
     { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" },
@@ -224,7 +230,7 @@ static const Case cases[] = {
     { "$v0 -m tokenize --ids 1", 1, NULL, "give it with -z FILE" },
     // reading and writing
     { "$tied -t 0 -f nowhere", 3, NULL, "run: nowhere: " }, { "$tied -t 0 -f tests", 3, NULL, "run: " },
-    { "$tied -t 0 -f - <&-", 3, NULL, "run: reading failed" },
+    { "$tied -t 0 -f - <&-", 3, NULL, "run: -: reading failed" },
     { "$tied -q -t 0 -n 2 -i a >/dev/full", 3, NULL, "No space" }, { "$tied -q -t 0 -n 2 -i a >&-", 3, NULL, "stdout" },
     { "$tied -m inspect >/dev/full", 3, NULL, "No space" },
     { "$tied -m tokenize -i a >/dev/full", 3, NULL, "No space" }, { "--help >/dev/full", 3, NULL, "No space" },
@@ -239,6 +245,8 @@ static const Case cases[] = {
     // more text than room
     { "$tied -t 0 -f $T/text", 5, NULL, "the context has 64" },
     { "$tied -t 0 -i aaaaaaaaaaaaaaaa -c 8", 5, NULL, "; see -c" },
+    { "$tied -t 0 -f /dev/zero", 5, NULL, "; see -c" }, { "$qwen2 -t 0 -f /dev/zero", 5, NULL, "; see -c" },
+    { "$tied -m logits -o $T/x -f /dev/zero", 5, NULL, "; see -c" },
     { "$tied -m bench -q --reps 1 -j 1 --pp 4 --tg 0 --svg $T/none/x", 3, NULL, "/none/x: " },
     { "$tied -m bench --pp 8 --tg 65", 5, NULL, "65 positions; the model was trained for 64" },
     { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
@@ -287,6 +295,39 @@ static const Case cases[] = {
       "=[{\"id\": 265, \"piece\": \" \"}, {\"id\": 82, \"piece\": \"O\"}]\n", NULL },
     { "$tied -m tokenize --special -i '</s>' --no-bos", 0, "=2\n", NULL },
     { "$tied -m tokenize --ids '3 2'", 0, "=3 2\n", NULL }, { "$v0 -z $z -m tokenize -i a", 0, "1 ", NULL },
+    // a vocabulary is enough for them, in both directions: with $t from a text, with $d to a text
+    { "$tied $t <$T/prompt", 0, "=265 82 271 102 266 265 120 115 273 271\n", NULL },
+    { "$tied -m tokenize -f - --ends <$T/prompt", 0, "=1 265 82 271 102 266 265 120 115 273 271\n", NULL },
+    { "$T/ends.bin -m tokenize -i O --ends", 0, "=1 265 82 2\n", NULL },
+    { "$T/ends.bin -m tokenize -i O --ends --no-bos", 0, "=265 82 2\n", NULL },
+    { "$T/ends.bin -m tokenize -i O", 0, "=1 265 82\n", NULL },
+    { "$T/ends.bin -m tokenize --ends --ids 5", 0, "=5\n", NULL },
+    { "$qwen2 -m tokenize --ends -f $T/prompt >$T/ids; $EMULATOR ./run $qwen2 $t <$T/prompt | cmp - $T/ids", 0, NULL,
+      NULL },
+    { "$tied $t", 0, "=\n", NULL }, { "$tied -m tokenize", 0, "=1\n", NULL }, { "$z -m tokenize -i a", 0, "1 ", NULL },
+    { "$v0 $t", 1, NULL, "run: tests/golden/llama2c_v0.bin: has no tokenizer in it" },
+    { "nowhere $t", 1, NULL, "run: nowhere: " }, { "run.c $t", 1, NULL, "run: run.c: a text file" },
+    { "$T/cut_v0.bin -z $z -m tokenize -i a", 1, NULL, "not copied whole" },
+    { "$tied -z $z -m tokenize -i a", 1, NULL, "275 tokens, the model has 277" },
+    { "$bpe -m inspect", 1, NULL, "enough for -m tokenize" }, { "$z -i a", 1, NULL, "tests/golden/tokenizer.bin: " },
+    { "$tied $t <&-", 3, NULL, "reading" }, { "$tied $d <&-", 3, NULL, "reading" },
+    { "$tied $t <$T/prompt >/dev/full", 3, NULL, "No space" }, { "$tied -m detokenize --ids 9 >&-", 3, NULL, "stdout" },
+    { "$tied $d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied $d <$T/bytes", 2, NULL, "a NUL among" },
+    { "$tied $d", 0, NULL, NULL }, { "$tied -m detokenize", 2, NULL, "no token ids" },
+    { "$tied -m detokenize --ids '1 265 82'", 0, "=O", NULL },
+    { "$tied -m detokenize -i '265 82,271'", 0, "=On", NULL },
+    { "$z -m detokenize --ids 275", 2, NULL, "\"275\" is no token id below 275" },
+    { "$tied $t --special <$T/special", 0, "=1 263 2\n", NULL },
+    { "$tied $t --special <$T/special | $EMULATOR ./run $tied $d", 0, "=a", NULL },
+    { "$tied $t --special <$T/special | $EMULATOR ./run $tied $d --special", 0, "=<s>a</s>", NULL },
+    { "$tied -m tokenize --special -i 'O</s>' | $EMULATOR ./run $tied $d --special", 0, "=<s>O</s>", NULL },
+    { "$tied $t <$T/special | $EMULATOR ./run $tied $d", 0, "=<s>a</s>", NULL },
+    { "$tied $t <$T/bytes | $EMULATOR ./run $tied $d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$qwen2 $t <$T/bytes | $EMULATOR ./run $qwen2 $d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$z $t <$T/bytes | $EMULATOR ./run $z $d | cmp - $T/bytes", 0, NULL, NULL },
+    { "$T/native.bin -m tokenize --ends -f $T/text | $EMULATOR ./run $tied $d | cmp - $T/text", 0, NULL, NULL },
+    { "$bpe $t <$T/text | $EMULATOR ./run $bpe $d | cmp - $T/text", 0, NULL, NULL },
+    { "$T/holes.bin $t", 1, NULL, "of 1048577 tokens" }, { "$v0 -z $T/holes.bin $t", 1, NULL, "of 1048577 tokens" },
     // what there is
     { "$tied -m inspect", 0, "family                       llama\n", NULL },
     { "$tied -m inspect --check", 0, "family                       llama\n", NULL },
@@ -300,30 +341,6 @@ static const Case cases[] = {
     { "$long -m chat -t 0 -n 3 -q", 0, NULL, NULL }, { "$long -m chat -t 0 -n 3 -q <&-", 0, NULL, NULL },
     { "$long -m chat -t 0 -n 3 -i Hi", 0, "\n", "[stopped at -n tokens]\n" },
     { "$tied -m chat -t 0 -q --template vicuna -i a", 5, "=", "the context has 64" },
-};
-
-static const Case tokenizer_cases[] = {
-    { "", 2, NULL, "usage" }, { "$tied -x", 2, NULL, "usage" }, { "$tied -bs", 2, NULL, "usage" },
-    { "-", 2, NULL, "usage" },
-    { "$qwen2 -b <$T/prompt >$T/ids; $EMULATOR ./tokenizer $qwen2 <$T/prompt | cmp - $T/ids", 0, NULL, NULL },
-    { "$tied $tied", 2, NULL, "usage" },
-    { "nowhere", 1, NULL, "tokenizer: nowhere: " }, { "$v0", 1, NULL, "tokenizer.bin" },
-    { "$tied <&-", 3, NULL, "reading" }, { "$tied <$T/prompt >/dev/full", 3, NULL, "No space" },
-    { "$tied -d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied", 0, "=\n", NULL },
-    { "$tied -b", 0, "=1\n", NULL },
-    { "$tied -d <$T/bytes", 2, NULL, "a NUL among" },
-    { "$tied -d", 0, NULL, NULL }, { "$tied <$T/prompt", 0, "=265 82 271 102 266 265 120 115 273 271\n", NULL },
-    { "$z <$T/prompt", 0, " ", NULL },
-    { "$tied -b <$T/prompt", 0, "=1 265 82 271 102 266 265 120 115 273 271\n", NULL },
-    { "$tied -s <$T/special", 0, "=1 263 2\n", NULL },
-    { "$tied -s <$T/special | $EMULATOR ./tokenizer $tied -d", 0, "=a", NULL },
-    { "$tied -s <$T/special | $EMULATOR ./tokenizer $tied -d -s", 0, "<s>", NULL },
-    { "$tied <$T/special | $EMULATOR ./tokenizer $tied -d", 0, "=<s>a</s>", NULL },
-    { "$tied <$T/bytes | $EMULATOR ./tokenizer $tied -d | cmp - $T/bytes", 0, NULL, NULL },
-    { "$qwen2 <$T/bytes | $EMULATOR ./tokenizer $qwen2 -d | cmp - $T/bytes", 0, NULL, NULL },
-    { "$z <$T/bytes | $EMULATOR ./tokenizer $z -d | cmp - $T/bytes", 0, NULL, NULL },
-    { "$T/native.bin -b <$T/text | $EMULATOR ./tokenizer $tied -d | cmp - $T/text", 0, NULL, NULL },
-    { "$bpe <$T/text | $EMULATOR ./tokenizer $bpe -d | cmp - $T/text", 0, NULL, NULL },
 };
 
 // ---- What the cases need ----
@@ -361,6 +378,7 @@ static void make_files(void) {
         { "mixed", "tests/golden/mixed.gguf" }, { "v0", "tests/golden/llama2c_v0.bin" },
         { "z", "tests/golden/tokenizer.bin" }, { "bpe", "tests/golden/tokens/bpe.gguf" },
         { "long", temporary("long.gguf") }, { "T", folder },
+        { "t", "-m tokenize --no-bos -f -" }, { "d", "-m detokenize -f -" },
     };
     static const char bytes[] = "\0a\377\xE4\xBD b\n\xF0\x9F\x98\x80\0\0";
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) setenv(variables[i].name, variables[i].value, 1);
@@ -373,6 +391,11 @@ static void make_files(void) {
     free(chat.bytes);
     put_file("bytes", bytes, sizeof bytes - 1);
     mkdir(temporary("folder"), 0777);
+    put_file("holes.bin", "", 0);
+    check(truncate(temporary("holes.bin"), (off_t)4 << 30) == 0, "a file of 4 GiB of holes");
+    Bytes v0 = read_golden("llama2c_v0.bin");
+    put_file("cut_v0.bin", v0.bytes, v0.n / 2);
+    free(v0.bytes);
     Bytes b = export_golden("qwen2_untied.gguf");
     FileHeader header;
     memcpy(&header, b.bytes, sizeof header);
@@ -395,6 +418,11 @@ static void make_files(void) {
     b = read_bytes(temporary("native.bin"));
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
+        memcpy(&header, b.bytes, sizeof header);
+        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, flags);
+        *flags |= ADD_EOS;
+        put_file("ends.bin", b.bytes, b.n);
+        *flags &= ~ADD_EOS;
         uint32_t layout = LAYOUT + 1;
         memcpy(b.bytes + offsetof(FileHeader, layout), &layout, sizeof layout);
         put_file("layout.bin", b.bytes, b.n);
@@ -435,6 +463,9 @@ static void test_texts(void) {
                                                                         "--top-k 9 --temp 2 --quiet" },
         { "the last -t counts", "$tied -s 7 -n 9 -t 0 -q", "$tied -s 7 -n 9 -t 1 -t 0 -q" },
         { "seed 0", "$tied -s 0 -n 9 -q", "$tied -s 11400714819323198485 -n 9 -q" },
+        { "a value after =", "$tied -s 7 -n 9 -t 0.5 -q -i Once", "$tied --seed=7 --n-predict=9 --temp=0.5 -q "
+                                                                  "--prompt=Once" },
+        { "a prompt without -i", "$tied -s 7 -n 9 -q -i 'Once upon'", "-n 9 $tied -q 'Once upon' -s 7" },
         { "-t 0 needs no seed", "$tied -s 5 -n 9 -t 0 -q", "$tied -s 6 -n 9 -t 0 -q" },
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) check_same_text(pairs[i][0], pairs[i][1], pairs[i][2]);
@@ -451,6 +482,9 @@ static void test_texts(void) {
     unsigned long long seed = 0;
     char arguments[80];
     check(sscanf(timed.err, "seed %llu", &seed) == 1, "without -s: got \"%s\", wanted a seed", timed.err);
+    Result clock = run_with("$tied -n 1 -i Once -s 5 -s -1");
+    check(clock.status == 0 && strstr(clock.err, "seed "), "-s -1: got \"%s\", wanted the clock's seed", clock.err);
+    free_result(&clock);
     snprintf(arguments, sizeof arguments, "$tied -n 40 -i Once -s %llu", seed);
     Result again = run_with(arguments);
     check(timed.n_out == again.n_out && !memcmp(timed.out, again.out, again.n_out) && !strstr(again.err, "seed"),
@@ -769,7 +803,7 @@ static void test_environment(void) {
     Result small = run_shell("ulimit -v 150000 && $EMULATOR ./run $long -j 1 -q -t 0 -n 1 -c 64");
     if (small.status == 0) {
         Result r = run_shell("ulimit -v 150000 && exec $EMULATOR ./run $long -j 1 -q -t 0 -n 1 -c 0");
-        check(r.status == 4 && !*r.out && is_error_line(r.err, "run") && strstr(r.err, "memory"),
+        check(r.status == 4 && !*r.out && is_error_line(r.err) && strstr(r.err, "memory"),
               "a context of 2^20 in 150 MB: got status %d and \"%s\", wanted 4", r.status, r.err);
         free_result(&r);
     }
@@ -880,7 +914,8 @@ static bool has_unfinished_file(void) {
 // A file that is being written under a temporary name goes, whatever ends the program; and no other takes its place.
 static void test_unfinished_files(void) {
     static const int numbers[] = { SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGXCPU };
-    Result r = run_shell("for i in 1 2 3 4 5 6 7 8; do cat $T/text $T/text $T/text $T/text; done >$T/long_text");
+    Result r = run_shell("for i in 1 2 3 4 5 6 7 8; do cat $T/text $T/text $T/text $T/text; done >$T/long_text;"
+                         "for i in 1 2 3 4 5 6 7 8 9; do $EMULATOR ./run $tied $t <$T/long_text; done >$T/long_ids");
     free_result(&r);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         bool begun = false, ours = numbers[i] != SIGXCPU;  // which we leave alone
@@ -914,7 +949,7 @@ static void test_shrunk_files(const char *endless) {
         bool sent = i == 2 && write(c.to_stdin, "a\n", 2) == 2;  // it may have ended before
         r = end_command(&c);
         char *line = strstr(r.err, "run: ");
-        check((begun || sent) && r.status == 3 && line && is_error_line(line, "run") &&
+        check((begun || sent) && r.status == 3 && line && is_error_line(line) &&
                   strstr(line, "shrinks.bin: became shorter") && !has_unfinished_file(),
               "%s, and its file is cut: got status %d and \"%s\", wanted 3", text, r.status, r.err);
         free_result(&r);
@@ -950,6 +985,20 @@ static void test_terminal(void) {
         free_result(&on_terminal);
         free_result(&r);
     }
+}
+
+// The system is asked once what stdout is, however much is printed.
+static void test_printing(void) {
+    char text[1000];
+    Printer printer = { .n_held = 0 };
+    memset(text, 'a', sizeof text);
+    fflush(stdout);
+    int kept = exchange(stdout, "/dev/null", O_WRONLY);
+    n_isatty = 0;
+    print_bytes(&printer, text, sizeof text);
+    end_printing(&printer);
+    put_back(stdout, kept);
+    check(n_isatty <= 1, "printing %zu bytes asks %zu times what stdout is", sizeof text, n_isatty);
 }
 
 // A chat whose messages come from a terminal, which shows where they are expected; and progress on one, after a while.
@@ -1006,6 +1055,68 @@ static void test_unsaid(void) {
     free(message);
     free_result(&r);
     free_result(&wanted);
+}
+
+// Ctrl-C where a pipe is full since its reader has stopped reading: after a first one nothing is missing in the middle
+// of what the reader gets, and a second one ends the program.
+static void test_full_pipe(const char *arguments) {
+    char text[200];
+    snprintf(text, sizeof text, "%s", arguments);
+    Result whole = run_with(text);
+    snprintf(text, sizeof text, "exec $EMULATOR ./run %s", arguments);
+    for (int presses = 1; presses <= 2; presses++) {
+        int ends[2], n_waiting = 0, before = -1;
+        if (pipe(ends)) exit(1);
+        fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+        Command c = start_command(text, false, ends[1]);
+        close(ends[1]);
+        for (int i = 0; i < 400 && (n_waiting == 0 || n_waiting != before); i++, usleep(50000)) {
+            before = n_waiting;
+            ioctl(ends[0], FIONREAD, &n_waiting);
+        }
+        siginfo_t ended = { 0 };
+        kill(c.pid, SIGINT);
+        usleep(100000);
+        bool waits = waitid(P_PID, (id_t)c.pid, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && !ended.si_pid;
+        if (presses == 2) kill(c.pid, SIGINT);
+        for (int i = 0; i < 400 && presses == 2 && !ended.si_pid; i++, usleep(5000))
+            waitid(P_PID, (id_t)c.pid, &ended, WEXITED | WNOHANG | WNOWAIT);
+        bool on_time = presses == 1 || ended.si_pid;
+        size_t n = 0;
+        char *got = get(whole.n_out + 1);
+        for (ssize_t now = 1; on_time && now > 0; n += (size_t)now) now = read(ends[0], got + n, whole.n_out + 1 - n);
+        close(ends[0]);
+        if (!on_time) kill(c.pid, SIGKILL);
+        Result r = end_command(&c);
+        check(waits && on_time && r.status == 130 && n > 0 && n < whole.n_out && !memcmp(got, whole.out, n) && !*r.err,
+              "./run %s into a full pipe, %d times Ctrl-C: got status %d, %zu bytes of %zu and \"%s\", wanted 130",
+              arguments, presses, r.status, n, whole.n_out, r.err);
+        free(got);
+        free_result(&r);
+    }
+    free_result(&whole);
+}
+
+// A second Ctrl-C, or one at a chat's prompt, takes an unfinished file away.
+static void test_last_interrupt(void) {
+    for (int i = 0; i < 3; i++) {
+        write_text("unfinished", "a");
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            unfinished = (char *)temporary("unfinished");
+            interrupted = i == 1 ? SIGINT : 0;
+            at_prompt = i == 2;
+            on_interrupt(SIGINT);
+            _exit(interrupted == SIGINT ? 0 : 1);
+        }
+        int status = -1;
+        waitpid(child, &status, 0);
+        bool is_last = i > 0, is_left = access(temporary("unfinished"), F_OK) == 0;
+        check(WIFEXITED(status) && WEXITSTATUS(status) == (is_last ? 130 : 0) && is_left == !is_last,
+              "%s: got status %d, and the unfinished file is %s", i ? "the last Ctrl-C" : "the first Ctrl-C",
+              WEXITSTATUS(status), is_left ? "there" : "gone");
+    }
 }
 
 // Ctrl-C ends a text, and one that waits for a message; an answer it only cuts, and the chat goes on.
@@ -1103,17 +1214,12 @@ static void test_help(void) {
 }
 
 static void test_command_line(void) {
-    if (!file_exists("run") || !file_exists("tokenizer")) {
-        check(false, "there is no ./run or no ./tokenizer: make builds them");
-        return;
-    }
+    if (!check(file_exists("run"), "there is no ./run: make builds it")) return;
     signal(SIGPIPE, SIG_IGN);
     make_files();
     for (size_t i = 0; i < sizeof misuses / sizeof *misuses; i++)
-        check_case("run", &(Case){ misuses[i].arguments, 2, NULL, misuses[i].wanted });
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_case("run", &cases[i]);
-    for (size_t i = 0; i < sizeof tokenizer_cases / sizeof *tokenizer_cases; i++)
-        check_case("tokenizer", &tokenizer_cases[i]);
+        check_case(&(Case){ misuses[i].arguments, 2, NULL, misuses[i].wanted });
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_case(&cases[i]);
     test_texts();
     test_logits();
     check_perplexity("$tied", true, 64);
@@ -1127,8 +1233,13 @@ static void test_command_line(void) {
     test_chats();
     test_unfinished_files();
     test_interrupts();
+    test_full_pipe("$tied -m tokenize --pieces -f $T/long_text");
+    test_full_pipe("$tied -m tokenize --json -f $T/long_text");
+    test_full_pipe("$tied -m detokenize -f $T/long_ids");
+    test_last_interrupt();
     test_unsaid();
     test_terminal();
+    test_printing();
     test_talking();
     test_help();
     remove_files();

@@ -304,7 +304,7 @@ static const DamageCase gguf_cases[] = {
     { H_VERSION, NULL, 0, NULL, "version 0" }, { H_VERSION, NULL, 0x03000000, NULL, "version" },
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
-    { H_TENSORS, NULL, 0, NULL, "no tensors; ./tokenizer can read it" },
+    { H_TENSORS, NULL, 0, NULL, "no tensors; it is enough for -m tokenize" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
@@ -1077,7 +1077,7 @@ static void test_damaged_llama2c(void) {
         { "a web page", "<!DOCTYPE html><html><body>404</body></html>", "web page" },
         { "another web page", "<html><body>404</body></html>", "web page" },
         { "big-endian GGUF", "FUGG\3", "big-endian" },
-        { "text", "Once upon a time, there was a little girl.", "no checkpoint" },
+        { "text", "Once upon a time, there was a little girl.", "a text file, not a model" },
         { "one byte", "x", "" }, { "GGUF and no more", "GGUF", "" },
         { "a magic and no more", "\x89" "cria\r\n\x1a", "expected a header of 128" }, { "ak42", "24ka", "" },
         { "safetensors", "\x10\x01\x01\x01\x01\x01\x01\x01{\"a\":", "safetensors" },

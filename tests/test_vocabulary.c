@@ -511,7 +511,7 @@ static void test_many(void) {
     Bytes b = new_bytes(4 + 8 * ((size_t)MAX_TOKENS + 2));  // a tokenizer.bin of empty pieces
     memset(b.bytes, 0, b.n);
     Model m = { 0 };
-    check(!open_vocabulary(b.bytes, b.n, -1, &m, &e) && strstr(e.text, "of 1048578 tokens") && !m.packed_vocabulary.n,
+    check(!open_vocabulary(b.bytes, b.n, -1, &m, &e) && strstr(e.text, "of 1048577 tokens") && !m.packed_vocabulary.n,
           "many pieces: got \"%s\"", e.text);
     close_model(&m);
     Buffer section = { 0 };
