@@ -33,7 +33,7 @@
    nowhere else (which the pragmas below forbid the compiler), and no option that reorders arithmetic is allowed. */
 
 #if defined(__clang__)
-#ifdef __x86_64__  // undoes what clang has no macro for: -funsafe-math-optimizations, -freciprocal-math, ...
+#ifdef __x86_64__  // undoes part of what clang has no macro for: -freciprocal-math, -fno-signed-zeros, ...
 #pragma float_control(precise, on)
 #else
 #pragma clang fp reassociate(off)

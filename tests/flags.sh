@@ -1,6 +1,6 @@
 #!/bin/sh
 # Options that let a compiler change the bits of results are refused, as far as it tells that they are given (gcc tells
-# all but -ffp-contract, which a pragma undoes; clang tells two, and pragmas undo the others on x86).
+# all but -ffp-contract, which a pragma undoes; clang tells two, and pragmas undo a part of the others).
 #     sh tests/flags.sh [COMPILER]       in the repository's root
 set -eu
 compiler=${1:-cc}
