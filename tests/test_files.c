@@ -299,7 +299,7 @@ static const DamageCase gguf_cases[] = {
     { H_VERSION, NULL, 0, NULL, "version 0" }, { H_VERSION, NULL, 0x03000000, NULL, "version" },
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
-    { H_TENSORS, NULL, 0, NULL, "no tensors; it is enough for -m tokenize" },
+    { H_TENSORS, NULL, 0, NULL, "no tensors, only a vocabulary: enough for -m tokenize and" },
     { K_F32, "tokenizer.ggml.add_bos_token", 0.9, NULL, "add_bos_token is 0.9, not an integer" },
     { K_F64, "tokenizer.ggml.bos_token_id", 1.5, NULL, "bos_token_id is 1.5, not an integer" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
