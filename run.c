@@ -221,8 +221,8 @@ static double clock_seconds(void);  // chapter 9
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
 static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
 
-// Set by Ctrl-C; the loops of chapter 7 look at it between two tokens.
-static volatile sig_atomic_t interrupted;
+// Set by Ctrl-C; the loops of chapter 7 look at it between two tokens. At a chat's prompt it ends the program at once.
+static volatile sig_atomic_t interrupted, at_prompt;
 
 /* ==== 2. Text to tokens =============================================================================================
    A model reads numbers, not letters. tokenizer.c cuts a text into pieces of its vocabulary and looks up their numbers:
@@ -2280,7 +2280,7 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
 }
 
 // The bytes of a file, or of stdin, to its end or to more than `most`. The caller frees b->bytes.
-static bool read_file(const char *path, size_t most, Buffer *b, Error *e) {
+static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
     FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
     if (!f) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     char chunk[4096];
@@ -2617,8 +2617,6 @@ static void end_printing(Printer *p) {
     put_held(p, p->n_held);
     fflush(stdout);
 }
-
-static volatile sig_atomic_t at_prompt;  // where Ctrl-C ends the program
 
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
@@ -3543,7 +3541,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     snprintf(c->family, sizeof c->family, "%s", g->family);
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
     const Source *embedding = find_source(m, "token_embd.weight");
-    if (!m->n_sources) return refuse(e, "no tensors; it is enough for -m tokenize and -m detokenize");
+    if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
     if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
@@ -3793,15 +3791,6 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
-// Whether a file begins with 64 bytes of text, or is shorter and has nothing else. What cria reads has zeros there.
-static bool is_text_file(Cursor c) {
-    for (int i = 0; i < 64 && c.left > 0; i++) {
-        unsigned char byte = *take(&c, 1);
-        if (byte < '\t' || (byte > '\r' && byte < ' ')) return false;
-    }
-    return true;
-}
-
 // Parses the file, and opens the vocabulary that is in it or was made from it, in place of the one there may be.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     static bool (*const parsers[])(Cursor file, Model *m, bool whole, Error *e) = {
@@ -3813,8 +3802,10 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
             return refuse(e, "is %s", mistakes[i].thing);
     }
     Container container = recognise(file.at, file.left);
-    if (container == LLAMA2C && is_text_file(file))
-        return refuse(e, "a text file, not a model; as a prompt: -f %s", m->file.path ? m->file.path : "FILE");
+    const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
+    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // llama2.c's files have zeros there
+    while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
+    if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
@@ -3825,8 +3816,7 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     return !m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e);
 }
 
-// A model's parts from a file's bytes; without threads all but the weights. On failure too, close_model() frees what
-// there is.
+// A model from a file's bytes; without threads all but its weights. On failure too, close_model() frees what it has.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     Cursor file = { bytes, n_bytes, false };
     bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
@@ -3835,11 +3825,12 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
                   refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
-// The tokenizer of any file that holds one. n_tokens: how many it must have, or -1.
+// The tokenizer of any file that holds one. n_tokens: how many it must have, or -1: then it says so itself.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
     if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
     int n = m->tokenizer.n_tokens;
-    return n_tokens < 0 || n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
+    if (n_tokens < 0) n_tokens = m->config.n_tokens = n;
+    return n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
 }
 
 static void close_model(Model *m) {
@@ -5315,9 +5306,8 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
     void *place = (char *)to + o->offset;
     List *list = place;
     char *end;
-    if (o->type == FLAG) *(bool *)place = true;
-    if (o->type == TEXT) *(const char **)place = value;
-    if (o->type == FLAG || o->type == TEXT) return true;
+    if (o->type == FLAG) return *(bool *)place = true;
+    if (o->type == TEXT) return *(const char **)place = value, true;
     if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
@@ -5342,7 +5332,7 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
         const char *word = argv[i];
         if (word[0] != '-') {
             const char **place = to->checkpoint ? &to->prompt : &to->checkpoint;
-            if (*place) return fail(e, MISUSE, "two prompts: \"%.100s\" and \"%.100s\"; quote spaces", *place, word);
+            if (*place) return fail(e, MISUSE, "two prompts: \"%.99s\" and \"%.99s\"; put it in quotes", *place, word);
             *place = word;
             continue;
         }
@@ -5351,8 +5341,7 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
         const char *value = glued ? glued + 1 : argv[i + 1];
         if (!o && value && !strncmp(word, "--model", 7))
             return fail(e, MISUSE, "--model %.100s: the model comes first: ./run %.100s", value, value);
-        if (!o || (glued && o->type == FLAG))
-            return fail(e, MISUSE, "there is no option %s; ./run --help lists them", word);
+        if (!o || (glued && o->type == FLAG)) return fail(e, MISUSE, "there is no option %s; see ./run --help", word);
         if (o->type != FLAG && !glued && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
         if (!set_option(o, value, to, e)) return false;
     }
@@ -5360,9 +5349,7 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
 }
 
 // Up to DETOKENIZE a vocabulary is enough; up to PERPLEXITY they take a prompt; those before EXPORT need a state.
-typedef enum {
-    TOKENIZE, DETOKENIZE, GENERATE, LOGITS, PERPLEXITY, CHAT, INSPECT, BENCH, EXPORT, MATMUL, N_MODES
-} Mode;
+typedef enum { TOKENIZE, DETOKENIZE, GENERATE, LOGITS, PERPLEXITY, CHAT, INSPECT, BENCH, EXPORT, MATMUL, N_MODES } Mode;
 static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "logits", "perplexity", "chat",
                                                  "inspect", "bench", "export", "matmul" };
 
@@ -5385,9 +5372,8 @@ static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, E
     }
 }
 
-// A text of more bytes has more than so many tokens. Each stands for the bytes of a piece at most; a byte of that came
-// from 8 of the text at most: 4 characters of 4 bytes each may compose to one of 2. But where some byte has no token, a
-// text may be longer than any number of tokens.
+// A text of more bytes has more than n_tokens. A token has at most the longest piece's bytes, and each of these comes
+// from at most 8 of the text: 4 characters of 4 bytes may compose to one of 2. Bytes without a token have no limit.
 static size_t most_bytes(const Tokenizer *t, int n_tokens) {
     size_t longest = 0, n;
     for (int id = 0; id < t->n_tokens; id++) {
@@ -5399,59 +5385,49 @@ static size_t most_bytes(const Tokenizer *t, int n_tokens) {
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
-// A text as the model is given it.
-static bool encode_prompt(const Tokenizer *t, Mode mode, Span text, Tokens *tokens, Error *e) {
-    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
-    bool begins = t->add_bos || (mode != TOKENIZE && text.n_bytes == 0 && t->bos >= 0);
-    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
-    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &text, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
-        return false;
-    if (mode != TOKENIZE && tokens->n == 0)
-        return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
-    if (tokens->n_dropped)
-        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
-    return true;
-}
-
 // The prompt as tokens: from --ids, -f or -i.
 static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, Error *e) {
+    const Tokenizer *t = &m->tokenizer;
     const char *given = options.ids ? options.ids : options.prompt ? options.prompt : "";
     bool is_limited = mode == GENERATE || mode == LOGITS, are_ids = options.ids || mode == DETOKENIZE;
-    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
+    size_t most = is_limited && !are_ids ? most_bytes(t, context) : MAX_TEXT;
     Buffer text = { 0 };
     if (!!options.ids + !!options.file + !!options.prompt > 1)
         return fail(e, MISUSE, "more than one prompt: -i, -f and --ids exclude each other");
-    bool ok = options.file ? read_file(options.file, most, &text, e) : append(&text, given, strlen(given), e);
-    if (ok && text.n > most)
-        ok = fail(e, NO_ROOM, "the prompt has more than %zu bytes, too many for %d positions; see -c", most, context);
-    ok = ok && append(&text, "", 1, e);
-    Span span = { (const char *)text.bytes, text.n - 1, options.special };
-    if (ok && are_ids)
-        ok = read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
-             (tokens->n > 0 || options.file || fail(e, MISUSE, "no token ids; see --ids"));
-    else ok = ok && encode_prompt(&m->tokenizer, mode, span, tokens, e);
+    bool ok = options.file ? read_all(options.file, most, &text, e) && append(&text, "", 1, e)
+                           : append(&text, given, strlen(given) + 1, e);
+    Span span = { (const char *)text.bytes, ok ? text.n - 1 : 0, options.special };
+    if (span.n_bytes > most)
+        ok = fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
+    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
+    bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
+    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
+    if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
+                      (tokens->n > 0 || options.file || fail(e, MISUSE, "no token ids; see --ids"));
+    else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
+              (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
+              fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
+    if (ok && tokens->n_dropped)
+        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
     free(text.bytes);
     return ok;
 }
 
 // Opens the checkpoint and, for llama2.c's, the tokenizer beside it. Where no weights are needed, a vocabulary will do.
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
-    bool only_words = mode <= DETOKENIZE, needs_none = options.ids && !only_words && mode <= PERPLEXITY;
+    bool only_words = mode <= DETOKENIZE;
+    bool needs_words = mode != INSPECT && (only_words || !options.ids || mode > PERPLEXITY);
     *culprit = options.checkpoint;
     if (!map_parts(options.checkpoint, m, e)) return false;
     bool is_llama2c = recognise(m->file.bytes, m->file.n_bytes) == LLAMA2C;
     int threads = only_words ? 0 : options.threads.at[0];
     bool ok = (!only_words || is_llama2c) && open_model(m->file.bytes, m->file.n_bytes, threads, m, e);
-    if (!ok && only_words && !(is_llama2c && options.tokenizer)) {
+    if (!ok && only_words && !(is_llama2c && options.tokenizer))
         ok = open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e);
-        m->config.n_tokens = m->tokenizer.n_tokens;
-    }
     if (!ok || (m->tokenizer.n_tokens && !options.tokenizer)) return ok;
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
-    if (!options.tokenizer && access(path, R_OK)) {
-        if (needs_none || mode == INSPECT) return true;
-        return fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
-    }
+    if (!options.tokenizer && access(path, R_OK)) return !needs_words ||
+        fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
     *culprit = path;
     return map_file(path, &m->tokenizer_file, e) &&
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
@@ -5523,17 +5499,13 @@ static int tell_error(const char *culprit, const Error *e) {
 
 // The first Ctrl-C asks for the end, and loops look for it. A second one, or one at a chat's prompt, is the end.
 static void on_interrupt(int number) {
-    Error e = { INTERRUPTED, "" };
-    if (!interrupted && !at_prompt) {
-        interrupted = number;
-        return;
-    }
-    if (unfinished) unlink(unfinished);
-    _exit(tell_error(NULL, &e));
+    bool ends = interrupted || at_prompt;
+    if (ends && unfinished) unlink(unfinished);
+    if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
+    interrupted = number;
 }
 
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
-    struct sigaction action = { .sa_handler = on_interrupt, .sa_flags = SA_RESTART };  // so that no write is cut short
     Tokens tokens = { 0 };
     if (mode == CHAT && (options.file || options.ids))
         return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
@@ -5541,7 +5513,7 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
     ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
-    heed(SIGINT, &action);
+    heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
     switch (ok ? mode : N_MODES) {
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
     case DETOKENIZE: print_text(&m->tokenizer, &tokens); break;
@@ -5561,12 +5533,11 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
 }
 
 static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Error *e, const char **culprit) {
+    uint64_t clock = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
                          .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } },
-                         .clock_seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid() };
-    options.seed = options.clock_seed;
+                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } }, .seed = clock, .clock_seed = clock };
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
@@ -5574,9 +5545,8 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         if (!options.quiet) fprintf(stderr, "-j %d: this process may use %d\n", options.threads.at[i], most);
         options.threads.at[i] = most;
     }
-    if (options.help) print_help();
-    if (options.version) printf("cria %s\n", CRIA_VERSION);
-    if (options.help || options.version) return true;
+    if (options.help) return print_help(), true;
+    if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
     if (!options.checkpoint && mode != MATMUL)
         return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))

@@ -232,7 +232,7 @@ int main(int argc, char **argv) {
     for (int i = 4; i < argc; i++) {
         Map file = { 0 };
         Error e = { 0 };
-        if (!map_file(argv[i], &file, &e)) return tell_error("attack", argv[i], &e);
+        if (!map_file(argv[i], &file, &e)) return tell_error(argv[i], &e);
         void *p = NULL;
         if (posix_memalign(&p, 64, file.n_bytes)) return 1;
         const char *name = strrchr(argv[i], '/'), *end = argv[i] + strlen(argv[i]);

@@ -451,7 +451,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
         snprintf(path, sizeof path, "tests/golden/tokens/%s", files[which].path);
         options.pre = files[which].pre;
         Buffer file = { 0 };
-        if (!read_file(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
+        if (!read_all(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
             printf("%s: %s\n", path, e.text);
             exit(1);
         }

@@ -34,11 +34,11 @@ HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("tests/test.c", "/tmp/cria-test-", "./cria-test-"),  # it ends with the first failure, and leaves its files here
     ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
 ]
-PARTS = {  # where a file is read: from a line that begins so to one that begins so
+PARTS = {  # where a file is read: from a line that begins so to one that begins so, or to the end
     "run.c": [("// ---- What a model consists of", "// ---- Chat templates"),
               ("// Not finite is what no weights should give", "/* ==== 10.")],
     "tokenizer.c": [("// Fills the table behind lookup()", "/* ---- Composing"),
-                    ("/* ---- Opening a section", "#endif")],
+                    ("/* ---- Opening a section", None)],
 }
 
 # What is done for some models only, as it stands in the source, and as if it were not done. A text that is there
@@ -316,7 +316,8 @@ def checks(source: str, text: str) -> list[Mutant]:
 
     for first, last in PARTS[source]:
         low = text.index("\n" + first)
-        for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, text.index("\n" + last, low)):
+        high = text.index("\n" + last, low) if last else len(text)
+        for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, high):
             at, end, before = match.start(), end_of(text, match.end() - 1), text[:match.start()]
             governed = re.search(r"\)(\s|//.*\n)*(return |ok = )?$", before)
             if governed:

@@ -307,6 +307,7 @@ static const Case cases[] = {
     { "$tied $t", 0, "=\n", NULL }, { "$tied -m tokenize", 0, "=1\n", NULL }, { "$z -m tokenize -i a", 0, "1 ", NULL },
     { "$v0 $t", 1, NULL, "run: tests/golden/llama2c_v0.bin: has no tokenizer in it" },
     { "nowhere $t", 1, NULL, "run: nowhere: " }, { "run.c $t", 1, NULL, "run: run.c: a text file" },
+    { "$v0 -z README.md $t", 1, NULL, "run: README.md: a text file, not a model; as a prompt: -f FILE" },
     { "$T/cut_v0.bin -z $z -m tokenize -i a", 1, NULL, "not copied whole" },
     { "$tied -z $z -m tokenize -i a", 1, NULL, "275 tokens, the model has 277" },
     { "$bpe -m inspect", 1, NULL, "enough for -m tokenize" }, { "$z -i a", 1, NULL, "tests/golden/tokenizer.bin: " },

@@ -304,7 +304,7 @@ static const DamageCase gguf_cases[] = {
     { H_VERSION, NULL, 0, NULL, "version 0" }, { H_VERSION, NULL, 0x03000000, NULL, "version" },
     { H_TENSORS, NULL, 0x1p63, NULL, "tensors" }, { H_TENSORS, NULL, 0x1p32, NULL, "tensors" },
     { H_TENSORS, NULL, 65537, NULL, "tensors" }, { H_KEYS, NULL, 0x1p63, NULL, "keys" },
-    { H_TENSORS, NULL, 0, NULL, "no tensors; it is enough for -m tokenize" },
+    { H_TENSORS, NULL, 0, NULL, "no tensors, only a vocabulary: enough for -m tokenize and" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
     // keys that are needed
     { K_DROP, "general.architecture", 0, NULL, "general.architecture" },
