@@ -197,8 +197,9 @@ typedef struct {
     double began;       // when the step did, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them.
-static void run_team(int threads, void (*work)(void *job, Team *team), void *job);  // chapter 9
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. Returns the seconds that threads
+// slept since others were late.
+static double run_team(int threads, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
 // The next chunk of a step's n units for this thread: of its own share, then of others' that are slower. It is a
 // multiple of `unit`, but for the last. False: all are taken.
@@ -928,6 +929,14 @@ typedef struct {
     int n, positions;   // those whose angles are there; S up to a multiple of 16
 } Rotation;
 
+// A thread whose core another program uses makes all others wait. So where one had to wait long, the next pass does with
+// a thread less; if that is faster than before, the thread rests for some passes, each time for more.
+typedef struct {
+    int n_resting, n_passes, period;  // threads; passes until one of them is tried again; as many as were last granted
+    int rows;                         // of the pass before
+    double seconds;                   // that it took with the thread that is now missing on trial; 0: no trial
+} Rest;
+
 typedef struct Experts Experts;  // what only models with experts need (chapter 10)
 
 // The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
@@ -951,6 +960,7 @@ typedef struct {
     Inputs inputs;
     Rotation angles;
     Experts *experts;        // or NULL
+    Rest rest;
     void *arena;             // all of these
     size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
 } Workspace;
@@ -1351,9 +1361,26 @@ static void logits_team(void *p, Team *team) {
     end_step(team, HEAD, m->config.n_layers);
 }
 
+// Whether a thread is to rest, after a pass of so many rows.
+static void judge_pass(Rest *r, int threads, int rows, double seconds, double slept) {
+    bool on_trial = r->seconds > 0, is_faster = rows == r->rows && seconds < r->seconds;
+    r->rows = rows;
+    r->seconds = 0;
+    if (on_trial && !is_faster) r->n_resting--;
+    if (on_trial && is_faster) r->n_passes = r->period = r->period < 64 ? 2 * r->period + 4 : 128;
+    if (on_trial) return;
+    if (slept > seconds / 8 && r->n_resting < threads - 1) r->n_resting++, r->seconds = seconds;
+    else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
+    else if (!r->n_resting && r->period) r->period--;
+}
+
 // Does a pass, or its logits. For very little work a second thread is not worth waiting for.
-static void run_pass(const Workspace *w, size_t n, void (*work)(void *job, Team *team), void *job) {
-    run_team(times(w->work, n) < 1000000 ? 1 : w->settings.threads, work, job);
+static void run_pass(Workspace *w, int rows, void (*work)(void *job, Team *team), void *job) {
+    bool is_little = times(w->work, (size_t)rows) < 1000000;
+    double start = clock_seconds();
+    double slept = run_team(is_little ? 1 : w->settings.threads - w->rest.n_resting, work, job);
+    if (work == pass_team && !is_little)
+        judge_pass(&w->rest, w->settings.threads, rows, clock_seconds() - start, slept);
 }
 
 // Takes the pass's tokens back out of their texts.
@@ -1392,7 +1419,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
     memset(w->broken, 0, (size_t)n * sizeof *w->broken);
     w->angles.n = (int)new_angles.to;
     Job job = { m, w, new_angles, 0, 0 };
-    run_pass(w, (size_t)n, pass_team, &job);
+    run_pass(w, n, pass_team, &job);
     if (check_rows(w, NULL, n, e)) return true;
     undo_rows(w, n);
     return false;
@@ -1402,7 +1429,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
 //     logits (n, logits_stride)
 static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
     Job job = { m, w, { 0, 0 }, first, n };
-    run_pass(w, (size_t)n, logits_team, &job);
+    run_pass(w, n, logits_team, &job);
     if (!check_rows(w, w->wanted + first, n, e)) return false;
     for (int i = 0; i < n; i++) {
         const float *logits = w->logits + (size_t)i * w->logits_stride;
@@ -2395,7 +2422,7 @@ typedef struct {
 typedef struct Gate {
     _Alignas(64) atomic_uint arrived;
     _Alignas(64) atomic_uint round;
-    _Alignas(64) atomic_bool slept;  // some thread has waited so long that it went to sleep
+    _Alignas(64) atomic_uint microseconds;  // that threads slept
     Seat seats[MAX_THREADS];
 } Gate;
 
@@ -2441,11 +2468,11 @@ static void note_step(Team *team, int step, double arrived) {
 }
 
 // One more look at whether others have come. They are waited for awake, since it takes less than a microsecond. But where
-// another program has got the processor of one of them, the others had better sleep than keep that program off their own.
+// another program has got the processor of one of them, the others had better sleep than keep that program off their own:
+// sleep, and not yield, after which a busy program would run for its whole slice.
+enum { EAGER = 4000 };  // looks: these take some 60 microseconds
 static void look_again(int n_looks) {
-    enum { EAGER = 2000, PATIENT = 2100 };  // the first ones take some 50 microseconds
     if (n_looks < EAGER) pause_core();
-    else if (n_looks < PATIENT) sched_yield();
     else nanosleep(&(struct timespec){ .tv_nsec = 1000 }, NULL);
 }
 
@@ -2461,7 +2488,12 @@ static void end_step(Team *team, int step, int layer) {
             atomic_store(&gate->arrived, 0);
             atomic_store(&gate->round, round + 1);
         }
-        for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX) look_again(i);
+        double start = 0;
+        for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX) {
+            if (i == EAGER) start = clock_seconds();
+            look_again(i);
+        }
+        if (start > 0) atomic_fetch_add(&gate->microseconds, (unsigned)((clock_seconds() - start) * 1e6));
     }
     team->n_steps++;
     team->n_helped = 0;
@@ -2542,7 +2574,7 @@ static int usable_threads(int threads) {
 }
 #endif
 
-static void run_team(int threads, void (*work)(void *job, Team *team), void *job) {
+static double run_team(int threads, void (*work)(void *job, Team *team), void *job) {
     static Gate gate;
     static int asked_for = 1, usable = 1;
     if (threads > asked_for) {
@@ -2551,6 +2583,7 @@ static void run_team(int threads, void (*work)(void *job, Team *team), void *job
     }
     threads = threads < usable ? threads : usable;
     for (int i = 0; i < threads; i++) gate.seats[i].taken[0] = gate.seats[i].taken[1] = 0;
+    gate.microseconds = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     take_part(omp_get_thread_num(), omp_get_num_threads(), work, job, &gate);
@@ -2566,6 +2599,7 @@ static void run_team(int threads, void (*work)(void *job, Team *team), void *job
     take_part(0, threads, work, job, &gate);
     for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i < INT_MAX) look_again(i);
 #endif
+    return gate.microseconds * 1e-6;
 }
 
 static double clock_seconds(void) {
