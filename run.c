@@ -178,10 +178,39 @@ typedef struct {
 } Buffer;
 
 // Appends n bytes (zeros where `from` is NULL).
-static bool append(Buffer *b, const void *from, size_t n, Error *e);  // chapter 9
+static bool append(Buffer *b, const void *from, size_t n, Error *e) {
+    size_t needed = plus(b->n, n);
+    if (needed > b->capacity) {
+        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
+        unsigned char *bytes = realloc(b->bytes, capacity);
+        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
+        b->bytes = bytes;
+        b->capacity = capacity;
+    }
+    if (from) memcpy(b->bytes + b->n, from, n);
+    else memset(b->bytes + b->n, 0, n);
+    b->n = needed;
+    return true;
+}
 
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
+
+// Some numbers, written "1,2,4".
+typedef struct { int n, at[16]; } List;
+
+// What the user asked for on the command line; chapter 11 fills it in.
+typedef struct {
+    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
+    const char *cache, *kernel, *pre, *svg;
+    double temperature, top_p, min_p;
+    int64_t n_predict, top_k, context, batch, reps;
+    List threads, pp, tg, depth, parallel;
+    uint64_t seed, clock_seed;
+    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
+} Options;
+
+static Options options;
 
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
@@ -197,9 +226,9 @@ typedef struct {
     double began;       // when the step did, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. Returns the seconds that threads
-// slept since others were late.
-static double run_team(int threads, void (*work)(void *job, Team *team), void *job);  // chapter 9
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows: of a pass, which is
+// compared with the next of as many; else 0.
+static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
 // The next chunk of a step's n units for this thread: of its own share, then of others' that are slower. It is a
 // multiple of `unit`, but for the last. False: all are taken.
@@ -217,10 +246,17 @@ static Range share(size_t n, const Team *team) {
 }
 
 // Seconds since some fixed moment.
-static double clock_seconds(void);  // chapter 9
+static double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
-static void show_progress(const char *what, double start, size_t done, size_t total);  // chapter 9
+static void show_progress(const char *what, double start, size_t done, size_t total) {
+    if (options.quiet || clock_seconds() - start < 0.5 || !isatty(STDERR_FILENO)) return;
+    fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
+}
 
 // Set by Ctrl-C; the loops of chapter 7 look at it between two tokens. At a chat's prompt it ends the program at once.
 static volatile sig_atomic_t interrupted, at_prompt;
@@ -378,7 +414,33 @@ typedef struct {
     const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
 } TypeInfo;
 
-static const TypeInfo types[N_TYPES];
+// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
+static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+
+// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
+// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
+static const TypeInfo types[N_TYPES] = {
+    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
+    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
+    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
+    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
+    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
+    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
+    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
+    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
+    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
+    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
+    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
+    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
+    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
+    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
+    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
+    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
+    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
+};
 
 static bool is_quantised(Type type) {
     return types[type].header > 0;
@@ -465,8 +527,18 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
+// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
+// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
+INLINE float float_of_half(uint16_t h) {
+    uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
+    return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
+}
+
 typedef void Widen(float *to, const uint16_t *from, size_t n);  // f16 to f32
-INLINE Widen widen_floats;                                      // chapter 8
+INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = float_of_half(from[i]);
+}
 
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
 // c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
@@ -645,7 +717,24 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
    those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
    token costs one pass and not the whole text again. */
 
-INLINE float exponential(float x);  // e^x, with the same bits everywhere (chapter 8)
+// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
+// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
+INLINE float exponential(float x) {
+    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float e = 0x1.6ac6b2p-10f;
+    e = fmaf(e, r, 0x1.123de0p-7f);
+    e = fmaf(e, r, 0x1.555858p-5f);
+    e = fmaf(e, r, 0x1.55548cp-3f);
+    e = fmaf(e, r, 0x1.fffffcp-2f);
+    e = fmaf(e, r, 1.0f);
+    e = fmaf(e, r, 1.0f);
+    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
+    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
+    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
+}
+
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 // About y, but never beyond the cap; what is not finite becomes no number, so that it is noticed.
 INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / cap) + (y - y); }
@@ -929,14 +1018,6 @@ typedef struct {
     int n, positions;   // those whose angles are there; S up to a multiple of 16
 } Rotation;
 
-// A thread whose core another program uses makes all others wait. So where one had to wait long, the next pass does with
-// a thread less; if that is faster than before, the thread rests for some passes, each time for more.
-typedef struct {
-    int n_resting, n_passes, period;  // threads; passes until one of them is tried again; as many as were last granted
-    int rows;                         // of the pass before
-    double seconds;                   // that it took with the thread that is now missing on trial; 0: no trial
-} Rest;
-
 typedef struct Experts Experts;  // what only models with experts need (chapter 10)
 
 // The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
@@ -960,39 +1041,9 @@ typedef struct {
     Inputs inputs;
     Rotation angles;
     Experts *experts;        // or NULL
-    Rest rest;
     void *arena;             // all of these
     size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
 } Workspace;
-
-// The factor by which a pair's angle is divided. Linear scaling turns all pairs slower alike; YaRN not those that turn
-// more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in part
-// those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the context
-// is longer than the original one (Ding et al., "LongRoPE").
-static double slow_down(const Model *m, int context, int pair) {
-    const Config *c = &m->config;
-    double scale = c->rope_scale, ramp = 1;
-    int original = c->original_context ? c->original_context : c->context;
-    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
-        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
-        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
-        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
-        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
-    }
-    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
-    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
-}
-
-// What pair i turns from a position to the next: theta^(-2i/R), the first pair fastest. A model sees how far apart two
-// tokens are by how far their rotations differ (Su et al., "RoFormer").
-static void make_turns(const Model *m, Rotation *a, int context) {
-    const Config *c = &m->config;
-    int half = c->rope_dim / 2;
-    for (int i = 0; i < half; i++) {
-        a->turns[i] = pow(c->rope_theta, -2.0 * i / c->rope_dim) / slow_down(m, context, i);
-        if (c->local_theta > 0) a->turns[half + i] = pow(c->local_theta, -2.0 * i / c->rope_dim);
-    }
-}
 
 // The angles of these positions: pair i of position p turns by p * turns[i].
 static void make_angles(const Model *m, const Rotation *a, Range positions) {
@@ -1135,86 +1186,8 @@ static float *place_scratch(Attention *a, float *at) {
     return a->totals + n;
 }
 
-// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
-static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
-    size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
-    Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.row + a.score_stride + 1 + n_pages);
-    *largest = place_scratch(&a, w->scratch + i * each);
-    return a;
-}
-
-// The positions of a page that a unit sees; none if they end before they begin.
-static Range seen_in_page(const Attention *a, size_t page) {
-    Range seen = all_seen(a);
-    if (seen.from < page * PAGE) seen.from = page * PAGE;
-    if (seen.to > page * PAGE + PAGE) seen.to = page * PAGE + PAGE;
-    return seen;
-}
-
-// The largest score of each query, from those of its pages.      max (group)
-static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
-    Range seen = all_seen(a);
-    for (int q = 0; q < a->group; q++) {
-        max[q] = -INFINITY;
-        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
-            float of_page = largest[(size_t)q * n_pages + page];
-            max[q] = of_page > max[q] ? of_page : max[q];
-        }
-    }
-}
-
-// totals[q] = the sum of weights scores[q], position p in lane p mod 16
-static void add_weights(const Attention *a) {
-    Range seen = all_seen(a);
-    for (int q = 0; q < a->group; q++) {
-        float lane[16] = { 0 };
-        const float *weights = a->scores + (size_t)q * a->score_stride;
-        for (size_t p = seen.from; p < seen.to; p += 16)
-            for (int j = 0; j < 16; j++) lane[j] += weights[p + (size_t)j];
-        a->totals[q] = fold_lanes(lane);
-    }
-}
-
-// For few tokens far down their texts, whose heads alone would leave threads idle: scores, their maximum and their
-// exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_group()'s.
-static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
-    size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads, n_columns = round_up((size_t)m->config.head_dim, 16);
-    float *largest, max[MAX_HEADS], lane[16];
-    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
-        for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
-            Range p = seen_in_page(&a, i % n_pages);
-            size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
-            if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
-            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
-                largest[q * n_pages + i % n_pages] = kernels->scale_scores(a.scores + q * a.score_stride + p.from, first,
-                                                                           p.to - p.from, a.scale, a.cap);
-        }
-    }
-    end_step(team, SCORE, l);
-    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
-        for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
-            Range p = seen_in_page(&a, i % n_pages);
-            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
-            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
-                kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
-        }
-    }
-    end_step(team, SOFTMAX, l);
-    for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
-        for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
-            Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
-            a.totals = max;  // each thread makes its own
-            add_weights(&a);
-            mix_values(&a, columns);
-            divide_sums(&a, columns);
-        }
-    }
-    end_step(team, MIX, l);
-}
+// The same bits for few tokens far down their texts, whose heads alone would leave threads idle (chapter 11).
+static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team);
 
 // attended = attention(query, cache)
 static void attend(const Model *m, Workspace *w, int l, Team *team) {
@@ -1361,26 +1334,9 @@ static void logits_team(void *p, Team *team) {
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// Whether a thread is to rest, after a pass of so many rows.
-static void judge_pass(Rest *r, int threads, int rows, double seconds, double slept) {
-    bool on_trial = r->seconds > 0, is_faster = rows == r->rows && seconds < r->seconds;
-    r->rows = rows;
-    r->seconds = 0;
-    if (on_trial && !is_faster) r->n_resting--;
-    if (on_trial && is_faster) r->n_passes = r->period = r->period < 64 ? 2 * r->period + 4 : 128;
-    if (on_trial) return;
-    if (slept > seconds / 8 && r->n_resting < threads - 1) r->n_resting++, r->seconds = seconds;
-    else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
-    else if (!r->n_resting && r->period) r->period--;
-}
-
-// Does a pass, or its logits. For very little work a second thread is not worth waiting for.
-static void run_pass(Workspace *w, int rows, void (*work)(void *job, Team *team), void *job) {
-    bool is_little = times(w->work, (size_t)rows) < 1000000;
-    double start = clock_seconds();
-    double slept = run_team(is_little ? 1 : w->settings.threads - w->rest.n_resting, work, job);
-    if (work == pass_team && !is_little)
-        judge_pass(&w->rest, w->settings.threads, rows, clock_seconds() - start, slept);
+// How many threads a pass of n rows gets: for very little work a second one is not worth waiting for.
+static int threads_for(const Workspace *w, int n) {
+    return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
 
 // Takes the pass's tokens back out of their texts.
@@ -1419,7 +1375,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
     memset(w->broken, 0, (size_t)n * sizeof *w->broken);
     w->angles.n = (int)new_angles.to;
     Job job = { m, w, new_angles, 0, 0 };
-    run_pass(w, n, pass_team, &job);
+    run_team(threads_for(w, n), n, pass_team, &job);
     if (check_rows(w, NULL, n, e)) return true;
     undo_rows(w, n);
     return false;
@@ -1429,7 +1385,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
 //     logits (n, logits_stride)
 static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
     Job job = { m, w, { 0, 0 }, first, n };
-    run_pass(w, n, logits_team, &job);
+    run_team(threads_for(w, n), 0, logits_team, &job);
     if (!check_rows(w, w->wanted + first, n, e)) return false;
     for (int i = 0; i < n; i++) {
         const float *logits = w->logits + (size_t)i * w->logits_stride;
@@ -1494,10 +1450,28 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier; the top of *n candidates
-// is moved to a place behind them (chapter 9).
-static void sink(Candidate *c, size_t i, size_t n);
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n);
+// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
+static bool is_likelier(Candidate a, Candidate b) {
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+static void sink(Candidate *c, size_t i, size_t n) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
+        if (!is_likelier(c[child], c[i])) return;
+        Candidate above = c[i];
+        c[i] = c[child];
+        c[child] = above;
+    }
+}
+
+// Moves the top of *n candidates to *to.
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+    Candidate top = heap[0];
+    heap[0] = heap[--*n];
+    sink(heap, 0, *n);
+    *to = top;
+}
 
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
 // from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
@@ -1545,26 +1519,17 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     }
 }
 
+// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
+static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
+    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
+    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
+    return s->candidates != NULL;
+}
+
 /* ==== 7. Generating and chatting ====================================================================================
    The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one,
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
    into the form that the model was trained on, and with all that was said so far kept in the cache. */
-
-// Some numbers, written "1,2,4".
-typedef struct { int n, at[16]; } List;
-
-// What the user asked for on the command line; chapter 11 fills it in.
-typedef struct {
-    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre, *svg;
-    double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, batch, reps;
-    List threads, pp, tg, depth, parallel;
-    uint64_t seed, clock_seed;
-    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
-} Options;
-
-static Options options;
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
@@ -1572,7 +1537,33 @@ typedef struct {
     size_t n_held;
 } Printer;
 
-static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 9
+// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
+static void disarm(char *s, size_t n, const char *kept) {
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t c;
+        int found = read_character(s + i, n - i, &c);
+        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
+        length = found > 0 ? (size_t)found : 1;
+        if (!harmless) memset(s + i, '?', length);
+    }
+}
+
+// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+static void put_held(Printer *p, size_t n) {
+    static int is_terminal = -1;  // the system is asked once
+    if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
+    if (is_terminal) disarm(p->held, n, "\n\t");
+    fwrite(p->held, 1, n, stdout);
+    p->n_held -= n;
+    memmove(p->held, p->held + n, p->n_held);
+}
+
+static void print_bytes(Printer *p, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
+        put_held(p, whole_characters(p->held, p->n_held));
+    }
+}
 
 // Prints what a token adds to the text after the token before it.
 static void print_token(const Model *m, Printer *p, int before, int token) {
@@ -1581,7 +1572,11 @@ static void print_token(const Model *m, Printer *p, int before, int token) {
     print_bytes(p, bytes, n);
 }
 
-static void end_printing(Printer *p);  // also what is held, which was never completed, since nothing is to be lost
+// Prints what is held too, even an incomplete character.
+static void end_printing(Printer *p) {
+    put_held(p, p->n_held);
+    fflush(stdout);
+}
 
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
@@ -1666,122 +1661,9 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
 }
 
-// The form that a family of models was trained to chat in: what is put round a text of the system, the user, the model.
-typedef struct ChatTemplate ChatTemplate;  // chapter 9
-
-enum { MAX_SPANS = 8 };
-static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e);  // chapter 9, with the table
-
-// What the model is to read before it answers, at most MAX_SPANS pieces of text; returns their number.
-static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
-                       Span *spans);
-
-// From stdin, without its end; false at the end of input, which is no failure, after Ctrl-C, or where reading failed.
-static bool read_line(Buffer *line, Error *e);
-
-// One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
-// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
-static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
-                   const char *message, size_t n_message, Speed *speed, Error *e) {
-    Span spans[MAX_SPANS];
-    size_t n_unread = unread->n;
-    int n_before = s->n, n_spans = render_turn(t, s->n == 0, options.system, message, n_message, spans);
-    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
-    Stop why = AT_INTERRUPT;
-    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
-    unread->n = ok ? 0 : n_unread;
-    ok = ok && generate(m, w, &c, &why, speed, e);
-    if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
-    if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
-        rewind_sequence(s, n_before);
-        e->status = DONE;
-        ok = true;
-    }
-    if (ok) putchar('\n');
-    fflush(stdout);
-    if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
-    if (ok && why == AT_INTERRUPT) interrupted = 0;
-    return ok;
-}
-
-// Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
-static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
-    const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if (!t) return false;
-    tell_seed(sampler);
-    Buffer line = { 0 };
-    Tokens unread = { 0 };
-    Speed speed = { 0 };
-    bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
-    const char *message = options.prompt;
-    for (; ok && !ferror(stdout) && (message || read_line(&line, e)); message = NULL) {
-        size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, w, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
-    }
-    free(line.bytes);
-    free(unread.ids);
-    ok = ok && e->status == DONE;
-    if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
-    return ok;
-}
-
 /* ==== 8. Number formats, and packing them into tiles ================================================================
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
    a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
-
-// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
-static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
-static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
-
-// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
-// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
-static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
-    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
-    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
-    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
-    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
-    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
-    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
-    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
-    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
-    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
-    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
-    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
-    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
-    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
-    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
-    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
-    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
-    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
-    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
-};
-
-// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
-// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
-INLINE float exponential(float x) {
-    float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
-    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
-    r = fmaf(n, -0x1.7f7d1cp-20f, r);
-    float e = 0x1.6ac6b2p-10f;
-    e = fmaf(e, r, 0x1.123de0p-7f);
-    e = fmaf(e, r, 0x1.555858p-5f);
-    e = fmaf(e, r, 0x1.55548cp-3f);
-    e = fmaf(e, r, 0x1.fffffcp-2f);
-    e = fmaf(e, r, 1.0f);
-    e = fmaf(e, r, 1.0f);
-    uint32_t bits = bits_of_float(e * float_of_bits((bits_of_float(rounded) + 127) << 23));
-    uint32_t low = -(uint32_t)(x < -87.0f), high = -(uint32_t)(x > 88.0f);  // masks: gcc vectorises them, but not ?:
-    return float_of_bits((bits & ~low & ~high) | (high & 0x7f800000));
-}
-
-// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
-// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
-INLINE float float_of_half(uint16_t h) {
-    uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
-    uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
-    return float_of_bits(sign | (body >= 0x0f800000 ? body | 0x7f800000 : finite));
-}
 
 // To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit
 // is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
@@ -1793,10 +1675,6 @@ INLINE uint16_t half_of_float(float x) {
     half = body >= 0x477ff000 ? 0x7c00 : half;  // 65520 and more
     half = body > 0x7f800000 ? 0x7e00 : half;   // NaN
     return (uint16_t)(sign | half);
-}
-
-INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
-    for (size_t i = 0; i < n; i++) to[i] = float_of_half(from[i]);
 }
 
 INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
@@ -2211,12 +2089,8 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
     return row;
 }
 
-/* ==== 9. Opening a checkpoint =======================================================================================
-   Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
-   list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
-   counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
-   tensors the model must or may have (Slot). Then one function, bind_model(), demands each of them once, with its shape
-   and an allowed type, inside the file, overlapping no other. Only there do bytes of the file become a Tensor. */
+/* ==== 9. The machine ================================================================================================
+   What is asked of the operating system: files in memory, processors, and threads that work as a team. */
 
 // ---- The operating system ----
 
@@ -2262,47 +2136,6 @@ static bool map_file(const char *path, Map *map, Error *e) {
     if (p == MAP_FAILED) return false;
     *map = (Map){ p, (size_t)info.st_size, path };
     use_large_pages(p, map->n_bytes);
-    return true;
-}
-
-// Says in which part of a split GGUF something went wrong.
-static bool in_part(size_t part, Error *e) {
-    Error told = *e;
-    return fail(e, told.status, "part %zu: %.300s", part, told.text);
-}
-
-// Maps a file or, of a split GGUF (NAME-00001-of-00003.gguf), all parts, whichever of them is named.
-static bool map_parts(const char *path, Model *m, Error *e) {
-    size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
-    unsigned part = 0, parts = 0;
-    char again[32];
-    sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
-    snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
-    if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
-    char *name = allocate(n + 1, 1, e);
-    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
-    for (part = 1; ok && part <= parts; part++) {
-        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
-        Map *map = part == 1 ? &m->file : &m->parts[part - 2];
-        ok = map_file(name, map, e) || in_part(part, e);
-        if (ok) m->n_parts = part - 1, map->path = path;
-    }
-    free(name);
-    return ok;
-}
-
-static bool append(Buffer *b, const void *from, size_t n, Error *e) {
-    size_t needed = plus(b->n, n);
-    if (needed > b->capacity) {
-        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
-        unsigned char *bytes = realloc(b->bytes, capacity);
-        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
-        b->bytes = bytes;
-        b->capacity = capacity;
-    }
-    if (from) memcpy(b->bytes + b->n, from, n);
-    else memset(b->bytes + b->n, 0, n);
-    b->n = needed;
     return true;
 }
 
@@ -2574,16 +2407,40 @@ static int usable_threads(int threads) {
 }
 #endif
 
-static double run_team(int threads, void (*work)(void *job, Team *team), void *job) {
+// A thread whose core another program uses makes all others wait. So where they had to sleep, the next pass does with a
+// thread less; if that is faster than before, the thread rests for some passes, each time for more.
+typedef struct {
+    int threads, rows;                // of the pass before
+    int n_resting, n_passes, period;  // threads; passes until one of them is tried again; as many as were last granted
+    double seconds;                   // what a pass took with the thread that is now missing on trial; 0: no trial
+} Rest;
+
+static void judge_pass(Rest *r, int rows, double seconds, double slept) {
+    bool on_trial = r->seconds > 0, is_faster = rows == r->rows && seconds < r->seconds;
+    r->rows = rows;
+    r->seconds = 0;
+    if (on_trial && !is_faster) r->n_resting--;
+    if (on_trial && is_faster) r->n_passes = r->period = r->period < 64 ? 2 * r->period + 4 : 128;
+    if (on_trial) return;
+    if (slept > seconds / 8 && r->n_resting < r->threads - 1) r->n_resting++, r->seconds = seconds;
+    else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
+    else if (!r->n_resting && r->period) r->period--;
+}
+
+static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {
     static Gate gate;
+    static Rest rest;
     static int asked_for = 1, usable = 1;
     if (threads > asked_for) {
         usable = usable_threads(asked_for = threads);
         if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
     }
-    threads = threads < usable ? threads : usable;
+    if (threads > usable) threads = usable;
+    if (rows && threads != rest.threads) rest = (Rest){ .threads = threads };
+    if (threads == rest.threads) threads -= rest.n_resting;
     for (int i = 0; i < threads; i++) gate.seats[i].taken[0] = gate.seats[i].taken[1] = 0;
     gate.microseconds = 0;
+    double start = clock_seconds();
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     take_part(omp_get_thread_num(), omp_get_num_threads(), work, job, &gate);
@@ -2599,18 +2456,7 @@ static double run_team(int threads, void (*work)(void *job, Team *team), void *j
     take_part(0, threads, work, job, &gate);
     for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i < INT_MAX) look_again(i);
 #endif
-    return gate.microseconds * 1e-6;
-}
-
-static double clock_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void show_progress(const char *what, double start, size_t done, size_t total) {
-    if (options.quiet || clock_seconds() - start < 0.5 || !isatty(STDERR_FILENO)) return;
-    fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
+    if (rows) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
 }
 
 // Sets a signal's handler, unless whoever started us wants the signal ignored.
@@ -2619,84 +2465,37 @@ static void heed(int number, const struct sigaction *action) {
     if (sigaction(number, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(number, action, NULL);
 }
 
-// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
-static void disarm(char *s, size_t n, const char *kept) {
-    for (size_t i = 0, length; i < n; i += length) {
-        uint32_t c;
-        int found = read_character(s + i, n - i, &c);
-        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
-        length = found > 0 ? (size_t)found : 1;
-        if (!harmless) memset(s + i, '?', length);
+/* ==== 10. Opening a checkpoint =====================================================================================
+   Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
+   list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
+   counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
+   tensors the model must or may have (Slot). Then one function, bind_model(), demands each of them once, with its shape
+   and an allowed type, inside the file, overlapping no other. Only there do bytes of the file become a Tensor. */
+
+// Says in which part of a split GGUF something went wrong.
+static bool in_part(size_t part, Error *e) {
+    Error told = *e;
+    return fail(e, told.status, "part %zu: %.300s", part, told.text);
+}
+
+// Maps a file or, of a split GGUF (NAME-00001-of-00003.gguf), all parts, whichever of them is named.
+static bool map_parts(const char *path, Model *m, Error *e) {
+    size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
+    unsigned part = 0, parts = 0;
+    char again[32];
+    sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
+    snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
+    if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
+    char *name = allocate(n + 1, 1, e);
+    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
+    for (part = 1; ok && part <= parts; part++) {
+        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
+        Map *map = part == 1 ? &m->file : &m->parts[part - 2];
+        ok = map_file(name, map, e) || in_part(part, e);
+        if (ok) m->n_parts = part - 1, map->path = path;
     }
-}
-
-// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
-static void put_held(Printer *p, size_t n) {
-    static int is_terminal = -1;  // the system is asked once
-    if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal) disarm(p->held, n, "\n\t");
-    fwrite(p->held, 1, n, stdout);
-    p->n_held -= n;
-    memmove(p->held, p->held + n, p->n_held);
-}
-
-static void print_bytes(Printer *p, const char *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        p->held[p->n_held++] = bytes[i];
-        put_held(p, whole_characters(p->held, p->n_held));
-    }
-}
-
-static void end_printing(Printer *p) {
-    put_held(p, p->n_held);
-    fflush(stdout);
-}
-
-static bool read_line(Buffer *line, Error *e) {
-    char *text = (char *)line->bytes;
-    if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
-    at_prompt = 1;
-    ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
-    at_prompt = 0;
-    line->bytes = (unsigned char *)text;
-    if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
-    if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
-        return fail(e, io_status(), "reading failed: %s", strerror(errno));
-    if (n < 0 && isatty(STDIN_FILENO)) fputc('\n', stderr);
-    if (n < 0) return false;
-    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
-    line->n = (size_t)n;
-    return true;
-}
-
-// ---- For the sampler ----
-
-// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
-static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
-    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
-    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
-    return s->candidates != NULL;
-}
-
-static bool is_likelier(Candidate a, Candidate b) {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
-}
-
-static void sink(Candidate *c, size_t i, size_t n) {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
-        if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
-    }
-}
-
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
+    free(name);
+    return ok;
 }
 
 // ---- What a model consists of ----
@@ -3099,7 +2898,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         use_large_pages(m->packed, m->packed_bytes);
-        run_team(threads, pack_team, &job);
+        run_team(threads, 0, pack_team, &job);
     }
     unsigned char *to = m->packed;
     for (Slot *slot = m->slots; to && slot < m->slots + m->n_slots; slot++) {
@@ -3881,132 +3680,8 @@ static void close_model(Model *m) {
     *m = (Model){ 0 };
 }
 
-// ---- Chat templates ----
-
-// In system, user and answer, @ stands for the text; what is round it are the template's own words.
-struct ChatTemplate {
-    const char *name;
-    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;        // where the user says nothing; NULL: then there is no system text
-    const char *system;                // NULL: this form knows no system text
-    const char *user, *answer;
-    bool trims;                        // white space round the texts is dropped
-    bool system_in_user;               // the system text stands in the first user text, at its beginning
-};
-
-// The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
-// form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
-// published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
-#define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
-               "<|im_start|>assistant\n@<|im_end|>\n", false, false
-#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
-                      "<|start_header_id|>user<|end_header_id|>\n\n@<|eot_id|>", \
-                      "<|start_header_id|>assistant<|end_header_id|>\n\n@<|eot_id|>", true, false
-static const ChatTemplate chat_templates[] = {
-    { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
-      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
-    { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
-      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", CHATML },
-    { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
-      "You are a helpful assistant.", CHATML },
-    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" },
-      "You are a helpful assistant", CHATML },
-    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, CHATML },
-    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" },
-      NULL, CHATML },
-    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" },
-      "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
-    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
-    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
-      NULL, "<<SYS>>\n@\n<</SYS>>\n\n", "[INST] @ [/INST]", "@ </s><s>", true, true },
-    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
-      NULL, "[SYSTEM_PROMPT] @[/SYSTEM_PROMPT]", "[INST] @[/INST]", "@</s>", false, false },
-    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
-      NULL, "[SYSTEM_PROMPT]@[/SYSTEM_PROMPT]", "[INST]@[/INST]", "@</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "@\n\n", "[INST]@[/INST]", "@</s>", false, true },
-    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
-      NULL, "@\n\n", "[INST] @[/INST]", "@</s>", false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "@\n\n", " [INST] @ [/INST]", "@</s>", false, true },
-    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
-      NULL, NULL, "[INST] @ [/INST]", "@</s>", false, false },
-    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
-      NULL, "<|system|>\n@<|end|>\n", "<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", false, false },
-    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
-      NULL, "<|system|>\n@</s>\n", "<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", false, false },
-    { "vicuna", { "USER: ", "A chat between a curious user" },
-      "A chat between a curious user and an artificial intelligence assistant. "
-      "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-      "@ ", "USER: @ ", "ASSISTANT:@</s>", false, false },
-    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
-      NULL, "@\n\n", "USER: @\n", "ASSISTANT:@</s>\n", false, false },
-    { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
-      "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
-      "@\n\n", "### Instruction:\n@\n\n", "### Response:\n@</s>\n\n", false, false },
-    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
-      NULL, "@", "<｜User｜>@", "<｜Assistant｜><think>\n@<｜end▁of▁sentence｜>", false, false },
-    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
-      NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
-    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
-      NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
-    { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
-      "<start_of_turn>model\n@<end_of_turn>\n", true, true },
-};
-enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
-enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
-
-// The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
-static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
-    char names[320] = "";
-    for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
-        const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : m->chat_template.n && m->chat_template.n <= MAX_TEMPLATE;
-        for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
-            bool absent = t->signs[j][0] == '!';
-            const char *sign = t->signs[j] + absent;
-            fits = (memmem(m->chat_template.at, m->chat_template.n, sign, strlen(sign)) != NULL) != absent;
-        }
-        if (fits) return t;
-        size_t n = strlen(names);
-        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
-    }
-    if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
-    else fail(e, MISUSE, "the checkpoint's chat template is not known; choose with --template: %s", names);
-    return NULL;
-}
-
-static Span trimmed(const char *text, size_t n, bool start, bool end) {
-    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
-    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
-    return (Span){ text, n, false };
-}
-
-// The template's own words before the text, and after it. Only in these special tokens are read as such.
-static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
-
-static Span closing(const char *form) {
-    const char *words = strchr(form, '@') + 1;
-    return (Span){ words, strlen(words), true };
-}
-
-// What the model is to read before it answers: the end of its last answer or the system text, and the message.
-static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
-                       Span *spans) {
-    int i = 0;
-    bool inside = t->system_in_user, trims_system = t->trims && !inside;
-    system = !first || !t->system ? NULL : system ? system : t->default_system;
-    if (!first) spans[i++] = closing(t->answer);
-    if (inside) spans[i++] = opening(t->user);
-    if (system) {
-        spans[i++] = opening(t->system);
-        spans[i++] = trimmed(system, strlen(system), trims_system, trims_system);
-        spans[i++] = closing(t->system);
-    }
-    if (!inside) spans[i++] = opening(t->user);
-    spans[i++] = trimmed(message, n, t->trims && !(system && inside), t->trims);
-    spans[i++] = closing(t->user);
-    spans[i++] = opening(t->answer);
-    return i;
-}
+/* ==== 11. Experts, long texts, memory ===============================================================================
+   What only some passes need, and the memory of all. */
 
 // ---- Experts ----
 
@@ -4096,6 +3771,120 @@ static void experts_block(const Model *m, Workspace *w, int l, Team *team) {
         if (!layer->ffn_post_norm) add_out(m, w, (Range){ 0, (size_t)w->n }, rows);
     }
     end_block(m, w, layer->ffn_post_norm, DOWN, l, team);
+}
+
+// ---- One token far down a text ----
+
+// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
+static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
+    size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
+    Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
+    size_t each = (size_t)a.n_queries * (2 * a.row + a.score_stride + 1 + n_pages);
+    *largest = place_scratch(&a, w->scratch + i * each);
+    return a;
+}
+
+// The positions of a page that a unit sees; none if they end before they begin.
+static Range seen_in_page(const Attention *a, size_t page) {
+    Range seen = all_seen(a);
+    if (seen.from < page * PAGE) seen.from = page * PAGE;
+    if (seen.to > page * PAGE + PAGE) seen.to = page * PAGE + PAGE;
+    return seen;
+}
+
+// The largest score of each query, from those of its pages.      max (group)
+static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
+    Range seen = all_seen(a);
+    for (int q = 0; q < a->group; q++) {
+        max[q] = -INFINITY;
+        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
+            float of_page = largest[(size_t)q * n_pages + page];
+            max[q] = of_page > max[q] ? of_page : max[q];
+        }
+    }
+}
+
+// totals[q] = the sum of weights scores[q], position p in lane p mod 16
+static void add_weights(const Attention *a) {
+    Range seen = all_seen(a);
+    for (int q = 0; q < a->group; q++) {
+        float lane[16] = { 0 };
+        const float *weights = a->scores + (size_t)q * a->score_stride;
+        for (size_t p = seen.from; p < seen.to; p += 16)
+            for (int j = 0; j < 16; j++) lane[j] += weights[p + (size_t)j];
+        a->totals[q] = fold_lanes(lane);
+    }
+}
+
+// For few tokens far down their texts, whose heads alone would leave threads idle: scores, their maximum and their
+// exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_group()'s.
+static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
+    size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads, n_columns = round_up((size_t)m->config.head_dim, 16);
+    float *largest, max[MAX_HEADS], lane[16];
+    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Range p = seen_in_page(&a, i % n_pages);
+            size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
+            if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
+            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
+                largest[q * n_pages + i % n_pages] = kernels->scale_scores(a.scores + q * a.score_stride + p.from, first,
+                                                                           p.to - p.from, a.scale, a.cap);
+        }
+    }
+    end_step(team, SCORE, l);
+    for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Range p = seen_in_page(&a, i % n_pages);
+            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
+            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
+                kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
+        }
+    }
+    end_step(team, SOFTMAX, l);
+    for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
+            Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
+            a.totals = max;  // each thread makes its own
+            add_weights(&a);
+            mix_values(&a, columns);
+            divide_sums(&a, columns);
+        }
+    }
+    end_step(team, MIX, l);
+}
+
+// ---- Rotations that are scaled ----
+
+// The factor by which a pair's angle is divided. Linear scaling turns all pairs slower alike; YaRN not those that turn
+// more than yarn_fast times in the original context, wholly those that turn less than yarn_slow times, and in part
+// those between (Peng et al., "YaRN"). LLaMA 3.1 has a factor for each pair; LongRoPE too, and others where the context
+// is longer than the original one (Ding et al., "LongRoPE").
+static double slow_down(const Model *m, int context, int pair) {
+    const Config *c = &m->config;
+    double scale = c->rope_scale, ramp = 1;
+    int original = c->original_context ? c->original_context : c->context;
+    if (c->yarn_fast > 0) {  // pair i turns n times where i = R ln(original / (2 pi n)) / (2 ln theta)
+        double pairs = c->rope_dim / (2 * log(c->rope_theta)), once = pairs * log(original / (2 * M_PI));
+        double first = fmax(floor(once - pairs * log(c->yarn_fast)), 0);
+        double last = fmin(ceil(once - pairs * log(c->yarn_slow)), c->rope_dim - 1);
+        ramp = fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1);
+    }
+    const float *own = m->rope_factors ? m->rope_factors : context > original ? m->long_factors : m->short_factors;
+    return scale / (ramp + (1 - ramp) * scale) * (own ? (double)own[pair] : 1);
+}
+
+// What pair i turns from a position to the next: theta^(-2i/R), the first pair fastest. A model sees how far apart two
+// tokens are by how far their rotations differ (Su et al., "RoFormer").
+static void make_turns(const Model *m, Rotation *a, int context) {
+    const Config *c = &m->config;
+    int half = c->rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        a->turns[i] = pow(c->rope_theta, -2.0 * i / c->rope_dim) / slow_down(m, context, i);
+        if (c->local_theta > 0) a->turns[half + i] = pow(c->local_theta, -2.0 * i / c->rope_dim);
+    }
 }
 
 // ---- The memory to run it in ----
@@ -4220,7 +4009,201 @@ static Sequence new_sequence(Cache *c, int i) {
 }
 
 
-/* ==== 10. Measuring =================================================================================================
+/* ==== 12. Chatting ==================================================================================================
+   The loop of chapter 7 with the words of both sides put into the form that the model was trained on, and with all that
+   was said so far kept in the cache. */
+
+// In system, user and answer, @ stands for the text; what is round it are the template's own words.
+typedef struct {
+    const char *name;
+    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
+    const char *default_system;        // where the user says nothing; NULL: then there is no system text
+    const char *system;                // NULL: this form knows no system text
+    const char *user, *answer;
+    bool trims;                        // white space round the texts is dropped
+    bool system_in_user;               // the system text stands in the first user text, at its beginning
+} ChatTemplate;
+
+// The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
+// form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
+// published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+#define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
+               "<|im_start|>assistant\n@<|im_end|>\n", false, false
+#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
+                      "<|start_header_id|>user<|end_header_id|>\n\n@<|eot_id|>", \
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n@<|eot_id|>", true, false
+static const ChatTemplate chat_templates[] = {
+    { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
+      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
+    { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
+      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", CHATML },
+    { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
+      "You are a helpful assistant.", CHATML },
+    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" },
+      "You are a helpful assistant", CHATML },
+    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, CHATML },
+    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" },
+      NULL, CHATML },
+    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" },
+      "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
+    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
+    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
+      NULL, "<<SYS>>\n@\n<</SYS>>\n\n", "[INST] @ [/INST]", "@ </s><s>", true, true },
+    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
+      NULL, "[SYSTEM_PROMPT] @[/SYSTEM_PROMPT]", "[INST] @[/INST]", "@</s>", false, false },
+    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
+      NULL, "[SYSTEM_PROMPT]@[/SYSTEM_PROMPT]", "[INST]@[/INST]", "@</s>", false, false },
+    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "@\n\n", "[INST]@[/INST]", "@</s>", false, true },
+    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
+      NULL, "@\n\n", "[INST] @[/INST]", "@</s>", false, true },
+    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "@\n\n", " [INST] @ [/INST]", "@</s>", false, true },
+    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
+      NULL, NULL, "[INST] @ [/INST]", "@</s>", false, false },
+    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
+      NULL, "<|system|>\n@<|end|>\n", "<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", false, false },
+    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
+      NULL, "<|system|>\n@</s>\n", "<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", false, false },
+    { "vicuna", { "USER: ", "A chat between a curious user" },
+      "A chat between a curious user and an artificial intelligence assistant. "
+      "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+      "@ ", "USER: @ ", "ASSISTANT:@</s>", false, false },
+    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
+      NULL, "@\n\n", "USER: @\n", "ASSISTANT:@</s>\n", false, false },
+    { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
+      "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
+      "@\n\n", "### Instruction:\n@\n\n", "### Response:\n@</s>\n\n", false, false },
+    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜><think>\n@<｜end▁of▁sentence｜>", false, false },
+    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
+      NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
+    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
+      NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
+    { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
+      "<start_of_turn>model\n@<end_of_turn>\n", true, true },
+};
+enum { MAX_SPANS = 8 };  // of what the model is to read before it answers
+enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
+enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
+
+// The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
+static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
+    char names[320] = "";
+    for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
+        const ChatTemplate *t = &chat_templates[i];
+        bool fits = name ? !strcmp(name, t->name) : m->chat_template.n && m->chat_template.n <= MAX_TEMPLATE;
+        for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
+            bool absent = t->signs[j][0] == '!';
+            const char *sign = t->signs[j] + absent;
+            fits = (memmem(m->chat_template.at, m->chat_template.n, sign, strlen(sign)) != NULL) != absent;
+        }
+        if (fits) return t;
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
+    }
+    if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
+    else fail(e, MISUSE, "the checkpoint's chat template is not known; choose with --template: %s", names);
+    return NULL;
+}
+
+static Span trimmed(const char *text, size_t n, bool start, bool end) {
+    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
+    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
+    return (Span){ text, n, false };
+}
+
+// The template's own words before the text, and after it. Only in these special tokens are read as such.
+static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
+
+static Span closing(const char *form) {
+    const char *words = strchr(form, '@') + 1;
+    return (Span){ words, strlen(words), true };
+}
+
+// What the model is to read before it answers: the end of its last answer or the system text, and the message.
+static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
+                       Span *spans) {
+    int i = 0;
+    bool inside = t->system_in_user, trims_system = t->trims && !inside;
+    system = !first || !t->system ? NULL : system ? system : t->default_system;
+    if (!first) spans[i++] = closing(t->answer);
+    if (inside) spans[i++] = opening(t->user);
+    if (system) {
+        spans[i++] = opening(t->system);
+        spans[i++] = trimmed(system, strlen(system), trims_system, trims_system);
+        spans[i++] = closing(t->system);
+    }
+    if (!inside) spans[i++] = opening(t->user);
+    spans[i++] = trimmed(message, n, t->trims && !(system && inside), t->trims);
+    spans[i++] = closing(t->user);
+    spans[i++] = opening(t->answer);
+    return i;
+}
+
+// From stdin, without its end; false at the end of input, which is no failure, after Ctrl-C, or where reading failed.
+static bool read_line(Buffer *line, Error *e) {
+    char *text = (char *)line->bytes;
+    if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+    at_prompt = 1;
+    ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
+    at_prompt = 0;
+    line->bytes = (unsigned char *)text;
+    if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
+    if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
+        return fail(e, io_status(), "reading failed: %s", strerror(errno));
+    if (n < 0 && isatty(STDIN_FILENO)) fputc('\n', stderr);
+    if (n < 0) return false;
+    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
+    line->n = (size_t)n;
+    return true;
+}
+
+// One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
+// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
+static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
+                   const char *message, size_t n_message, Speed *speed, Error *e) {
+    Span spans[MAX_SPANS];
+    size_t n_unread = unread->n;
+    int n_before = s->n, n_spans = render_turn(t, s->n == 0, options.system, message, n_message, spans);
+    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
+    Stop why = AT_INTERRUPT;
+    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
+    unread->n = ok ? 0 : n_unread;
+    ok = ok && generate(m, w, &c, &why, speed, e);
+    if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
+    if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
+        rewind_sequence(s, n_before);
+        e->status = DONE;
+        ok = true;
+    }
+    if (ok) putchar('\n');
+    fflush(stdout);
+    if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    if (ok && why == AT_INTERRUPT) interrupted = 0;
+    return ok;
+}
+
+// Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
+static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
+    const ChatTemplate *t = choose_template(m, options.template_name, e);
+    if (!t) return false;
+    tell_seed(sampler);
+    Buffer line = { 0 };
+    Tokens unread = { 0 };
+    Speed speed = { 0 };
+    bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
+    const char *message = options.prompt;
+    for (; ok && !ferror(stdout) && (message || read_line(&line, e)); message = NULL) {
+        size_t n = message ? strlen(message) : line.n;
+        ok = answer(m, w, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
+    }
+    free(line.bytes);
+    free(unread.ids);
+    ok = ok && e->status == DONE;
+    if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
+    return ok;
+}
+
+/* ==== 13. Measuring =================================================================================================
    What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
 
 // Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
@@ -4454,7 +4437,7 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
     for (int i = 0; i < 7; i++) {
         double start = clock_seconds();
-        run_team(threads, work_at_ceiling, &job);
+        run_team(threads, 0, work_at_ceiling, &job);
         double seconds = clock_seconds() - start;
         best = fmax(best, each * (double)job.n / seconds * 1e-9);
         if (!memory && seconds < 0.02) job.n *= 2, i = 0;
@@ -4797,7 +4780,7 @@ static void multiply_team(void *p, Team *team) {
 }
 
 static bool run_products(Bench *b, const Measured *r, Error *e) {
-    run_team(r->threads, multiply_team, b);
+    run_team(r->threads, 0, multiply_team, b);
     return !interrupted || fail(e, INTERRUPTED, "interrupted");
 }
 
@@ -5248,7 +5231,7 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
-/* ==== 11. main ======================================================================================================
+/* ==== 14. main ======================================================================================================
    One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
 
 typedef enum { TEXT, WHOLE, SEED, REAL, LIST, FLAG } OptionType;
