@@ -7,15 +7,17 @@
    (2), what a model consists of (3), the one operation that takes nearly all the time (4), the forward pass that turns
    tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it
    all (7). It is complete: read it from top to bottom and you know how such a model works. Part II is the machinery
-   that Part I stands on: number formats (8), the files that models come in (9), measuring (10), the command line (11).
+   that Part I stands on; the appendix has the innermost loops again, for instruction sets that are fast at them.
 
      1  The ground floor                      Part II
      2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
-     3  The model                               9  Opening a checkpoint
-     4  Matrix multiplication                  10  Measuring
-     5  The forward pass                       11  main
-     6  Choosing a token                      Appendix
-     7  Generating and chatting                A  Kernels
+     3  The model                               9  The machine: files, processors, threads
+     4  Matrix multiplication                  10  Opening a checkpoint
+     5  The forward pass                       11  Experts, long texts, memory
+     6  Choosing a token                       12  Writing, chatting
+     7  Generating                             13  Measuring
+                                                A  Kernels
+                                               14  main
 
    THE LETTERS.  Shapes stand beside every pointer, outermost dimension first, in these letters (SmolLM2-135M's in
    brackets):
@@ -196,22 +198,6 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
 // A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
-// Some numbers, written "1,2,4".
-typedef struct { int n, at[16]; } List;
-
-// What the user asked for on the command line; chapter 11 fills it in.
-typedef struct {
-    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre, *svg;
-    double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, batch, reps;
-    List threads, pp, tg, depth, parallel;
-    uint64_t seed, clock_seed;
-    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
-} Options;
-
-static Options options;
-
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
@@ -250,12 +236,6 @@ static double clock_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
-static void show_progress(const char *what, double start, size_t done, size_t total) {
-    if (options.quiet || clock_seconds() - start < 0.5 || !isatty(STDERR_FILENO)) return;
-    fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
 }
 
 // Set by Ctrl-C; the loops of chapter 7 look at it between two tokens. At a chat's prompt it ends the program at once.
@@ -340,7 +320,7 @@ typedef struct {
     Text chat_template;         // the checkpoint's own, as text that is compared and never run; empty if there is none
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
-    struct Slot *slots; struct Source *sources;  // each tensor that it has or may have; what its file has (chapter 9)
+    struct Slot *slots; struct Source *sources;  // each tensor that it has or may have; what its file has (chapter 10)
     Map file, tokenizer_file, *parts;  // what the pointers above point into, if the file's layout is ours ...
     unsigned char *packed;     // ... or else this block, made from the file when it was opened
     Buffer packed_vocabulary;  // likewise for the tokenizer's section
@@ -358,17 +338,6 @@ typedef enum {
     FINAL_NORM, HEAD,
     N_STEPS
 } Step;
-static const char *const step_names[N_STEPS] = {
-    [EMBED] = "embed", [ATTENTION_NORM] = "attention norm", [QUERY_KEY_VALUE] = "query, key, value",
-    [WIDE_HEAD_NORM] = "norm of all heads", [ROTATE] = "rotate, cache", [ATTEND] = "attention",
-    [SCORE] = "attention: scores",
-    [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix", [ROUND_ATTENDED] = "round attended",
-    [ATTENTION_OUT] = "attention out", [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm",
-    [ROUTER] = "router", [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors",
-    [ROUND_VISITORS] = "round visitors", [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down",
-    [FFN_POST_NORM] = "ffn post norm", [FINAL_NORM] = "final norm", [HEAD] = "logits",
-};
-
 // How models are run, as the user has asked for it.
 typedef struct {
     int threads;
@@ -414,33 +383,7 @@ typedef struct {
     const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
 } TypeInfo;
 
-// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
-static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
-static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
-
-// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
-// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
-static const TypeInfo types[N_TYPES] = {
-    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
-    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
-    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
-    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
-    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
-    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
-    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
-    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
-    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
-    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
-    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
-    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
-    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
-    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
-    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
-    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
-    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
-    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
-    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
-};
+static const TypeInfo types[N_TYPES];  // chapter 8
 
 static bool is_quantised(Type type) {
     return types[type].header > 0;
@@ -492,41 +435,6 @@ typedef struct {
     size_t expert;         // with this one's matrix, or 0
 } Activations;
 
-// (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
-#define ROUNDER 0x1.8p23f
-
-// q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
-// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
-// the scale NaN, and the check of the layer will find what comes of it.
-INLINE void round_block(Block *b, const float *x) {
-    int32_t max = 0, q[32], sum[3] = { 0 };
-    for (int i = 0; i < 32; i++) {
-        int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
-        max = size > max ? size : max;
-    }
-    float largest = float_of_bits((uint32_t)max);
-    bool finite = max < 0x7f800000, tiny = largest < 0x1p-100f;
-    float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < 32; i++)  // the low 22 bits of the sum are the whole number
-        q[i] = (int32_t)(bits_of_float((finite ? x[i] * inverse : 0.0f) + ROUNDER) << 10) >> 10;
-    for (int i = 0; i < 32; i++) b->q[i] = (int8_t)q[i];
-    for (int i = 0; i < 16; i++) sum[1] += q[i];
-    for (int i = 16; i < 32; i++) sum[2] += q[i];
-    sum[0] = sum[1] + sum[2];
-    b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
-    for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
-    for (int i = 0; i < 2; i++) b->minus_32_sum[i] = -32 * sum[i + 1];
-    b->minus_128_sum = -128 * sum[0];
-    b->minus_8_sum = -8 * sum[0];
-}
-
-// Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
-INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens) {
-    for (size_t t = tokens.from; t < tokens.to; t++) {
-        for (size_t c = 0; c < cols; c += 32) round_block(&blocks[c / 32 * n + t], x + t * stride + c);
-    }
-}
-
 // f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
 // multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
 INLINE float float_of_half(uint16_t h) {
@@ -561,47 +469,6 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
     }
 }
 
-// 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
-// number; the second scale and minimum are those of the last 16 columns, if they have their own.
-typedef struct {
-    float w[32][16], scale[2][16], min[2][16];
-} UnpackedBlock;
-
-INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block);
-
-// sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
-// for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
-// The dot products are whole numbers below 32 * 128 * 128 = 2^19: exact in float, in whatever order they are added.
-INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
-    enum { TOGETHER = 4 };
-    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
-    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
-    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
-        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
-        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
-        for (int t = 0; t < now; t++) {
-            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
-            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
-            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
-        }
-    }
-}
-
-// Adds the products of quantised tiles, block after block. x: n tokens' input for the first; each next is n_all behind.
-INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                      size_t n_all, int n) {
-    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        UnpackedBlock u;
-        unpack(&u, type, tiles, c);
-        if (!halves) add_part(sum, &u, has_min, x, n, 0);
-        if (halves) add_part(sum, &u, has_min, x, n, 1);
-        if (halves) add_part(sum, &u, has_min, x, n, 2);
-    }
-}
-
 typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
 
 // The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has
@@ -622,7 +489,7 @@ typedef struct {
     void (*exponentiate)(float lane[16], float *p, size_t n, float max);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
     void (*make_probabilities)(Candidate *c, const float *logits, int n, float temperature, float max);
-    double (*peak)(bool int8, size_t rounds);  // for chapter 10: as many operations as it can; returns their number
+    double (*peak)(bool int8, size_t rounds);  // for chapter 13: as many operations as it can; returns their number
     void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
 } Kernels;
 
@@ -716,6 +583,9 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
    values so weighted are what the token learns. Several heads ask different questions at once. A token sees itself and
    those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
    token costs one pass and not the whole text again. */
+
+// (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
+#define ROUNDER 0x1.8p23f
 
 // e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
 // 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
@@ -887,14 +757,6 @@ static void rewind_sequence(Sequence *s, int n) {
     if (n < s->n) s->n = n;
 }
 
-// Makes `to` the first n tokens of `from`, both of one cache. Pages are shared until one of the two writes to them.
-static void fork_sequence(Sequence *to, const Sequence *from, int n) {
-    rewind_sequence(to, 0);
-    for (size_t i = 0; i < n_pages(n); i++) to->cache->users[to->pages[i] = from->pages[i]]++;
-    memcpy(to->ids, from->ids, (size_t)n * sizeof *to->ids);
-    to->n = n;
-}
-
 // Adds a token, at a place in a page that no other sequence holds: a new page, or a copy of one that is shared.
 static void append_token(Sequence *s, int token) {
     Cache *c = s->cache;
@@ -1018,7 +880,7 @@ typedef struct {
     int n, positions;   // those whose angles are there; S up to a multiple of 16
 } Rotation;
 
-typedef struct Experts Experts;  // what only models with experts need (chapter 10)
+typedef struct Experts Experts;  // what only models with experts need (chapter 11)
 
 // The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
 typedef struct {
@@ -1278,7 +1140,7 @@ static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range 
         kernels->activate(gate + i, up + i, rows.to - rows.from, (Activation)m->config.activation);
 }
 
-// The same for models with experts: chapter 10.
+// The same for models with experts: chapter 11.
 static void experts_block(const Model *m, Workspace *w, int l, Team *team);
 
 // What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
@@ -1397,20 +1259,6 @@ static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e
     return true;
 }
 
-// Takes a text's next tokens into the cache, B at a time; the last one wants logits.      tokens (n)
-static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
-    double start = clock_seconds();
-    for (size_t done = 0; done < n;) {
-        int now = 0;
-        for (; now < w->settings.batch && done < n; now++, done++)
-            w->room[now] = (Row){ tokens[done], s->n + now, 0, done + 1 == n };
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, w, s, w->room, now, e)) return false;
-        show_progress("prompt token", start, done, n);
-    }
-    return make_logits(m, w, 0, n > 0, e);
-}
-
 /* ==== 6. Choosing a token ===========================================================================================
    The logits become probabilities, and one token is drawn: always the likeliest (temperature 0), or by chance. Lower
    temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
@@ -1526,7 +1374,7 @@ static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
     return s->candidates != NULL;
 }
 
-/* ==== 7. Generating and chatting ====================================================================================
+/* ==== 7. Generating =================================================================================================
    The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one,
    until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
    into the form that the model was trained on, and with all that was said so far kept in the cache. */
@@ -1537,33 +1385,8 @@ typedef struct {
     size_t n_held;
 } Printer;
 
-// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
-static void disarm(char *s, size_t n, const char *kept) {
-    for (size_t i = 0, length; i < n; i += length) {
-        uint32_t c;
-        int found = read_character(s + i, n - i, &c);
-        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
-        length = found > 0 ? (size_t)found : 1;
-        if (!harmless) memset(s + i, '?', length);
-    }
-}
-
-// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
-static void put_held(Printer *p, size_t n) {
-    static int is_terminal = -1;  // the system is asked once
-    if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal) disarm(p->held, n, "\n\t");
-    fwrite(p->held, 1, n, stdout);
-    p->n_held -= n;
-    memmove(p->held, p->held + n, p->n_held);
-}
-
-static void print_bytes(Printer *p, const char *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        p->held[p->n_held++] = bytes[i];
-        put_held(p, whole_characters(p->held, p->n_held));
-    }
-}
+// Prints whole characters, and keeps the bytes of an incomplete one; with bytes NULL it prints these too, as the text ends.
+static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 12
 
 // Prints what a token adds to the text after the token before it.
 static void print_token(const Model *m, Printer *p, int before, int token) {
@@ -1572,20 +1395,11 @@ static void print_token(const Model *m, Printer *p, int before, int token) {
     print_bytes(p, bytes, n);
 }
 
-// Prints what is held too, even an incomplete character.
-static void end_printing(Printer *p) {
-    put_held(p, p->n_held);
-    fflush(stdout);
-}
-
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
     size_t n_prompt, n_made, n_passes;
     double prompt_seconds, made_seconds;
 } Speed;
-
-static void tell_speed(const Model *m, const Speed *v);  // chapter 10
-static void tell_seed(const Sampler *s);  // if the clock made it
 
 typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
 static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
@@ -1621,49 +1435,118 @@ static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, S
         Row row = { c->last, c->sequence->n, 0, true };
         ok = forward(m, w, c->sequence, &row, 1, e) && make_logits(m, w, 0, 1, e);
     }
-    end_printing(&c->printer);
+    print_bytes(&c->printer, NULL, 0);
     speed->n_made += c->n_made;
     speed->made_seconds += clock_seconds() - start;
     return ok;
 }
 
-// Sends tokens through the model, if they fit, and counts the time.
-static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
-    size_t total = plus((size_t)s->n, tokens->n);
-    int context = s->cache->context, most = m->config.context;
-    if (total > (size_t)context)
-        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
-                    context, most, total <= (size_t)most ? "; see -c" : "");
-    double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
-    speed->n_prompt += tokens->n;
-    speed->prompt_seconds += clock_seconds() - start;
-    return true;
-}
-
-static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
-
-static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
-    Speed speed = { 0 };
-    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
-    Stop why;
-    if (!take_prompt(m, w, s, prompt, &speed, e)) return false;
-    tell_seed(sampler);
-    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++]) {
-        if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
-    }
-    end_printing(&c.printer);
-    if (!generate(m, w, &c, &why, &speed, e)) return false;
-    putchar('\n');
-    fflush(stdout);
-    if (!options.quiet) fprintf(stderr, "stopped %s\n", stop_names[why]);
-    tell_speed(m, &speed);
-    return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
-}
-
 /* ==== 8. Number formats, and packing them into tiles ================================================================
    How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
    a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
+
+// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
+static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+
+// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
+// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
+static const TypeInfo types[N_TYPES] = {
+    [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
+    [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [BF16] = { "bf16", .cols = 32, .per_scale = 32, .bits = 16 },
+    [Q8] = { "q8", .cols = 32, .per_scale = 32, .header = 32, .bits = 8 },  // header: f16 scale[16]
+    [Q8F] = { "q8f", .cols = 32, .per_scale = 32, .header = 64, .bits = 8 },  // f32 scale[16]
+    [Q4] = { "q4", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .offset = 8 },
+    [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
+    [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
+    [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
+    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
+    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
+    [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
+    [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
+    [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
+    [Q5K] = { "q5k", .cols = 256, .per_scale = 32, .header = 320, .bits = 5, .has_min = true },
+    [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
+    [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
+    [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
+    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
+};
+
+// ---- Products of quantised tiles, as they are defined ----
+
+// q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
+// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
+// the scale NaN, and the check of the layer will find what comes of it.
+INLINE void round_block(Block *b, const float *x) {
+    int32_t max = 0, q[32], sum[3] = { 0 };
+    for (int i = 0; i < 32; i++) {
+        int32_t size = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
+        max = size > max ? size : max;
+    }
+    float largest = float_of_bits((uint32_t)max);
+    bool finite = max < 0x7f800000, tiny = largest < 0x1p-100f;
+    float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < 32; i++)  // the low 22 bits of the sum are the whole number
+        q[i] = (int32_t)(bits_of_float((finite ? x[i] * inverse : 0.0f) + ROUNDER) << 10) >> 10;
+    for (int i = 0; i < 32; i++) b->q[i] = (int8_t)q[i];
+    for (int i = 0; i < 16; i++) sum[1] += q[i];
+    for (int i = 16; i < 32; i++) sum[2] += q[i];
+    sum[0] = sum[1] + sum[2];
+    b->scale = !finite ? NAN : tiny ? 0.0f : largest / 127.0f;
+    for (int i = 0; i < 3; i++) b->scaled_sum[i] = b->scale * (float)sum[i];
+    for (int i = 0; i < 2; i++) b->minus_32_sum[i] = -32 * sum[i + 1];
+    b->minus_128_sum = -128 * sum[0];
+    b->minus_8_sum = -8 * sum[0];
+}
+
+// Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
+INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens) {
+    for (size_t t = tokens.from; t < tokens.to; t++) {
+        for (size_t c = 0; c < cols; c += 32) round_block(&blocks[c / 32 * n + t], x + t * stride + c);
+    }
+}
+
+// 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
+// number; the second scale and minimum are those of the last 16 columns, if they have their own.
+typedef struct {
+    float w[32][16], scale[2][16], min[2][16];
+} UnpackedBlock;
+
+INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block);
+
+// sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
+// for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
+// The dot products are whole numbers below 32 * 128 * 128 = 2^19: exact in float, in whatever order they are added.
+INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
+    enum { TOGETHER = 4 };
+    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
+    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
+    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
+        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
+        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
+        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
+        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
+        for (int t = 0; t < now; t++) {
+            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
+            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
+            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
+        }
+    }
+}
+
+// Adds the products of quantised tiles, block after block. x: n tokens' input for the first; each next is n_all behind.
+INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                      size_t n_all, int n) {
+    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        UnpackedBlock u;
+        unpack(&u, type, tiles, c);
+        if (!halves) add_part(sum, &u, has_min, x, n, 0);
+        if (halves) add_part(sum, &u, has_min, x, n, 1);
+        if (halves) add_part(sum, &u, has_min, x, n, 2);
+    }
+}
 
 // To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit
 // is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
@@ -2092,6 +1975,28 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 /* ==== 9. The machine ================================================================================================
    What is asked of the operating system: files in memory, processors, and threads that work as a team. */
 
+// Some numbers, written "1,2,4".
+typedef struct { int n, at[16]; } List;
+
+// What the user asked for on the command line; chapter 14 fills it in.
+typedef struct {
+    const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
+    const char *cache, *kernel, *pre, *svg;
+    double temperature, top_p, min_p;
+    int64_t n_predict, top_k, context, batch, reps;
+    List threads, pp, tg, depth, parallel;
+    uint64_t seed, clock_seed;
+    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
+} Options;
+
+static Options options;
+
+// Tells a terminal how far a step that began at `start` has come, once it has taken half a second.
+static void show_progress(const char *what, double start, size_t done, size_t total) {
+    if (options.quiet || clock_seconds() - start < 0.5 || !isatty(STDERR_FILENO)) return;
+    fprintf(stderr, "\r%s %zu/%zu%s", what, done, total, done == total ? "\r\033[K" : "");
+}
+
 // ---- The operating system ----
 
 // Zeroed pages that cost no memory before they are touched: a long context is paid for only as far as it is used. What
@@ -2420,7 +2325,7 @@ static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     r->rows = rows;
     r->seconds = 0;
     if (on_trial && !is_faster) r->n_resting--;
-    if (on_trial && is_faster) r->n_passes = r->period = r->period < 64 ? 2 * r->period + 4 : 128;
+    if (on_trial && is_faster) r->n_passes = r->period = r->period < 128 ? 2 * r->period + 16 : 256;
     if (on_trial) return;
     if (slept > seconds / 8 && r->n_resting < r->threads - 1) r->n_resting++, r->seconds = seconds;
     else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
@@ -2465,7 +2370,7 @@ static void heed(int number, const struct sigaction *action) {
     if (sigaction(number, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(number, action, NULL);
 }
 
-/* ==== 10. Opening a checkpoint =====================================================================================
+/* ==== 10. Opening a checkpoint ======================================================================================
    Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
    list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
    counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
@@ -3067,7 +2972,7 @@ typedef struct {
     char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
 } Output;
 
-static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 11
+static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 14
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info, out;
@@ -4008,10 +3913,122 @@ static Sequence new_sequence(Cache *c, int i) {
     return (Sequence){ c, c->ids + (size_t)i * (size_t)c->context, c->pages + (size_t)i * n_pages(c->context), 0 };
 }
 
+// Makes `to` the first n tokens of `from`, both of one cache. Pages are shared until one of the two writes to them.
+static void fork_sequence(Sequence *to, const Sequence *from, int n) {
+    rewind_sequence(to, 0);
+    for (size_t i = 0; i < n_pages(n); i++) to->cache->users[to->pages[i] = from->pages[i]]++;
+    memcpy(to->ids, from->ids, (size_t)n * sizeof *to->ids);
+    to->n = n;
+}
 
-/* ==== 12. Chatting ==================================================================================================
+
+/* ==== 12. Writing, chatting =========================================================================================
    The loop of chapter 7 with the words of both sides put into the form that the model was trained on, and with all that
    was said so far kept in the cache. */
+
+// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
+static void disarm(char *s, size_t n, const char *kept) {
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t c;
+        int found = read_character(s + i, n - i, &c);
+        bool harmless = found > 0 && (c >= 160 || (c >= 32 && c < 127) || (c && c < 32 && strchr(kept, (int)c)));
+        length = found > 0 ? (size_t)found : 1;
+        if (!harmless) memset(s + i, '?', length);
+    }
+}
+
+// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+static void put_held(Printer *p, size_t n) {
+    static int is_terminal = -1;  // the system is asked once
+    if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
+    if (is_terminal) disarm(p->held, n, "\n\t");
+    fwrite(p->held, 1, n, stdout);
+    p->n_held -= n;
+    memmove(p->held, p->held + n, p->n_held);
+}
+
+static void print_bytes(Printer *p, const char *bytes, size_t n) {
+    for (size_t i = 0; bytes && i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
+        put_held(p, whole_characters(p->held, p->n_held));
+    }
+    if (bytes) return;
+    put_held(p, p->n_held);
+    fflush(stdout);
+}
+
+// Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
+static size_t bytes_per_token(const Model *m) {
+    size_t n = 0;
+    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+        if (is_multiplied(m, slot)) n += slot_bytes(slot) / slot->n * slot->n_used;
+    return n;
+}
+
+// Says the seed that nobody has given, so that the text can be had again.
+static void tell_seed(const Sampler *s) {
+    if (s->from_clock && s->temperature > 0 && !options.quiet)
+        fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
+}
+
+static void tell_speed(const Model *m, const Speed *v) {
+    if (options.quiet) return;
+    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens", v->n_prompt,
+            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made);
+    double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
+    if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
+    fputc('\n', stderr);
+}
+
+// Takes a text's next tokens into the cache, B at a time; the last one wants logits.      tokens (n)
+static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
+    double start = clock_seconds();
+    for (size_t done = 0; done < n;) {
+        int now = 0;
+        for (; now < w->settings.batch && done < n; now++, done++)
+            w->room[now] = (Row){ tokens[done], s->n + now, 0, done + 1 == n };
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, s, w->room, now, e)) return false;
+        show_progress("prompt token", start, done, n);
+    }
+    return make_logits(m, w, 0, n > 0, e);
+}
+
+// Sends tokens through the model, if they fit, and counts the time.
+static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
+    size_t total = plus((size_t)s->n, tokens->n);
+    int context = s->cache->context, most = m->config.context;
+    if (total > (size_t)context)
+        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
+                    context, most, total <= (size_t)most ? "; see -c" : "");
+    double start = clock_seconds();
+    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
+    speed->n_prompt += tokens->n;
+    speed->prompt_seconds += clock_seconds() - start;
+    return true;
+}
+
+static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
+
+static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
+    Speed speed = { 0 };
+    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
+    Stop why;
+    if (!take_prompt(m, w, s, prompt, &speed, e)) return false;
+    tell_seed(sampler);
+    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++]) {
+        if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
+    }
+    print_bytes(&c.printer, NULL, 0);
+    if (!generate(m, w, &c, &why, &speed, e)) return false;
+    putchar('\n');
+    fflush(stdout);
+    if (!options.quiet) fprintf(stderr, "stopped %s\n", stop_names[why]);
+    tell_speed(m, &speed);
+    return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
+}
+
+// ---- Chat ----
 
 // In system, user and answer, @ stands for the text; what is round it are the template's own words.
 typedef struct {
@@ -4206,29 +4223,6 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
 /* ==== 13. Measuring =================================================================================================
    What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
 
-// Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
-static size_t bytes_per_token(const Model *m) {
-    size_t n = 0;
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
-        if (is_multiplied(m, slot)) n += slot_bytes(slot) / slot->n * slot->n_used;
-    return n;
-}
-
-// Says the seed that nobody has given, so that the text can be had again.
-static void tell_seed(const Sampler *s) {
-    if (s->from_clock && s->temperature > 0 && !options.quiet)
-        fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
-}
-
-static void tell_speed(const Model *m, const Speed *v) {
-    if (options.quiet) return;
-    fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens", v->n_prompt,
-            v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made);
-    double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
-    if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
-    fputc('\n', stderr);
-}
-
 // Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
 static void put_json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
@@ -4268,7 +4262,7 @@ static void print_text(const Tokenizer *t, const Tokens *tokens) {
         if (options.special && t->type[tokens->ids[i]] == PIECE_CONTROL) bytes = piece(t, tokens->ids[i], &n);
         print_bytes(&printer, bytes, n);
     }
-    end_printing(&printer);
+    print_bytes(&printer, NULL, 0);
 }
 
 // How many of the rows that want logits get them together, from number `first` on.
@@ -4565,6 +4559,17 @@ static void conclude(Measured *r, int n_runs) {
     if (half >= 2 && slower > 0.05 && !options.quiet)
         fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
 }
+
+static const char *const step_names[N_STEPS] = {
+    [EMBED] = "embed", [ATTENTION_NORM] = "attention norm", [QUERY_KEY_VALUE] = "query, key, value",
+    [WIDE_HEAD_NORM] = "norm of all heads", [ROTATE] = "rotate, cache", [ATTEND] = "attention",
+    [SCORE] = "attention: scores",
+    [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix", [ROUND_ATTENDED] = "round attended",
+    [ATTENTION_OUT] = "attention out", [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm",
+    [ROUTER] = "router", [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors",
+    [ROUND_VISITORS] = "round visitors", [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down",
+    [FFN_POST_NORM] = "ffn post norm", [FINAL_NORM] = "final norm", [HEAD] = "logits",
+};
 
 // The steps of a test, with the time of one run: what all took, and of it what threads waited for each other.
 static void put_profile(const Measured *r) {
