@@ -85,8 +85,8 @@
 #endif
 
 /* ==== 1. The ground floor ===========================================================================================
-   What the rest stands on: how a failure is told, sums of sizes that cannot wrap, a cursor that cannot read past the
-   end of what it was given, a clock, and a team of threads that shares work by index. */
+   What the rest stands on: how a failure is reported, sums of sizes that cannot wrap, a clock, and a team of threads
+   that shares work. */
 
 // The exit statuses of the program: what kind of thing went wrong.
 enum { DONE = 0, BAD_FILE = 1, MISUSE = 2, BROKEN_IO = 3, NO_MEMORY = 4, NO_ROOM = 5, INTERRUPTED = 130 };
@@ -107,26 +107,24 @@ __attribute__((format(printf, 3, 4))) static bool fail(Error *e, int status, con
     return false;
 }
 
-// Likewise, where it is the file that is wrong.
+// The same, where the file is wrong.
 #define refuse(e, ...) fail(e, BAD_FILE, __VA_ARGS__)
 
-// Zeroed memory for count things of the given size; NULL (and the error filled in) where there is not that much.
+// Zeroed memory for `count` items of `size` bytes, or NULL with the error filled in.
 static void *allocate(size_t count, size_t size, Error *e) {
     void *p = calloc(count ? count : 1, size);
     if (!p) fail(e, NO_MEMORY, "no memory for %zu x %zu bytes", count, size);
     return p;
 }
 
-// a * b, or SIZE_MAX where that does not fit: no allocation of that many bytes can succeed, no file has them.
+// a * b, or SIZE_MAX where that does not fit: no allocation and no file has that many bytes.
 static size_t times(size_t a, size_t b) {
     size_t product;
     return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
 }
 
 // a + b, with the same limit.
-static size_t plus(size_t a, size_t b) {
-    return a > SIZE_MAX - b ? SIZE_MAX : a + b;
-}
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 // n rounded up to a multiple of step, with the same limit.
 static size_t round_up(size_t n, size_t step) {
@@ -195,35 +193,35 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
     return true;
 }
 
-// A file's bytes, mapped read-only: nothing is read before it is used, and several processes share one copy.
+// A file's bytes, mapped read-only: they are read when they are used, and processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-// One thread's place in the team that works on a pass. Work comes in steps, and no thread begins a step before all have
-// ended the one before. A step's work is dealt out in chunks, so that each thread does as much as it manages: who
-// computes a number never changes it.
+// One thread's place in the team that does a pass. A pass is a list of steps, and no thread begins a step before all
+// have ended the one before. The work of a step comes in chunks: a thread that is fast takes more of them. Who computes
+// a number never changes it.
 typedef struct {
     int thread, threads;
-    struct Gate *gate;  // where it waits for the others (chapter 9)
-    unsigned n_steps;   // that it has ended
-    int n_helped;       // how many threads' chunks it has found taken in this step, its own first
-    double began;       // when the step did, if steps are measured
+    struct Gate *gate;  // where the threads wait for each other (chapter 9)
+    unsigned n_steps;   // steps that this thread has ended
+    int n_helped;       // threads whose chunks it has seen taken in this step, itself first
+    double began;       // the time when the step began, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows: of a pass, which is
-// compared with the next of as many; else 0.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. `rows` is the size of a pass,
+// whose time is compared with that of the next pass of this size; 0 for other work.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
-// The next chunk of a step's n units for this thread: of its own share, then of others' that are slower. It is a
-// multiple of `unit`, but for the last. False: all are taken.
+// Takes the next chunk of a step's n units for this thread: of its own share first, then of the shares of slower
+// threads. Chunks are multiples of `unit`, except the last. False if none is left.
 static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk);  // chapter 9
 
-// Every thread of the team waits here for the others. Says which step has ended, for whoever measures the steps.
+// Waits until every thread of the team has come here. The step's name and layer are for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
 
-// This thread's part of n, by index, where all parts take the same time.
+// This thread's part of n, by index: for work that takes every thread the same time.
 static Range share(size_t n, const Team *team) {
     size_t each = n / (size_t)team->threads, rest = n % (size_t)team->threads, i = (size_t)team->thread;
     Range r = { i * each + (i < rest ? i : rest), 0 };
@@ -231,14 +229,14 @@ static Range share(size_t n, const Team *team) {
     return r;
 }
 
-// Seconds since some fixed moment.
+// Seconds since a fixed moment.
 static double clock_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Set by Ctrl-C; the loops of chapter 7 look at it between two tokens. At a chat's prompt it ends the program at once.
+// Set by Ctrl-C; loops look at it between two passes. At a chat's prompt Ctrl-C ends the program at once.
 static volatile sig_atomic_t interrupted, at_prompt;
 
 /* ==== 2. Text to tokens =============================================================================================
@@ -262,7 +260,7 @@ static volatile sig_atomic_t interrupted, at_prompt;
 
    Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
 
-// How the numbers of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
+// How the weights of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
 typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
@@ -301,11 +299,11 @@ typedef struct {
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
-    const float *attention_norm, *ffn_norm;  // (D)  before a block; NULL: OLMo2 has only those behind, Gemma has both
+    const float *attention_norm, *ffn_norm;  // (D)  before a block; NULL: OLMo2 has only norms after, Gemma has both
     const float *attention_norm_bias, *ffn_norm_bias;  // (D)  or NULL
     const float *attention_post_norm, *ffn_post_norm;  // (D)  of what a block adds, or NULL
     Tensor gate, up, down, router;     // (F,D) (F,D) (D,F) (E,D)
-    // Added after the product, as long as its matrix has rows; NULL where there is none (Qwen2 has the first three).
+    // Added to a product: one number for each row of the matrix. NULL: none (Qwen2 has the first three).
     const float *query_bias, *key_bias, *value_bias, *attention_out_bias, *gate_bias, *up_bias, *down_bias;
 } Layer;
 
@@ -317,7 +315,7 @@ typedef struct {
     Tensor head;                // (V,D): the embedding itself, where the model has no other
     const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
-    Text chat_template;         // the checkpoint's own, as text that is compared and never run; empty if there is none
+    Text chat_template;         // the checkpoint's own, which is compared and never run; empty: none
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
     struct Slot *slots; struct Source *sources;  // each tensor that it has or may have; what its file has (chapter 10)
@@ -327,9 +325,9 @@ typedef struct {
     size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
-// The steps of a pass, in the order in which they happen: what threads do between two waits for each other. Some models
-// skip some, and one token alone skips all that only prepare inputs, which each thread then makes for itself.
-// To add a step: its name here and in step_names[], its work in a loop over take_chunk(), and end_step() behind that.
+// The steps of a pass, in the order in which they happen. A step is what the threads do between two waits. Some models
+// skip some; a single token skips those that only prepare inputs, which each thread then does for itself.
+// To add a step: its name here and in step_names[] (chapter 13), its work in a loop over take_chunk(), then end_step().
 typedef enum {
     EMBED,
     ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
@@ -338,6 +336,7 @@ typedef enum {
     FINAL_NORM, HEAD,
     N_STEPS
 } Step;
+
 // How models are run, as the user has asked for it.
 typedef struct {
     int threads;
@@ -347,9 +346,9 @@ typedef struct {
 } Settings;
 
 enum {
-    LOGITS_AT_ONCE = 16,      // rows of logits at most: with 128,000 tokens these are 8 MB
-    QUERIES_TOGETHER = 24,    // of one key/value head, for one thread at once
-    DEEP_PAGES = 8,           // from so many on, the positions of a single token's attention are shared by threads
+    LOGITS_AT_ONCE = 16,    // rows of logits at most: 8 MB for a vocabulary of 128,000 tokens
+    QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: two kernels' registers full
+    DEEP_PAGES = 8,         // a token that sees more pages of the cache is worth two more waits (attend_deep())
     MAX_HEADS = 1024, MAX_HEAD_DIM = 1024,  // H and K at most
 };
 
@@ -373,43 +372,34 @@ enum {
 
 enum { TILE_ROWS = 16, BLOCK = 32 };  // a block: columns whose activations share a scale
 
-// What is to be known of a type; chapter 8 has the table and the functions that unpack tiles.
+// What a type is; chapter 8 has the table and the functions that unpack tiles.
 typedef struct {
     const char *name;
     int cols, per_scale;   // columns of a tile; those of a row that share a scale
     int header;            // bytes of scales and minima at the tile's beginning; 0: the weights are floats
-    int bits, offset;      // the q of a weight, scale * (q - offset), has so many bits
+    int bits, offset;      // of q, where the weight is scale * (q - offset)
     bool has_min;
-    const int8_t *values;  // q is the place of the weight in this table; NULL: the weight itself
+    const int8_t *values;  // the weight is scale * values[q]; NULL: it is not
 } TypeInfo;
 
 static const TypeInfo types[N_TYPES];  // chapter 8
 
-static bool is_quantised(Type type) {
-    return types[type].header > 0;
-}
+static bool is_quantised(Type type) { return types[type].header > 0; }
 
 static size_t tile_bytes(Type type) {
     return (size_t)types[type].header + (size_t)types[type].cols * TILE_ROWS / 8 * (size_t)types[type].bits;
 }
 
-static size_t n_row_tiles(const Tensor *w) {
-    return round_up((size_t)w->rows, TILE_ROWS) / TILE_ROWS;
-}
+static size_t n_row_tiles(const Tensor *w) { return round_up((size_t)w->rows, TILE_ROWS) / TILE_ROWS; }
+static size_t n_blocks(const Tensor *w) { return round_up((size_t)w->cols, BLOCK) / BLOCK; }
 
-static size_t n_blocks(const Tensor *w) {
-    return round_up((size_t)w->cols, BLOCK) / BLOCK;
-}
-
-// The tiles of sixteen rows.
+// Bytes of the tiles of sixteen rows.
 static size_t row_tile_bytes(const Tensor *w) {
     size_t cols = (size_t)types[w->type].cols;
     return times(round_up((size_t)w->cols, cols) / cols, tile_bytes(w->type));
 }
 
-static size_t tensor_bytes(const Tensor *w) {
-    return times(n_row_tiles(w), row_tile_bytes(w));
-}
+static size_t tensor_bytes(const Tensor *w) { return times(n_row_tiles(w), row_tile_bytes(w)); }
 
 // Functions that are compiled into several kernels, each time for another instruction set (chapter 8).
 #define INLINE static inline __attribute__((always_inline))
@@ -422,21 +412,21 @@ typedef struct {
     int8_t q[32];
     float scale;
     float scaled_sum[3];    // scale * sum of the q: of all, of the first 16, of the last 16
-    int32_t minus_128_sum;  // -128 * sum of all q: what makes a product with weight + 128 one with the weight
-    int32_t minus_8_sum, minus_32_sum[2];  // of all; of the halves. So a block fills a line of the cache, 64 bytes
+    int32_t minus_128_sum;  // -128 * sum of all q: the correction for kernels that store weights as weight + 128
+    int32_t minus_8_sum, minus_32_sum[2];  // likewise, of all; of the halves. A block fills a cache line, 64 bytes
 } Block;
 
-// The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers: those of the same columns lie side
-// by side for all tokens, as a tile meets them. What lies behind a float matrix's width meets zeros.
+// The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers. The blocks of the same columns lie
+// side by side for all tokens, as a tile needs them. Columns past w->cols are padding; their weights are 0.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n, first, some; // of the n, `some` from number `first` on are multiplied
-    size_t expert;         // with this one's matrix, or 0
+    size_t n, first, some; // `some` of the n are multiplied, from number `first` on
+    size_t expert;         // whose matrix it is; 0 without experts
 } Activations;
 
-// f16: 1 sign, 5 exponent, 10 fraction bits. Put where f32 has them, the exponent is 112 too small, which a
-// multiplication mends, for subnormals too; the exponent 31 means Inf and NaN and becomes 255.
+// f16 has 1 sign bit, 5 of exponent, 10 of fraction. Put where f32 has them, they give an exponent that is 112 too
+// small, which a multiplication mends, for subnormals too. The exponent 31 means infinity and NaN and becomes 255.
 INLINE float float_of_half(uint16_t h) {
     uint32_t body = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
     uint32_t finite = bits_of_float(float_of_bits(body) * 0x1p112f);
@@ -448,7 +438,8 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = float_of_half(from[i]);
 }
 
-// c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])): rows of 16 chains, each over k in order
+// c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])), each over k in order: a chain, in which every
+// addition takes the result of the one before. Sixteen chains run side by side.
 // c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                          size_t b_stride, int m, int depth) {
@@ -471,8 +462,8 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
 
 typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
 
-// The kernels: the innermost loops, here and in chapters 5 and 6. The loops there define the results; the appendix has
-// some of them again for other instruction sets, and `kernels` points to the set in use.
+// The kernels: the innermost loops of chapters 4, 5, 6 and 8. The plain C there defines the results; the appendix has
+// some of the loops again for other instruction sets. `kernels` points to the set in use.
 typedef struct {
     const char *name;
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -489,14 +480,15 @@ typedef struct {
     void (*exponentiate)(float lane[16], float *p, size_t n, float max);
     void (*activate)(float *gate, const float *up, size_t n, Activation how);
     void (*make_probabilities)(Candidate *c, const float *logits, int n, float temperature, float max);
-    double (*peak)(bool int8, size_t rounds);  // for chapter 13: as many operations as it can; returns their number
-    void (*read)(const uint64_t *memory, size_t n);  // likewise: reads as fast as it can
+    double (*peak)(bool int8, size_t rounds);        // measures arithmetic (chapter 13); returns how many operations
+    void (*read)(const uint64_t *memory, size_t n);  // measures memory
 } Kernels;
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
-// A weight is read once for up to 128 tokens, whose sums fit the nearest cache.
+// A weight is read once for up to 128 tokens, whose sums take 8 KB. Of wide matrices fewer tokens go together, so that
+// their blocks (8192 at most, half a megabyte) stay in the second cache.
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
@@ -510,11 +502,11 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
     for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
         for (size_t t0 = 0; t0 < a->some; t0 += together) {
             int now = (int)(a->some - t0 < together ? a->some - t0 : together);
-            _Alignas(64) float sum[TOKENS][16], columns[32][16];  // as wide as a line of the cache
+            _Alignas(64) float sum[TOKENS][16], columns[32][16];  // a row fills a cache line
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
-                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // asked for while we multiply
+                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // is fetched while we multiply
                 for (size_t i = 0; i < 2 * (row_bytes / blocks); i += 64) __builtin_prefetch(next + i, 0, 2);
                 kernels->dequantise(columns, w->type, tiles, c);
                 kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
@@ -524,7 +516,7 @@ static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows
     }
 }
 
-// Room for the vectors that a step's products share as their input.
+// Room for the input that the products of a step share.
 typedef struct {
     bool rounds, copies;  // some matrix wants its input in 8 bits; some wants it in float
     size_t widest;        // numbers of the widest input, up to a multiple of 32
@@ -540,7 +532,7 @@ typedef struct {
     const float *bias;
 } Product;
 
-// Makes the rows of some row tiles; returns these rows.
+// Computes the rows of some row tiles, and returns which rows these are.
 static Range multiply_part(const Product *p, Range tiles, const Activations *x) {
     multiply_rows(p->y, p->y_stride, p->w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)p->w->rows ? tiles.to * 16 : (size_t)p->w->rows };
@@ -550,12 +542,12 @@ static Range multiply_part(const Product *p, Range tiles, const Activations *x) 
     return rows;
 }
 
-// Of how many row tiles a chunk is a multiple: with one vector, four tiles of floats are multiplied side by side.
+// Row tiles that are best multiplied side by side: four of floats with one vector.
 static size_t tiles_together(const Tensor *w, const Activations *x) {
     return x->n == 1 && !is_quantised(w->type) ? 4 : 1;
 }
 
-// Makes products that share their input; the team deals out their row tiles as one list.
+// Computes products that share their input. The team takes their row tiles as one list.
 static void multiply_all(const Product *products, int n, const Activations *x, Team *team) {
     size_t n_tiles = 0, unit = 1;
     for (const Product *p = products; p < products + n; p++) {
@@ -573,22 +565,23 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
 }
 
 /* ==== 5. The forward pass ===========================================================================================
-   n tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A
-   prompt goes through in batches, a generated token alone; both take the same way, and with the same bits. First the
-   leaves of the computation, which have no threads and know no model; then the steps of a layer, which a team of
-   threads shares by rows, heads or tokens; they wait for each other where one reads what another has written.
+   Tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A pass
+   takes rows: a row is one token of one text. The prompt's tokens, a generated token, the next tokens of eight texts
+   side by side: all go the same way, and a row's bits depend on its own text only. First come the leaves of the
+   computation, which know no threads and no model; then the steps of a layer, which a team of threads shares.
 
    Attention, in words: every token has a question (its query), an address (its key) and something to tell (its value).
-   How well a key answers a query is their product; softmax makes weights of these scores, which add up to 1; and the
-   values so weighted are what the token learns. Several heads ask different questions at once. A token sees itself and
-   those before it, never later ones: so keys and values stay as they are once made, the cache keeps them, and a new
-   token costs one pass and not the whole text again. */
+   How well a key answers a query is their product. Softmax makes weights of these scores, which add up to 1, and what
+   the token learns is the sum of the values, each times its weight. Several heads ask different questions at once;
+   query heads that share a key/value head are a head group. A token sees itself and earlier tokens, never later ones.
+   So keys and values never change once they are made: the KV cache keeps them, and a new token costs one pass and not
+   the whole text again. */
 
 // (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
 #define ROUNDER 0x1.8p23f
 
-// e^x by e^x = 2^n * e^r, n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp).
-// 0 below -87 and Inf above 88, so that 2^n stays a normal number; NaN stays NaN.
+// e^x = 2^n * e^r with n = x / ln 2 rounded, |r| <= ln 2 / 2, and e^r as a polynomial (error: at most 0.9 ulp). 0 below
+// -87 and infinity above 88, so that 2^n stays a normal number; NaN stays NaN.
 INLINE float exponential(float x) {
     float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
     float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
@@ -606,7 +599,7 @@ INLINE float exponential(float x) {
 }
 
 INLINE float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
-// About y, but never beyond the cap; what is not finite becomes no number, so that it is noticed.
+// About y, but never beyond the cap. Non-finite values become NaN, so the check sees them.
 INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / cap) + (y - y); }
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
@@ -617,8 +610,8 @@ INLINE float fold_lanes(float lane[16]) {
     return lane[0];
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight; with a bias, LayerNorm: that of x - mean(x), + bias      all (dim)
-// Element i belongs to lane i mod 16. False, and no numbers, if the sum of squares is not finite.
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight. With a bias, LayerNorm: the same of x - mean(x), plus the bias.
+//     all (dim)      Element i is added in lane i mod 16. If the sum of squares is not finite: false, and out is NaN.
 INLINE bool apply_norm(float *out, const float *x, const float *weight, const float *bias, size_t dim, float eps) {
     float lane[16] = { 0 }, of_mean[16] = { 0 };
     size_t i;
@@ -644,8 +637,8 @@ INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
     }
 }
 
-// Turns the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
-// Written with + alone: for a - beside a +, gcc 12 takes a fused instruction although that is forbidden.
+// Rotates the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
+// Written with + alone: gcc 12 fuses a - beside a + into one instruction although that is forbidden.
 INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
     int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
     for (int i = 0; i < half; i++) {
@@ -655,8 +648,8 @@ INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairin
     }
 }
 
-// p = p * scale or, if there is a cap, cap * tanh(p * scale / cap), for numbers `from` to n of p; -infinity before them,
-// and behind up to a multiple of 16. Returns the largest.
+// p = p * scale or, if there is a cap, cap * tanh(p * scale / cap), for p[from] to p[n - 1]. What is before them, or
+// after them up to a multiple of 16, becomes -infinity. Returns the largest.
 INLINE float scale_scores(float *p, size_t from, size_t n, float scale, float cap) {
     float max[16];
     for (size_t i = 0; i < n && cap > 0; i++) p[i] = cap_at(p[i] * scale, cap);
@@ -689,20 +682,25 @@ INLINE void exponentiate(float lane[16], float *p, size_t n, float max) {
 // One token of one text, on its way through the model.
 typedef struct { int token, position, sequence; bool wants_logits; } Row;
 
-enum { PAGE = 64 };  // positions that lie together in the cache
+enum { PAGE = 64 };  // positions of a page of the cache
 
-// The KV cache: keys and values of all texts, in pages from one pool, which cost no memory before they are used. Each
-// layer's part of a page is contiguous. There a key's numbers are spread, so that a SIMD lane is a position:
-//     keys (G, 4, K, 16): head, sixteen positions, number, position       values (G, K/16, 64, 16): head, 16 numbers, ...
+// A layer's part of the KV cache. A key's numbers are spread, so that a SIMD lane is a position.
 typedef struct {
-    bool f32;                         // else f16: attention is bound by reading this
-    int n_layers, context;            // S, of each text
-    unsigned char **keys, **values;   // (L): where a layer's pages begin
-    size_t *key_bytes, *value_bytes;  // (L): of a page, in this layer
-    int *users;                       // (pages)  how many sequences hold the page
-    int *spare, n_spare;              // (pages)  those that none holds; the last is taken first
-    int *ids, *pages;                 // (texts, S) (texts, S/64)  what the sequences point into
-    void *arena;                      // all of these
+    unsigned char *keys;             // (pages, G, 4, K, 16)     page, head, 16 positions, number, position
+    unsigned char *values;           // (pages, G, K/16, 64, 16) page, head, 16 numbers, position, number
+    size_t n_heads;                  // G
+    size_t key_bytes, value_bytes;   // of one head in one page
+} CachedLayer;
+
+// The KV cache: the keys and values of all texts, in pages from one pool. A page costs no memory before it is used.
+typedef struct {
+    bool f32;               // else f16: attention is bound by reading this
+    int n_layers, context;  // L; S of each text
+    CachedLayer *layers;    // (L)
+    int *users;             // (pages)  how many sequences hold the page
+    int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
+    int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
+    void *arena;            // all of these
     size_t arena_bytes;
 } Cache;
 
@@ -710,30 +708,27 @@ typedef struct {
 typedef struct {
     Cache *cache;
     int *ids;    // (S)     its tokens
-    int *pages;  // (S/64)  of the cache
+    int *pages;  // (S/64)  its pages of the cache
     int n;       // tokens that have gone through the model
 } Sequence;
 
 static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
 
-// Where the keys, or values, of one key/value head of a layer begin in a page: the one place that knows.
-static unsigned char *cached_keys(const Cache *c, int layer, size_t n_kv_heads, size_t head, int page) {
-    return c->keys[layer] + (size_t)page * c->key_bytes[layer] + head * (c->key_bytes[layer] / n_kv_heads);
+// Where the keys, or values, of one head begin in a page.
+static unsigned char *keys_at(const CachedLayer *y, int page, size_t head) {
+    return y->keys + ((size_t)page * y->n_heads + head) * y->key_bytes;
 }
 
-static unsigned char *cached_values(const Cache *c, int layer, size_t n_kv_heads, size_t head, int page) {
-    return c->values[layer] + (size_t)page * c->value_bytes[layer] + head * (c->value_bytes[layer] / n_kv_heads);
+static unsigned char *values_at(const CachedLayer *y, int page, size_t head) {
+    return y->values + ((size_t)page * y->n_heads + head) * y->value_bytes;
 }
-
-// Bytes of n numbers of the cache.
-static size_t cached_bytes(const Cache *c, size_t n) { return n * (c->f32 ? sizeof(float) : sizeof(uint16_t)); }
 
 // Puts one head's key and value of a position into the cache.      key, value (K)
-static void store(const Sequence *s, int layer, size_t n_kv_heads, size_t head, size_t head_dim, size_t position,
-                  const float *key, const float *value) {
+static void store(const Sequence *s, int layer, size_t head, size_t head_dim, size_t position, const float *key,
+                  const float *value) {
     uint16_t half_key[MAX_HEAD_DIM], half_value[MAX_HEAD_DIM];
-    void *keys = cached_keys(s->cache, layer, n_kv_heads, head, s->pages[position / PAGE]);
-    void *values = cached_values(s->cache, layer, n_kv_heads, head, s->pages[position / PAGE]);
+    void *keys = keys_at(&s->cache->layers[layer], s->pages[position / PAGE], head);
+    void *values = values_at(&s->cache->layers[layer], s->pages[position / PAGE], head);
     size_t at = position % PAGE;
     if (!s->cache->f32) kernels->narrow(half_key, key, head_dim);
     if (!s->cache->f32) kernels->narrow(half_value, value, head_dim);
@@ -757,17 +752,17 @@ static void rewind_sequence(Sequence *s, int n) {
     if (n < s->n) s->n = n;
 }
 
-// Adds a token, at a place in a page that no other sequence holds: a new page, or a copy of one that is shared.
+// Adds a token. Its page must be held by no other sequence: it is a new one, or a copy of a shared one.
 static void append_token(Sequence *s, int token) {
     Cache *c = s->cache;
     int *page = &s->pages[s->n / PAGE], old = *page;
-    bool is_new = s->n % PAGE == 0;
-    if (is_new || c->users[old] > 1) c->users[*page = c->spare[--c->n_spare]] = 1;
-    for (int l = 0; !is_new && *page != old && l < c->n_layers; l++) {
-        memcpy(cached_keys(c, l, 1, 0, *page), cached_keys(c, l, 1, 0, old), c->key_bytes[l]);
-        memcpy(cached_values(c, l, 1, 0, *page), cached_values(c, l, 1, 0, old), c->value_bytes[l]);
+    bool is_new = s->n % PAGE == 0, is_shared = !is_new && c->users[old] > 1;
+    if (is_new || is_shared) c->users[*page = c->spare[--c->n_spare]] = 1;
+    if (is_shared) c->users[old]--;
+    for (CachedLayer *y = c->layers; is_shared && y < c->layers + c->n_layers; y++) {
+        memcpy(keys_at(y, *page, 0), keys_at(y, old, 0), y->n_heads * y->key_bytes);
+        memcpy(values_at(y, *page, 0), values_at(y, old, 0), y->n_heads * y->value_bytes);
     }
-    if (!is_new && *page != old) c->users[old]--;
     s->ids[s->n++] = token;
 }
 
@@ -778,12 +773,13 @@ typedef struct {
     const float *query;  // (n, stride)  `group` heads of K numbers from here on
     float *out;          // (n, stride)
     size_t stride;
-    const Sequence *sequence;
-    int layer;
-    size_t n_kv_heads, kv_head;
-    int group, n_queries;     // query i is of token i / group and head i % group
-    size_t head_dim, row;     // K, and that up to a multiple of 16
-    size_t position, window;  // of the first of the n tokens; how many each sees
+    const CachedLayer *cached;
+    const int *pages;         // of the text
+    bool cache_f32;
+    size_t kv_head;
+    int group, n_queries;     // H/G; query i belongs to token i / group
+    size_t head_dim, row;     // K, and K rounded up to a multiple of 16
+    size_t position, window;  // of the first token; how many positions each token sees
     float scale, cap;         // of the scores
     float *queries, *sums;    // (n_queries, row)
     float *scores;            // (n_queries, score_stride)  by position
@@ -796,41 +792,36 @@ static size_t head_at(const Attention *a, int i) {
     return (size_t)(i / a->group) * a->stride + (size_t)(i % a->group) * a->head_dim;
 }
 
-// The end of the positions that query i may see: its token's own is the last.
-static size_t seen_to(const Attention *a, int i) {
-    return a->position + (size_t)(i / a->group) + 1;
-}
-
-// The first that it may see.
+// Query i sees the positions from seen_from() to before seen_to(): its token's own is the last.
+static size_t seen_to(const Attention *a, int i) { return a->position + (size_t)(i / a->group) + 1; }
 static size_t seen_from(const Attention *a, int i) {
     return seen_to(a, i) > a->window ? seen_to(a, i) - a->window : 0;
 }
 
-// The positions that some query may see, from a multiple of 16 on.
+// The positions that some query sees, from a multiple of 16 on.
 static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
 
 // scores[i,p] = query[i] . key[p] for these positions, sixteen at a time      query (n_queries, stride)
 static void score_keys(const Attention *a, const float *query, size_t stride, Range positions) {
-    const Cache *c = a->sequence->cache;
     for (size_t p = positions.from; p < positions.to; p += 16) {
-        const unsigned char *keys = cached_keys(c, a->layer, a->n_kv_heads, a->kv_head, a->sequence->pages[p / PAGE]);
+        const unsigned char *keys = keys_at(a->cached, a->pages[p / PAGE], a->kv_head);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, query, stride, keys + cached_bytes(c, p % PAGE * a->head_dim),
-                              !c->f32, 16, a->n_queries, (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, query, stride, keys + p % PAGE / 16 * (a->cached->key_bytes / 4),
+                              !a->cache_f32, 16, a->n_queries, (int)a->head_dim);
     }
 }
 
-// sums[i,d] = sum over the positions p that query i may see of scores[i,p] * value[p,d], for these columns d
+// sums[i,d] = sum over the positions p that query i sees of scores[i,p] * value[p,d], for these columns d
 static void mix_values(const Attention *a, Range columns) {
-    const Cache *c = a->sequence->cache;
     Range seen = all_seen(a);
+    size_t item_bytes = a->cache_f32 ? sizeof(float) : sizeof(uint16_t);
     for (int i = 0; i < a->n_queries; i++)
         memset(a->sums + (size_t)i * a->row + columns.from, 0, (columns.to - columns.from) * sizeof(float));
     for (size_t p = seen.from, end; p < seen.to; p = end) {
-        const unsigned char *page = cached_values(c, a->layer, a->n_kv_heads, a->kv_head, a->sequence->pages[p / PAGE]);
+        const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
         int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
@@ -838,7 +829,7 @@ static void mix_values(const Attention *a, Range columns) {
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
             for (size_t d = columns.from; d < columns.to && p < last; d += 16)
                 kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride,
-                                      page + cached_bytes(c, d * PAGE + p % PAGE * 16), !c->f32, 16, rows,
+                                      page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, 16, rows,
                                       (int)(last - p));
         }
     }
@@ -869,7 +860,6 @@ static void attend_group(const Attention *a) {
     mix_values(a, columns);
     divide_sums(a, columns);
 }
-
 
 // ---- The steps ----
 
@@ -952,9 +942,9 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
         memcpy(in->blocks[c / 32 * n + t], x + c, sizeof *in->blocks);
 }
 
-// n vectors as the input of products, as norm(x) if there is a weight. A single vector is made by every thread for
-// itself, in a place of its own: cheaper than waiting for another. Each layer's result is checked here: a sum of squares
-// that is not finite comes from the last of the layers that the row has gone through.
+// Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by every
+// thread for itself: cheaper than waiting for another. Each layer's result is checked here: a sum of squares that is not
+// finite comes from the last layer that the row has gone through.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -977,7 +967,8 @@ static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const
         if (n == 1) break;
     }
     if (n > 1) end_step(team, step, l);
-    return (Activations){ n == 1 ? (const void *)x : (const void *)in->blocks, in->rounds ? rounded : NULL, n, 0, n, 0 };
+    const void *blocks = n == 1 ? (const void *)x : (const void *)in->blocks;
+    return (Activations){ blocks, in->rounds ? rounded : NULL, n, 0, n, 0 };
 }
 
 // x += residual_scale * out for some rows of the matrices and all tokens
@@ -1028,11 +1019,12 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
     const Layer *layer = &m->layers[l];
     size_t head_dim = (size_t)m->config.head_dim, group = (size_t)(layer->n_heads / layer->n_kv_heads);
     size_t at = (size_t)first * w->q_stride + kv_head * group * head_dim;
+    const Sequence *s = &w->sequences[w->rows[first].sequence];
     return (Attention){
         .query = w->query + at, .out = w->attended + at, .stride = w->q_stride,
-        .sequence = &w->sequences[w->rows[first].sequence], .layer = l, .n_kv_heads = (size_t)layer->n_kv_heads,
-        .kv_head = kv_head, .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim,
-        .row = round_up(head_dim, 16), .position = (size_t)w->rows[first].position,
+        .cached = &s->cache->layers[l], .pages = s->pages, .cache_f32 = s->cache->f32, .kv_head = kv_head,
+        .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .row = round_up(head_dim, 16),
+        .position = (size_t)w->rows[first].position,
         .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
         .cap = m->config.attention_cap, .score_stride = round_up((size_t)w->settings.context, 16),
     };
@@ -1057,7 +1049,8 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
     int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1, n_runs = 0, last = 0;  // rows of a unit
     for (int t = 0; t < w->n; t++) last = w->rows[t].position > last ? w->rows[t].position : last;
     for (int t = 0; t < w->n; t = unit_end(w, t, most)) n_runs++;
-    size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads, n_threads = (size_t)team->threads;
+    size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads;
+    size_t n_threads = (size_t)team->threads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
     bool fits = n_queries * (2 * a.row + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
     if (n_threads > 1 && fits && pages > DEEP_PAGES && (size_t)n_runs * n_kv_heads < 4 * n_threads) {
@@ -1095,14 +1088,14 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
     const Config *c = &m->config;
     size_t head_dim = (size_t)c->head_dim, n_heads = (size_t)layer->n_heads, position = (size_t)w->rows[t].position;
     bool is_key = h >= n_heads;
-    float *head = is_key ? w->key + t * w->kv_stride + (h - n_heads) * head_dim : w->query + t * w->q_stride + h * head_dim;
+    float *head = is_key ? w->key + t * w->kv_stride + (h - n_heads) * head_dim
+                         : w->query + t * w->q_stride + h * head_dim;
     const float *norm = c->wide_head_norms ? NULL : is_key ? layer->key_norm : layer->query_norm;
     const float *angles = w->angles.cosine_sine + (layer->angles == LOCAL) * w->angles.positions * (size_t)c->rope_dim;
     if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
     if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
     if (is_key)
-        store(&w->sequences[w->rows[t].sequence], l, (size_t)layer->n_kv_heads, h - n_heads, head_dim, position, head,
-              w->value + (head - w->key));
+        store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
 
 // What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
@@ -1196,7 +1189,7 @@ static void logits_team(void *p, Team *team) {
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// How many threads a pass of n rows gets: for very little work a second one is not worth waiting for.
+// Threads for n rows: very little work is done by one, since waiting for a second takes longer.
 static int threads_for(const Workspace *w, int n) {
     return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
@@ -1216,9 +1209,9 @@ static bool check_rows(const Workspace *w, const int *rows, int n, Error *e) {
     return true;
 }
 
-// Sends n <= B rows through the model: tokens of any texts, each at the next position of its own. A row's bits depend on
-// its text up to there, and on nothing else. Leaves the vectors of the rows that want logits to make_logits(). On
-// failure the texts are as they were.
+// Sends n <= B rows through the model: tokens of any texts, each at the next position of its text. A row's bits depend on
+// its text up to there and on nothing else. The vectors of the rows that want logits are left to make_logits(). If it
+// fails, the texts are as they were.
 static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row *rows, int n, Error *e) {
     w->rows = rows, w->sequences = sequences, w->n = n, w->n_wanted = 0;
     if (n > w->settings.batch) return fail(e, NO_ROOM, "%d rows, expected at most %d", n, w->settings.batch);
@@ -1367,17 +1360,9 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     }
 }
 
-// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
-static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
-    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
-    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
-    return s->candidates != NULL;
-}
-
 /* ==== 7. Generating =================================================================================================
-   The loop around the forward pass: the prompt goes in, a token comes out, is printed, and goes in as the next one,
-   until the model ends its text or there is no more room. A chat is the same loop with the words of both sides put
-   into the form that the model was trained on, and with all that was said so far kept in the cache. */
+   The loop around the forward pass: a token comes out, is printed, and goes in as the next row, until the model ends
+   its text or there is no more room. Before it the prompt went through, as many rows as a pass takes (chapter 12). */
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
@@ -1385,7 +1370,7 @@ typedef struct {
     size_t n_held;
 } Printer;
 
-// Prints whole characters, and keeps the bytes of an incomplete one; with bytes NULL it prints these too, as the text ends.
+// Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
 static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 12
 
 // Prints what a token adds to the text after the token before it.
@@ -1395,25 +1380,18 @@ static void print_token(const Model *m, Printer *p, int before, int token) {
     print_bytes(p, bytes, n);
 }
 
-// How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
-typedef struct {
-    size_t n_prompt, n_made, n_passes;
-    double prompt_seconds, made_seconds;
-} Speed;
-
 typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
-static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
 
-// A text that the model goes on with.
+// A text that the model continues.
 typedef struct {
     Sequence *sequence;
     Sampler *sampler;
     Printer printer;
-    size_t limit, n_made;  // tokens
-    int last;              // the token printed last; -1: none
+    size_t limit, n_made, n_passes;  // new tokens at most, and so far; passes
+    int last;                        // the token printed last; -1: none
 } Continuation;
 
-// Chooses the next token and prints it, unless it ends the text. GO_ON: the token has to go through the model, too.
+// Chooses the next token and prints it, unless it ends the text. GO_ON: the token has to go through the model.
 static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     if (c->n_made == c->limit) return AT_LIMIT;
     int token = choose_token(c->sampler, logits, m->config.n_tokens);
@@ -1426,18 +1404,16 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     return c->sequence->n == c->sequence->cache->context || ferror(stdout) ? AT_CONTEXT : GO_ON;
 }
 
-// Goes on with a text, whose last token has left its logits, until it stops. The cache does not have the token printed
-// last if the limit or the context has stopped it.
-static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Speed *speed, Error *e) {
-    double start = clock_seconds();
+// Continues a text, whose last token has left its logits, until it stops. If the limit or the end of the context
+// stopped it, the token printed last is not in the cache.
+static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Error *e) {
     bool ok = true;
-    for (*why = GO_ON; ok && (*why = next_token(m, c, w->logits)) == GO_ON; speed->n_passes++) {
+    while (ok && (*why = next_token(m, c, w->logits)) == GO_ON) {
         Row row = { c->last, c->sequence->n, 0, true };
         ok = forward(m, w, c->sequence, &row, 1, e) && make_logits(m, w, 0, 1, e);
+        c->n_passes++;
     }
     print_bytes(&c->printer, NULL, 0);
-    speed->n_made += c->n_made;
-    speed->made_seconds += clock_seconds() - start;
     return ok;
 }
 
@@ -2205,9 +2181,9 @@ static void note_step(Team *team, int step, double arrived) {
     team->began = now;
 }
 
-// One more look at whether others have come. They are waited for awake, since it takes less than a microsecond. But where
-// another program has got the processor of one of them, the others had better sleep than keep that program off their own:
-// sleep, and not yield, after which a busy program would run for its whole slice.
+// One more look at whether the others have come. Threads wait awake, since that takes less than a microsecond. But if
+// another program has taken the processor of one of them, the others sleep: awake, they would keep that program on it.
+// They sleep and do not yield: after a yield, a busy program runs for its whole time slice.
 enum { EAGER = 4000 };  // looks: these take some 60 microseconds
 static void look_again(int n_looks) {
     if (n_looks < EAGER) pause_core();
@@ -3724,7 +3700,8 @@ static void add_weights(const Attention *a) {
 // For few tokens far down their texts, whose heads alone would leave threads idle: scores, their maximum and their
 // exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_group()'s.
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
-    size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads, n_columns = round_up((size_t)m->config.head_dim, 16);
+    size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
+    size_t n_columns = round_up((size_t)m->config.head_dim, 16);
     float *largest, max[MAX_HEADS], lane[16];
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
@@ -3732,9 +3709,11 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
             Range p = seen_in_page(&a, i % n_pages);
             size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
             if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
-            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
-                largest[q * n_pages + i % n_pages] = kernels->scale_scores(a.scores + q * a.score_stride + p.from, first,
-                                                                           p.to - p.from, a.scale, a.cap);
+            for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++) {
+                float *scores = a.scores + q * a.score_stride + p.from;
+                float max_of_page = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
+                largest[q * n_pages + i % n_pages] = max_of_page;
+            }
         }
     }
     end_step(team, SCORE, l);
@@ -3876,23 +3855,19 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
 
 static void lay_out_cache(const Model *m, Cache *c, size_t n_texts) {
     Arena a = { c->arena, 0 };
-    size_t layers = (size_t)c->n_layers, each = n_pages(c->context), pages = times(n_texts, each);
-    c->keys = place(&a, layers, sizeof *c->keys);
-    c->values = place(&a, layers, sizeof *c->values);
-    c->key_bytes = place(&a, layers, sizeof *c->key_bytes);
-    c->value_bytes = place(&a, layers, sizeof *c->value_bytes);
+    size_t head_dim = (size_t)m->config.head_dim, pages = times(n_texts, n_pages(c->context));
+    size_t page_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
+    c->layers = place(&a, (size_t)c->n_layers, sizeof *c->layers);
     c->users = place(&a, pages, sizeof *c->users);
     c->spare = place(&a, pages, sizeof *c->spare);
     c->ids = place(&a, times(n_texts, (size_t)c->context), sizeof *c->ids);
     c->pages = place(&a, pages, sizeof *c->pages);
-    for (size_t l = 0; l < layers; l++) {
-        size_t n = PAGE * (size_t)m->layers[l].n_kv_heads;
-        size_t key_bytes = cached_bytes(c, n * (size_t)m->config.head_dim);
-        size_t value_bytes = cached_bytes(c, n * round_up((size_t)m->config.head_dim, 16));
-        unsigned char *keys = place(&a, pages, key_bytes), *values = place(&a, pages, value_bytes);
-        if (!c->arena) continue;
-        c->keys[l] = keys, c->values[l] = values;
-        c->key_bytes[l] = key_bytes, c->value_bytes[l] = value_bytes;
+    for (int l = 0; l < c->n_layers; l++) {
+        CachedLayer y = { NULL, NULL, (size_t)m->layers[l].n_kv_heads, head_dim * page_bytes,
+                          round_up(head_dim, 16) * page_bytes };
+        y.keys = place(&a, pages, y.n_heads * y.key_bytes);
+        y.values = place(&a, pages, y.n_heads * y.value_bytes);
+        if (c->arena) c->layers[l] = y;
     }
     for (c->n_spare = 0; c->arena && (size_t)c->n_spare < pages; c->n_spare++)  // the first pages are taken first
         c->spare[c->n_spare] = (int)(pages - 1) - c->n_spare;
@@ -3965,6 +3940,12 @@ static size_t bytes_per_token(const Model *m) {
     return n;
 }
 
+// How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
+typedef struct {
+    size_t n_prompt, n_made, n_passes;
+    double prompt_seconds, made_seconds;
+} Speed;
+
 // Says the seed that nobody has given, so that the text can be had again.
 static void tell_seed(const Sampler *s) {
     if (s->from_clock && s->temperature > 0 && !options.quiet)
@@ -4008,6 +3989,21 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     return true;
 }
 
+static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
+
+// A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
+static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
+    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
+    s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
+    return s->candidates != NULL;
+}
+
+static void count_made(Speed *v, const Continuation *c, double start) {
+    v->n_made += c->n_made;
+    v->n_passes += c->n_passes;
+    v->made_seconds += clock_seconds() - start;
+}
+
 static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
 
 static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
@@ -4020,7 +4016,9 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
         if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
     }
     print_bytes(&c.printer, NULL, 0);
-    if (!generate(m, w, &c, &why, &speed, e)) return false;
+    double start = clock_seconds();
+    if (!generate(m, w, &c, &why, e)) return false;
+    count_made(&speed, &c, start);
     putchar('\n');
     fflush(stdout);
     if (!options.quiet) fprintf(stderr, "stopped %s\n", stop_names[why]);
@@ -4185,7 +4183,9 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     Stop why = AT_INTERRUPT;
     bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
     unread->n = ok ? 0 : n_unread;
-    ok = ok && generate(m, w, &c, &why, speed, e);
+    double start = clock_seconds();
+    ok = ok && generate(m, w, &c, &why, e);
+    if (ok) count_made(speed, &c, start);
     if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
     if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
         rewind_sequence(s, n_before);

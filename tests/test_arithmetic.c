@@ -717,11 +717,11 @@ static Sequence put_into_cache(AttentionCase c, Cache *cache, size_t n, double *
     if (!make_cache(&m, cache, (Settings){ .context = (int)n + 100, .cache_f32 = c.cache_f32 }, 1, &e)) exit(1);
     Sequence s = new_sequence(cache, 0);
     for (size_t i = 0; i < n_pages((int)n); i++) s.pages[i] = (int)(n_pages((int)n) - i);
-    memset(cache->keys[0], 255, cache->key_bytes[0] * n_pages((int)n + 100));
-    memset(cache->values[0], 255, cache->value_bytes[0] * n_pages((int)n + 100));
+    memset(cache->layers->keys, 255, cache->layers->key_bytes * n_pages((int)n + 100));
+    memset(cache->layers->values, 255, cache->layers->value_bytes * n_pages((int)n + 100));
     for (size_t p = 0; p < n; p++) {
-        unsigned char *to_keys = cache->keys[0] + (size_t)s.pages[p / 64] * 64 * head_dim * item;
-        unsigned char *to_values = cache->values[0] + (size_t)s.pages[p / 64] * 64 * round_up(head_dim, 16) * item;
+        unsigned char *to_keys = cache->layers->keys + (size_t)s.pages[p / 64] * 64 * head_dim * item;
+        unsigned char *to_values = cache->layers->values + (size_t)s.pages[p / 64] * 64 * round_up(head_dim, 16) * item;
         for (size_t d = 0; d < head_dim; d++) {
             float key = random_float(c.size), value = random_float(1);
             uint16_t half[2] = { (uint16_t)half_of_value(key), (uint16_t)half_of_value(value) };
@@ -748,8 +748,9 @@ static void check_attention(AttentionCase c) {
     Bytes sums = new_bytes(n_queries * row * 4), totals = new_bytes(n_queries * 4);
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
     Attention a = {
-        .query = query, .out = out, .stride = stride, .sequence = &sequence, .n_kv_heads = 1, .head_dim = head_dim,
-        .row = row, .group = c.group, .n_queries = (int)n_queries, .position = c.position,
+        .query = query, .out = out, .stride = stride, .cached = cache.layers, .pages = sequence.pages,
+        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group,
+        .n_queries = (int)n_queries, .position = c.position,
         .window = c.window ? c.window : SIZE_MAX, .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap,
         .scores = (float *)(void *)scores.bytes, .score_stride = score_stride, .totals = (float *)(void *)totals.bytes,
         .queries = (float *)(void *)queries.bytes, .sums = (float *)(void *)sums.bytes,

@@ -13,7 +13,8 @@ static bool try_open(Bytes b, Error *e) {
         Error run = { 0 };
         int token = 0;
         // numbers that are not finite are refused here
-        if (make_runner(&m, (Settings){ 1, context, 1, false, false }, &s, &run)) run_tokens(&m, &s, &token, 1, 1, &run);
+        if (make_runner(&m, (Settings){ 1, context, 1, false, false }, &s, &run))
+            run_tokens(&m, &s, &token, 1, 1, &run);
         if (run.status != DONE && run.status != BAD_FILE && run.status != NO_MEMORY) e->status = -1, ok = false;
         free_runner(&s);
     }
@@ -938,7 +939,7 @@ typedef struct {
 } TensorRecord;
 
 // Where a native file has the values of a field of the configuration.
-static size_t values_at(Bytes b, const char *name) {
+static size_t values_begin(Bytes b, const char *name) {
     FileHeader h;
     ConfigRecord record = { 0 };
     memcpy(&h, b.bytes, sizeof h);
@@ -972,7 +973,7 @@ static void test_damaged_native(void) {
         { "template outside", offsetof(FileHeader, chat_template), 8, 1, "section" },
         { "configuration cut", offsetof(FileHeader, config) + 8, 8, 40, "configuration" },
         { "configuration with more in it", offsetof(FileHeader, config) + 8, 8, h.config.n_bytes + 4, "asks for \"\"" },
-        { "local angles", values_at(b, "angles"), 8, 0x4000000000000000, "layer 0 needs local_theta" },
+        { "local angles", values_begin(b, "angles"), 8, 0x4000000000000000, "layer 0 needs local_theta" },
         { "configuration moved", offsetof(FileHeader, config), 8, record, "configuration" },
         { "tokenizer moved", offsetof(FileHeader, tokenizer), 8, record, "vocabulary" },
         { "another field", config, 1, 'N', "n_layers" }, { "0 values", config + 28, 4, 0, "n_layers" },
@@ -1336,7 +1337,8 @@ static void test_broken_weights(void) {
         check(ok, "%s of %g: got \"%s\", wanted it to open", cases[i].tensor, cases[i].value, e.text);
         s.w.room[0] = (Row){ token, 0, 0, true };
         ok = ok && forward(&o.model, &s.w, &s.text, s.w.room, 1, &e);
-        check(s.text.n == ok, "%s of %g: the text has %d tokens after a pass", cases[i].tensor, cases[i].value, s.text.n);
+        check(s.text.n == ok, "%s of %g: the text has %d tokens after a pass", cases[i].tensor, cases[i].value,
+              s.text.n);
         ok = ok && make_logits(&o.model, &s.w, 0, 1, &e);
         check(!ok && e.status == BAD_FILE && strstr(e.text, cases[i].wanted) && strstr(e.text, "position 0"),
               "%s of %g: got \"%s\", wanted \"%s\"", cases[i].tensor, cases[i].value, e.text, cases[i].wanted);
