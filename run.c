@@ -13,7 +13,7 @@
      2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
      3  The model                               9  The machine: files, processors, threads
      4  Matrix multiplication                  10  Opening a checkpoint
-     5  The forward pass                       11  Experts, long texts, memory
+     5  The forward pass                       11  Experts, long texts, likely tokens, memory
      6  Choosing a token                       12  Writing, chatting
      7  Generating                             13  Measuring
                                                 A  Kernels
@@ -60,7 +60,6 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <math.h>
 #include <sched.h>
 #include <signal.h>
@@ -132,67 +131,6 @@ static size_t round_up(size_t n, size_t step) {
     return up == SIZE_MAX ? up : up / step * step;
 }
 
-// A place in bytes of a known length. A read past the end gives zeros and makes the cursor bad for good, so that a
-// parser may read a whole record and look once.
-typedef struct {
-    const unsigned char *at;
-    size_t left;
-    bool bad;
-} Cursor;
-
-// The next n bytes where they stand, or NULL.
-static const unsigned char *take(Cursor *c, size_t n) {
-    if (c->bad || n > c->left) {
-        c->bad = true;
-        return NULL;
-    }
-    const unsigned char *at = c->at;
-    c->at += n;
-    c->left -= n;
-    return at;
-}
-
-// The next n bytes, copied to a variable of any alignment (files are little-endian, and so are the machines we run on).
-static void take_into(Cursor *c, void *to, size_t n) {
-    const unsigned char *from = take(c, n);
-    if (from) memcpy(to, from, n);
-    else memset(to, 0, n);
-}
-
-static uint32_t take_u32(Cursor *c) {
-    uint32_t x;
-    take_into(c, &x, sizeof x);
-    return x;
-}
-
-static uint64_t take_u64(Cursor *c) {
-    uint64_t x;
-    take_into(c, &x, sizeof x);
-    return x;
-}
-
-// Bytes that grow: a text being read, a section of a file being made.
-typedef struct {
-    unsigned char *bytes;
-    size_t n, capacity;
-} Buffer;
-
-// Appends n bytes (zeros where `from` is NULL).
-static bool append(Buffer *b, const void *from, size_t n, Error *e) {
-    size_t needed = plus(b->n, n);
-    if (needed > b->capacity) {
-        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
-        unsigned char *bytes = realloc(b->bytes, capacity);
-        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
-        b->bytes = bytes;
-        b->capacity = capacity;
-    }
-    if (from) memcpy(b->bytes + b->n, from, n);
-    else memset(b->bytes + b->n, 0, n);
-    b->n = needed;
-    return true;
-}
-
 // A file's bytes, mapped read-only: they are read when they are used, and processes share one copy.
 typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; } Map;
 
@@ -220,14 +158,6 @@ static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk);  // cha
 
 // Waits until every thread of the team has come here. The step's name and layer are for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
-
-// This thread's part of n, by index: for work that takes every thread the same time.
-static Range share(size_t n, const Team *team) {
-    size_t each = n / (size_t)team->threads, rest = n % (size_t)team->threads, i = (size_t)team->thread;
-    Range r = { i * each + (i < rest ? i : rest), 0 };
-    r.to = r.from + each + (i < rest);
-    return r;
-}
 
 // Seconds since a fixed moment.
 static double clock_seconds(void) {
@@ -325,8 +255,8 @@ typedef struct {
     size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
-// The steps of a pass, in the order in which they happen. A step is what the threads do between two waits. Some models
-// skip some; a single token skips those that only prepare inputs, which each thread then does for itself.
+// The steps of a pass, in their order: what threads do between two waits. Some models skip some; a single token skips
+// those that only prepare inputs, which each thread then does for itself.
 // To add a step: its name here and in step_names[] (chapter 13), its work in a loop over take_chunk(), then end_step().
 typedef enum {
     EMBED,
@@ -460,7 +390,7 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
     }
 }
 
-typedef struct Candidate Candidate;  // a token that may be next (chapter 6)
+typedef struct { int id; float p; } Candidate;  // a token that may be next (chapter 6)
 
 // The kernels: the innermost loops of chapters 4, 5, 6 and 8. The plain C there defines the results; the appendix has
 // some of the loops again for other instruction sets. `kernels` points to the set in use.
@@ -487,8 +417,7 @@ typedef struct {
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
-// A weight is read once for up to 128 tokens, whose sums take 8 KB. Of wide matrices fewer tokens go together, so that
-// their blocks (8192 at most, half a megabyte) stay in the second cache.
+// A weight is read once for up to 128 tokens; if x is wide for fewer, so that their 8192 blocks stay in a cache of 1 MB.
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
@@ -575,7 +504,15 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
    the token learns is the sum of the values, each times its weight. Several heads ask different questions at once;
    query heads that share a key/value head are a head group. A token sees itself and earlier tokens, never later ones.
    So keys and values never change once they are made: the KV cache keeps them, and a new token costs one pass and not
-   the whole text again. */
+   the whole text again.
+
+   The arithmetic, in order. All numbers are float32 and every operation rounds once, to nearest even. x is the row of
+   the embedding times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Rotation
+   angles are computed in double and rounded once. Keys and values are rounded to f16, or kept in f32 if all matrices
+   are f32 or with --exact; a token reads its own back from the cache, too. A score is a chain over K from +0, times
+   attention_scale, then capped; the weights e^(score - max) are added in 16 lanes, position p in lane p mod 16; the
+   result is a chain over positions, divided by that sum. Then x + result * residual_scale, and so for feed forward.
+   The logits are multiplied by logit_scale, then capped. */
 
 // (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
 #define ROUNDER 0x1.8p23f
@@ -638,7 +575,7 @@ INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
 }
 
 // Rotates the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
-// Written with + alone: gcc 12 fuses a - beside a + into one instruction although that is forbidden.
+// Written with + alone: gcc 12 fuses a - beside a + although that is forbidden.
 INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
     int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
     for (int i = 0; i < half; i++) {
@@ -897,31 +834,27 @@ typedef struct {
     size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
 } Workspace;
 
-// The angles of these positions: pair i of position p turns by p * turns[i].
-static void make_angles(const Model *m, const Rotation *a, Range positions) {
+// The angles of position p: pair i turns by p * turns[i].
+static void make_angles(const Model *m, const Rotation *a, size_t p) {
     const Config *c = &m->config;
     int half = c->rope_dim / 2, n = c->local_theta > 0 ? 2 * half : half;
-    for (size_t p = positions.from; p < positions.to; p++) {
-        for (int i = 0; i < n; i++) {
-            float *to = a->cosine_sine + (i / half * (size_t)a->positions + p) * (size_t)c->rope_dim + i % half * 2;
-            double size = i < half ? c->rope_magnitude : 1;
-            to[0] = (float)(cos((double)p * a->turns[i]) * size);
-            to[1] = (float)(sin((double)p * a->turns[i]) * size);
-        }
+    for (int i = 0; i < n; i++) {
+        float *to = a->cosine_sine + (i / half * (size_t)a->positions + p) * (size_t)c->rope_dim + i % half * 2;
+        double size = i < half ? c->rope_magnitude : 1;
+        to[0] = (float)(cos((double)p * a->turns[i]) * size);
+        to[1] = (float)(sin((double)p * a->turns[i]) * size);
     }
 }
 
-// x[t] = row tokens[t] of the embedding      x (n, x_stride)
-static void embed(const Model *m, Workspace *w, Range rows) {
+// x[t] = the embedding's row of row t's token      x (n, x_stride)
+static void embed(const Model *m, Workspace *w, size_t t) {
     const Tensor *e = &m->embedding;
-    for (size_t t = rows.from; t < rows.to; t++) {
-        size_t row = (size_t)w->rows[t].token;
-        for (size_t c = 0; c < n_blocks(e); c++) {
-            float columns[32][16];
-            kernels->dequantise(columns, e->type, e->tiles + row / 16 * row_tile_bytes(e), c);
-            for (size_t i = 0; i < 32; i++)
-                w->x[t * w->x_stride + c * 32 + i] = columns[i][row % 16] * m->config.embedding_scale;
-        }
+    size_t row = (size_t)w->rows[t].token;
+    for (size_t c = 0; c < n_blocks(e); c++) {
+        float columns[32][16];
+        kernels->dequantise(columns, e->type, e->tiles + row / 16 * row_tile_bytes(e), c);
+        for (size_t i = 0; i < 32; i++)
+            w->x[t * w->x_stride + c * 32 + i] = columns[i][row % 16] * m->config.embedding_scale;
     }
 }
 
@@ -942,9 +875,9 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
         memcpy(in->blocks[c / 32 * n + t], x + c, sizeof *in->blocks);
 }
 
-// Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by every
-// thread for itself: cheaper than waiting for another. Each layer's result is checked here: a sum of squares that is not
-// finite comes from the last layer that the row has gone through.
+// Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
+// every thread for itself: cheaper than waiting for another. Each layer's result is checked here: a sum of squares that
+// is not finite comes from the last layer that the row has gone through.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -1069,19 +1002,8 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
     end_step(team, ATTEND, l);
 }
 
-// Queries and keys normalised over all heads at once, in models that do so (OLMo 2).
-static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int l, Team *team) {
-    size_t head_dim = (size_t)m->config.head_dim;
-    float eps = m->config.norm_eps;
-    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) {
-        for (size_t t = r.from; t < r.to; t++) {
-            float *query = w->query + t * w->q_stride, *key = w->key + t * w->kv_stride;
-            kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
-            kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
-        }
-    }
-    end_step(team, WIDE_HEAD_NORM, l);
-}
+// Normalises queries and keys over all heads at once, in models that do so (chapter 11).
+static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int l, Team *team);
 
 // One query or key head of row t on its way: normalised, rotated, and a key put into the cache with its value.
 static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, size_t t, size_t h) {
@@ -1160,9 +1082,13 @@ static void pass_team(void *p, Team *team) {
     const Job *job = p;
     const Model *m = job->model;
     Workspace *w = job->workspace;
-    Range mine = share(job->new_angles.to - job->new_angles.from, team);
-    make_angles(m, &w->angles, (Range){ job->new_angles.from + mine.from, job->new_angles.from + mine.to });
-    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) embed(m, w, r);
+    size_t n = (size_t)w->n, n_angles = job->new_angles.to - job->new_angles.from;
+    for (Range r; take_chunk(team, n + n_angles, 1, &r);) {
+        for (size_t i = r.from; i < r.to; i++) {
+            if (i < n) embed(m, w, i);
+            else make_angles(m, &w->angles, job->new_angles.from + i - n);
+        }
+    }
     end_step(team, EMBED, 0);
     for (int l = 0; l < m->config.n_layers; l++) {
         attention_block(m, w, l, team);
@@ -1209,8 +1135,8 @@ static bool check_rows(const Workspace *w, const int *rows, int n, Error *e) {
     return true;
 }
 
-// Sends n <= B rows through the model: tokens of any texts, each at the next position of its text. A row's bits depend on
-// its text up to there and on nothing else. The vectors of the rows that want logits are left to make_logits(). If it
+// Sends n <= B rows through the model: tokens of any texts, each at the next position of its text. A row's bits depend
+// on its text up to there and on nothing else. Leaves the vectors of the rows that want logits to make_logits(). If it
 // fails, the texts are as they were.
 static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row *rows, int n, Error *e) {
     w->rows = rows, w->sequences = sequences, w->n = n, w->n_wanted = 0;
@@ -1257,8 +1183,6 @@ static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e
    temperatures sharpen the distribution; top-k, top-p and min-p cut off its tail, where a token is wrong more often
    than surprising. The generator of random numbers and top-p are llama2.c's, so that its seeds give its texts here. */
 
-struct Candidate { int id; float p; };
-
 typedef struct {
     float temperature;     // 0 = the likeliest token
     int top_k;             // 0 = off
@@ -1291,53 +1215,9 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
-static bool is_likelier(Candidate a, Candidate b) {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
-}
-
-static void sink(Candidate *c, size_t i, size_t n) {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
-        if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
-    }
-}
-
-// Moves the top of *n candidates to *to.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
-}
-
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
-// from its last place down, with their sum in *sum. Only what can be chosen gets sorted; the rest stays in the heap.
-static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
-    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_sorted = 0;
-    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
-        if (c[i].p >= cutoff) c[n_heap++] = c[i];
-    }
-    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
-    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
-    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
-    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
-        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
-    *sum = 0.0f;
-    for (size_t i = 1; i <= limit; i++) {
-        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
-        if (c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
-        *sum += c[n - i].p;
-        if (has_top_p && *sum > s->top_p * total) return i;
-    }
-    return limit;
-}
+// from its last place down, with their sum in *sum (chapter 11).
+static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum);
 
 // The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
 static int choose_token(Sampler *s, const float *logits, int n) {
@@ -2140,6 +2020,14 @@ typedef struct Gate {
     Seat seats[MAX_THREADS];
 } Gate;
 
+// This thread's part of n, by index: for work that takes every thread the same time.
+static Range share(size_t n, const Team *team) {
+    size_t each = n / (size_t)team->threads, rest = n % (size_t)team->threads, i = (size_t)team->thread;
+    Range r = { i * each + (i < rest ? i : rest), 0 };
+    r.to = r.from + each + (i < rest);
+    return r;
+}
+
 static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk) {
     enum { CHUNKS = 8 };  // of a share: the last one of fewer takes a slow thread long; more take time to deal out
     size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), unit);
@@ -2203,7 +2091,7 @@ static void end_step(Team *team, int step, int layer) {
             atomic_store(&gate->round, round + 1);
         }
         double start = 0;
-        for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX) {
+        for (int i = 0; atomic_load(&gate->round) == round; i += i <= EAGER) {
             if (i == EAGER) start = clock_seconds();
             look_again(i);
         }
@@ -2292,8 +2180,8 @@ static int usable_threads(int threads) {
 // thread less; if that is faster than before, the thread rests for some passes, each time for more.
 typedef struct {
     int threads, rows;                // of the pass before
-    int n_resting, n_passes, period;  // threads; passes until one of them is tried again; as many as were last granted
-    double seconds;                   // what a pass took with the thread that is now missing on trial; 0: no trial
+    int n_resting, n_passes, period;  // threads that rest; passes until one is tried again; passes of the last rest
+    double seconds;                   // of a pass with the thread that is now left out on trial; 0: no trial
 } Rest;
 
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
@@ -2335,7 +2223,7 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
         pthread_mutex_unlock(&crew.lock);
     }
     take_part(0, threads, work, job, &gate);
-    for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i < INT_MAX) look_again(i);
+    for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i <= EAGER) look_again(i);
 #endif
     if (rows) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
 }
@@ -3561,8 +3449,8 @@ static void close_model(Model *m) {
     *m = (Model){ 0 };
 }
 
-/* ==== 11. Experts, long texts, memory ===============================================================================
-   What only some passes need, and the memory of all. */
+/* ==== 11. Experts, long texts, likely tokens, memory ================================================================
+   What only some models, texts and samplers need; and the memory of all. */
 
 // ---- Experts ----
 
@@ -3652,6 +3540,22 @@ static void experts_block(const Model *m, Workspace *w, int l, Team *team) {
         if (!layer->ffn_post_norm) add_out(m, w, (Range){ 0, (size_t)w->n }, rows);
     }
     end_block(m, w, layer->ffn_post_norm, DOWN, l, team);
+}
+
+// ---- Norms over all heads ----
+
+// OLMo 2.
+static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int l, Team *team) {
+    size_t head_dim = (size_t)m->config.head_dim;
+    float eps = m->config.norm_eps;
+    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);) {
+        for (size_t t = r.from; t < r.to; t++) {
+            float *query = w->query + t * w->q_stride, *key = w->key + t * w->kv_stride;
+            kernels->normalise(query, query, layer->query_norm, NULL, (size_t)layer->n_heads * head_dim, eps);
+            kernels->normalise(key, key, layer->key_norm, NULL, (size_t)layer->n_kv_heads * head_dim, eps);
+        }
+    }
+    end_step(team, WIDE_HEAD_NORM, l);
 }
 
 // ---- One token far down a text ----
@@ -3769,6 +3673,55 @@ static void make_turns(const Model *m, Rotation *a, int context) {
         a->turns[i] = pow(c->rope_theta, -2.0 * i / c->rope_dim) / slow_down(m, context, i);
         if (c->local_theta > 0) a->turns[half + i] = pow(c->local_theta, -2.0 * i / c->rope_dim);
     }
+}
+
+// ---- Top-k, top-p, min-p ----
+
+// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
+static bool is_likelier(Candidate a, Candidate b) {
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+static void sink(Candidate *c, size_t i, size_t n) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
+        if (!is_likelier(c[child], c[i])) return;
+        Candidate above = c[i];
+        c[i] = c[child];
+        c[child] = above;
+    }
+}
+
+// Moves the top of *n candidates to *to.
+static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+    Candidate top = heap[0];
+    heap[0] = heap[--*n];
+    sink(heap, 0, *n);
+    *to = top;
+}
+
+// Only candidates that can be chosen are sorted; the rest stays in the heap.
+static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
+    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
+    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    size_t n_heap = 0, n_sorted = 0;
+    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
+        if (c[i].p >= cutoff) c[n_heap++] = c[i];
+    }
+    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
+    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
+    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
+    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
+    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
+        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
+    *sum = 0.0f;
+    for (size_t i = 1; i <= limit; i++) {
+        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
+        if (c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
+        *sum += c[n - i].p;
+        if (has_top_p && *sum > s->top_p * total) return i;
+    }
+    return limit;
 }
 
 // ---- The memory to run it in ----

@@ -1004,6 +1004,70 @@ static bool is_end_token(const Tokenizer *t, int id) {
     return false;
 }
 
+/* ---- Bytes -------------------------------------------------------------------------------------------------------
+   What comes from a file is read through a cursor, which cannot pass the end; what is made grows in a buffer. */
+
+// A place in bytes of a known length. A read past the end gives zeros and makes the cursor bad for good, so that a
+// parser may read a whole record and look once.
+typedef struct {
+    const unsigned char *at;
+    size_t left;
+    bool bad;
+} Cursor;
+
+// The next n bytes where they stand, or NULL.
+static const unsigned char *take(Cursor *c, size_t n) {
+    if (c->bad || n > c->left) {
+        c->bad = true;
+        return NULL;
+    }
+    const unsigned char *at = c->at;
+    c->at += n;
+    c->left -= n;
+    return at;
+}
+
+// The next n bytes, copied to a variable of any alignment (files are little-endian, and so are the machines we run on).
+static void take_into(Cursor *c, void *to, size_t n) {
+    const unsigned char *from = take(c, n);
+    if (from) memcpy(to, from, n);
+    else memset(to, 0, n);
+}
+
+static uint32_t take_u32(Cursor *c) {
+    uint32_t x;
+    take_into(c, &x, sizeof x);
+    return x;
+}
+
+static uint64_t take_u64(Cursor *c) {
+    uint64_t x;
+    take_into(c, &x, sizeof x);
+    return x;
+}
+
+// Bytes that grow: a text being read, a section of a file being made.
+typedef struct {
+    unsigned char *bytes;
+    size_t n, capacity;
+} Buffer;
+
+// Appends n bytes (zeros where `from` is NULL).
+static bool append(Buffer *b, const void *from, size_t n, Error *e) {
+    size_t needed = plus(b->n, n);
+    if (needed > b->capacity) {
+        size_t capacity = needed > SIZE_MAX / 2 ? needed : needed * 2;
+        unsigned char *bytes = realloc(b->bytes, capacity);
+        if (!bytes) return fail(e, NO_MEMORY, "no memory for %zu bytes", needed);
+        b->bytes = bytes;
+        b->capacity = capacity;
+    }
+    if (from) memcpy(b->bytes + b->n, from, n);
+    else memset(b->bytes + b->n, 0, n);
+    b->n = needed;
+    return true;
+}
+
 /* ---- Opening a section ------------------------------------------------------------------------------------------- */
 
 static void close_tokenizer(Tokenizer *t) {
