@@ -1831,16 +1831,18 @@ static const unsigned char *source_block(const Source *s, size_t row, size_t col
     return s->data + row * source_row_bytes(s) + col / s->type->block_cols * s->type->block_bytes;
 }
 
-// f32, or f16 and bf16, two rows at a time: half as many stores.
+// f32, or f16 and bf16: these two rows at a time, with half as many stores.
 static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     static const uint16_t zeros[32];
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32, size = s->type->block_bytes;
-    for (size_t r = 0; r < rows; r += 4 / size) {
+    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
+    bool wide = s->type->tile == F32;
+    for (size_t r = 0; r < rows; r += wide ? 1 : 2) {
         const void *from = source_block(s, row + r, col);
         const uint16_t *a = from, *b = r + 1 < rows ? a + s->cols : zeros;
-        for (size_t c = 0; c < cols; c++) {
-            uint32_t x = size == 4 ? load_four(a + 2 * c) : a[c] | (uint32_t)b[c] << 16;
-            memcpy((char *)tile + (16 * c + r) * size, &x, sizeof x);
+        for (size_t c = 0; wide && c < cols; c++) memcpy((float *)tile + 16 * c + r, a + 2 * c, 4);
+        for (size_t c = 0; !wide && c < cols; c++) {
+            uint32_t pair = a[c] | (uint32_t)b[c] << 16;
+            memcpy((uint16_t *)tile + 16 * c + r, &pair, sizeof pair);
         }
     }
 }
