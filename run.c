@@ -1442,25 +1442,23 @@ static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, S
 }
 
 /* ==== 8. Number formats, and packing them into tiles ================================================================
-   How weights are stored and multiplied. A checkpoint's matrix is packed into tiles when it is opened. Packing changes
-   no weight: a tile holds the file's own integers and scales, only in another order. This chapter has the types of
-   tiles, their products in plain C, the plain set of kernels, and the packing of each format that files hold.
+   The types of tiles, the products of quantised weights in plain C, and how the formats that files hold are packed into
+   tiles. Packing changes no weight: a tile holds the file's own integers and scales, in another order.
 
-   PRODUCTS OF QUANTISED WEIGHTS, which every kernel has to give bit by bit:  a token's activations x are rounded to 8
-   bits, in blocks of 32 columns:
+   THE ARITHMETIC OF QUANTISED WEIGHTS.  A token's activations x are rounded to 8 bits in blocks of 32 columns:
 
-       max = the largest |x|, its bits compared as an integer, so that NaN > infinity > every number on every CPU
-       s = max / 127      q = x * (127 / max), rounded to nearest even
-       max below 2^-100:  s = 0, all q = 0      max not finite:  s = NaN, all q = 0, and chapter 5 notices the result
+       max = the largest |x|; the floats' bits are compared as integers: NaN > infinity > every number, on every CPU
+       s = max / 127,  q = x * (127 / max) rounded to nearest even
+       max < 2^-100:  s = 0, q = 0      max not finite:  s = NaN, q = 0, so that each output is NaN
 
-   A weight is scale * w or, if its type has minima, scale * w + min; w is a small integer. Each output begins at y = 0.
-   Columns that share a scale, 32 or 16 of them, are added at a time, from the first to the last:
+   A weight is scale * w, or scale * w + min if its type has minima; w is a small integer. An output y begins at 0. The
+   columns that share a scale, 32 or 16, are added together, from left to right:
 
        y = fmaf(scale * s, (float)(sum of w * q), y)
        y = fmaf(min, s * (float)(sum of q), y)          if there are minima
 
-   The sums are of integers and exact, so their order is free; that of everything else is as written. This gives the
-   same bits for all finite results; a NaN is only promised to be a NaN. */
+   Sums of integers are exact, so their order is free. Every kernel gives the same bits where results are finite; of a
+   NaN it is only promised to be one. */
 
 // The weights of IQ4_NL and IQ4_XS, which lie closer together near 0; and twice those of MXFP4, floats of 4 bits.
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
@@ -1478,8 +1476,9 @@ static const TypeInfo types[N_TYPES] = {
     [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
     [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
     [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
-    // Headers of 256 columns: f16 d[16], f16 dmin[16] if there are minima, then an int8 factor[16] of d for each 16 or
-    // 32 columns, then likewise of dmin. Q2_K has both in a byte: the factor of d in the low half.
+    // Headers of 256 columns: f16 d[16], f16 dmin[16] if there are minima, then int8 factor[16] of d for each 16 or 32
+    // columns, then likewise of dmin; Q2_K has both in a byte, that of d in the low half. A scale is d * factor, a
+    // minimum -dmin * factor: both are exact in f32.
     [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
     [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
     [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
@@ -1490,9 +1489,6 @@ static const TypeInfo types[N_TYPES] = {
     [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // e[16]
 };
 
-// ---- Rounding ----
-
-// Rounds the numbers of one block.
 INLINE void round_block(Block *b, const float *x) {
     int32_t max = 0, q[32], sum[3] = { 0 };
     for (int i = 0; i < 32; i++) {
@@ -1522,8 +1518,8 @@ INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t c
     }
 }
 
-// Rounds to nearest even. Below 2^-14 the steps of f16 are 2^-24, which is the last bit of 0.5f: adding 0.5f rounds to
-// them. Above, the last 13 bits go: adding half a step, less one bit if the kept ones are even, carries what it must.
+// Rounds to nearest even. Below 2^-14, f16 has steps of 2^-24, as floats have from 0.5 to 1: adding 0.5f rounds so.
+// Above, the last 13 bits go: adding half a step, less one bit if the kept ones are even, carries when it should.
 INLINE uint16_t half_of_float(float x) {
     uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
     uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
@@ -1540,9 +1536,8 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-// ---- Unpacking ----
+// ---- Unpacking tiles ----
 
-// Four bytes as one number.
 INLINE uint32_t load_four(const void *p) {
     uint32_t x;
     memcpy(&x, p, sizeof x);
@@ -1582,12 +1577,11 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// The tile that has the block.
+// The tile that a block is in, and where the block's weights begin in that tile.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
     return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
 
-// The block's weights in it.
 INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, size_t block) {
     return tile + types[type].header + block % ((size_t)types[type].cols / 32) * 64 * (size_t)types[type].bits;
 }
@@ -1596,7 +1590,7 @@ INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, siz
 INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, size_t block,
                           Widen *widen, ScaleSixteen *scale_sixteen) {
     const TypeInfo *i = &types[type];
-    int part = (int)(block % ((size_t)i->cols / 32));
+    int part = (int)(block % ((size_t)i->cols / 32));  // which 32 of the tile's columns
     const uint8_t *factor = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;
     float d[16], dmin[16];
     if (type == Q8F) memcpy(d, tile, sizeof d);
@@ -1666,10 +1660,10 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
     }
 }
 
-// ---- Products, and the plain kernels ----
+// ---- Products ----
 
 // Adds the products of columns that share a scale: all 32 of a block (part 0), the first 16 (1) or the last 16 (2).
-// A dot product is an integer of at most 32 * 128 * 128 = 2^19: exact in float, too.
+// A dot product is an integer of at most 32 * 128 * 128 = 2^19, so it is exact in float too.
 INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
     enum { TOGETHER = 4 };
     const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
@@ -1687,8 +1681,7 @@ INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, cons
     }
 }
 
-// Adds the products of quantised tiles, block after block, for n tokens. x: their input for the first block; n_all
-// further on stands that for the next.
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n) {
     bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
@@ -1708,7 +1701,7 @@ INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_
     for (size_t c = 0; c < cols; c++) {
         for (size_t i = 0; i < n; i++) {
             const void *from = tiles + (i * cols + c) * col_bytes;
-            const float *v = type == F32 ? from : w;  // no copy: a wide load waits for two narrow stores
+            const float *v = type == F32 ? from : w;  // no copy: its narrow stores would delay a wide load
             if (type != F32) load_weights(w, type, from, 16, widen);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
             for (int r = 0; r < 16; r++) sum[i][r] = fmaf(v[r], x[c], sum[i][r]);
@@ -1783,9 +1776,9 @@ static double peak_scalar(bool int8, size_t rounds) {
 
 MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
-// ---- What files hold ----
+// ---- Packing ----
 
-enum { NAME_BYTES = 64, VECTOR = 255 };  // a name with its 0: what GGUF allows; for Source.tiles
+enum { NAME_BYTES = 64, VECTOR = 255 };  // a name and its 0, as long as GGUF allows; a value of Source.tiles
 
 // A tensor in a file: one or more matrices, of rows of blocks.
 typedef struct SourceType SourceType;
@@ -1800,8 +1793,7 @@ typedef struct Source {
     size_t n_bytes, rows_used;           // of the data; rows that belong to tensors of the model
 } Source;
 
-// Fills a tile with `rows` rows (at most 16) of the source from `row` on, and its columns from `col` on. If they do not
-// fill it, the tile has been set to zeros before.
+// Packs `rows` <= 16 rows from row `row` on, and the columns from `col` on. A tile that they do not fill comes as zeros.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
 struct SourceType {
@@ -1815,7 +1807,7 @@ struct SourceType {
     // weights have their low (or high) bits at the bottom of a byte each, the next `run` above those, until the bytes
     // are full; then come further bytes. A run is a multiple of 4, or 1 for single bits.
     int scale_at, scales_at;
-    struct { unsigned at, run; } low, high;
+    struct Plane { unsigned at, run; } low, high;
 };
 
 static size_t source_row_bytes(const Source *s) {
@@ -1868,7 +1860,7 @@ INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t r
     }
 }
 
-// The same, where the compiler knows bits and run if they are of a type below: else divisions take most of the time.
+// The same. The compiler knows bits and run of the types below: otherwise divisions would take most of the time.
 static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, unsigned bits,
                        unsigned run, unsigned first) {
 #define WITH(b, r) if (bits == b && run == r) { pack_plane_by(to, from, row_bytes, rows, b, r, first); return; }
@@ -1904,10 +1896,9 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
     }
     for (unsigned c = 0; c < (unsigned)info->cols; c += 32) {
         for (unsigned bits = 8; bits; bits /= 2) {
-            bool is_low = (unsigned)info->bits < 2 * bits;
+            const struct Plane *plane = (unsigned)info->bits < 2 * bits ? &t->low : &t->high;
             if (!((unsigned)info->bits & bits)) continue;
-            pack_plane(to, block + (is_low ? t->low.at : t->high.at), row_bytes, rows, bits,
-                       is_low ? t->low.run : t->high.run, c);
+            pack_plane(to, block + plane->at, row_bytes, rows, bits, plane->run, c);
             to += 64 * bits;
         }
     }
@@ -1962,8 +1953,8 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     }
 }
 
-// The first row of a row tile with a weight (quantised: a scale) that is not finite, or 16. A number is not finite if
-// its bits, without the sign and moved to the top of 32, reach the limit: then adding 2^31 - limit sets the top bit.
+// The first row of a row tile with a weight (quantised: a scale or minimum) that is not finite, or 16. A number is not
+// finite if its bits, without the sign and moved to the top of 32, reach the limit: adding 2^31 - limit shows that.
 static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
     Type type = w->type;
     size_t n = !is_quantised(type) ? 32 : types[type].has_min ? 2 : 1, row = 0;  // numbers of each row
@@ -4830,13 +4821,11 @@ static bool run_matmul(Error *e) {
 }
 
 /* ==== Appendix A. Kernels ===========================================================================================
-   The innermost loops for the instruction sets that processors may have; the program chooses when it starts. Written
-   by hand are the leaves: add_tiles() (chapter 8) as products of bytes, add_products() (chapter 4), conversions between
-   f16 and f32, lookups. MAKE_KERNELS() compiles all other loops of chapters 4, 5, 6 and 8 with them. The target is an
-   attribute of each function, so one plain compile line makes all sets.
-
-   Each gives the bits of its definition: sums of products of bytes are exact, so their order is free; the operations on
-   floats are the definition's, and a SIMD lane is a row. */
+   The innermost loops for each instruction set; the program chooses when it starts. Only leaves are written by hand:
+   dot products of bytes for add_tiles() (chapter 8), rows of add_products() (chapter 4), conversions and lookups.
+   MAKE_KERNELS() compiles the other loops of chapters 4, 5, 6 and 8 round them. The target is an attribute of each
+   function, so one plain compile line makes all sets. Each gives the bits of its definition: dot products of integers
+   are exact in any order, operations on floats are those of the definition, and a SIMD lane is a row. */
 
 // To add a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels, better ones first, and what
 // the CPU must have in cpu_can_run(): all in the part of its processor.
@@ -4863,7 +4852,7 @@ typedef struct {
     ScaleSixteen *scale_sixteen;
 } Leaves;
 
-// How much the byte of a weight is larger than the weight.
+// A weight's byte minus the weight.
 INLINE int byte_offset(Type type, int unsigned_bits) {
     int bits = types[type].values ? 8 : types[type].bits;
     return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
@@ -4885,14 +4874,15 @@ INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char 
     const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
     int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
     uint8_t *w = u->w[0];
+    const uint8_t *q = i->bits == 8 ? from : w;
     for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
     unpack_scales(u->scale, u->min, type, tile, block, leaves.widen, leaves.scale_sixteen);
     if (i->bits < 8) unpack_planes(u->w, i->bits, from);
     int8_t values[16];
     for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
     if (i->values) leaves.look_up(w, 512, values);
-    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)((i->bits == 8 ? from : w)[j] + change);
-    return i->bits == 8 && !change ? from : w;
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
+    return change ? w : q;
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
@@ -4945,7 +4935,7 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
 }
 
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
-// step: fma of w[j], x and sum[i][j]      widened: a vector of floats, from f16 at `from`
+// step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
 typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                       size_t b_stride, int m, int depth);
 #define MAKE_PRODUCTS(isa, set, Vector, step, widened)                                                                 \
