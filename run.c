@@ -1298,10 +1298,25 @@ static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, E
 }
 
 /* ==== 8. Number formats, and packing them into tiles ================================================================
-   How other programs' files hold a row of weights, and how sixteen of their rows become tiles. No weight changes here:
-   a tile holds the file's own integers and scales, only in another order. Then the kernels of plain C, and e^x. */
+   The types of tiles, the products of quantised weights in plain C, and how the formats that files hold are packed into
+   tiles. Packing changes no weight: a tile holds the file's own integers and scales, in another order.
 
-// What weights stand for: of IQ4_NL and IQ4_XS, places on a curve; of MXFP4, twice a float of 1 + 2 + 1 bits.
+   THE ARITHMETIC OF QUANTISED WEIGHTS.  A token's activations x are rounded to 8 bits in blocks of 32 columns:
+
+       max = the largest |x|; the floats' bits are compared as integers: NaN > infinity > every number, on every CPU
+       s = max / 127,  q = x * (127 / max) rounded to nearest even
+       max < 2^-100:  s = 0, q = 0      max not finite:  s = NaN, q = 0, so that each output is NaN
+
+   A weight is scale * w, or scale * w + min if its type has minima; w is a small integer. An output y begins at 0. The
+   columns that share a scale, 32 or 16, are added together, from left to right:
+
+       y = fmaf(scale * s, (float)(sum of w * q), y)
+       y = fmaf(min, s * (float)(sum of q), y)          if there are minima
+
+   Sums of integers are exact, so their order is free. Every kernel gives the same bits where results are finite; of a
+   NaN it is only promised to be one. */
+
+// The weights of IQ4_NL and IQ4_XS, which lie closer together near 0; and twice those of MXFP4, floats of 4 bits.
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
@@ -1317,8 +1332,9 @@ static const TypeInfo types[N_TYPES] = {
     [Q4M] = { "q4m", .cols = 32, .per_scale = 32, .header = 64, .bits = 4, .has_min = true },  // f16 scale[16], min[16]
     [Q5] = { "q5", .cols = 32, .per_scale = 32, .header = 32, .bits = 5, .offset = 16 },
     [Q5M] = { "q5m", .cols = 32, .per_scale = 32, .header = 64, .bits = 5, .has_min = true },
-    // Headers of K-quants: f16 d[16], f16 dmin[16] if there are minima, then for each 16 or 32 columns scale[16] or, of
-    // Q2_K, scale and min[16] in half a byte each; at last, of Q4_K and Q5_K, all min[16]
+    // Headers of 256 columns: f16 d[16], f16 dmin[16] if there are minima, then int8 factor[16] of d for each 16 or 32
+    // columns, then likewise of dmin; Q2_K has both in a byte, that of d in the low half. A scale is d * factor, a
+    // minimum -dmin * factor: both are exact in f32.
     [Q2K] = { "q2k", .cols = 256, .per_scale = 16, .header = 320, .bits = 2, .has_min = true },
     [Q3K] = { "q3k", .cols = 256, .per_scale = 16, .header = 288, .bits = 3, .offset = 4 },
     [Q4K] = { "q4k", .cols = 256, .per_scale = 32, .header = 320, .bits = 4, .has_min = true },
@@ -1326,14 +1342,9 @@ static const TypeInfo types[N_TYPES] = {
     [Q6K] = { "q6k", .cols = 256, .per_scale = 16, .header = 288, .bits = 6, .offset = 32 },
     [IQ4NL] = { "iq4nl", .cols = 32, .per_scale = 32, .header = 32, .bits = 4, .values = curve },
     [IQ4XS] = { "iq4xs", .cols = 256, .per_scale = 32, .header = 160, .bits = 4, .values = curve },
-    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // 2^e
+    [MXFP4] = { "mxfp4", .cols = 32, .per_scale = 32, .header = 16, .bits = 4, .values = small_floats },  // e[16]
 };
 
-// ---- Products of quantised tiles, as they are defined ----
-
-// q[i] = x[i] * (127 / max|x|) rounded, scale = max|x| / 127, for one block of 32.
-// max is found among the bits as integers, so that NaN > Inf > numbers on every CPU; a block that is not finite gets
-// the scale NaN, and the check of the layer will find what comes of it.
 INLINE void round_block(Block *b, const float *x) {
     int32_t max = 0, q[32], sum[3] = { 0 };
     for (int i = 0; i < 32; i++) {
@@ -1343,7 +1354,7 @@ INLINE void round_block(Block *b, const float *x) {
     float largest = float_of_bits((uint32_t)max);
     bool finite = max < 0x7f800000, tiny = largest < 0x1p-100f;
     float inverse = finite && !tiny ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < 32; i++)  // the low 22 bits of the sum are the whole number
+    for (int i = 0; i < 32; i++)  // the integer is in the low 22 bits of the sum
         q[i] = (int32_t)(bits_of_float((finite ? x[i] * inverse : 0.0f) + ROUNDER) << 10) >> 10;
     for (int i = 0; i < 32; i++) b->q[i] = (int8_t)q[i];
     for (int i = 0; i < 16; i++) sum[1] += q[i];
@@ -1356,56 +1367,15 @@ INLINE void round_block(Block *b, const float *x) {
     b->minus_8_sum = -8 * sum[0];
 }
 
-// Some of n vectors x (n, stride) in 8 bits      blocks (cols/32, n)
+// Rounds some of n vectors.      x (n, stride)  blocks (cols/32, n)
 INLINE void round_vectors(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range tokens) {
     for (size_t t = tokens.from; t < tokens.to; t++) {
         for (size_t c = 0; c < cols; c += 32) round_block(&blocks[c / 32 * n + t], x + t * stride + c);
     }
 }
 
-// 32 columns of a row tile as floats, w[column][row]. Quantised weights are min[row] + scale[row] * w, w a small whole
-// number; the second scale and minimum are those of the last 16 columns, if they have their own.
-typedef struct {
-    float w[32][16], scale[2][16], min[2][16];
-} UnpackedBlock;
-
-INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block);
-
-// sum[t][r] = fmaf(scale[r] * s[t], dot(w[r], q[t]), sum[t][r]), and with minima fmaf(min[r], s[t] * sum(q[t]), that)
-// for those columns of a block that share a scale: all 32 (part 0), the first 16 (1) or the last 16 (2).
-// The dot products are whole numbers below 32 * 128 * 128 = 2^19: exact in float, in whatever order they are added.
-INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
-    enum { TOGETHER = 4 };
-    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
-    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
-    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
-        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
-        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
-        for (int t = 0; t < now; t++) {
-            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
-            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
-            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
-        }
-    }
-}
-
-// Adds the products of quantised tiles, block after block. x: n tokens' input for the first; each next is n_all behind.
-INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                      size_t n_all, int n) {
-    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        UnpackedBlock u;
-        unpack(&u, type, tiles, c);
-        if (!halves) add_part(sum, &u, has_min, x, n, 0);
-        if (halves) add_part(sum, &u, has_min, x, n, 1);
-        if (halves) add_part(sum, &u, has_min, x, n, 2);
-    }
-}
-
-// To the nearest f16, ties to even. Below 2^-14 f16 is fixed point in steps of 2^-24, which adding 0.5f, whose last bit
-// is 2^-24, rounds to; above, half a step less one, and one more if the last kept bit is odd, carries where it must.
+// Rounds to nearest even. Below 2^-14, f16 has steps of 2^-24, as floats have from 0.5 to 1: adding 0.5f rounds so.
+// Above, the last 13 bits go: adding half a step, less one bit if the kept ones are even, carries when it should.
 INLINE uint16_t half_of_float(float x) {
     uint32_t u = bits_of_float(x), sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
     uint32_t small = bits_of_float(float_of_bits(body) + 0.5f) - 0x3f000000;
@@ -1422,40 +1392,8 @@ INLINE void narrow_floats(uint16_t *to, const float *from, size_t n) {
 
 INLINE float float_of_bfloat(uint16_t b) { return float_of_bits((uint32_t)b << 16); }
 
-// n weights of a tile of floats.
-INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
-    const uint16_t *half = from;
-    if (type == F32) memcpy(w, from, n * sizeof *w);
-    else if (type == F16) widen(w, half, n);
-    else for (size_t i = 0; i < n; i++) w[i] = float_of_bfloat(half[i]);
-}
+// ---- Unpacking tiles ----
 
-// y = w x for one token and the rows of `n` row tiles, whose chains run side by side.
-INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t cols, const float *x, size_t n,
-                          Widen *widen) {
-    _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
-    size_t col_bytes = 2 * (size_t)types[type].bits;
-    for (size_t c = 0; c < cols; c++) {
-        for (size_t i = 0; i < n; i++) {
-            const void *from = tiles + (i * cols + c) * col_bytes;
-            const float *v = type == F32 ? from : w;  // a copy would be stored in halves, and read whole has to wait
-            if (type != F32) load_weights(w, type, from, 16, widen);
-#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(v[r], x[c], sum[i][r]);
-        }
-    }
-    memcpy(y, sum, n * sizeof *sum);
-}
-
-// y = w x for one token and the rows of some tiles of floats, in which the columns simply follow each other
-INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x,
-                            Widen *widen) {
-    size_t row_bytes = cols * 2 * (size_t)types[type].bits, row = 0;
-    for (; row + 4 <= n_rows; row += 4) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 4, widen);
-    for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
-}
-
-// Four bytes as one number.
 INLINE uint32_t load_four(const void *p) {
     uint32_t x;
     memcpy(&x, p, sizeof x);
@@ -1468,15 +1406,15 @@ INLINE void look_up_bytes(uint8_t *w, size_t n, const int8_t values[16]) {
     for (size_t i = 0; i < n; i++) w[i] = (uint8_t)values[w[i]];
 }
 
-// So many bits of a byte, from number `from` on, moved to number `to` of the result.
+// `bits` bits of a byte, from bit `from` on, moved to bit `to`.
 INLINE int move_bits(uint8_t byte, int bits, int from, int to) {
     return (from > to ? byte >> (from - to) : byte << (to - from)) & ((1 << bits) - 1) << to;
 }
 
-// The stored weights of 32 columns as bytes, four columns of the 16 rows in each w[g].
+// The stored q of 32 columns as bytes: four columns of the 16 rows in each w[g].
 INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
-    int low = bits & 4, lower = bits & 6;  // bits below the pair's, and below the single one
+    int low = bits & 4, lower = bits & 6;  // bits of a weight below the pair, below the single one
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
         for (int j = 0; j < 64; j++) {
@@ -1495,37 +1433,7 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// The scales and minima of a block: of its 32 columns, or of 16 and 16.
-INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, int part,
-                          Widen *widen, ScaleSixteen *scale_sixteen) {
-    const TypeInfo *i = &types[type];
-    const uint8_t *narrow = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;  // of 256 columns
-    float d[16], dmin[16];
-    if (type == Q8F) memcpy(d, tile, sizeof d);
-    else if (type == MXFP4)  // 2^(e - 128), since the values are doubled
-        for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
-    else widen(d, (const void *)tile, 16);
-    if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
-    for (int h = 0; h < BLOCK / i->per_scale; h++, narrow += 16) {
-        if (i->cols == 32) memcpy(scale[h], d, sizeof d);
-        if (i->cols == 32 && i->has_min) memcpy(min[h], dmin, sizeof dmin);
-        if (i->cols == 32) continue;
-        _Alignas(16) int8_t factors[2][16];
-        memcpy(factors[0], narrow, 16);
-        if (i->has_min && type != Q2K) memcpy(factors[1], narrow + 128, 16);
-#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-        for (int r = 0; r < 16 && type == Q2K; r++) {
-            factors[0][r] = narrow[r] & 15;
-            factors[1][r] = (int8_t)(narrow[r] >> 4);
-        }
-        scale_sixteen(scale[h], d, factors[0]);
-        if (!i->has_min) continue;
-        scale_sixteen(min[h], dmin, factors[1]);
-        for (int r = 0; r < 16; r++) min[h][r] = -min[h][r];
-    }
-}
-
-// Where the tile is that has the block, and the block's weights in it.
+// The tile that a block is in, and where the block's weights begin in that tile.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
     return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
@@ -1534,12 +1442,49 @@ INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, siz
     return tile + types[type].header + block % ((size_t)types[type].cols / 32) * 64 * (size_t)types[type].bits;
 }
 
+// The scales and minima of a block's rows: [0] of its 32 columns, or [0] of the first 16 and [1] of the last 16.
+INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, size_t block,
+                          Widen *widen, ScaleSixteen *scale_sixteen) {
+    const TypeInfo *i = &types[type];
+    int part = (int)(block % ((size_t)i->cols / 32));  // which 32 of the tile's columns
+    const uint8_t *factor = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;
+    float d[16], dmin[16];
+    if (type == Q8F) memcpy(d, tile, sizeof d);
+    else if (type == MXFP4)  // 2^(e - 127) / 2, since the values are doubled
+        for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
+    else widen(d, (const void *)tile, 16);
+    if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
+    if (i->cols == 32) {
+        memcpy(scale[0], d, sizeof d);
+        if (i->has_min) memcpy(min[0], dmin, sizeof dmin);
+        return;
+    }
+    for (int h = 0; h < BLOCK / i->per_scale; h++, factor += 16) {
+        _Alignas(16) int8_t factors[2][16];
+        memcpy(factors[0], factor, 16);
+        if (i->has_min && type != Q2K) memcpy(factors[1], factor + 128, 16);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+        for (int r = 0; r < 16 && type == Q2K; r++) {
+            factors[0][r] = factor[r] & 15;
+            factors[1][r] = (int8_t)(factor[r] >> 4);
+        }
+        scale_sixteen(scale[h], d, factors[0]);
+        if (!i->has_min) continue;
+        scale_sixteen(min[h], dmin, factors[1]);
+        for (int r = 0; r < 16; r++) min[h][r] = -min[h][r];
+    }
+}
+
+// 32 columns of a row tile: a weight is scale * w, or scale * w + min.
+typedef struct {
+    float w[32][16], scale[2][16], min[2][16];  // w: integers
+} UnpackedBlock;
+
 INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
     const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
     _Alignas(64) uint8_t q[8][64];
-    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)types[type].cols / 32)), widen_floats,
-                  scale_floats);
-#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // a loop of its own for each number
+    unpack_scales(u->scale, u->min, type, tile, block, widen_floats, scale_floats);
+#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // the loops know it
     switch (types[type].bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) PLANES(8) }
     if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
     for (int g = 0; g < 8; g++) {
@@ -1548,19 +1493,88 @@ INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size
     }
 }
 
-// The weights of 32 columns in float, dequantised by the operations of gguf-py, in their order.
+// n weights of a tile of floats.
+INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen *widen) {
+    const uint16_t *half = from;
+    if (type == F32) memcpy(w, from, n * sizeof *w);
+    else if (type == F16) widen(w, half, n);
+    else for (size_t i = 0; i < n; i++) w[i] = float_of_bfloat(half[i]);
+}
+
+// The weights of 32 columns in float. The operations, and their order, are those of gguf-py.
 INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block, Widen *widen) {
     UnpackedBlock u;
-    if (is_quantised(type)) unpack(&u, type, tiles, block);
-    else load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
-    for (int c = 0; c < 32 && is_quantised(type); c++) {
+    if (!is_quantised(type)) {
+        load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
+        return;
+    }
+    unpack(&u, type, tiles, block);
+    for (int c = 0; c < 32; c++) {
         int half = c / types[type].per_scale;
         for (int r = 0; r < 16; r++) w[c][r] = u.w[c][r] * u.scale[half][r];
         for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
 
-// The innermost loops compiled for the instruction set that `target` names, four of them from its own leaves.
+// ---- Products ----
+
+// Adds the products of columns that share a scale: all 32 of a block (part 0), the first 16 (1) or the last 16 (2).
+// A dot product is an integer of at most 32 * 128 * 128 = 2^19, so it is exact in float too.
+INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
+    enum { TOGETHER = 4 };
+    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
+    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
+    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
+        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
+        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
+        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
+        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
+        for (int t = 0; t < now; t++) {
+            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
+            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
+            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
+        }
+    }
+}
+
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                      size_t n_all, int n) {
+    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        UnpackedBlock u;
+        unpack(&u, type, tiles, c);
+        add_part(sum, &u, has_min, x, n, halves ? 1 : 0);
+        if (halves) add_part(sum, &u, has_min, x, n, 2);
+    }
+}
+
+// y = w x for one token and the rows of n row tiles, whose sums are made side by side
+INLINE void multiply_some(float *y, Type type, const unsigned char *tiles, size_t cols, const float *x, size_t n,
+                          Widen *widen) {
+    _Alignas(64) float sum[4][16] = { { 0 } }, w[16];
+    size_t col_bytes = 2 * (size_t)types[type].bits;
+    for (size_t c = 0; c < cols; c++) {
+        for (size_t i = 0; i < n; i++) {
+            const void *from = tiles + (i * cols + c) * col_bytes;
+            const float *v = type == F32 ? from : w;  // no copy: its narrow stores would delay a wide load
+            if (type != F32) load_weights(w, type, from, 16, widen);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+            for (int r = 0; r < 16; r++) sum[i][r] = fmaf(v[r], x[c], sum[i][r]);
+        }
+    }
+    memcpy(y, sum, n * sizeof *sum);
+}
+
+// y = w x for one token and weights in float: the tiles of 16 rows are one list of columns
+INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols, const float *x,
+                            Widen *widen) {
+    size_t row_bytes = cols * 2 * (size_t)types[type].bits, row = 0;
+    for (; row + 4 <= n_rows; row += 4) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 4, widen);
+    for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
+}
+
+// Compiles a set of kernels for the instruction set that `target` names. The last five arguments may be its own.
 #define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
                                 const Block *x, size_t n_all, int n) {                                                 \
@@ -1601,7 +1615,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
                                  set##_narrow, set##_round, set##_normalise, set##_rotate, set##_scale_scores,         \
                                  set##_exponentiate, set##_activate, set##_make_probabilities, peak_of, set##_read };
 
-// Reads n numbers and keeps nothing of them but a sum.
+// Reads n numbers; the sum keeps the compiler from leaving that out.
 INLINE void read_memory(const uint64_t *memory, size_t n) {
     uint64_t sum = 0;
     for (size_t i = 0; i < n; i++) sum += memory[i];
@@ -1609,7 +1623,7 @@ INLINE void read_memory(const uint64_t *memory, size_t n) {
     (void)kept;
 }
 
-// One multiply-add at a time, in float: the scalar loops multiply whole numbers as floats, too.
+// One multiply-add at a time, in float: the scalar loops multiply integers as floats, too.
 static double peak_scalar(bool int8, size_t rounds) {
     volatile float sum = int8;
     for (size_t i = 0; i < rounds; i++) sum = fmaf(sum, 0.5f, 0.5f);
@@ -1618,23 +1632,24 @@ static double peak_scalar(bool int8, size_t rounds) {
 
 MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
 
-enum { NAME_BYTES = 64, VECTOR = 255 };
+// ---- Packing ----
 
-// A tensor as a file has it: matrices of rows of blocks, one after the other.
+enum { NAME_BYTES = 64, VECTOR = 255 };  // a name and its 0, as long as GGUF allows; a value of Source.tiles
+
+// A tensor in a file: one or more matrices, of rows of blocks.
 typedef struct SourceType SourceType;
 typedef struct Source {
     char name[NAME_BYTES];
     const SourceType *type;              // NULL in native files, which have ...
     uint32_t tiles;                      // ... tiles of this Type, or a VECTOR of floats
-    size_t n, rows, cols;                // n: matrices, of experts; of a vector: 1 x 1 x its length
-    const unsigned char *data, *scales;  // scales: llama2.c's int8 groups have theirs apart, else NULL
+    size_t n, rows, cols;                // n: a matrix for each expert, else 1. A vector is one row
+    const unsigned char *data, *scales;  // scales: of llama2.c's int8 groups, which has them apart; else NULL
     size_t group;                        // weights that share one of those
-    uint64_t at;                         // where the file says that the data are, from the first byte of all data on
-    size_t n_bytes, rows_used;           // of the data; how many rows belong to tensors of the model
+    uint64_t at;                         // offset of the data that the file states, from its first tensor's data
+    size_t n_bytes, rows_used;           // of the data; rows that belong to tensors of the model
 } Source;
 
-// Fills one tile: `rows` of its 16 rows, of which row 0 is the source's row `row`, and the columns from `col` on. The
-// tile comes as zeros, which are what the padding must be.
+// Packs `rows` <= 16 rows from row `row` on, and the columns from `col` on. A tile that they do not fill comes as zeros.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
 struct SourceType {
@@ -1643,19 +1658,19 @@ struct SourceType {
     size_t block_cols, block_bytes;
     Type tile;
     PackTile *pack;
-    // Where in a block of quantised weights things are: the scale in 16 bits, followed by the minimum if there is one;
-    // the smaller scales of 256 columns; the weights' lowest 8, 4 or 2 bits; the one or two above them. Of either, the
-    // first `run` weights have theirs in a byte each, the next `run` above these, until the bytes are full. A run is a
-    // multiple of 4, or 1 for single bits.
+    // Offsets in a block of quantised weights: of the f16 scale, which the minimum follows if there is one; of the
+    // factors of blocks of 256; of each weight's low bits (8, 4 or 2) and high bits (the 1 or 2 above). The first `run`
+    // weights have their low (or high) bits at the bottom of a byte each, the next `run` above those, until the bytes
+    // are full; then come further bytes. A run is a multiple of 4, or 1 for single bits.
     int scale_at, scales_at;
-    struct { int at, run; } low, high;
+    struct Plane { unsigned at, run; } low, high;
 };
 
 static size_t source_row_bytes(const Source *s) {
     return times(s->cols / s->type->block_cols, s->type->block_bytes);
 }
 
-// Bytes of the source's rows (without scales that lie apart).
+// Bytes of a matrix (without scales that lie apart).
 static size_t source_bytes(const Source *s) {
     return times(s->rows, source_row_bytes(s));
 }
@@ -1664,30 +1679,24 @@ static const unsigned char *source_block(const Source *s, size_t row, size_t col
     return s->data + row * source_row_bytes(s) + col / s->type->block_cols * s->type->block_bytes;
 }
 
+// f32, or f16 and bf16: these two rows at a time, with half as many stores.
 static void pack_floats(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
-    size_t cols = s->cols - col < 32 ? s->cols - col : 32;
-    for (size_t r = 0; r < rows; r++) {
-        const unsigned char *from = source_block(s, row + r, col);
-        for (size_t c = 0; c < cols; c++) memcpy((float *)tile + 16 * c + r, from + 4 * c, 4);
-    }
-}
-
-// Floats of 16 bits, from two rows at once: half as many stores.
-static void pack_halves(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     static const uint16_t zeros[32];
     size_t cols = s->cols - col < 32 ? s->cols - col : 32;
-    for (size_t r = 0; r < rows; r += 2) {
-        const uint16_t *a = (const void *)source_block(s, row + r, col);
-        const uint16_t *b = r + 1 < rows ? a + s->cols : zeros;
-        for (size_t c = 0; c < cols; c++) {
+    bool wide = s->type->tile == F32;
+    for (size_t r = 0; r < rows; r += wide ? 1 : 2) {
+        const void *from = source_block(s, row + r, col);
+        const uint16_t *a = from, *b = r + 1 < rows ? a + s->cols : zeros;
+        for (size_t c = 0; wide && c < cols; c++) memcpy((float *)tile + 16 * c + r, a + 2 * c, 4);
+        for (size_t c = 0; !wide && c < cols; c++) {
             uint32_t pair = a[c] | (uint32_t)b[c] << 16;
             memcpy((uint16_t *)tile + 16 * c + r, &pair, sizeof pair);
         }
     }
 }
 
-// Moves so many bits of each weight of 32 columns, `first` the first of them, to their plane of the tile, in which four
-// columns are neighbours, too.      to: the plane  from: the first of some rows      Sources: ggml-quants.c
+// Packs the low or high bits of 32 columns, from column `first` on, into a plane of the tile, in which four columns are
+// neighbours.      to: the plane  from: those bits of the first row      The sources' layouts: ggml-quants.c
 INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, unsigned bits,
                           unsigned run, unsigned first) {
     unsigned per_byte = 8 / bits, shift = first / run % per_byte * bits;
@@ -1707,23 +1716,17 @@ INLINE void pack_plane_by(unsigned char *to, const unsigned char *from, size_t r
     }
 }
 
-// A loop of its own for each way in use: divisions by what is not known would take most of the time. The last line
-// serves any other.
-static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, int bits, int run,
-                       unsigned first) {
-    if (bits == 8) pack_plane_by(to, from, row_bytes, rows, 8, 32, first);
-    else if (bits == 4 && run == 16) pack_plane_by(to, from, row_bytes, rows, 4, 16, first);
-    else if (bits == 4 && run == 32) pack_plane_by(to, from, row_bytes, rows, 4, 32, first);
-    else if (bits == 4 && run == 64) pack_plane_by(to, from, row_bytes, rows, 4, 64, first);
-    else if (bits == 2 && run == 32) pack_plane_by(to, from, row_bytes, rows, 2, 32, first);
-    else if (bits == 1 && run == 32) pack_plane_by(to, from, row_bytes, rows, 1, 32, first);
-    else if (bits == 1 && run == 1) pack_plane_by(to, from, row_bytes, rows, 1, 1, first);
-    else pack_plane_by(to, from, row_bytes, rows, (unsigned)bits, (unsigned)run, first);
+// The same. The compiler knows bits and run of the types below: otherwise divisions would take most of the time.
+static void pack_plane(unsigned char *to, const unsigned char *from, size_t row_bytes, size_t rows, unsigned bits,
+                       unsigned run, unsigned first) {
+#define WITH(b, r) if (bits == b && run == r) { pack_plane_by(to, from, row_bytes, rows, b, r, first); return; }
+    WITH(8, 32) WITH(4, 16) WITH(4, 32) WITH(4, 64) WITH(2, 32) WITH(1, 32) WITH(1, 1)
+    pack_plane_by(to, from, row_bytes, rows, bits, run, first);
 }
 
-// Scale i of a row of 256 columns, as it is stored in a tile; from 8 on the minima of Q4_K and Q5_K. Both have 6 bits
-// there, whose upper two stand apart for the last four; Q3_K and IQ4_XS have 6 bits for scales less 32.
-static uint8_t narrow_scale(Type type, const unsigned char *s, int i) {
+// Factor i of a row of 256 columns, as a tile has it. Q4_K and Q5_K have 6 bits for each factor, 8 of the scale and 8
+// of the minimum; the upper two of each last four stand apart. Q3_K and IQ4_XS have 6 bits for factor + 32.
+static uint8_t factor_of(Type type, const unsigned char *s, int i) {
     const unsigned char *k = s + i % 4 + i / 8 * 4;
     switch (type) {
     case Q3K: return (uint8_t)((s[i % 8] >> i / 8 * 4 & 15) + (s[8 + i % 4] >> i / 4 * 2 & 3) * 16 - 32);
@@ -1740,25 +1743,24 @@ static void pack_blocks(void *tile, const Source *s, size_t row, size_t rows, si
     const unsigned char *block = source_block(s, row, col), *from = block;
     size_t row_bytes = source_row_bytes(s);
     uint16_t *scales = tile;
-    uint8_t(*narrow)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *to = (uint8_t *)tile + info->header;
+    uint8_t(*factors)[16] = (void *)(scales + (info->has_min ? 32 : 16)), *to = (uint8_t *)tile + info->header;
     for (size_t r = 0; r < rows; r++, from += row_bytes) {
         if (t->tile == MXFP4) ((uint8_t *)tile)[r] = from[0];
         else memcpy(&scales[r], from + t->scale_at, 2);
         if (info->has_min) memcpy(&scales[16 + r], from + t->scale_at + 2, 2);
-        for (int i = 0; narrow[i] < to; i++) narrow[i][r] = narrow_scale(t->tile, from + t->scales_at, i);
+        for (int i = 0; factors[i] < to; i++) factors[i][r] = factor_of(t->tile, from + t->scales_at, i);
     }
     for (unsigned c = 0; c < (unsigned)info->cols; c += 32) {
-        for (int bits = 8; bits; bits /= 2) {
-            bool is_low = info->bits < 2 * bits;
-            if (!(info->bits & bits)) continue;
-            pack_plane(to, block + (is_low ? t->low.at : t->high.at), row_bytes, rows, bits,
-                       is_low ? t->low.run : t->high.run, c);
+        for (unsigned bits = 8; bits; bits /= 2) {
+            const struct Plane *plane = (unsigned)info->bits < 2 * bits ? &t->low : &t->high;
+            if (!((unsigned)info->bits & bits)) continue;
+            pack_plane(to, block + plane->at, row_bytes, rows, bits, plane->run, c);
             to += 64 * bits;
         }
     }
 }
 
-// llama2.c's v2: all int8 weights of a matrix, then a float for every group of them.
+// llama2.c's version 2: all int8 weights of a matrix, then an f32 scale for each group of them.
 static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, size_t col) {
     for (size_t r = 0; r < rows; r++) {
         size_t i = (row + r) * s->cols + col;
@@ -1767,16 +1769,16 @@ static void pack_groups(void *tile, const Source *s, size_t row, size_t rows, si
     }
 }
 
-// The formats that files may hold: name, number in GGUF, columns and bytes of a block, tile, what packs it. To add one:
-// a row at the end, which says where a block has its parts, and if pack_blocks() does not fit, a function above. So has
-//     Q5_K  | d, dmin | 12 bytes of scales and minima | 32 bytes: bit 4 of each weight | 128 bytes: bits 0 to 3 |
-//     byte  0         4                               16                               48                       176
-enum { SOURCE_F32, SOURCE_GROUPS };  // those that the code below names
+// The formats that files may hold: name, number in GGUF, columns and bytes of a block, type of tile, what packs it, and
+// where a block has its parts. To add one: a row at the end, and a function above if pack_blocks() does not fit. Q5_K:
+//     | d, dmin | 12 bytes: factors of both | 32 bytes: bit 4 of each weight | 128 bytes: bits 0 to 3 |
+//     0         4                           16                               48                       176
+enum { SOURCE_F32, SOURCE_GROUPS };  // those that chapter 10 names
 static const SourceType source_types[] = {
     [SOURCE_F32] = { "F32", 0, 1, 4, F32, .pack = pack_floats },
     [SOURCE_GROUPS] = { "int8 groups", -1, 32, 32, Q8F, .pack = pack_groups },  // llama2.c's
-    { "F16", 1, 1, 2, F16, .pack = pack_halves },
-    { "BF16", 30, 1, 2, BF16, .pack = pack_halves },
+    { "F16", 1, 1, 2, F16, .pack = pack_floats },
+    { "BF16", 30, 1, 2, BF16, .pack = pack_floats },
     { "Q8_0", 8, 32, 34, Q8, pack_blocks, .scale_at = 0, .low = { 2, 32 } },
     { "Q4_0", 2, 32, 18, Q4, pack_blocks, .scale_at = 0, .low = { 2, 16 } },
     { "Q4_1", 3, 32, 20, Q4M, pack_blocks, .scale_at = 0, .low = { 4, 16 } },
@@ -1807,13 +1809,13 @@ static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     }
 }
 
-// The first row of a row tile that has a weight or, if it is quantised, a scale which is not finite; or 16. One is not
-// if its bits, without the sign and moved to the top of 32, reach the limit: then the sum here has the top bit.
+// The first row of a row tile with a weight (quantised: a scale or minimum) that is not finite, or 16. A number is not
+// finite if its bits, without the sign and moved to the top of 32, reach the limit: adding 2^31 - limit shows that.
 static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
     Type type = w->type;
     size_t n = !is_quantised(type) ? 32 : types[type].has_min ? 2 : 1, row = 0;  // numbers of each row
     uint32_t sum[16] = { 0 }, limit = type == F32 || type == BF16 ? 0x7f800000 : 0x7c000000;
-    if (type == MXFP4) limit = 253 << 23;  // of its exponents; the largest weight is 12 * 2^(e - 128)
+    if (type == MXFP4) limit = 253 << 23;  // exponent e: the largest weight, 12 * 2^(e - 128), must stay below 2^128
     for (const unsigned char *p = tiles, *end = p + row_tile_bytes(w); p < end; p += tile_bytes(type)) {
         for (size_t i = 0; i < 16 * n; i += 16) {
             for (size_t r = 0; r < 16; r++) {
@@ -4772,44 +4774,44 @@ static bool run_matmul(Error *e) {
 }
 
 /* ==== Appendix A. Kernels ===========================================================================================
-   The leaves of chapters 4 and 5 for the instruction sets that the machine may have, chosen when the program starts;
-   the loops above are compiled anew round each. A set has two: products of quantised tiles, which unpack a format and
-   multiply bytes, and products of floats. A function's target is an attribute, so that one plain compile line has them
-   all. Each gives its definition's bits: products of bytes are exact, in whatever order they are added, and the
-   operations on floats are the definition's, one SIMD lane a row. */
+   The innermost loops for each instruction set; the program chooses when it starts. Only leaves are written by hand:
+   dot products of bytes for add_tiles() (chapter 8), rows of add_products() (chapter 4), conversions and lookups.
+   MAKE_KERNELS() compiles the other loops of chapters 4, 5, 6 and 8 round them. The target is an attribute of each
+   function, so one plain compile line makes all sets. Each gives the bits of its definition: dot products of integers
+   are exact in any order, operations on floats are those of the definition, and a SIMD lane is a row. */
 
 // To add a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels, better ones first, and what
-// the CPU must have in cpu_can_run(), all in its processor's part.
+// the CPU must have in cpu_can_run(): all in the part of its processor.
 
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// 32 columns of a row tile with a byte for each weight: four columns of sixteen rows in each w. How the byte of a
-// weight q that is stored as q + offset looks: q, or q + offset, or q + offset in up to 6 bits but q in more.
-typedef enum { SIGNED, UNSIGNED, UNSIGNED_SIX_BITS } Signs;
+// 32 columns of a row tile with a byte for each weight: four columns of 16 rows in each w.
 typedef struct {
     _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
 } ByteBlock;
 
-// The leaves of an instruction set: dots[row] = the dot product of a row with groups `from` to `to` of the columns.
+// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
 typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
+
+// The leaves of an instruction set. The dot product takes weights of up to `unsigned_bits` bits as unsigned bytes,
+// weight + offset; others as signed bytes.
 typedef struct {
-    Signs signs;
+    int unsigned_bits;
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
     ScaleSixteen *scale_sixteen;
 } Leaves;
 
-// What is to be taken off a byte to get its weight.
-INLINE int byte_offset(Type type, Signs signs) {
-    const TypeInfo *i = &types[type];
-    if (signs == UNSIGNED && (i->bits == 8 || i->values)) return 128;
-    return signs == UNSIGNED || (signs == UNSIGNED_SIX_BITS && i->bits <= 6) ? i->offset : 0;
+// A weight's byte minus the weight.
+INLINE int byte_offset(Type type, int unsigned_bits) {
+    int bits = types[type].values ? 8 : types[type].bits;
+    return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
 }
 
-// -offset * the sum of a block's activations, or of those of a half, from the multiple of it that is at hand.
+// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
     if (!part && offset == 128) return x->minus_128_sum;
     int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
@@ -4817,28 +4819,28 @@ INLINE int32_t offset_product(const Block *x, int part, int offset) {
     return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
 }
 
-// A kernel's part for a format, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they are
-// what is needed. Asks for the next block's weights from the first to the last, an order that the loads do not keep:
-// processors that guess what will be read next then guess right, and memory is read half as fast again.
+// The bytes of a block, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they will do.
+// Prefetches the next block's weights in order, because the loads are not: processors then see what will be read next,
+// and memory is read 1.5 times as fast.
 INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
-    int change = byte_offset(type, leaves.signs) - i->offset;
+    int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
     uint8_t *w = u->w[0];
+    const uint8_t *q = i->bits == 8 ? from : w;
     for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
-    unpack_scales(u->scale, u->min, type, tile, (int)(block % ((size_t)i->cols / 32)), leaves.widen,
-                  leaves.scale_sixteen);
+    unpack_scales(u->scale, u->min, type, tile, block, leaves.widen, leaves.scale_sixteen);
     if (i->bits < 8) unpack_planes(u->w, i->bits, from);
     int8_t values[16];
     for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
     if (i->values) leaves.look_up(w, 512, values);
-    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)((i->bits == 8 ? from : w)[j] + change);
-    return i->bits == 8 && !change ? from : w;
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
+    return change ? w : q;
 }
 
 INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                               size_t n_all, int n, Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.signs);
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
     for (size_t c = 0; c < n_blocks; c++, x += n_all) {
         ByteBlock u;
         const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
@@ -4859,7 +4861,7 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
     }
 }
 
-// A leaf for dot products, one vector of rows after the other, step: dot from w, four columns of the rows, and x.
+// A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
 #define MAKE_DOT(isa, set, Vector, step)                                                                               \
     isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
         (void)type;                                                                                                    \
@@ -4874,7 +4876,7 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
         }                                                                                                              \
     }
 
-// add_tiles() by the leaves of an instruction set, with the type known to the compiler.
+// add_tiles() by the leaves of an instruction set; the compiler knows the type.
 INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                            size_t n_all, int n, Leaves leaves) {
 #define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
@@ -4885,8 +4887,8 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
     }
 }
 
-// A leaf for add_products(): m rows of chains side by side, m and half known to the compiler.
-// step: sum[i][j] + w[j] * x      widened: a vector of floats, from those in f16 at `from`
+// A leaf for add_products(): m rows at once; the compiler knows m and half.
+// step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
 typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                       size_t b_stride, int m, int depth);
 #define MAKE_PRODUCTS(isa, set, Vector, step, widened)                                                                 \
@@ -4915,8 +4917,8 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
             for (int j = 0; j < VECTORS; j++) memcpy(c + (size_t)i * c_stride + WIDTH * j, &sum[i][j], sizeof *w);     \
     }
 
-// add_products() by that leaf, `most` rows of c at a time: as many as keep the multipliers busy and fit the registers.
-// With the strides of a product with a matrix known, their addresses cost nothing.
+// add_products() by that leaf, `most` rows at a time: as many as keep the multipliers busy and fit the registers. For a
+// matrix, the compiler knows the strides, so that addresses cost nothing.
 INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                      size_t b_stride, int m, int depth, int most, Products *leaf) {
     bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
@@ -4932,7 +4934,7 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     }
 }
 
-// to[i] = from[i] as another type: `width` numbers at a time by `step`, the rest by the plain loop.
+// to[i] = from[i] in another type: `width` numbers at a time by `step`, the rest by the plain loop
 #define MAKE_CONVERSION(isa, name, To, From, width, step, plain)                                                       \
     isa void name(To *to, const From *from, size_t n) {                                                                \
         size_t i = 0;                                                                                                  \
@@ -4940,8 +4942,8 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
         plain(to + i, from + i, n - i);                                                                                \
     }
 
-// The most that an instruction set can do: rounds of twelve multiply-adds in registers, in 8 bits or in float. Returns
-// the number of operations. The compiler must not see what x is, nor that nobody wants the results.
+// The most that an instruction set can do: rounds of twelve multiply-adds in registers, of bytes or floats. Returns the
+// number of operations. The empty asm hides from the compiler what x is and that nobody uses the results.
 #define CHAINS(Vector, in_register, step)                                                                              \
     do {                                                                                                               \
         Vector x = (Vector){ 0 } + 1, sum[12] = { x };                                                                 \
@@ -4965,14 +4967,14 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-// ---- 256 bits: AVX2, and AVX-VNNI, which has one instruction for three ----
+// ---- 256 bits: AVX2 and AVX-VNNI ----
 
 #define AVX2 "avx2,fma,f16c"
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
-#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // AVX-VNNI's instructions in the form of other CPUs
+#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // another encoding of AVX-VNNI's
 
-// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums of 4-bit weights
-// fit: 8 * 2 * 15 * 127 = 30480; four of 5 bits; two of 6. Of bytes one does, if the sign moves to the other factor.
+// [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums fit if the weights
+// have 4 bits: 8 * 2 * 15 * 127 = 30480; four if 5; two if 6. The sign of a signed weight moves to the activation.
 LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from,
                                 int to) {
     __m256i ones = _mm256_set1_epi16(1);
@@ -4993,7 +4995,7 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type t
     }
 }
 
-// [kernel avxvnni] One vpdpbusd for three instructions.
+// [kernel avxvnni] vpdpbusd takes the place of three instructions.
 MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, four, _mm256_set1_epi32(x)))
 MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, four, _mm256_set1_epi32(x)))
 
@@ -5008,7 +5010,7 @@ LEAF_INLINE(AVX2) void look_up_avx2(uint8_t *w, size_t n, const int8_t values[16
         _mm256_storeu_si256((void *)(w + i), _mm256_shuffle_epi8(table, _mm256_loadu_si256((const void *)(w + i))));
 }
 
-// The compiler would make narrow vectors of the loop, and then reading wide ones would have to wait for their stores.
+// The compiler would store narrow vectors, for which a wide load has to wait.
 LEAF_INLINE(AVX2) void scale_avx2(float y[16], const float x[16], const int8_t factor[16]) {
     for (int i = 0; i < 16; i += 8) {
         __m256i whole = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(factor + i)));
@@ -5029,7 +5031,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
-// [kernel avx512] One vpdpbusd a group of columns, with the activations broadcast as it loads them.
+// [kernel avx512] One vpdpbusd for each four columns, which also loads and broadcasts the activations.
 MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, four, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
@@ -5053,24 +5055,24 @@ MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
 MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED_SIX_BITS, dot_avx2, LEAVES_256 })
+#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 6, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
-#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avxvnni, LEAVES_256 })
+#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avxvnni, LEAVES_256 })
 MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
 
-#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512vl, LEAVES_256 })
+#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512vl, LEAVES_256 })
 MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
-#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ UNSIGNED, dot_avx512, LEAVES_512 })
+#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512, LEAVES_512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
 static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
 
-// A bit of what cpuid says in eax and ecx, for the features that compilers have no name for.
+// A bit that cpuid gives in eax or ecx, for features that compilers have no name for.
 static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
     unsigned a = leaf, b, c = part, d;
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
@@ -5078,7 +5080,7 @@ static bool cpuid_bit(unsigned leaf, unsigned part, bool of_ecx, int bit) {
 }
 
 static bool cpu_can_run(const Kernels *k) {
-    __builtin_cpu_init();  // looks at what the operating system saves, too
+    __builtin_cpu_init();  // also sees which registers the operating system saves
     bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     cpuid_bit(1, 0, true, 29);  // f16c
     bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -5093,18 +5095,16 @@ static bool cpu_can_run(const Kernels *k) {
 #include <arm_neon.h>
 #ifdef __linux__
 #include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 
-// ---- NEON: 128 bits, with and without the instruction for dot products ----
+// ---- 128 bits: NEON, without and with the instruction for dot products ----
 
 MAKE_CONVERSION(INLINE, widen_neon, float, uint16_t, 4,
                 vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i)))), widen_floats)
 MAKE_CONVERSION(INLINE, narrow_neon, uint16_t, float, 4,
                 vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i)))), narrow_floats)
 
-// [kernel neon] Products in 16 bits, where two of them fit: 2 * 128 * 127 = 32512; pairs of these are added up in 32.
+// [kernel neon] Sums of two products fit 16 bits: 2 * 128 * 127 = 32512. Pairs of these are added in 32.
 INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
     int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(low, high));
@@ -5120,7 +5120,7 @@ MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x),
               vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))))
 
 INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
-    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that no product can be made once for all rounds
+    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that each round has products of its own
     return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
 }
 
@@ -5128,13 +5128,13 @@ MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s
           float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
-#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neon, LEAVES_128 })
+#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
-// [kernel neondot] One sdot a group of columns: four products of bytes, added to each lane. Compilers and assemblers
-// know it only where -march or -mcpu names it, and a target attribute would undo what else those name. So here are its
-// bits, made of the registers' numbers, which the assembler gets from symbols.
+// [kernel neondot] One sdot for each four columns adds four products of bytes to each lane. Compilers and assemblers
+// know it only if -march or -mcpu names it, and a target attribute would undo what else those name. So it is written in
+// bits; the assembler gets the numbers of the registers from symbols.
 INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
     __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
             ".equ number_of_v\\n,\\n\n.endr\n"
@@ -5144,7 +5144,7 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
 MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ SIGNED, dot_neondot, LEAVES_128 })
+#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neondot, LEAVES_128 })
 MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
@@ -5167,7 +5167,7 @@ static bool cpu_can_run(const Kernels *k) { return (void)k, true; }
 
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-// The names of those that this machine can run, the best first.
+// The names of the kernels that this machine can run, the best first.
 static const char *kernel_names(void) {
     static char names[80];
     const char *last = "";
@@ -5179,7 +5179,7 @@ static const char *kernel_names(void) {
     return names;
 }
 
-// Takes the best kernels that this machine can run, of those with that name if one is given.
+// Takes the best kernels that this machine can run, among those of the name if one is given.
 static bool choose_kernels(const char *name, Error *e) {
     for (int i = 0; i < N_KERNELS; i++) {
         if (!cpu_can_run(all_kernels[i])) continue;

@@ -29,7 +29,7 @@ static int check_type(void) {
         memcpy(file[i / 3][i % 3], (uint16_t[]){ (uint16_t)(0x1400 + i % 7 * 0x400) }, 2);
     for (int i = 0; i < TOKENS * COLS; i++)  // whole numbers, 127 the largest of each block: they round to themselves
         x[i / COLS][i % COLS] = i % 32 ? (float)((int)((random = random * 1103515245 + 12345) >> 16 & 255) % 255 - 127) : 127;
-    Source source = { type, ROWS, COLS, file[0][0], NULL, 0 };
+    Source source = { .type = type, .n = 1, .rows = ROWS, .cols = COLS, .data = file[0][0] };
     Tensor w = { type->tile, ROWS, COLS, tiles };
     if (strcmp(type->name, "Q3_0") || tensor_bytes(&w) > sizeof tiles) return printf("the row is not the last\n"), 1;
     pack_rows(tiles, &source, (Range){ 0, 2 });

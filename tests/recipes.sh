@@ -43,7 +43,7 @@ add README.md '^ *--version ' '' before '          --whisper            says les
 recipe "To add a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels"
 add run.c '^static const Kernels .const all_kernels' '' before \
     'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
-add run.c '^static const Kernels .const all_kernels' '^#elif defined.__aarch64__' before \
+add run.c '^static const Kernels .const all_kernels' '^#include <arm_neon' before \
     'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
 sed -i.old '/^static const Kernels .const all_kernels/s/&scalar };/\&another, &/' $here/run.c
 grep -q '^static const Kernels .const all_kernels.*&another, &scalar };' $here/run.c
