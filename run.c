@@ -2237,19 +2237,20 @@ static void heed(int number, const struct sigaction *action) {
 }
 
 /* ==== 10. Opening a checkpoint ======================================================================================
-   Three kinds of file are read: cria's own, GGUF, and llama2.c's. Each parser turns bytes into a configuration and a
-   list of the tensors that the file claims to have (Source), and believes nothing: lengths go through the cursor,
-   counts are held against the bytes that are left. The configuration and a table of rules (TensorRule) say which
-   tensors the model must or may have (Slot). Then one function, bind_model(), demands each of them once, with its shape
-   and an allowed type, inside the file, overlapping no other. Only there do bytes of the file become a Tensor. */
+   cria reads three kinds of checkpoint: its own, GGUF, and llama2.c's. A parser for each turns bytes into a
+   configuration and a list of the tensors that the file claims to have (Source). Parsers trust nothing: every length
+   goes through the cursor, every count is compared with the bytes that are left. The configuration and two tables of
+   rules (TensorRule) tell which tensors the model must or may have (Slot). Then bind_model() looks for each of them:
+   it must be there once, with its shape and an allowed type, inside the file, and overlap no other. Only there do bytes
+   of the file become a Tensor. */
 
-// Says in which part of a split GGUF something went wrong.
+// Adds to an error in which part of a split GGUF it is.
 static bool in_part(size_t part, Error *e) {
     Error told = *e;
     return fail(e, told.status, "part %zu: %.300s", part, told.text);
 }
 
-// Maps a file or, of a split GGUF (NAME-00001-of-00003.gguf), all parts, whichever of them is named.
+// Maps a file. If it is part of a split GGUF (NAME-00001-of-00003.gguf), maps all parts.
 static bool map_parts(const char *path, Model *m, Error *e) {
     size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
     unsigned part = 0, parts = 0;
@@ -2271,27 +2272,28 @@ static bool map_parts(const char *path, Model *m, Error *e) {
 
 // ---- What a model consists of ----
 
+// No file may ask for more than this; known models stay far below.
 enum { MAX_LAYERS = 1024, MAX_DIM = 65536, MAX_FFN_DIM = 1 << 20, MAX_EXPERTS = 1024 };
 enum { MAX_CONTEXT = 1 << 20, MAX_TENSORS = 65536, MAX_KEYS = 65536 };
 _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is allowed anyway");
 
-// A family of models. To add one: a row in families[]. What is new in it takes a member of Config or Layer, its use in
-// chapter 5, and a row in config_fields[] if it is a number (then LAYOUT is one more), or in model_rules[] or
-// layer_rules[] if it is a tensor; and a feature here, the next power of two, if not every family may have it.
+// A family of models. To add one: a row in families[]. What is new in it takes a member of Config or Layer and its use
+// in chapter 5. A number also takes a row in config_fields[] (then LAYOUT is one more), a tensor a row in model_rules[]
+// or layer_rules[]. If not every family may have it, it takes a feature here, the next power of two.
 enum {
-    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must, or may, be there; for each expert
+    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must or may be there; one for each expert
     BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
     SCALES = 512,  // of embedding, residual and logits
     GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
-    CAPS = 2048,   // of 50 and 30, where the file does not say others
+    CAPS = 2048,   // defaults: 50 for scores, 30 for logits
 };
 typedef struct {
     const char *name;
     Pairing pairing;
     int features;       // a sum of those above
-    int global_every;   // where there is a window, the last of so many layers has none
-    int no_rope_every;  // the last of so many layers does not rotate
-    double local_theta; // of layers with a window; -1: rope_theta, but not scaled
+    int global_every;    // n: every n-th layer has no window; 0: all have the same
+    int no_rope_every;   // n: every n-th layer does not rotate; 0: all do
+    double local_theta;  // of layers with a window; -1: rope_theta, unscaled; 0: they are like the others
 } Family;
 
 static const Family families[] = {
@@ -2316,20 +2318,20 @@ static const Family *find_family(const char *name, Error *e) {
     return NULL;
 }
 
-// A number of the configuration: its name in native files, where it lives, what it may be, and where a GGUF has it.
-// The first row is the number of layers, which makes room for the numbers of each.
+// A number of the configuration: its name in native files, its place in memory, its limits, and its key in a GGUF. The
+// first row is the number of layers: setting it allocates them.
 typedef struct {
     const char *name;
     enum { INTEGER, SINGLE, DOUBLE } type;
     bool per_layer;
     size_t offset;  // in Config or in Layer
     double min, max;
-    const char *key;   // after the family's name: one number for all layers, or an array; NULL: found elsewhere
-    double otherwise;  // where there is no such key; NAN: it is needed; 0: worked out from others
-    int feature;       // 0, or the one without which a family does not have the key
+    const char *key;   // after the family's name; its value is one number or, if per_layer, an array; NULL: none
+    double otherwise;  // the default; NAN: the key is needed; 0: computed from others
+    int feature;       // only families with this feature have the key; 0: all
 } ConfigField;
 
-static const ConfigField config_fields[] = {  // of the model, then of each layer
+static const ConfigField config_fields[] = {
     { "n_layers", INTEGER, false, offsetof(Config, n_layers), 1, MAX_LAYERS, ".block_count", NAN, 0 },
     { "dim", INTEGER, false, offsetof(Config, dim), 1, MAX_DIM, ".embedding_length", NAN, 0 },
     { "n_tokens", INTEGER, false, offsetof(Config, n_tokens), 1, MAX_TOKENS, NULL, 0, 0 },
@@ -2361,7 +2363,6 @@ static const ConfigField config_fields[] = {  // of the model, then of each laye
 };
 enum { N_CONFIG_FIELDS = sizeof config_fields / sizeof *config_fields };
 
-// How many values a field has.
 static int n_values(const Model *m, const ConfigField *f) { return f->per_layer ? m->config.n_layers : 1; }
 
 static void *field_place(Model *m, const ConfigField *f, int layer) {
@@ -2373,7 +2374,7 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
     return f->type == INTEGER ? *(const int *)p : f->type == SINGLE ? (double)*(const float *)p : *(const double *)p;
 }
 
-// Sets a field, if the value is one that it may have; the number of layers makes room for these.
+// Sets a field if the value is within its limits.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
         return refuse(e, "%s is %.10g, expected %s%g to %g", f->name, value,
@@ -2386,15 +2387,15 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// A tensor that models have or may have, named as in GGUF. With rows ONE it is a vector of floats, else a matrix. With
-// `fused` it may instead be a range of that tensor's rows, which has its parts in the order of this table.
+// A tensor that models must or may have, named as in GGUF: a vector of floats if `rows` is ONE, else a matrix. It may
+// also be part of the rows of the tensor `fused`, which holds all that name it, in the order of the table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    int need;  // what makes it needed: of the family's features, ALWAYS; or OPTIONAL
+    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL; and BY_EXPERT
     const char *fused;
 } TensorRule;
 
@@ -2423,7 +2424,7 @@ static const TensorRule layer_rules[] = {
     { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
     { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
     { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // of 0 rows: it is not there
+    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // with 0 rows it is not needed
     { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
     { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
     { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
@@ -2435,21 +2436,21 @@ static const TensorRule layer_rules[] = {
 enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
 enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
 
-// A tensor that this model has or may have: what it must be, and its data once they are found.
+// A tensor that this model must or may have: its shape, and its data when they are found.
 typedef struct Slot {
     char name[NAME_BYTES];
     const TensorRule *rule;
     int layer;               // -1: the model's
     bool is_vector;
     size_t rows, cols;       // of a vector: 1 and its length
-    size_t n, n_used;        // how many there are, and how many a token is multiplied with: of experts, or 1
-    Source *source;          // what the file has for it, or NULL
-    size_t first_row;        // where it begins in that
+    size_t n, n_used;        // of experts: how many there are, how many a token visits; else 1
+    Source *source;          // the file's tensor, or NULL
+    size_t first_row;        // in the source
     Type type;               // of a matrix
     const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
 } Slot;
 
-// Makes the slots of a model whose configuration is known, in the order in which native files have the tensors.
+// Makes the model's slots from its configuration, in the order in which native files have the tensors.
 static bool make_slots(Model *m, Error *e) {
     const Config *c = &m->config;
     m->n_slots = N_MODEL_RULES + (size_t)c->n_layers * N_LAYER_RULES;
@@ -2479,7 +2480,7 @@ static bool make_slots(Model *m, Error *e) {
     return slot;
 }
 
-// What the fields must be to each other; completes the configuration from its family, and lists its tensors.
+// Checks each field, then fields against each other; sets what only the family tells, and makes the slots.
 static bool check_config(Model *m, Error *e) {
     Config *c = &m->config;
     const Family *family = find_family(c->family, e);
@@ -2492,26 +2493,25 @@ static bool check_config(Model *m, Error *e) {
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
         return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
-        int heads = m->layers[l].n_heads, groups = m->layers[l].n_kv_heads;
-        int experts = m->layers[l].n_experts, used = m->layers[l].n_experts_used;
-        if (used > experts || !used != !experts)
-            return refuse(e, "layer %d: n_experts_used is %d of %d experts", l, used, experts);
-        if (m->layers[l].angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
-        if (heads % groups)
-            return refuse(e, "layer %d: %d heads cannot share %d key/value heads evenly", l, heads, groups);
+        const Layer *y = &m->layers[l];
+        int experts = y->n_experts, used = y->n_experts_used;
+        if (used > experts || !used != !experts) return refuse(e, "layer %d uses %d of %d experts", l, used, experts);
+        if (y->angles == LOCAL && c->local_theta < 1) return refuse(e, "layer %d needs local_theta", l);
+        if (y->n_heads % y->n_kv_heads)
+            return refuse(e, "layer %d: %d heads cannot share %d key/value heads", l, y->n_heads, y->n_kv_heads);
     }
     return make_slots(m, e);
 }
 
 static Tensor slot_matrix(const Slot *s) { return (Tensor){ s->type, (int)s->rows, (int)s->cols, s->data }; }
 
-// Bytes in the form in which it is used.
+// Bytes of the tensor in memory, and in a native file.
 static size_t slot_bytes(const Slot *s) {
     Tensor matrix = slot_matrix(s);
     return s->is_vector ? s->cols * sizeof(float) : times(s->n, tensor_bytes(&matrix));
 }
 
-// Gives the model its tensor.
+// Puts the tensor into the model.
 static void set_slot(Model *m, Slot *s, const unsigned char *data) {
     void *place = (s->layer < 0 ? (char *)m : (char *)&m->layers[s->layer]) + s->rule->offset;
     s->data = data;
@@ -2519,7 +2519,7 @@ static void set_slot(Model *m, Slot *s, const unsigned char *data) {
     else *(Tensor *)place = slot_matrix(s);
 }
 
-// Whether every token is multiplied with it, which the embedding (the first slot) is only where it is the head, too.
+// Whether a token is multiplied with it. The embedding (the first slot) is only looked up, unless it is the head too.
 static bool is_multiplied(const Model *m, const Slot *s) {
     return s->data && !s->is_vector && (s != m->slots || m->head.tiles == s->data);
 }
@@ -2531,7 +2531,7 @@ static int by_place(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-// Finds each tensor's bytes in those of all. It must begin at a multiple of `step`, and no two may share any.
+// Finds each tensor's bytes in `data`. It must begin at a multiple of `step`, and no two may overlap.
 static bool place_sources(Source *sources, size_t n, Cursor data, size_t step, Error *e) {
     for (Source *s = sources; s < sources + n; s++) {
         unsigned long long at = s->at;
@@ -2551,7 +2551,7 @@ static Source *find_source(const Model *m, const char *name) {
     return bsearch(name, m->sources, m->n_sources, sizeof *m->sources, by_name);
 }
 
-// What the file has for a slot, or NULL: its own tensor, which is all that native files have, or the fused one.
+// The file's tensor for a slot, its own or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES];
     Source *own = find_source(m, slot->name);
@@ -2561,10 +2561,7 @@ static Source *find_for_slot(const Model *m, const Slot *slot) {
     return fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
-// Makes the tiles of a file that has none, in one block.
-typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
-
-// The file's pages of these row tiles are not needed any more: two copies of a model would be one too many.
+// Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
 static void give_back(const Source *s, Range tiles) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
     size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
@@ -2572,6 +2569,9 @@ static void give_back(const Source *s, Range tiles) {
     uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
+
+// Packs all tensors of a file that has no tiles into one block.
+typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
@@ -2598,7 +2598,7 @@ static void pack_team(void *p, Team *team) {
     }
 }
 
-// False, and the first row named, where a matrix is not finite. A native file's are read for this only on demand.
+// Names the first row with a weight that is not finite. For native files it runs on demand only: it reads all weights.
 static bool check_weights(const Model *m, Error *e) {
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         const Tensor w = slot_matrix(slot);
@@ -2611,8 +2611,8 @@ static bool check_weights(const Model *m, Error *e) {
     return true;
 }
 
-// Checks what was found for a slot, which is the next rows of that; points into a native file, or counts what is to be
-// packed.
+// Checks a slot against its source, of which it is the next rows. Uses a native file's data where they are; of other
+// files, counts the bytes to pack.
 static bool bind_slot(Model *m, Slot *slot, Error *e) {
     Source *s = slot->source;
     slot->first_row = s->rows_used;
@@ -2622,7 +2622,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
         return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
     if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
-        return refuse(e, "%s is %s vector", s->name, slot->is_vector ? "no" : "a");
+        return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
     slot->type = s->type ? s->type->tile : (Type)s->tiles;
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
@@ -2640,8 +2640,8 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     return true;
 }
 
-// From a checked configuration and what a file says it has to a model that can run: finds every tensor that the
-// configuration needs, and sees that none is left over.
+// Makes a model that can run from a checked configuration and the file's tensors: each that the model needs must be
+// there, and none may be left over.
 static bool bind_model(Model *m, int threads, Error *e) {
     int features = find_family(m->config.family, e)->features | ALWAYS;
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
@@ -2654,7 +2654,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
             return refuse(e, "tensor %s is missing%s", slot->name,
                           apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
         if (slot->layer < 1 || !(need & OPTIONAL)) continue;
-        const Slot *before = slot - N_LAYER_RULES;  // what one layer has, all have: else a tensor was lost
+        const Slot *before = slot - N_LAYER_RULES;  // if one layer has it, all must: else a tensor was lost
         if (!before->source != !slot->source)
             return refuse(e, "tensor %s is missing", slot->source ? before->name : slot->name);
     }
@@ -2663,7 +2663,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
         if (s->rows_used != s->rows)
             return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
                           s->rows_used ? "has rows that are" : "is", m->config.family);
-    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // the smallest matrix has one number and 2 KB in tiles
+    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // a matrix of one number takes a tile of 2 KB
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
@@ -2683,16 +2683,15 @@ static bool bind_model(Model *m, int threads, Error *e) {
 
 // ---- cria's own file ----
 
-/* The format, byte by byte. The structs below are its records, without gaps. Integers are little-endian, floats are
-   IEEE 754. Every section and every tensor begins at a multiple of 64 bytes from the beginning of the file; zeros fill
-   the space before it.
+/* The format, byte by byte. Integers are little-endian, floats are IEEE 754, records have no gaps. Every section and
+   every tensor begins at a multiple of 64 bytes from the beginning of the file, after padding with zeros.
 
        | header, 128 bytes | configuration | tensor records | tokenizer (tokenizer.c) | chat template | weights |
 
-   HEADER: `layout` is 2; it changes whenever anything here does. `family` is a name of families[]. A section is its
-   offset in the file and its length without the padding after it; the length of `weights` includes the padding of each
-   tensor. The chat template is text without a zero at its end; it may be empty. Names are padded with zeros, at least
-   one.
+   HEADER: a FileHeader. `layout` changes whenever anything here does. `family` is a name of families[]. A section is
+   given by its offset in the file and its length. The length of `weights` includes the padding of each tensor, the
+   others do not include their padding. The chat template is text without a zero at its end; it may be empty. Names are
+   padded with zeros, at least one.
 
    CONFIGURATION: for each row of config_fields[], in that order, a ConfigRecord, then `count` numbers of type f64: one,
    or one for each layer. They are within the limits of the row, and integers where it says so. rope_dim is even and at
@@ -2701,18 +2700,19 @@ static bool bind_model(Model *m, int threads, Error *e) {
    local_theta, or an original_context that equals context; layers whose `angles` are LOCAL need a local_theta. A scale
    or a rope_magnitude of 1 changes nothing.
 
-   TENSOR RECORDS, in any order: the name is that of rules[]; a tensor of layer N has "blk.N." before it, and one with a
-   matrix for each expert has "_exps" after the stem ("blk.0.ffn_gate_exps.weight"). `type` is a Type of chapter 3 (F32
-   is 0); a vector has type 255, 1 row and f32 elements. `n` is the number of experts, or 1. rules[] gives the shapes
-   and says which tensors must be there; no others may be, and none is fused. What one layer has, all layers have; long
-   and short factors come together. Without output.weight, the embedding is the output matrix too. Rows of attn_q and
-   attn_k lie as in GGUF (for llama, pairs are neighbours).
+   TENSOR RECORDS, in any order: name, type, rows, columns, n, offset, bytes. The name is that of model_rules[] or
+   layer_rules[]; a tensor of layer N has "blk.N." before it, and one with a matrix for each expert has "_exps" after
+   the stem ("blk.0.ffn_gate_exps.weight"). The type is a Type of chapter 3 (F32 is 0); a vector has type 255, 1 row and
+   f32 elements. n is the number of experts, or 1. The offset is from the beginning of the file. The rules give the
+   shapes and say which tensors must be there; no others may be, and none is fused. If one layer has a tensor, all have
+   it; likewise long and short factors. Without output.weight, the embedding is the output matrix too. Rows of attn_q
+   and attn_k are in GGUF's order (for llama, pairs are neighbours).
 
-   WEIGHTS: a matrix is its tiles, which chapter 4 draws, of 16 rows and 32 or 256 columns (types[], chapter 8): those
-   of the first 16 rows from left to right, then the next 16 rows. Each expert's matrix begins a new tile. Zeros pad the
-   last rows and columns. A quantised tile begins with the header below. x is a weight as stored; d, m and e stand for
-   d[r], m[r] and e[r], r being its row in the tile; s and t for s[k][r] and t[k][r], k being the index of its 32
-   columns in the tile, or of its 16 columns where there are 16 such indices. Each operation rounds to f32.
+   WEIGHTS: a matrix is stored in the tiles that chapter 4 draws, of 16 rows and 32 or 256 columns (types[], chapter 8):
+   those of the first 16 rows from left to right, then the next 16 rows. Each expert's matrix begins a new tile. Zeros
+   pad the last rows and columns. A quantised tile begins with the header below. x is a weight as stored, in row r of
+   its tile; d, m and e stand for d[r], m[r] and e[r]; s and t for s[k][r] and t[k][r], where k counts the tile's groups
+   of 32 columns, or of 16 if there are 16 groups. Each operation rounds to f32.
 
        f32, f16, bf16  no header                                       x
        q8, q8f         f16 d[16]; q8f: f32 d[16]                       d * x, x is signed
@@ -2724,7 +2724,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
        q3k, q6k        f16 d[16], i8 s[16][16]                         (d * s) * (x - 4), (d * s) * (x - 32)
        q4k, q5k        f16 d[16], f16 m[16], u8 s[8][16], u8 t[8][16]  (d * s) * x - m * t
        iq4xs           f16 d[16], i8 s[8][16]                          (d * s) * curve[x] */
-enum { LAYOUT = 2 };  // of tiles and sections: it changes when either does
+enum { LAYOUT = 2 };
 static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
 
 typedef struct { uint64_t at, n_bytes; } Section;
@@ -2746,10 +2746,10 @@ typedef struct {
 typedef struct { char name[28]; uint32_t count; } ConfigRecord;
 _Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32, "no padding");
 
-// | name | u32 Type, or VECTOR | u32 rows, columns, matrices | u64 at, from the beginning of the file, bytes |
+// | name | u32 type, rows, columns, n | u64 offset, bytes |
 enum { RECORD_BYTES = NAME_BYTES + 4 * sizeof(uint32_t) + 2 * sizeof(uint64_t) };
 
-// Appends the configuration to `to` or, where that is NULL, reads it from the cursor.
+// Appends the configuration to `to` or, if that is NULL, reads it from the cursor.
 static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
         ConfigRecord record = { .count = (uint32_t)n_values(m, f) }, found;
@@ -2789,8 +2789,7 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
     return true;
 }
 
-// What each parser makes of a file: a model's vocabulary and, where the `whole` model is asked for, its configuration,
-// checked, its template, and what tensors there are.
+// A parser sets a model's vocabulary and, for the `whole` model, its configuration, template and sources.
 static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     FileHeader h;
     Cursor c = file, sections[N_SECTIONS];
@@ -2798,8 +2797,7 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     if (c.bad) return refuse(e, "%zu bytes, expected a header of %zu", file.left, sizeof h);
     unsigned long long n_bytes = h.file_bytes;
     if (h.layout != LAYOUT)
-        return refuse(e, "has layout %u, expected %d: make it again with  ./run SOURCE -m export -o FILE",
-                      h.layout, LAYOUT);
+        return refuse(e, "layout %u, expected %d: make it again: ./run SOURCE -m export -o FILE", h.layout, LAYOUT);
     if (n_bytes != file.left) return refuse(e, "%zu bytes, expected %llu: not copied whole?", file.left, n_bytes);
     for (int i = 0; i < N_SECTIONS; i++) {
         Section s = h.sections[i];
@@ -2817,22 +2815,9 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
            place_sources(m->sources, m->n_sources, sections[WEIGHTS], 64, e);
 }
 
-// Appends the tensor records; the weights begin at *end, and end there on return.
-static bool append_tensor_records(const Model *m, Buffer *b, uint64_t *end, Error *e) {
-    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
-        uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
-        uint64_t place[] = { *end, slot_bytes(s) };
-        if (!s->data) continue;
-        if (!append(b, s->name, NAME_BYTES, e) || !append(b, shape, sizeof shape, e) ||
-            !append(b, place, sizeof place, e))
-            return false;
-        *end = round_up(*end + place[1], 64);
-    }
-    return true;
-}
 
 // A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
-// file, a pipe for instance, is written to directly, and so is stdout's file, behind what there is.
+// file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
 typedef struct {
     FILE *stream;
     char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
@@ -2856,7 +2841,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
         size_t length = strlen(o->path) + 32;
         if (!(o->temporary = allocate(length, 1, e))) return false;
         snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
-        unlink(unfinished = o->temporary);  // what a run of the same number left when it was killed
+        unlink(unfinished = o->temporary);  // left by a process of the same number that was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
         o->stream = same_mode ? fdopen(file, "wb") : NULL;
@@ -2865,7 +2850,7 @@ static bool open_output(Output *o, const char *path, Error *e) {
     return o->stream || fail(e, io_status(), "%s: cannot be written: %s", path, strerror(errno));
 }
 
-// Ends the file, if all went well so far (ok); else removes what there is of it, and passes the failure on.
+// Completes the file if all went well so far (ok), else removes it and returns false.
 static bool close_output(Output *o, bool ok, Error *e) {
     bool written = o->stream && !ferror(o->stream) && fflush(o->stream) == 0;
     written = written && (!o->temporary || fsync(fileno(o->stream)) == 0);
@@ -2879,46 +2864,53 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
-// What fails here, close_output() finds in the stream.
-static void write_padded(FILE *f, Cursor part) {
-    static const char zeros[64];
-    if (part.left) fwrite(part.at, 1, part.left, f);
-    fwrite(zeros, 1, round_up(part.left, 64) - part.left, f);
+// Appends the tensor records. The weights come after them, the tokenizer and the chat template; h says where they end.
+static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Error *e) {
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->data != NULL;
+    h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
+                    round_up(m->chat_template.n, 64);
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
+        uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
+        uint64_t place[] = { h->file_bytes, slot_bytes(s) };
+        if (!s->data) continue;
+        if (!append(b, s->name, NAME_BYTES, e) || !append(b, shape, sizeof shape, e) ||
+            !append(b, place, sizeof place, e))
+            return false;
+        h->file_bytes = round_up(h->file_bytes + place[1], 64);
+    }
+    return true;
+}
+
+// Ends a section of the file that is in the buffer, and begins the next.
+static bool end_section(FileHeader *h, int section, Buffer *b, Error *e) {
+    h->sections[section].n_bytes = b->n - h->sections[section].at;
+    h->sections[section + 1].at = round_up(b->n, 64);
+    return append(b, NULL, round_up(b->n, 64) - b->n, e);
 }
 
 // Writes the model as a native file.
 static bool export_model(Model *m, const char *path, Error *e) {
-    Buffer config = { 0 }, records = { 0 };
-    FileHeader h = { .layout = LAYOUT, .weights = { .at = sizeof h } };
+    static const char zeros[64];
+    Buffer b = { 0 };  // all before the weights
+    FileHeader h = { .layout = LAYOUT, .config = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) h.n_tensors += slot->data != NULL;
-    bool ok = check_weights(m, e) && transfer_config(m, (Cursor){ NULL, 0, false }, &config, e);
-    Cursor sections[WEIGHTS] = {
-        [CONFIG] = { config.bytes, config.n, false }, [TENSORS] = { NULL, h.n_tensors * RECORD_BYTES, false },
-        [TOKENIZER] = { m->vocabulary, m->vocabulary_bytes, false },
-        [CHAT_TEMPLATE] = { (const unsigned char *)m->chat_template.at, m->chat_template.n, false },
-    };
-    for (int i = 0; i < WEIGHTS; i++) {
-        h.sections[i] = (Section){ h.weights.at, sections[i].left };
-        h.weights.at = round_up(h.weights.at + sections[i].left, 64);
-    }
-    h.file_bytes = h.weights.at;
-    ok = ok && append_tensor_records(m, &records, &h.file_bytes, e);
+    bool ok = check_weights(m, e) && append(&b, NULL, sizeof h, e) &&
+              transfer_config(m, (Cursor){ NULL, 0, false }, &b, e) && end_section(&h, CONFIG, &b, e) &&
+              append_tensor_records(m, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
+              append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
+              append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
-    sections[TENSORS].at = records.bytes;
-
     Output out = { 0 };
     ok = ok && open_output(&out, path, e);
-    if (ok) write_padded(out.stream, (Cursor){ (const unsigned char *)&h, sizeof h, false });
-    for (int i = 0; ok && i < WEIGHTS; i++) write_padded(out.stream, sections[i]);
+    if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
     for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
-        if (slot->data) write_padded(out.stream, (Cursor){ slot->data, slot_bytes(slot), false });
+        size_t n = slot->data ? slot_bytes(slot) : 0;
+        if (n) fwrite(slot->data, 1, n, out.stream), fwrite(zeros, 1, round_up(n, 64) - n, out.stream);
         if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     }
-    ok = close_output(&out, ok, e);
-    free(config.bytes);
-    free(records.bytes);
+    ok = close_output(&out, ok, e);  // which also finds out whether all was written
+    free(b.bytes);
     return ok;
 }
 
@@ -2927,7 +2919,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
 // | "GGUF", version, n_tensors, n_keys | keys: name, type, value | tensors: name, shape, type, offset | data |
 typedef enum {
     G_U8, G_I8, G_U16, G_I16, G_U32, G_I32, G_F32, G_BOOL, G_STRING, G_ARRAY, G_U64, G_I64, G_F64, N_G,
-    G_INTEGER = N_G, G_NUMBER,  // what may be asked for: any of those with u and i; and with f
+    G_INTEGER = N_G, G_NUMBER,  // what may be asked for: u or i; u, i or f
 } GgufType;
 static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = {
     { "u8", 1 }, { "i8", 1 }, { "u16", 2 }, { "i16", 2 }, { "u32", 4 }, { "i32", 4 }, { "f32", 4 }, { "bool", 1 },
@@ -2939,18 +2931,19 @@ typedef struct {
     GgufType type;  // of its items
     bool is_array, used;
     size_t count;
-    Cursor value;  // from the first item on
+    Cursor value;  // its items
 } Key;
 
 typedef struct {
-    Key *keys;
-    size_t n_keys;
+    Cursor rest;  // what has not been read
+    Key *keys;    // sorted by name
+    size_t n_keys, n_tensors;
     char family[16];
-    Error *error;  // of the first key that was asked for and is not as it must be, so that a parser may ask for
-    bool bad;      // many and look once
+    Error *error;  // of the first key asked for that is not as it must be ...
+    bool bad;      // ... if there was one: a parser may ask for many keys and look once
 } Gguf;
 
-// How much of a text a message shows.
+// How many bytes of a text a message shows.
 static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
 static bool is_text(Text t, const char *expected) {
@@ -2970,7 +2963,7 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     k->count = (size_t)count;
     k->value = *c;
     size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes;
-    c->bad = count > c->left / least;  // strings have to be walked one by one: not more than there can be
+    c->bad = count > c->left / least;  // there cannot be more, and strings are walked one by one
     if (type != G_STRING) take(c, k->count * least);
     for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
     if (c->bad) return refuse(e, "key %.*s is longer than the file", shown(k->name), k->name.at);
@@ -2978,19 +2971,21 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     return true;
 }
 
-// The key of that name, or NULL; a name that begins with a dot is the family's.
-static Key *find_key(Gguf *g, const char *name) {
-    char full[128];
-    snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
-    for (Key *k = g->keys; k < g->keys + g->n_keys; k++) {
-        if (!is_text(k->name, full)) continue;
-        k->used = true;
-        return k;
-    }
-    return NULL;
+static int by_key_name(const void *a, const void *b) {
+    const Text *x = a, *y = b;  // a Key begins with its name
+    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
 }
 
-// Item i of a key that holds numbers, as a double (no integer of interest is above 2^53).
+// The key of that name, or NULL. A name that begins with a dot follows the family's name.
+static Key *find_key(Gguf *g, const char *name) {
+    char full[128];
+    int n = snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
+    Key *k = bsearch(&(Text){ full, (size_t)n }, g->keys, g->n_keys, sizeof *k, by_key_name);
+    if (k) k->used = true;
+    return k;
+}
+
+// Item i of a key that holds numbers, as a double: integers above 2^53, which no key needs, would be rounded.
 static double key_number(const Key *k, size_t i) {
     union { uint64_t u; float f32; double f64; } x = { 0 };
     size_t n = gguf_types[k->type].n_bytes;
@@ -2998,10 +2993,10 @@ static double key_number(const Key *k, size_t i) {
     if (k->type == G_F32) return (double)x.f32;
     if (k->type == G_F64) return x.f64;
     if (gguf_types[k->type].name[0] != 'i') return (double)x.u;
-    return (double)((int64_t)(x.u << (64 - 8 * n)) >> (64 - 8 * n));  // the shift to the right copies the sign
+    return (double)((int64_t)(x.u << (64 - 8 * n)) >> (64 - 8 * n));  // a shift to the right copies the sign
 }
 
-// A copy of the key of that name, which must hold a value, or an array of values, of that type; zeros if there is none.
+// A copy of the key of that name, which must hold a value, or an array of values, of that type. Zeros if there is none.
 static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const Key *k = find_key(g, name);
     const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
@@ -3013,7 +3008,7 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     return fits ? *k : (Key){ 0 };
 }
 
-// A key's number, or `otherwise` where there is no such key.
+// A key's number; `otherwise` if there is no such key.
 static double get_value(Gguf *g, const char *name, GgufType type, double min, double max, double otherwise) {
     Key k = get_key(g, name, type, false);
     double x = k.value.at ? key_number(&k, 0) : otherwise;
@@ -3032,10 +3027,10 @@ static int get_integer(Gguf *g, const char *name, int min, int max, int otherwis
     return (int)get_value(g, name, G_INTEGER, min, max, otherwise);
 }
 
-// 0 or 1, or -1 where there is no such key.
+// 0 or 1; -1 if there is no such key.
 static int get_flag(Gguf *g, const char *name) { return (int)get_value(g, name, G_BOOL, 0, 1, -1); }
 
-// A token's id; -1 where the file names none, or one beyond its vocabulary: 2^32 - 1 often stands for none.
+// A token's id; -1 if the file has none, or one outside its vocabulary (2^32 - 1 often stands for none).
 static int get_token(Gguf *g, const char *name, size_t n_tokens) {
     double id = get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1);
     return id < fmin((double)n_tokens, MAX_TOKENS) ? (int)id : -1;
@@ -3050,17 +3045,14 @@ static bool refuse_key(const Key *k, Error *e) {
     return refuse(e, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
 }
 
-// A key of the family that nobody has asked for may change what a model computes, and is refused by name, but for the
-// value at which it does not: 0 or false, by which files say that they lack a feature, unless this table says more.
-static const struct {
-    const char *key;
-    double harmless;  // NAN: any value is
-} other_keys[] = {
+// A key of the family that no code has asked for may change what the model computes. So it is refused, unless its value
+// switches its feature off: 0 or false, if this table does not name another value (NAN: any).
+static const struct { const char *key; double harmless; } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
-    { ".vocab_size", NAN },  // the rows of the embedding are what counts
-    { "stablelm.use_parallel_residual", NAN },  // often said; the files that mean it have no ffn_norm.weight
-    { ".expert_feed_forward_length", NAN },  // of experts that expert_count says there are not
+    { ".vocab_size", NAN },  // the rows of the embedding count
+    { "stablelm.use_parallel_residual", NAN },  // often set; the files that mean it have no ffn_norm.weight
+    { ".expert_feed_forward_length", NAN },  // no code asks for it if there are no experts
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
 };
 
@@ -3095,8 +3087,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     return true;
 }
 
-// What files of a family leave to the programs that know it. pattern: whether each layer has the window; or NULL: of
-// every `every` layers the last has none.
+// Sets what files of a family do not say. pattern: whether each layer has the window. If it is NULL, all have but the
+// last of each `every` layers.
 static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
@@ -3117,7 +3109,7 @@ static void complete_config(Model *m, const Family *f, int every, const Key *pat
     }
 }
 
-// How the angles are scaled. has_factors: LongRoPE's tensors are there, of which some files have no other sign.
+// How the angles are scaled. has_factors: LongRoPE's tensors are there; some files say it in no other way.
 static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
@@ -3139,7 +3131,7 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
                   longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
-// The configuration, and the refusal of every key that would need code which is not here.
+// The configuration. Refuses every key of the family that asks for something else.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
@@ -3172,8 +3164,8 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return true;
 }
 
-// The vocabulary of a GGUF, as a section of our own. options.pre takes the place of a pre-tokenizer that is not known.
-// False too where any key before was bad.
+// Makes the tokenizer's section of a native file. options.pre replaces the file's pre-tokenizer. False too if any key
+// asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
@@ -3207,7 +3199,7 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     return pack_vocabulary(&v, section, e);
 }
 
-// One tensor's name, shape, type and offset; place_sources() finds its data, bind_slot() says what shape fits.
+// Reads a tensor's name, shape, type and offset. place_sources() finds its data, bind_slot() checks its shape.
 static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     Text name = take_string(c);
     uint32_t n_dims = take_u32(c);
@@ -3229,39 +3221,35 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     return true;
 }
 
-// Adds a file's tensors, from the cursor on, to the model's sources; `bytes` is where the file begins.
-static bool read_gguf_tensors(Gguf *g, Cursor *c, const unsigned char *bytes, uint64_t n, Model *m, Error *e) {
-    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32), before = m->n_sources;
+// Adds the tensors of a part whose size is n_bytes to the model's sources.
+static bool read_gguf_tensors(Gguf *g, size_t n_bytes, Model *m, Error *e) {
+    Cursor *c = &g->rest;
+    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32), n = g->n_tensors, before = m->n_sources;
     if (g->bad) return false;
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
-    if (n > MAX_TENSORS - before || n > c->left / 24)
-        return refuse(e, "claims to have %llu tensors; %zu bytes are left", (unsigned long long)n, c->left);
+    if (n > MAX_TENSORS - before || n > c->left / 24)  // 24: a tensor's bytes without its name and dimensions
+        return refuse(e, "claims to have %zu tensors; %zu bytes are left", n, c->left);
     Buffer all = { (void *)m->sources, before * sizeof *m->sources, before * sizeof *m->sources };
-    if (!append(&all, NULL, ((size_t)n + 1) * sizeof *m->sources, e)) return false;  // one more, so that it is never 0
+    if (!append(&all, NULL, (n + 1) * sizeof *m->sources, e)) return false;  // one more, so that it is never 0
     m->sources = (void *)all.bytes;
     for (; m->n_sources < before + n; m->n_sources++)
         if (!read_gguf_tensor(c, &m->sources[m->n_sources], e)) return false;
-    size_t n_read = (size_t)(c->at - bytes);
+    size_t n_read = n_bytes - c->left;
     take(c, round_up(n_read, step) - n_read);
-    return place_sources(m->sources + before, (size_t)n, *c, step, e);
+    return place_sources(m->sources + before, n, *c, step, e);
 }
 
-static int by_key_name(const void *a, const void *b) {
-    const Text *x = a, *y = b;  // a Key begins with its name
-    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
-}
-
-// The header and all keys, sorted; the cursor is left at the tensors. The caller frees g->keys.
-static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
+// Reads the header and all keys; what is left are the tensors. The caller frees g->keys.
+static bool read_gguf_keys(Gguf *g, Error *e) {
+    Cursor *c = &g->rest;
     uint32_t magic = take_u32(c), version = take_u32(c);
-    *n_tensors = take_u64(c);
-    uint64_t n_keys = take_u64(c);
+    g->n_tensors = (size_t)take_u64(c);
+    size_t n_keys = (size_t)take_u64(c);
     if (c->bad || magic != 0x46554747) return refuse(e, "the file ends within its header");
     if (version != 2 && version != 3) return refuse(e, "has GGUF version %u, expected 2 or 3", version);
-    if (n_keys > MAX_KEYS || n_keys > c->left / 13)
-        return refuse(e, "claims to have %llu keys; %zu bytes are left", (unsigned long long)n_keys, c->left);
-    *g = (Gguf){ .keys = allocate((size_t)n_keys, sizeof *g->keys, e), .error = e };
-    if (!g->keys) return false;
+    if (n_keys > MAX_KEYS || n_keys > c->left / 13)  // 13: the least bytes of a key
+        return refuse(e, "claims to have %zu keys; %zu bytes are left", n_keys, c->left);
+    if (!(g->keys = allocate(n_keys, sizeof *g->keys, e))) return false;
     for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
     qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
@@ -3271,66 +3259,61 @@ static bool read_gguf_keys(Cursor *c, Gguf *g, uint64_t *n_tensors, Error *e) {
     return !family.at || !memchr(family.at, 0, family.n) || refuse(e, "key general.architecture has a NUL in it");
 }
 
-// A whole file, or a part of a split one, of which the first has all keys but those that number the parts. Its tensors
-// are added to those of m, if that is not NULL. The caller frees g->keys.
-static bool read_gguf_part(Cursor file, size_t part, size_t parts, Gguf *g, Model *m, Error *e) {
-    Cursor c = file;
-    uint64_t n_tensors;
-    if (!read_gguf_keys(&c, g, &n_tensors, e)) return false;
+// Reads a file, or a part of a split one: the first has all keys, the others only their number. Adds its tensors to m's
+// if the `whole` model is asked for. The caller frees g->keys.
+static bool read_gguf_part(Gguf *g, Cursor file, size_t part, Model *m, bool whole, Error *e) {
+    size_t parts = m->n_parts + 1;
+    *g = (Gguf){ .rest = file, .error = e };
+    if (!read_gguf_keys(g, e)) return false;
     if (part == 1 && !find_key(g, "general.architecture")) return refuse(e, "key general.architecture is missing");
-    if (!m) return true;
+    if (!whole) return true;
     size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
     size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
     if (g->bad || (part == 1 && !find_family(g->family, e))) return false;
     if (number != part || (count ? count : 1) != parts)
         return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
                       part, parts);
-    return read_gguf_tensors(g, &c, file.at, n_tensors, m, e);
+    return read_gguf_tensors(g, file.left, m, e);
 }
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
-    Gguf g = { 0 };
-    bool ok = read_gguf_part(file, 1, m->n_parts + 1, &g, whole ? m : NULL, e);
+    Gguf g, part;
+    bool ok = read_gguf_part(&g, file, 1, m, whole, e);
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
-        Gguf part = { 0 };
         Cursor c = { m->parts[i].bytes, m->parts[i].n_bytes, false };
-        ok = read_gguf_part(c, i + 2, m->n_parts + 1, &part, m, e) || in_part(i + 2, e);
+        ok = read_gguf_part(&part, c, i + 2, m, true, e) || in_part(i + 2, e);
         free(part.keys);
     }
     int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
     if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
-    if (whole) ok = ok && read_gguf_config(&g, m, e);
-    ok = ok && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) && (!whole || check_config(m, e));
+    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
+         (!whole || check_config(m, e));
     free(g.keys);
     return ok;
 }
 
 // ---- llama2.c ----
 
-// v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, norms in floats,
-// matrices as int8 in groups. Tensors follow each other by kind and, within a kind, by layer; from v1 on all vectors
-// come before all matrices. "" stands for v0's table of angles.
+// v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, vectors of floats,
+// matrices as int8 in groups. The tensors come in this order, those of one name by layer; from v1 on all vectors come
+// before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
     "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
     "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
 };
 enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
-typedef struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } Llama2cHeader;
-
 static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, size_t group, Error *e) {
     if (!(m->sources = allocate(m->n_slots, sizeof *m->sources, e))) return false;
     for (int i = 0; i < (version ? 2 : 1) * N_LLAMA2C; i++) {
         const char *name = llama2c_order[i % N_LLAMA2C];
-        bool vectors = !version || i < N_LLAMA2C, matrices = !version || i >= N_LLAMA2C;
         if (!*name && !version) take(c, (size_t)m->config.context * (size_t)m->config.head_dim * 4);
-        if (!*name || (shared && !strcmp(name, "output.weight"))) continue;
+        if (shared && !strcmp(name, "output.weight")) continue;
         for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
-            if (strcmp(slot->rule->name, name) || !(slot->is_vector ? vectors : matrices)) continue;
+            if (strcmp(slot->rule->name, name) || (version && slot->is_vector != (i < N_LLAMA2C))) continue;
             bool grouped = group && !slot->is_vector;
             if (grouped && (slot->cols % group || group % 32))
-                return refuse(e, "groups of %zu: no multiple of 32 that divides the %zu columns of %s", group,
-                              slot->cols, slot->name);
+                return refuse(e, "%s: groups of %zu do not fit %zu columns", slot->name, group, slot->cols);
             Source *s = &m->sources[m->n_sources++];
             *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
                            .cols = slot->cols, .data = c->at, .group = group };
@@ -3347,22 +3330,18 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
 static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     if (!whole) return read_llama2c_tokenizer(file, &m->packed_vocabulary, e);
     Cursor c = file;
-    Llama2cHeader h;
-    uint32_t version = 0;
+    struct { int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, n_tokens, context; } h;
+    bool is_v0 = file.left < 4 || memcmp(file.at, "24ka", 4);  // 0x616b3432, "ak42", little-endian
+    uint32_t version = is_v0 ? 0 : (take_u32(&c), take_u32(&c));
     int32_t group = 0;
-    if (file.left >= 4 && !memcmp(file.at, "24ka", 4)) {  // 0x616b3432, "ak42", little-endian
-        take_u32(&c);
-        version = take_u32(&c);
-        if (version < 1 || version > 2)
-            return refuse(e, "has version %u of llama2.c's format, expected 1 or 2", version);
-    }
+    if (!is_v0 && version != 1 && version != 2) return refuse(e, "llama2.c's version %u, expected 1 or 2", version);
     take_into(&c, &h, sizeof h);
-    uint8_t shared = h.n_tokens > 0;  // v0 says by a negative number that the head has weights of its own
+    uint8_t shared = h.n_tokens > 0;  // v0: a negative number says that the head has weights of its own
     if (!version && h.n_tokens < 0 && h.n_tokens > INT32_MIN) h.n_tokens = -h.n_tokens;
     if (version) take_into(&c, &shared, sizeof shared);
     if (shared > 1) return refuse(e, "its shared-classifier byte is %d, expected 0 or 1", shared);
     if (version == 2) take_into(&c, &group, sizeof group);
-    if (version) take(&c, 256 - (size_t)(c.at - file.at));  // what ends before that has no heads, or no tensors
+    if (version) take(&c, 256 - (size_t)(c.at - file.at));  // a file that ends before has no heads, or no tensors
     if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
     int head_dim = h.dim / h.n_heads;
@@ -3379,7 +3358,7 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
 
 // ---- Any of them ----
 
-// Things that people take for a checkpoint, by the bytes at some place.
+// What people take for a checkpoint, and the bytes by which it is recognised.
 static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
     { 0, "PK\3\4", "a zip archive or PyTorch file: export_model.py converts those of models" },
     { 8, "{\"", "a safetensors file: export_model.py converts its folder" },
@@ -3395,11 +3374,8 @@ static Container recognise(const unsigned char *bytes, size_t n) {
     return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
 }
 
-// Parses the file, and opens the vocabulary that is in it or was made from it, in place of the one there may be.
+// Parses the file and opens its vocabulary, which replaces the model's.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
-    static bool (*const parsers[])(Cursor file, Model *m, bool whole, Error *e) = {
-        [NATIVE] = parse_native, [GGUF] = parse_gguf, [LLAMA2C] = parse_llama2c,
-    };
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
         size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
         if (file.left >= at + length && !memcmp(file.at + at, mistakes[i].sign, length))
@@ -3413,14 +3389,14 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
-    m->packed_vocabulary.n = 0;
-    if (!parsers[container](file, m, whole, e)) return false;
-    if (made->n) m->vocabulary = made->bytes;
-    if (made->n) m->vocabulary_bytes = made->n;
-    return !m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e);
+    m->vocabulary_bytes = m->packed_vocabulary.n = 0;
+    bool ok = container == NATIVE ? parse_native(file, m, whole, e) : container == GGUF ? parse_gguf(file, m, whole, e)
+                                                                    : parse_llama2c(file, m, whole, e);
+    if (made->n) m->vocabulary = made->bytes, m->vocabulary_bytes = made->n;
+    return ok && (!m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e));
 }
 
-// A model from a file's bytes; without threads all but its weights. On failure too, close_model() frees what it has.
+// Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     Cursor file = { bytes, n_bytes, false };
     bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
@@ -3429,7 +3405,7 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
                   refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
 }
 
-// The tokenizer of any file that holds one. n_tokens: how many it must have, or -1: then it says so itself.
+// Opens the tokenizer of any file that has one. It must have n_tokens tokens; -1: any number.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
     if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
     int n = m->tokenizer.n_tokens;

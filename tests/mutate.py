@@ -8,7 +8,7 @@
 Three kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
 kinds of rotation) is not done, or a family's row lacks something. ranges: a number of the configuration may be smaller,
 or larger, than it may; a tensor or key that is needed need not be there. checks: each operand of each condition that
-refuses a file, in chapter 9's parsers and validator and where tokenizer.c reads vocabularies, never holds.
+refuses a file, in chapter 10's parsers and validator and where tokenizer.c reads vocabularies, never holds.
 
 Each mutant is compiled as build/test is, and the groups that concern it run, up to the first failure; what is not
 noticed so, more of them with the address sanitizer. What survives is listed, and the last line is the score.
@@ -35,7 +35,7 @@ HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
 ]
 PARTS = {  # where a file is read: from a line that begins so to one that begins so, or to the end
-    "run.c": [("// ---- What a model consists of", "// ---- Chat templates"),
+    "run.c": [("// ---- What a model consists of", "/* ==== 11."),
               ("// Not finite is what no weights should give", "/* ==== 10.")],
     "tokenizer.c": [("// Fills the table behind lookup()", "/* ---- Composing"),
                     ("/* ---- Opening a section", None)],
@@ -143,7 +143,7 @@ FEATURES = [
      "fmin((pair - first) / fmax(last - first, 0.001), 1)"),
     ("YaRN's ramp is no more than 1", "fmin(fmax((pair - first) / fmax(last - first, 0.001), 0), 1)",
      "fmax((pair - first) / fmax(last - first, 0.001), 0)"),
-    # what chapter 9 works out for a family
+    # what chapter 10 sets for a family
     ("Gemma's scale of embeddings", "c->embedding_scale = sqrtf((float)c->dim)", "c->embedding_scale = 1"),
     ("Gemma's GELU", "c->activation = GELU", "c->activation = SILU"),
     ("Gemma 2's usual cap of scores", "c->attention_cap == 0) c->attention_cap = 50", "0) c->attention_cap = 50"),

@@ -31,7 +31,7 @@ if $compiler -O0 -fsyntax-only $here/run.c 2>$here/said; then echo "a type witho
 grep -q "Q3.*not handled in switch" $here/said
 add run.c '^        FOR_TYPE' '^INLINE void add_byte_tiles' before '        FOR_TYPE(Q3)'
 
-recipe "A family of models. To add one: a row here"
+recipe "A family of models. To add one: a row in families"
 add run.c '^};' '^static const Family families' before '    { "newer", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },'
 
 recipe "To add an option: a member of Options, a row here, a line in README"

@@ -216,7 +216,7 @@ static const Case cases[] = {
     { "https://a.b/c.gguf", 1, NULL, "an address, not a file; download it first: curl -LO https://a.b/c.gguf\n" },
     { "$T/empty", 1, NULL, "empty" },
     { "$T/cut.bin", 1, NULL, "not copied whole" },
-    { "$T/layout.bin", 1, NULL, "make it again with  ./run SOURCE -m export -o FILE" },
+    { "$T/layout.bin", 1, NULL, "make it again: ./run SOURCE -m export -o FILE" },
     { "\"$(printf 'a\\033[31m\\nb')\"", 1, NULL, "a?[31m?b" },
     { "\"$(printf 'a\\302\\233\\377\\303\\244b')\"", 1, NULL, "run: a???\xC3\xA4" "b: " },
     { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
