@@ -3923,10 +3923,58 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 
 
 /* ==== 12. Writing, chatting =========================================================================================
-   The loop of chapter 7 with the words of both sides put into the form that the model was trained on, and with all that
-   was said so far kept in the cache. */
+   What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
+   puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
 
-// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
+// ---- A text ----
+
+// Logits of row i of those that wanted some in the last pass, with i = 0, 1, 2 ...; NULL: not finite.
+//     returns (V)
+static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
+    int left = w->n_wanted - i, n = left < LOGITS_AT_ONCE ? left : LOGITS_AT_ONCE, at = i % LOGITS_AT_ONCE;
+    return at || make_logits(m, w, i, n, e) ? w->logits + (size_t)at * w->logits_stride : NULL;
+}
+
+// Sends a text's next tokens through the model, B at a time. Only the last one gets logits, or each: then `all` is the
+// file that they go to, (n,V).      tokens (n)
+static bool send_tokens(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, FILE *all, Error *e) {
+    double start = clock_seconds();
+    for (size_t done = 0; done < n && !(all && ferror(all));) {
+        int now = 0;
+        for (; now < w->settings.batch && done < n; now++, done++)
+            w->room[now] = (Row){ tokens[done], s->n + now, 0, all || done + 1 == n };
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, s, w->room, now, e)) return false;
+        for (int i = 0; i < w->n_wanted; i++) {
+            const float *logits = logits_of(m, w, i, e);
+            if (!logits) return false;
+            if (all) fwrite(logits, sizeof *logits, (size_t)m->config.n_tokens, all);
+        }
+        show_progress("prompt token", start, done, n);
+    }
+    return true;
+}
+
+static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
+    return send_tokens(m, w, s, tokens, n, NULL, e);
+}
+
+// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time.
+static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
+    size_t total = plus((size_t)s->n, tokens->n);
+    int context = s->cache->context, most = m->config.context;
+    if (total > (size_t)context)
+        return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
+                    s->n ? "this conversation" : "the prompt", total, context, most,
+                    total <= (size_t)most ? "; see -c" : "");
+    double start = clock_seconds();
+    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
+    speed->n_prompt += tokens->n;
+    speed->prompt_seconds += clock_seconds() - start;
+    return true;
+}
+
+// Replaces what could steer a terminal by question marks: control characters not in `kept`, and bytes that are no UTF-8.
 static void disarm(char *s, size_t n, const char *kept) {
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t c;
@@ -3937,7 +3985,7 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+// Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
@@ -3957,7 +4005,7 @@ static void print_bytes(Printer *p, const char *bytes, size_t n) {
     fflush(stdout);
 }
 
-// Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
+// Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
 static size_t bytes_per_token(const Model *m) {
     size_t n = 0;
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
@@ -3965,7 +4013,7 @@ static size_t bytes_per_token(const Model *m) {
     return n;
 }
 
-// Says the seed that nobody has given, so that the text can be had again.
+// With the clock's seed, which is printed, the same text can be had again.
 static void tell_seed(const Sampler *s) {
     if (s->from_clock && s->temperature > 0 && !options.quiet)
         fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
@@ -3980,34 +4028,6 @@ static void tell_speed(const Model *m, const Speed *v) {
     fputc('\n', stderr);
 }
 
-// Takes a text's next tokens into the cache, B at a time; the last one wants logits.      tokens (n)
-static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
-    double start = clock_seconds();
-    for (size_t done = 0; done < n;) {
-        int now = 0;
-        for (; now < w->settings.batch && done < n; now++, done++)
-            w->room[now] = (Row){ tokens[done], s->n + now, 0, done + 1 == n };
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, w, s, w->room, now, e)) return false;
-        show_progress("prompt token", start, done, n);
-    }
-    return make_logits(m, w, 0, n > 0, e);
-}
-
-// Sends tokens through the model, if they fit, and counts the time.
-static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
-    size_t total = plus((size_t)s->n, tokens->n);
-    int context = s->cache->context, most = m->config.context;
-    if (total > (size_t)context)
-        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
-                    context, most, total <= (size_t)most ? "; see -c" : "");
-    double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
-    speed->n_prompt += tokens->n;
-    speed->prompt_seconds += clock_seconds() - start;
-    return true;
-}
-
 static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
 
 static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
@@ -4016,9 +4036,8 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     Stop why;
     if (!take_prompt(m, w, s, prompt, &speed, e)) return false;
     tell_seed(sampler);
-    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++]) {
+    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++])
         if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
-    }
     print_bytes(&c.printer, NULL, 0);
     if (!generate(m, w, &c, &why, &speed, e)) return false;
     putchar('\n');
@@ -4030,20 +4049,21 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
 
 // ---- Chat ----
 
-// In system, user and answer, @ stands for the text; what is round it are the template's own words.
+// How a model was trained to see the turns of a chat. In system, user and answer, @ stands for the text; the rest are
+// the template's own words.
 typedef struct {
     const char *name;
-    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;        // where the user says nothing; NULL: then there is no system text
-    const char *system;                // NULL: this form knows no system text
+    const char *signs[6];        // texts in the checkpoint's template that tell it; "!..." is not in it
+    const char *default_system;  // the system prompt if the user gives none; NULL: there is none
+    const char *system;          // NULL: this form has no system prompt
     const char *user, *answer;
-    bool trims;                        // white space round the texts is dropped
-    bool system_in_user;               // the system text stands in the first user text, at its beginning
+    bool trims;                  // removes white space round the texts
+    bool system_in_user;         // the first user text begins with the system prompt
 } ChatTemplate;
 
-// The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
-// form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
-// published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+// The checkpoint's template is a program in a language of its own (Jinja). It is searched for signs and never run. To
+// add a form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
+// published templates. LLaMA 3.1's dates are the defaults of its template.
 #define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
                "<|im_start|>assistant\n@<|im_end|>\n", false, false
 #define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
@@ -4098,11 +4118,10 @@ static const ChatTemplate chat_templates[] = {
     { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
       "<start_of_turn>model\n@<end_of_turn>\n", true, true },
 };
-enum { MAX_SPANS = 8 };  // of what the model is to read before it answers
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
-enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
+enum { MAX_TEMPLATE = 1 << 20 };  // bytes; a larger one is not searched, since that would take long
 
-// The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
+// The form with that name or, without a name, the first whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
@@ -4118,7 +4137,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
         snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
     }
     if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
-    else fail(e, MISUSE, "the checkpoint's chat template is not known; choose with --template: %s", names);
+    else fail(e, MISUSE, "this model has no %schat template; --template NAME forces one of %s",
+              m->chat_template.n ? "known " : "", names);
     return NULL;
 }
 
@@ -4128,15 +4148,13 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
     return (Span){ text, n, false };
 }
 
-// The template's own words before the text, and after it. Only in these special tokens are read as such.
+// The template's own words before the text, and after it. In these alone special tokens are read as such.
 static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
+static Span closing(const char *form) { return (Span){ strchr(form, '@') + 1, strlen(strchr(form, '@') + 1), true }; }
 
-static Span closing(const char *form) {
-    const char *words = strchr(form, '@') + 1;
-    return (Span){ words, strlen(words), true };
-}
+enum { MAX_SPANS = 7 };  // of the first turn: three of the system prompt, three of the message, and the answer's opening
 
-// What the model is to read before it answers: the end of its last answer or the system text, and the message.
+// What the model reads before it answers: the end of its last answer or the system prompt, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
                        Span *spans) {
     int i = 0;
@@ -4156,7 +4174,7 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
-// From stdin, without its end; false at the end of input, which is no failure, after Ctrl-C, or where reading failed.
+// Reads a line from stdin, without its end. False after Ctrl-C, where reading failed, or, without an error, at the end.
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
@@ -4165,7 +4183,7 @@ static bool read_line(Buffer *line, Error *e) {
     at_prompt = 0;
     line->bytes = (unsigned char *)text;
     if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
-    if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
+    if (n < 0 && !feof(stdin) && errno != EBADF)  // EBADF: stdin was closed from the start, which counts as its end
         return fail(e, io_status(), "reading failed: %s", strerror(errno));
     if (n < 0 && isatty(STDIN_FILENO)) fputc('\n', stderr);
     if (n < 0) return false;
@@ -4174,8 +4192,8 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
-// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
+// One turn: renders the end of the last answer and the message, lets the model read them, and prints its answer.
+// *unread: tokens that the cache does not have yet: the begin token, or the last one of an answer that was cut short.
 static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
     Span spans[MAX_SPANS];
@@ -4199,7 +4217,7 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     return ok;
 }
 
-// Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
+// Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t) return false;
@@ -4221,7 +4239,10 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
 }
 
 /* ==== 13. Measuring =================================================================================================
-   What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
+   What the tokens of a text are (-m tokenize), what a model consists of (inspect), how well it predicts (logits,
+   perplexity), and how near it comes to the limits of the machine that it runs on (bench, matmul). */
+
+// ---- Tokens ----
 
 // Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
 static void put_json_string(FILE *f, const char *text, size_t n) {
@@ -4238,7 +4259,7 @@ static void put_json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
 }
 
-// The ids on one line, or with --pieces a line for each token.
+// The ids on one line; with --pieces, a line for each token.
 static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     bool json = options.json, pieces = options.pieces;
     if (json) putchar('[');
@@ -4254,7 +4275,7 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
-// The text that the ids stand for, and nothing after it; with --special the names of control tokens, too.
+// The text that the ids stand for and nothing else; with --special, also the names of control tokens.
 static void print_text(const Tokenizer *t, const Tokens *tokens) {
     Printer printer = { .n_held = 0 };
     for (size_t i = 0, n; i < tokens->n && !interrupted; i++) {
@@ -4265,78 +4286,7 @@ static void print_text(const Tokenizer *t, const Tokens *tokens) {
     print_bytes(&printer, NULL, 0);
 }
 
-// How many of the rows that want logits get them together, from number `first` on.
-static int slice(const Workspace *w, int first) {
-    return w->n_wanted - first < LOGITS_AT_ONCE ? w->n_wanted - first : LOGITS_AT_ONCE;
-}
-
-// Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
-static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    if (tokens->n > (size_t)s->cache->context)
-        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
-    Output out;
-    size_t n_tokens = (size_t)m->config.n_tokens;
-    bool ok = open_output(&out, options.output, e);
-    for (size_t done = 0; ok && done < tokens->n && !ferror(out.stream);) {
-        int n = 0;
-        for (; n < w->settings.batch && done < tokens->n; n++, done++)
-            w->room[n] = (Row){ tokens->ids[done], s->n + n, 0, true };
-        ok = !interrupted || fail(e, INTERRUPTED, "interrupted");
-        ok = ok && forward(m, w, s, w->room, n, e);
-        for (int first = 0; ok && first < n; first += LOGITS_AT_ONCE) {
-            ok = make_logits(m, w, first, slice(w, first), e);
-            for (int i = 0; ok && i < slice(w, first); i++)
-                fwrite(w->logits + (size_t)i * w->logits_stride, sizeof(float), n_tokens, out.stream);
-        }
-    }
-    return close_output(&out, ok, e);  // which also looks whether all was written
-}
-
-// -log softmax(logits)[token], in double      logits (n)
-static double surprise(const float *logits, int n, int token) {
-    double max = logits[likeliest(logits, n)], sum = 0;
-    for (int i = 0; i < n; i++) sum += exp(logits[i] - max);
-    return log(sum) + max - logits[token];
-}
-
-// Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second
-// half of each is scored, so that every prediction has at least half a chunk to go by. The chunks are texts of their
-// own, whose rows follow each other without a gap, so that passes are full.
-static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_texts, const Tokens *tokens, Error *e) {
-    size_t size = (size_t)w->settings.context, n_chunks = tokens->n / size, n_scored = 0;
-    if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
-    if (n_chunks == 0)
-        return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
-    double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
-        tokens->ids[chunk * size] = m->tokenizer.bos;
-    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
-        int n = 0;
-        for (; n < w->settings.batch && done < n_rows; n++, done++) {
-            size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
-            if (at == 0) rewind_sequence(&texts[text], 0);
-            w->room[n] = (Row){ tokens->ids[chunk * size + at], (int)at, (int)text, at >= size / 2 };
-        }
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, w, texts, w->room, n, e)) return false;
-        for (int i = 0; i < w->n_wanted; i++, n_scored++) {
-            if (i % LOGITS_AT_ONCE == 0 && !make_logits(m, w, i, slice(w, i), e)) return false;
-            size_t row = done - (size_t)(n - w->wanted[i]), next = row / (size - 1) * size + row % (size - 1) + 1;
-            double x = surprise(w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride, m->config.n_tokens,
-                                tokens->ids[next]);
-            sum += x;
-            sum_of_squares += x * x;
-        }
-        show_progress("chunk", start, done / (size - 1), n_chunks);
-    }
-    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
-    double ppl = exp(fmin(mean, 600)), error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;  // finite
-    if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
-               n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
-    return true;
-}
+// ---- What a model consists of ----
 
 // A line of -m inspect: "name  value unit", or a member of its JSON object.
 static void put_figure(const char *name, double value, const char *unit) {
@@ -4353,7 +4303,7 @@ static void put_word(const char *name, const char *text) {
 static const char *kernel_names(void);  // the appendix
 static bool choose_kernels(const char *name, Error *e);
 
-// Sizes, types, costs: what one needs to know before running a model.
+// What one wants to know before running a model: sizes, types, costs.
 static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error *e) {
     const Config *c = &m->config;
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
@@ -4372,8 +4322,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
         bool same = true;
         for (int l = 1; l < n_values(m, f); l++) same &= get_field(m, f, l) == get_field(m, f, 0);
         if (same) put_figure(f->name, get_field(m, f, 0), "");
@@ -4401,6 +4350,64 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     put_word("kernel", kernels->name);
     put_word("kernels of this machine", kernel_names());
     if (options.json) printf("\n}\n");
+    return true;
+}
+
+// ---- Predictions ----
+
+// Writes the logits of every position, float32.      file (tokens, V)
+static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
+    if (tokens->n > (size_t)s->cache->context)
+        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
+    Output out;
+    bool ok = open_output(&out, options.output, e) && send_tokens(m, w, s, tokens->ids, tokens->n, out.stream, e);
+    return close_output(&out, ok, e);
+}
+
+// -log softmax(logits)[token], in double      logits (n)
+static double surprise(const float *logits, int n, int token) {
+    double max = logits[likeliest(logits, n)], sum = 0;
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - max);
+    return log(sum) + max - logits[token];
+}
+
+// Perplexity as llama-perplexity measures it. The text is cut into chunks of -c tokens; each is a text of its own, and
+// its second half is scored, so every prediction has at least half a chunk to go by. A pass may take the end of one
+// chunk and the beginning of the next, so that it is full.
+static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_texts, const Tokens *tokens, Error *e) {
+    size_t size = (size_t)w->settings.context, n_chunks = tokens->n / size, n_scored = 0;
+    if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4 tokens (-c)");
+    if (n_chunks == 0)
+        return fail(e, NO_ROOM, "the text has %zu tokens, less than one chunk of %zu (-c)", tokens->n, size);
+    double sum = 0, sum_of_squares = 0, start = clock_seconds();
+    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+        tokens->ids[chunk * size] = m->tokenizer.bos;
+    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
+        int n = 0;
+        for (; n < w->settings.batch && done < n_rows; n++, done++) {
+            size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
+            if (at == 0) rewind_sequence(&texts[text], 0);
+            w->room[n] = (Row){ tokens->ids[chunk * size + at], (int)at, (int)text, at >= size / 2 };
+        }
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, texts, w->room, n, e)) return false;
+        for (int i = 0; i < w->n_wanted; i++, n_scored++) {
+            const float *logits = logits_of(m, w, i, e);
+            if (!logits) return false;
+            size_t row = done - (size_t)(n - w->wanted[i]), next = row / (size - 1) * size + row % (size - 1) + 1;
+            double x = surprise(logits, m->config.n_tokens, tokens->ids[next]);
+            sum += x;
+            sum_of_squares += x * x;
+        }
+        show_progress("chunk", start, done / (size - 1), n_chunks);
+    }
+    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
+    double ppl = exp(fmin(mean, 600));  // so that it stays finite
+    double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
+    if (options.json)
+        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
+               n_scored, n_chunks);
+    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
     return true;
 }
 
@@ -4727,8 +4734,7 @@ static bool run_model(Bench *b, const Measured *r, Error *e) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
         for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
         if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
-        for (int i = 0; i < b->parallel; i += LOGITS_AT_ONCE)
-            if (!make_logits(b->m, b->workspace, i, slice(b->workspace, i), e)) return false;
+        for (int i = 0; i < b->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
     }
     return true;
 }

@@ -268,9 +268,9 @@ static bool run_rows(const Crowd *c, Workspace *w, Sequence *texts, int threads,
     }
     if (!forward(c->model, w, texts, w->room, n, e)) return false;
     for (int i = 0; i < w->n_wanted; i++) {
-        if (i % LOGITS_AT_ONCE == 0 && !make_logits(c->model, w, i, slice(w, i), e)) return false;
+        const float *got = logits_of(c->model, w, i, e);
+        if (!got) return false;
         const Row *row = &w->room[w->wanted[i]];
-        const float *got = w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride;
         check(!memcmp(got, c->wanted[row->sequence] + (size_t)row->position * n_tokens, n_tokens * sizeof *got),
               "%s, %d rows of %d texts, %d threads: token %d of text %d has other logits than alone", c->name, n,
               c->n_texts, threads, row->position, row->sequence);
