@@ -3926,8 +3926,6 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
    puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
 
-// ---- A text ----
-
 // Logits of row i of those that wanted some in the last pass, with i = 0, 1, 2 ...; NULL: not finite.
 //     returns (V)
 static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
@@ -3937,7 +3935,7 @@ static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
 
 // Sends a text's next tokens through the model, B at a time. Only the last one gets logits, or each: then `all` is the
 // file that they go to, (n,V).      tokens (n)
-static bool send_tokens(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, FILE *all, Error *e) {
+static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, FILE *all, Error *e) {
     double start = clock_seconds();
     for (size_t done = 0; done < n && !(all && ferror(all));) {
         int now = 0;
@@ -3955,10 +3953,6 @@ static bool send_tokens(const Model *m, Workspace *w, Sequence *s, const int *to
     return true;
 }
 
-static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
-    return send_tokens(m, w, s, tokens, n, NULL, e);
-}
-
 // Sends a prompt, or what is new in a chat, if it fits the context; and counts the time.
 static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n, tokens->n);
@@ -3968,7 +3962,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
                     s->n ? "this conversation" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
+    if (!prefill(m, w, s, tokens->ids, tokens->n, NULL, e)) return false;
     speed->n_prompt += tokens->n;
     speed->prompt_seconds += clock_seconds() - start;
     return true;
@@ -4360,7 +4354,7 @@ static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *
     if (tokens->n > (size_t)s->cache->context)
         return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
     Output out;
-    bool ok = open_output(&out, options.output, e) && send_tokens(m, w, s, tokens->ids, tokens->n, out.stream, e);
+    bool ok = open_output(&out, options.output, e) && prefill(m, w, s, tokens->ids, tokens->n, out.stream, e);
     return close_output(&out, ok, e);
 }
 
@@ -4413,15 +4407,30 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
 
 // ---- What the machine can do ----
 
-// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most in a
-// nanosecond, which makes GB/s and Gop/s of them.
+// The processor's name, as the system tells it.
+static const char *cpu_name(void) {
+    static char name[128] = "unknown";
+#ifdef __APPLE__
+    size_t size = sizeof name;
+    sysctlbyname("machdep.cpu.brand_string", name, &size, NULL, 0);
+#else
+    char line[256];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(line, sizeof line, f) && sscanf(line, "model name : %127[^\n]", name) != 1) continue;
+    if (f) fclose(f);
+#endif
+    return name;
+}
+
+// Bytes read, operations in 8 bits and operations in float (a multiply-add counts as two): those of some work, or the
+// most that the machine can do in a nanosecond, which are its GB/s and Gop/s.
 typedef struct { double bytes, int8, f32; } Load;
 
-enum { MAX_RUNS = 64, MEMORY_BYTES = 256 << 20 };  // of memory: many times the caches
+enum { MAX_RUNS = 64, MEMORY_BYTES = 256 << 20 };  // many times what caches hold
 
 typedef struct {
     const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
-    size_t n;                // numbers of memory, or rounds of multiplying
+    size_t n;                // numbers in memory, or rounds of multiplications
     bool int8;
 } CeilingJob;
 
@@ -4432,7 +4441,8 @@ static void work_at_ceiling(void *p, Team *team) {
     else kernels->peak(job->int8, r.to - r.from);
 }
 
-// The most that a team can read or do in a nanosecond: the best of several tries, of 20 ms at least.
+// The most bytes or operations of a team in a nanosecond: the best of seven tries. Each takes 20 ms at least, so that
+// the start of the threads does not count.
 static double best_rate(int threads, const uint64_t *memory, bool int8) {
     CeilingJob job = { memory, memory ? MEMORY_BYTES / sizeof *memory : 1 << 16, int8 };
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
@@ -4446,18 +4456,18 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     return best;
 }
 
-// Adds the product of a matrix, of which n_read are read, with n tokens.
+// Adds the product of a matrix with n tokens; of several such matrices (experts), n_read are read.
 static void add_product(Load *w, const Tensor *t, double n_read, double n, bool exact) {
     w->bytes += n_read * (double)tensor_bytes(t);
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// What passes do in each step. A pass has n rows: of `texts` texts, n / texts of each after `past` others.
+// Adds what a pass of n rows does in each step: n / texts tokens of each text, after `past` others.
 static void add_pass(Load *steps, const Model *m, const Workspace *w, double past, int n, int texts, int n_logits) {
     bool exact = w->settings.exact;
     double each = (double)n / texts, seen = past + (each + 1) / 2, last = past + each;
     for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
-        // Of E experts, each token visits k: n tokens some E * (1 - (1 - k / E)^n) of them, if chance decides.
+        // A token visits k of E experts; n tokens visit E * (1 - (1 - k / E)^n) of them on average, if chance decides.
         double experts = fmax(y->n_experts, 1), used = fmax(y->n_experts_used, 1);
         double read = experts * (1 - pow(1 - used / experts, n)), window = y->window ? y->window : INFINITY;
         add_product(&steps[QUERY_KEY_VALUE], &y->query, 1, n, exact);
@@ -4475,8 +4485,8 @@ static void add_pass(Load *steps, const Model *m, const Workspace *w, double pas
     add_product(&steps[HEAD], &m->head, n_logits > 0, n_logits, exact);
 }
 
-// A test's passes, step by step, and their sum: n tokens of a prompt in batches, the last with logits; or n tokens of
-// each of `parallel` texts, one after the other, each with its own.
+// What a test's passes do, in each step and in all: a prompt of n tokens in batches, with logits of the last one; or,
+// with parallel > 0, n tokens of so many texts, one by one, with logits of each.
 static Load load_of(const Model *m, const Workspace *w, int past, int n, int parallel, Load steps[N_STEPS]) {
     Load sum = { 0 };
     memset(steps, 0, N_STEPS * sizeof *steps);
@@ -4498,7 +4508,7 @@ static int largest(List list) {
 
 // ---- Results: a table, and a picture ----
 
-// How fast something went, and how fast it could.
+// How fast it was, and how fast it could be.
 typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
 
 typedef struct {
@@ -4507,23 +4517,23 @@ typedef struct {
     int threads, n_tokens;
     Load load, ceiling;       // of a run; in a nanosecond
     Load steps[N_STEPS];      // the load's parts
-    int parallel;             // texts that were generated together; 0: a prompt
-    double ns[MAX_RUNS];      // that each run took
-    double per_s, spread;     // tokens a second: the median, and half of what lies between the least and the most
+    int parallel;             // texts generated together; 0: a prompt
+    double ns[MAX_RUNS];      // nanoseconds of each run
+    double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
     Rate memory, arithmetic;  // reading; this mix of operations
     const Rate *bound;        // the one that is nearer to its ceiling, and
     double percent;           // how near
 } Measured;
 
-// A list of tests, and what came out. prepare() makes the test of a number: its name, its load and its number of tokens
-// (0: there is no such test); run() does it.
+// A list of tests and their results. prepare() gives test `number` its name, load and number of tokens (0: it is left
+// out); run() does it once.
 typedef struct Bench {
     char title[64];
     int n_tests, n_results;
     bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
     bool (*run)(struct Bench *b, const Measured *r, Error *e);
-    uint64_t *memory;  // (MEMORY_BYTES)  to read, as matrices and vectors too: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens at a depth, as a prompt (parallel 0) or one by one, of so many texts
+    uint64_t *memory;  // (MEMORY_BYTES)  bytes of 0x31, also read as matrices: 0.16 in f16, 2.6e-9 in f32 and bf16
+    // bench: tokens after `depth` others, as a prompt (parallel 0) or one by one in so many texts
     const Model *m;
     Workspace *workspace;
     Sequence *sequences;
@@ -4541,65 +4551,84 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The median of n numbers, which it sorts.
-static double median_of(double *x, int n) {
-    qsort(x, (size_t)n, sizeof *x, by_size);
-    return (x[n / 2] + x[(n - 1) / 2]) / 2;
-}
-
-// The nanoseconds that a run's operations take at the ceilings.
+// The nanoseconds that a run's operations would take at the ceilings.
 static double multiplying_time(const Measured *r) {
     return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
 
-// Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
+// Makes figures of the runs' times. Reading and multiplying happen at the same time, so the one that takes longer is
+// the bound.
 static void conclude(Measured *r, int n_runs) {
-    int half = n_runs / 2;
-    double slower = median_of(r->ns + half, n_runs - half) / median_of(r->ns, half) - 1;
-    double ns = median_of(r->ns, n_runs), ops = r->load.int8 + r->load.f32;
+    double best[2] = { INFINITY, INFINITY };  // of the earlier and of the later half
+    for (int i = 0; i < n_runs; i++) best[i >= n_runs / 2] = fmin(best[i >= n_runs / 2], r->ns[i]);
+    qsort(r->ns, (size_t)n_runs, sizeof *r->ns, by_size);
+    double ns = (r->ns[n_runs / 2] + r->ns[(n_runs - 1) / 2]) / 2, ops = r->load.int8 + r->load.f32;
     r->per_s = 1e9 * r->n_tokens / ns;
     r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
     r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
     r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
     r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
     r->percent = 100 * r->bound->reached / r->bound->ceiling;
-    if (half >= 2 && slower > 0.05 && !options.quiet)
-        fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
+    if (n_runs >= 4 && best[1] > 1.05 * best[0] && !options.quiet)
+        fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * (best[1] / best[0] - 1));
 }
 
 static const char *const step_names[N_STEPS] = {
     [EMBED] = "embed", [ATTENTION_NORM] = "attention norm", [QUERY_KEY_VALUE] = "query, key, value",
     [WIDE_HEAD_NORM] = "norm of all heads", [ROTATE] = "rotate, cache", [ATTEND] = "attention",
-    [SCORE] = "attention: scores",
-    [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix", [ROUND_ATTENDED] = "round attended",
-    [ATTENTION_OUT] = "attention out", [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm",
-    [ROUTER] = "router", [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors",
-    [ROUND_VISITORS] = "round visitors", [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down",
-    [FFN_POST_NORM] = "ffn post norm", [FINAL_NORM] = "final norm", [HEAD] = "logits",
+    [SCORE] = "attention: scores", [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix",
+    [ROUND_ATTENDED] = "round attended", [ATTENTION_OUT] = "attention out",
+    [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm", [ROUTER] = "router",
+    [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors", [ROUND_VISITORS] = "round visitors",
+    [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down", [FFN_POST_NORM] = "ffn post norm",
+    [FINAL_NORM] = "final norm", [HEAD] = "logits",
 };
 
-// The steps of a test, with the time of one run: what all took, and of it what threads waited for each other.
+// A step in one run: its calls, the time of the average thread that takes part, and how much of it the thread waits.
+static StepTime step_time(int step, int threads) {
+    StepTime sum = { 0, 0, 0 };
+    for (int i = 0; i < threads; i++) {
+        sum.calls += profile[i][step].calls;
+        sum.seconds += profile[i][step].seconds;
+        sum.waiting += profile[i][step].waiting;
+    }
+    size_t calls = profile[0][step].calls;
+    double n = calls ? (double)options.reps * (double)sum.calls / (double)calls : 1;
+    return (StepTime){ calls / (size_t)options.reps, sum.seconds / n, sum.waiting / n };
+}
+
+// n per second in billions, as text.
+static const char *rate_text(char text[32], double n, double seconds) {
+    if (n <= 0 || seconds <= 0) return options.json ? "null" : "-";
+    snprintf(text, 32, options.json ? "%.9g" : "%.1f", n / seconds * 1e-9);
+    return text;
+}
+
+// The steps of a test. Those of attention share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
-    double total = 0;
-    for (int i = 0; i < N_STEPS; i++) total += profile[0][i].seconds;
-    if (options.json) printf(",\n   \"profile\": [");
-    else printf("  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
+    char gb[32], gop[32];
     const char *before = "";
+    double total = 0, attending = 0;
+    for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
+    for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
+    printf(options.json ? ",\n   \"profile\": [" :
+           "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
     for (int i = 0; i < N_STEPS; i++) {
-        double runs = (double)options.reps, seconds = profile[0][i].seconds / runs, waiting = 0;
-        for (int j = 0; j < r->threads; j++) waiting += profile[j][i].waiting / runs / r->threads;
-        size_t calls = profile[0][i].calls / (size_t)options.reps;
-        double gb = r->steps[i].bytes / seconds * 1e-9, gop = (r->steps[i].int8 + r->steps[i].f32) / seconds * 1e-9;
-        if (!calls) continue;
+        StepTime t = step_time(i, r->threads);
+        bool attends = i >= ATTEND && i <= MIX;
+        const Load *load = &r->steps[attends ? ATTEND : i];
+        const char *gb_per_s = rate_text(gb, load->bytes, attends ? attending : t.seconds);
+        const char *gop_per_s = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        if (!t.calls) continue;
         if (options.json)
-            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
-                   "\"waiting_seconds\": %.6g}", before, step_names[i], calls, seconds, gb, gop, waiting);
+            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
+                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, gb_per_s, gop_per_s, t.waiting);
         else
-            printf("  %-20s %7zu %10.3f %6.1f %% %8.2f %8.1f %12.3f\n", step_names[i], calls, seconds * 1e3,
-                   100 * profile[0][i].seconds / total, gb, gop, waiting * 1e3);
+            printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
+                   total > 0 ? 100 * t.seconds / total : 0, gb_per_s, gop_per_s, t.waiting * 1e3);
         before = ",";
     }
-    if (options.json) printf("]");
+    if (options.json) putchar(']');
 }
 
 // llama-bench's columns, then ours; or a member of a JSON list.
@@ -4613,25 +4642,30 @@ static void put_result(const Measured *r, const char *title, bool first) {
                first ? "" : ",", title, r->kernel, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
                r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
                r->percent);
-        if (r->parallel) printf(", \"parallel\": %d", r->parallel);
-        if (profile) put_profile(r);
-        putchar('}');
+        if (r->parallel) printf(",\n   \"parallel\": %d", r->parallel);
+        time_t now = time(NULL);
+        char date[32] = "";
+        strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+        put_word("cpu", cpu_name());
+        put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
+        put_word("date", date);
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
         printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
                r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
-        if (profile) put_profile(r);
     }
+    if (profile) put_profile(r);
+    if (options.json) putchar('}');
     fflush(stdout);
 }
 
 // The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
-// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
+// logarithmic: operations per byte from 0.1 to 10,000, and Gop/s from 1 to 10,000.
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
 static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
 
-// Up the slope of what can be read, then flat at the most operations a second.
+// A roof rises with what can be read, up to the most operations per second.
 static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
     double start = fmax(0.1, 1 / gb), top = plot_y(gop);
     fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
@@ -4639,7 +4673,8 @@ static void draw_roof(FILE *f, double gb, double gop, const char *style, const c
             plot_x(gop / gb), top, top - 7, what, gop);
 }
 
-// The ceilings of the most threads, and a point for each result, named if there is room; for light and dark pages.
+// The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
+// and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
     const Load *c = &b->results[0].ceiling;
     const Measured *end = b->results + b->n_results;
@@ -4672,7 +4707,7 @@ static void draw_roofline(const Bench *b, FILE *f) {
 
 // ---- Tests ----
 
-// Times a test; the first run does not count.
+// Times a test; the first run does not count, since it finds the caches cold.
 static bool time_test(Bench *b, Measured *r, Error *e) {
     for (int i = -1; i < options.reps; i++) {
         double start = clock_seconds();
@@ -4685,7 +4720,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     return true;
 }
 
-// Every test with every number of threads. The ceilings are of the same run: machines are shared, and throttle.
+// Every test with every number of threads. The ceilings are measured just before, since machines are shared and throttle.
 static bool time_tests(Bench *b, Error *e) {
     for (int j = 0; j < options.threads.n; j++) {
         int threads = options.threads.at[j];
@@ -4700,7 +4735,7 @@ static bool time_tests(Bench *b, Error *e) {
     return true;
 }
 
-// All tests, with those of the kernels that this machine has; then what the figures say, in words, and the picture.
+// All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
     Output out = { NULL, NULL, NULL };
@@ -4713,7 +4748,7 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
-    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences would say less than the table
+    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences than that nobody reads
     for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
         printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
                r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
@@ -4728,8 +4763,8 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
     Sequence *s = b->sequences;
-    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);  // what is before that is kept
-    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, e);
+    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);
+    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
     for (int n = 0; n < r->n_tokens / b->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
         for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
@@ -4739,7 +4774,7 @@ static bool run_model(Bench *b, const Measured *r, Error *e) {
     return true;
 }
 
-// Tests at each depth: prompts, then each number of tokens by each number of texts.
+// At each depth: each length of prompt, then each number of tokens in each number of texts.
 static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
     b->depth = options.depth.at[number / n_at_depth];
@@ -4752,12 +4787,11 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
     if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    bool is_there = i > 0;  // what comes before that depth
-    for (int k = largest(options.parallel); !is_there && k-- > 0;) rewind_sequence(&b->sequences[k], 0);
-    if (!is_there && b->depth && !prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, e)) return false;
-    for (int k = 1; !is_there && k < largest(options.parallel); k++)
-        fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
-    return true;
+    if (i > 0) return true;  // the texts have their `depth` tokens already
+    for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
+    bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
+    for (int k = 1; ok && k < largest(options.parallel); k++) fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
+    return ok;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
@@ -4782,7 +4816,7 @@ static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
 static void multiply_team(void *p, Team *team) {
     const Bench *b = p;
     Tensor w = b->w;
-    size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that none is found in a cache
+    size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that no cache holds them
     for (size_t i = 0; i < b->n_products; i++) {
         w.tiles = (const unsigned char *)b->memory + i % n_copies * n_bytes;
         multiply_all(&(Product){ b->y, round_up((size_t)w.rows, 16), &w, NULL }, 1, &b->x, team);
@@ -4797,7 +4831,7 @@ static bool run_products(Bench *b, const Measured *r, Error *e) {
 
 enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
 
-// Shapes x types x numbers of tokens. A test is as many products as take 5 ms at the ceilings.
+// Each shape, type and number of tokens. A test is as many products as would take 5 ms at the ceilings.
 static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
     static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
     const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
@@ -4813,7 +4847,7 @@ static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
 }
 
 static bool run_matmul(Error *e) {
-    static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar takes minutes
+    static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
     static Bench b = { .title = "matrix products", .prepare = prepare_products, .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
