@@ -3829,10 +3829,58 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 
 
 /* ==== 12. Writing, chatting =========================================================================================
-   The loop of chapter 7 with the words of both sides put into the form that the model was trained on, and with all that
-   was said so far kept in the cache. */
+   What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
+   puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
 
-// Makes question marks of what could steer a terminal: control characters not in `kept`, and bytes that are no UTF-8.
+// Logits of row i of those that wanted some in the last pass, with i = 0, 1, 2 ...; NULL: not finite.
+//     returns (V)
+static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
+    int left = w->n_wanted - i, n = left < LOGITS_AT_ONCE ? left : LOGITS_AT_ONCE, at = i % LOGITS_AT_ONCE;
+    return at || make_logits(m, w, i, n, e) ? w->logits + (size_t)at * w->logits_stride : NULL;
+}
+
+// Sends a text's next tokens through the model, B at a time. Only the last one gets logits, or each: then `all` is the
+// file that they go to, (n,V).      tokens (n)
+static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, FILE *all, Error *e) {
+    double start = clock_seconds();
+    for (size_t done = 0; done < n && !(all && ferror(all));) {
+        int now = 0;
+        for (; now < w->settings.batch && done < n; now++, done++)
+            w->room[now] = (Row){ tokens[done], s->n + now, 0, all || done + 1 == n };
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, s, w->room, now, e)) return false;
+        for (int i = 0; i < w->n_wanted; i++) {
+            const float *logits = logits_of(m, w, i, e);
+            if (!logits) return false;
+            if (all) fwrite(logits, sizeof *logits, (size_t)m->config.n_tokens, all);
+        }
+        show_progress("prompt token", start, done, n);
+    }
+    return true;
+}
+
+// How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
+typedef struct {
+    size_t n_prompt, n_made, n_passes;
+    double prompt_seconds, made_seconds;
+} Speed;
+
+// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time.
+static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
+    size_t total = plus((size_t)s->n, tokens->n);
+    int context = s->cache->context, most = m->config.context;
+    if (total > (size_t)context)
+        return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
+                    s->n ? "this conversation" : "the prompt", total, context, most,
+                    total <= (size_t)most ? "; see -c" : "");
+    double start = clock_seconds();
+    if (!prefill(m, w, s, tokens->ids, tokens->n, NULL, e)) return false;
+    speed->n_prompt += tokens->n;
+    speed->prompt_seconds += clock_seconds() - start;
+    return true;
+}
+
+// Replaces what could steer a terminal by question marks: control characters not in `kept`, and bytes that are no UTF-8.
 static void disarm(char *s, size_t n, const char *kept) {
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t c;
@@ -3843,7 +3891,7 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-// Prints the first n bytes that are held: as they are, unless stdout is a terminal.
+// Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
@@ -3863,7 +3911,7 @@ static void print_bytes(Printer *p, const char *bytes, size_t n) {
     fflush(stdout);
 }
 
-// Bytes of weights that a token is multiplied with: all but the embedding, if that is not the head, and idle experts.
+// Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
 static size_t bytes_per_token(const Model *m) {
     size_t n = 0;
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
@@ -3871,13 +3919,7 @@ static size_t bytes_per_token(const Model *m) {
     return n;
 }
 
-// How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
-typedef struct {
-    size_t n_prompt, n_made, n_passes;
-    double prompt_seconds, made_seconds;
-} Speed;
-
-// Says the seed that nobody has given, so that the text can be had again.
+// With the clock's seed, which is printed, the same text can be had again.
 static void tell_seed(const Sampler *s) {
     if (s->from_clock && s->temperature > 0 && !options.quiet)
         fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
@@ -3890,34 +3932,6 @@ static void tell_speed(const Model *m, const Speed *v) {
     double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
     if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
     fputc('\n', stderr);
-}
-
-// Takes a text's next tokens into the cache, B at a time; the last one wants logits.      tokens (n)
-static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, Error *e) {
-    double start = clock_seconds();
-    for (size_t done = 0; done < n;) {
-        int now = 0;
-        for (; now < w->settings.batch && done < n; now++, done++)
-            w->room[now] = (Row){ tokens[done], s->n + now, 0, done + 1 == n };
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, w, s, w->room, now, e)) return false;
-        show_progress("prompt token", start, done, n);
-    }
-    return make_logits(m, w, 0, n > 0, e);
-}
-
-// Sends tokens through the model, if they fit, and counts the time.
-static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
-    size_t total = plus((size_t)s->n, tokens->n);
-    int context = s->cache->context, most = m->config.context;
-    if (total > (size_t)context)
-        return fail(e, NO_ROOM, "the prompt needs %zu positions, the context has %d of the model's %d%s", total,
-                    context, most, total <= (size_t)most ? "; see -c" : "");
-    double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, e)) return false;
-    speed->n_prompt += tokens->n;
-    speed->prompt_seconds += clock_seconds() - start;
-    return true;
 }
 
 static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
@@ -3943,9 +3957,8 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     Stop why;
     if (!take_prompt(m, w, s, prompt, &speed, e)) return false;
     tell_seed(sampler);
-    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++]) {
+    for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++])
         if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
-    }
     print_bytes(&c.printer, NULL, 0);
     double start = clock_seconds();
     if (!generate(m, w, &c, &why, e)) return false;
@@ -3959,20 +3972,21 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
 
 // ---- Chat ----
 
-// In system, user and answer, @ stands for the text; what is round it are the template's own words.
+// How a model was trained to see the turns of a chat. In system, user and answer, @ stands for the text; the rest are
+// the template's own words.
 typedef struct {
     const char *name;
-    const char *signs[6];              // in the template of the checkpoint that it is for; "!..." is not in it
-    const char *default_system;        // where the user says nothing; NULL: then there is no system text
-    const char *system;                // NULL: this form knows no system text
+    const char *signs[6];        // texts in the checkpoint's template that tell it; "!..." is not in it
+    const char *default_system;  // the system prompt if the user gives none; NULL: there is none
+    const char *system;          // NULL: this form has no system prompt
     const char *user, *answer;
-    bool trims;                        // white space round the texts is dropped
-    bool system_in_user;               // the system text stands in the first user text, at its beginning
+    bool trims;                  // removes white space round the texts
+    bool system_in_user;         // the first user text begins with the system prompt
 } ChatTemplate;
 
-// The checkpoint's template is a program in a language of its own (Jinja), which is compared and never run. To add a
-// form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
-// published templates. LLaMA 3.1's dates are those that its template has where nobody gives it the day.
+// The checkpoint's template is a program in a language of its own (Jinja). It is searched for signs and never run. To
+// add a form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
+// published templates. LLaMA 3.1's dates are the defaults of its template.
 #define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
                "<|im_start|>assistant\n@<|im_end|>\n", false, false
 #define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
@@ -4027,11 +4041,10 @@ static const ChatTemplate chat_templates[] = {
     { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
       "<start_of_turn>model\n@<end_of_turn>\n", true, true },
 };
-enum { MAX_SPANS = 8 };  // of what the model is to read before it answers
 enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
-enum { MAX_TEMPLATE = 1 << 20 };  // bytes; in a larger one no signs are looked for
+enum { MAX_TEMPLATE = 1 << 20 };  // bytes; a larger one is not searched, since that would take long
 
-// The form with that name, or, without a name, the one whose signs are in the checkpoint's template.
+// The form with that name or, without a name, the first whose signs are in the checkpoint's template.
 static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
     char names[320] = "";
     for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
@@ -4047,7 +4060,8 @@ static const ChatTemplate *choose_template(const Model *m, const char *name, Err
         snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
     }
     if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
-    else fail(e, MISUSE, "the checkpoint's chat template is not known; choose with --template: %s", names);
+    else fail(e, MISUSE, "this model has no %schat template; --template NAME forces one of %s",
+              m->chat_template.n ? "known " : "", names);
     return NULL;
 }
 
@@ -4057,15 +4071,13 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
     return (Span){ text, n, false };
 }
 
-// The template's own words before the text, and after it. Only in these special tokens are read as such.
+// The template's own words before the text, and after it. In these alone special tokens are read as such.
 static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
+static Span closing(const char *form) { return (Span){ strchr(form, '@') + 1, strlen(strchr(form, '@') + 1), true }; }
 
-static Span closing(const char *form) {
-    const char *words = strchr(form, '@') + 1;
-    return (Span){ words, strlen(words), true };
-}
+enum { MAX_SPANS = 7 };  // of the first turn: three of the system prompt, three of the message, and the answer's opening
 
-// What the model is to read before it answers: the end of its last answer or the system text, and the message.
+// What the model reads before it answers: the end of its last answer or the system prompt, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
                        Span *spans) {
     int i = 0;
@@ -4085,7 +4097,7 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
-// From stdin, without its end; false at the end of input, which is no failure, after Ctrl-C, or where reading failed.
+// Reads a line from stdin, without its end. False after Ctrl-C, where reading failed, or, without an error, at the end.
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
@@ -4094,7 +4106,7 @@ static bool read_line(Buffer *line, Error *e) {
     at_prompt = 0;
     line->bytes = (unsigned char *)text;
     if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
-    if (n < 0 && !feof(stdin) && errno != EBADF)  // that is a stdin which was closed from the start
+    if (n < 0 && !feof(stdin) && errno != EBADF)  // EBADF: stdin was closed from the start, which counts as its end
         return fail(e, io_status(), "reading failed: %s", strerror(errno));
     if (n < 0 && isatty(STDIN_FILENO)) fputc('\n', stderr);
     if (n < 0) return false;
@@ -4103,8 +4115,8 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// One answer: renders what is new (the end of the answer before and the message), lets the model read it, generates.
-// *unread: tokens that the cache does not have yet: the begin token, the last one of an answer that was cut short.
+// One turn: renders the end of the last answer and the message, lets the model read them, and prints its answer.
+// *unread: tokens that the cache does not have yet: the begin token, or the last one of an answer that was cut short.
 static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
                    const char *message, size_t n_message, Speed *speed, Error *e) {
     Span spans[MAX_SPANS];
@@ -4130,7 +4142,7 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     return ok;
 }
 
-// Takes turns until the input ends (exit 0) or Ctrl-C comes at the prompt (130). Ctrl-C in an answer stops the answer.
+// Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if (!t) return false;
@@ -4152,7 +4164,10 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
 }
 
 /* ==== 13. Measuring =================================================================================================
-   What a model is, how well it predicts, and how near it comes to the limits of the machine that it runs on. */
+   What the tokens of a text are (-m tokenize), what a model consists of (inspect), how well it predicts (logits,
+   perplexity), and how near it comes to the limits of the machine that it runs on (bench, matmul). */
+
+// ---- Tokens ----
 
 // Writes a text as a JSON string. Bytes that are not UTF-8 become U+FFFD.
 static void put_json_string(FILE *f, const char *text, size_t n) {
@@ -4169,7 +4184,7 @@ static void put_json_string(FILE *f, const char *text, size_t n) {
     fputc('"', f);
 }
 
-// The ids on one line, or with --pieces a line for each token.
+// The ids on one line; with --pieces, a line for each token.
 static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     bool json = options.json, pieces = options.pieces;
     if (json) putchar('[');
@@ -4185,7 +4200,7 @@ static void print_tokens(const Tokenizer *t, const Tokens *tokens) {
     if (json || !pieces) putchar('\n');
 }
 
-// The text that the ids stand for, and nothing after it; with --special the names of control tokens, too.
+// The text that the ids stand for and nothing else; with --special, also the names of control tokens.
 static void print_text(const Tokenizer *t, const Tokens *tokens) {
     Printer printer = { .n_held = 0 };
     for (size_t i = 0, n; i < tokens->n && !interrupted; i++) {
@@ -4196,78 +4211,7 @@ static void print_text(const Tokenizer *t, const Tokens *tokens) {
     print_bytes(&printer, NULL, 0);
 }
 
-// How many of the rows that want logits get them together, from number `first` on.
-static int slice(const Workspace *w, int first) {
-    return w->n_wanted - first < LOGITS_AT_ONCE ? w->n_wanted - first : LOGITS_AT_ONCE;
-}
-
-// Runs the tokens and writes the logits of every position, float32, tokens x vocabulary.
-static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    if (tokens->n > (size_t)s->cache->context)
-        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
-    Output out;
-    size_t n_tokens = (size_t)m->config.n_tokens;
-    bool ok = open_output(&out, options.output, e);
-    for (size_t done = 0; ok && done < tokens->n && !ferror(out.stream);) {
-        int n = 0;
-        for (; n < w->settings.batch && done < tokens->n; n++, done++)
-            w->room[n] = (Row){ tokens->ids[done], s->n + n, 0, true };
-        ok = !interrupted || fail(e, INTERRUPTED, "interrupted");
-        ok = ok && forward(m, w, s, w->room, n, e);
-        for (int first = 0; ok && first < n; first += LOGITS_AT_ONCE) {
-            ok = make_logits(m, w, first, slice(w, first), e);
-            for (int i = 0; ok && i < slice(w, first); i++)
-                fwrite(w->logits + (size_t)i * w->logits_stride, sizeof(float), n_tokens, out.stream);
-        }
-    }
-    return close_output(&out, ok, e);  // which also looks whether all was written
-}
-
-// -log softmax(logits)[token], in double      logits (n)
-static double surprise(const float *logits, int n, int token) {
-    double max = logits[likeliest(logits, n)], sum = 0;
-    for (int i = 0; i < n; i++) sum += exp(logits[i] - max);
-    return log(sum) + max - logits[token];
-}
-
-// Perplexity as llama-perplexity measures it: the text is cut into chunks of -c tokens, each read anew; the second
-// half of each is scored, so that every prediction has at least half a chunk to go by. The chunks are texts of their
-// own, whose rows follow each other without a gap, so that passes are full.
-static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_texts, const Tokens *tokens, Error *e) {
-    size_t size = (size_t)w->settings.context, n_chunks = tokens->n / size, n_scored = 0;
-    if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4");
-    if (n_chunks == 0)
-        return fail(e, NO_ROOM, "the text has %zu tokens, which is less than one chunk of %zu (-c)", tokens->n, size);
-    double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
-        tokens->ids[chunk * size] = m->tokenizer.bos;
-    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
-        int n = 0;
-        for (; n < w->settings.batch && done < n_rows; n++, done++) {
-            size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
-            if (at == 0) rewind_sequence(&texts[text], 0);
-            w->room[n] = (Row){ tokens->ids[chunk * size + at], (int)at, (int)text, at >= size / 2 };
-        }
-        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        if (!forward(m, w, texts, w->room, n, e)) return false;
-        for (int i = 0; i < w->n_wanted; i++, n_scored++) {
-            if (i % LOGITS_AT_ONCE == 0 && !make_logits(m, w, i, slice(w, i), e)) return false;
-            size_t row = done - (size_t)(n - w->wanted[i]), next = row / (size - 1) * size + row % (size - 1) + 1;
-            double x = surprise(w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride, m->config.n_tokens,
-                                tokens->ids[next]);
-            sum += x;
-            sum_of_squares += x * x;
-        }
-        show_progress("chunk", start, done / (size - 1), n_chunks);
-    }
-    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
-    double ppl = exp(fmin(mean, 600)), error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;  // finite
-    if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
-               n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
-    return true;
-}
+// ---- What a model consists of ----
 
 // A line of -m inspect: "name  value unit", or a member of its JSON object.
 static void put_figure(const char *name, double value, const char *unit) {
@@ -4284,7 +4228,7 @@ static void put_word(const char *name, const char *text) {
 static const char *kernel_names(void);  // the appendix
 static bool choose_kernels(const char *name, Error *e);
 
-// Sizes, types, costs: what one needs to know before running a model.
+// What one wants to know before running a model: sizes, types, costs.
 static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error *e) {
     const Config *c = &m->config;
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
@@ -4303,8 +4247,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
-    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
-        const ConfigField *f = &config_fields[i];
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
         bool same = true;
         for (int l = 1; l < n_values(m, f); l++) same &= get_field(m, f, l) == get_field(m, f, 0);
         if (same) put_figure(f->name, get_field(m, f, 0), "");
@@ -4335,17 +4278,90 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     return true;
 }
 
+// ---- Predictions ----
+
+// Writes the logits of every position, float32.      file (tokens, V)
+static bool run_logits(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
+    if (tokens->n > (size_t)s->cache->context)
+        return fail(e, NO_ROOM, "%zu tokens do not fit the context of %d; see -c", tokens->n, s->cache->context);
+    Output out;
+    bool ok = open_output(&out, options.output, e) && prefill(m, w, s, tokens->ids, tokens->n, out.stream, e);
+    return close_output(&out, ok, e);
+}
+
+// -log softmax(logits)[token], in double      logits (n)
+static double surprise(const float *logits, int n, int token) {
+    double max = logits[likeliest(logits, n)], sum = 0;
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - max);
+    return log(sum) + max - logits[token];
+}
+
+// Perplexity as llama-perplexity measures it. The text is cut into chunks of -c tokens; each is a text of its own, and
+// its second half is scored, so every prediction has at least half a chunk to go by. A pass may take the end of one
+// chunk and the beginning of the next, so that it is full.
+static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_texts, const Tokens *tokens, Error *e) {
+    size_t size = (size_t)w->settings.context, n_chunks = tokens->n / size, n_scored = 0;
+    if (size < 4) return fail(e, MISUSE, "perplexity needs a context of at least 4 tokens (-c)");
+    if (n_chunks == 0)
+        return fail(e, NO_ROOM, "the text has %zu tokens, less than one chunk of %zu (-c)", tokens->n, size);
+    double sum = 0, sum_of_squares = 0, start = clock_seconds();
+    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+        tokens->ids[chunk * size] = m->tokenizer.bos;
+    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
+        int n = 0;
+        for (; n < w->settings.batch && done < n_rows; n++, done++) {
+            size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
+            if (at == 0) rewind_sequence(&texts[text], 0);
+            w->room[n] = (Row){ tokens->ids[chunk * size + at], (int)at, (int)text, at >= size / 2 };
+        }
+        if (interrupted) return fail(e, INTERRUPTED, "interrupted");
+        if (!forward(m, w, texts, w->room, n, e)) return false;
+        for (int i = 0; i < w->n_wanted; i++, n_scored++) {
+            const float *logits = logits_of(m, w, i, e);
+            if (!logits) return false;
+            size_t row = done - (size_t)(n - w->wanted[i]), next = row / (size - 1) * size + row % (size - 1) + 1;
+            double x = surprise(logits, m->config.n_tokens, tokens->ids[next]);
+            sum += x;
+            sum_of_squares += x * x;
+        }
+        show_progress("chunk", start, done / (size - 1), n_chunks);
+    }
+    double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
+    double ppl = exp(fmin(mean, 600));  // so that it stays finite
+    double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
+    if (options.json)
+        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
+               n_scored, n_chunks);
+    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
+    return true;
+}
+
 // ---- What the machine can do ----
 
-// Bytes that are read, operations in 8 bits and in float (a multiply-add is two): of some work, or the most in a
-// nanosecond, which makes GB/s and Gop/s of them.
+// The processor's name, as the system tells it.
+static const char *cpu_name(void) {
+    static char name[128] = "unknown";
+#ifdef __APPLE__
+    size_t size = sizeof name;
+    sysctlbyname("machdep.cpu.brand_string", name, &size, NULL, 0);
+#else
+    char line[256];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(line, sizeof line, f) && sscanf(line, "model name : %127[^\n]", name) != 1) continue;
+    if (f) fclose(f);
+#endif
+    return name;
+}
+
+// Bytes read, operations in 8 bits and operations in float (a multiply-add counts as two): those of some work, or the
+// most that the machine can do in a nanosecond, which are its GB/s and Gop/s.
 typedef struct { double bytes, int8, f32; } Load;
 
-enum { MAX_RUNS = 64, MEMORY_BYTES = 256 << 20 };  // of memory: many times the caches
+enum { MAX_RUNS = 64, MEMORY_BYTES = 256 << 20 };  // many times what caches hold
 
 typedef struct {
     const uint64_t *memory;  // to read; NULL: to multiply, in 8 bits or in float
-    size_t n;                // numbers of memory, or rounds of multiplying
+    size_t n;                // numbers in memory, or rounds of multiplications
     bool int8;
 } CeilingJob;
 
@@ -4356,7 +4372,8 @@ static void work_at_ceiling(void *p, Team *team) {
     else kernels->peak(job->int8, r.to - r.from);
 }
 
-// The most that a team can read or do in a nanosecond: the best of several tries, of 20 ms at least.
+// The most bytes or operations of a team in a nanosecond: the best of seven tries. Each takes 20 ms at least, so that
+// the start of the threads does not count.
 static double best_rate(int threads, const uint64_t *memory, bool int8) {
     CeilingJob job = { memory, memory ? MEMORY_BYTES / sizeof *memory : 1 << 16, int8 };
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
@@ -4370,18 +4387,18 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     return best;
 }
 
-// Adds the product of a matrix, of which n_read are read, with n tokens.
+// Adds the product of a matrix with n tokens; of several such matrices (experts), n_read are read.
 static void add_product(Load *w, const Tensor *t, double n_read, double n, bool exact) {
     w->bytes += n_read * (double)tensor_bytes(t);
     *(is_quantised(t->type) && !exact ? &w->int8 : &w->f32) += 2.0 * t->rows * t->cols * n;
 }
 
-// What passes do in each step. A pass has n rows: of `texts` texts, n / texts of each after `past` others.
+// Adds what a pass of n rows does in each step: n / texts tokens of each text, after `past` others.
 static void add_pass(Load *steps, const Model *m, const Workspace *w, double past, int n, int texts, int n_logits) {
     bool exact = w->settings.exact;
     double each = (double)n / texts, seen = past + (each + 1) / 2, last = past + each;
     for (const Layer *y = m->layers; y < m->layers + m->config.n_layers; y++) {
-        // Of E experts, each token visits k: n tokens some E * (1 - (1 - k / E)^n) of them, if chance decides.
+        // A token visits k of E experts; n tokens visit E * (1 - (1 - k / E)^n) of them on average, if chance decides.
         double experts = fmax(y->n_experts, 1), used = fmax(y->n_experts_used, 1);
         double read = experts * (1 - pow(1 - used / experts, n)), window = y->window ? y->window : INFINITY;
         add_product(&steps[QUERY_KEY_VALUE], &y->query, 1, n, exact);
@@ -4399,8 +4416,8 @@ static void add_pass(Load *steps, const Model *m, const Workspace *w, double pas
     add_product(&steps[HEAD], &m->head, n_logits > 0, n_logits, exact);
 }
 
-// A test's passes, step by step, and their sum: n tokens of a prompt in batches, the last with logits; or n tokens of
-// each of `parallel` texts, one after the other, each with its own.
+// What a test's passes do, in each step and in all: a prompt of n tokens in batches, with logits of the last one; or,
+// with parallel > 0, n tokens of so many texts, one by one, with logits of each.
 static Load load_of(const Model *m, const Workspace *w, int past, int n, int parallel, Load steps[N_STEPS]) {
     Load sum = { 0 };
     memset(steps, 0, N_STEPS * sizeof *steps);
@@ -4422,7 +4439,7 @@ static int largest(List list) {
 
 // ---- Results: a table, and a picture ----
 
-// How fast something went, and how fast it could.
+// How fast it was, and how fast it could be.
 typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
 
 typedef struct {
@@ -4431,23 +4448,23 @@ typedef struct {
     int threads, n_tokens;
     Load load, ceiling;       // of a run; in a nanosecond
     Load steps[N_STEPS];      // the load's parts
-    int parallel;             // texts that were generated together; 0: a prompt
-    double ns[MAX_RUNS];      // that each run took
-    double per_s, spread;     // tokens a second: the median, and half of what lies between the least and the most
+    int parallel;             // texts generated together; 0: a prompt
+    double ns[MAX_RUNS];      // nanoseconds of each run
+    double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
     Rate memory, arithmetic;  // reading; this mix of operations
     const Rate *bound;        // the one that is nearer to its ceiling, and
     double percent;           // how near
 } Measured;
 
-// A list of tests, and what came out. prepare() makes the test of a number: its name, its load and its number of tokens
-// (0: there is no such test); run() does it.
+// A list of tests and their results. prepare() gives test `number` its name, load and number of tokens (0: it is left
+// out); run() does it once.
 typedef struct Bench {
     char title[64];
     int n_tests, n_results;
     bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
     bool (*run)(struct Bench *b, const Measured *r, Error *e);
-    uint64_t *memory;  // (MEMORY_BYTES)  to read, as matrices and vectors too: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens at a depth, as a prompt (parallel 0) or one by one, of so many texts
+    uint64_t *memory;  // (MEMORY_BYTES)  bytes of 0x31, also read as matrices: 0.16 in f16, 2.6e-9 in f32 and bf16
+    // bench: tokens after `depth` others, as a prompt (parallel 0) or one by one in so many texts
     const Model *m;
     Workspace *workspace;
     Sequence *sequences;
@@ -4465,65 +4482,84 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The median of n numbers, which it sorts.
-static double median_of(double *x, int n) {
-    qsort(x, (size_t)n, sizeof *x, by_size);
-    return (x[n / 2] + x[(n - 1) / 2]) / 2;
-}
-
-// The nanoseconds that a run's operations take at the ceilings.
+// The nanoseconds that a run's operations would take at the ceilings.
 static double multiplying_time(const Measured *r) {
     return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
 
-// Makes figures of the runs' times. Reading and multiplying go on at the same time: the longer one bounds.
+// Makes figures of the runs' times. Reading and multiplying happen at the same time, so the one that takes longer is
+// the bound.
 static void conclude(Measured *r, int n_runs) {
-    int half = n_runs / 2;
-    double slower = median_of(r->ns + half, n_runs - half) / median_of(r->ns, half) - 1;
-    double ns = median_of(r->ns, n_runs), ops = r->load.int8 + r->load.f32;
+    double best[2] = { INFINITY, INFINITY };  // of the earlier and of the later half
+    for (int i = 0; i < n_runs; i++) best[i >= n_runs / 2] = fmin(best[i >= n_runs / 2], r->ns[i]);
+    qsort(r->ns, (size_t)n_runs, sizeof *r->ns, by_size);
+    double ns = (r->ns[n_runs / 2] + r->ns[(n_runs - 1) / 2]) / 2, ops = r->load.int8 + r->load.f32;
     r->per_s = 1e9 * r->n_tokens / ns;
     r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
     r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
     r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
     r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
     r->percent = 100 * r->bound->reached / r->bound->ceiling;
-    if (half >= 2 && slower > 0.05 && !options.quiet)
-        fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * slower);
+    if (n_runs >= 4 && best[1] > 1.05 * best[0] && !options.quiet)
+        fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * (best[1] / best[0] - 1));
 }
 
 static const char *const step_names[N_STEPS] = {
     [EMBED] = "embed", [ATTENTION_NORM] = "attention norm", [QUERY_KEY_VALUE] = "query, key, value",
     [WIDE_HEAD_NORM] = "norm of all heads", [ROTATE] = "rotate, cache", [ATTEND] = "attention",
-    [SCORE] = "attention: scores",
-    [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix", [ROUND_ATTENDED] = "round attended",
-    [ATTENTION_OUT] = "attention out", [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm",
-    [ROUTER] = "router", [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors",
-    [ROUND_VISITORS] = "round visitors", [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down",
-    [FFN_POST_NORM] = "ffn post norm", [FINAL_NORM] = "final norm", [HEAD] = "logits",
+    [SCORE] = "attention: scores", [SOFTMAX] = "attention: softmax", [MIX] = "attention: mix",
+    [ROUND_ATTENDED] = "round attended", [ATTENTION_OUT] = "attention out",
+    [ATTENTION_POST_NORM] = "attention post norm", [FFN_NORM] = "ffn norm", [ROUTER] = "router",
+    [CHOOSE_EXPERTS] = "choose experts", [LIST_VISITORS] = "list visitors", [ROUND_VISITORS] = "round visitors",
+    [GATE_UP] = "gate, up", [ROUND_HIDDEN] = "round hidden", [DOWN] = "down", [FFN_POST_NORM] = "ffn post norm",
+    [FINAL_NORM] = "final norm", [HEAD] = "logits",
 };
 
-// The steps of a test, with the time of one run: what all took, and of it what threads waited for each other.
+// A step in one run: its calls, the time of the average thread that takes part, and how much of it the thread waits.
+static StepTime step_time(int step, int threads) {
+    StepTime sum = { 0, 0, 0 };
+    for (int i = 0; i < threads; i++) {
+        sum.calls += profile[i][step].calls;
+        sum.seconds += profile[i][step].seconds;
+        sum.waiting += profile[i][step].waiting;
+    }
+    size_t calls = profile[0][step].calls;
+    double n = calls ? (double)options.reps * (double)sum.calls / (double)calls : 1;
+    return (StepTime){ calls / (size_t)options.reps, sum.seconds / n, sum.waiting / n };
+}
+
+// n per second in billions, as text.
+static const char *rate_text(char text[32], double n, double seconds) {
+    if (n <= 0 || seconds <= 0) return options.json ? "null" : "-";
+    snprintf(text, 32, options.json ? "%.9g" : "%.1f", n / seconds * 1e-9);
+    return text;
+}
+
+// The steps of a test. Those of attention share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
-    double total = 0;
-    for (int i = 0; i < N_STEPS; i++) total += profile[0][i].seconds;
-    if (options.json) printf(",\n   \"profile\": [");
-    else printf("  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
+    char gb[32], gop[32];
     const char *before = "";
+    double total = 0, attending = 0;
+    for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
+    for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
+    printf(options.json ? ",\n   \"profile\": [" :
+           "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
     for (int i = 0; i < N_STEPS; i++) {
-        double runs = (double)options.reps, seconds = profile[0][i].seconds / runs, waiting = 0;
-        for (int j = 0; j < r->threads; j++) waiting += profile[j][i].waiting / runs / r->threads;
-        size_t calls = profile[0][i].calls / (size_t)options.reps;
-        double gb = r->steps[i].bytes / seconds * 1e-9, gop = (r->steps[i].int8 + r->steps[i].f32) / seconds * 1e-9;
-        if (!calls) continue;
+        StepTime t = step_time(i, r->threads);
+        bool attends = i >= ATTEND && i <= MIX;
+        const Load *load = &r->steps[attends ? ATTEND : i];
+        const char *gb_per_s = rate_text(gb, load->bytes, attends ? attending : t.seconds);
+        const char *gop_per_s = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        if (!t.calls) continue;
         if (options.json)
-            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
-                   "\"waiting_seconds\": %.6g}", before, step_names[i], calls, seconds, gb, gop, waiting);
+            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
+                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, gb_per_s, gop_per_s, t.waiting);
         else
-            printf("  %-20s %7zu %10.3f %6.1f %% %8.2f %8.1f %12.3f\n", step_names[i], calls, seconds * 1e3,
-                   100 * profile[0][i].seconds / total, gb, gop, waiting * 1e3);
+            printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
+                   total > 0 ? 100 * t.seconds / total : 0, gb_per_s, gop_per_s, t.waiting * 1e3);
         before = ",";
     }
-    if (options.json) printf("]");
+    if (options.json) putchar(']');
 }
 
 // llama-bench's columns, then ours; or a member of a JSON list.
@@ -4537,25 +4573,30 @@ static void put_result(const Measured *r, const char *title, bool first) {
                first ? "" : ",", title, r->kernel, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
                r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
                r->percent);
-        if (r->parallel) printf(", \"parallel\": %d", r->parallel);
-        if (profile) put_profile(r);
-        putchar('}');
+        if (r->parallel) printf(",\n   \"parallel\": %d", r->parallel);
+        time_t now = time(NULL);
+        char date[32] = "";
+        strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+        put_word("cpu", cpu_name());
+        put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
+        put_word("date", date);
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
         printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
                r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
-        if (profile) put_profile(r);
     }
+    if (profile) put_profile(r);
+    if (options.json) putchar('}');
     fflush(stdout);
 }
 
 // The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model"). Both axes are
-// logarithmic: operations per byte from 0.1 to 10,000, Gop/s from 1 to 10,000.
+// logarithmic: operations per byte from 0.1 to 10,000, and Gop/s from 1 to 10,000.
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
 static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
 
-// Up the slope of what can be read, then flat at the most operations a second.
+// A roof rises with what can be read, up to the most operations per second.
 static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
     double start = fmax(0.1, 1 / gb), top = plot_y(gop);
     fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
@@ -4563,7 +4604,8 @@ static void draw_roof(FILE *f, double gb, double gop, const char *style, const c
             plot_x(gop / gb), top, top - 7, what, gop);
 }
 
-// The ceilings of the most threads, and a point for each result, named if there is room; for light and dark pages.
+// The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
+// and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
     const Load *c = &b->results[0].ceiling;
     const Measured *end = b->results + b->n_results;
@@ -4596,7 +4638,7 @@ static void draw_roofline(const Bench *b, FILE *f) {
 
 // ---- Tests ----
 
-// Times a test; the first run does not count.
+// Times a test; the first run does not count, since it finds the caches cold.
 static bool time_test(Bench *b, Measured *r, Error *e) {
     for (int i = -1; i < options.reps; i++) {
         double start = clock_seconds();
@@ -4609,7 +4651,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     return true;
 }
 
-// Every test with every number of threads. The ceilings are of the same run: machines are shared, and throttle.
+// Every test with every number of threads. The ceilings are measured just before, since machines are shared and throttle.
 static bool time_tests(Bench *b, Error *e) {
     for (int j = 0; j < options.threads.n; j++) {
         int threads = options.threads.at[j];
@@ -4624,7 +4666,7 @@ static bool time_tests(Bench *b, Error *e) {
     return true;
 }
 
-// All tests, with those of the kernels that this machine has; then what the figures say, in words, and the picture.
+// All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
     Output out = { NULL, NULL, NULL };
@@ -4637,7 +4679,7 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
-    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences would say less than the table
+    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences than that nobody reads
     for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
         printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
                r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
@@ -4652,19 +4694,18 @@ static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
     Sequence *s = b->sequences;
-    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);  // what is before that is kept
-    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, e);
+    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);
+    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
     for (int n = 0; n < r->n_tokens / b->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
         for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
         if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
-        for (int i = 0; i < b->parallel; i += LOGITS_AT_ONCE)
-            if (!make_logits(b->m, b->workspace, i, slice(b->workspace, i), e)) return false;
+        for (int i = 0; i < b->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
     }
     return true;
 }
 
-// Tests at each depth: prompts, then each number of tokens by each number of texts.
+// At each depth: each length of prompt, then each number of tokens in each number of texts.
 static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
     b->depth = options.depth.at[number / n_at_depth];
@@ -4677,12 +4718,11 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
     if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    bool is_there = i > 0;  // what comes before that depth
-    for (int k = largest(options.parallel); !is_there && k-- > 0;) rewind_sequence(&b->sequences[k], 0);
-    if (!is_there && b->depth && !prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, e)) return false;
-    for (int k = 1; !is_there && k < largest(options.parallel); k++)
-        fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
-    return true;
+    if (i > 0) return true;  // the texts have their `depth` tokens already
+    for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
+    bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
+    for (int k = 1; ok && k < largest(options.parallel); k++) fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
+    return ok;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
@@ -4707,7 +4747,7 @@ static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
 static void multiply_team(void *p, Team *team) {
     const Bench *b = p;
     Tensor w = b->w;
-    size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that none is found in a cache
+    size_t n_bytes = tensor_bytes(&w), n_copies = MEMORY_BYTES / n_bytes;  // so many that no cache holds them
     for (size_t i = 0; i < b->n_products; i++) {
         w.tiles = (const unsigned char *)b->memory + i % n_copies * n_bytes;
         multiply_all(&(Product){ b->y, round_up((size_t)w.rows, 16), &w, NULL }, 1, &b->x, team);
@@ -4722,7 +4762,7 @@ static bool run_products(Bench *b, const Measured *r, Error *e) {
 
 enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
 
-// Shapes x types x numbers of tokens. A test is as many products as take 5 ms at the ceilings.
+// Each shape, type and number of tokens. A test is as many products as would take 5 ms at the ceilings.
 static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
     static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
     const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
@@ -4738,7 +4778,7 @@ static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
 }
 
 static bool run_matmul(Error *e) {
-    static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar takes minutes
+    static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
     static Bench b = { .title = "matrix products", .prepare = prepare_products, .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);

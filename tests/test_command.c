@@ -830,7 +830,7 @@ static void put_reference_chat(const char *const *said, int n_said, int limit, B
         for (int n = 0; ok && n < limit; n++) {
             size_t n_bytes;
             rewind_sequence(&s.text, 0);
-            ok = prefill(m, &s.w, &s.text, all.ids, all.n, &e);
+            ok = prefill(m, &s.w, &s.text, all.ids, all.n, NULL, &e);
             int token = likeliest(s.w.logits, m->config.n_tokens);
             if (is_end_token(&m->tokenizer, token)) break;
             const char *bytes = decode(&m->tokenizer, last, token, &n_bytes);

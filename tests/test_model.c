@@ -178,9 +178,9 @@ static void check_cut(const Same *c, Runner *s, int cut) {
         memset(c->rows, 0, n_logits_of(c->model) * sizeof(float));
         memcpy(c->rows, c->wanted, (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens * sizeof(float));
         if (!again) rewind_sequence(&s->text, 0);
-        bool ok = (again || prefill(c->model, &s->w, &s->text, c->ids, (size_t)cut, &e));
+        bool ok = (again || prefill(c->model, &s->w, &s->text, c->ids, (size_t)cut, NULL, &e));
         if (again) rewind_sequence(&s->text, cut);
-        ok = ok && prefill(c->model, &s->w, &s->text, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), &e);
+        ok = ok && prefill(c->model, &s->w, &s->text, c->ids + cut, (size_t)(GOLDEN_TOKENS - cut), NULL, &e);
         memcpy(c->rows + (size_t)(GOLDEN_TOKENS - 1) * (size_t)c->model->config.n_tokens, s->w.logits,
                (size_t)c->model->config.n_tokens * sizeof(float));
         check(ok, "%s cut at %d: got \"%s\"", c->name, cut, e.text);
@@ -269,9 +269,9 @@ static bool run_rows(const Crowd *c, Workspace *w, Sequence *texts, int threads,
     }
     if (!forward(c->model, w, texts, w->room, n, e)) return false;
     for (int i = 0; i < w->n_wanted; i++) {
-        if (i % LOGITS_AT_ONCE == 0 && !make_logits(c->model, w, i, slice(w, i), e)) return false;
+        const float *got = logits_of(c->model, w, i, e);
+        if (!got) return false;
         const Row *row = &w->room[w->wanted[i]];
-        const float *got = w->logits + (size_t)(i % LOGITS_AT_ONCE) * w->logits_stride;
         check(!memcmp(got, c->wanted[row->sequence] + (size_t)row->position * n_tokens, n_tokens * sizeof *got),
               "%s, %d rows of %d texts, %d threads: token %d of text %d has other logits than alone", c->name, n,
               c->n_texts, threads, row->position, row->sequence);
@@ -316,7 +316,7 @@ static void check_depth(Model *m, const char *name) {
         Runner r;
         Error e = { 0 };
         bool ok = start_runner(m, (Setting){ false, false, threads, 64, NULL }, &r, &e) &&
-                  prefill(m, &r.w, &r.text, ids, DEPTH, &e);
+                  prefill(m, &r.w, &r.text, ids, DEPTH, NULL, &e);
         for (int i = 0; ok && i < TAIL; i++) {
             ok = run_tokens(m, &r, ids + DEPTH + i, 1, 1, &e);
             if (threads == 1) memcpy(wanted + (size_t)i * n_tokens, r.w.logits, n_tokens * sizeof *wanted);
@@ -393,7 +393,7 @@ static void test_stops(void) {
     check(!run_tokens(&o.model, &s, ids, 9, 1, &e) && e.status == NO_ROOM && s.text.n == 8, "9 tokens in batches of 8");
     rewind_sequence(&s.text, 0);
     interrupted = SIGINT;
-    check(!prefill(&o.model, &s.w, &s.text, ids, 3, &e) && e.status == INTERRUPTED && s.text.n == 0,
+    check(!prefill(&o.model, &s.w, &s.text, ids, 3, NULL, &e) && e.status == INTERRUPTED && s.text.n == 0,
           "prefill after Ctrl-C");
     e.status = DONE;
     options.output = temporary("interrupted.logits");
