@@ -88,6 +88,21 @@ static size_t whole_characters(const char *s, size_t n) {
     return n;
 }
 
+// Undoes GPT-2's spelling of bytes by printable characters: bytes 33-126, 161-172 and 174-255 are the characters with
+// these codes, the other 68 in their order are U+0100, U+0101 ... Returns the length, or 0 if a character is no such.
+static size_t unspell_bytes(const char *s, size_t n, char *to) {
+    size_t length = 0;
+    for (size_t i = 0; i < n;) {
+        uint32_t code = 0;
+        int n_character = read_character(s + i, n - i, &code);
+        if (n_character <= 0 || code < 33 || (code > 126 && code < 161) || code == 173 || code > 323) return 0;
+        uint32_t other = code - 256;  // the others: 0-32, 127-160, 173
+        to[length++] = (char)(code < 256 ? code : other < 33 ? other : other < 67 ? other - 33 + 127 : 173);
+        i += (size_t)n_character;
+    }
+    return length;
+}
+
 /* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
 // The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. It need not be
@@ -981,17 +996,18 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     return ok;
 }
 
-// What a token adds to a text after the token `previous` (-1: nothing came before). With dummy_prefix, encoding put a
-// space before the text and after each control token; here it goes. So decoding gives back every byte that was encoded,
-// as far as the vocabulary has all bytes (but U+2581 has become a space in SPM).
+// The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
+// text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
+// has all bytes (but in SPM U+2581 becomes a space).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
+    char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
     if (*n_bytes == 0) return s;
-    if (t->type[id] == PIECE_CONTROL) *n_bytes = 0;
-    if (t->type[id] == PIECE_UNKNOWN) {
-        *n_bytes = 3;
-        return "\xEF\xBF\xBD";
-    }
+    int type = t->type[id];
+    if (type == PIECE_UNKNOWN) return *n_bytes = 3, "\xEF\xBF\xBD";
+    // Padding prints nothing. A misspelled piece of BPE is PIECE_UNUSED, too: its bytes are as they were in the file.
+    bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
+    if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
     bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
     if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
@@ -1112,6 +1128,20 @@ typedef struct {
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in their order
 
+// Names of tokens that end an answer.
+static const char *const end_names[] = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
+    "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
+};
+enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
+
+// Some files mark <|im_end|> and its like as normal text. Without bars a name may well be text: </s> is in HTML.
+static bool is_unmarked_control(Text s) {
+    for (size_t i = 0; i < N_END_NAMES; i++)
+        if (end_names[i][1] == '|' && s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n)) return true;
+    return false;
+}
+
 // <0xAB> -> its byte, or -1
 static int spelled_byte(const char *s, size_t n) {
     static const char digits[] = "0123456789ABCDEF0123456789abcdef";
@@ -1120,20 +1150,7 @@ static int spelled_byte(const char *s, size_t n) {
     return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
 }
 
-// Undoes GPT-2's spelling of bytes by printable characters: 33-126, 161-172 and 174-255 are themselves, the others in
-// their order U+0100, U+0101 ... Returns the length, or 0 where a character is none of these.
-static size_t unspell_bytes(const char *s, size_t n, char *to) {
-    size_t length = 0;
-    for (size_t i = 0; i < n;) {
-        uint32_t code = 0;
-        int n_character = read_character(s + i, n - i, &code);
-        if (n_character <= 0 || code < 33 || (code > 126 && code < 161) || code == 173 || code > 323) return 0;
-        uint32_t other = code - 256;  // the 256 others: 0-32, 127-160, 173
-        to[length++] = (char)(code < 256 ? code : other < 33 ? other : other < 67 ? other - 33 + 127 : 173);
-        i += (size_t)n_character;
-    }
-    return length;
-}
+
 
 // Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
@@ -1183,6 +1200,7 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %zu has type %d", id, type);
+        if (type == PIECE_NORMAL && is_unmarked_control(s)) type = PIECE_CONTROL;
         size_t n = unspell_piece(v->kind, s, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
         if (part[PIECE_TEXT].n > MAX_VOCABULARY) return refuse(e, "its pieces have more than %d bytes", MAX_VOCABULARY);
@@ -1214,18 +1232,14 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     return true;
 }
 
-// The tokens that end an answer: those that the file names, and special ones whose name says so. <|end|> does not where
-// <|return|> exists: there it only ends one of several messages.
+// The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|>
+// exists, <|end|> ends only one of several messages.
 static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
-    static const char *const names[] = {
-        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
-        "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
-    };
-    enum { N_NAMES = sizeof names / sizeof *names };
-    int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
-    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = lookup(t, names[i], strlen(names[i]), SPECIAL_TYPES);
-    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_NAMES + 2] = -1;
-    for (size_t i = 0; i < N_NAMES + 3; i++) {
+    int ids[N_END_NAMES + 3] = {eos, v->eot, v->eom};
+    for (size_t i = 0; i < N_END_NAMES; i++)
+        ids[i + 3] = lookup(t, end_names[i], strlen(end_names[i]), SPECIAL_TYPES);
+    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_END_NAMES + 2] = -1;
+    for (size_t i = 0; i < N_END_NAMES + 3; i++) {
         bool new = ids[i] >= 0;
         for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
         if (new && !append(end_ids, &ids[i], sizeof ids[i], e)) return false;
