@@ -1,16 +1,15 @@
 /* ==== 2. Text to tokens ==============================================================================================
-   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
-   kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
-   again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins what gives a
-   piece, the best score first; BPE has a list of pairs, the earliest first, and cuts the text into words beforehand.
-   Every source of a vocabulary is brought into one form, the section, which one function checks.
+   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the index of a piece. To
+   encode a text, start with its smallest pieces and join neighbours again and again, always the best pair. There are
+   two kinds of vocabulary. SPM (SentencePiece) starts with characters and joins the pair whose result has the best
+   score. BPE cuts the text into words, starts with bytes and joins the pair that is the earliest in a list of merges.
 
-   The section, little-endian, as native files carry it:
+   Vocabularies of all files are brought into one form, the section. It is little-endian; native files carry it:
 
        | header, 40 bytes | f32 score[n_tokens] | u32 text_start[n_tokens + 1] | u32 merge[n_merges][3] |
        | u32 end_id[n_end] | u8 type[n_tokens] | text, text_bytes | zeros up to a multiple of 4 |
 
-   Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as they stand in a text: SPM's U+2581 is a space, a
+   Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as a user writes them: SPM's U+2581 is a space, a
    byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, their result. */
 
 enum { SPM = 1, BPE = 2 };
@@ -19,7 +18,7 @@ enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plai
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
-enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces that a GGUF has, and of a prompt
+enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
 typedef struct {
     uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
@@ -28,38 +27,44 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
-typedef struct Composition Composition;
+// How characters compose: an entry of a hash table.
+typedef struct {
+    uint64_t key;       // a character's code, or | first part, 32 bits | second part, 32 bits |; 0 is empty
+    uint32_t parts[2];  // the character's parts (0 and 0: none); of a pair, the character that it composes to
+    uint32_t class;     // the combining class; 0: not a mark
+} Composition;
 
 typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
     bool add_bos, add_eos, dummy_prefix, ignore_merges, composes;
-    const float *score;          // (n_tokens)        these lie in the section
+    const float *score;          // (n_tokens)        the arrays up to text lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
-    const uint32_t *end_id;      // (n_end)           an answer ends at any of these
+    const uint32_t *end_id;      // (n_end)           each of these tokens ends an answer
     const uint8_t *type;         // (n_tokens)
     const char *text;
     int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
     int *merge_slots;            // (merge_mask + 1)  hash table: left and right -> rank; -1 is empty
     size_t piece_mask, merge_mask;
-    uint16_t *sets_of;           // (N_CLASSIFIED + 1)  the sets that characters are in; BPE only, as the next two
-    uint16_t set_bits[128];      // bits of sets_of by the letters of sets
+    uint16_t *sets_of;           // (N_CLASSIFIED + 1)  bits: the sets that a character is in; BPE only, as the next two
+    uint16_t set_bits[128];      // a set's bit in sets_of, by the letter of the set
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
-    int byte_id[256];            // the token that stands for a single byte, or -1
-    uint8_t *specials;           // (1 << 16)  by a hash's upper bits: 1 if a special piece begins so, 1 << its type
-    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // the types (1 << type) of special pieces that are so long
-    bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
+    int byte_id[256];            // the token of a single byte, or -1
+    uint8_t *specials;           // (1 << 16)  by the upper bits of a hash. Bit 0: it is that of a special piece's
+                                 // prefix; bit `type`: that of a whole special piece
+    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // bit `type`: some special piece has this length
+    bool space_leads;            // SPM: a space is only at the beginning of pieces, so words are encoded one by one
 } Tokenizer;
 
-// A token's own bytes; a control token's are its spelling.
+// A token's bytes; of a control token, its name.
 static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
     bool known = id >= 0 && id < t->n_tokens;
     *n_bytes = known ? t->text_start[id + 1] - t->text_start[id] : 0;
     return known ? t->text + t->text_start[id] : "";
 }
 
-// The character at s: returns its length in bytes, 0 if the n > 0 bytes end before it does, -1 if no valid UTF-8 begins
-// like this (overlong forms, surrogates and all above U+10FFFF are not valid).
+// The character at s. Returns its length in bytes, 0 if the n > 0 bytes end inside it, -1 if it is not valid UTF-8
+// (nor are overlong forms, surrogates and codes above U+10FFFF).
 static int read_character(const char *s, size_t n, uint32_t *code) {
     const unsigned char *u = (const unsigned char *)s;
     *code = u[0];
@@ -77,7 +82,7 @@ static int read_character(const char *s, size_t n, uint32_t *code) {
     return length;
 }
 
-// How many bytes of s can be printed without cutting a character that further bytes could still complete.
+// How many of the n bytes can be printed: all but a last character that further bytes may complete.
 static size_t whole_characters(const char *s, size_t n) {
     for (size_t tail = 1; tail <= 3 && tail <= n; tail++) {
         uint32_t code;
@@ -105,8 +110,8 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 
 /* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
-// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. It need not be
-// secret: vocabularies that are made to collide are refused.
+// The hash of n + 1 bytes from the hash of the first n: one pass over a text hashes all its prefixes. The multiplier,
+// 2^64 / the golden ratio, need not be secret: vocabularies that are made to collide are refused.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
 static uint64_t hash_bytes(const char *s, size_t n) {
@@ -115,15 +120,15 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// Slots that are looked at from where a hash leads: published vocabularies need at most 38; what needs more is refused.
+// How many slots a lookup may visit. Published vocabularies need at most 38; one that needs more is refused.
 enum { MAX_PROBES = 128 };
 
-// Where a hash leads: all its bits count, whatever grid the pairs of a vocabulary form.
+// The slot where a lookup begins. Mixing all bits spreads the pairs of merges, whose ids form a grid.
 static size_t first_slot(uint64_t hash) { return (size_t)((hash ^ hash >> 32) * 0xD6E8FEB86659FD93u >> 32); }
 
-// Where the piece with these bytes and one of these types is in its table, or would be put; NULL: it has no place.
+// The slot of the piece with these bytes and one of these types, or an empty slot for it; NULL: there is neither.
 static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // looked for at every byte
+    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // special: tried at every byte
     for (size_t slot = first_slot(hash), i = 0; i < n_probes; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
@@ -134,7 +139,7 @@ static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t has
     return NULL;
 }
 
-// What is in the slot, -1 if nothing.
+// The number in the slot; -1: none.
 static int at_slot(const int *slot) { return slot ? *slot : -1; }
 
 // The lowest id of a piece with these bytes whose type is in `types`, or -1.
@@ -142,10 +147,10 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
-// The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
+// The lowest id of a piece that plain text with these bytes can become, or -1.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The longest piece of this type that the n bytes at s begin with; or -1, and a length of 1.
+// The longest piece of this type that is a prefix of the n bytes at s; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
     *n_bytes = 1;
@@ -162,7 +167,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     return found;
 }
 
-// Where the pair is in the table of merges, or would be put; NULL: it has no place.
+// The slot of the pair's merge, or an empty slot for it; NULL: there is neither.
 static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
@@ -172,7 +177,7 @@ static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     return NULL;
 }
 
-// Memory for a table of at least n entries, all of them -1: a power of two slots, at most half of them used.
+// A table for n entries, empty (-1): a power of two of slots, of which at most half will be used.
 static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
     while (slots < 2 * n) slots *= 2;
@@ -182,19 +187,8 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
     return table;
 }
 
-// What longest_special() goes by.
-static void note_special(Tokenizer *t, const char *s, size_t n, int type) {
-    uint64_t hash = 1;
-    for (size_t i = 0; i < n; i++) {
-        hash = hash_byte(hash, s[i]);
-        t->specials[hash >> 48] |= 1;
-    }
-    t->specials[hash >> 48] |= (uint8_t)(1 << type);
-    t->types_of_length[n] |= (uint8_t)(1 << type);
-}
-
-// Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
-// Of pieces with the same bytes and the same type only the first has an entry. Special pieces come first in the table.
+// Fills the table for lookup(), and those for single bytes and special pieces; looks where spaces are. Of pieces with
+// equal bytes and equal type only the first has an entry. Special pieces are put into the table first.
 static bool index_pieces(Tokenizer *t, Error *e) {
     size_t n_slots = (size_t)t->n_tokens, n;
     for (int id = 0; id < t->n_tokens; id++) n_slots += SPECIAL_TYPES >> t->type[id] & 1 ? 3 : 0;  // no long runs
@@ -206,26 +200,38 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     for (int round = 0; round < 2 * t->n_tokens; round++) {
         int id = round % t->n_tokens, type = t->type[id];
         const char *s = piece(t, id, &n);
-        if ((SPECIAL_TYPES >> type & 1) == (round >= t->n_tokens)) continue;
+        bool is_text = TEXT_TYPES >> type & 1, is_special = SPECIAL_TYPES >> type & 1;
+        if (is_special != (round < t->n_tokens)) continue;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[(unsigned char)s[0]] < 0)
             t->byte_id[(unsigned char)s[0]] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
-        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
-            t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
-        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) note_special(t, s, n, type);
-        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type);
+        uint64_t hash = 1;
+        for (size_t i = 0; i < n; i++) {
+            hash = hash_byte(hash, s[i]);
+            if (is_special) t->specials[hash >> 48] |= (uint8_t)(1 | (i + 1 == n) << type);
+            if (is_text && i > 0 && s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
+        }
+        if (is_special && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
+        int *slot = piece_slot(t, s, n, hash, 1u << type);
         if (!slot) return refuse(e, "the vocabulary's pieces are made to collide");
         if (*slot < 0) *slot = id;
     }
     return true;
 }
 
-// Fills the table of merges. Of two for the same pair the earlier counts.
+// Checks the merges and fills their table. A merge's result must be the bytes of its parts: otherwise decoding would not
+// give back what was encoded. Of two merges of the same pair the earlier counts.
 static bool index_merges(Tokenizer *t, Error *e) {
     t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
     if (!t->merge_slots) return false;
     for (int rank = 0; rank < t->n_merges; rank++) {
-        int *slot = merge_slot(t, t->merge[rank][0], t->merge[rank][1]);
+        const uint32_t *merge = t->merge[rank];
+        const char *s[3];
+        size_t n[3];
+        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes if there is no such token
+        if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
+            return refuse(e, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
+        int *slot = merge_slot(t, merge[0], merge[1]);
         if (!slot) return refuse(e, "the vocabulary's merges are made to collide");
         if (*slot < 0) *slot = rank;
     }
@@ -233,27 +239,21 @@ static bool index_merges(Tokenizer *t, Error *e) {
 }
 
 /* ---- Composing characters (BPE) ------------------------------------------------------------------------------------
-   A letter can be spelled in more than one way: U+00E9, or e and U+0301. Some vocabularies were trained on texts in
-   NFC, the composed form: every character is taken apart, marks are sorted by their combining classes, and what
-   composes is put together again (Unicode Standard Annex 15). In between a character is a number, | class, 8 bits |
-   code, 24 bits |, and a byte that is not UTF-8 a code beyond Unicode's. */
+   A letter can be spelled in more than one way: as U+00E9, or as e and U+0301. Some vocabularies were trained on texts
+   in NFC, the composed form: each character is decomposed into its parts, marks are sorted by their combining classes,
+   and then what can compose is composed (Unicode Standard Annex 15). Meanwhile a character is a number, | class, 8 bits
+   | code, 24 bits |; a byte that is not UTF-8 has a code above Unicode's. */
 
 enum { N_COMPOSITIONS = 1 << 13, NOT_UTF8 = 0x110000 };
 
-struct Composition {
-    uint64_t key;       // a character's code, or | first part, 32 bits | second part, 32 bits |; 0 is empty
-    uint32_t parts[2];  // the character's, or 0 and 0; or what the two parts compose to
-    uint32_t class;     // 0: no mark
-};
-
-// Where the key is in the table of compositions, or the empty place where it would be put.
+// The entry with this key, or the empty one for it.
 static Composition *find_composition(const Tokenizer *t, uint64_t key) {
     size_t slot = (size_t)(key * 0x9E3779B97F4A7C15u >> 40);
     while (t->compositions[slot % N_COMPOSITIONS].key && t->compositions[slot % N_COMPOSITIONS].key != key) slot++;
     return &t->compositions[slot % N_COMPOSITIONS];
 }
 
-// A character as its parts, and their parts; it has at most twice as many as bytes. Returns how many.
+// Writes a character's parts, decomposed in turn. Returns how many: at most twice as many as it has bytes.
 static size_t decompose(const Tokenizer *t, uint32_t code, uint32_t *to) {
     const Composition *whole = find_composition(t, code);
     *to = whole->class << 24 | code;
@@ -262,18 +262,17 @@ static size_t decompose(const Tokenizer *t, uint32_t code, uint32_t *to) {
     return whole->parts[1] ? n + decompose(t, whole->parts[1], to + n) : n;
 }
 
-// Sorts by class; of one class they stay in their order.
+// Sorts marks by class; within a class they keep their order. A counting sort: a text may consist of marks.
 static void sort_marks(uint32_t *marks, size_t n, uint32_t *sorted) {
-    size_t end_of[257] = {0}, i = 1;
-    while (i < n && marks[i - 1] >> 24 <= marks[i] >> 24) i++;
-    if (i >= n) return;
+    size_t end_of[257] = {0}, i;
+    if (n < 2) return;
     for (i = 0; i < n; i++) end_of[(marks[i] >> 24) + 1]++;
     for (i = 1; i < 257; i++) end_of[i] += end_of[i - 1];
     for (i = 0; i < n; i++) sorted[end_of[marks[i] >> 24]++] = marks[i];
     memcpy(marks, sorted, n * sizeof *marks);
 }
 
-// What two compose to, or 0. Hangul has 19 x 21 syllables of two letters, and for each 27 of three.
+// The character that two others compose to, or 0. Hangul has 19 x 21 syllables of two letters, and for each 27 of three.
 static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
     uint32_t syllable = first - 0xAC00, last = second - 0x11A7;
     if (first - 0x1100 < 19 && second - 0x1161 < 21) return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
@@ -281,7 +280,7 @@ static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
     return find_composition(t, (uint64_t)first << 32 | second)->parts[0];
 }
 
-// Composes in place, and returns how many are left. Two compose if nothing is between them but marks of lower classes.
+// Composes in place. Returns how many characters are left. Two compose if only marks of lower classes are between them.
 static size_t compose(const Tokenizer *t, uint32_t *characters, size_t n) {
     size_t kept = 0, base = SIZE_MAX;
     for (size_t i = 0; i < n; i++) {
@@ -302,14 +301,14 @@ static size_t write_character(uint32_t code, char *to) {
     return (size_t)length;
 }
 
-// *s and *n become those of the text in NFC, which is in *to and at most 3 times as long. Text up to U+02FF is in NFC.
+// Sets *s and *n to the text in NFC, which is in *to and at most 3 times as long. Text up to U+02FF is in NFC already.
 static bool compose_text(const Tokenizer *t, const char **s, size_t *n, char **to, Error *e) {
     size_t n_characters = 0, n_bytes = 0, i = 0, end;
     while (i < *n && (unsigned char)(*s)[i] < 0xCC) i++;
     if (i == *n) return true;
     free(*to);
     *to = allocate(*n, 3, e);
-    uint32_t code, *characters = allocate(*n, 4 * sizeof *characters, e);  // half of it is there to sort in
+    uint32_t code, *characters = allocate(*n, 4 * sizeof *characters, e);  // the second half is scratch for sorting
     if (!*to || !characters) return free(characters), false;
     for (i = 0; i < *n;) {
         int length = read_character(*s + i, *n - i, &code);
@@ -330,19 +329,18 @@ static bool compose_text(const Tokenizer *t, const char **s, size_t *n, char **t
 }
 
 /* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
-   A model's training began with regular expressions that cut the text, and joining never crosses a cut. Here such an
-   expression is a rule: alternatives, in which a letter stands for one character of a set, before ? * + as ever, before
-   3 for {1,3}. ' is (?:'s|'t|'re|'ve|'m|'ll|'d), " the same in capitals too, ! (?!\S), $ the text's end, and ^ leaves
-   out where white space goes on: there only time would be lost. Every byte of the text has a bit for each set that its
-   character is in, and time is linear.
+   Regular expressions cut the text into words, as they did when the model was trained, and joining never crosses a cut.
+   Here a regular expression is a rule. A letter is one character of a set; ? * + | are as usual, and 3 is {1,3}.
+   ' is (?:'s|'t|'re|'ve|'m|'ll|'d), " is (?i:'), ! is (?!\S), $ is the end of the word. ^ is (?<!\s): a run of white
+   space is tried from its beginning only, so time is linear. Every byte has a bit for each set of its character.
 
-   unicode_data is words: a number (none stands for 1) and a letter. First the kinds of all characters from U+0000 on
-   (U+E0000 follows U+33FFF), so many of a kind: r line ends, b the space, s other white space, d n numbers, m marks,
-   A a U u L l o letters, h q p punctuation, y t z symbols, _ the rest; k: marks have this combining class from here on.
-   Then how characters come apart: c the character (else it is the next), f its first part (else as before), + its
-   second part, - the same where the two do not compose again, = its only part. tests/make_unicode.py made and checks
-   it: kinds are Unicode 16.0's as in the regular expressions of Hugging Face's tokenizers, the rest is 9.0's, as in
-   their NFC. */
+   unicode_data is a list of numbers (no digits: 1), each with a letter after it. First come the kinds of all characters
+   from U+0000 on (U+E0000 follows U+33FFF), each with the number of characters: r line ends, b the space, s other white
+   space, d n numbers, m marks, A a U u L l o letters, h q p punctuation, y t z symbols, _ the rest; k is the combining
+   class of the marks from here on. Then come decompositions: c the character (default: the next one), f its first part
+   (default: as before), + its second part, - its second part if the two do not compose again, = its only part.
+   tests/make_unicode.py makes and checks the list. Kinds are Unicode 16.0's, as in the regular expressions of Hugging
+   Face's tokenizers; decompositions are 9.0's, as in their NFC. */
 
 static const char unicode_data[] =
     "9_sr2sr18_b3qy6qy3qh10d2q3y2q26A3qyqt26aqyqy6_s26_sp5zp2zopz_4z2nzL2pznop3np23Uz7U24Lz8LULULULULULULULULULULUL"
@@ -1065,18 +1063,7 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
     return true;
 }
 
-// A merge's result must be the bytes of its parts: else what is decoded would not be what was encoded.
-static bool check_merges(const Tokenizer *t, Error *e) {
-    for (int rank = 0; rank < t->n_merges; rank++) {
-        const uint32_t *merge = t->merge[rank];
-        const char *s[3];
-        size_t n[3];
-        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes where there is no such token
-        if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
-            return refuse(e, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
-    }
-    return true;
-}
+
 
 // Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
 // close_tokenizer() frees what there is.
@@ -1102,7 +1089,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
     while (c.left > 0) if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
-    return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
+    return check_pieces(t, h.text_bytes, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_unicode(t, e));
 }
 
