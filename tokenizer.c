@@ -219,7 +219,7 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     return true;
 }
 
-// Checks the merges and fills their table. A merge's result must be the bytes of its parts: otherwise decoding would not
+// Checks the merges and fills their table. A merge's result must be the bytes of its parts, or else decoding would not
 // give back what was encoded. Of two merges of the same pair the earlier counts.
 static bool index_merges(Tokenizer *t, Error *e) {
     t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
@@ -272,7 +272,7 @@ static void sort_marks(uint32_t *marks, size_t n, uint32_t *sorted) {
     memcpy(marks, sorted, n * sizeof *marks);
 }
 
-// The character that two others compose to, or 0. Hangul has 19 x 21 syllables of two letters, and for each 27 of three.
+// The character that two others compose to, or 0. Hangul has 19 x 21 syllables of two letters, each with 27 of three.
 static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
     uint32_t syllable = first - 0xAC00, last = second - 0x11A7;
     if (first - 0x1100 < 19 && second - 0x1161 < 21) return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
@@ -562,7 +562,7 @@ static const char unicode_data[] =
     "19406=170800=39698=40000=40189=19662=19693=40295=172238=19704=172293=172558=172689=40635=19798=40697=40702="
     "40709=40719=40726=40763=173568=";
 
-// The sets that rules name, by their members' kinds; those without any are in set_ranges.
+// The sets that rules name, as the kinds of their members; set_ranges has those that are no kinds.
 static const char *const sets[128] = {
     [' '] = "b", ['r'] = "r", ['/'] = "rh", ['s'] = "rbs",        // the space, [\r\n], [\r\n/], \s
     ['L'] = "AaUuLlo", ['M'] = "AaUuLlom", ['N'] = "dn",          // \p{L}, [\p{L}\p{M}], \p{N}
@@ -581,10 +581,10 @@ static const struct { char set; uint32_t first, last; } set_ranges[] = {
 static const char gpt2_words[] = "'| ?L+| ?N+| ?O+|s+!|s+";
 static const char llama3_words[] = "\"|x?L+|N3| ?O+r*|s*r+|s+!|s+", qwen2_words[] = "\"|x?L+|N| ?O+r*|s*r+|s+!|s+";
 
-// To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
-// between its matches is a word too, and each is applied to the words that those before it made), and append the names
-// that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
-// where they are. tests/make_token_goldens.py has the same table for its reference.
+// To add a row: the names that GGUF files use, the flags that hold where a file is silent, and the expressions of the
+// model's tokenizer.json as rules, in their order. A rule is applied to each word that the rule before made; text
+// between two matches is a word, too. Append rows only: native files hold a row's number. The reference in
+// tests/make_token_goldens.py has the same table.
 static const struct {
     const char *names;
     unsigned flags;
@@ -611,10 +611,10 @@ static const struct {
 };
 enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
 
-// Nothing is of a kind from GAP to GAP_END, or from U+E01F0 on.
+// Characters from GAP to GAP_END, and from U+E01F0 on, have no kind.
 enum { GAP = 0x34000, GAP_END = 0xE0000, N_CLASSIFIED = GAP + 0x1F0 };
 
-// Gives every character the bits of the sets that the pre-tokenizer's rules name, and learns how characters compose.
+// Gives each character the bits of the pre-tokenizer's sets; fills the table of compositions.
 static bool unpack_unicode(Tokenizer *t, Error *e) {
     uint16_t kind_bits[128] = {0};
     uint32_t code = 0, first = 0, class = 0, n_sets = 0;  // at most 14 sets
@@ -629,7 +629,7 @@ static bool unpack_unicode(Tokenizer *t, Error *e) {
         }
     }
     for (const char *p = unicode_data; *p; p++) {
-        uint32_t n = !isdigit((unsigned char)*p);  // 1 where none is given
+        uint32_t n = !isdigit((unsigned char)*p);  // default: 1
         for (; isdigit((unsigned char)*p); p++) n = n * 10 + (uint32_t)(*p - '0');
         if (*p == 'k') class = n;
         else if (*p == 'c') code = n;
@@ -651,15 +651,15 @@ static bool unpack_unicode(Tokenizer *t, Error *e) {
     return true;
 }
 
-enum { CONTINUES = 1 << 14, CUT = 1 << 15 };  // of a byte: not its character's first; a word begins here
+enum { CONTINUES = 1 << 14, CUT = 1 << 15 };  // a byte that is not its character's first; a byte where a word begins
 
 typedef struct {
     const char *text;
-    const uint16_t *class;     // one per byte: the sets that its character is in, and the two flags
-    const uint16_t *set_bits;  // by letter: the bit of a set
+    const uint16_t *class;     // one for each byte: the sets of its character, and the two flags
+    const uint16_t *set_bits;  // a set's bit, by the letter of the set
 } Characters;
 
-// The end of the run of bytes from `at` on whose bits under `mask` are `bits`.
+// The end of the run of bytes from `at` on that have exactly `bits` of `mask`.
 static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int bits) {
     while (at < end && (x->class[at] & mask) == bits) at++;
     return at;
@@ -669,7 +669,7 @@ static size_t next_character(const Characters *x, size_t at, size_t end) {
     return run_end(x, at + 1, end, CONTINUES, CONTINUES);
 }
 
-// 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
+// The end of 's|'t|'re|'ve|'m|'ll|'d, or `at`. any_case: (?i:...), to which U+017F, the long s, is an s.
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
     if (at + 1 >= end || x->text[at] != '\'') return at;
     char a = x->text[at + 1], b = at + 2 < end ? x->text[at + 2] : 0;
@@ -680,7 +680,7 @@ static size_t contraction(const Characters *x, size_t at, size_t end, bool any_c
     return (b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l') ? at + 3 : at;
 }
 
-// The end of the match, from `at` on, of what is left of an alternative: as much as can be, then less. SIZE_MAX: none.
+// The end of the match, from `at` on, of the rest of an alternative: greedy, with backtracking. SIZE_MAX: none.
 static size_t match_rest(const Characters *x, const char *p, size_t at, size_t end) {
     if (*p == '|' || *p == 0) return at;
     char item = *p++, how_often = *p;
@@ -705,7 +705,7 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     return SIZE_MAX;
 }
 
-// The end of the match that begins at `at`: that of the first alternative that has one. `at` itself: there is none.
+// The end of the match that begins at `at`, by the first alternative that has one. `at`: none.
 static size_t match_rule(const Characters *x, const char *rule, size_t at, size_t end) {
     for (const char *p = rule; p; p = strchr(p, '|')) {
         if (*p == '|') p++;
@@ -715,7 +715,7 @@ static size_t match_rule(const Characters *x, const char *rule, size_t at, size_
     return at;
 }
 
-// Gives every byte the bits of its character.
+// Gives each byte the bits of its character.
 static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
     for (size_t i = 0; i < n;) {
         uint32_t code = 0;
@@ -734,9 +734,9 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
     classify(t, s, n, class);
     class[0] |= CUT;
     for (const char *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
-        for (size_t at = 0, end; at < n; at = end) {  // one word so far
+        for (size_t at = 0, end; at < n; at = end) {  // a word of the rules before
             end = run_end(&x, at + 1, n, CUT, 0);
-            for (size_t stop; at < end; at = stop) {  // one match, or what lies before the next match
+            for (size_t stop; at < end; at = stop) {  // a match, or what is between two
                 class[at] |= CUT;
                 stop = match_rule(&x, *rule, at, end);
                 if (stop > at) continue;
@@ -752,31 +752,31 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
 typedef struct {
     const char *text;
     size_t n_bytes;
-    bool special;  // control tokens spelled here are meant; elsewhere the same spelling is plain text
+    bool special;  // the name of a control token is that token here; elsewhere it is plain text
 } Span;
 
 typedef struct {
     int *ids;
     size_t n, capacity;
-    size_t n_dropped;  // bytes that the vocabulary has no token for, not even an unknown one: as in Hugging Face's BPE
+    size_t n_dropped;  // bytes that have no token, in a vocabulary without an unknown token: left out, as in Hugging Face
 } Tokens;
 
-// A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
+// A part of the text that is one piece so far. Neighbours are joined until no pair may be.
 typedef struct {
-    int previous, next;  // -1, or n_symbols: there is none
-    int what;            // BPE: the piece; SPM: where it begins. Behind the last symbol stands the end
+    int previous, next;  // indices; none: -1 and n_symbols
+    int what;            // BPE: the piece; SPM: its offset in the text. One symbol after the last has the text's length
 } Symbol;
 
 typedef struct {
     const Tokenizer *t;
     Symbol *symbols;     // (capacity + 1)
-    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  room for the tree
-    uint32_t *least[8];  // the tree: the rank of each symbol and the next (UINT32_MAX: they stay apart), the least of
-    int n_levels;        // each 16 of these, of each 16 of those, ... up to a level of 16 numbers
+    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  the tree's memory
+    uint32_t *least[8];  // the tree. Level 0: the rank of each symbol's pair with the next (UINT32_MAX: none);
+    int n_levels;        // level i + 1: the least of each 16 numbers of level i. The last level has 16 numbers
     size_t n_symbols, capacity;
-    uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
-    char *composed;     // (3 * n) a stretch of the text
-    size_t first;       // where in out->ids this stretch of plain text begins
+    uint16_t *scratch;   // BPE: the bytes' classes; SPM: the text with its dummy prefix
+    char *composed;      // (3 * n)  text in NFC
+    size_t first;        // where in out->ids this plain text begins
     Tokens *out;
     Error *e;
 } Encoder;
@@ -793,7 +793,7 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
-// Makes the tree for symbols that all stay apart.
+// Makes the tree, with no pair in it yet.
 static void plant_tree(Encoder *c) {
     uint32_t *end = c->ranks;
     size_t width = c->n_symbols;
@@ -811,7 +811,8 @@ static uint32_t least_of_16(const uint32_t *ranks) {
     return least;
 }
 
-static void set_rank(Encoder *c, size_t i, uint32_t rank) {  // and what follows from it in the levels above
+// Sets the rank of pair i, and what changes with it in the levels above.
+static void set_rank(Encoder *c, size_t i, uint32_t rank) {
     c->least[0][i] = rank;
     for (int level = 1; level < c->n_levels; level++) {
         rank = least_of_16(&c->least[level - 1][i / 16 * 16]);
@@ -821,7 +822,7 @@ static void set_rank(Encoder *c, size_t i, uint32_t rank) {  // and what follows
     }
 }
 
-// Makes unsigned numbers of finite floats: the larger the score, the smaller the number, and -0 is 0.
+// An integer for a finite score: the better the score, the smaller the integer. Adding 0 makes -0 a 0.
 static uint32_t score_order(float score) {
     uint32_t bits;
     score += 0.0f;
@@ -829,24 +830,24 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
-// Ranks the pair of the symbol and the one on its right, if the vocabulary lets them be joined.
+// Ranks the pair of this symbol and the next: BPE by the merge, SPM by the score of the result.
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
     bool bpe = t->kind == BPE, is_pair = (size_t)a->next < c->n_symbols;
-    uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
+    uint32_t rank = UINT32_MAX;
     if (bpe && is_pair) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
     int id = bpe || !is_pair ? -1 : find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what));
     set_rank(c, left, id >= 0 ? score_order(t->score[id]) : rank);
 }
 
-// Joins pairs, what the vocabulary likes best first, then the leftmost.
+// Joins pairs, the least rank first; among equal ranks, the leftmost.
 static void join_symbols(Encoder *c, const char *s) {
     const Tokenizer *t = c->t;
     plant_tree(c);
     for (size_t i = 0; i < c->n_symbols; i++) rank_pair(c, s, i);
     for (uint32_t rank; (rank = least_of_16(c->least[c->n_levels - 1])) != UINT32_MAX;) {
-        size_t left = 0;  // the first in each level with that rank leads to the leftmost symbol
+        size_t left = 0;  // down the tree, to the leftmost pair of that rank
         for (int level = c->n_levels; level-- > 0;)
             for (left *= 16; c->least[level][left] != rank;) left++;
         Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
@@ -859,7 +860,7 @@ static void join_symbols(Encoder *c, const char *s) {
     }
 }
 
-// A character that is no piece: its bytes' tokens, or else, as in SentencePiece, one unknown token for all in a row.
+// Emits a character that is no piece as bytes, or else, as SentencePiece does, one unknown token for a run of them.
 static bool emit_unknown(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
     for (size_t i = 0; i < n; i++) {
@@ -882,7 +883,7 @@ static bool reserve_symbols(Encoder *c, size_t n) {
     return c->capacity > 0;
 }
 
-// Tokens of text that nothing outside of it can join with.
+// Encodes a word: nothing joins with what is outside of it.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
     int whole = t->ignore_merges ? find_piece(t, s, n) : -1;
@@ -894,7 +895,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
         length = of_character > 0 ? (size_t)of_character : 1;
         int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
-        if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
+        if (id < 0 && t->kind == BPE) c->out->n_dropped++;
         else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
     }
     if (c->n_symbols == 0) return true;
@@ -909,7 +910,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     return true;
 }
 
-// Tokens of text that holds no user-defined piece.
+// Encodes text without user-defined pieces.
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
@@ -923,7 +924,7 @@ static bool encode_words(Encoder *c, const char *s, size_t n) {
     return true;
 }
 
-// Copies text as SentencePiece sees it, U+2581 a space. Returns the length.
+// Copies text, with U+2581 as a space. Returns the length.
 static size_t normalise(const char *s, size_t n, char *to) {
     size_t length = 0;
     for (size_t i = 0; i < n; i++) {
@@ -934,8 +935,8 @@ static size_t normalise(const char *s, size_t n, char *to) {
     return length;
 }
 
-// Takes the tokens of one type out of the text: the leftmost, then longest, wherever they begin from `at` to `end`.
-// What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
+// Emits the special pieces of one type between `at` and `end`: the leftmost first, of these the longest. `rest` encodes
+// the text before each, from *begin on; afterwards *begin is the end of the last.
 static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
     for (size_t length; at < end; at += length) {
@@ -947,8 +948,7 @@ static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, si
     return true;
 }
 
-// Tokens of what stands between two control tokens: what sentencepiece or Hugging Face would be given as one text. The
-// leftmost, then longest user-defined piece is always itself, whatever the words.
+// Encodes plain text between two control tokens. User-defined pieces are found first, whatever the words.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     c->first = c->out->n;
@@ -962,7 +962,7 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
-// Tokens of the joined text of the spans. A control token must lie wholly in special spans.
+// Encodes the joined text of the spans. A control token must be in special spans as a whole.
 static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
     size_t begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) {
@@ -974,7 +974,7 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
     return encode_plain(c, text + begin, n - begin);
 }
 
-// Appends the tokens of the spans' text, joined to one text. The model's begin and end tokens are the caller's affair.
+// Appends the tokens of the spans' joined text. The caller adds the model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
     size_t n = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
@@ -1012,7 +1012,6 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     return s + 1;
 }
 
-// Whether an answer ends here.
 static bool is_end_token(const Tokenizer *t, int id) {
     for (int i = 0; i < t->n_end; i++) if (t->end_id[i] == (uint32_t)id) return true;
     return false;
@@ -1041,7 +1040,7 @@ static bool check_header(const TokenizerHeader *h, Error *e) {
         if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
             return refuse(e, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
     if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
-        return refuse(e, "the vocabulary adds a begin or end token that it does not have");
+        return refuse(e, "the vocabulary adds a begin or end token, but has none");
     return true;
 }
 
@@ -1051,12 +1050,12 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
     for (int id = 0; id < t->n_tokens; id++) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
-        if (start > end) return refuse(e, "token %d: it ends before it begins", id);  // so none goes beyond the last
+        if (start > end) return refuse(e, "token %d ends before it begins", id);  // so none ends after the last
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %d has type %d", id, type);
         uint32_t limit = type == PIECE_BYTE ? 1 : SPECIAL_TYPES >> type & 1 ? MAX_SPECIAL_PIECE : MAX_PIECE;
         if (end - start > limit || (type == PIECE_BYTE && start == end))
             return refuse(e, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
-        if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not a finite number", id);
+        if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not finite", id);
     }
     for (int i = 0; i < t->n_end; i++)
         if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
@@ -1065,8 +1064,7 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
 
 
 
-// Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
-// close_tokenizer() frees what there is.
+// Opens a section in place: it must be aligned to 4 bytes and outlive the tokenizer. After a failure, close it as well.
 static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
     Cursor c = {.at = section, .left = n_bytes};
     TokenizerHeader h;
@@ -1095,17 +1093,16 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
 
-// Bytes of a file, with no NUL behind them; `at` is NULL where there is no such text.
+// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
 typedef struct { const char *at; size_t n; } Text;
 
-// A vocabulary as containers have it; no string is cut short. Arrays may be unaligned; -1: the file does not say.
+// A vocabulary as files have it. Arrays may be unaligned, strings are known to end in the file; -1: the file is silent.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    bool llama2c;                 // the pieces are those of a tokenizer.bin, which have their scores with them
-    Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>. All of
-                                  // them, and of the merges, have been walked once: none goes beyond the end
+    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score
+    Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
     Cursor merges;                // strings: left part, space, right part
@@ -1113,7 +1110,7 @@ typedef struct {
     int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
 } Vocabulary;
 
-enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in their order
+enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
 
 // Names of tokens that end an answer.
 static const char *const end_names[] = {
@@ -1139,7 +1136,7 @@ static int spelled_byte(const char *s, size_t n) {
 
 
 
-// Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
+// Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
         int byte = spelled_byte(s.at, s.n);
@@ -1150,7 +1147,7 @@ static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (kind == BPE && *type == PIECE_NORMAL) {
         size_t length = unspell_bytes(s.at, s.n, to);
         if (length > 0) return length;
-        *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+        *type = PIECE_UNUSED;  // misspelled: no text can become it
     }
     memcpy(to, s.at, s.n);
     return s.n;
@@ -1163,8 +1160,8 @@ static Text take_string(Cursor *c) {
     return (Text){(const char *)take(c, (size_t)n), (size_t)n};
 }
 
-// A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. Spaces are spaces; ids 0, 1, 2 are <unk>,
-// <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or as U+00AB.
+// A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. A space is a space. Ids 0, 1, 2 are <unk>,
+// <s>, </s> (the last two with newlines around them); 3 to 258 are the bytes, as <0xAB> or as U+00AB.
 static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type, char *spelled) {
     take_into(c, score, sizeof *score);
     size_t n = take_u32(c);
@@ -1201,8 +1198,8 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     return append(&part[STARTS], &end, 4, e);
 }
 
-// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out, as is one whose
-// spelling is wrong: nothing is the length of that, and no piece.
+// Packs merges as ids. A merge is left out if a part or its result is not in the vocabulary. (A misspelled part has
+// length 0, and no piece has.)
 static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges, Error *e) {
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
@@ -1234,7 +1231,7 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     return true;
 }
 
-// *pre = the row of pre_tokenizers[] with this name (which may be none).
+// Sets *pre to the row of pre_tokenizers[] with this name.
 static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
     char known[200] = "";
     for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
@@ -1247,18 +1244,17 @@ static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
         }
     }
     return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
-                (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
+                  (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
 }
 
-// Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
+// Sets ids and flags: the file's, or else those usual for SentencePiece or for the pre-tokenizer.
 static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h) {
     bool spm = v->kind == SPM;
     h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
     h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
     h->unk = v->unk;
     for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
-    unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[h->pre].flags;
-    h->flags = 0;
+    unsigned usual = spm ? ADD_BOS : pre_tokenizers[h->pre].flags;
     if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;
     if (v->composes < 0 ? usual & COMPOSE : (unsigned)v->composes) h->flags |= COMPOSE;
     if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
@@ -1269,7 +1265,8 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return refuse(e, "vocabulary of %zu tokens and %zu merges, more than there may be", v->n_tokens, v->n_merges);
+        return refuse(e, "a vocabulary of %zu tokens and %zu merges; at most %d and %d", v->n_tokens, v->n_merges,
+                      MAX_TOKENS, MAX_MERGES);
     TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
@@ -1294,9 +1291,9 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
 
 // llama2.c's tokenizer.bin: | i32 longest piece | pieces |.
 static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
-    take_u32(&c);  // nothing here needs the longest piece
+    take_u32(&c);
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
-                    .eot = 1,  // llama2.c stops at a begin token, too: its stories follow each other
+                    .eot = 1,  // a begin token begins the next story, so it ends this one
                     .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
     for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
         take_u32(&c);

@@ -65,7 +65,7 @@ static void test_damaged_sections(void) {
             { "no eos to add", FLAGS, ADD_EOS, EOS, no, "adds a begin or end token" },
             { "a text that does not begin", starts, 1, starts, 1, "do not fill" },
             { "a text that ends early", starts + 4 * n, h.text_bytes - 1, KIND, h.kind, "do not fill" },
-            { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5: it ends before" },
+            { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5 ends before" },
             { "a piece that ends behind", starts + 4 * 6, UINT32_MAX, starts + 4 * 6, UINT32_MAX, "token" },
             { "a score of NaN", 40 + 4 * 7, 0x7fc00000, 40 + 4 * 7, 0x7fc00000, "token 7: its score" },
             { "an end token", ends, n, ends, n, "no end token" },
