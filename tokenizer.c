@@ -114,6 +114,8 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 // 2^64 / the golden ratio, need not be secret: vocabularies that are made to collide are refused.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
+
+
 static uint64_t hash_bytes(const char *s, size_t n) {
     uint64_t hash = 1;
     for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
@@ -665,9 +667,7 @@ static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int 
     return at;
 }
 
-static size_t next_character(const Characters *x, size_t at, size_t end) {
-    return run_end(x, at + 1, end, CONTINUES, CONTINUES);
-}
+
 
 // The end of 's|'t|'re|'ve|'m|'ll|'d, or `at`. any_case: (?i:...), to which U+017F, the long s, is an s.
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
@@ -695,7 +695,7 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     if (optional || unlimited || how_often == '3') p++;
     if (unlimited) stop = run_end(x, at, end, set, set);
     else for (int i = how_often == '3' ? 3 : 1; set && i > 0 && stop < end && x->class[stop] & set; i--)
-        stop = next_character(x, stop, end);
+        stop = run_end(x, stop + 1, end, CONTINUES, CONTINUES);
     while (stop > at || optional) {
         size_t found = match_rest(x, p, stop, end);
         if (found != SIZE_MAX || stop == at) return found;
@@ -740,7 +740,7 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
                 class[at] |= CUT;
                 stop = match_rule(&x, *rule, at, end);
                 if (stop > at) continue;
-                do stop = next_character(&x, stop, end);
+                do stop = run_end(&x, stop + 1, end, CONTINUES, CONTINUES);
                 while (stop < end && match_rule(&x, *rule, stop, end) == stop);
             }
         }
@@ -758,7 +758,7 @@ typedef struct {
 typedef struct {
     int *ids;
     size_t n, capacity;
-    size_t n_dropped;  // bytes that have no token, in a vocabulary without an unknown token: left out, as in Hugging Face
+    size_t n_dropped;  // bytes left out, as in Hugging Face: the vocabulary has no token for them, and no unknown token
 } Tokens;
 
 // A part of the text that is one piece so far. Neighbours are joined until no pair may be.
@@ -1119,11 +1119,12 @@ static const char *const end_names[] = {
 };
 enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
 
-// Some files mark <|im_end|> and its like as normal text. Without bars a name may well be text: </s> is in HTML.
+// Some files mark such a token as normal text. A name without bars may well be text: </s> is in HTML.
 static bool is_unmarked_control(Text s) {
+    bool found = false;
     for (size_t i = 0; i < N_END_NAMES; i++)
-        if (end_names[i][1] == '|' && s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n)) return true;
-    return false;
+        found |= end_names[i][1] == '|' && s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n);
+    return found;
 }
 
 // <0xAB> -> its byte, or -1
