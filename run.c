@@ -5206,13 +5206,13 @@ static bool choose_kernels(const char *name, Error *e) {
 }
 
 /* ==== 14. main ======================================================================================================
-   One table of options makes the parser and the help. Then: open the model, make its state, and do what -m says. */
+   One table of options makes the parser and the help. run() opens the model and does what -m says. */
 
-typedef enum { TEXT, WHOLE, SEED, REAL, LIST, FLAG } OptionType;
+typedef enum { TEXT, INT, SEED, REAL, LIST, FLAG } OptionType;
 
 // To add an option: a member of Options, a row here, a line in README (a test compares them).
 typedef struct {
-    char letter;  // 0: the long name only
+    char letter;  // 0: a long name only
     const char *name, *argument;
     OptionType type;
     size_t offset;
@@ -5224,43 +5224,45 @@ typedef struct {
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
       "generate (default), chat, tokenize, detokenize, logits, perplexity, inspect, export, bench, matmul" },
-    { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "what the text begins with; in a chat, the first message" },
-    { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "the prompt from a file; - is stdin" },
+    { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
+    { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "read the prompt from FILE; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
-    { 'n', "n-predict", "N", WHOLE, OF(n_predict), -1, 1e9, "new tokens at most: 256; -1 = until the context is full" },
-    { 't', "temp", "T", REAL, OF(temperature), 0, 100, "1.0; 0 = always the likeliest token; threads are -j" },
-    { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "the likeliest that make up P: 0.9; 0 or 1 = off; the prompt is -i" },
-    { 'k', "top-k", "K", WHOLE, OF(top_k), 0, 1e9, "choose among the K likeliest; 0 = off" },
-    { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "leave out what is less likely than P times the likeliest; 0 = off" },
-    { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "seed; default -1: from the clock, and printed" },
-    { 'c', "ctx-size", "N", WHOLE, OF(context), 0, 1 << 20, "positions: the model's, at most 4096; 0 = all it has" },
-    { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "the physical cores that this process may use; bench: 1,2" },
-    { 'b', "batch-size", "N", WHOLE, OF(batch), 1, 4096,
+    { 'n', "n-predict", "N", INT, OF(n_predict), -1, 1e9, "most new tokens (default 256); -1: fills the context" },
+    { 't', "temp", "T", REAL, OF(temperature), 0, 100,
+      "temperature (default 1.0); 0: always the likeliest token; threads are -j" },
+    { 'p', "top-p", "P", REAL, OF(top_p), 0, 1,
+      "draw from the likeliest tokens that sum to P (default 0.9); 0 or 1: off; the prompt is -i" },
+    { 'k', "top-k", "K", INT, OF(top_k), 0, 1e9, "draw from the K likeliest tokens (default 0: off)" },
+    { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "drop what is less likely than P times the likeliest (default 0: off)" },
+    { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "seed (default -1: from the clock, and printed)" },
+    { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
+    { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
+    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
-    { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "the tokenizer of a llama2.c checkpoint: tokenizer.bin" },
+    { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
-    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: the form of the turns, where it is not recognised" },
-    { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "what logits and export write" },
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompts of so many tokens: 512; matmul: tokens at once: 1,256" },
-    { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: so many tokens one by one: 128" },
-    { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: after so many others: 0" },
-    { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: so many texts generated together: 1" },
+    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: template, if the model's is not recognised" },
+    { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompt tokens (default 512); matmul: at once (default 1,256)" },
+    { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
+    { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: tokens before those (default 0)" },
+    { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: texts generated together (default 1)" },
     { 0, "profile", NULL, FLAG, OF(profile), 0, 0, "bench: where the time goes, step by step" },
-    { 0, "reps", "N", WHOLE, OF(reps), 1, 64, "bench, matmul: runs of each test: 5" },
-    { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draws the roofline, with each result on it" },
+    { 0, "reps", "N", INT, OF(reps), 1, 64, "bench, matmul: runs of each test (default 5)" },
+    { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draw the roofline, with each result on it" },
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
-    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: for programs" },
+    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: print JSON" },
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
-    { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "the cache of keys and values: f16, or f32 if all weights are" },
-    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon or scalar; the CPU's best" },
-    { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "how a GGUF's text is split before merging, where it does not say" },
+    { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
+    { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon, scalar (default: the best)" },
+    { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "pre-tokenizer, if a GGUF file names none that is known" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
-    { 0, "ends", NULL, FLAG, OF(ends), 0, 0, "tokenize: the end token after the text, too, where the model adds one" },
-    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> of special tokens as such; detokenize: write them" },
+    { 0, "ends", NULL, FLAG, OF(ends), 0, 0, "tokenize: add the end token, if the model adds one" },
+    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> as special tokens; detokenize: write them" },
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
-    { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: reads all weights, whether they are finite" },
-    { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this" },
+    { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
+    { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
@@ -5288,11 +5290,10 @@ static const Option *find_option(const char *word) {
     return NULL;
 }
 
-// Puts the value of an option into *to.
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
-    static const char *const kinds[] = { [WHOLE] = "an integer", [SEED] = "an integer", [REAL] = "a number",
+    static const char *const kinds[] = { [INT] = "an integer", [SEED] = "an integer", [REAL] = "a number",
                                          [LIST] = "integers, as in 1,2," };
-    char most[32] = "18446744073709551615";  // the largest seed, which no double is
+    char most[32] = "18446744073709551615";  // the largest seed: no double holds it
     const char *starts = o->min < 0 ? "0123456789-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
@@ -5306,7 +5307,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         errno = 0;
         if (o->type == SEED) x = (double)(*(uint64_t *)place = strtoull(at, &end, 10));
         else if (o->type == REAL) x = *(double *)place = strtod(at, &end);
-        else if (o->type == WHOLE) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
+        else if (o->type == INT) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
         else x = (double)strtol(at, &end, 10);
         if (errno || !(x >= o->min && x <= o->max)) break;
         if (o->type == LIST) list->at[list->n++] = (int)x;
@@ -5323,7 +5324,7 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
         const char *word = argv[i];
         if (word[0] != '-') {
             const char **place = to->checkpoint ? &to->prompt : &to->checkpoint;
-            if (*place) return fail(e, MISUSE, "two prompts: \"%.99s\" and \"%.99s\"; put it in quotes", *place, word);
+            if (*place) return fail(e, MISUSE, "two prompts: \"%.99s\" and \"%.99s\"; put one in quotes", *place, word);
             *place = word;
             continue;
         }
@@ -5339,7 +5340,7 @@ static bool parse_options(int argc, char **argv, Options *to, Error *e) {
     return true;
 }
 
-// Up to DETOKENIZE a vocabulary is enough; up to PERPLEXITY they take a prompt; those before EXPORT need a state.
+// Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
 typedef enum { TOKENIZE, DETOKENIZE, GENERATE, LOGITS, PERPLEXITY, CHAT, INSPECT, BENCH, EXPORT, MATMUL, N_MODES } Mode;
 static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "logits", "perplexity", "chat",
                                                  "inspect", "bench", "export", "matmul" };
@@ -5349,7 +5350,7 @@ static bool find_mode(const char *name, Mode *mode, Error *e) {
     return fail(e, MISUSE, "-m %s: expected %s; the checkpoint comes first: ./run FILE", name, find_option("-m")->help);
 }
 
-// Token ids from a text of numbers, which has a NUL after its n bytes.
+// Reads token ids from n bytes of text, after which there is a NUL.
 static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, Error *e) {
     for (const char *p = text;;) {
         p += strspn(p, " \t\r\n,");
@@ -5363,20 +5364,20 @@ static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, E
     }
 }
 
-// A text of more bytes has more than n_tokens. A token has at most the longest piece's bytes, and each of these comes
-// from at most 8 of the text: 4 characters of 4 bytes may compose to one of 2. Bytes without a token have no limit.
+// The most bytes that n_tokens can stand for: 8 for each byte of a piece, as 4 characters of 4 bytes may compose to one
+// of 2. But there is no limit if some bytes have no token.
 static size_t most_bytes(const Tokenizer *t, int n_tokens) {
     size_t longest = 0, n;
+    for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
     for (int id = 0; id < t->n_tokens; id++) {
         piece(t, id, &n);
-        longest = n > longest ? n : longest;
+        if (n > longest) longest = n;
     }
-    for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
     n = times((size_t)n_tokens, 8 * longest);
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
-// The prompt as tokens: from --ids, -f or -i.
+// Reads the prompt, from --ids, -f or -i, as tokens.
 static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
     const char *given = options.ids ? options.ids : options.prompt ? options.prompt : "";
@@ -5384,13 +5385,13 @@ static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, 
     size_t most = is_limited && !are_ids ? most_bytes(t, context) : MAX_TEXT;
     Buffer text = { 0 };
     if (!!options.ids + !!options.file + !!options.prompt > 1)
-        return fail(e, MISUSE, "more than one prompt: -i, -f and --ids exclude each other");
+        return fail(e, MISUSE, "more than one prompt: give only one of -i, -f and --ids");
     bool ok = options.file ? read_all(options.file, most, &text, e) && append(&text, "", 1, e)
                            : append(&text, given, strlen(given) + 1, e);
     Span span = { (const char *)text.bytes, ok ? text.n - 1 : 0, options.special };
     if (span.n_bytes > most)
         ok = fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
-    // A text has to begin with something: where neither the model nor the user puts it there, its begin token does.
+    // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->add_eos;
     if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
@@ -5399,12 +5400,12 @@ static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, 
               (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
               fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
     if (ok && tokens->n_dropped)
-        fprintf(stderr, "%zu bytes of the text have no token here and were left out\n", tokens->n_dropped);
+        fprintf(stderr, "%zu bytes of the text were left out: this model has no token for them\n", tokens->n_dropped);
     free(text.bytes);
     return ok;
 }
 
-// Opens the checkpoint and, for llama2.c's, the tokenizer beside it. Where no weights are needed, a vocabulary will do.
+// Opens the checkpoint and, for llama2.c's, its tokenizer. Where no weights are needed, a vocabulary is enough.
 static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     bool only_words = mode <= DETOKENIZE;
     bool needs_words = mode != INSPECT && (only_words || !options.ids || mode > PERPLEXITY);
@@ -5418,19 +5419,18 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     if (!ok || (m->tokenizer.n_tokens && !options.tokenizer)) return ok;
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
     if (!options.tokenizer && access(path, R_OK)) return !needs_words ||
-        fail(e, BAD_FILE, "has no tokenizer in it and there is no tokenizer.bin here: give it with -z FILE");
+        refuse(e, "has no tokenizer in it, and there is no tokenizer.bin here: give it with -z FILE");
     *culprit = path;
     return map_file(path, &m->tokenizer_file, e) &&
            open_vocabulary(m->tokenizer_file.bytes, m->tokenizer_file.n_bytes, m->config.n_tokens, m, e);
 }
 
-// How the options ask for the model to be run.
 static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
     if (mode == BENCH && options.context < 0) {
         int pp = largest(options.pp), tg = largest(options.tg);
         usual = largest(options.depth) + (pp > tg ? pp : tg);
-        if (usual > own) return fail(e, NO_ROOM, "%d positions; the model was trained for %d", usual, own);
+        if (usual > own) return fail(e, NO_ROOM, "needs %d positions; the model was trained for %d", usual, own);
     }
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own)
@@ -5448,7 +5448,7 @@ static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
            fail(e, MISUSE, "--kv %s: expected f16 or f32", options.cache);
 }
 
-// What a model needs to run: buffers, and the cache of so many texts.
+// What a model needs to run: scratch buffers, and the texts with their KV cache.
 typedef struct {
     Workspace workspace;
     Cache cache;
@@ -5471,24 +5471,17 @@ static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
     return true;
 }
 
-static void free_engine(Engine *g) {
-    if (g->workspace.arena) munmap(g->workspace.arena, g->workspace.arena_bytes);
-    if (g->cache.arena) munmap(g->cache.arena, g->cache.arena_bytes);
-    free(g->texts);
-    *g = (Engine){ .n_texts = 0 };
-}
-
-// The one line that ends a run that failed.
+// Prints the one line that ends a failed run.
 static int tell_error(const char *culprit, const Error *e) {
     char line[1024];
     snprintf(line, sizeof line, "run: %.600s%s%s", culprit ? culprit : "", culprit ? ": " : "", e->text);
     disarm(line, strlen(line), "");
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
-    else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // after the terminal's ^C
+    else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // the terminal shows ^C
     return e->status;
 }
 
-// The first Ctrl-C asks for the end, and loops look for it. A second one, or one at a chat's prompt, is the end.
+// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program.
 static void on_interrupt(int number) {
     bool ends = interrupted || at_prompt;
     if (ends && unfinished) unlink(unfinished);
@@ -5499,7 +5492,7 @@ static void on_interrupt(int number) {
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
     if (mode == CHAT && (options.file || options.ids))
-        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f and --ids");
+        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f or --ids");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
@@ -5533,7 +5526,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
         if (options.threads.at[i] <= most) continue;
-        if (!options.quiet) fprintf(stderr, "-j %d: this process may use %d\n", options.threads.at[i], most);
+        if (!options.quiet) fprintf(stderr, "-j %d: this process may use only %d\n", options.threads.at[i], most);
         options.threads.at[i] = most;
     }
     if (options.help) return print_help(), true;
@@ -5554,8 +5547,8 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
 
 static const Model *in_use;  // for the handler
 
-// Before a signal ends the program, the unfinished file goes. SIGBUS may mean that a mapped file became shorter, or its
-// disk failed: then the first thread that meets it says so.
+// Before a signal ends the program, removes the unfinished file. SIGBUS may mean that a mapped file became shorter or
+// its disk failed: then the first thread that gets it says so.
 static void on_end(int number, siginfo_t *info, void *context) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     (void)context;
@@ -5567,12 +5560,12 @@ static void on_end(int number, siginfo_t *info, void *context) {
         Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
         _exit(tell_error(map->path, &e));
     }
-    signal(number, SIG_DFL);  // it ends as it would have
+    signal(number, SIG_DFL);
     raise(number);
 }
 
-// Signals; and descriptors 0 to 2, where they are closed: else a file would get one of them, and what is meant for a
-// terminal. What takes them fails as they do.
+// Sets up signals, and fills the descriptors 0 to 2 that are closed: otherwise a file could get one of them, and be
+// written to as stdout. Reading from or writing to their substitutes fails.
 static void prepare_process(const Model *m) {
     static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
     struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
@@ -5596,7 +5589,9 @@ int main(int argc, char **argv) {
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
     int status = ok ? DONE : tell_error(culprit, &error);
     free(sampler.candidates);
-    free_engine(&engine);
+    free(engine.texts);
+    if (engine.workspace.arena) munmap(engine.workspace.arena, engine.workspace.arena_bytes);
+    if (engine.cache.arena) munmap(engine.cache.arena, engine.cache.arena_bytes);
     close_model(&model);
     return status;
 }

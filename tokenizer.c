@@ -1,16 +1,15 @@
 /* ==== 2. Text to tokens ==============================================================================================
-   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the number of a piece. Both
-   kinds of vocabulary begin with the smallest pieces (SPM, SentencePiece: characters; BPE: bytes) and join neighbours
-   again and again, always the pair that the vocabulary likes best. They differ in the liking: SPM joins what gives a
-   piece, the best score first; BPE has a list of pairs, the earliest first, and cuts the text into words beforehand.
-   Every source of a vocabulary is brought into one form, the section, which one function checks.
+   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the index of a piece. To
+   encode a text, start with its smallest pieces and join neighbours again and again, always the best pair. There are
+   two kinds of vocabulary. SPM (SentencePiece) starts with characters and joins the pair whose result has the best
+   score. BPE cuts the text into words, starts with bytes and joins the pair that is the earliest in a list of merges.
 
-   The section, little-endian, as native files carry it:
+   Vocabularies of all files are brought into one form, the section. It is little-endian; native files carry it:
 
        | header, 40 bytes | f32 score[n_tokens] | u32 text_start[n_tokens + 1] | u32 merge[n_merges][3] |
        | u32 end_id[n_end] | u8 type[n_tokens] | text, text_bytes | zeros up to a multiple of 4 |
 
-   Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as they stand in a text: SPM's U+2581 is a space, a
+   Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as a user writes them: SPM's U+2581 is a space, a
    byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, their result. */
 
 enum { SPM = 1, BPE = 2 };
@@ -19,7 +18,7 @@ enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plai
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
-enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces that a GGUF has, and of a prompt
+enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
 typedef struct {
     uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
@@ -28,38 +27,44 @@ typedef struct {
 } TokenizerHeader;
 _Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
-typedef struct Composition Composition;
+// How characters compose: an entry of a hash table.
+typedef struct {
+    uint64_t key;       // a character's code, or | first part, 32 bits | second part, 32 bits |; 0 is empty
+    uint32_t parts[2];  // the character's parts (0 and 0: none); of a pair, the character that it composes to
+    uint32_t class;     // the combining class; 0: not a mark
+} Composition;
 
 typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
     bool add_bos, add_eos, dummy_prefix, ignore_merges, composes;
-    const float *score;          // (n_tokens)        these lie in the section
+    const float *score;          // (n_tokens)        the arrays up to text lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
-    const uint32_t *end_id;      // (n_end)           an answer ends at any of these
+    const uint32_t *end_id;      // (n_end)           each of these tokens ends an answer
     const uint8_t *type;         // (n_tokens)
     const char *text;
     int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
     int *merge_slots;            // (merge_mask + 1)  hash table: left and right -> rank; -1 is empty
     size_t piece_mask, merge_mask;
-    uint16_t *sets_of;           // (N_CLASSIFIED + 1)  the sets that characters are in; BPE only, as the next two
-    uint16_t set_bits[128];      // bits of sets_of by the letters of sets
+    uint16_t *sets_of;           // (N_CLASSIFIED + 1)  bits: the sets that a character is in; BPE only, as the next two
+    uint16_t set_bits[128];      // a set's bit in sets_of, by the letter of the set
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
-    int byte_id[256];            // the token that stands for a single byte, or -1
-    uint8_t *specials;           // (1 << 16)  by a hash's upper bits: 1 if a special piece begins so, 1 << its type
-    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // the types (1 << type) of special pieces that are so long
-    bool space_leads;            // SPM: no piece has a space after another character, words can be joined one by one
+    int byte_id[256];            // the token of a single byte, or -1
+    uint8_t *specials;           // (1 << 16)  by the upper bits of a hash. Bit 0: it is that of a special piece's
+                                 // prefix; bit `type`: that of a whole special piece
+    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // bit `type`: some special piece has this length
+    bool space_leads;            // SPM: a space is only at the beginning of pieces, so words are encoded one by one
 } Tokenizer;
 
-// A token's own bytes; a control token's are its spelling.
+// A token's bytes; of a control token, its name.
 static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
     bool known = id >= 0 && id < t->n_tokens;
     *n_bytes = known ? t->text_start[id + 1] - t->text_start[id] : 0;
     return known ? t->text + t->text_start[id] : "";
 }
 
-// The character at s: returns its length in bytes, 0 if the n > 0 bytes end before it does, -1 if no valid UTF-8 begins
-// like this (overlong forms, surrogates and all above U+10FFFF are not valid).
+// The character at s. Returns its length in bytes, 0 if the n > 0 bytes end inside it, -1 if it is not valid UTF-8
+// (nor are overlong forms, surrogates and codes above U+10FFFF).
 static int read_character(const char *s, size_t n, uint32_t *code) {
     const unsigned char *u = (const unsigned char *)s;
     *code = u[0];
@@ -77,7 +82,7 @@ static int read_character(const char *s, size_t n, uint32_t *code) {
     return length;
 }
 
-// How many bytes of s can be printed without cutting a character that further bytes could still complete.
+// How many of the n bytes can be printed: all but a last character that further bytes may complete.
 static size_t whole_characters(const char *s, size_t n) {
     for (size_t tail = 1; tail <= 3 && tail <= n; tail++) {
         uint32_t code;
@@ -88,11 +93,28 @@ static size_t whole_characters(const char *s, size_t n) {
     return n;
 }
 
+// Undoes GPT-2's spelling of bytes by printable characters: bytes 33-126, 161-172 and 174-255 are the characters with
+// these codes, the other 68 in their order are U+0100, U+0101 ... Returns the length, or 0 if a character is no such.
+static size_t unspell_bytes(const char *s, size_t n, char *to) {
+    size_t length = 0;
+    for (size_t i = 0; i < n;) {
+        uint32_t code = 0;
+        int n_character = read_character(s + i, n - i, &code);
+        if (n_character <= 0 || code < 33 || (code > 126 && code < 161) || code == 173 || code > 323) return 0;
+        uint32_t other = code - 256;  // the others: 0-32, 127-160, 173
+        to[length++] = (char)(code < 256 ? code : other < 33 ? other : other < 67 ? other - 33 + 127 : 173);
+        i += (size_t)n_character;
+    }
+    return length;
+}
+
 /* ---- Looking up -------------------------------------------------------------------------------------------------- */
 
-// The hash of n + 1 bytes from that of the first n: one pass over a text hashes all its beginnings. It need not be
-// secret: vocabularies that are made to collide are refused.
+// The hash of n + 1 bytes from the hash of the first n: one pass over a text hashes all its prefixes. The multiplier,
+// 2^64 / the golden ratio, need not be secret: vocabularies that are made to collide are refused.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
+
+
 
 static uint64_t hash_bytes(const char *s, size_t n) {
     uint64_t hash = 1;
@@ -100,15 +122,15 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// Slots that are looked at from where a hash leads: published vocabularies need at most 38; what needs more is refused.
+// How many slots a lookup may visit. Published vocabularies need at most 38; one that needs more is refused.
 enum { MAX_PROBES = 128 };
 
-// Where a hash leads: all its bits count, whatever grid the pairs of a vocabulary form.
+// The slot where a lookup begins. Mixing all bits spreads the pairs of merges, whose ids form a grid.
 static size_t first_slot(uint64_t hash) { return (size_t)((hash ^ hash >> 32) * 0xD6E8FEB86659FD93u >> 32); }
 
-// Where the piece with these bytes and one of these types is in its table, or would be put; NULL: it has no place.
+// The slot of the piece with these bytes and one of these types, or an empty slot for it; NULL: there is neither.
 static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // looked for at every byte
+    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // special: tried at every byte
     for (size_t slot = first_slot(hash), i = 0; i < n_probes; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
@@ -119,7 +141,7 @@ static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t has
     return NULL;
 }
 
-// What is in the slot, -1 if nothing.
+// The number in the slot; -1: none.
 static int at_slot(const int *slot) { return slot ? *slot : -1; }
 
 // The lowest id of a piece with these bytes whose type is in `types`, or -1.
@@ -127,10 +149,10 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
-// The lowest id that text with these bytes can become, or -1; byte tokens and control tokens have no part in this.
+// The lowest id of a piece that plain text with these bytes can become, or -1.
 static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
 
-// The longest piece of this type that the n bytes at s begin with; or -1, and a length of 1.
+// The longest piece of this type that is a prefix of the n bytes at s; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
     *n_bytes = 1;
@@ -147,7 +169,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     return found;
 }
 
-// Where the pair is in the table of merges, or would be put; NULL: it has no place.
+// The slot of the pair's merge, or an empty slot for it; NULL: there is neither.
 static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     uint64_t hash = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
@@ -157,7 +179,7 @@ static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     return NULL;
 }
 
-// Memory for a table of at least n entries, all of them -1: a power of two slots, at most half of them used.
+// A table for n entries, empty (-1): a power of two of slots, of which at most half will be used.
 static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
     while (slots < 2 * n) slots *= 2;
@@ -167,19 +189,8 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
     return table;
 }
 
-// What longest_special() goes by.
-static void note_special(Tokenizer *t, const char *s, size_t n, int type) {
-    uint64_t hash = 1;
-    for (size_t i = 0; i < n; i++) {
-        hash = hash_byte(hash, s[i]);
-        t->specials[hash >> 48] |= 1;
-    }
-    t->specials[hash >> 48] |= (uint8_t)(1 << type);
-    t->types_of_length[n] |= (uint8_t)(1 << type);
-}
-
-// Fills the table behind lookup(), and what can be known about single bytes, and about spaces, before any text is seen.
-// Of pieces with the same bytes and the same type only the first has an entry. Special pieces come first in the table.
+// Fills the table for lookup(), and those for single bytes and special pieces; looks where spaces are. Of pieces with
+// equal bytes and equal type only the first has an entry. Special pieces are put into the table first.
 static bool index_pieces(Tokenizer *t, Error *e) {
     size_t n_slots = (size_t)t->n_tokens, n;
     for (int id = 0; id < t->n_tokens; id++) n_slots += SPECIAL_TYPES >> t->type[id] & 1 ? 3 : 0;  // no long runs
@@ -191,26 +202,38 @@ static bool index_pieces(Tokenizer *t, Error *e) {
     for (int round = 0; round < 2 * t->n_tokens; round++) {
         int id = round % t->n_tokens, type = t->type[id];
         const char *s = piece(t, id, &n);
-        if ((SPECIAL_TYPES >> type & 1) == (round >= t->n_tokens)) continue;
+        bool is_text = TEXT_TYPES >> type & 1, is_special = SPECIAL_TYPES >> type & 1;
+        if (is_special != (round < t->n_tokens)) continue;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[(unsigned char)s[0]] < 0)
             t->byte_id[(unsigned char)s[0]] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
-        for (size_t i = 1; i < n && t->space_leads && TEXT_TYPES >> type & 1; i++)
-            t->space_leads = s[i] != ' ' || s[i - 1] == ' ';
-        if (SPECIAL_TYPES >> type & 1 && n <= MAX_SPECIAL_PIECE) note_special(t, s, n, type);
-        int *slot = piece_slot(t, s, n, hash_bytes(s, n), 1u << type);
+        uint64_t hash = 1;
+        for (size_t i = 0; i < n; i++) {
+            hash = hash_byte(hash, s[i]);
+            if (is_special) t->specials[hash >> 48] |= (uint8_t)(1 | (i + 1 == n) << type);
+            if (is_text && i > 0 && s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
+        }
+        if (is_special && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
+        int *slot = piece_slot(t, s, n, hash, 1u << type);
         if (!slot) return refuse(e, "the vocabulary's pieces are made to collide");
         if (*slot < 0) *slot = id;
     }
     return true;
 }
 
-// Fills the table of merges. Of two for the same pair the earlier counts.
+// Checks the merges and fills their table. A merge's result must be the bytes of its parts, or else decoding would not
+// give back what was encoded. Of two merges of the same pair the earlier counts.
 static bool index_merges(Tokenizer *t, Error *e) {
     t->merge_slots = make_table((size_t)t->n_merges, &t->merge_mask, e);
     if (!t->merge_slots) return false;
     for (int rank = 0; rank < t->n_merges; rank++) {
-        int *slot = merge_slot(t, t->merge[rank][0], t->merge[rank][1]);
+        const uint32_t *merge = t->merge[rank];
+        const char *s[3];
+        size_t n[3];
+        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes if there is no such token
+        if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
+            return refuse(e, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
+        int *slot = merge_slot(t, merge[0], merge[1]);
         if (!slot) return refuse(e, "the vocabulary's merges are made to collide");
         if (*slot < 0) *slot = rank;
     }
@@ -218,27 +241,21 @@ static bool index_merges(Tokenizer *t, Error *e) {
 }
 
 /* ---- Composing characters (BPE) ------------------------------------------------------------------------------------
-   A letter can be spelled in more than one way: U+00E9, or e and U+0301. Some vocabularies were trained on texts in
-   NFC, the composed form: every character is taken apart, marks are sorted by their combining classes, and what
-   composes is put together again (Unicode Standard Annex 15). In between a character is a number, | class, 8 bits |
-   code, 24 bits |, and a byte that is not UTF-8 a code beyond Unicode's. */
+   A letter can be spelled in more than one way: as U+00E9, or as e and U+0301. Some vocabularies were trained on texts
+   in NFC, the composed form: each character is decomposed into its parts, marks are sorted by their combining classes,
+   and then what can compose is composed (Unicode Standard Annex 15). Meanwhile a character is a number, | class, 8 bits
+   | code, 24 bits |; a byte that is not UTF-8 has a code above Unicode's. */
 
 enum { N_COMPOSITIONS = 1 << 13, NOT_UTF8 = 0x110000 };
 
-struct Composition {
-    uint64_t key;       // a character's code, or | first part, 32 bits | second part, 32 bits |; 0 is empty
-    uint32_t parts[2];  // the character's, or 0 and 0; or what the two parts compose to
-    uint32_t class;     // 0: no mark
-};
-
-// Where the key is in the table of compositions, or the empty place where it would be put.
+// The entry with this key, or the empty one for it.
 static Composition *find_composition(const Tokenizer *t, uint64_t key) {
     size_t slot = (size_t)(key * 0x9E3779B97F4A7C15u >> 40);
     while (t->compositions[slot % N_COMPOSITIONS].key && t->compositions[slot % N_COMPOSITIONS].key != key) slot++;
     return &t->compositions[slot % N_COMPOSITIONS];
 }
 
-// A character as its parts, and their parts; it has at most twice as many as bytes. Returns how many.
+// Writes a character's parts, decomposed in turn. Returns how many: at most twice as many as it has bytes.
 static size_t decompose(const Tokenizer *t, uint32_t code, uint32_t *to) {
     const Composition *whole = find_composition(t, code);
     *to = whole->class << 24 | code;
@@ -247,18 +264,17 @@ static size_t decompose(const Tokenizer *t, uint32_t code, uint32_t *to) {
     return whole->parts[1] ? n + decompose(t, whole->parts[1], to + n) : n;
 }
 
-// Sorts by class; of one class they stay in their order.
+// Sorts marks by class; within a class they keep their order. A counting sort: a text may consist of marks.
 static void sort_marks(uint32_t *marks, size_t n, uint32_t *sorted) {
-    size_t end_of[257] = {0}, i = 1;
-    while (i < n && marks[i - 1] >> 24 <= marks[i] >> 24) i++;
-    if (i >= n) return;
+    size_t end_of[257] = {0}, i;
+    if (n < 2) return;
     for (i = 0; i < n; i++) end_of[(marks[i] >> 24) + 1]++;
     for (i = 1; i < 257; i++) end_of[i] += end_of[i - 1];
     for (i = 0; i < n; i++) sorted[end_of[marks[i] >> 24]++] = marks[i];
     memcpy(marks, sorted, n * sizeof *marks);
 }
 
-// What two compose to, or 0. Hangul has 19 x 21 syllables of two letters, and for each 27 of three.
+// The character that two others compose to, or 0. Hangul has 19 x 21 syllables of two letters, each with 27 of three.
 static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
     uint32_t syllable = first - 0xAC00, last = second - 0x11A7;
     if (first - 0x1100 < 19 && second - 0x1161 < 21) return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
@@ -266,7 +282,7 @@ static uint32_t composed(const Tokenizer *t, uint32_t first, uint32_t second) {
     return find_composition(t, (uint64_t)first << 32 | second)->parts[0];
 }
 
-// Composes in place, and returns how many are left. Two compose if nothing is between them but marks of lower classes.
+// Composes in place. Returns how many characters are left. Two compose if only marks of lower classes are between them.
 static size_t compose(const Tokenizer *t, uint32_t *characters, size_t n) {
     size_t kept = 0, base = SIZE_MAX;
     for (size_t i = 0; i < n; i++) {
@@ -287,14 +303,14 @@ static size_t write_character(uint32_t code, char *to) {
     return (size_t)length;
 }
 
-// *s and *n become those of the text in NFC, which is in *to and at most 3 times as long. Text up to U+02FF is in NFC.
+// Sets *s and *n to the text in NFC, which is in *to and at most 3 times as long. Text up to U+02FF is in NFC already.
 static bool compose_text(const Tokenizer *t, const char **s, size_t *n, char **to, Error *e) {
     size_t n_characters = 0, n_bytes = 0, i = 0, end;
     while (i < *n && (unsigned char)(*s)[i] < 0xCC) i++;
     if (i == *n) return true;
     free(*to);
     *to = allocate(*n, 3, e);
-    uint32_t code, *characters = allocate(*n, 4 * sizeof *characters, e);  // half of it is there to sort in
+    uint32_t code, *characters = allocate(*n, 4 * sizeof *characters, e);  // the second half is scratch for sorting
     if (!*to || !characters) return free(characters), false;
     for (i = 0; i < *n;) {
         int length = read_character(*s + i, *n - i, &code);
@@ -315,19 +331,18 @@ static bool compose_text(const Tokenizer *t, const char **s, size_t *n, char **t
 }
 
 /* ---- Cutting text into words (BPE) ----------------------------------------------------------------------------------
-   A model's training began with regular expressions that cut the text, and joining never crosses a cut. Here such an
-   expression is a rule: alternatives, in which a letter stands for one character of a set, before ? * + as ever, before
-   3 for {1,3}. ' is (?:'s|'t|'re|'ve|'m|'ll|'d), " the same in capitals too, ! (?!\S), $ the text's end, and ^ leaves
-   out where white space goes on: there only time would be lost. Every byte of the text has a bit for each set that its
-   character is in, and time is linear.
+   Regular expressions cut the text into words, as they did when the model was trained, and joining never crosses a cut.
+   Here a regular expression is a rule. A letter is one character of a set; ? * + | are as usual, and 3 is {1,3}.
+   ' is (?:'s|'t|'re|'ve|'m|'ll|'d), " is (?i:'), ! is (?!\S), $ is the end of the word. ^ is (?<!\s): a run of white
+   space is tried from its beginning only, so time is linear. Every byte has a bit for each set of its character.
 
-   unicode_data is words: a number (none stands for 1) and a letter. First the kinds of all characters from U+0000 on
-   (U+E0000 follows U+33FFF), so many of a kind: r line ends, b the space, s other white space, d n numbers, m marks,
-   A a U u L l o letters, h q p punctuation, y t z symbols, _ the rest; k: marks have this combining class from here on.
-   Then how characters come apart: c the character (else it is the next), f its first part (else as before), + its
-   second part, - the same where the two do not compose again, = its only part. tests/make_unicode.py made and checks
-   it: kinds are Unicode 16.0's as in the regular expressions of Hugging Face's tokenizers, the rest is 9.0's, as in
-   their NFC. */
+   unicode_data is a list of numbers (no digits: 1), each with a letter after it. First come the kinds of all characters
+   from U+0000 on (U+E0000 follows U+33FFF), each with the number of characters: r line ends, b the space, s other white
+   space, d n numbers, m marks, A a U u L l o letters, h q p punctuation, y t z symbols, _ the rest; k is the combining
+   class of the marks from here on. Then come decompositions: c the character (default: the next one), f its first part
+   (default: as before), + its second part, - its second part if the two do not compose again, = its only part.
+   tests/make_unicode.py makes and checks the list. Kinds are Unicode 16.0's, as in the regular expressions of Hugging
+   Face's tokenizers; decompositions are 9.0's, as in their NFC. */
 
 static const char unicode_data[] =
     "9_sr2sr18_b3qy6qy3qh10d2q3y2q26A3qyqt26aqyqy6_s26_sp5zp2zopz_4z2nzL2pznop3np23Uz7U24Lz8LULULULULULULULULULULUL"
@@ -549,7 +564,7 @@ static const char unicode_data[] =
     "19406=170800=39698=40000=40189=19662=19693=40295=172238=19704=172293=172558=172689=40635=19798=40697=40702="
     "40709=40719=40726=40763=173568=";
 
-// The sets that rules name, by their members' kinds; those without any are in set_ranges.
+// The sets that rules name, as the kinds of their members; set_ranges has those that are no kinds.
 static const char *const sets[128] = {
     [' '] = "b", ['r'] = "r", ['/'] = "rh", ['s'] = "rbs",        // the space, [\r\n], [\r\n/], \s
     ['L'] = "AaUuLlo", ['M'] = "AaUuLlom", ['N'] = "dn",          // \p{L}, [\p{L}\p{M}], \p{N}
@@ -568,10 +583,10 @@ static const struct { char set; uint32_t first, last; } set_ranges[] = {
 static const char gpt2_words[] = "'| ?L+| ?N+| ?O+|s+!|s+";
 static const char llama3_words[] = "\"|x?L+|N3| ?O+r*|s*r+|s+!|s+", qwen2_words[] = "\"|x?L+|N| ?O+r*|s*r+|s+!|s+";
 
-// To add a row: write its expressions as rules, in the order of the model's tokenizer.json (what an expression leaves
-// between its matches is a word too, and each is applied to the words that those before it made), and append the names
-// that GGUF files use, with the flags that hold where a file is silent. Native files hold a row's number, so rows stay
-// where they are. tests/make_token_goldens.py has the same table for its reference.
+// To add a row: the names that GGUF files use, the flags that hold where a file is silent, and the expressions of the
+// model's tokenizer.json as rules, in their order. A rule is applied to each word that the rule before made; text
+// between two matches is a word, too. Append rows only: native files hold a row's number. The reference in
+// tests/make_token_goldens.py has the same table.
 static const struct {
     const char *names;
     unsigned flags;
@@ -598,10 +613,10 @@ static const struct {
 };
 enum { N_PRE_TOKENIZERS = sizeof pre_tokenizers / sizeof *pre_tokenizers };
 
-// Nothing is of a kind from GAP to GAP_END, or from U+E01F0 on.
+// Characters from GAP to GAP_END, and from U+E01F0 on, have no kind.
 enum { GAP = 0x34000, GAP_END = 0xE0000, N_CLASSIFIED = GAP + 0x1F0 };
 
-// Gives every character the bits of the sets that the pre-tokenizer's rules name, and learns how characters compose.
+// Gives each character the bits of the pre-tokenizer's sets; fills the table of compositions.
 static bool unpack_unicode(Tokenizer *t, Error *e) {
     uint16_t kind_bits[128] = {0};
     uint32_t code = 0, first = 0, class = 0, n_sets = 0;  // at most 14 sets
@@ -616,7 +631,7 @@ static bool unpack_unicode(Tokenizer *t, Error *e) {
         }
     }
     for (const char *p = unicode_data; *p; p++) {
-        uint32_t n = !isdigit((unsigned char)*p);  // 1 where none is given
+        uint32_t n = !isdigit((unsigned char)*p);  // default: 1
         for (; isdigit((unsigned char)*p); p++) n = n * 10 + (uint32_t)(*p - '0');
         if (*p == 'k') class = n;
         else if (*p == 'c') code = n;
@@ -638,25 +653,23 @@ static bool unpack_unicode(Tokenizer *t, Error *e) {
     return true;
 }
 
-enum { CONTINUES = 1 << 14, CUT = 1 << 15 };  // of a byte: not its character's first; a word begins here
+enum { CONTINUES = 1 << 14, CUT = 1 << 15 };  // a byte that is not its character's first; a byte where a word begins
 
 typedef struct {
     const char *text;
-    const uint16_t *class;     // one per byte: the sets that its character is in, and the two flags
-    const uint16_t *set_bits;  // by letter: the bit of a set
+    const uint16_t *class;     // one for each byte: the sets of its character, and the two flags
+    const uint16_t *set_bits;  // a set's bit, by the letter of the set
 } Characters;
 
-// The end of the run of bytes from `at` on whose bits under `mask` are `bits`.
+// The end of the run of bytes from `at` on that have exactly `bits` of `mask`.
 static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int bits) {
     while (at < end && (x->class[at] & mask) == bits) at++;
     return at;
 }
 
-static size_t next_character(const Characters *x, size_t at, size_t end) {
-    return run_end(x, at + 1, end, CONTINUES, CONTINUES);
-}
 
-// 's|'t|'re|'ve|'m|'ll|'d        with any_case: (?i:...), and then U+017F, the long s, is an s too
+
+// The end of 's|'t|'re|'ve|'m|'ll|'d, or `at`. any_case: (?i:...), to which U+017F, the long s, is an s.
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
     if (at + 1 >= end || x->text[at] != '\'') return at;
     char a = x->text[at + 1], b = at + 2 < end ? x->text[at + 2] : 0;
@@ -667,7 +680,7 @@ static size_t contraction(const Characters *x, size_t at, size_t end, bool any_c
     return (b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l') ? at + 3 : at;
 }
 
-// The end of the match, from `at` on, of what is left of an alternative: as much as can be, then less. SIZE_MAX: none.
+// The end of the match, from `at` on, of the rest of an alternative: greedy, with backtracking. SIZE_MAX: none.
 static size_t match_rest(const Characters *x, const char *p, size_t at, size_t end) {
     if (*p == '|' || *p == 0) return at;
     char item = *p++, how_often = *p;
@@ -682,7 +695,7 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     if (optional || unlimited || how_often == '3') p++;
     if (unlimited) stop = run_end(x, at, end, set, set);
     else for (int i = how_often == '3' ? 3 : 1; set && i > 0 && stop < end && x->class[stop] & set; i--)
-        stop = next_character(x, stop, end);
+        stop = run_end(x, stop + 1, end, CONTINUES, CONTINUES);
     while (stop > at || optional) {
         size_t found = match_rest(x, p, stop, end);
         if (found != SIZE_MAX || stop == at) return found;
@@ -692,7 +705,7 @@ static size_t match_rest(const Characters *x, const char *p, size_t at, size_t e
     return SIZE_MAX;
 }
 
-// The end of the match that begins at `at`: that of the first alternative that has one. `at` itself: there is none.
+// The end of the match that begins at `at`, by the first alternative that has one. `at`: none.
 static size_t match_rule(const Characters *x, const char *rule, size_t at, size_t end) {
     for (const char *p = rule; p; p = strchr(p, '|')) {
         if (*p == '|') p++;
@@ -702,7 +715,7 @@ static size_t match_rule(const Characters *x, const char *rule, size_t at, size_
     return at;
 }
 
-// Gives every byte the bits of its character.
+// Gives each byte the bits of its character.
 static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
     for (size_t i = 0; i < n;) {
         uint32_t code = 0;
@@ -721,13 +734,13 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
     classify(t, s, n, class);
     class[0] |= CUT;
     for (const char *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
-        for (size_t at = 0, end; at < n; at = end) {  // one word so far
+        for (size_t at = 0, end; at < n; at = end) {  // a word of the rules before
             end = run_end(&x, at + 1, n, CUT, 0);
-            for (size_t stop; at < end; at = stop) {  // one match, or what lies before the next match
+            for (size_t stop; at < end; at = stop) {  // a match, or what is between two
                 class[at] |= CUT;
                 stop = match_rule(&x, *rule, at, end);
                 if (stop > at) continue;
-                do stop = next_character(&x, stop, end);
+                do stop = run_end(&x, stop + 1, end, CONTINUES, CONTINUES);
                 while (stop < end && match_rule(&x, *rule, stop, end) == stop);
             }
         }
@@ -739,31 +752,31 @@ static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *cla
 typedef struct {
     const char *text;
     size_t n_bytes;
-    bool special;  // control tokens spelled here are meant; elsewhere the same spelling is plain text
+    bool special;  // the name of a control token is that token here; elsewhere it is plain text
 } Span;
 
 typedef struct {
     int *ids;
     size_t n, capacity;
-    size_t n_dropped;  // bytes that the vocabulary has no token for, not even an unknown one: as in Hugging Face's BPE
+    size_t n_dropped;  // bytes left out, as in Hugging Face: the vocabulary has no token for them, and no unknown token
 } Tokens;
 
-// A stretch of the text that is one piece already; neighbours get joined until no pair is left that may.
+// A part of the text that is one piece so far. Neighbours are joined until no pair may be.
 typedef struct {
-    int previous, next;  // -1, or n_symbols: there is none
-    int what;            // BPE: the piece; SPM: where it begins. Behind the last symbol stands the end
+    int previous, next;  // indices; none: -1 and n_symbols
+    int what;            // BPE: the piece; SPM: its offset in the text. One symbol after the last has the text's length
 } Symbol;
 
 typedef struct {
     const Tokenizer *t;
     Symbol *symbols;     // (capacity + 1)
-    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  room for the tree
-    uint32_t *least[8];  // the tree: the rank of each symbol and the next (UINT32_MAX: they stay apart), the least of
-    int n_levels;        // each 16 of these, of each 16 of those, ... up to a level of 16 numbers
+    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  the tree's memory
+    uint32_t *least[8];  // the tree. Level 0: the rank of each symbol's pair with the next (UINT32_MAX: none);
+    int n_levels;        // level i + 1: the least of each 16 numbers of level i. The last level has 16 numbers
     size_t n_symbols, capacity;
-    uint16_t *scratch;  // BPE: classes; SPM: the text with its dummy prefix
-    char *composed;     // (3 * n) a stretch of the text
-    size_t first;       // where in out->ids this stretch of plain text begins
+    uint16_t *scratch;   // BPE: the bytes' classes; SPM: the text with its dummy prefix
+    char *composed;      // (3 * n)  text in NFC
+    size_t first;        // where in out->ids this plain text begins
     Tokens *out;
     Error *e;
 } Encoder;
@@ -780,7 +793,7 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
-// Makes the tree for symbols that all stay apart.
+// Makes the tree, with no pair in it yet.
 static void plant_tree(Encoder *c) {
     uint32_t *end = c->ranks;
     size_t width = c->n_symbols;
@@ -798,7 +811,8 @@ static uint32_t least_of_16(const uint32_t *ranks) {
     return least;
 }
 
-static void set_rank(Encoder *c, size_t i, uint32_t rank) {  // and what follows from it in the levels above
+// Sets the rank of pair i, and what changes with it in the levels above.
+static void set_rank(Encoder *c, size_t i, uint32_t rank) {
     c->least[0][i] = rank;
     for (int level = 1; level < c->n_levels; level++) {
         rank = least_of_16(&c->least[level - 1][i / 16 * 16]);
@@ -808,7 +822,7 @@ static void set_rank(Encoder *c, size_t i, uint32_t rank) {  // and what follows
     }
 }
 
-// Makes unsigned numbers of finite floats: the larger the score, the smaller the number, and -0 is 0.
+// An integer for a finite score: the better the score, the smaller the integer. Adding 0 makes -0 a 0.
 static uint32_t score_order(float score) {
     uint32_t bits;
     score += 0.0f;
@@ -816,24 +830,24 @@ static uint32_t score_order(float score) {
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
 }
 
-// Ranks the pair of the symbol and the one on its right, if the vocabulary lets them be joined.
+// Ranks the pair of this symbol and the next: BPE by the merge, SPM by the score of the result.
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
     bool bpe = t->kind == BPE, is_pair = (size_t)a->next < c->n_symbols;
-    uint32_t rank = UINT32_MAX;  // BPE: of the merge; SPM: by the score
+    uint32_t rank = UINT32_MAX;
     if (bpe && is_pair) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
     int id = bpe || !is_pair ? -1 : find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what));
     set_rank(c, left, id >= 0 ? score_order(t->score[id]) : rank);
 }
 
-// Joins pairs, what the vocabulary likes best first, then the leftmost.
+// Joins pairs, the least rank first; among equal ranks, the leftmost.
 static void join_symbols(Encoder *c, const char *s) {
     const Tokenizer *t = c->t;
     plant_tree(c);
     for (size_t i = 0; i < c->n_symbols; i++) rank_pair(c, s, i);
     for (uint32_t rank; (rank = least_of_16(c->least[c->n_levels - 1])) != UINT32_MAX;) {
-        size_t left = 0;  // the first in each level with that rank leads to the leftmost symbol
+        size_t left = 0;  // down the tree, to the leftmost pair of that rank
         for (int level = c->n_levels; level-- > 0;)
             for (left *= 16; c->least[level][left] != rank;) left++;
         Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
@@ -846,7 +860,7 @@ static void join_symbols(Encoder *c, const char *s) {
     }
 }
 
-// A character that is no piece: its bytes' tokens, or else, as in SentencePiece, one unknown token for all in a row.
+// Emits a character that is no piece as bytes, or else, as SentencePiece does, one unknown token for a run of them.
 static bool emit_unknown(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
     for (size_t i = 0; i < n; i++) {
@@ -869,7 +883,7 @@ static bool reserve_symbols(Encoder *c, size_t n) {
     return c->capacity > 0;
 }
 
-// Tokens of text that nothing outside of it can join with.
+// Encodes a word: nothing joins with what is outside of it.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
     int whole = t->ignore_merges ? find_piece(t, s, n) : -1;
@@ -881,7 +895,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
         int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
         length = of_character > 0 ? (size_t)of_character : 1;
         int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
-        if (id < 0 && t->kind == BPE) c->out->n_dropped++;  // its neighbours become neighbours of each other
+        if (id < 0 && t->kind == BPE) c->out->n_dropped++;
         else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
     }
     if (c->n_symbols == 0) return true;
@@ -896,7 +910,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     return true;
 }
 
-// Tokens of text that holds no user-defined piece.
+// Encodes text without user-defined pieces.
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
@@ -910,7 +924,7 @@ static bool encode_words(Encoder *c, const char *s, size_t n) {
     return true;
 }
 
-// Copies text as SentencePiece sees it, U+2581 a space. Returns the length.
+// Copies text, with U+2581 as a space. Returns the length.
 static size_t normalise(const char *s, size_t n, char *to) {
     size_t length = 0;
     for (size_t i = 0; i < n; i++) {
@@ -921,8 +935,8 @@ static size_t normalise(const char *s, size_t n, char *to) {
     return length;
 }
 
-// Takes the tokens of one type out of the text: the leftmost, then longest, wherever they begin from `at` to `end`.
-// What lies before each, from *begin on, is encoded by `rest`; *begin is left behind the last.
+// Emits the special pieces of one type between `at` and `end`: the leftmost first, of these the longest. `rest` encodes
+// the text before each, from *begin on; afterwards *begin is the end of the last.
 static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
     for (size_t length; at < end; at += length) {
@@ -934,8 +948,7 @@ static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, si
     return true;
 }
 
-// Tokens of what stands between two control tokens: what sentencepiece or Hugging Face would be given as one text. The
-// leftmost, then longest user-defined piece is always itself, whatever the words.
+// Encodes plain text between two control tokens. User-defined pieces are found first, whatever the words.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     c->first = c->out->n;
@@ -949,7 +962,7 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
-// Tokens of the joined text of the spans. A control token must lie wholly in special spans.
+// Encodes the joined text of the spans. A control token must be in special spans as a whole.
 static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
     size_t begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) {
@@ -961,7 +974,7 @@ static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spa
     return encode_plain(c, text + begin, n - begin);
 }
 
-// Appends the tokens of the spans' text, joined to one text. The model's begin and end tokens are the caller's affair.
+// Appends the tokens of the spans' joined text. The caller adds the model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
     size_t n = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
@@ -981,24 +994,24 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     return ok;
 }
 
-// What a token adds to a text after the token `previous` (-1: nothing came before). With dummy_prefix, encoding put a
-// space before the text and after each control token; here it goes. So decoding gives back every byte that was encoded,
-// as far as the vocabulary has all bytes (but U+2581 has become a space in SPM).
+// The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
+// text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
+// has all bytes (but in SPM U+2581 becomes a space).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
+    char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
     if (*n_bytes == 0) return s;
-    if (t->type[id] == PIECE_CONTROL) *n_bytes = 0;
-    if (t->type[id] == PIECE_UNKNOWN) {
-        *n_bytes = 3;
-        return "\xEF\xBF\xBD";
-    }
+    int type = t->type[id];
+    if (type == PIECE_UNKNOWN) return *n_bytes = 3, "\xEF\xBF\xBD";
+    // Padding prints nothing. A misspelled piece of BPE is PIECE_UNUSED, too: its bytes are as they were in the file.
+    bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
+    if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
     bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
     if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
 }
 
-// Whether an answer ends here.
 static bool is_end_token(const Tokenizer *t, int id) {
     for (int i = 0; i < t->n_end; i++) if (t->end_id[i] == (uint32_t)id) return true;
     return false;
@@ -1091,7 +1104,7 @@ static bool check_header(const TokenizerHeader *h, Error *e) {
         if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
             return refuse(e, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
     if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
-        return refuse(e, "the vocabulary adds a begin or end token that it does not have");
+        return refuse(e, "the vocabulary adds a begin or end token, but has none");
     return true;
 }
 
@@ -1101,33 +1114,21 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
     for (int id = 0; id < t->n_tokens; id++) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
-        if (start > end) return refuse(e, "token %d: it ends before it begins", id);  // so none goes beyond the last
+        if (start > end) return refuse(e, "token %d ends before it begins", id);  // so none ends after the last
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %d has type %d", id, type);
         uint32_t limit = type == PIECE_BYTE ? 1 : SPECIAL_TYPES >> type & 1 ? MAX_SPECIAL_PIECE : MAX_PIECE;
         if (end - start > limit || (type == PIECE_BYTE && start == end))
             return refuse(e, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
-        if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not a finite number", id);
+        if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not finite", id);
     }
     for (int i = 0; i < t->n_end; i++)
         if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
     return true;
 }
 
-// A merge's result must be the bytes of its parts: else what is decoded would not be what was encoded.
-static bool check_merges(const Tokenizer *t, Error *e) {
-    for (int rank = 0; rank < t->n_merges; rank++) {
-        const uint32_t *merge = t->merge[rank];
-        const char *s[3];
-        size_t n[3];
-        for (int i = 0; i < 3; i++) s[i] = piece(t, (int)merge[i], &n[i]);  // no bytes where there is no such token
-        if (!n[0] || !n[1] || n[0] + n[1] != n[2] || memcmp(s[2], s[0], n[0]) || memcmp(s[2] + n[0], s[1], n[1]))
-            return refuse(e, "merge %d: token %u is not %u and %u", rank, merge[2], merge[0], merge[1]);
-    }
-    return true;
-}
 
-// Opens a section in place; it must be aligned to 4 bytes and stay as long as the tokenizer. On failure too,
-// close_tokenizer() frees what there is.
+
+// Opens a section in place: it must be aligned to 4 bytes and outlive the tokenizer. After a failure, close it as well.
 static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
     Cursor c = {.at = section, .left = n_bytes};
     TokenizerHeader h;
@@ -1150,23 +1151,22 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
     while (c.left > 0) if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
-    return check_pieces(t, h.text_bytes, e) && check_merges(t, e) && index_pieces(t, e) && index_merges(t, e) &&
+    return check_pieces(t, h.text_bytes, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_unicode(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
 
-// Bytes of a file, with no NUL behind them; `at` is NULL where there is no such text.
+// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
 typedef struct { const char *at; size_t n; } Text;
 
-// A vocabulary as containers have it; no string is cut short. Arrays may be unaligned; -1: the file does not say.
+// A vocabulary as files have it. Arrays may be unaligned, strings are known to end in the file; -1: the file is silent.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    bool llama2c;                 // the pieces are those of a tokenizer.bin, which have their scores with them
-    Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>. All of
-                                  // them, and of the merges, have been walked once: none goes beyond the end
+    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score
+    Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
     Cursor merges;                // strings: left part, space, right part
@@ -1174,7 +1174,22 @@ typedef struct {
     int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
 } Vocabulary;
 
-enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in their order
+enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
+
+// Names of tokens that end an answer.
+static const char *const end_names[] = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
+    "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
+};
+enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
+
+// Some files mark such a token as normal text. A name without bars may well be text: </s> is in HTML.
+static bool is_unmarked_control(Text s) {
+    bool found = false;
+    for (size_t i = 0; i < N_END_NAMES; i++)
+        found |= end_names[i][1] == '|' && s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n);
+    return found;
+}
 
 // <0xAB> -> its byte, or -1
 static int spelled_byte(const char *s, size_t n) {
@@ -1184,22 +1199,9 @@ static int spelled_byte(const char *s, size_t n) {
     return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
 }
 
-// Undoes GPT-2's spelling of bytes by printable characters: 33-126, 161-172 and 174-255 are themselves, the others in
-// their order U+0100, U+0101 ... Returns the length, or 0 where a character is none of these.
-static size_t unspell_bytes(const char *s, size_t n, char *to) {
-    size_t length = 0;
-    for (size_t i = 0; i < n;) {
-        uint32_t code = 0;
-        int n_character = read_character(s + i, n - i, &code);
-        if (n_character <= 0 || code < 33 || (code > 126 && code < 161) || code == 173 || code > 323) return 0;
-        uint32_t other = code - 256;  // the 256 others: 0-32, 127-160, 173
-        to[length++] = (char)(code < 256 ? code : other < 33 ? other : other < 67 ? other - 33 + 127 : 173);
-        i += (size_t)n_character;
-    }
-    return length;
-}
 
-// Writes a piece as it stands in texts, and returns its length, at most n; *type may change.
+
+// Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
         int byte = spelled_byte(s.at, s.n);
@@ -1210,7 +1212,7 @@ static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (kind == BPE && *type == PIECE_NORMAL) {
         size_t length = unspell_bytes(s.at, s.n, to);
         if (length > 0) return length;
-        *type = PIECE_UNUSED;  // not in that spelling: no text can become it
+        *type = PIECE_UNUSED;  // misspelled: no text can become it
     }
     memcpy(to, s.at, s.n);
     return s.n;
@@ -1223,8 +1225,8 @@ static Text take_string(Cursor *c) {
     return (Text){(const char *)take(c, (size_t)n), (size_t)n};
 }
 
-// A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. Spaces are spaces; ids 0, 1, 2 are <unk>,
-// <s>, </s> (its exporter puts newlines round the last two), 3 to 258 the bytes, as "<0xAB>" or as U+00AB.
+// A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. A space is a space. Ids 0, 1, 2 are <unk>,
+// <s>, </s> (the last two with newlines around them); 3 to 258 are the bytes, as <0xAB> or as U+00AB.
 static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type, char *spelled) {
     take_into(c, score, sizeof *score);
     size_t n = take_u32(c);
@@ -1247,6 +1249,7 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
         if (type == 0) type = PIECE_NORMAL;  // GGUF's "undefined"
         if (type < PIECE_NORMAL || type > PIECE_BYTE) return refuse(e, "token %zu has type %d", id, type);
+        if (type == PIECE_NORMAL && is_unmarked_control(s)) type = PIECE_CONTROL;
         size_t n = unspell_piece(v->kind, s, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
         if (part[PIECE_TEXT].n > MAX_VOCABULARY) return refuse(e, "its pieces have more than %d bytes", MAX_VOCABULARY);
@@ -1260,8 +1263,8 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     return append(&part[STARTS], &end, 4, e);
 }
 
-// Merges by ids. One whose parts or whole are not in the vocabulary can never apply and is left out, as is one whose
-// spelling is wrong: nothing is the length of that, and no piece.
+// Packs merges as ids. A merge is left out if a part or its result is not in the vocabulary. (A misspelled part has
+// length 0, and no piece has.)
 static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges, Error *e) {
     Cursor c = v->merges;
     for (size_t rank = 0; t->kind == BPE && rank < v->n_merges; rank++) {
@@ -1278,18 +1281,14 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     return true;
 }
 
-// The tokens that end an answer: those that the file names, and special ones whose name says so. <|end|> does not where
-// <|return|> exists: there it only ends one of several messages.
+// The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|>
+// exists, <|end|> ends only one of several messages.
 static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
-    static const char *const names[] = {
-        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
-        "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
-    };
-    enum { N_NAMES = sizeof names / sizeof *names };
-    int ids[N_NAMES + 3] = {eos, v->eot, v->eom};
-    for (size_t i = 0; i < N_NAMES; i++) ids[i + 3] = lookup(t, names[i], strlen(names[i]), SPECIAL_TYPES);
-    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_NAMES + 2] = -1;
-    for (size_t i = 0; i < N_NAMES + 3; i++) {
+    int ids[N_END_NAMES + 3] = {eos, v->eot, v->eom};
+    for (size_t i = 0; i < N_END_NAMES; i++)
+        ids[i + 3] = lookup(t, end_names[i], strlen(end_names[i]), SPECIAL_TYPES);
+    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_END_NAMES + 2] = -1;
+    for (size_t i = 0; i < N_END_NAMES + 3; i++) {
         bool new = ids[i] >= 0;
         for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
         if (new && !append(end_ids, &ids[i], sizeof ids[i], e)) return false;
@@ -1297,7 +1296,7 @@ static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffe
     return true;
 }
 
-// *pre = the row of pre_tokenizers[] with this name (which may be none).
+// Sets *pre to the row of pre_tokenizers[] with this name.
 static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
     char known[200] = "";
     for (*pre = 0; *pre < N_PRE_TOKENIZERS; ++*pre) {
@@ -1310,18 +1309,17 @@ static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
         }
     }
     return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
-                (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
+                  (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
 }
 
-// Ids and flags: what the file says; where it is silent, what SentencePiece's or the pre-tokenizer's models have.
+// Sets ids and flags: the file's, or else those usual for SentencePiece or for the pre-tokenizer.
 static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h) {
     bool spm = v->kind == SPM;
     h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
     h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
     h->unk = v->unk;
     for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
-    unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[h->pre].flags;
-    h->flags = 0;
+    unsigned usual = spm ? ADD_BOS : pre_tokenizers[h->pre].flags;
     if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;
     if (v->composes < 0 ? usual & COMPOSE : (unsigned)v->composes) h->flags |= COMPOSE;
     if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
@@ -1332,7 +1330,8 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return refuse(e, "vocabulary of %zu tokens and %zu merges, more than there may be", v->n_tokens, v->n_merges);
+        return refuse(e, "a vocabulary of %zu tokens and %zu merges; at most %d and %d", v->n_tokens, v->n_merges,
+                      MAX_TOKENS, MAX_MERGES);
     TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
@@ -1357,9 +1356,9 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
 
 // llama2.c's tokenizer.bin: | i32 longest piece | pieces |.
 static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
-    take_u32(&c);  // nothing here needs the longest piece
+    take_u32(&c);
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
-                    .eot = 1,  // llama2.c stops at a begin token, too: its stories follow each other
+                    .eot = 1,  // a begin token begins the next story, so it ends this one
                     .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
     for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
         take_u32(&c);

@@ -37,7 +37,7 @@ HURRY = [  # where a mutant is compiled, so that it takes half the time
 PARTS = {  # where a file is read: from a line that begins so to one that begins so, or to the end
     "run.c": [("// ---- What a model consists of", "/* ==== 11."),
               ("// Not finite is what no weights should give", "/* ==== 10.")],
-    "tokenizer.c": [("// Fills the table behind lookup()", "/* ---- Composing"),
+    "tokenizer.c": [("// Fills the table for lookup()", "/* ---- Composing"),
                     ("/* ---- Opening a section", None)],
 }
 

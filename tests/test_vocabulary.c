@@ -65,7 +65,7 @@ static void test_damaged_sections(void) {
             { "no eos to add", FLAGS, ADD_EOS, EOS, no, "adds a begin or end token" },
             { "a text that does not begin", starts, 1, starts, 1, "do not fill" },
             { "a text that ends early", starts + 4 * n, h.text_bytes - 1, KIND, h.kind, "do not fill" },
-            { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5: it ends before" },
+            { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5 ends before" },
             { "a piece that ends behind", starts + 4 * 6, UINT32_MAX, starts + 4 * 6, UINT32_MAX, "token" },
             { "a score of NaN", 40 + 4 * 7, 0x7fc00000, 40 + 4 * 7, 0x7fc00000, "token 7: its score" },
             { "an end token", ends, n, ends, n, "no end token" },
@@ -397,6 +397,9 @@ static void test_spelled_bytes(void) {
         const char *bytes = piece(t, i, &n);
         bool is_byte = n == 1 && t->type[i] == PIECE_NORMAL && (unsigned char)*bytes == cases[i].byte;
         bool is_kept = n == pieces[i].n && !memcmp(bytes, pieces[i].at, n) && t->type[i] == PIECE_UNUSED;
+        size_t n_decoded;
+        decode(t, 0, i, &n_decoded);
+        check(n_decoded == n, "\"%s\": %zu bytes are decoded, wanted %zu", pieces[i].at, n_decoded, n);
         check(cases[i].byte >= 0 ? is_byte : is_kept, "\"%s\": got %zu bytes of type %d, wanted %d", pieces[i].at, n,
               t->type[i], cases[i].byte);
     }
@@ -478,6 +481,41 @@ static void test_end_tokens(void) {
     }
 }
 
+// What only fills a vocabulary up is never printed; a space in SPM is U+2581.
+static void test_unused(void) {
+    static const Text pieces[] = { TEXT("a"), TEXT("[PAD1]"), TEXT("\u2581b") };
+    static const int32_t types[] = { PIECE_NORMAL, PIECE_UNUSED, PIECE_UNUSED };
+    for (int bpe = 0; bpe <= 1; bpe++) {
+        Opened o;
+        Error e;
+        size_t n = 2 + !bpe, n_bytes;
+        bool ok = open_pieces(&o, bpe ? "gpt2" : "llama", pieces, n, types, n, NULL, 0, &e);
+        for (size_t id = 0; ok && id < n; id++) {
+            decode(&o.model.tokenizer, 0, (int)id, &n_bytes);
+            check(n_bytes == (id == 0), "\"%s\": %zu bytes are decoded", pieces[id].at, n_bytes);
+        }
+        check(ok, "unused pieces: got \"%s\"", e.text);
+        close_opened(&o);
+    }
+}
+
+// llama.cpp takes <|im_end|> for a control token, whatever a file says; </s> may be meant as text.
+static void test_unmarked_end(void) {
+    static const Text pieces[] = { TEXT("a"), TEXT("<|im_end|>"), TEXT("</s>"), TEXT("<|im_end|") };
+    for (int bpe = 0; bpe <= 1; bpe++) {
+        Opened o;
+        Error e;
+        bool ok = open_pieces(&o, bpe ? "gpt2" : "llama", pieces, 4, NULL, 0, NULL, 0, &e);
+        const Tokenizer *t = &o.model.tokenizer;
+        for (int id = 0; ok && id < 4; id++) {
+            check(is_end_token(t, id) == (id == 1) && t->type[id] == (id == 1 ? PIECE_CONTROL : PIECE_NORMAL),
+                  "\"%s\" of no type: got type %d", pieces[id].at, t->type[id]);
+        }
+        check(ok, "an end token of no type: got \"%s\"", e.text);
+        close_opened(&o);
+    }
+}
+
 // A section whose padding needs memory of its own: the buffer that is doubled where it is full has room for one byte.
 static void test_padding(void) {
     enum { N = 37, LENGTH = 376 };
@@ -542,6 +580,8 @@ static void test_damaged_vocabularies(void) {
     test_spelled_bytes();
     test_merge_texts();
     test_end_tokens();
+    test_unused();
+    test_unmarked_end();
     test_padding();
     test_many();
     test_damaged_pieces();
