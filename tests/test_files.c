@@ -13,7 +13,8 @@ static bool try_open(Bytes b, Error *e) {
         Error run = { 0 };
         int token = 0;
         // numbers that are not finite are refused here
-        if (make_runner(&m, (Settings){ 1, context, 1, false, false }, &s, &run)) run_tokens(&m, &s, &token, 1, 1, &run);
+        if (make_runner(&m, (Settings){ 1, context, 1, false, false }, &s, &run))
+            run_tokens(&m, &s, &token, 1, 1, &run);
         if (run.status != DONE && run.status != BAD_FILE && run.status != NO_MEMORY) e->status = -1, ok = false;
         free_runner(&s);
     }
@@ -1336,7 +1337,8 @@ static void test_broken_weights(void) {
         check(ok, "%s of %g: got \"%s\", wanted it to open", cases[i].tensor, cases[i].value, e.text);
         s.w.room[0] = (Row){ token, 0, 0, true };
         ok = ok && forward(&o.model, &s.w, &s.text, s.w.room, 1, &e);
-        check(s.text.n == ok, "%s of %g: the text has %d tokens after a pass", cases[i].tensor, cases[i].value, s.text.n);
+        check(s.text.n == ok, "%s of %g: the text has %d tokens after a pass", cases[i].tensor, cases[i].value,
+              s.text.n);
         ok = ok && make_logits(&o.model, &s.w, 0, 1, &e);
         check(!ok && e.status == BAD_FILE && strstr(e.text, cases[i].wanted) && strstr(e.text, "position 0"),
               "%s of %g: got \"%s\", wanted \"%s\"", cases[i].tensor, cases[i].value, e.text, cases[i].wanted);

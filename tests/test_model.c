@@ -39,7 +39,8 @@ static size_t n_logits_of(const Model *m) { return GOLDEN_TOKENS * (size_t)m->co
 static bool run_from(const Model *m, Runner *s, const int *ids, int from, int to, float *rows, Error *e) {
     size_t n_tokens = (size_t)m->config.n_tokens;
     for (int done = from; done < to;) {
-        int n = to - done < s->w.settings.batch ? to - done : s->w.settings.batch, n_rows = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
+        int n = to - done < s->w.settings.batch ? to - done : s->w.settings.batch;
+        int n_rows = n < LOGITS_AT_ONCE ? n : LOGITS_AT_ONCE;
         if (!run_tokens(m, s, ids + done, n, n_rows, e)) return false;
         done += n;
         for (int i = 0; i < n_rows; i++)
@@ -202,8 +203,8 @@ static void check_same_bits(const Model *m, const char *name, const int *ids, bo
     }
     Runner s;
     Error e = { 0 };
-    if (check(start_runner(m, (Setting){ exact, cache_f32, 1, 64, usable_kernels()[0] }, &s, &e), "%s: got \"%s\"", name,
-              e.text)) {
+    bool ok = start_runner(m, (Setting){ exact, cache_f32, 1, 64, usable_kernels()[0] }, &s, &e);
+    if (check(ok, "%s: got \"%s\"", name, e.text)) {
         for (int cut = 1; cut < GOLDEN_TOKENS; cut += exact ? 11 : 1) check_cut(&c, &s, cut);
     }
     free_runner(&s);
@@ -290,8 +291,9 @@ static void check_crowd(const Crowd *c, int threads) {
     int n_spare = cache.n_spare;
     for (int round = 0; ok && round < 60; round++) {
         int t = (int)random_below((size_t)c->n_texts), n = texts[t].n, of_other = texts[t / 2].n;
+        int most = of_other < c->same[t] ? of_other : c->same[t];
         if (random_below(3) == 0) rewind_sequence(&texts[t], (int)random_below((size_t)n + 1));
-        if (t > 0 && random_below(3) == 0) fork_sequence(&texts[t], &texts[t / 2], of_other < c->same[t] ? of_other : c->same[t]);
+        if (t > 0 && random_below(3) == 0) fork_sequence(&texts[t], &texts[t / 2], most);
         ok = run_rows(c, &w, texts, threads, &e);
         for (int i = 0; ok && i < c->n_texts; i++)
             check(!memcmp(texts[i].ids, c->ids[i], (size_t)texts[i].n * sizeof(int)), "text %d has other ids", i);
@@ -391,7 +393,8 @@ static void test_stops(void) {
     check(!run_tokens(&o.model, &s, ids, 9, 1, &e) && e.status == NO_ROOM && s.text.n == 8, "9 tokens in batches of 8");
     rewind_sequence(&s.text, 0);
     interrupted = SIGINT;
-    check(!prefill(&o.model, &s.w, &s.text, ids, 3, &e) && e.status == INTERRUPTED && s.text.n == 0, "prefill after Ctrl-C");
+    check(!prefill(&o.model, &s.w, &s.text, ids, 3, &e) && e.status == INTERRUPTED && s.text.n == 0,
+          "prefill after Ctrl-C");
     e.status = DONE;
     options.output = temporary("interrupted.logits");
     check(!run_logits(&o.model, &s.w, &s.text, &(Tokens){ ids, 3, 3, 0 }, &e) && e.status == INTERRUPTED,
