@@ -15,7 +15,7 @@
 #
 # CC, CFLAGS (for ./run), TEST_CFLAGS (for the test program), LDFLAGS and OPENMP can be given:
 #     make CC=clang CFLAGS="-O2 -g"
-#     make OPENMP=                                      one thread
+#     make OPENMP=                                      POSIX threads in place of OpenMP's
 #     make CFLAGS="-O3 -I$(brew --prefix libomp)/include" LDFLAGS="-L$(brew --prefix libomp)/lib"        macOS, Homebrew
 # No flag is needed for exact results, or for the fast kernels: the sources see to both. -ffast-math is refused.
 
@@ -34,12 +34,12 @@ OPENMP := $(or $(call try_openmp,-fopenmp),$(call try_openmp,-Xpreprocessor -fop
 endif
 endif
 
-LIBS = $(strip $(OPENMP) $(LDFLAGS) -lm)
+LIBS = $(strip $(or $(strip $(OPENMP)),-pthread) $(LDFLAGS) -lm)
 
 all: run
 
 run: run.c tokenizer.c build/flags
-	@$(if $(strip $(OPENMP)),:,echo 'Built without OpenMP: cria will use one thread.')
+	@$(if $(strip $(OPENMP)),:,echo 'Built without OpenMP: the threads are POSIX threads.')
 	$(CC) $(CFLAGS) $(WARNINGS) run.c $(LIBS) -o $@
 
 build/test: $(wildcard tests/*.c tests/*.h) run.c tokenizer.c build/flags
@@ -57,7 +57,7 @@ UNDEFINED = -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZERS = $(or $(call try_sanitizers,-fsanitize=address $(UNDEFINED)),$(call try_sanitizers,$(UNDEFINED)))
 
 build/attack: tests/attack.c run.c tokenizer.c build/flags
-	$(CC) -O1 -g -fno-omit-frame-pointer $(WARNINGS) $(SANITIZERS) tests/attack.c $(LDFLAGS) -lm -o $@
+	$(CC) -O1 -g -fno-omit-frame-pointer $(WARNINGS) $(SANITIZERS) -pthread tests/attack.c $(LDFLAGS) -lm -o $@
 
 test: run build/test
 	@sh tests/flags.sh "$(CC)"
@@ -80,7 +80,7 @@ bench: run
 	@python3 tests/compare.py $(BENCH)
 
 build/torture: tests/torture.c tests/faults.h run.c tokenizer.c build/flags
-	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/torture.c $(strip $(LDFLAGS) -lm) -o $@
+	$(CC) $(TEST_CFLAGS) $(WARNINGS) tests/torture.c $(strip -pthread $(LDFLAGS) -lm) -o $@
 
 torture: build/torture
 	@build/torture

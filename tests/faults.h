@@ -1,5 +1,5 @@
-// Calls of run.c that can fail, counted and made to fail. Included before ../run.c, whose own calls they become, and once
-// more behind it, which gives the names back.
+// Calls of run.c that can fail, counted and made to fail. Included before ../run.c, whose own calls they become, and
+// again after it, which gives the names back.
 //
 // A failure is as real as can be: where a stream has to fail, what is under it is exchanged for /dev/full or for a
 // directory, so that its error flag is set by the C library itself.
