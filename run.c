@@ -1649,7 +1649,7 @@ typedef struct Source {
     size_t n_bytes, rows_used;           // of the data; rows that belong to tensors of the model
 } Source;
 
-// Packs `rows` <= 16 rows from row `row` on, and the columns from `col` on. A tile that they do not fill comes as zeros.
+// Packs `rows` <= 16 rows from row `row` on, their columns from `col` on. A tile that they do not fill comes as zeros.
 typedef void PackTile(void *tile, const Source *s, size_t row, size_t rows, size_t col);
 
 struct SourceType {
@@ -5135,13 +5135,8 @@ INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
 MAKE_PRODUCTS(INLINE, neon, float32x4_t, vfmaq_n_f32(sum[i][j], w[j], x),
               vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))))
 
-INLINE int32x4_t sixteen_products(int32x4_t sum, int8x16_t x) {
-    int8x16_t y = vreinterpretq_s8_s32(sum);  // so that each round has products of its own
-    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(x), vget_low_s8(y))), vmull_high_s8(x, y));
-}
-
-MAKE_PEAK(static, neon, "w", int32x4_t, sixteen_products(sum[i], vreinterpretq_s8_s32(x)),
-          float32x4_t, vfmaq_f32(x, sum[i], x))
+MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the products would be made once
+          add_dots(sum[i], vreinterpretq_s8_s32(sum[i]), vreinterpretq_s8_s32(x)), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
 #define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
