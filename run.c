@@ -2424,7 +2424,7 @@ enum {
 typedef struct {
     const char *name;
     Pairing pairing;
-    int features;       // a sum of those above
+    int features;        // a sum of those above
     int global_every;    // n: every n-th layer has no window; 0: all have the same
     int no_rope_every;   // n: every n-th layer does not rotate; 0: all do
     double local_theta;  // of layers with a window; -1: rope_theta, unscaled; 0: they are like the others
@@ -2740,8 +2740,7 @@ static bool check_weights(const Model *m, Error *e) {
     return true;
 }
 
-// Checks a slot against its source, of which it is the next rows. Uses a native file's data where they are; of other
-// files, counts the bytes to pack.
+// Checks a slot against its source, of which it is the next rows. Points into a native file, or counts bytes to pack.
 static bool bind_slot(Model *m, Slot *slot, Error *e) {
     Source *s = slot->source;
     slot->first_row = s->rows_used;
@@ -2769,8 +2768,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     return true;
 }
 
-// Makes a model that can run from a checked configuration and the file's tensors: each that the model needs must be
-// there, and none may be left over.
+// Makes a checked configuration and the file's tensors a model that can run: none may be missing, none left over.
 static bool bind_model(Model *m, int threads, Error *e) {
     int features = find_family(m->config.family, e)->features | ALWAYS;
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
@@ -2792,7 +2790,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
         if (s->rows_used != s->rows)
             return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
                           s->rows_used ? "has rows that are" : "is", m->config.family);
-    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // a matrix of one number takes a tile of 2 KB
+    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
@@ -2993,7 +2991,7 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
-// Appends the tensor records. The weights come after them, the tokenizer and the chat template; h says where they end.
+// Appends the tensor records, counts them in h, and sets h->file_bytes to where the weights will end.
 static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Error *e) {
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->data != NULL;
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
@@ -3290,8 +3288,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return true;
 }
 
-// Makes the tokenizer's section of a native file. options.pre replaces the file's pre-tokenizer. False too if any key
-// asked for before was bad.
+// Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
@@ -3414,7 +3411,7 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // ---- llama2.c ----
 
 // v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, vectors of floats,
-// matrices as int8 in groups. The tensors come in this order, those of one name by layer; from v1 on all vectors come
+// matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
     "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
@@ -3502,7 +3499,7 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     }
     Container container = recognise(file.at, file.left);
     const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
-    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // llama2.c's files have zeros there
+    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // in these 64 bytes llama2.c's files have zeros
     while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
     if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
