@@ -2290,7 +2290,7 @@ enum {
 typedef struct {
     const char *name;
     Pairing pairing;
-    int features;       // a sum of those above
+    int features;        // a sum of those above
     int global_every;    // n: every n-th layer has no window; 0: all have the same
     int no_rope_every;   // n: every n-th layer does not rotate; 0: all do
     double local_theta;  // of layers with a window; -1: rope_theta, unscaled; 0: they are like the others
@@ -2374,7 +2374,6 @@ static double get_field(const Model *m, const ConfigField *f, int layer) {
     return f->type == INTEGER ? *(const int *)p : f->type == SINGLE ? (double)*(const float *)p : *(const double *)p;
 }
 
-// Sets a field if the value is within its limits.
 static bool set_field(Model *m, const ConfigField *f, int layer, double value, Error *e) {
     if (!(value >= f->min && value <= f->max) || (f->type == INTEGER && value != floor(value)))
         return refuse(e, "%s is %.10g, expected %s%g to %g", f->name, value,
@@ -2488,8 +2487,7 @@ static bool check_config(Model *m, Error *e) {
     c->pairing = family->pairing;
     c->wide_head_norms = family->features & WIDE_HEAD_NORMS;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
-        for (int l = 0; l < n_values(m, f); l++)
-            if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
+        for (int l = 0; l < n_values(m, f); l++) if (!set_field(m, f, l, get_field(m, f, l), e)) return false;
     if (c->rope_dim > c->head_dim || c->rope_dim % 2)
         return refuse(e, "rope_dim is %d, expected an even number up to %d", c->rope_dim, c->head_dim);
     for (int l = 0; l < c->n_layers; l++) {
@@ -2511,7 +2509,6 @@ static size_t slot_bytes(const Slot *s) {
     return s->is_vector ? s->cols * sizeof(float) : times(s->n, tensor_bytes(&matrix));
 }
 
-// Puts the tensor into the model.
 static void set_slot(Model *m, Slot *s, const unsigned char *data) {
     void *place = (s->layer < 0 ? (char *)m : (char *)&m->layers[s->layer]) + s->rule->offset;
     s->data = data;
@@ -2551,14 +2548,12 @@ static Source *find_source(const Model *m, const char *name) {
     return bsearch(name, m->sources, m->n_sources, sizeof *m->sources, by_name);
 }
 
-// The file's tensor for a slot, its own or a fused one (which native files may not have); or NULL.
+// The file's tensor for a slot: its own, or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
-    char name[NAME_BYTES];
-    Source *own = find_source(m, slot->name);
-    if (own || !slot->rule->fused) return own;
-    snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
-    Source *fused = find_source(m, name);
-    return fused && fused->type && fused->rows > slot->rows ? fused : NULL;
+    char name[NAME_BYTES] = "";
+    if (slot->rule->fused) snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    Source *own = find_source(m, slot->name), *fused = find_source(m, name);
+    return own ? own : fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
@@ -2611,8 +2606,7 @@ static bool check_weights(const Model *m, Error *e) {
     return true;
 }
 
-// Checks a slot against its source, of which it is the next rows. Uses a native file's data where they are; of other
-// files, counts the bytes to pack.
+// Checks a slot against its source, of which it is the next rows. Points into a native file, or counts bytes to pack.
 static bool bind_slot(Model *m, Slot *slot, Error *e) {
     Source *s = slot->source;
     slot->first_row = s->rows_used;
@@ -2640,8 +2634,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     return true;
 }
 
-// Makes a model that can run from a checked configuration and the file's tensors: each that the model needs must be
-// there, and none may be left over.
+// Makes a checked configuration and the file's tensors a model that can run: none may be missing, none left over.
 static bool bind_model(Model *m, int threads, Error *e) {
     int features = find_family(m->config.family, e)->features | ALWAYS;
     qsort(m->sources, m->n_sources, sizeof *m->sources, by_name);
@@ -2663,7 +2656,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
         if (s->rows_used != s->rows)
             return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
                           s->rows_used ? "has rows that are" : "is", m->config.family);
-    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // a matrix of one number takes a tile of 2 KB
+    if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
@@ -2795,10 +2788,10 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     Cursor c = file, sections[N_SECTIONS];
     take_into(&c, &h, sizeof h);
     if (c.bad) return refuse(e, "%zu bytes, expected a header of %zu", file.left, sizeof h);
-    unsigned long long n_bytes = h.file_bytes;
+    size_t n_bytes = (size_t)h.file_bytes;
     if (h.layout != LAYOUT)
         return refuse(e, "layout %u, expected %d: make it again: ./run SOURCE -m export -o FILE", h.layout, LAYOUT);
-    if (n_bytes != file.left) return refuse(e, "%zu bytes, expected %llu: not copied whole?", file.left, n_bytes);
+    if (n_bytes != file.left) return refuse(e, "%zu bytes, expected %zu: not copied whole?", file.left, n_bytes);
     for (int i = 0; i < N_SECTIONS; i++) {
         Section s = h.sections[i];
         if (s.at > file.left || s.n_bytes > file.left - s.at || s.at % 64)
@@ -2864,7 +2857,7 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
-// Appends the tensor records. The weights come after them, the tokenizer and the chat template; h says where they end.
+// Appends the tensor records, counts them in h, and sets h->file_bytes to where the weights will end.
 static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Error *e) {
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->data != NULL;
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
@@ -2872,11 +2865,10 @@ static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Erro
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
         uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
         uint64_t place[] = { h->file_bytes, slot_bytes(s) };
-        if (!s->data) continue;
-        if (!append(b, s->name, NAME_BYTES, e) || !append(b, shape, sizeof shape, e) ||
-            !append(b, place, sizeof place, e))
+        if (s->data && !(append(b, s->name, NAME_BYTES, e) && append(b, shape, sizeof shape, e) &&
+                         append(b, place, sizeof place, e)))
             return false;
-        h->file_bytes = round_up(h->file_bytes + place[1], 64);
+        if (s->data) h->file_bytes = round_up(h->file_bytes + place[1], 64);
     }
     return true;
 }
@@ -3002,7 +2994,7 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
     bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
+        g->bad = !refuse(g->error, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
                          k->is_array ? "an array of " : "", gguf_types[k->type].name,
                          is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
@@ -3014,8 +3006,7 @@ static double get_value(Gguf *g, const char *name, GgufType type, double min, do
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     bool fits = !k.value.at || (x >= min && x <= max);
     if (!fits && !g->bad)
-        g->bad = !fail(g->error, BAD_FILE, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min,
-                       max);
+        g->bad = !refuse(g->error, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min, max);
     return fits ? x : otherwise;
 }
 
@@ -3093,8 +3084,7 @@ static void complete_config(Model *m, const Family *f, int every, const Key *pat
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
-    if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim);
-    if (f->features & GEMMA) c->activation = GELU;
+    if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim), c->activation = GELU;
     if (f->features & CAPS && c->attention_cap == 0) c->attention_cap = 50;
     if (f->features & CAPS && c->logit_cap == 0) c->logit_cap = 30;
     float width = largest_gemma ? (float)c->dim / (float)m->layers->n_heads : (float)c->head_dim;
@@ -3164,8 +3154,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return true;
 }
 
-// Makes the tokenizer's section of a native file. options.pre replaces the file's pre-tokenizer. False too if any key
-// asked for before was bad.
+// Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
@@ -3221,11 +3210,17 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     return true;
 }
 
-// Adds the tensors of a part whose size is n_bytes to the model's sources.
-static bool read_gguf_tensors(Gguf *g, size_t n_bytes, Model *m, Error *e) {
+// Adds the tensors of a file of n_bytes, or of a part of a split one, to the model's sources.
+static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Error *e) {
     Cursor *c = &g->rest;
-    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32), n = g->n_tensors, before = m->n_sources;
+    size_t n = g->n_tensors, before = m->n_sources, parts = m->n_parts + 1;
+    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
+    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
+    size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad) return false;
+    if (number != part || (count ? count : 1) != parts)
+        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
+                      part, parts);
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - before || n > c->left / 24)  // 24: a tensor's bytes without its name and dimensions
         return refuse(e, "claims to have %zu tensors; %zu bytes are left", n, c->left);
@@ -3256,32 +3251,19 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
         if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
-    return !family.at || !memchr(family.at, 0, family.n) || refuse(e, "key general.architecture has a NUL in it");
-}
-
-// Reads a file, or a part of a split one: the first has all keys, the others only their number. Adds its tensors to m's
-// if the `whole` model is asked for. The caller frees g->keys.
-static bool read_gguf_part(Gguf *g, Cursor file, size_t part, Model *m, bool whole, Error *e) {
-    size_t parts = m->n_parts + 1;
-    *g = (Gguf){ .rest = file, .error = e };
-    if (!read_gguf_keys(g, e)) return false;
-    if (part == 1 && !find_key(g, "general.architecture")) return refuse(e, "key general.architecture is missing");
-    if (!whole) return true;
-    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
-    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
-    if (g->bad || (part == 1 && !find_family(g->family, e))) return false;
-    if (number != part || (count ? count : 1) != parts)
-        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
-                      part, parts);
-    return read_gguf_tensors(g, file.left, m, e);
+    if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
+    return !g->bad;
 }
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
-    Gguf g, part;
-    bool ok = read_gguf_part(&g, file, 1, m, whole, e);
+    Gguf g = { .rest = file, .error = e };
+    bool ok = read_gguf_keys(&g, e);
+    if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
+    if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
-        Cursor c = { m->parts[i].bytes, m->parts[i].n_bytes, false };
-        ok = read_gguf_part(&part, c, i + 2, m, true, e) || in_part(i + 2, e);
+        size_t n_bytes = m->parts[i].n_bytes;
+        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .error = e };
+        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, n_bytes, i + 2, m, e)) || in_part(i + 2, e);
         free(part.keys);
     }
     int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
@@ -3295,7 +3277,7 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // ---- llama2.c ----
 
 // v0: seven integers, then floats. v1: a header of 256 bytes, then floats. v2: the same header, vectors of floats,
-// matrices as int8 in groups. The tensors come in this order, those of one name by layer; from v1 on all vectors come
+// matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
     "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
@@ -3383,7 +3365,7 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
     }
     Container container = recognise(file.at, file.left);
     const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
-    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // llama2.c's files have zeros there
+    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // in these 64 bytes llama2.c's files have zeros
     while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
     if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
