@@ -3968,7 +3968,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     return true;
 }
 
-// Replaces what could steer a terminal by question marks: control characters not in `kept`, and bytes that are no UTF-8.
+// Puts ? for what could steer a terminal: control characters that are not in `kept`, and bytes that are not UTF-8.
 static void disarm(char *s, size_t n, const char *kept) {
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t c;
@@ -4146,7 +4146,7 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
 static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
 static Span closing(const char *form) { return (Span){ strchr(form, '@') + 1, strlen(strchr(form, '@') + 1), true }; }
 
-enum { MAX_SPANS = 7 };  // of the first turn: three of the system prompt, three of the message, and the answer's opening
+enum { MAX_SPANS = 7 };  // in the first turn: 3 for the system prompt, 3 for the message, 1 opens the answer
 
 // What the model reads before it answers: the end of its last answer or the system prompt, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
@@ -4376,7 +4376,7 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
     for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
         tokens->ids[chunk * size] = m->tokenizer.bos;
-    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
+    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // a chunk's last token predicts nothing
         int n = 0;
         for (; n < w->settings.batch && done < n_rows; n++, done++) {
             size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
@@ -4604,7 +4604,7 @@ static const char *rate_text(char text[32], double n, double seconds) {
     return text;
 }
 
-// The steps of a test. Those of attention share a load, so they show the rate of all of them.
+// The steps of a test. Those of attention, ATTEND to MIX, share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
     char gb[32], gop[32];
     const char *before = "";
@@ -4617,15 +4617,15 @@ static void put_profile(const Measured *r) {
         StepTime t = step_time(i, r->threads);
         bool attends = i >= ATTEND && i <= MIX;
         const Load *load = &r->steps[attends ? ATTEND : i];
-        const char *gb_per_s = rate_text(gb, load->bytes, attends ? attending : t.seconds);
-        const char *gop_per_s = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        const char *bytes = rate_text(gb, load->bytes, attends ? attending : t.seconds);
+        const char *ops = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
         if (!t.calls) continue;
         if (options.json)
             printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
-                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, gb_per_s, gop_per_s, t.waiting);
+                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, bytes, ops, t.waiting);
         else
             printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
-                   total > 0 ? 100 * t.seconds / total : 0, gb_per_s, gop_per_s, t.waiting * 1e3);
+                   total > 0 ? 100 * t.seconds / total : 0, bytes, ops, t.waiting * 1e3);
         before = ",";
     }
     if (options.json) putchar(']');
@@ -4720,7 +4720,7 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     return true;
 }
 
-// Every test with every number of threads. The ceilings are measured just before, since machines are shared and throttle.
+// Every test with every number of threads. The ceilings are measured beside, since machines are shared and throttle.
 static bool time_tests(Bench *b, Error *e) {
     for (int j = 0; j < options.threads.n; j++) {
         int threads = options.threads.at[j];
@@ -4790,7 +4790,7 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     if (i > 0) return true;  // the texts have their `depth` tokens already
     for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
     bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
-    for (int k = 1; ok && k < largest(options.parallel); k++) fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
+    for (int k = largest(options.parallel); ok && k-- > 1;) fork_sequence(&b->sequences[k], b->sequences, b->depth);
     return ok;
 }
 
