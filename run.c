@@ -31,7 +31,7 @@
      E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
-   chapters 4 and 5 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
+   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
    nowhere else (which the pragmas below forbid the compiler), and no option that reorders arithmetic is allowed. */
 
 #if defined(__clang__)
@@ -3862,7 +3862,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     return true;
 }
 
-// Replaces what could steer a terminal by question marks: control characters not in `kept`, and bytes that are no UTF-8.
+// Puts ? for what could steer a terminal: control characters that are not in `kept`, and bytes that are not UTF-8.
 static void disarm(char *s, size_t n, const char *kept) {
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t c;
@@ -4057,7 +4057,7 @@ static Span trimmed(const char *text, size_t n, bool start, bool end) {
 static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
 static Span closing(const char *form) { return (Span){ strchr(form, '@') + 1, strlen(strchr(form, '@') + 1), true }; }
 
-enum { MAX_SPANS = 7 };  // of the first turn: three of the system prompt, three of the message, and the answer's opening
+enum { MAX_SPANS = 7 };  // in the first turn: 3 for the system prompt, 3 for the message, 1 opens the answer
 
 // What the model reads before it answers: the end of its last answer or the system prompt, and the message.
 static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
@@ -4112,16 +4112,14 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     ok = ok && generate(m, w, &c, &why, e);
     if (ok) count_made(speed, &c, start);
     if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
-    if (!ok && e->status == INTERRUPTED) {  // Ctrl-C while it was reading: as if nothing had been said
-        rewind_sequence(s, n_before);
-        e->status = DONE;
-        ok = true;
-    }
-    if (ok) putchar('\n');
+    if (!ok && e->status != INTERRUPTED) return false;
+    if (!ok) rewind_sequence(s, n_before);  // Ctrl-C while it was reading: as if nothing had been said
+    e->status = DONE;
+    putchar('\n');
     fflush(stdout);
-    if (ok && why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
-    if (ok && why == AT_INTERRUPT) interrupted = 0;
-    return ok;
+    if (why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    if (why == AT_INTERRUPT) interrupted = 0;
+    return true;
 }
 
 // Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it.
@@ -4289,7 +4287,7 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
     for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
         tokens->ids[chunk * size] = m->tokenizer.bos;
-    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // the last token of a chunk predicts nothing
+    for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // a chunk's last token predicts nothing
         int n = 0;
         for (; n < w->settings.batch && done < n_rows; n++, done++) {
             size_t chunk = done / (size - 1), at = done % (size - 1), text = chunk % (size_t)n_texts;
@@ -4419,18 +4417,16 @@ static int largest(List list) {
     return most;
 }
 
-// ---- Results: a table, and a picture ----
+// ---- Results ----
 
 // How fast it was, and how fast it could be.
 typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
 
 typedef struct {
     char test[64];
-    const char *kernel;
     int threads, n_tokens;
     Load load, ceiling;       // of a run; in a nanosecond
     Load steps[N_STEPS];      // the load's parts
-    int parallel;             // texts generated together; 0: a prompt
     double ns[MAX_RUNS];      // nanoseconds of each run
     double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
     Rate memory, arithmetic;  // reading; this mix of operations
@@ -4450,7 +4446,7 @@ typedef struct Bench {
     const Model *m;
     Workspace *workspace;
     Sequence *sequences;
-    int *tokens, depth, parallel;  // (S)
+    int *tokens, depth, parallel;  // tokens (S)
     // matmul: products, without a model
     Tensor w;
     size_t n_products;
@@ -4517,7 +4513,7 @@ static const char *rate_text(char text[32], double n, double seconds) {
     return text;
 }
 
-// The steps of a test. Those of attention share a load, so they show the rate of all of them.
+// The steps of a test. Those of attention, ATTEND to MIX, share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
     char gb[32], gop[32];
     const char *before = "";
@@ -4530,32 +4526,33 @@ static void put_profile(const Measured *r) {
         StepTime t = step_time(i, r->threads);
         bool attends = i >= ATTEND && i <= MIX;
         const Load *load = &r->steps[attends ? ATTEND : i];
-        const char *gb_per_s = rate_text(gb, load->bytes, attends ? attending : t.seconds);
-        const char *gop_per_s = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        const char *bytes = rate_text(gb, load->bytes, attends ? attending : t.seconds);
+        const char *ops = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
         if (!t.calls) continue;
         if (options.json)
             printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
-                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, gb_per_s, gop_per_s, t.waiting);
+                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, bytes, ops, t.waiting);
         else
             printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
-                   total > 0 ? 100 * t.seconds / total : 0, gb_per_s, gop_per_s, t.waiting * 1e3);
+                   total > 0 ? 100 * t.seconds / total : 0, bytes, ops, t.waiting * 1e3);
         before = ",";
     }
     if (options.json) putchar(']');
 }
 
 // llama-bench's columns, then ours; or a member of a JSON list.
-static void put_result(const Measured *r, const char *title, bool first) {
+static void put_result(const Bench *b, const Measured *r) {
     static const char head[] = "| model                  | backend  | threads | test                  "
                                "|              t/s |   GB/s |   Gop/s | of limit |\n";
+    bool first = r == b->results;
     if (options.json) {
         printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
                "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
                "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
-               first ? "" : ",", title, r->kernel, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
+               first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
                r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
                r->percent);
-        if (r->parallel) printf(",\n   \"parallel\": %d", r->parallel);
+        if (b->parallel) printf(",\n   \"parallel\": %d", b->parallel);
         time_t now = time(NULL);
         char date[32] = "";
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
@@ -4565,8 +4562,9 @@ static void put_result(const Measured *r, const char *title, bool first) {
     } else {
         for (const char *p = first ? head : ""; *p; p++) putchar(*p);
         for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", title, r->kernel,
-               r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached, r->percent);
+        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", b->title,
+               kernels->name, r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached,
+               r->percent);
     }
     if (profile) put_profile(r);
     if (options.json) putchar('}');
@@ -4620,7 +4618,7 @@ static void draw_roofline(const Bench *b, FILE *f) {
 
 // ---- Tests ----
 
-// Times a test; the first run does not count, since it finds the caches cold.
+// Times a test. The first run does not count, since it finds the caches cold.
 static bool time_test(Bench *b, Measured *r, Error *e) {
     for (int i = -1; i < options.reps; i++) {
         double start = clock_seconds();
@@ -4629,11 +4627,12 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
         if (i < 0 && profile) memset(profile, 0, (size_t)r->threads * sizeof *profile);
     }
     conclude(r, (int)options.reps);
-    put_result(r, b->title, b->n_results++ == 0);
+    put_result(b, r);
+    b->n_results++;
     return true;
 }
 
-// Every test with every number of threads. The ceilings are measured just before, since machines are shared and throttle.
+// Every test with every number of threads. The ceilings are measured beside, since machines are shared and throttle.
 static bool time_tests(Bench *b, Error *e) {
     for (int j = 0; j < options.threads.n; j++) {
         int threads = options.threads.at[j];
@@ -4641,7 +4640,7 @@ static bool time_tests(Bench *b, Error *e) {
                          best_rate(threads, NULL, false) };
         for (int i = 0; i < b->n_tests; i++) {
             Measured *r = &b->results[b->n_results];
-            *r = (Measured){ .kernel = kernels->name, .threads = threads, .ceiling = ceiling };
+            *r = (Measured){ .threads = threads, .ceiling = ceiling };
             if (!b->prepare(b, i, r, e) || (r->n_tokens && !time_test(b, r, e))) return false;
         }
     }
@@ -4695,7 +4694,6 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     b->workspace->settings.threads = r->threads;
     int n = t < 0 ? options.pp.at[i] : options.tg.at[t / options.parallel.n];
     r->n_tokens = t < 0 ? n : n * b->parallel;
-    r->parallel = b->parallel;
     r->load = load_of(b->m, b->workspace, b->depth, n, b->parallel, r->steps);
     int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
     if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
@@ -4703,21 +4701,20 @@ static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
     if (i > 0) return true;  // the texts have their `depth` tokens already
     for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
     bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
-    for (int k = 1; ok && k < largest(options.parallel); k++) fork_sequence(&b->sequences[k], &b->sequences[0], b->depth);
+    for (int k = largest(options.parallel); ok && k-- > 1;) fork_sequence(&b->sequences[k], b->sequences, b->depth);
     return ok;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
-    static Bench b = { .prepare = prepare_model, .run = run_model };
-    int context = w->settings.context;
-    b.n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
-    b.m = m, b.workspace = w, b.sequences = texts;
+    int context = w->settings.context, n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
+    Bench b = { .n_tests = n_tests, .prepare = prepare_model, .run = run_model, .m = m, .workspace = w,
+                .sequences = texts };
     if (!(b.tokens = allocate((size_t)context, sizeof *b.tokens, e))) return false;
     for (int i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
     snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
-    if (options.profile && !(profile = allocate((size_t)w->settings.threads, sizeof *profile, e))) return false;
-    bool ok = run_tests(&b, &kernels->name, 1, e);
+    bool ok = !options.profile || (profile = allocate((size_t)w->settings.threads, sizeof *profile, e));
+    ok = ok && run_tests(&b, &kernels->name, 1, e);
     free(profile);
     profile = NULL;
     free(b.tokens);
@@ -4761,11 +4758,11 @@ static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
 
 static bool run_matmul(Error *e) {
     static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
-    static Bench b = { .title = "matrix products", .prepare = prepare_products, .run = run_products };
+    Bench b = { .title = "matrix products", .n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n,
+                .prepare = prepare_products, .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
     if (!(b.y = allocate((size_t)n * MOST_ROWS, sizeof *b.y, e))) return false;
-    b.n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n;
     bool ok = options.kernel ? run_tests(&b, &options.kernel, 1, e) : run_tests(&b, sets, 5, e);
     free(b.y);
     return ok;

@@ -749,6 +749,144 @@ static void test_picture(void) {
     free_result(&r);
 }
 
+// ---- What bench prints ----
+
+// The value of the first member of that name in JSON that begins there; "" if there is none.
+static const char *json_member(const char *object, const char *name) {
+    static char value[4][100];
+    static int next;
+    char key[40], *to = value[next = (next + 1) % 4];
+    snprintf(key, sizeof key, "\"%s\": ", name);
+    const char *p = strstr(object, key), *begin = p ? p + strlen(key) : NULL, *end = p ? json_value(begin) : NULL;
+    snprintf(to, sizeof value[0], "%.*s", end ? (int)(end - begin) : 0, end ? begin : "");
+    return to;
+}
+
+// The steps that a model of two layers takes, and how often, by hand. A token alone is prepared by each thread for
+// itself, without a step; and so is the row of one prompt that wants logits.
+static void test_profile(void) {
+    static const struct { const char *arguments, *steps; } cases[] = {
+        { "$tied --pp 0 --tg 3",
+          "embed 3, query, key, value 6, rotate, cache 6, attention 6, attention out 6, gate, up 6, down 6, "
+          "logits 3, " },
+        { "$tied --pp 3 --tg 0",
+          "embed 1, attention norm 2, query, key, value 2, rotate, cache 2, attention 2, round attended 2, "
+          "attention out 2, ffn norm 2, gate, up 2, round hidden 2, down 2, logits 1, " },
+        { "$tied --pp 3 --tg 0 -b 2",  // two tokens, then one
+          "embed 2, attention norm 2, query, key, value 4, rotate, cache 4, attention 4, round attended 2, "
+          "attention out 4, ffn norm 2, gate, up 4, round hidden 2, down 4, logits 1, " },
+        { "$tied --pp 0 --tg 2 --parallel 20",  // logits of 16, then of 4
+          "embed 2, attention norm 4, query, key, value 4, rotate, cache 4, attention 4, round attended 4, "
+          "attention out 4, ffn norm 4, gate, up 4, round hidden 4, down 4, final norm 4, logits 4, " },
+        { "tests/golden/mixtral.gguf --pp 0 --tg 1",  // its two visits are prepared together
+          "embed 1, query, key, value 2, rotate, cache 2, attention 2, attention out 2, router 2, choose experts 2, "
+          "list visitors 2, round visitors 2, gate, up 2, round hidden 2, down 2, logits 1, " },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char arguments[200], got[1000] = "";
+        double total = 0;
+        snprintf(arguments, sizeof arguments, "%s -m bench --profile --json -q -j 2 --reps 2", cases[i].arguments);
+        Result r = run_with(arguments);
+        for (const char *p = r.out; (p = strstr(p, "{\"step\": \"")); p++) {
+            double seconds = strtod(json_member(p, "seconds"), NULL);
+            double waiting = strtod(json_member(p, "waiting_seconds"), NULL);
+            const char *name = json_member(p, "step"), *rate = json_member(p, "gb_per_s");
+            bool has_load = strstr("\"query, key, value\" \"attention\" \"attention out\" \"router\" \"gate, up\" "
+                                   "\"down\" \"logits\"", name) != NULL;
+            snprintf(got + strlen(got), sizeof got - strlen(got), "%.*s %s, ", (int)strlen(name) - 2, name + 1,
+                     json_member(p, "calls"));
+            check(seconds > 0 && waiting >= 0 && waiting <= seconds * 1.000001, "%s, step %s: %g s, of them %g waiting",
+                  arguments, name, seconds, waiting);
+            check(has_load ? strtod(rate, NULL) > 0 && strtod(json_member(p, "gop_per_s"), NULL) > 0
+                           : !strcmp(rate, "null") && !strcmp(json_member(p, "gop_per_s"), "null"),
+                  "%s, step %s: got %s GB/s and %s Gop/s", arguments, name, rate, json_member(p, "gop_per_s"));
+            total += seconds;
+        }
+        check(r.status == 0 && is_json(r.out) && !strcmp(got, cases[i].steps), "%s: got the steps %s", arguments, got);
+        check(total > 0 && total < 120, "%s: got %g seconds in all", arguments, total);
+        free_result(&r);
+    }
+}
+
+// A profile of two threads and two runs, of which the second thread has no part in the first step: the table's numbers
+// by hand. Scores and the mix share the load of attention, which took 3 + 5 ms. A test that took no time has no rates.
+static void test_profile_table(void) {
+    static StepTime times[2][N_STEPS];
+    static const char head[] = "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n";
+    static const char *const wanted[] = {
+        "  embed                      2      2.000   10.0 %        -        -        0.500\n"
+        "  attention: scores          2      3.000   15.0 %      2.0     10.0        1.000\n"
+        "  attention: mix             2      5.000   25.0 %      2.0     10.0        0.000\n"
+        "  down                       2     10.000   50.0 %      0.6     12.0        2.000\n",
+        "  embed                      2      0.000    0.0 %        -        -        0.000\n"
+        "  down                       2      0.000    0.0 %        -        -        0.000\n", "",
+    };
+    Measured r = { .threads = 2 };
+    r.steps[ATTEND] = (Load){ 16e6, 0, 8e7 }, r.steps[DOWN] = (Load){ 6e6, 1e8, 2e7 };
+    options.reps = 2;
+    profile = times;
+    for (int i = 0; i < 3; i++) {
+        char text[1000];
+        memset(times, 0, sizeof times);
+        for (int k = 0; k < 2 && i < 2; k++) times[k][DOWN].calls = 4;
+        if (i < 2) times[0][EMBED].calls = 4;
+        if (i == 0) {
+            times[0][EMBED] = (StepTime){ 4, 0.004, 0.001 };
+            times[0][SCORE] = (StepTime){ 4, 0.006, 0.001 }, times[1][SCORE] = (StepTime){ 4, 0.006, 0.003 };
+            times[0][MIX] = times[1][MIX] = (StepTime){ 4, 0.010, 0 };
+            times[0][DOWN] = (StepTime){ 4, 0.019, 0 }, times[1][DOWN] = (StepTime){ 4, 0.021, 0.008 };
+        }
+        fflush(stdout);
+        int kept = exchange(stdout, temporary("profile"), O_WRONLY | O_CREAT | O_TRUNC);
+        put_profile(&r);
+        fflush(stdout);
+        put_back(stdout, kept);
+        char *got = read_text(temporary("profile"));
+        snprintf(text, sizeof text, "%s%s", head, wanted[i]);
+        check(got && !strcmp(got, text), "a profile, case %d: got\n%swanted\n%s", i, got ? got : "nothing\n", text);
+        free(got);
+    }
+    profile = NULL;
+    options.reps = 0;
+}
+
+// Each length of prompt and each number of texts at each depth, in order; and what was measured with what, and when.
+static void test_bench(void) {
+    static const char *const wanted[] = { "pp3", "tg2", "tg2 x 3", "tg2 x 20", "pp3 @ d5", "tg2 @ d5", "tg2 x 3 @ d5",
+                                          "tg2 x 20 @ d5" };
+    static const char *const parallel[] = { "", "1", "3", "20" };
+    time_t before = time(NULL);
+    Result r = run_with("$mixed -m bench --json -q --pp 3 --tg 2 --depth 0,5 --parallel 1,3,20 --reps 1 -j 2");
+    char *cpus = read_text("/proc/cpuinfo"), cpu[100];
+    const char *p = r.out;
+    int n = 0;
+    for (char *end; (p = strstr(p, "{\"model\": ")); p += 10, n++) {
+        if ((end = strstr(p + 1, "{\"model\": "))) end[-1] = 0;
+        char test[40], *name = cpu;
+        struct tm t = { 0 };
+        snprintf(test, sizeof test, "\"%s\"", wanted[n % 8]);
+        snprintf(cpu, sizeof cpu, "%s", json_member(p, "cpu"));
+        bool dated = sscanf(json_member(p, "date"), "\"%d-%d-%dT%d:%d:%dZ\"", &t.tm_year, &t.tm_mon, &t.tm_mday,
+                            &t.tm_hour, &t.tm_min, &t.tm_sec) == 6;
+        t.tm_year -= 1900, t.tm_mon--;
+        time_t date = timegm(&t);
+        check(!strcmp(json_member(p, "test"), test) && !strcmp(json_member(p, "parallel"), parallel[n % 4]),
+              "bench, result %d: got %s and parallel %s, wanted %s", n, json_member(p, "test"),
+              json_member(p, "parallel"), test);
+        check(dated && date >= before && date <= time(NULL), "bench, result %d: got the date %s", n,
+              json_member(p, "date"));
+        check(strpbrk(json_member(p, "compiler"), "0123456789"), "bench, result %d: got the compiler %s", n,
+              json_member(p, "compiler"));
+        if (strlen(cpu) > 2) cpu[strlen(cpu) - 1] = 0, name++;
+        check(strlen(name) > 0 && (!cpus || !strstr(cpus, "model name") || strstr(cpus, name)),
+              "bench, result %d: got the CPU %s", n, name);
+        if (end) end[-1] = ' ';
+    }
+    check(r.status == 0 && n == 8 && is_json(r.out), "bench: got status %d and %d results, wanted 8", r.status, n);
+    free(cpus);
+    free_result(&r);
+}
+
 // ---- The environment ----
 
 // The address sanitizer makes frames several times as large: 64 kB do not hold them.
@@ -1229,6 +1367,9 @@ static void test_command_line(void) {
     test_json();
     test_exports();
     test_picture();
+    test_bench();
+    test_profile();
+    test_profile_table();
     test_environment();
     test_small_stacks();
     test_chats();

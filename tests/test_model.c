@@ -536,29 +536,68 @@ static void test_hashes(void) {
 
 // ---- What bench counts ----
 
+// Three texts after the same five tokens: they get the same tokens, so the same logits, which are those of one alone.
+static void test_parallel(void) {
+    enum { N = 3, DEPTH = 5, MADE = 2 };
+    Opened o = open_golden("llama_tied.gguf");
+    Runner alone;
+    Workspace w;
+    Cache cache;
+    Sequence texts[N];
+    Error e = { 0 };
+    Settings settings = { .threads = 2, .context = 16, .batch = 8 };
+    int tokens[16], n_tokens = o.model.config.n_tokens;
+    bool ok = make_workspace(&o.model, &w, settings, &e) && make_cache(&o.model, &cache, settings, N, &e) &&
+              make_runner(&o.model, settings, &alone, &e);
+    for (int i = 0; ok && i < N; i++) texts[i] = new_sequence(&cache, i);
+    for (int i = 0; i < 16; i++) tokens[i] = i * 7 % n_tokens;
+    options.pp = (List){ 1, { 4 } }, options.tg = (List){ 1, { MADE } };
+    options.depth = (List){ 1, { DEPTH } }, options.parallel = (List){ 2, { 1, N } };
+    Bench b = { .m = &o.model, .workspace = &w, .sequences = texts, .tokens = tokens };
+    Measured r = { .threads = 2 };
+    for (int i = 0; ok && i < 3; i++)  // the prompt, one text, three; each twice, since what a run has added goes again
+        ok = prepare_model(&b, i, &r, &e) && run_model(&b, &r, &e) && run_model(&b, &r, &e);
+    check(ok && r.n_tokens == N * MADE && !strcmp(r.test, "tg2 x 3 @ d5"),
+          "texts together: got %d tokens, %s and \"%s\"", r.n_tokens, r.test, e.text);
+    ok = ok && run_tokens(&o.model, &alone, tokens, DEPTH, 0, &e) && run_tokens(&o.model, &alone, tokens, 1, 1, &e) &&
+         run_tokens(&o.model, &alone, tokens + 1, 1, 1, &e);
+    for (int i = 0; ok && i < N; i++)
+        check(texts[i].n == DEPTH + MADE && !memcmp(texts[i].ids, alone.text.ids, (DEPTH + MADE) * sizeof(int)) &&
+                  !memcmp(w.logits + (size_t)i * w.logits_stride, alone.w.logits, (size_t)n_tokens * sizeof(float)),
+              "text %d of %d together: got %d tokens, or other ones or other logits than alone", i, N, texts[i].n);
+    check(ok, "texts together: got \"%s\"", e.text);
+    options.pp = options.tg = options.depth = options.parallel = (List){ 0, { 0 } };
+    free_runner(&alone);
+    munmap(w.arena, w.arena_bytes), munmap(cache.arena, cache.arena_bytes);
+    close_opened(&o);
+}
+
 // Expected by hand. llama_mqa: 2 layers of 30 dimensions, 5 heads of 6 that share one key/value head, 36 in the
 // feed-forward layer, 135 tokens; in f32, tiles of 16 rows by 32 columns. A layer's matrices have 3 * 36 * 30 +
 // 2 * 30 * 30 + 2 * 6 * 30 = 5400 numbers and, padded, (2 * 48 + 64) * 32 + 2 * (32 + 16) * 32 = 8192 of 4 bytes; the
 // head has 4050, and padded 144 * 32. A position of the cache has 2 * 6 * 4 = 48 bytes a layer.
 static void test_counts(void) {
-    static const struct { const char *name; int past, n; bool exact, one_by_one; Load wanted; } cases[] = {
+    static const struct { const char *name; int past, n; bool exact; int parallel; Load wanted; } cases[] = {
         // two tokens that see 1 and 2, then one that sees 3; each 4 * 30 operations a position and layer
-        { "llama_mqa.gguf", 0, 3, true, false,
+        { "llama_mqa.gguf", 0, 3, true, 0,
           { 2 * 2 * 32768 + 18432 + 2 * 48 * (2 + 3), 0, 2 * (2 * 3 * 5400 + 4050) + 2 * 120 * (1 + 2 + 3) } },
-        { "llama_mqa.gguf", 5, 2, true, true,
+        { "llama_mqa.gguf", 5, 2, true, 1,
           { 2 * (2 * 32768 + 18432) + 2 * 48 * (6 + 7), 0, 2 * 2 * (2 * 5400 + 4050) + 2 * 120 * (6 + 7) } },
+        // three texts read the weights together, and each its own cache
+        { "llama_mqa.gguf", 5, 2, true, 3,
+          { 2 * (2 * 32768 + 18432) + 3 * 2 * 48 * (6 + 7), 0, 3 * (2 * 2 * (2 * 5400 + 4050) + 2 * 120 * (6 + 7)) } },
         // 2 of 5 experts of 3 * 32 * 40 numbers in each of 2 layers: of all 38400, 19200 in q8, 6400 in q4, the others
         // in 16 bits; 3072 of attention, 5 * 32 of the router, 131 * 32 of the head; 4 heads of 8 that see 1 position
-        { "mixtral.gguf", 0, 1, false, true,
+        { "mixtral.gguf", 0, 1, false, 1,
           { 0, 2 * 25600 * 2 / 5.0, 2 * (12800 * 2 / 5.0 + 2 * (3072 + 160) + 4192) + 2 * 4 * 32 } },
-        { "mixtral.gguf", 0, 1, true, true, { 0, 0, 2 * (38400 * 2 / 5.0 + 2 * (3072 + 160) + 4192) + 2 * 4 * 32 } },
+        { "mixtral.gguf", 0, 1, true, 1, { 0, 0, 2 * (38400 * 2 / 5.0 + 2 * (3072 + 160) + 4192) + 2 * 4 * 32 } },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Opened o = open_golden(cases[i].name);
         Workspace w = { .settings = { .batch = 2, .exact = cases[i].exact, .cache_f32 = cases[i].exact } };
         Load steps[N_STEPS];
         const Load *wanted = &cases[i].wanted;
-        Load got = load_of(&o.model, &w, cases[i].past, cases[i].n, cases[i].one_by_one, steps);
+        Load got = load_of(&o.model, &w, cases[i].past, cases[i].n, cases[i].parallel, steps);
         check(got.int8 == wanted->int8 && got.f32 == wanted->f32 && (!wanted->bytes || got.bytes == wanted->bytes),
               "%s, %d tokens after %d: got %g bytes, %g and %g operations, wanted %g, %g and %g", cases[i].name,
               cases[i].n, cases[i].past, got.bytes, got.int8, got.f32, wanted->bytes, wanted->int8, wanted->f32);
@@ -574,6 +613,7 @@ static void test_counts(void) {
     conclude(&r, 2);
     check(r.percent == 50 && r.bound == &r.memory && r.arithmetic.reached == 0.5 && r.spread == 0,
           "what reads: got %g %% of %s", r.percent, r.bound->what);
+    test_parallel();
 }
 
 // ---- Stories ----
