@@ -31,8 +31,8 @@
      E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
-   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, a fused multiply-add is used where fmaf is written and
-   nowhere else (which the pragmas below forbid the compiler), and no option that reorders arithmetic is allowed. */
+   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, and a fused multiply-add is used where fmaf is
+   written and nowhere else: the pragmas below forbid it to the compiler, and options that reorder arithmetic. */
 
 #if defined(__clang__)
 #ifdef __x86_64__  // undoes part of what clang has no macro for: -freciprocal-math, -fno-signed-zeros, ...
@@ -417,7 +417,7 @@ typedef struct {
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
-// A weight is read once for up to 128 tokens; if x is wide for fewer, so that their 8192 blocks stay in a cache of 1 MB.
+// A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
