@@ -3814,7 +3814,7 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
    puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
 
-// Logits of row i of those that wanted some in the last pass, with i = 0, 1, 2 ...; NULL: not finite.
+// Logits of row i of those that wanted some in the last pass, asked for in order: 0, 1, 2 ...; NULL: not finite.
 //     returns (V)
 static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
     int left = w->n_wanted - i, n = left < LOGITS_AT_ONCE ? left : LOGITS_AT_ONCE, at = i % LOGITS_AT_ONCE;
