@@ -715,8 +715,9 @@ static size_t match_rule(const Characters *x, const char *rule, size_t at, size_
     return at;
 }
 
-// Gives each byte the bits of its character.
-static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
+// Gives each byte the bits of its character, and sets CUT at the first byte of each word.
+static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
+    Characters x = {s, class, t->set_bits};
     for (size_t i = 0; i < n;) {
         uint32_t code = 0;
         int length = read_character(s + i, n - i, &code);
@@ -724,14 +725,8 @@ static void classify(const Tokenizer *t, const char *s, size_t n, uint16_t *clas
         else if (code >= GAP) code = code - GAP_END < N_CLASSIFIED - GAP ? code - GAP_END + GAP : N_CLASSIFIED;
         uint16_t bits = t->sets_of[code];
         class[i++] = bits;
-        for (int rest = length - 1; rest > 0; rest--) class[i++] = bits | CONTINUES;
+        for (; length > 1; length--) class[i++] = bits | CONTINUES;
     }
-}
-
-// Sets CUT at the first byte of every word.
-static void cut_words(const Tokenizer *t, const char *s, size_t n, uint16_t *class) {
-    Characters x = {s, class, t->set_bits};
-    classify(t, s, n, class);
     class[0] |= CUT;
     for (const char *const *rule = pre_tokenizers[t->pre].rules; *rule; rule++) {
         for (size_t at = 0, end; at < n; at = end) {  // a word of the rules before
@@ -834,11 +829,10 @@ static uint32_t score_order(float score) {
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
-    bool bpe = t->kind == BPE, is_pair = (size_t)a->next < c->n_symbols;
-    uint32_t rank = UINT32_MAX;
-    if (bpe && is_pair) rank = (uint32_t)at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
-    int id = bpe || !is_pair ? -1 : find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what));
-    set_rank(c, left, id >= 0 ? score_order(t->score[id]) : rank);
+    bool is_pair = (size_t)a->next < c->n_symbols, is_spm = t->kind == SPM;
+    int found = !is_pair ? -1 : is_spm ? find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what))
+                                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
+    set_rank(c, left, is_spm && found >= 0 ? score_order(t->score[found]) : (uint32_t)found);
 }
 
 // Joins pairs, the least rank first; among equal ranks, the leftmost.
