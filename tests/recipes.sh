@@ -49,7 +49,7 @@ sed -i.old '/^static const Kernels .const all_kernels/s/&scalar };/\&another, &/
 grep -q '^static const Kernels .const all_kernels.*&another, &scalar };' $here/run.c
 
 # It doubles the vectors that the embedding gives, which are halved before: so the logits stay as they are.
-recipe "a step: its name here and in step_names\[\], its work in a loop over take_chunk(), and end_step()"
+recipe "a step: its name here and in step_names\[\] (chapter 13), its work in a loop over take_chunk(), then end_step()"
 add run.c '^ *EMBED,$' '' after '    TWICE,'
 add run.c '^};' '^static const char .const step_names' before '    [TWICE] = "twice",'
 add run.c '^    end_step.team, EMBED, 0.;' '' after '    for (Range r; take_chunk(team, (size_t)w->n, 1, &r);)
