@@ -1956,7 +1956,8 @@ static long cpu_quota(void) {
         *group++ = 0;
         group[strcspn(group, "\n")] = 0;
         bool second = name[1] == 0;  // version 2 has one group for all controllers
-        if (!second && strcmp(name, ":cpu") && !strstr(name, ":cpu,") && !strstr(name, ",cpu,")) continue;
+        snprintf(path, sizeof path, ",%s,", name + 1);
+        if (!second && !strstr(path, ",cpu,")) continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0;
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/cpu.%s", second ? "" : "/cpu", group,

@@ -101,7 +101,14 @@ static int fault_access(const char *path, int mode) {
     return fails_with(EIO, INPUT, "access") ? -1 : access(path, mode);
 }
 
+static const char *system_root = "";  // the folder that stands for / in paths below /proc and /sys
+
 static FILE *fault_fopen(const char *path, const char *mode) {
+    char moved[1000];
+    if (!strncmp(path, "/proc/", 6) || !strncmp(path, "/sys/", 5)) {
+        snprintf(moved, sizeof moved, "%s%s", system_root, path);
+        path = moved;
+    }
     if (fails_with(ENOMEM, MEMORY, "fopen") || fails_with(EMFILE, *mode == 'r' ? INPUT : OUTPUT, "fopen")) return NULL;
     return alive(fopen(path, mode));
 }
@@ -163,6 +170,19 @@ static int fault_rename(const char *from, const char *to) {
     return fails_with(EXDEV, OUTPUT, "rename") ? -1 : rename(from, to);
 }
 
+#ifdef __linux__
+enum { MOST_ALLOWED = 6000 };
+static int allowed_cpus[MOST_ALLOWED];  // in place of the process's own, where there is a system_root; then -1, ...
+
+static int fault_sched_getaffinity(pid_t process, size_t n, cpu_set_t *set) {
+    if (!*system_root) return sched_getaffinity(process, n, set);
+    memset(set, 0, n);
+    for (int i = 0; i < MOST_ALLOWED && allowed_cpus[i] >= 0; i++) CPU_SET_S(allowed_cpus[i], n, set);
+    return 0;
+}
+#define sched_getaffinity fault_sched_getaffinity
+#endif
+
 static size_t n_isatty;  // how often it was asked
 
 static int fault_isatty(int file) { return n_isatty++, isatty(file); }
@@ -212,4 +232,5 @@ static int fault_isatty(int file) { return n_isatty++, isatty(file); }
 #undef fchmod
 #undef rename
 #undef isatty
+#undef sched_getaffinity
 #endif

@@ -5,10 +5,12 @@
     python3 tests/mutate.py WORD ...       those whose description contains one of the words
     python3 tests/mutate.py --list         what there is
 
-Three kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
-kinds of rotation) is not done, or a family's row lacks something. ranges: a number of the configuration may be smaller,
-or larger, than it may; a tensor or key that is needed need not be there. checks: each operand of each condition that
-refuses a file, in chapter 10's parsers and validator and where tokenizer.c reads vocabularies, never holds.
+Four kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
+kinds of rotation) is not done, or a family's row lacks something. texts: what many texts in one pass, rewinding,
+forking, unequal threads and the default number of threads need is left out. ranges: a number of the configuration may
+be smaller, or larger, than it may; a tensor or key that is needed need not be there. checks: each operand of each
+condition that refuses a file, in chapter 10's parsers and validator and where tokenizer.c reads vocabularies, never
+holds.
 
 Each mutant is compiled as build/test is, and the groups that concern it run, up to the first failure; what is not
 noticed so, more of them with the address sanitizer. What survives is listed, and the last line is the score.
@@ -27,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "mutate"
 SOURCES = ("run.c", "tokenizer.c")
 FILES = ["sizes", "damaged files", "damaged vocabularies", "corpus", "goldens", "containers"]
-GROUPS = {"features": ["goldens", "damaged files"], "ranges": FILES, "checks": FILES}
+TEXTS = ["pages", "chunks", "resting", "processors", "stops", "batches", "many texts"]
+GROUPS = {"features": ["goldens", "damaged files"], "texts": TEXTS, "ranges": FILES, "checks": FILES}
 SANITIZER = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("tests/test.c", "if (n_failed_in_group == 20)", "fflush(stdout), _exit(1);"),
@@ -35,8 +38,7 @@ HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("run.c", "defined(__x86_64__)", "0"), ("run.c", "defined(__aarch64__)", "0"),  # one kernel, the definition
 ]
 PARTS = {  # where a file is read: from a line that begins so to one that begins so, or to the end
-    "run.c": [("// ---- What a model consists of", "/* ==== 11."),
-              ("// Not finite is what no weights should give", "/* ==== 10.")],
+    "run.c": [("// ---- What a model consists of", "/* ==== 11."), ("static bool check_rows(", "/* ==== 6.")],
     "tokenizer.c": [("// Fills the table for lookup()", "/* ---- Composing"),
                     ("/* ---- Opening a section", None)],
 }
@@ -46,20 +48,19 @@ PARTS = {  # where a file is read: from a line that begins so to one that begins
 FEATURES = [
     # attention
     ("a window of attention", ".window = layer->window ? (size_t)layer->window : SIZE_MAX", ".window = SIZE_MAX"),
-    ("the window's size", "? seen_by(a, i) - a->window : 0", "? seen_by(a, i) - a->window + 1 : 0"),
+    ("the window's size", "? seen_to(a, i) - a->window : 0", "? seen_to(a, i) - a->window + 1 : 0"),
     ("the cap of scores", ".cap = m->config.attention_cap", ".cap = 0"),
     ("the cap's size", "cap * hyperbolic_tangent(y / cap) + (y - y)", "hyperbolic_tangent(y) + (y - y)"),
     ("what a cap would hide", "cap * hyperbolic_tangent(y / cap) + (y - y)", "cap * hyperbolic_tangent(y / cap)"),
     ("what the choice of experts would hide", "sum += p[e] - p[e]", "sum += 0"),
     ("the scale of scores", ".scale = m->config.attention_scale", ".scale = 1 / sqrtf((float)head_dim)"),
-    ("query heads that share a key head", "layer->n_kv_heads * per_unit;\n        size_t at = kv_head * positions",
-     "layer->n_kv_heads * per_unit;\n        size_t at = 0 * positions"),
+    ("query heads that share a key head", ".kv_head = kv_head,", ".kv_head = 0,"),
     ("the cap of logits", "cap = m->config.logit_cap", "cap = 0"),
     ("the scale of logits", "scale = m->config.logit_scale", "scale = 1"),
     ("the scale of embeddings", "columns[i][row % 16] * m->config.embedding_scale", "columns[i][row % 16]"),
     ("the scale of what a block adds", "out[r] * m->config.residual_scale", "out[r]"),
     ("GELU", "(Activation)m->config.activation", "SILU"),
-    ("a head of its own", "s->logits_stride, &m->head", "s->logits_stride, &m->embedding"),
+    ("a head of its own", "w->logits_stride, &m->head", "w->logits_stride, &m->embedding"),
     # biases
     ("query's bias", "&layer->query, layer->query_bias", "&layer->query, NULL"),
     ("key's bias", "&layer->key, layer->key_bias", "&layer->key, NULL"),
@@ -69,12 +70,13 @@ FEATURES = [
     ("up's bias", "&layer->up, layer->up_bias", "&layer->up, NULL"),
     ("down's bias", "&layer->down, layer->down_bias", "&layer->down, NULL"),
     # norms
-    ("the norm before attention", "normalise_stream(m, s, layer->attention_norm,", "normalise_stream(m, s, NULL,"),
-    ("the norm before the feed-forward layer", "normalise_stream(m, s, layer->ffn_norm,",
-     "normalise_stream(m, s, NULL,"),
-    ("the last norm", "normalise_stream(m, s, m->final_norm,", "normalise_stream(m, s, NULL,"),
-    ("the norm behind attention", "rows, layer->attention_post_norm,", "rows, NULL,"),
-    ("the norm behind the feed-forward layer", "rows, layer->ffn_post_norm,", "rows, NULL,"),
+    ("the norm before attention", "&v, layer->attention_norm,", "&v, NULL,"),
+    ("the norm before the feed-forward layer", "&v, layer->ffn_norm,", "&v, NULL,"),
+    ("the norm before experts", "&v, layer->ffn_norm, layer->ffn_norm_bias, FFN_NORM, l, team);\n    multiply_all(",
+     "&v, NULL, NULL, FFN_NORM, l, team);\n    multiply_all("),
+    ("the last norm", "&v, m->final_norm,", "&v, NULL,"),
+    ("the norm after attention", "&input, layer->attention_post_norm,", "&input, NULL,"),
+    ("the norm after the feed-forward layer", "&input, layer->ffn_post_norm,", "&input, NULL,"),
     ("the bias of attention's norm", "layer->attention_norm, layer->attention_norm_bias",
      "layer->attention_norm, NULL"),
     ("the bias of the feed-forward layer's norm", "layer->ffn_norm, layer->ffn_norm_bias", "layer->ffn_norm, NULL"),
@@ -84,16 +86,14 @@ FEATURES = [
     ("LayerNorm adds the bias", "for (i = 0; bias && i < dim; i++) out[i] += bias[i];", ""),
     ("RMSNorm subtracts nothing", "of_mean[i % 16] += x[i];\n    float mean = bias ?",
      "of_mean[i % 16] += x[i];\n    for (i = 0; i < dim; i++) of_mean[i % 16] += x[i];\n    float mean = 1 ?"),
-    ("the norm of query heads", "h < n_heads ? layer->query_norm : layer->key_norm",
-     "h < n_heads ? NULL : layer->key_norm"),
-    ("the norm of key heads", "h < n_heads ? layer->query_norm : layer->key_norm",
-     "h < n_heads ? layer->query_norm : NULL"),
-    ("norms of all heads at once", "if (c->wide_head_norms) normalise_heads(m, s, layer, n, team);", ""),
+    ("the norm of query heads", "is_key ? layer->key_norm : layer->query_norm", "is_key ? layer->key_norm : NULL"),
+    ("the norm of key heads", "is_key ? layer->key_norm : layer->query_norm", "is_key ? NULL : layer->query_norm"),
+    ("norms of all heads at once", "if (m->config.wide_head_norms) normalise_wide(m, w, layer, l, team);", ""),
     ("the wide norm of queries", "kernels->normalise(query, query, layer->query_norm",
      "if (0) kernels->normalise(query, query, layer->query_norm"),
     ("the wide norm of keys", "kernels->normalise(key, key, layer->key_norm",
      "if (0) kernels->normalise(key, key, layer->key_norm"),
-    ("wide norms take the place of those of heads", "c->wide_head_norms ? NULL : h < n_heads", "h < n_heads"),
+    ("wide norms take the place of those of heads", "c->wide_head_norms ? NULL : is_key", "is_key"),
     ("epsilon", "sqrtf(sum / (float)dim + eps)", "sqrtf(sum / (float)dim + 1e-5f)"),
     # experts
     ("experts are chosen by their logits", "p[e] > p[best[at - 1]]", "p[e] < p[best[at - 1]]"),
@@ -103,26 +103,25 @@ FEATURES = [
     ("experts' weights add up to 1", "for (int i = 0; i < n_used; i++) sum += weight[i]",
      "for (int i = n_used; i < n_experts; i++) sum += exponential(p[i] - p[best[0]]);\n    for (int i = 0; i < "
      "n_used; i++) sum += weight[i]"),
-    ("the weight of each expert", "s->routes + t * s->routes_stride + x->expert, *y",
-     "s->routes + t * s->routes_stride, *y"),
+    ("the weight of each expert", "x->routes + t * x->routes_stride + visits->expert, *y",
+     "x->routes + t * x->routes_stride, *y"),
     ("each expert has matrices of its own", "w->tiles + a->expert * tensor_bytes(w)", "w->tiles"),
-    ("tokens go to their experts only", "if (s->routes[(size_t)t * s->routes_stride + e] != 0) s->visitors",
-     "if (s->routes[(size_t)t * s->routes_stride + e] >= 0) s->visitors"),
+    ("tokens go to their experts only", "if (x->routes[(size_t)t * x->routes_stride + e] != 0) x->visitors",
+     "if (x->routes[(size_t)t * x->routes_stride + e] >= 0) x->visitors"),
     # rotation
     ("the pairing of neighbours", "c->rope_dim, c->pairing)", "c->rope_dim, HALVES)"),
     ("the pairing of halves", "c->rope_dim, c->pairing)", "c->rope_dim, ADJACENT)"),
     ("layers that do not rotate", "if (layer->angles) kernels->rotate", "kernels->rotate"),
     ("angles of layers with a window", "(layer->angles == LOCAL) *", "0 *"),
-    ("theta", "local ? c->local_theta : c->rope_theta", "local ? c->local_theta : 10000"),
-    ("local theta", "local ? c->local_theta : c->rope_theta", "local ? 20000 : c->rope_theta"),
-    ("heads that are rotated in part", "-2.0 * pair / c->rope_dim", "-2.0 * pair / c->head_dim"),
+    ("theta", "pow(c->rope_theta,", "pow(10000,"), ("local theta", "pow(c->local_theta,", "pow(20000,"),
+    ("heads that are rotated in part", "-2.0 * i / c->rope_dim) / slow_down", "-2.0 * i / c->head_dim) / slow_down"),
     ("heads are rotated in part", "angles + position * (size_t)c->rope_dim, c->rope_dim,",
      "angles + position * (size_t)c->rope_dim, c->head_dim,"),
-    ("the magnitude", "size = local ? 1 : c->rope_magnitude", "size = 1"),
-    ("no magnitude of local angles", "size = local ? 1 : c->rope_magnitude", "size = c->rope_magnitude"),
-    ("angles that are scaled", "/ (local ? 1 : slow_down(m, s->context, pair))", ""),
-    ("local angles are not scaled", "/ (local ? 1 : slow_down(m, s->context, pair))",
-     "/ slow_down(m, s->context, pair)"),
+    ("the magnitude", "size = i < half ? c->rope_magnitude : 1", "size = 1"),
+    ("no magnitude of local angles", "size = i < half ? c->rope_magnitude : 1", "size = c->rope_magnitude"),
+    ("angles that are scaled", " / slow_down(m, context, i);", ";"),
+    ("local angles are not scaled", "pow(c->local_theta, -2.0 * i / c->rope_dim);",
+     "pow(c->local_theta, -2.0 * i / c->rope_dim) / slow_down(m, context, i);"),
     ("linear scaling", "double scale = c->rope_scale, ramp = 1", "double scale = 1, ramp = 1"),
     ("factors of the angles", "(own ? (double)own[pair] : 1)", "1"),
     ("LLaMA 3.1's factors", "m->rope_factors ? m->rope_factors :", ""),
@@ -203,6 +202,120 @@ FEATURES = [
     ("places within one tensor", "slot->first_row = s->rows_used;", "slot->first_row = 0;"),
 ]
 
+# Texts, threads and processors, likewise.
+MACHINE = [
+    # pages
+    ("a page that is shared is copied", "!is_new && c->users[old] > 1", "false"),
+    ("only a page that is shared is copied", "!is_new && c->users[old] > 1", "!is_new && c->users[old] > 0"),
+    ("keys are copied", "memcpy(keys_at(y, *page, 0),", "memmove(keys_at(y, old, 0),"),
+    ("values are copied", "memcpy(values_at(y, *page, 0),", "memmove(values_at(y, old, 0),"),
+    ("all layers are copied", "is_shared && y < c->layers + c->n_layers; y++", "is_shared && y < c->layers + 1; y++"),
+    ("the last number of a page is copied", "values_at(y, old, 0), y->n_heads * y->value_bytes);",
+     "values_at(y, old, 0), y->n_heads * y->value_bytes - 1);"),
+    ("a text that has its copy gives the page back", "if (is_shared) c->users[old]--;", ""),
+    ("a page has one user", "c->spare[--c->n_spare]] = 1;", "c->spare[--c->n_spare]] = 2;"),
+    ("pages are given back", "if (--c->users[s->pages[i]] == 0) c->spare", "if (0) c->spare"),
+    ("pages that others hold are not given back", "if (--c->users[s->pages[i]] == 0) c->spare",
+     "if (--c->users[s->pages[i]] >= 0) c->spare"),
+    ("a page with tokens left is kept", "for (size_t i = n_pages(n); i < n_pages(s->n); i++)",
+     "for (size_t i = (size_t)n / PAGE; i < n_pages(s->n); i++)"),
+    ("the last page is given back too", "for (size_t i = n_pages(n); i < n_pages(s->n); i++)",
+     "for (size_t i = n_pages(n); i < (size_t)s->n / PAGE; i++)"),
+    ("rewinding adds nothing", "if (n < s->n) s->n = n;", "s->n = n;"),
+    ("a fork gives back what it had", "rewind_sequence(to, 0);\n", ""),
+    ("a fork counts as a user", "to->cache->users[to->pages[i] = from->pages[i]]++;", "to->pages[i] = from->pages[i];"),
+    ("a fork has the last page", "i < n_pages(n); i++) to->cache", "i < (size_t)n / PAGE; i++) to->cache"),
+    ("a fork has the tokens", "memcpy(to->ids, from->ids,", "memmove(to->ids, to->ids,"),
+    # passes
+    ("a pass that fails takes its tokens back", "    undo_rows(w, n);\n", ""),
+    ("a row out of place takes back those before it", "            undo_rows(w, t);\n", ""),
+    ("a row is at the next position", "if (rows[t].position != s->n || ", "if ("),
+    ("a text ends with the context", " || s->n == s->cache->context)", ")"),
+    ("not more rows than a batch", "if (n > w->settings.batch) return", "if (0) return"),
+    ("new angles", "if ((size_t)s->n > new_angles.to) new_angles.to", "if (0) new_angles.to"),
+    ("logits of the rows that want some", "w->wanted + job->first,", "w->wanted,"),
+    ("a text's own keys", "s = &w->sequences[w->rows[first].sequence]", "s = w->sequences"),
+    ("a text's own cache", "store(&w->sequences[w->rows[t].sequence],", "store(w->sequences,"),
+    ("a row's own position", ".position = (size_t)w->rows[first].position", ".position = (size_t)w->rows[0].position"),
+    ("a unit is of one text", " && w->rows[end].sequence == w->rows[first].sequence", ""),
+    ("a unit has an end", "end < w->n && end - first < most && ", "end < w->n && "),
+    ("a unit's place", "run < i / n_kv_heads; run++", "run + 1 < i / n_kv_heads; run++"),
+    # one token far down a text
+    ("the largest of all pages", "max[q] = of_page > max[q] ? of_page : max[q];", "max[q] = of_page;"),
+    ("the largest of the last page", "page * PAGE < seen.to; page++) {\n            float",
+     "page * PAGE + PAGE < seen.to; page++) {\n            float"),
+    ("the largest of the first page", "for (size_t page = seen.from / PAGE; page",
+     "for (size_t page = seen.from / PAGE + 1; page"),
+    ("the largest of its own unit", "if (i == r.from || i % n_pages == 0) find", "if (i == r.from) find"),
+    ("the largest at a chunk's beginning", "if (i == r.from || i % n_pages == 0) find", "if (i % n_pages == 0) find"),
+    ("a window that begins within a page", "seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0", "0"),
+    ("no page before the window", "q < (size_t)a.group && p.from < p.to; q++)\n                largest",
+     "q < (size_t)a.group; q++)\n                largest"),
+    ("a page's end", "if (seen.to > page * PAGE + PAGE) seen.to = page * PAGE + PAGE;", ""),
+    ("weights are added from all positions", "p < seen.to; p += 16)\n            for (int j",
+     "p + 16 < seen.to; p += 16)\n            for (int j"),
+    ("weights are added lane by lane", "lane[j] += weights[p + (size_t)j];", "lane[0] += weights[p + (size_t)j];"),
+    ("units of all rows", "unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads)",
+     "unit_of(m, w, l, 0, 1, i % n_kv_heads)"),
+    ("units of all heads", "unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads)",
+     "unit_of(m, w, l, (int)(i / n_kv_heads), 1, 0)"),
+    ("units have room of their own", "w->scratch + i * each)", "w->scratch)"),
+    ("all columns", "i * 16 % n_columns + 16 };", "i * 16 % n_columns + 8 };"),
+    # chunks
+    ("chunks of whole units", "(n < CHUNKS * threads), unit)", "(n < CHUNKS * threads), 1)"),
+    ("several chunks of a share", "CHUNKS = 8 }", "CHUNKS = 1 }"),
+    ("chunks of the others", "team->n_helped < team->threads; team->n_helped++",
+     "team->n_helped < 1; team->n_helped++"),
+    ("a share's end", "if (i >= end) continue;", ""),
+    ("the last share", "end = n_chunks * (owner + 1) / threads", "end = n_chunks / threads * (owner + 1)"),
+    ("a share's own beginning", "size_t first = n_chunks * owner / threads, end", "size_t first = 0, end"),
+    ("a share's own count", "&team->gate->seats[owner].taken[team->n_steps % 2]",
+     "&team->gate->seats[team->thread].taken[team->n_steps % 2]"),
+    ("the last chunk's end", "(i + 1) * size < n ? (i + 1) * size : n };", "(i + 1) * size };"),
+    ("each chunk once", "first + atomic_fetch_add_explicit(taken, 1,", "first + atomic_fetch_add_explicit(taken, 0,"),
+    ("counts begin anew", "seats[team->thread].taken[(team->n_steps + 1) % 2], 0,",
+     "seats[team->thread].taken[(team->n_steps + 1) % 2], 1,"),
+    ("counts of even and odd steps", "seats[owner].taken[team->n_steps % 2]", "seats[owner].taken[0]"),
+    ("its own share first", "team->n_steps++;\n    team->n_helped = 0;", "team->n_steps++;"),
+    ("one thread takes all once", "return n > 0 && team->n_helped++ == 0;", "return team->n_helped++ == 0;"),
+    ("nobody goes on alone", "for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX)",
+     "for (int i = 0; 0; i += i < INT_MAX)"),
+    # threads that rest
+    ("a trial that is no faster ends", "if (on_trial && !is_faster) r->n_resting--;", ""),
+    ("passes of as many rows are compared", "rows == r->rows && seconds < r->seconds", "seconds < r->seconds"),
+    ("a trial has to be faster", "rows == r->rows && seconds < r->seconds", "rows == r->rows"),
+    ("a rest lasts", "if (on_trial && is_faster) r->n_passes =", "if (0) r->n_passes ="),
+    ("a rest becomes longer", "2 * r->period + 16 : 256;", "16 : 256;"),
+    ("a rest has an end", "else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;", ""),
+    ("no rest gets too long", "r->period < 128 ? 2 * r->period + 16 : 256;", "2 * r->period + 16;"),
+    ("a rest is for a reason", "if (slept > seconds / 8 && r->n_resting", "if (r->n_resting"),
+    ("a thread works", "r->n_resting < r->threads - 1)", "r->n_resting < r->threads)"),
+    # processors
+    ("a list's first number", "found |= from <= cpu && cpu <= to;", "found |= cpu <= to;"),
+    ("a list's last number", "found |= from <= cpu && cpu <= to;", "found |= from <= cpu;"),
+    ("a number alone", "        to = from;\n", "        to = INT_MAX;\n"),
+    ("what follows a range", "&to) == 1) end = fgetc(f);", "&to) == 1) end = 0;"),
+    ("no list, all of them", "bool found = !f;", "bool found = false;"),
+    ("a quota", "if (n > 0 && quota > 0 && period > 0) least", "if (0) least"),
+    ("a quota of nothing", "if (n > 0 && quota > 0 && period > 0) least", "if (n > 0 && period > 0) least"),
+    ("a period of nothing", "if (n > 0 && quota > 0 && period > 0) least", "if (n > 0 && quota > 0) least"),
+    ("the quotas of groups above", "end; end = strrchr(group, '/')) {", "end; end = NULL) {"),
+    ("version 1's period", "if (n == 1) snprintf(strrchr(path, '/')", "if (0) snprintf(strrchr(path, '/')"),
+    ("version 1's controllers", 'if (!second && !strstr(path, ",cpu,")) continue;', ""),
+    ("version 1's folder", 'second ? "" : "/cpu", group', '"", group'),
+    ("at least one processor", "return least < 1 ? 1 : least < MAX_THREADS", "return least < MAX_THREADS"),
+    ("the least of all quotas", "least = fmin(least, quota / period);", "least = quota / period;"),
+    ("the quota by default", "if (by_default && n > cpu_quota()) n = cpu_quota();", ""),
+    ("the quota only by default", "if (by_default && n > cpu_quota())", "if (n > cpu_quota())"),
+    ("small cores", "counts && 2 * capacity >= largest &&", "counts &&"),
+    ("not much smaller cores", "2 * capacity >= largest", "capacity >= largest"),
+    ("a core's second thread", "bool counts = first == cpu ||", "bool counts = 1 ||"),
+    ("a second thread whose first is not ours", "|| !CPU_ISSET_S(first, sizeof allowed, allowed);", ";"),
+    ("cores of performance", '&& (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));', ";"),
+    ("all cores on demand", "(!by_default || is_listed(", "(is_listed("),
+    ("many processors", "MOST_CPUS = 1 << 16", "MOST_CPUS = 1 << 10"),
+]
+
 # Checks that are no `if (...) return refuse(...)`.
 CHECKS = [
     ("run.c", "c->bad || n > c->left", "c->bad"), ("run.c", "c->bad || n > c->left", "n > c->left"),
@@ -230,7 +343,7 @@ CHECKS = [
     ("run.c", "find_family(g.family, e) && read_gguf", "read_gguf"),
     ("run.c", "if (broken_row(&matrix, begin", "if (0 && broken_row(&matrix, begin"),
     ("run.c", "if (job.broken) return check_weights(m, e);", ""),
-    ("run.c", "if (!finite && (n > 1 || team.thread == 0) && !*broken)", "if (0)"),
+    ("run.c", "if (!finite && (n > 1 || team->thread == 0) && !w->broken[row])", "if (0)"),
     ("run.c", "return sum < INFINITY;", "return true;"),
     ("run.c", "& 0x7fffffff) < 0x7f800000;", "& 0x7fffffff) <= 0x7fffffff;"),
     ("run.c", "for (uint32_t i = 0; i < n_dims && i < 4; i++)", "for (uint32_t i = 0; i < n_dims; i++)"),
@@ -378,11 +491,12 @@ def families(text: str) -> list[Mutant]:
 
 def features(text: str) -> list[Mutant]:
     found = []
-    for name, old, new in FEATURES:
-        if old not in text:
-            sys.exit(f"run.c has no {old}")
-        at = text.index(old)
-        found.append(Mutant("features", "run.c", text.count("\n", 0, at) + 1, name, text.replace(old, new, 1)))
+    for kind, table in (("features", FEATURES), ("texts", MACHINE)):
+        for name, old, new in table:
+            if old not in text:
+                sys.exit(f"run.c has no {old}")
+            at = text.index(old)
+            found.append(Mutant(kind, "run.c", text.count("\n", 0, at) + 1, name, text.replace(old, new, 1)))
     return found + families(text)
 
 
@@ -411,7 +525,8 @@ def noticed(mutant: Mutant, texts: dict[str, str], compiler: list[str]) -> str:
     for name in ("tests/golden", "tests/corpus", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     how = ""
-    for options, groups, limit in (([], GROUPS[mutant.kind], 60), (SANITIZER, [*FILES, "damaged everywhere"], 900)):
+    sanitized = TEXTS if mutant.kind == "texts" else [*FILES, "damaged everywhere"]
+    for options, groups, limit in (([], GROUPS[mutant.kind], 60), (SANITIZER, sanitized, 900)):
         build = [*compiler, *options, "-w", "tests/test.c", "-lm", "-o", "test"]
         how = how or run(build, folder, 900) and "does not compile" or run(["./test", *groups], folder, limit)
     shutil.rmtree(folder)

@@ -13,6 +13,7 @@
      runner.h            a text that goes through a model
      test_arithmetic.c   numbers and kernels against plain arithmetic in double
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
+     test_machine.c      chunks of work, threads that rest, processors and quotas
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
      test_files.c        damaged files
      test_vocabulary.c   damaged vocabularies
@@ -30,6 +31,7 @@
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -240,6 +242,7 @@ static const Kernels *const *usable_kernels(void) {
 
 #include "test_arithmetic.c"
 #include "test_model.c"
+#include "test_machine.c"
 #include "test_text.c"
 #include "fuzz.c"
 #include "test_files.c"
@@ -262,7 +265,11 @@ static const struct {
     { "experts", test_experts },
     { "same bits", test_same_bits },
     { "many texts", test_sequences },
+    { "pages", test_pages },
     { "batches", test_batches },
+    { "chunks", test_chunks },
+    { "resting", test_resting },
+    { "processors", test_processors },
     { "stops", test_stops },
     { "containers", test_containers },
     { "hashes", test_hashes },

@@ -225,7 +225,7 @@ static void test_same_bits(void) {
 
 // ---- Many texts in one pass ----
 
-enum { MOST_TEXTS = 17 };
+enum { MOST_TEXTS = 17, LONG_TEXT = 150 };  // tokens: three pages
 
 static pthread_t main_thread;
 
@@ -240,19 +240,24 @@ static void slow_add_tiles(float sum[][16], Type type, const unsigned char *tile
 typedef struct {
     const Model *model;
     const char *name;
-    int n_texts;
-    int ids[MOST_TEXTS][GOLDEN_TOKENS], same[MOST_TEXTS];  // text t begins with the first same[t] tokens of text t / 2
-    float *wanted[MOST_TEXTS];                             // of each alone, token by token, on one thread
+    int n_texts, n_each;
+    int ids[MOST_TEXTS][LONG_TEXT], same[MOST_TEXTS];  // text t begins with the first same[t] tokens of text t / 2
+    float *wanted[MOST_TEXTS];                         // of each alone, token by token, on one thread
 } Crowd;
 
-static Crowd make_crowd(const Model *m, const char *name, int n_texts) {
-    Crowd c = { .model = m, .name = name, .n_texts = n_texts };
+static Crowd make_crowd(const Model *m, const char *name, int n_texts, int n_each) {
+    Crowd c = { .model = m, .name = name, .n_texts = n_texts, .n_each = n_each };
     for (int t = 0; t < n_texts; t++) {
-        c.same[t] = t ? (int)random_below(GOLDEN_TOKENS) : 0;
-        for (int i = 0; i < GOLDEN_TOKENS; i++)
+        Runner r;
+        Error e = { 0 };
+        c.same[t] = t ? (int)random_below((size_t)n_each) : 0;
+        for (int i = 0; i < n_each; i++)
             c.ids[t][i] = i < c.same[t] ? c.ids[t / 2][i] : (int)random_below((size_t)m->config.n_tokens);
-        c.wanted[t] = get(n_logits_of(m) * sizeof(float));
-        run_all(m, c.ids[t], plain(false, false), c.wanted[t]);
+        c.wanted[t] = get((size_t)n_each * (size_t)m->config.n_tokens * sizeof(float));
+        bool ok = start_runner(m, plain(false, false), &r, &e) &&
+                  run_from(m, &r, c.ids[t], 0, n_each, c.wanted[t], &e);
+        check(ok, "%s, text %d alone: got \"%s\"", name, t, e.text);
+        free_runner(&r);
     }
     return c;
 }
@@ -262,10 +267,11 @@ static bool run_rows(const Crowd *c, Workspace *w, Sequence *texts, int threads,
     size_t n_tokens = (size_t)c->model->config.n_tokens;
     int n = 0, pending[MOST_TEXTS] = { 0 };
     for (int tries = 1 + (int)random_below(30); tries > 0 && n < w->settings.batch; tries--) {
-        int t = (int)random_below((size_t)c->n_texts), position = texts[t].n + pending[t];
-        if (position == GOLDEN_TOKENS) continue;
-        w->room[n++] = (Row){ c->ids[t][position], position, t, random_below(2) };
-        pending[t]++;
+        int t = (int)random_below((size_t)c->n_texts), run = random_below(2) ? 1 : 1 + (int)random_below(9);
+        for (; run > 0 && n < w->settings.batch && texts[t].n + pending[t] < c->n_each; run--, pending[t]++) {
+            int position = texts[t].n + pending[t];
+            w->room[n++] = (Row){ c->ids[t][position], position, t, random_below(2) };
+        }
     }
     if (!forward(c->model, w, texts, w->room, n, e)) return false;
     for (int i = 0; i < w->n_wanted; i++) {
@@ -279,20 +285,20 @@ static bool run_rows(const Crowd *c, Workspace *w, Sequence *texts, int threads,
     return true;
 }
 
-static void check_crowd(const Crowd *c, int threads) {
+static void check_crowd(const Crowd *c, int threads, int rounds) {
     Workspace w;
     Cache cache;
     Error e = { 0 };
-    Settings settings = { .threads = threads, .context = GOLDEN_TOKENS, .batch = 40 };
+    Settings settings = { .threads = threads, .context = c->n_each, .batch = 40 };
     Sequence texts[MOST_TEXTS];
     bool ok = make_workspace(c->model, &w, settings, &e) && make_cache(c->model, &cache, settings, c->n_texts, &e);
     w.work = SIZE_MAX;
     for (int t = 0; ok && t < c->n_texts; t++) texts[t] = new_sequence(&cache, t);
     int n_spare = cache.n_spare;
-    for (int round = 0; ok && round < 60; round++) {
+    for (int round = 0; ok && round < rounds; round++) {
         int t = (int)random_below((size_t)c->n_texts), n = texts[t].n, of_other = texts[t / 2].n;
         int most = of_other < c->same[t] ? of_other : c->same[t];
-        if (random_below(3) == 0) rewind_sequence(&texts[t], (int)random_below((size_t)n + 1));
+        if (random_below(4) == 0) rewind_sequence(&texts[t], (int)random_below((size_t)n + 1));
         if (t > 0 && random_below(3) == 0) fork_sequence(&texts[t], &texts[t / 2], most);
         ok = run_rows(c, &w, texts, threads, &e);
         for (int i = 0; ok && i < c->n_texts; i++)
@@ -304,53 +310,140 @@ static void check_crowd(const Crowd *c, int threads) {
     munmap(w.arena, w.arena_bytes), munmap(cache.arena, cache.arena_bytes);
 }
 
-// A token far down a text, whose attention threads share, must have the logits that one thread gives it.
-static void check_depth(Model *m, const char *name) {
-    enum { DEPTH = 700, TAIL = 3 };
-    int ids[DEPTH + TAIL], context = m->config.context;
+// Tokens far down two texts, whose attention threads share, must have the logits that one thread gives each alone. The
+// second text is the first one's fork.
+static void check_depth(const Model *m, const char *name) {
+    enum { DEPTH = 700, TAIL = 3, CONTEXT = DEPTH + TAIL };
+    int ids[DEPTH + 2 * TAIL];
     size_t n_tokens = (size_t)m->config.n_tokens;
-    float *wanted = get(TAIL * n_tokens * sizeof *wanted);
-    m->config.context = DEPTH + TAIL;
-    for (int i = 0; i < DEPTH + TAIL; i++) ids[i] = (int)random_below(n_tokens);
-    for (int threads = 1; threads <= 8; threads += threads < 3 ? 1 : 5) {
-        Runner r;
-        Error e = { 0 };
-        bool ok = start_runner(m, (Setting){ false, false, threads, 64, NULL }, &r, &e) &&
-                  prefill(m, &r.w, &r.text, ids, DEPTH, NULL, &e);
-        for (int i = 0; ok && i < TAIL; i++) {
-            ok = run_tokens(m, &r, ids + DEPTH + i, 1, 1, &e);
-            if (threads == 1) memcpy(wanted + (size_t)i * n_tokens, r.w.logits, n_tokens * sizeof *wanted);
-            check(!memcmp(r.w.logits, wanted + (size_t)i * n_tokens, n_tokens * sizeof *wanted),
-                  "%s, token %d by %d threads: other logits than by one", name, DEPTH + i, threads);
-        }
-        check(ok, "%s, %d tokens by %d threads: got \"%s\"", name, DEPTH, threads, e.text);
-        free_runner(&r);
+    float *wanted = get(2 * TAIL * n_tokens * sizeof *wanted);
+    Workspace w;
+    Cache cache;
+    Error e = { 0 };
+    Settings settings = { .threads = 8, .context = CONTEXT, .batch = 64 };
+    bool ok = make_workspace(m, &w, settings, &e) && make_cache(m, &cache, settings, 2, &e);
+    Sequence texts[2] = { new_sequence(&cache, 0), new_sequence(&cache, 1) };
+    w.work = SIZE_MAX;
+    w.settings.threads = 1;
+    for (int i = 0; i < DEPTH + 2 * TAIL; i++) ids[i] = (int)random_below(n_tokens);
+    ok = ok && prefill(m, &w, &texts[0], ids, DEPTH, NULL, &e);
+    for (int i = 0; ok && i < 2 * TAIL; i++) {
+        if (i == TAIL) rewind_sequence(&texts[0], DEPTH);
+        w.room[0] = (Row){ ids[DEPTH + i], texts[0].n, 0, true };
+        ok = forward(m, &w, texts, w.room, 1, &e) && make_logits(m, &w, 0, 1, &e);
+        memcpy(wanted + (size_t)i * n_tokens, w.logits, n_tokens * sizeof *wanted);
     }
-    m->config.context = context;
+    for (int i = 0; ok && i < 12; i++) {  // one token of one text, of each, or all of both, on 2, 3 and 8 threads
+        int threads = i % 3 == 2 ? 8 : 2 + i % 3, n_texts = i < 3 ? 1 : 2, each = i < 6 ? 1 : TAIL, n = 0;
+        w.settings.threads = threads;
+        rewind_sequence(&texts[0], DEPTH);
+        fork_sequence(&texts[1], &texts[0], DEPTH);
+        for (int k = 0; k < each * n_texts; k++) {
+            int text = k % n_texts, at = k / n_texts;
+            if (i >= 9) text = k / each, at = k % each;  // one text after the other
+            w.room[n++] = (Row){ ids[DEPTH + text * TAIL + at], DEPTH + at, text, true };
+        }
+        ok = forward(m, &w, texts, w.room, n, &e) && make_logits(m, &w, 0, n, &e);
+        for (int k = 0; ok && k < n; k++) {
+            int which = w.room[k].sequence * TAIL + w.room[k].position - DEPTH;
+            const float *got = w.logits + (size_t)k * w.logits_stride;
+            check(!memcmp(got, wanted + (size_t)which * n_tokens, n_tokens * sizeof *got),
+                  "%s, %d tokens by %d threads: token %d of text %d has other logits than alone", name, n, threads,
+                  w.room[k].position, w.room[k].sequence);
+        }
+    }
+    check(ok, "%s, %d tokens: got \"%s\"", name, DEPTH, e.text);
+    munmap(w.arena, w.arena_bytes), munmap(cache.arena, cache.arena_bytes);
     free(wanted);
+}
+
+// What is in a page of the first layer: its first byte of keys, and its last of values; or puts it there.
+static int page_mark(const Cache *c, int page, int mark) {
+    int found = -1;
+    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
+        unsigned char *first = keys_at(y, page, 0), *last = values_at(y, page, y->n_heads - 1) + y->value_bytes - 1;
+        if (mark >= 0) *first = *last = (unsigned char)mark;
+        if (*first != *last || (found >= 0 && *first != found)) return -1;
+        found = *first;
+    }
+    return found;
+}
+
+// Rewinding and forking, page by page, as by hand: what is shared, what is copied, what is free again.
+static void test_pages(void) {
+    Opened o = open_golden("llama_mqa.gguf");
+    Cache c;
+    Error e = { 0 };
+    Settings settings = { .context = 200 };
+    if (!check(make_cache(&o.model, &c, settings, 3, &e), "a cache: got \"%s\"", e.text)) return;
+    Sequence a = new_sequence(&c, 0), b = new_sequence(&c, 1), d = new_sequence(&c, 2);
+    check(c.n_spare == 12, "3 texts of 200: got %d pages, wanted 12", c.n_spare);
+    for (int i = 0; i < 130; i++) append_token(&a, i);
+    for (int i = 0; i < 3; i++) page_mark(&c, a.pages[i], 10 + i);
+    check(a.n == 130 && c.n_spare == 9 && a.ids[129] == 129, "130 tokens: %d pages are left, wanted 9", c.n_spare);
+    fork_sequence(&b, &a, 100);
+    check(b.n == 100 && c.n_spare == 9 && b.pages[1] == a.pages[1] && b.ids[99] == 99,
+          "a fork of 100: %d pages are left, wanted 9", c.n_spare);
+    append_token(&b, 1000);
+    check(c.n_spare == 8 && b.pages[0] == a.pages[0] && b.pages[1] != a.pages[1] && b.ids[100] == 1000 &&
+              a.ids[100] == 100,
+          "a token more: %d pages are left, wanted 8", c.n_spare);
+    check(page_mark(&c, b.pages[1], -1) == 11 && page_mark(&c, a.pages[1], -1) == 11, "a page is copied whole");
+    append_token(&b, 1001);
+    check(c.n_spare == 8, "its own page is not copied: %d pages are left, wanted 8", c.n_spare);
+    fork_sequence(&d, &a, 128);
+    check(c.n_spare == 8 && d.pages[1] == a.pages[1], "a fork of two pages: %d are left, wanted 8", c.n_spare);
+    append_token(&d, 2000);
+    check(c.n_spare == 7 && d.pages[1] == a.pages[1] && d.pages[2] != a.pages[2], "%d pages are left, wanted 7",
+          c.n_spare);
+    rewind_sequence(&d, 128);
+    check(d.n == 128 && c.n_spare == 8, "rewound to two pages: %d are left, wanted 8", c.n_spare);
+    rewind_sequence(&a, 70);
+    check(a.n == 70 && c.n_spare == 9, "rewound to 70: %d pages are left, wanted 9", c.n_spare);
+    append_token(&a, 3000);  // the page is d's too
+    check(c.n_spare == 8 && a.pages[1] != d.pages[1] && page_mark(&c, a.pages[1], -1) == 11 && d.ids[70] == 70,
+          "written after that: %d pages are left, wanted 8", c.n_spare);
+    rewind_sequence(&a, 100);
+    check(a.n == 71, "rewound to more than there is: got %d tokens, wanted 71", a.n);
+    fork_sequence(&a, &b, 0);
+    check(a.n == 0 && c.n_spare == 9, "a fork of nothing: %d pages are left, wanted 9", c.n_spare);
+    fork_sequence(&a, &b, 102);  // a's own are given back first
+    fork_sequence(&a, &d, 128);
+    rewind_sequence(&d, 0), rewind_sequence(&b, 0);
+    check(c.n_spare == 10 && page_mark(&c, a.pages[1], -1) == 11, "%d pages are left, wanted 10", c.n_spare);
+    rewind_sequence(&a, 0);
+    bool is_spare[12] = { false };
+    for (int i = 0; i < c.n_spare && i < 12; i++) is_spare[c.spare[i]] = true;
+    for (int i = 0; i < 12; i++)
+        check(is_spare[i] && c.users[i] == 0, "page %d is lost, or has %d users", i, c.users[i]);
+    munmap(c.arena, c.arena_bytes);
+    close_opened(&o);
 }
 
 static void test_sequences(void) {
     static const char *const files[] = {
         "llama_mqa.gguf", "mixed.gguf", "mixtral.gguf", "families/gemma2.gguf", "families/olmo2.gguf",
     };
-    static const int n_texts[] = { 1, 3, 8, MOST_TEXTS }, n_threads[] = { 1, 2, 3, 8 };
+    static const struct { int n_texts, n_each, threads[4]; } crowds[] = {
+        { 1, 45, { 1, 2 } }, { 3, LONG_TEXT, { 2, 3 } }, { 8, 45, { 1, 3, 2 } }, { MOST_TEXTS, 70, { 1, 2 } },
+    };
     main_thread = pthread_self();
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         Opened o = open_golden(files[i]);
+        int context = o.model.config.context;
+        o.model.config.context = LONG_TEXT;
         for (int k = 0; k < 4; k++) {
+            Crowd c = make_crowd(&o.model, files[i], crowds[k].n_texts, crowds[k].n_each);
             kernels = usable_kernels()[0];
-            Crowd c = make_crowd(&o.model, files[i], n_texts[k]);
-            kernels = usable_kernels()[0];
-            for (int j = 0; j < 4; j++) check_crowd(&c, n_threads[j]);
+            for (const int *threads = crowds[k].threads; *threads; threads++) check_crowd(&c, *threads, 50);
             Kernels slow = *kernels;
             slow.add_tiles = slow_add_tiles;
-            kernels = &slow;
-            if (k == 2) check_crowd(&c, 2), check_crowd(&c, 3);
-            kernels = usable_kernels()[0];
+            if (k == 2) kernels = &slow, check_crowd(&c, 2, 40);
+            if (k == 2) kernels = usable_kernels()[0], check_crowd(&c, 8, 4);
             for (int t = 0; t < c.n_texts; t++) free(c.wanted[t]);
         }
         check_depth(&o.model, files[i]);
+        o.model.config.context = context;
         close_opened(&o);
     }
 }
