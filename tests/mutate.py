@@ -249,8 +249,7 @@ MACHINE = [
     ("the largest of its own unit", "if (i == r.from || i % n_pages == 0) find", "if (i == r.from) find"),
     ("the largest at a chunk's beginning", "if (i == r.from || i % n_pages == 0) find", "if (i % n_pages == 0) find"),
     ("a window that begins within a page", "seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0", "0"),
-    ("no page before the window", "q < (size_t)a.group && p.from < p.to; q++)\n                largest",
-     "q < (size_t)a.group; q++)\n                largest"),
+    ("no page before the window", "q < (size_t)a.group && p.from < p.to; q++) {", "q < (size_t)a.group; q++) {"),
     ("a page's end", "if (seen.to > page * PAGE + PAGE) seen.to = page * PAGE + PAGE;", ""),
     ("weights are added from all positions", "p < seen.to; p += 16)\n            for (int j",
      "p + 16 < seen.to; p += 16)\n            for (int j"),
@@ -278,7 +277,7 @@ MACHINE = [
     ("counts of even and odd steps", "seats[owner].taken[team->n_steps % 2]", "seats[owner].taken[0]"),
     ("its own share first", "team->n_steps++;\n    team->n_helped = 0;", "team->n_steps++;"),
     ("one thread takes all once", "return n > 0 && team->n_helped++ == 0;", "return team->n_helped++ == 0;"),
-    ("nobody goes on alone", "for (int i = 0; atomic_load(&gate->round) == round; i += i < INT_MAX)",
+    ("nobody goes on alone", "for (int i = 0; atomic_load(&gate->round) == round; i += i <= EAGER)",
      "for (int i = 0; 0; i += i < INT_MAX)"),
     # threads that rest
     ("a trial that is no faster ends", "if (on_trial && !is_faster) r->n_resting--;", ""),
