@@ -3720,9 +3720,7 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     w->inputs.widest = larger(larger(w->x_stride, w->q_stride), w->ffn_stride);
     w->angles.positions = (int)positions;
     w->logits = place(&a, LOGITS_AT_ONCE * w->logits_stride, sizeof(float));
-    w->scratch = place(&a, threads * w->scratch_stride, sizeof(float));
     w->angles.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
-    w->angles.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
     w->batch_bytes = a.n;
     Experts unused, *x = used ? place(&a, 1, sizeof *x) : NULL;
     w->experts = x;
@@ -3744,6 +3742,8 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     w->wanted = place(&a, n, sizeof *w->wanted);
     w->room = place(&a, n, sizeof *w->room);
     w->batch_bytes = a.n - w->batch_bytes;
+    w->scratch = place(&a, threads * w->scratch_stride, sizeof(float));  // from here on, only the beginnings of rows
+    w->angles.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
     w->arena_bytes = a.n;
 }
 
@@ -3762,7 +3762,7 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
         w->settings.batch /= 2;
     if (!(w->arena = map_memory(w->arena_bytes, false, e))) return false;
     lay_out_workspace(m, w);
-    use_large_pages(w->arena, w->arena_bytes);
+    use_large_pages(w->arena, (size_t)((char *)w->scratch - (char *)w->arena));
     make_turns(m, &w->angles, settings.context);
     return true;
 }
