@@ -204,7 +204,7 @@ typedef struct {
 
 // Which numbers of a head are rotated together: (0,1) (2,3) ..., or (0,R/2) (1,R/2+1) ...
 typedef enum { ADJACENT, HALVES } Pairing;
-typedef enum { SILU, GELU } Activation;             // x / (1 + e^-x), or nearly that with tanh
+typedef enum { SILU, GELU } Activation;             // x / (1 + e^-x); or with tanh (chapter 5)
 typedef enum { UNROTATED, ROTATED, LOCAL } Angles;  // of a layer: none, those by rope_theta, those by local_theta
 
 typedef struct {
@@ -261,7 +261,7 @@ typedef struct {
 typedef enum {
     EMBED,
     ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
-    ATTENTION_POST_NORM,
+    ATTENTION_POST_NORM,  // post norms come directly after their step: end_block()
     FFN_NORM, ROUTER, CHOOSE_EXPERTS, LIST_VISITORS, ROUND_VISITORS, GATE_UP, ROUND_HIDDEN, DOWN, FFN_POST_NORM,
     FINAL_NORM, HEAD,
     N_STEPS
@@ -416,7 +416,7 @@ typedef struct {
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
-// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of some row tiles      y (n, y_stride)
+// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles, which `rows` counts      y (n, y_stride)
 // A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
     enum { TOKENS = 128 };
@@ -508,11 +508,11 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
 
    The arithmetic, in order. All numbers are float32 and every operation rounds once, to nearest even. x is the row of
    the embedding times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Rotation
-   angles are computed in double and rounded once. Keys and values are rounded to f16, or kept in f32 if all matrices
-   are f32 or with --exact; a token reads its own back from the cache, too. A score is a chain over K from +0, times
+   angles are computed in double and rounded once. Keys and values are rounded to f16, or kept in f32 (--kv; the default
+   if all matrices are f32, or with --exact); a token reads its own from the cache too. A score is a chain over K, times
    attention_scale, then capped; the weights e^(score - max) are added in 16 lanes, position p in lane p mod 16; the
-   result is a chain over positions, divided by that sum. Then x + result * residual_scale, and so for feed forward.
-   The logits are multiplied by logit_scale, then capped. */
+   result is a chain over positions, divided by that sum. It goes through attention_out; then x + that * residual_scale,
+   and so for feed forward. The logits are multiplied by logit_scale, then capped. */
 
 // (x + ROUNDER) - ROUNDER == rintf(x) for abs(x) < 2^22; the sum's low 22 bits are that integer.
 #define ROUNDER 0x1.8p23f
@@ -574,7 +574,7 @@ INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
     }
 }
 
-// Rotates the pairs of one head by the angles of its position.      head (K)  angle (R/2, 2)
+// Rotates the pairs of one head by cosine and sine of its position's angles.      head (K)  angle (R/2, 2)
 // Written with + alone: gcc 12 fuses a - beside a + although that is forbidden.
 INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
     int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
@@ -646,7 +646,7 @@ typedef struct {
     Cache *cache;
     int *ids;    // (S)     its tokens
     int *pages;  // (S/64)  its pages of the cache
-    int n;       // tokens that have gone through the model
+    int n;       // tokens that have gone through the model, and those of the pass under way
 } Sequence;
 
 static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
@@ -689,7 +689,7 @@ static void rewind_sequence(Sequence *s, int n) {
     if (n < s->n) s->n = n;
 }
 
-// Adds a token. Its page must be held by no other sequence: it is a new one, or a copy of a shared one.
+// Adds a token, in a page of its own: a new one after a full one, or a copy if another sequence (a fork) holds it too.
 static void append_token(Sequence *s, int token) {
     Cache *c = s->cache;
     int *page = &s->pages[s->n / PAGE], old = *page;
@@ -1058,7 +1058,7 @@ static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range 
 // The same for models with experts: chapter 11.
 static void experts_block(const Model *m, Workspace *w, int l, Team *team);
 
-// What the model knows about a token: x += W_down (silu(W_gate x) * W_up x)
+// What the model knows about a token: x += W_down (activation(W_gate norm(x)) * W_up norm(x))
 static void feed_forward_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
     Vectors v = { w->x, w->x_stride, NULL, (size_t)m->config.dim, w->n };
@@ -1200,7 +1200,7 @@ static float flip_coin(uint64_t *state) {
     return (float)((*state * 0x2545F4914F6CDD1Du) >> 40) / 16777216.0f;
 }
 
-// The token with the highest logit, the lowest of several.      logits (n)
+// The token with the highest logit; of equals, the lowest id.      logits (n)
 static int likeliest(const float *logits, int n) {
     int best = 0;
     for (int i = 1; i < n; i++) best = logits[i] > logits[best] ? i : best;
@@ -1320,8 +1320,9 @@ static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, E
 static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
-// To add a type: its name in the enum of chapter 3, a row here, a branch in unpack_scales() if its header is new, a row
-// of source_types for the files that hold it, and its case in add_byte_tiles(), without which nothing compiles.
+// To add a type: its name in the enum of chapter 3, a row here, a row of source_types for the files that hold it, and
+// its case in add_byte_tiles(), without which nothing compiles. Native files hold the type's number: the name goes
+// last, before N_TYPES. A new header also needs a branch in unpack_scales() and one in broken_row().
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
     [F16] = { "f16", .cols = 32, .per_scale = 32, .bits = 16 },
@@ -3661,7 +3662,8 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
     *to = top;
 }
 
-// Only candidates that can be chosen are sorted; the rest stays in the heap.
+// Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
+// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14) that run() puts into the Sampler.
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
     float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
