@@ -1998,6 +1998,7 @@ static int count_cores(bool by_default) {
             n += counts && 2 * capacity >= largest && (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));
         }
     }
+    if (n == 0 && by_default) n = count_cores(false);  // only small cores are allowed
     if (by_default && n > cpu_quota()) n = cpu_quota();
 #elif defined(__APPLE__)
     int cores = 0;
@@ -3568,7 +3569,7 @@ static void add_weights(const Attention *a) {
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
     size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
     size_t n_columns = round_up((size_t)m->config.head_dim, 16);
-    float *largest, max[MAX_HEADS], lane[16];
+    float *largest, max[MAX_HEADS], lane[16] = { 0 };
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
             Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
@@ -3663,7 +3664,7 @@ static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
 }
 
 // Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
-// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14) that run() puts into the Sampler.
+// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14), put in by run().
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
     float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
@@ -3858,6 +3859,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
         return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
                     s->n ? "this conversation" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
+    if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
     double start = clock_seconds();
     if (!prefill(m, w, s, tokens->ids, tokens->n, NULL, e)) return false;
     speed->n_prompt += tokens->n;
@@ -5402,7 +5404,7 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
 
 static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
-    if (mode == BENCH && options.context < 0) {
+    if (mode == BENCH) {
         int pp = largest(options.pp), tg = largest(options.tg);
         usual = largest(options.depth) + (pp > tg ? pp : tg);
         if (usual > own) return fail(e, NO_ROOM, "needs %d positions; the model was trained for %d", usual, own);
@@ -5410,6 +5412,8 @@ static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
+    if (mode == BENCH && s->context < usual)
+        return fail(e, NO_ROOM, "needs %d positions, -c has %d", usual, s->context);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
     if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
@@ -5435,6 +5439,9 @@ static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
     Settings settings = { .threads = 1 };
     if (!choose_settings(m, mode, &settings, e) || !make_workspace(m, &g->workspace, settings, e)) return false;
     settings = g->workspace.settings;
+    if (mode == BENCH && settings.batch < largest(options.parallel))
+        return fail(e, NO_ROOM, "--parallel %d: a pass of this model has %d rows; -b sets more",
+                    largest(options.parallel), settings.batch);
     g->n_texts = mode == BENCH ? largest(options.parallel) : 1;
     if (mode == PERPLEXITY) g->n_texts = settings.batch / (settings.context > 1 ? settings.context - 1 : 1) + 2;
     if (!make_cache(m, &g->cache, settings, g->n_texts, e)) return false;
