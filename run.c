@@ -1321,7 +1321,7 @@ static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 1
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
 // To add a type: its name in the enum of chapter 3, a row here, a row of source_types for the files that hold it, and
-// its case in add_byte_tiles(), without which nothing compiles. Native files hold the type's number: the name goes
+// its case in add_tiles(), without which nothing compiles. Native files hold the type's number: the name goes
 // last, before N_TYPES. A new header also needs a branch in unpack_scales() and one in broken_row().
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
@@ -1413,13 +1413,13 @@ INLINE int move_bits(uint8_t byte, int bits, int from, int to) {
 }
 
 // The stored q of 32 columns as bytes: four columns of the 16 rows in each w[g].
-INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
+INLINE void unpack_planes_of(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
     int low = bits & 4, lower = bits & 6;  // bits of a weight below the pair, below the single one
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
         for (int j = 0; j < 64; j++) {
-            int x = bits == 8 ? plane[64 * g + j] : 0;
+            int x = 0;
             if (bits & 4) x = move_bits(plane[64 * (g % 4) + j], 4, g / 4 * 4, 0);
             if (bits & 2) x |= move_bits(pairs[64 * (g / 4) + j], 2, g % 4 * 2, low);
             if (bits & 1) x |= move_bits(singles[j], 1, g, lower);
@@ -1428,24 +1428,53 @@ INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     }
 }
 
+INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
+#define PLANES(bits) case bits: unpack_planes_of(w, bits, plane); break;  // the loops know it
+    switch (bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) }
+}
+
 typedef void ScaleSixteen(float y[16], const float x[16], const int8_t factor[16]);  // y = x * factor
 
 INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]) {
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// The tile that a block is in, and where the block's weights begin in that tile.
+// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
+typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
+
+INLINE void dot_bytes(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {
+    (void)type;
+    memset(dots, 0, 16 * sizeof *dots);
+    for (int g = from; g < to; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) dots[r] += (int8_t)w[g][4 * r + c] * q[4 * g + c];
+    }
+}
+
+// What an instruction set does in its own way; these plain functions define it. The dot product takes weights of up to
+// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes.
+typedef struct {
+    int unsigned_bits;
+    Dot *dot;
+    Widen *widen;
+    LookUp *look_up;
+    ScaleSixteen *scale_sixteen;
+} Leaves;
+#define PLAIN_LEAVES { 0, dot_bytes, widen_floats, look_up_bytes, scale_floats }
+
+// The tile that a block is in.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
     return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
 
-INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, size_t block) {
-    return tile + types[type].header + block % ((size_t)types[type].cols / 32) * 64 * (size_t)types[type].bits;
-}
+// 32 columns of a row tile with a byte for each weight: four columns of 16 rows in each w. The scales
+// and minima of the rows are [0] of all columns, or [0] of the first 16 and [1] of the last 16.
+typedef struct {
+    _Alignas(64) uint8_t w[8][64];
+    float scale[2][16], min[2][16];
+} ByteBlock;
 
-// The scales and minima of a block's rows: [0] of its 32 columns, or [0] of the first 16 and [1] of the last 16.
-INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, size_t block,
-                          Widen *widen, ScaleSixteen *scale_sixteen) {
+INLINE void unpack_scales(ByteBlock *u, Type type, const unsigned char *tile, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     int part = (int)(block % ((size_t)i->cols / 32));  // which 32 of the tile's columns
     const uint8_t *factor = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;
@@ -1453,11 +1482,11 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
     if (type == Q8F) memcpy(d, tile, sizeof d);
     else if (type == MXFP4)  // 2^(e - 127) / 2, since the values are doubled
         for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
-    else widen(d, (const void *)tile, 16);
-    if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
+    else leaves.widen(d, (const void *)tile, 16);
+    if (i->has_min) leaves.widen(dmin, (const void *)(tile + 32), 16);
     if (i->cols == 32) {
-        memcpy(scale[0], d, sizeof d);
-        if (i->has_min) memcpy(min[0], dmin, sizeof dmin);
+        memcpy(u->scale[0], d, sizeof d);
+        if (i->has_min) memcpy(u->min[0], dmin, sizeof dmin);
         return;
     }
     for (int h = 0; h < BLOCK / i->per_scale; h++, factor += 16) {
@@ -1469,29 +1498,37 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
             factors[0][r] = factor[r] & 15;
             factors[1][r] = (int8_t)(factor[r] >> 4);
         }
-        scale_sixteen(scale[h], d, factors[0]);
+        leaves.scale_sixteen(u->scale[h], d, factors[0]);
         if (!i->has_min) continue;
-        scale_sixteen(min[h], dmin, factors[1]);
-        for (int r = 0; r < 16; r++) min[h][r] = -min[h][r];
+        leaves.scale_sixteen(u->min[h], dmin, factors[1]);
+        for (int r = 0; r < 16; r++) u->min[h][r] = -u->min[h][r];
     }
 }
 
-// 32 columns of a row tile: a weight is scale * w, or scale * w + min.
-typedef struct {
-    float w[32][16], scale[2][16], min[2][16];  // w: integers
-} UnpackedBlock;
+// A weight's byte minus the weight.
+INLINE int byte_offset(Type type, int unsigned_bits) {
+    int bits = types[type].values ? 8 : types[type].bits;
+    return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
+}
 
-INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
-    const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
-    _Alignas(64) uint8_t q[8][64];
-    unpack_scales(u->scale, u->min, type, tile, block, widen_floats, scale_floats);
-#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // the loops know it
-    switch (types[type].bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) PLANES(8) }
-    if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
-    for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
-    }
+// The bytes of a block, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they will do.
+// Prefetches the next block's weights in order, because the loads are not: processors then see what will be read next,
+// and memory is read 1.5 times as fast.
+INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
+    const TypeInfo *i = &types[type];
+    const unsigned char *tile = tile_of(type, tiles, block);
+    const uint8_t *from = tile + i->header + block % ((size_t)i->cols / 32) * 64 * (size_t)i->bits;
+    int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
+    uint8_t *w = u->w[0];
+    const uint8_t *q = i->bits == 8 ? from : w;
+    for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
+    unpack_scales(u, type, tile, block, leaves);
+    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
+    int8_t values[16];
+    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
+    if (i->values) leaves.look_up(w, 512, values);
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
+    return change ? w : q;
 }
 
 // n weights of a tile of floats.
@@ -1504,49 +1541,65 @@ INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen 
 
 // The weights of 32 columns in float. The operations, and their order, are those of gguf-py.
 INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block, Widen *widen) {
-    UnpackedBlock u;
+    ByteBlock u;
     if (!is_quantised(type)) {
         load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
         return;
     }
-    unpack(&u, type, tiles, block);
+    const int8_t (*q)[64] = unpack_bytes_of(&u, type, tiles, block, (Leaves)PLAIN_LEAVES);
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) w[4 * g + c][r] = q[g][4 * r + c];
+    }
     for (int c = 0; c < 32; c++) {
         int half = c / types[type].per_scale;
-        for (int r = 0; r < 16; r++) w[c][r] = u.w[c][r] * u.scale[half][r];
+        for (int r = 0; r < 16; r++) w[c][r] *= u.scale[half][r];
         for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
 
 // ---- Products ----
 
-// Adds the products of columns that share a scale: all 32 of a block (part 0), the first 16 (1) or the last 16 (2).
-// A dot product is an integer of at most 32 * 128 * 128 = 2^19, so it is exact in float too.
-INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
-    enum { TOGETHER = 4 };
-    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
-    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
-    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
-        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
-        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
-        for (int t = 0; t < now; t++) {
-            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
-            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
-            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
+// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
+INLINE int32_t offset_product(const Block *x, int part, int offset) {
+    if (!part && offset == 128) return x->minus_128_sum;
+    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
+    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
+    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
+}
+
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        ByteBlock u;
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
+        for (int t = 0; t < n; t++) {
+            for (int h = 0; h < halves; h++) {
+                _Alignas(64) int32_t dots[16];
+                int part = halves == 1 ? 0 : 1 + h;
+                int32_t correction = offset_product(&x[t], part, offset);
+                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
+                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+                for (int r = 0; r < 16; r++) {
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
+                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
+                }
+            }
         }
     }
 }
 
-// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+// The same. The compiler knows the type.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                      size_t n_all, int n) {
-    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        UnpackedBlock u;
-        unpack(&u, type, tiles, c);
-        add_part(sum, &u, has_min, x, n, halves ? 1 : 0);
-        if (halves) add_part(sum, &u, has_min, x, n, 2);
+                      size_t n_all, int n, Leaves leaves) {
+#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+    switch (type) {
+        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
+        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
+    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
     }
 }
 
@@ -1631,7 +1684,8 @@ static double peak_scalar(bool int8, size_t rounds) {
     return 2.0 * (double)rounds;
 }
 
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
+#define PLAIN_TILES(...) add_tiles(__VA_ARGS__, (Leaves)PLAIN_LEAVES)
+MAKE_KERNELS(scalar, static, "scalar", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_scalar)
 
 // ---- Packing ----
 
@@ -4786,81 +4840,6 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// 32 columns of a row tile with a byte for each weight: four columns of 16 rows in each w.
-typedef struct {
-    _Alignas(64) uint8_t w[8][64];
-    float scale[2][16], min[2][16];
-} ByteBlock;
-
-// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
-typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
-
-// The leaves of an instruction set. The dot product takes weights of up to `unsigned_bits` bits as unsigned bytes,
-// weight + offset; others as signed bytes.
-typedef struct {
-    int unsigned_bits;
-    Dot *dot;
-    Widen *widen;
-    LookUp *look_up;
-    ScaleSixteen *scale_sixteen;
-} Leaves;
-
-// A weight's byte minus the weight.
-INLINE int byte_offset(Type type, int unsigned_bits) {
-    int bits = types[type].values ? 8 : types[type].bits;
-    return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
-}
-
-// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
-INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (!part && offset == 128) return x->minus_128_sum;
-    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
-    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
-    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
-}
-
-// The bytes of a block, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they will do.
-// Prefetches the next block's weights in order, because the loads are not: processors then see what will be read next,
-// and memory is read 1.5 times as fast.
-INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
-    const TypeInfo *i = &types[type];
-    const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
-    int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
-    uint8_t *w = u->w[0];
-    const uint8_t *q = i->bits == 8 ? from : w;
-    for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
-    unpack_scales(u->scale, u->min, type, tile, block, leaves.widen, leaves.scale_sixteen);
-    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
-    int8_t values[16];
-    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
-    if (i->values) leaves.look_up(w, 512, values);
-    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
-    return change ? w : q;
-}
-
-INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                              size_t n_all, int n, Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        ByteBlock u;
-        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
-        for (int t = 0; t < n; t++) {
-            for (int h = 0; h < halves; h++) {
-                _Alignas(64) int32_t dots[16];
-                int part = halves == 1 ? 0 : 1 + h;
-                int32_t correction = offset_product(&x[t], part, offset);
-                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
-#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-                for (int r = 0; r < 16; r++) {
-                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
-                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
-                }
-            }
-        }
-    }
-}
-
 // A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
 #define MAKE_DOT(isa, set, Vector, step)                                                                               \
     isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
@@ -4875,17 +4854,6 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
             memcpy(dots + row, &dot, sizeof dot);                                                                      \
         }                                                                                                              \
     }
-
-// add_tiles() by the leaves of an instruction set; the compiler knows the type.
-INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                           size_t n_all, int n, Leaves leaves) {
-#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
-    switch (type) {
-        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
-        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
-    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
-    }
-}
 
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
 // step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
@@ -5052,21 +5020,21 @@ LEAF_INLINE(AVX512) void look_up_avx512(uint8_t *w, size_t n, const int8_t value
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_avx2)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 6, dot_avx2, LEAVES_256 })
+#define TILES_AVX2(...) add_tiles(__VA_ARGS__, (Leaves){ 6, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
 MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
 
-#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avxvnni, LEAVES_256 })
+#define TILES_AVXVNNI(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avxvnni, LEAVES_256 })
 MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
 
-#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512vl, LEAVES_256 })
+#define TILES_AVX512VL(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512vl, LEAVES_256 })
 MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
-#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512, LEAVES_512 })
+#define TILES_AVX512(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512, LEAVES_512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
 MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
 
@@ -5123,7 +5091,7 @@ MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the prod
           add_dots(sum[i], vreinterpretq_s8_s32(sum[i]), vreinterpretq_s8_s32(x)), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
-#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
+#define TILES_NEON(...) add_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
 MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
 
@@ -5139,7 +5107,7 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
 MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neondot, LEAVES_128 })
+#define TILES_NEONDOT(...) add_tiles(__VA_ARGS__, (Leaves){ 0, dot_neondot, LEAVES_128 })
 MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
