@@ -1460,7 +1460,7 @@ typedef struct {
     LookUp *look_up;
     ScaleSixteen *scale_sixteen;
 } Leaves;
-#define PLAIN_LEAVES { 0, dot_bytes, widen_floats, look_up_bytes, scale_floats }
+#define PLAIN_LEAVES 0, dot_bytes, widen_floats, look_up_bytes, scale_floats
 
 // The tile that a block is in.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
@@ -1546,7 +1546,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
         load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
         return;
     }
-    const int8_t (*q)[64] = unpack_bytes_of(&u, type, tiles, block, (Leaves)PLAIN_LEAVES);
+    const int8_t (*q)[64] = unpack_bytes_of(&u, type, tiles, block, (Leaves){ PLAIN_LEAVES });
     for (int g = 0; g < 8; g++) {
         for (int r = 0; r < 16; r++)
             for (int c = 0; c < 4; c++) w[4 * g + c][r] = q[g][4 * r + c];
@@ -1628,11 +1628,11 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
     for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
 }
 
-// Compiles a set of kernels for the instruction set that `target` names. The last five arguments may be its own.
-#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
+// Compiles a set of kernels for the instruction set that `target` names, with functions and leaves that may be its own.
+#define MAKE_KERNELS(set, target, name, add_products_of, narrow_of, peak_of, ...)                                      \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
                                 const Block *x, size_t n_all, int n) {                                                 \
-        add_tiles_of(sum, type, tiles, n_blocks, x, n_all, n);                                                         \
+        add_tiles(sum, type, tiles, n_blocks, x, n_all, n, (Leaves){ __VA_ARGS__ });                                   \
     }                                                                                                                  \
     target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b,          \
                                    bool half, size_t b_stride, int m, int depth) {                                     \
@@ -1641,12 +1641,13 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
     }                                                                                                                  \
     target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
                                       const float *x) {                                                                \
-        if (type == F32) multiply_vector(y, F32, tiles, n_rows, cols, x, widen_of);                                    \
-        else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen_of);                               \
-        else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
+        Widen *widen = (Leaves){ __VA_ARGS__ }.widen;                                                                  \
+        if (type == F32) multiply_vector(y, F32, tiles, n_rows, cols, x, widen);                                       \
+        else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen);                                  \
+        else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen);                                                  \
     }                                                                                                                  \
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
-        dequantise(w, type, tiles, block, widen_of);                                                                   \
+        dequantise(w, type, tiles, block, (Leaves){ __VA_ARGS__ }.widen);                                              \
     }                                                                                                                  \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
     target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
@@ -1684,8 +1685,7 @@ static double peak_scalar(bool int8, size_t rounds) {
     return 2.0 * (double)rounds;
 }
 
-#define PLAIN_TILES(...) add_tiles(__VA_ARGS__, (Leaves)PLAIN_LEAVES)
-MAKE_KERNELS(scalar, static, "scalar", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_scalar)
+MAKE_KERNELS(scalar, static, "scalar", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)
 
 // ---- Packing ----
 
@@ -2865,7 +2865,6 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
            place_sources(m->sources, m->n_sources, sections[WEIGHTS], 64, e);
 }
 
-
 // A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
 // file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
 typedef struct {
@@ -3866,7 +3865,6 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
     memcpy(to->ids, from->ids, (size_t)n * sizeof *to->ids);
     to->n = n;
 }
-
 
 /* ==== 12. Writing, chatting =========================================================================================
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
@@ -5020,23 +5018,17 @@ LEAF_INLINE(AVX512) void look_up_avx512(uint8_t *w, size_t n, const int8_t value
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_avx2)
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_products, narrow_floats, peak_avx2, PLAIN_LEAVES)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_tiles(__VA_ARGS__, (Leaves){ 6, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
-
-#define TILES_AVXVNNI(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avxvnni, LEAVES_256 })
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
-
-#define TILES_AVX512VL(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512vl, LEAVES_256 })
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, dot_avx2, LEAVES_256)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, dot_avxvnni, LEAVES_256)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, dot_avx512vl, LEAVES_256)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
-#define TILES_AVX512(...) add_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512, LEAVES_512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, dot_avx512, LEAVES_512)
 
 static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
 
@@ -5091,9 +5083,8 @@ MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the prod
           add_dots(sum[i], vreinterpretq_s8_s32(sum[i]), vreinterpretq_s8_s32(x)), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
-#define TILES_NEON(...) add_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
-MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
+MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, dot_neon, LEAVES_128)
 
 // [kernel neondot] One sdot for each four columns adds four products of bytes to each lane. Compilers and assemblers
 // know it only if -march or -mcpu names it, and a target attribute would undo what else those name. So it is written in
@@ -5107,8 +5098,7 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
 MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_tiles(__VA_ARGS__, (Leaves){ 0, dot_neondot, LEAVES_128 })
-MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
+MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, dot_neondot, LEAVES_128)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
 

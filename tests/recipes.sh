@@ -42,9 +42,9 @@ add README.md '^| .*`--version`' '' before '| `--whisper` | says less | |'
 
 recipe "a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels"
 add run.c '^static const Kernels .const all_kernels' '' before \
-    'MAKE_KERNELS(another, static, "another", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_scalar)'
+    'MAKE_KERNELS(another, static, "another", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)'
 add run.c '^static const Kernels .const all_kernels' '^#include <arm_neon.h>' before \
-    'MAKE_KERNELS(another, static, "another", PLAIN_TILES, add_products, widen_floats, narrow_floats, peak_scalar)'
+    'MAKE_KERNELS(another, static, "another", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)'
 sed -i.old '/^static const Kernels .const all_kernels/s/&scalar };/\&another, &/' $here/run.c
 grep -q '^static const Kernels .const all_kernels.*&another, &scalar };' $here/run.c
 
