@@ -1691,17 +1691,15 @@ MAKE_KERNELS(scalar, static, "scalar", add_products, narrow_floats, peak_scalar,
 
 enum { NAME_BYTES = 64, VECTOR = 255 };  // a name and its 0, as long as GGUF allows; a value of Source.tiles
 
-// A tensor in a file: one or more matrices, of rows of blocks.
+// A tensor in a file: one or more matrices, of rows of blocks. Native files have the members before `type` as a record.
 typedef struct SourceType SourceType;
 typedef struct Source {
     char name[NAME_BYTES];
-    const SourceType *type;              // NULL in native files, which have ...
-    uint32_t tiles;                      // ... tiles of this Type, or a VECTOR of floats
-    size_t n, rows, cols;                // n: a matrix for each expert, else 1. A vector is one row
+    uint32_t tiles, rows, cols, n;       // tiles of this Type, or a VECTOR, which is one row; a matrix for each expert
+    uint64_t at, n_bytes;                // of the data: the offset that the file states, and the length
+    const SourceType *type;              // not of native files: NULL
     const unsigned char *data, *scales;  // scales: of llama2.c's int8 groups, which has them apart; else NULL
-    size_t group;                        // weights that share one of those
-    uint64_t at;                         // offset of the data that the file states, from its first tensor's data
-    size_t n_bytes, rows_used;           // of the data; rows that belong to tensors of the model
+    size_t group, rows_used;             // weights that share one of those; rows that belong to tensors of the model
 } Source;
 
 // Packs `rows` <= 16 rows from row `row` on, their columns from `col` on. A tile that they do not fill comes as zeros.
@@ -2633,7 +2631,7 @@ static void pack_team(void *p, Team *team) {
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
-        part.rows = slot->rows;
+        part.rows = (uint32_t)slot->rows;
         part.data = source_block(&part, slot->first_row, 0);
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
         for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
@@ -2670,7 +2668,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     s->rows_used += slot->rows;
     bool rows_fit = slot->rule->fused ? s->rows_used <= s->rows : s->rows_used == s->rows;
     if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
-        return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
+        return refuse(e, "%s is %u x %u x %u, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
     if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
         return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
@@ -2678,7 +2676,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
     if (!s->type && slot_bytes(slot) != s->n_bytes)
-        return refuse(e, "%s has %zu bytes, expected %zu", s->name, s->n_bytes, slot_bytes(slot));
+        return refuse(e, "%s has %zu bytes, expected %zu", s->name, (size_t)s->n_bytes, slot_bytes(slot));
     if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
         return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
     for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
@@ -2794,10 +2792,9 @@ typedef struct {
 
 // Followed by `count` doubles: one, or one for each layer.
 typedef struct { char name[28]; uint32_t count; } ConfigRecord;
-_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32, "no padding");
+_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && offsetof(Source, type) == 96, "no padding");
 
-// | name | u32 type, rows, columns, n | u64 offset, bytes |
-enum { RECORD_BYTES = NAME_BYTES + 4 * sizeof(uint32_t) + 2 * sizeof(uint64_t) };
+enum { RECORD_BYTES = offsetof(Source, type) };  // a tensor's record is the beginning of a Source
 
 // Appends the configuration to `to` or, if that is NULL, reads it from the cursor.
 static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
@@ -2825,14 +2822,9 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
     if (!(m->sources = allocate(h->n_tensors, sizeof *m->sources, e))) return false;
     for (; m->n_sources < h->n_tensors; m->n_sources++) {
         Source *s = &m->sources[m->n_sources];
-        take_into(&c, s->name, NAME_BYTES);
+        take_into(&c, s, RECORD_BYTES);
         s->name[NAME_BYTES - 1] = 0;
-        s->tiles = take_u32(&c);
-        s->rows = take_u32(&c);
-        s->cols = take_u32(&c);
-        s->n = take_u32(&c);
-        s->at = take_u64(&c) - h->weights.at;
-        s->n_bytes = (size_t)take_u64(&c);
+        s->at -= h->weights.at;
         if (s->tiles >= N_TYPES && s->tiles != VECTOR)
             return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
@@ -2919,12 +2911,12 @@ static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Erro
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
                     round_up(m->chat_template.n, 64);
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
-        uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
-        uint64_t place[] = { h->file_bytes, slot_bytes(s) };
-        if (s->data && !(append(b, s->name, NAME_BYTES, e) && append(b, shape, sizeof shape, e) &&
-                         append(b, place, sizeof place, e)))
-            return false;
-        if (s->data) h->file_bytes = round_up(h->file_bytes + place[1], 64);
+        if (!s->data) continue;
+        Source record = { "", s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n,
+                          .at = h->file_bytes, .n_bytes = slot_bytes(s) };
+        memcpy(record.name, s->name, NAME_BYTES);
+        if (!append(b, &record, RECORD_BYTES, e)) return false;
+        h->file_bytes = round_up(h->file_bytes + record.n_bytes, 64);
     }
     return true;
 }
@@ -3185,7 +3177,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
-    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
+    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %u rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
@@ -3257,11 +3249,13 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(s->name, name.at, name.n);
     if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
+    for (int i = 0; i < 3; i++)
+        if (dims[i] > UINT32_MAX) return refuse(e, "%s has a dimension of %llu", s->name, (unsigned long long)dims[i]);
     for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
     if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
-    s->cols = (size_t)dims[0];
-    s->rows = (size_t)dims[1];
-    s->n = (size_t)dims[2];
+    s->cols = (uint32_t)dims[0];
+    s->rows = (uint32_t)dims[1];
+    s->n = (uint32_t)dims[2];
     s->n_bytes = times(s->n, source_bytes(s));
     return true;
 }
