@@ -1467,8 +1467,8 @@ INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_
     return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
 
-// 32 columns of a row tile with a byte for each weight: four columns of 16 rows in each w. The scales
-// and minima of the rows are [0] of all columns, or [0] of the first 16 and [1] of the last 16.
+// 32 columns of a row tile with a byte for each weight: four columns of the 16 rows in each w. The rows' scales and
+// minima: [0] of all columns, or [0] of the first 16 and [1] of the last 16.
 typedef struct {
     _Alignas(64) uint8_t w[8][64];
     float scale[2][16], min[2][16];
@@ -4885,12 +4885,9 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
         now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+#define ROWS(m) else if (now == m) leaf(c, c_stride, a, a_stride, b, half, b_stride, m, depth);
         if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
-        else if (now == most) leaf(c, c_stride, a, a_stride, b, half, b_stride, most, depth);
-        else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, b_stride, 8, depth);
-        else if (now == 4) leaf(c, c_stride, a, a_stride, b, half, b_stride, 4, depth);
-        else if (now == 3) leaf(c, c_stride, a, a_stride, b, half, b_stride, 3, depth);
-        else leaf(c, c_stride, a, a_stride, b, half, b_stride, 1, depth);
+        ROWS(most) ROWS(8) ROWS(4) ROWS(3) ROWS(1)
     }
 }
 
