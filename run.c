@@ -137,9 +137,9 @@ typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; }
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-// One thread's place in the team that does a pass. A pass is a list of steps, and no thread begins a step before all
-// have ended the one before. The work of a step comes in chunks: a thread that is fast takes more of them. Who computes
-// a number never changes it.
+// One thread's place in the team that does a pass: that sends tokens through the model. A pass is a list of steps, and
+// no thread begins a step before all have ended the one before. The work of a step, its rows, heads or tokens, comes in
+// chunks: a fast thread takes more of them. No sum is ever divided, so who computes a number never changes it.
 typedef struct {
     int thread, threads;
     struct Gate *gate;  // where the threads wait for each other (chapter 9)
@@ -149,12 +149,12 @@ typedef struct {
 } Team;
 
 // Runs work(job, team) on a team of at most `threads` threads and waits for all of them. `rows` is the size of a pass,
-// whose time is compared with that of the next pass of this size; 0 for other work.
+// whose time is compared with that of the next pass of this size; 0 for other work, -1 if no thread may rest.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
-// Takes the next chunk of a step's n units for this thread: of its own share first, then of the shares of slower
-// threads. Chunks are multiples of `unit`, except the last. False if none is left.
-static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk);  // chapter 9
+// Takes the next chunk of a step's n items for this thread: of its own share first, then of the shares of slower
+// threads. Chunks are multiples of `multiple`, except the last. False if none is left.
+static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk);  // chapter 9
 
 // Waits until every thread of the team has come here. The step's name and layer are for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
@@ -195,7 +195,7 @@ typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
 
-// A matrix in tiles of 16 rows by 32 columns (chapter 4); those of a layer's experts follow each other.
+// A matrix in tiles of 16 rows and 32 or 256 columns (chapter 4); those of a layer's experts follow each other.
 typedef struct {
     Type type;
     int rows, cols;              // of one
@@ -277,20 +277,19 @@ typedef struct {
 
 enum {
     LOGITS_AT_ONCE = 16,    // rows of logits at most: 8 MB for a vocabulary of 128,000 tokens
-    QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: two kernels' registers full
-    DEEP_PAGES = 8,         // a token that sees more pages of the cache is worth two more waits (attend_deep())
+    QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: AVX-512 multiplies twelve at a time
     MAX_HEADS = 1024, MAX_HEAD_DIM = 1024,  // H and K at most
 };
 
 /* ==== 4. Matrix multiplication ======================================================================================
    Nearly all the time goes into y = W x. For one token the machine does little but read W; for many tokens it reads W
-   once and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns, and a tile
-   holds the weights in the order in which they are used. One SIMD lane is one row, so that no sum ever runs across
-   lanes, and that is why every kernel can give the same bits as the plain loops here.
+   once and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns (256 in some
+   types), and a tile holds the weights in the order in which they are used; a row tile is all tiles of 16 rows. One
+   SIMD lane is one row, so no sum ever runs across lanes, and every kernel can give the bits of the plain loops here.
 
        matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
-       quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns (there are tiles of 256)
+       quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns
            8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
            fewer bits in planes, each a part of every weight's bits, the lowest first:
            4 bits: 256 bytes ordered like four groups; low halves: groups 0 to 3, high halves: groups 4 to 7
@@ -370,9 +369,11 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
 
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])), each over k in order: a chain, in which every
 // addition takes the result of the one before. Sixteen chains run side by side.
-// c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
+// c (m, c_stride)  a (m, a_stride)  b (depth, 16), in f16 if `half` says so, else in f32
+// So many bytes ahead of b is what is multiplied next; kernels fetch it meanwhile, the processor does not foresee it.
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                         size_t b_stride, int m, int depth) {
+                         ptrdiff_t ahead, int m, int depth) {
+    (void)ahead;
     enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
@@ -380,8 +381,8 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
         for (int r = 0; r < rows; r++) memcpy(lane[r], c + (size_t)r * c_stride, sizeof lane[r]);
         for (int k = 0; k < depth; k++) {
             float wide[16];
-            const float *w = half ? wide : (const float *)b + (size_t)k * b_stride;
-            if (half) widen_floats(wide, (const uint16_t *)b + (size_t)k * b_stride, 16);
+            const float *w = half ? wide : (const float *)b + k * 16;
+            if (half) widen_floats(wide, (const uint16_t *)b + k * 16, 16);
             for (int r = 0; r < rows; r++) x[r] = a[(size_t)r * a_stride + (size_t)k];
             for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++)
                 for (int j = 0; j < 16; j++) lane[r][j] = fmaf(w[j], x[r], lane[r][j]);
@@ -399,7 +400,7 @@ typedef struct {
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n);
     void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                         size_t b_stride, int m, int depth);
+                         ptrdiff_t ahead, int m, int depth);
     void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t rows, size_t cols, const float *x);
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tiles, size_t block);
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // to f16
@@ -416,31 +417,31 @@ typedef struct {
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
-// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles, which `rows` counts      y (n, y_stride)
+// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
-    size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w), together = 8192 / blocks;
-    const unsigned char *tiles = w->tiles + a->expert * tensor_bytes(w) + rows.from * row_bytes;
+    size_t blocks = n_blocks(w), n_bytes = row_tile_bytes(w), together = 8192 / blocks;
+    const unsigned char *bytes = w->tiles + a->expert * tensor_bytes(w) + tiles.from * n_bytes;
     together = together < 16 ? 16 : together > TOKENS ? TOKENS : together;
     if (a->n == 1 && a->some == 1 && !quantised) {
-        kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
+        kernels->multiply_vector(y + tiles.from * 16, w->type, bytes, tiles.to - tiles.from, blocks * 32, a->x[0]);
         return;
     }
-    for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
+    for (size_t i = tiles.from; i < tiles.to; i++, bytes += n_bytes) {
         for (size_t t0 = 0; t0 < a->some; t0 += together) {
             int now = (int)(a->some - t0 < together ? a->some - t0 : together);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // a row fills a cache line
             memset(sum, 0, (size_t)now * sizeof *sum);
-            if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
+            if (rounded) kernels->add_tiles(sum, w->type, bytes, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
-                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // is fetched while we multiply
-                for (size_t i = 0; i < 2 * (row_bytes / blocks); i += 64) __builtin_prefetch(next + i, 0, 2);
-                kernels->dequantise(columns, w->type, tiles, c);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
+                const unsigned char *next = bytes + (c + 1) * (n_bytes / blocks);  // is fetched while we multiply
+                for (size_t k = 0; k < 2 * (n_bytes / blocks); k += 64) __builtin_prefetch(next + k, 0, 2);
+                kernels->dequantise(columns, w->type, bytes, c);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 0, now, 32);
             }
-            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
+            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + i * 16, sum[t], sizeof *sum);
         }
     }
 }
@@ -454,20 +455,14 @@ typedef struct {
 } Inputs;
 
 // y = w x + bias      y (n, y_stride)  bias (rows) or NULL
-typedef struct {
-    float *y;
-    size_t y_stride;
-    const Tensor *w;
-    const float *bias;
-} Product;
+typedef struct { float *y; size_t y_stride; const Tensor *w; const float *bias; } Product;
 
 // Computes the rows of some row tiles, and returns which rows these are.
 static Range multiply_part(const Product *p, Range tiles, const Activations *x) {
     multiply_rows(p->y, p->y_stride, p->w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)p->w->rows ? tiles.to * 16 : (size_t)p->w->rows };
-    for (size_t t = 0; p->bias && t < x->some; t++) {
+    for (size_t t = 0; p->bias && t < x->some; t++)
         for (size_t r = rows.from; r < rows.to; r++) p->y[t * p->y_stride + r] += p->bias[r];
-    }
     return rows;
 }
 
@@ -478,12 +473,12 @@ static size_t tiles_together(const Tensor *w, const Activations *x) {
 
 // Computes products that share their input. The team takes their row tiles as one list.
 static void multiply_all(const Product *products, int n, const Activations *x, Team *team) {
-    size_t n_tiles = 0, unit = 1;
+    size_t n_tiles = 0, together = 1;
     for (const Product *p = products; p < products + n; p++) {
         n_tiles += n_row_tiles(p->w);
-        if (tiles_together(p->w, x) > unit) unit = tiles_together(p->w, x);
+        if (tiles_together(p->w, x) > together) together = tiles_together(p->w, x);
     }
-    for (Range chunk; take_chunk(team, n_tiles, unit, &chunk);) {
+    for (Range chunk; take_chunk(team, n_tiles, together, &chunk);) {
         size_t first = 0;  // tile of this product in the list
         for (const Product *p = products; p < products + n; first += n_row_tiles(p++->w)) {
             size_t from = chunk.from > first ? chunk.from - first : 0, to = chunk.to > first ? chunk.to - first : 0;
@@ -541,9 +536,8 @@ INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / ca
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
-    for (int half = 8; half; half /= 2) {
+    for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    }
     return lane[0];
 }
 
@@ -554,9 +548,8 @@ INLINE bool apply_norm(float *out, const float *x, const float *weight, const fl
     size_t i;
     for (i = 0; bias && i < dim; i++) of_mean[i % 16] += x[i];
     float mean = bias ? fold_lanes(of_mean) / (float)dim : 0.0f;
-    for (i = 0; i + 16 <= dim; i += 16) {
+    for (i = 0; i + 16 <= dim; i += 16)
         for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j] - mean, x[i + j] - mean, lane[j]);
-    }
     for (; i < dim; i++) lane[i % 16] = fmaf(x[i] - mean, x[i] - mean, lane[i % 16]);
     float sum = fold_lanes(lane), r = sum < INFINITY ? 1.0f / sqrtf(sum / (float)dim + eps) : NAN;
     for (i = 0; i < dim; i++) out[i] = (x[i] - mean) * r * weight[i];
@@ -619,7 +612,7 @@ INLINE void exponentiate(float lane[16], float *p, size_t n, float max) {
 // One token of one text, on its way through the model.
 typedef struct { int token, position, sequence; bool wants_logits; } Row;
 
-enum { PAGE = 64 };  // positions of a page of the cache
+enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a text's end, many follow each other
 
 // A layer's part of the KV cache. A key's numbers are spread, so that a SIMD lane is a position.
 typedef struct {
@@ -715,10 +708,10 @@ typedef struct {
     bool cache_f32;
     size_t kv_head;
     int group, n_queries;     // H/G; query i belongs to token i / group
-    size_t head_dim, row;     // K, and K rounded up to a multiple of 16
+    size_t head_dim, padded;  // K, and K rounded up to a multiple of 16
     size_t position, window;  // of the first token; how many positions each token sees
     float scale, cap;         // of the scores
-    float *queries, *sums;    // (n_queries, row)
+    float *queries, *sums;    // (n_queries, padded)
     float *scores;            // (n_queries, score_stride)  by position
     size_t score_stride;
     float *totals;            // (n_queries)
@@ -740,14 +733,20 @@ static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
 
+// The page after that of position p; after the last one that is seen the same page.
+static int next_page(const Attention *a, size_t p) {
+    return a->pages[p / PAGE + (p / PAGE * PAGE + PAGE < seen_to(a, a->n_queries - 1))];
+}
+
 // scores[i,p] = query[i] . key[p] for these positions, sixteen at a time      query (n_queries, stride)
 static void score_keys(const Attention *a, const float *query, size_t stride, Range positions) {
     for (size_t p = positions.from; p < positions.to; p += 16) {
-        const unsigned char *keys = keys_at(a->cached, a->pages[p / PAGE], a->kv_head);
+        const unsigned char *page = keys_at(a->cached, a->pages[p / PAGE], a->kv_head);
+        const unsigned char *next = keys_at(a->cached, next_page(a, p), a->kv_head);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, query, stride, keys + p % PAGE / 16 * (a->cached->key_bytes / 4),
-                              !a->cache_f32, 16, a->n_queries, (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, query, stride, page + p % PAGE / 16 * (a->cached->key_bytes / 4),
+                              !a->cache_f32, next - page, a->n_queries, (int)a->head_dim);
     }
 }
 
@@ -756,17 +755,18 @@ static void mix_values(const Attention *a, Range columns) {
     Range seen = all_seen(a);
     size_t item_bytes = a->cache_f32 ? sizeof(float) : sizeof(uint16_t);
     for (int i = 0; i < a->n_queries; i++)
-        memset(a->sums + (size_t)i * a->row + columns.from, 0, (columns.to - columns.from) * sizeof(float));
+        memset(a->sums + (size_t)i * a->padded + columns.from, 0, (columns.to - columns.from) * sizeof(float));
     for (size_t p = seen.from, end; p < seen.to; p = end) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
+        const unsigned char *next = values_at(a->cached, next_page(a, p), a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
         int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
             for (size_t d = columns.from; d < columns.to && p < last; d += 16)
-                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride,
-                                      page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, 16, rows,
+                kernels->add_products(a->sums + (size_t)i * a->padded + d, a->padded, weights, a->score_stride,
+                                      page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, next - page, rows,
                                       (int)(last - p));
         }
     }
@@ -777,16 +777,16 @@ static void divide_sums(const Attention *a, Range columns) {
     for (int i = 0; i < a->n_queries; i++) {
         float *out = a->out + head_at(a, i);
         for (size_t d = columns.from; d < columns.to && d < a->head_dim; d++)
-            out[d] = a->sums[(size_t)i * a->row + d] / a->totals[i];
+            out[d] = a->sums[(size_t)i * a->padded + d] / a->totals[i];
     }
 }
 
 // out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
 static void attend_group(const Attention *a) {
-    Range seen = all_seen(a), columns = { 0, a->row };
+    Range seen = all_seen(a), columns = { 0, a->padded };
     for (int i = 0; i < a->n_queries; i++)
-        memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
-    score_keys(a, a->queries, a->row, seen);
+        memcpy(a->queries + (size_t)i * a->padded, a->query + head_at(a, i), a->head_dim * sizeof(float));
+    score_keys(a, a->queries, a->padded, seen);
     for (int i = 0; i < a->n_queries; i++) {
         float *p = a->scores + (size_t)i * a->score_stride + seen.from, lane[16] = { 0 };
         size_t n = seen_to(a, i) - seen.from;
@@ -813,6 +813,7 @@ typedef struct Experts Experts;  // what only models with experts need (chapter 
 typedef struct {
     Settings settings;
     size_t work;             // multiply-adds of a token: where they are few, one thread does them
+    size_t deep_pages;       // a token that sees more pages of the cache is worth two more waits (attend_deep())
     const Row *rows;         // of this pass
     Sequence *sequences;
     int n;                   // rows
@@ -825,10 +826,10 @@ typedef struct {
     float *gate, *up;        // (B, F), with experts (visits, F)
     float *logits;           // (LOGITS_AT_ONCE, V)
     float *scratch;          // (threads, scratch_stride)  for attention
-    size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, scratch_stride;
+    size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, score_stride, scratch_stride;
     Row *room;               // (B)     where callers put a pass's rows together
     Inputs inputs;
-    Rotation angles;
+    Rotation rotation;
     Experts *experts;        // or NULL
     void *arena;             // all of these
     size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
@@ -876,8 +877,8 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
 }
 
 // Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
-// every thread for itself: cheaper than waiting for another. Each layer's result is checked here: a sum of squares that
-// is not finite comes from the last layer that the row has gone through.
+// every thread for itself: cheaper than waiting for another. A norm also checks its row: a sum of squares that is not
+// finite comes from the last layer that the row has gone through, or in a model without such norms from one before.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -956,10 +957,10 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
     return (Attention){
         .query = w->query + at, .out = w->attended + at, .stride = w->q_stride,
         .cached = &s->cache->layers[l], .pages = s->pages, .cache_f32 = s->cache->f32, .kv_head = kv_head,
-        .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .row = round_up(head_dim, 16),
+        .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .padded = round_up(head_dim, 16),
         .position = (size_t)w->rows[first].position,
         .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
-        .cap = m->config.attention_cap, .score_stride = round_up((size_t)w->settings.context, 16),
+        .cap = m->config.attention_cap, .score_stride = w->score_stride,
     };
 }
 
@@ -967,8 +968,8 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
 static float *place_scratch(Attention *a, float *at) {
     size_t n = (size_t)a->n_queries;
     a->queries = at;
-    a->sums = a->queries + n * a->row;
-    a->scores = a->sums + n * a->row;
+    a->sums = a->queries + n * a->padded;
+    a->scores = a->sums + n * a->padded;
     a->totals = a->scores + n * a->score_stride;
     return a->totals + n;
 }
@@ -985,8 +986,9 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
     size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads;
     size_t n_threads = (size_t)team->threads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
-    bool fits = n_queries * (2 * a.row + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
-    if (n_threads > 1 && fits && pages > DEEP_PAGES && (size_t)n_runs * n_kv_heads < 4 * n_threads) {
+    bool fits = n_queries * (2 * a.padded + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
+    bool is_deep = pages > w->deep_pages && a.window > w->deep_pages * PAGE;
+    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // few units: poor shares
         attend_deep(m, w, l, pages, team);
         return;
     }
@@ -1013,9 +1015,10 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
     float *head = is_key ? w->key + t * w->kv_stride + (h - n_heads) * head_dim
                          : w->query + t * w->q_stride + h * head_dim;
     const float *norm = c->wide_head_norms ? NULL : is_key ? layer->key_norm : layer->query_norm;
-    const float *angles = w->angles.cosine_sine + (layer->angles == LOCAL) * w->angles.positions * (size_t)c->rope_dim;
+    size_t angles = (layer->angles == LOCAL) * (size_t)w->rotation.positions + position;
     if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
-    if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
+    if (layer->angles)
+        kernels->rotate(head, w->rotation.cosine_sine + angles * (size_t)c->rope_dim, c->rope_dim, c->pairing);
     if (is_key)
         store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
@@ -1086,7 +1089,7 @@ static void pass_team(void *p, Team *team) {
     for (Range r; take_chunk(team, n + n_angles, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
             if (i < n) embed(m, w, i);
-            else make_angles(m, &w->angles, job->new_angles.from + i - n);
+            else make_angles(m, &w->rotation, job->new_angles.from + i - n);
         }
     }
     end_step(team, EMBED, 0);
@@ -1107,15 +1110,14 @@ static void logits_team(void *p, Team *team) {
     Product head = { w->logits, w->logits_stride, &m->head, NULL };
     for (Range r; take_chunk(team, n_row_tiles(&m->head), tiles_together(&m->head, &input), &r);) {
         Range rows = multiply_part(&head, r, &input);
-        for (size_t t = 0; t < input.n && (scale != 1 || cap > 0); t++) {
+        for (size_t t = 0; t < input.n && (scale != 1 || cap > 0); t++)
             for (size_t i = t * w->logits_stride + rows.from, end = i + rows.to - rows.from; i < end; i++)
                 w->logits[i] = cap > 0 ? cap_at(w->logits[i] * scale, cap) : w->logits[i] * scale;
-        }
     }
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// Threads for n rows: very little work is done by one, since waiting for a second takes longer.
+// Threads for n rows: a million multiply-adds take 0.1 ms, and waiting for a second thread at each step as long.
 static int threads_for(const Workspace *w, int n) {
     return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
@@ -1141,7 +1143,7 @@ static bool check_rows(const Workspace *w, const int *rows, int n, Error *e) {
 static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row *rows, int n, Error *e) {
     w->rows = rows, w->sequences = sequences, w->n = n, w->n_wanted = 0;
     if (n > w->settings.batch) return fail(e, NO_ROOM, "%d rows, expected at most %d", n, w->settings.batch);
-    Range new_angles = { (size_t)w->angles.n, (size_t)w->angles.n };
+    Range new_angles = { (size_t)w->rotation.n, (size_t)w->rotation.n };
     for (int t = 0; t < n; t++) {
         Sequence *s = &sequences[rows[t].sequence];
         if (rows[t].position != s->n || s->n == s->cache->context) {
@@ -1154,7 +1156,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
         if ((size_t)s->n > new_angles.to) new_angles.to = (size_t)s->n;
     }
     memset(w->broken, 0, (size_t)n * sizeof *w->broken);
-    w->angles.n = (int)new_angles.to;
+    w->rotation.n = (int)new_angles.to;
     Job job = { m, w, new_angles, 0, 0 };
     run_team(threads_for(w, n), n, pass_team, &job);
     if (check_rows(w, NULL, n, e)) return true;
@@ -1227,11 +1229,9 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
-    if (!cuts) {
-        for (int i = 0;; i++) {
-            running += c[i].p;
-            if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
-        }
+    for (int i = 0; !cuts; i++) {
+        running += c[i].p;
+        if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
     }
     size_t n_left = cut_tail(s, c, (size_t)n, &sum);
     for (size_t i = 1;; i++) {
@@ -1260,7 +1260,7 @@ static void print_token(const Model *m, Printer *p, int before, int token) {
     print_bytes(p, bytes, n);
 }
 
-typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
+typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT, AT_BROKEN_OUTPUT } Stop;
 
 // A text that the model continues.
 typedef struct {
@@ -1281,7 +1281,7 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     fflush(stdout);
     c->last = token;
     if (++c->n_made == c->limit) return AT_LIMIT;
-    return c->sequence->n == c->sequence->cache->context || ferror(stdout) ? AT_CONTEXT : GO_ON;
+    return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
 // Continues a text, whose last token has left its logits, until it stops. If the limit or the end of the context
@@ -1635,9 +1635,9 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
         add_tiles(sum, type, tiles, n_blocks, x, n_all, n, (Leaves){ __VA_ARGS__ });                                   \
     }                                                                                                                  \
     target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b,          \
-                                   bool half, size_t b_stride, int m, int depth) {                                     \
-        if (half) add_products_of(c, c_stride, a, a_stride, b, true, b_stride, m, depth);                              \
-        else add_products_of(c, c_stride, a, a_stride, b, false, b_stride, m, depth);                                  \
+                                   bool half, ptrdiff_t ahead, int m, int depth) {                                     \
+        if (half) add_products_of(c, c_stride, a, a_stride, b, true, ahead, m, depth);                                 \
+        else add_products_of(c, c_stride, a, a_stride, b, false, ahead, m, depth);                                     \
     }                                                                                                                  \
     target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
                                       const float *x) {                                                                \
@@ -2085,9 +2085,9 @@ static Range share(size_t n, const Team *team) {
     return r;
 }
 
-static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk) {
+static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk) {
     enum { CHUNKS = 8 };  // of a share: the last one of fewer takes a slow thread long; more take time to deal out
-    size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), unit);
+    size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), multiple);
     *chunk = (Range){ 0, n };
     if (n == 0 || threads == 1) return n > 0 && team->n_helped++ == 0;
     size_t n_chunks = (n + size - 1) / size;
@@ -2233,24 +2233,37 @@ static int usable_threads(int threads) {
 }
 #endif
 
-// A thread whose core another program uses makes all others wait. So where they had to sleep, the next pass does with a
-// thread less; if that is faster than before, the thread rests for some passes, each time for more.
+// A thread whose core another program uses makes all others wait. So after two slow passes in a row, in which threads
+// had to sleep, the next one is tried with a thread less. If that is faster than both, the thread rests for some
+// passes, each time for more; if not, the next trial waits for some passes, each time for more.
 typedef struct {
-    int threads, rows;                // of the pass before
-    int n_resting, n_passes, period;  // threads that rest; passes until one is tried again; passes of the last rest
-    double seconds;                   // of a pass with the thread that is now left out on trial; 0: no trial
+    int threads, rows;         // of the pass before
+    int n_resting, rest_left;  // threads that rest; passes until one is tried again
+    int rest, pause;           // passes of the last rest; of the last wait after a trial in vain
+    int pause_left, n_slow;    // passes until the next trial; slow passes in a row
+    bool on_trial;
+    double seconds;            // of the faster of the slow passes
 } Rest;
 
+static int longer(int passes, int least) { return passes < 128 ? 2 * passes + least : 256; }
+
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
-    bool on_trial = r->seconds > 0, is_faster = rows == r->rows && seconds < r->seconds;
+    bool is_slow = slept > seconds / 8, is_like_last = rows == r->rows;
+    bool is_faster = is_like_last && seconds < r->seconds;
     r->rows = rows;
-    r->seconds = 0;
-    if (on_trial && !is_faster) r->n_resting--;
-    if (on_trial && is_faster) r->n_passes = r->period = r->period < 128 ? 2 * r->period + 16 : 256;
-    if (on_trial) return;
-    if (slept > seconds / 8 && r->n_resting < r->threads - 1) r->n_resting++, r->seconds = seconds;
-    else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
-    else if (!r->n_resting && r->period) r->period--;
+    if (r->on_trial) {
+        r->on_trial = false;
+        r->n_slow = 0;
+        if (is_faster) r->rest_left = r->rest = longer(r->rest, 16);
+        else r->n_resting--, r->pause_left = r->pause = longer(r->pause, 4);
+        return;
+    }
+    r->n_slow = !is_slow ? 0 : is_like_last ? r->n_slow + 1 : 1;
+    if (r->n_slow <= 1 || is_faster) r->seconds = seconds;
+    if (r->pause_left) r->pause_left--;
+    else if (r->n_slow >= 2 && r->n_resting < r->threads - 1) r->n_resting++, r->on_trial = true;
+    if (r->n_resting && !r->on_trial && --r->rest_left <= 0) r->n_resting--;
+    if (!r->n_resting && !is_slow) r->rest -= r->rest > 0, r->pause -= r->pause > 0;
 }
 
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {
@@ -2262,8 +2275,8 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
         if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
     }
     if (threads > usable) threads = usable;
-    if (rows && threads != rest.threads) rest = (Rest){ .threads = threads };
-    if (threads == rest.threads) threads -= rest.n_resting;
+    if (rows > 0 && threads != rest.threads) rest = (Rest){ .threads = threads };
+    if (threads == rest.threads && rows >= 0) threads -= rest.n_resting;
     for (int i = 0; i < threads; i++) gate.seats[i].taken[0] = gate.seats[i].taken[1] = 0;
     gate.microseconds = 0;
     double start = clock_seconds();
@@ -2282,7 +2295,7 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
     take_part(0, threads, work, job, &gate);
     for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i <= EAGER) look_again(i);
 #endif
-    if (rows) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
+    if (rows > 0) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
 }
 
 // Sets a signal's handler, unless whoever started us wants the signal ignored.
@@ -3525,7 +3538,7 @@ static void add_visits(const Workspace *w, const Activations *visits, Range rows
         size_t t = (size_t)x->visitors[visits->first + i];
         const float *weight = x->routes + t * x->routes_stride + visits->expert, *y = x->out + i * w->x_stride;
         for (size_t r = rows.from; r < rows.to; r += 16)
-            kernels->add_products(w->out + t * w->x_stride + r, 16, weight, 1, y + r, false, 16, 1, 1);
+            kernels->add_products(w->out + t * w->x_stride + r, 16, weight, 1, y + r, false, 0, 1, 1);
     }
 }
 
@@ -3574,7 +3587,7 @@ static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int
 static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
     Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.row + a.score_stride + 1 + n_pages);
+    size_t each = (size_t)a.n_queries * (2 * a.padded + a.score_stride + 1 + n_pages);
     *largest = place_scratch(&a, w->scratch + i * each);
     return a;
 }
@@ -3766,11 +3779,12 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     size_t positions = round_up((size_t)w->settings.context, 16), own = larger(n, threads), rows = larger(n, visits);
     w->x_stride = round_up((size_t)c->dim, 32);
     w->logits_stride = round_up((size_t)c->n_tokens, 16);
-    w->scratch_stride = group * (2 * round_up(head_dim, 16) + positions + 1);
+    w->score_stride = positions + 16;  // rows that lie a power of two apart would share few places of the L1 cache
+    w->scratch_stride = group * (2 * round_up(head_dim, 16) + w->score_stride + 1);
     w->inputs.widest = larger(larger(w->x_stride, w->q_stride), w->ffn_stride);
-    w->angles.positions = (int)positions;
+    w->rotation.positions = (int)positions;
     w->logits = place(&a, LOGITS_AT_ONCE * w->logits_stride, sizeof(float));
-    w->angles.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
+    w->rotation.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
     w->batch_bytes = a.n;
     Experts unused, *x = used ? place(&a, 1, sizeof *x) : NULL;
     w->experts = x;
@@ -3793,13 +3807,13 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     w->room = place(&a, n, sizeof *w->room);
     w->batch_bytes = a.n - w->batch_bytes;
     w->scratch = place(&a, threads * w->scratch_stride, sizeof(float));  // from here on, only the beginnings of rows
-    w->angles.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
+    w->rotation.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
     w->arena_bytes = a.n;
 }
 
 // Makes the scratch buffers for passes as the settings say; without -b a large batch may shrink.
 static bool make_workspace(const Model *m, Workspace *w, Settings settings, Error *e) {
-    *w = (Workspace){ .settings = settings };
+    *w = (Workspace){ .settings = settings, .deep_pages = 16 };  // two threads gain from 1,000 positions on
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         if (!is_multiplied(m, slot)) continue;
         bool rounds = is_quantised(slot->type) && !settings.exact;
@@ -3813,7 +3827,7 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
     if (!(w->arena = map_memory(w->arena_bytes, false, e))) return false;
     lay_out_workspace(m, w);
     use_large_pages(w->arena, (size_t)((char *)w->scratch - (char *)w->arena));
-    make_turns(m, &w->angles, settings.context);
+    make_turns(m, &w->rotation, settings.context);
     return true;
 }
 
@@ -3967,7 +3981,8 @@ static void tell_speed(const Model *m, const Speed *v) {
     fputc('\n', stderr);
 }
 
-static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
+static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C",
+                                         "by a broken output" };
 
 // A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
@@ -4410,7 +4425,7 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
     for (int i = 0; i < 7; i++) {
         double start = clock_seconds();
-        run_team(threads, 0, work_at_ceiling, &job);
+        run_team(threads, -1, work_at_ceiling, &job);
         double seconds = clock_seconds() - start;
         best = fmax(best, each * (double)job.n / seconds * 1e-9);
         if (!memory && seconds < 0.02) job.n *= 2, i = 0;
@@ -4850,17 +4865,18 @@ static bool run_matmul(Error *e) {
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
 // step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
 typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                      size_t b_stride, int m, int depth);
+                      ptrdiff_t ahead, int m, int depth);
 #define MAKE_PRODUCTS(isa, set, Vector, step, widened)                                                                 \
     isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,      \
-                            size_t b_stride, int m, int depth) {                                                       \
+                            ptrdiff_t ahead, int m, int depth) {                                                       \
         enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
         Vector sum[12][VECTORS], w[VECTORS];                                                                           \
         const char *row = b;                                                                                           \
         _Pragma("GCC unroll 12")                                                                                       \
         for (int i = 0; i < m; i++)                                                                                    \
             for (int j = 0; j < VECTORS; j++) memcpy(&sum[i][j], c + (size_t)i * c_stride + WIDTH * j, sizeof *w);     \
-        for (int k = 0; k < depth; k++, a++, row += b_stride * (half ? 2 : 4)) {                                       \
+        for (int k = 0; k < depth; k++, a++, row += 16 * (half ? 2 : 4)) {                                             \
+            if (m <= 8) __builtin_prefetch(row + ahead, 0, 2);  /* to L2: it would not stay in L1 */                   \
             for (int j = 0; j < VECTORS; j++) {                                                                        \
                 const void *from = row + WIDTH * j * (half ? 2 : 4);                                                   \
                 if (half) w[j] = widened;                                                                              \
@@ -4880,13 +4896,13 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
 // add_products() by that leaf, `most` rows at a time: as many as keep the multipliers busy and fit the registers. For a
 // matrix, the compiler knows the strides, so that addresses cost nothing.
 INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                     size_t b_stride, int m, int depth, int most, Products *leaf) {
-    bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
+                     ptrdiff_t ahead, int m, int depth, int most, Products *leaf) {
+    bool of_matrix = !half && c_stride == 16 && a_stride == 32;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
         now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
-#define ROWS(m) else if (now == m) leaf(c, c_stride, a, a_stride, b, half, b_stride, m, depth);
-        if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
+#define ROWS(m) else if (now == m) leaf(c, c_stride, a, a_stride, b, half, ahead, m, depth);
+        if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 0, most, depth);
         ROWS(most) ROWS(8) ROWS(4) ROWS(3) ROWS(1)
     }
 }
