@@ -317,7 +317,7 @@ MACHINE = [
 
 # Checks that are no `if (...) return refuse(...)`.
 CHECKS = [
-    ("run.c", "c->bad || n > c->left", "c->bad"), ("run.c", "c->bad || n > c->left", "n > c->left"),
+    ("tokenizer.c", "c->bad || n > c->left", "c->bad"), ("tokenizer.c", "c->bad || n > c->left", "n > c->left"),
     ("run.c", "__builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product", "a * b + 0 * (product = 0)"),
     ("run.c", "a > SIZE_MAX - b ? SIZE_MAX : a + b", "a + b"),
     ("run.c", "up == SIZE_MAX ? up : up / step * step", "up / step * step"),
@@ -431,7 +431,7 @@ def checks(source: str, text: str) -> list[Mutant]:
         high = text.index("\n" + last, low) if last else len(text)
         for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, high):
             at, end, before = match.start(), end_of(text, match.end() - 1), text[:match.start()]
-            governed = re.search(r"\)(\s|//.*\n)*(return |ok = )?$", before)
+            governed = re.search(r"\)(\s|//.*\n)*(return |ok = |g->bad = !)?$", before)
             if governed:
                 opening = next(i for i in range(at, low, -1) if text.startswith("if (", i) and
                                end_of(text, i + 3) == governed.start() + 1)
