@@ -86,7 +86,7 @@ static void check_choices(int n, float temperature, int top_k, float top_p, floa
         for (int i = 0; i < n; i++)
             logits[i] = kind < 2 ? random_float(kind ? 0.3 : 3) : kind == 2 ? (float)random_below(5) : 1;
         uint64_t before = s.random;
-        int got = choose_token(&s, logits, n),
+        int got = choose_token(&s, NULL, 0, logits, n),
             wanted = reference_choice(temperature, top_k, top_p, min_p, &random, logits, n);
         if (!check(got == wanted, "n %d, -t %g -k %d -p %g --min-p %g, round %d: got token %d, wanted %d", n,
                    (double)temperature, top_k, (double)top_p, (double)min_p, round, got, wanted))
@@ -147,14 +147,15 @@ static void test_sampler(void) {
         Sampler s = { .temperature = 1, .top_k = sets[i].top_k, .top_p = sets[i].top_p, .min_p = sets[i].min_p };
         int seen = 0;
         if (!make_sampler(&s, 4, 7, &e)) continue;
-        for (int k = 0; k < 500; k++) seen |= 1 << choose_token(&s, four, 4);
+        for (int k = 0; k < 500; k++) seen |= 1 << choose_token(&s, NULL, 0, four, 4);
         check(seen == sets[i].wanted, "p 0.1 0.5 0.2 0.2, -k %d -p %g --min-p %g: got the tokens %x, wanted %x (bits)",
               sets[i].top_k, (double)sets[i].top_p, (double)sets[i].min_p, (unsigned)seen, (unsigned)sets[i].wanted);
         free(s.candidates);
     }
     const float tied[] = { 1, 5, 5, 2, 5 };
     Sampler s = { .temperature = 0 };
-    check(choose_token(&s, tied, 5) == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", choose_token(&s, tied, 5));
+    int first = choose_token(&s, NULL, 0, tied, 5);
+    check(first == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", first);
 
     Opened o = open_golden("mixed.gguf");  // nothing is allocated while text is made
     Runner st;
@@ -165,7 +166,7 @@ static void test_sampler(void) {
     size_t before = faults.n;
     for (int i = 0; ok && i < 5; i++) {
         ok = run_tokens(&o.model, &st, ids, 3, 1, &e);
-        ids[0] = choose_token(&sampler, st.w.logits, o.model.config.n_tokens);
+        ids[0] = choose_token(&sampler, NULL, 0, st.w.logits, o.model.config.n_tokens);
     }
     check(ok && faults.n == before, "forward and choose_token: got %zu allocations, wanted none",
           faults.n - before);
