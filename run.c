@@ -3794,7 +3794,7 @@ static void penalise_sequences(const Shaper *h, const int *ids, int n) {
         int longer = h->seen[end[-k]] - 1 - allowed;
         if (longer < 0 || breaks_sequence(h->tokenizer, end - k + 1, 1)) continue;
         double penalty = options.dry_multiplier * pow(options.dry_base, longer);
-        h->logits[end[-k]] -= penalty < 1e30 ? (float)penalty : INFINITY;
+        h->logits[end[-k]] -= penalty < 1e38 ? (float)penalty : INFINITY;
     }
 }
 
