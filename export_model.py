@@ -873,12 +873,17 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
         keys["tokenizer.ggml.ignore_merges"] = boolean(flags & 8)
         keys["tokenizer.ggml.normalizer.nfc"] = boolean(flags & 16)
-    others = [i for i in ends if i != eos]
-    ids = {"bos": bos, "eos": eos, "unknown": unk, "eot": others[0] if others else -1,
-           "eom": others[1] if len(others) > 1 else -1}
-    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0}
+    others = [int(i) for i in ends if i != eos]
+    ids = {"bos": bos, "eos": eos, "unknown": unk}
+    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0} | end_keys(others)
     return keys | {"tokenizer.ggml.add_bos_token": boolean(flags & 1),
                    "tokenizer.ggml.add_eos_token": boolean(flags & 2)}
+
+
+def end_keys(others: list[int]) -> dict[str, Value]:
+    """The tokens beside eos that end a text. GGUF has keys for two; cria reads the third."""
+    keys = {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in zip(("eot", "eom"), others)}
+    return keys | ({"tokenizer.ggml.end_token_ids": array(U32, others)} if len(others) > 2 else {})
 
 
 def spell_piece(piece: bytes, token_type: int, spm: bool) -> str:
@@ -1958,10 +1963,13 @@ def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: 
         ends += [i for i in (ids if isinstance(ids, list) else [ids]) if i in vocabulary.tokens]
     eos = keys["tokenizer.ggml.eos_token_id"].data if "tokenizer.ggml.eos_token_id" in keys else None
     others = [i for i in dict.fromkeys(ends) if i != eos]
-    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in zip(("eot", "eom"), others)}
+    keys |= end_keys(others)
     first, last = template_ends(tokenizer)
     for token, name in ((first, "bos"), (last, "eos")):
-        if token and keys.get(f"tokenizer.ggml.{name}_token_id") != u32(vocabulary.id_of(token) or 0):
+        key = f"tokenizer.ggml.{name}_token_id"
+        if token and key not in keys and vocabulary.id_of(token) is not None:  # no other file names it
+            keys[key] = u32(vocabulary.id_of(token))
+        if token and keys.get(key) != u32(vocabulary.id_of(token) or 0):
             raise Refusal(f"{folder / 'tokenizer.json'}: its post_processor adds {token}, which is not {name}_token")
     add_bos = bool(first) if first or not isinstance(config.get("add_bos_token"), bool) else config["add_bos_token"]
     if not tokenizer and not isinstance(config.get("add_bos_token"), bool):
@@ -3059,7 +3067,8 @@ def write_tokenizer(model: Model, folder: Path) -> None:
     if template := model.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, "utf-8", "surrogateescape")
     ends = [i for name in ("eos", "eot", "eom") if (i := model.get(f"tokenizer.ggml.{name}_token_id")) is not None]
-    generation = {"eos_token_id": ends} if ends else {}
+    ends += [int(i) for i in model.get("tokenizer.ggml.end_token_ids", [])]
+    generation = {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
     for name, value in (("tokenizer.json", tokenizer_json(model)), ("tokenizer_config.json", config),
                         ("generation_config.json", generation)):
         encoded = json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "surrogateescape")

@@ -1188,10 +1188,11 @@ static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e
 typedef struct {
     float temperature;     // 0 = the likeliest token
     int top_k;             // 0 = off
-    float top_p, min_p;    // 0 or 1 = off; 0 = off
+    float top_p, min_p, typical, xtc, xtc_threshold;  // 0 = off, top_p 1 too
     uint64_t random;       // the generator's state, never 0
     bool from_clock;       // nobody has given a seed
     Candidate *candidates; // (V)
+    struct Shaper *shaper; // what changes the logits before; NULL: nothing was asked for
 } Sampler;
 
 // A number in [0, 1): xorshift* (Marsaglia, "Xorshift RNGs"; Vigna, "An experimental exploration of ...").
@@ -1219,24 +1220,25 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
 
 // Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
 // from its last place down, with their sum in *sum (chapter 11).
-static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum);
+static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum);
 
-// The next token, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
-static int choose_token(Sampler *s, const float *logits, int n) {
+// The logits as penalties for repeats, biases and n-sigma change them (chapter 11).      ids (n_ids), logits (n)
+static const float *shape_logits(const struct Shaper *h, const int *ids, int n_ids, const float *logits, int n);
+
+// The next token of the text `ids`, drawn from softmax(logits / temperature) as the sampler says.      logits (n)
+static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logits, int n) {
+    if (s->shaper) logits = shape_logits(s->shaper, ids, n_ids, logits, n);
     int best = likeliest(logits, n);  // also the answer where logit / temperature is too large for a float
     if (s->temperature < 1e-30f || !isfinite(logits[best] / s->temperature)) return best;
     Candidate *c = s->candidates;
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
-    float coin = flip_coin(&s->random), running = 0.0f, sum;
-    bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
-    for (int i = 0; !cuts; i++) {
-        running += c[i].p;
-        if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
-    }
-    size_t n_left = cut_tail(s, c, (size_t)n, &sum);
+    float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
+    bool cuts = s->top_k > 0 || s->min_p > 0 || s->typical > 0 || s->xtc > 0 || (s->top_p > 0 && s->top_p < 1);
+    size_t n_left = cuts ? cut(s, c, (size_t)n, &sum) : (size_t)n;
     for (size_t i = 1;; i++) {
-        running += c[(size_t)n - i].p;
-        if (i == n_left || coin * sum < running) return c[(size_t)n - i].id;
+        const Candidate *next = cuts ? &c[(size_t)n - i] : &c[i - 1];
+        running += next->p;  // rounding may leave their sum below the coin
+        if (i == n_left || coin * sum < running) return next->p > 0 ? next->id : best;
     }
 }
 
@@ -1246,21 +1248,18 @@ static int choose_token(Sampler *s, const float *logits, int n) {
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
-    char held[4];
+    char held[260];             // what may begin a stop text is held too
     size_t n_held;
+    const struct Texts *stops;  // texts that end this one and are not printed; NULL: none
 } Printer;
 
 // Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
-static void print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 12
+static const char *print_bytes(Printer *p, const char *bytes, size_t n);  // chapter 12
 
-// Prints what a token adds to the text after the token before it.
-static void print_token(const Model *m, Printer *p, int before, int token) {
-    size_t n;
-    const char *bytes = decode(&m->tokenizer, before, token, &n);
-    print_bytes(p, bytes, n);
-}
+// Prints what a token adds to the text after the token before it. Returns the stop text that it completes, or NULL.
+static const char *print_token(const Model *m, Printer *p, int before, int token);  // chapter 12
 
-typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT, AT_BROKEN_OUTPUT } Stop;
+typedef enum { GO_ON, AT_END_TOKEN, AT_STOP_TEXT, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT, AT_BROKEN_OUTPUT } Stop;
 
 // A text that the model continues.
 typedef struct {
@@ -1269,23 +1268,26 @@ typedef struct {
     Printer printer;
     size_t limit, n_made, n_passes;  // new tokens at most, and so far; passes
     int last;                        // the token printed last; -1: none
+    const char *stop_text;           // the one that has ended it, or NULL
 } Continuation;
 
 // Chooses the next token and prints it, unless it ends the text. GO_ON: the token has to go through the model.
 static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     if (c->n_made == c->limit) return AT_LIMIT;
-    int token = choose_token(c->sampler, logits, m->config.n_tokens);
+    int token = choose_token(c->sampler, c->sequence->ids, c->sequence->n, logits, m->config.n_tokens);
     if (interrupted) return AT_INTERRUPT;
     if (is_end_token(&m->tokenizer, token)) return AT_END_TOKEN;
-    print_token(m, &c->printer, c->last, token);
+    c->stop_text = print_token(m, &c->printer, c->last, token);
     fflush(stdout);
     c->last = token;
-    if (++c->n_made == c->limit) return AT_LIMIT;
+    c->n_made++;
+    if (c->stop_text) return AT_STOP_TEXT;
+    if (c->n_made == c->limit) return AT_LIMIT;
     return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
-// Continues a text, whose last token has left its logits, until it stops. If the limit or the end of the context
-// stopped it, the token printed last is not in the cache.
+// Continues a text, whose last token has left its logits, until it stops. If a stop text, the limit or the end of the
+// context stopped it, the token printed last is not in the cache.
 static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Error *e) {
     bool ok = true;
     while (ok && (*why = next_token(m, c, w->logits)) == GO_ON) {
@@ -1889,15 +1891,21 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 // Some numbers, written "1,2,4".
 typedef struct { int n, at[16]; } List;
 
+enum { MAX_TEXTS = 64, MAX_STOP = 256 };
+typedef struct Texts { int n; const char *at[MAX_TEXTS]; } Texts;  // of an option that may be given again
+
 // What the user asked for on the command line; chapter 14 fills it in.
 typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
     const char *cache, *kernel, *pre, *svg;
-    double temperature, top_p, min_p;
+    double temperature, top_p, min_p, typical, xtc, xtc_threshold;
+    double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
+    int64_t repeat_last_n, dry_allowed, dry_last_n;
+    Texts biases, breakers, stops;
     int64_t n_predict, top_k, context, batch, reps;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
-    bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
+    bool ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
 } Options;
 
 static Options options;
@@ -3223,10 +3231,12 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
     if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
+    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
         .scores = scores.value.at, .types = piece_types.value.at,
+        .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
@@ -3741,11 +3751,163 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     *sum = 0.0f;
     for (size_t i = 1; i <= limit; i++) {
         if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
-        if (c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
+        if (c[n - i].p <= 0.0f || c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
         *sum += c[n - i].p;
         if (has_top_p && *sum > s->top_p * total) return i;
     }
     return limit;
+}
+
+// ---- Other ways to choose ----
+
+typedef struct Shaper {
+    const Tokenizer *tokenizer;
+    struct { int id; float x; } bias[MAX_TEXTS];
+    float *logits;  // (V)  the changed ones
+    int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
+} Shaper;
+
+// Keeps the tokens whose surprise, -ln p, is nearest to the entropy, until their sum is above s->typical (Meister et
+// al., "Locally Typical Sampling"). Before comes top-k. They go to the end of c; their sum is 1 again.
+static size_t keep_typical(const Sampler *s, Candidate *c, size_t n) {
+    float sum = 1.0f, *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
+    size_t left = s->top_k > 0 ? cut_tail(&(Sampler){ .top_k = s->top_k }, c, n, &sum) : n, kept = 0;
+    double entropy = 0, total = 0;
+    c += n - left;
+    n = left;
+    for (size_t i = 0; i < n; i++) {
+        p[c[i].id] = c[i].p / sum;
+        if (c[i].p > 0) entropy -= (double)p[c[i].id] * log((double)p[c[i].id]);
+    }
+    for (size_t i = 0; i < n; i++) c[i].p = -(float)fabs(log((double)p[c[i].id]) + entropy);
+    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
+    for (; left > 0 && total <= (double)s->typical; total += (double)p[c[n - kept].id])
+        take_likeliest(&c[n - ++kept], c, &left);
+    for (size_t i = 1; i <= kept; i++) c[n - i].p = (float)((double)p[c[n - i].id] / total);
+    return kept;
+}
+
+// All that is cut off. Last, with probability s->xtc, all but the last of the tokens that reach the threshold (XTC,
+// "exclude top choices"); this takes a second coin for each token.
+static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum) {
+    size_t kept = s->typical > 0 ? keep_typical(s, c, n) : n;
+    size_t n_left = cut_tail(s, c + (n - kept), kept, sum), n_top = 0;
+    bool excludes = s->xtc > 0 && flip_coin(&s->random) < s->xtc;
+    while (excludes && n_top < n_left && c[n - 1 - n_top].p >= s->xtc_threshold * *sum) n_top++;
+    if (n_top < 2) return n_left;
+    n_left -= n_top - 1;
+    memmove(c + n - n_left, c + n - n_left - (n_top - 1), n_left * sizeof *c);
+    *sum = 0.0f;
+    for (size_t i = 1; i <= n_left; i++) *sum += c[n - i].p;
+    return n_left;
+}
+
+// How many of the last n tokens an option asks for.
+static int last_of(int64_t asked, int n) { return asked < 0 || asked > n ? n : (int)asked; }
+
+// A token that is among the last has its logit divided by a penalty, or multiplied if that is not positive; then
+// logit -= count * frequency_penalty + presence_penalty
+static void penalise_repeats(const Shaper *h, const int *ids, int n) {
+    float penalty = (float)options.repeat_penalty, frequency = (float)options.frequency_penalty;
+    int first = n - last_of(options.repeat_last_n, n);
+    for (int i = first; i < n; i++) h->seen[ids[i]]++;
+    for (int i = first; i < n; h->seen[ids[i++]] = 0) {
+        float *logit = &h->logits[ids[i]], count = (float)h->seen[ids[i]];
+        if (count <= 0) continue;  // the same token has been here before
+        *logit = *logit > 0 ? *logit / penalty : *logit * penalty;
+        *logit -= count * frequency + (float)options.presence_penalty;
+    }
+}
+
+// Whether a breaker of sequences ends in the last of the n tokens before `end`.
+static bool breaks_sequence(const Tokenizer *t, const int *end, int n) {
+    static const Texts usual = { 4, { "\n", ":", "\"", "*" } };
+    const Texts *breakers = options.breakers.n ? &options.breakers : &usual;
+    size_t n_bytes, left = 1, n_last;
+    for (int b = 0; b < breakers->n && strcmp(breakers->at[b], "none"); b++) {
+        piece(t, end[-1], &n_last);
+        for (; n_last > 0; n_last--) {  // its bytes from the last one back, over tokens
+            left = strlen(breakers->at[b]);
+            for (int i = 1; i <= n && left > 0; i++) {
+                const char *s = piece(t, end[-i], &n_bytes);
+                if (i == 1) n_bytes = n_last;
+                while (n_bytes > 0 && left > 0 && s[n_bytes - 1] == breakers->at[b][left - 1]) n_bytes--, left--;
+                if (n_bytes > 0) break;
+            }
+            if (left == 0) return true;
+        }
+    }
+    return false;
+}
+
+// DRY, "don't repeat yourself": if the text's last tokens, at least dry_allowed of them, have stood before, the token
+// that followed there loses multiplier * base^(their number - dry_allowed). They are counted back to the last breaker.
+static void penalise_sequences(const Shaper *h, const int *ids, int n) {
+    int last = last_of(options.dry_last_n, n), allowed = (int)options.dry_allowed, most = 0;
+    const int *end = ids + n;
+    while (most < last && most < allowed + 1000 && !breaks_sequence(h->tokenizer, end - most, last - most)) most++;
+    if (last <= allowed || most < allowed) return;
+    for (int k = 1; k < last; k++) {
+        int length = 0, *seen = &h->seen[end[-k]];
+        while (length < most && k + length < last && end[-1 - length] == end[-1 - k - length]) length++;
+        if (length >= allowed && length >= *seen) *seen = length + 1;
+    }
+    for (int k = 1; k < last; h->seen[end[-k++]] = 0) {
+        int longer = h->seen[end[-k]] - 1 - allowed;
+        if (longer < 0 || breaks_sequence(h->tokenizer, end - k + 1, 1)) continue;
+        double penalty = options.dry_multiplier * pow(options.dry_base, longer);
+        h->logits[end[-k]] -= penalty < 1e38 ? (float)penalty : INFINITY;
+    }
+}
+
+// Excludes what is more than so many standard deviations below the largest (Tang et al., "Top-n-sigma").
+static void exclude_below_sigmas(float *logits, int n, double sigmas) {
+    double sum = 0, squares = 0, count = 0, max = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        double x = (double)logits[i];
+        if (x <= -INFINITY) continue;
+        sum += x;
+        squares += x * x;
+        max = fmax(max, x);
+        count++;
+    }
+    double least = max - sigmas * sqrt(fmax(squares / count - sum / count * (sum / count), 0));
+    for (int i = 0; i < n; i++) if ((double)logits[i] < least) logits[i] = -INFINITY;
+}
+
+static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, const float *logits, int n) {
+    const Tokenizer *t = h->tokenizer;
+    memcpy(h->logits, logits, (size_t)n * sizeof *logits);
+    for (int i = 0; i < options.biases.n; i++) h->logits[h->bias[i].id] += h->bias[i].x;
+    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->logits[t->end_id[i]] = -INFINITY;
+    penalise_repeats(h, ids, n_ids);
+    if (options.dry_multiplier > 0) penalise_sequences(h, ids, n_ids);
+    if (options.nsigma > 0) exclude_below_sigmas(h->logits, n, options.nsigma);
+    return h->logits;
+}
+
+// Makes what shape_logits() and keep_typical() need, if they are asked for, in one block.
+static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) {
+    bool needed = options.repeat_penalty != 1 || options.presence_penalty != 0 || options.frequency_penalty != 0 ||
+                  options.dry_multiplier > 0 || options.nsigma > 0 || options.ignore_eos || options.biases.n ||
+                  s->typical > 0;
+    if (!needed) return true;
+    size_t n = (size_t)n_tokens;
+    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (sizeof *h->logits + sizeof *h->seen), e);
+    if (!h) return false;
+    *h = (Shaper){ .tokenizer = t, .logits = (float *)(h + 1), .seen = (int *)((float *)(h + 1) + n) };
+    for (int i = 0; i < options.biases.n; i++) {
+        const char *text = options.biases.at[i];
+        int id = -1, end = 0;
+        float x = NAN;
+        char sign[2] = "";
+        if (sscanf(text, "%9d%1[+-]%f%n", &id, sign, &x, &end) == 3 && *sign == '-') x = -x;
+        if (id < 0 || id >= n_tokens || !(x < INFINITY) || text[end])
+            return fail(e, MISUSE, "--logit-bias %.99s: expected ID+X or ID-X, the id below %d", text, n_tokens);
+        h->bias[i].id = id;
+        h->bias[i].x = x;
+    }
+    return true;
 }
 
 // ---- The memory to run it in ----
@@ -3948,14 +4110,43 @@ static void put_held(Printer *p, size_t n) {
     memmove(p->held, p->held + n, p->n_held);
 }
 
-static void print_bytes(Printer *p, const char *bytes, size_t n) {
-    for (size_t i = 0; bytes && i < n; i++) {
-        p->held[p->n_held++] = bytes[i];
-        put_held(p, whole_characters(p->held, p->n_held));
+// The stop text that the held bytes end with, the longest of several; or NULL. *n: how many of the last bytes are it,
+// or may be its beginning.
+static const char *find_stop(const Printer *p, size_t *n) {
+    const char *found = NULL;
+    *n = 0;
+    for (int i = 0; p->stops && i < p->stops->n; i++) {
+        const char *stop = p->stops->at[i];
+        size_t length = strlen(stop), k = length < p->n_held ? length : p->n_held;
+        while (k > 0 && memcmp(p->held + p->n_held - k, stop, k)) k--;
+        if (k == length && (!found || k > *n)) found = stop, *n = k;
+        if (!found && k > *n) *n = k;
     }
-    if (bytes) return;
+    return found;
+}
+
+static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
+    for (size_t i = 0, kept; bytes && i < n; i++) {
+        p->held[p->n_held++] = bytes[i];
+        const char *stop = find_stop(p, &kept);
+        put_held(p, stop ? p->n_held - kept : whole_characters(p->held, p->n_held - kept));
+        if (stop) return p->n_held = 0, stop;
+    }
+    if (bytes) return NULL;
     put_held(p, p->n_held);
     fflush(stdout);
+    return NULL;
+}
+
+static const char *print_token(const Model *m, Printer *p, int before, int token) {
+    const Tokenizer *t = &m->tokenizer;
+    size_t n;
+    const char *bytes = decode(t, before, token, &n);
+    for (int i = 0; n == 0 && p->stops && i < p->stops->n; i++) {
+        const char *stop = p->stops->at[i];  // which may be a control token's name
+        if (lookup(t, stop, strlen(stop), 1 << PIECE_CONTROL) == token) return stop;
+    }
+    return print_bytes(p, bytes, n);
 }
 
 // Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
@@ -3981,8 +4172,8 @@ static void tell_speed(const Model *m, const Speed *v) {
     fputc('\n', stderr);
 }
 
-static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C",
-                                         "by a broken output" };
+static const char *const stop_names[] = { "", "at an end token", "at a stop text", "at -n tokens",
+                                          "at the context's end", "by Ctrl-C", "by a broken output" };
 
 // A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
@@ -4008,6 +4199,7 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     for (size_t i = 0; i < prompt->n; c.last = prompt->ids[i++])
         if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
     print_bytes(&c.printer, NULL, 0);
+    c.printer.stops = &options.stops;
     double start = clock_seconds();
     if (!generate(m, w, &c, &why, e)) return false;
     count_made(&speed, &c, start);
@@ -4170,20 +4362,21 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     Span spans[MAX_SPANS];
     size_t n_unread = unread->n;
     int n_before = s->n, n_spans = render_turn(t, s->n == 0, options.system, message, n_message, spans);
-    Continuation c = { s, sampler, .limit = most_tokens(), .last = -1 };
+    Continuation c = { s, sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
     Stop why = AT_INTERRUPT;
     bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
     unread->n = ok ? 0 : n_unread;
     double start = clock_seconds();
     ok = ok && generate(m, w, &c, &why, e);
     if (ok) count_made(speed, &c, start);
-    if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
+    if (c.last >= 0 && (why == AT_STOP_TEXT || why == AT_LIMIT || why == AT_CONTEXT))
+        ok = ok && emit(unread, c.last, e);
     if (!ok && e->status != INTERRUPTED) return false;
     if (!ok) rewind_sequence(s, n_before);  // Ctrl-C while it was reading: as if nothing had been said
     e->status = DONE;
     putchar('\n');
     fflush(stdout);
-    if (why != AT_END_TOKEN && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    if (why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
     if (why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
@@ -5152,7 +5345,7 @@ static bool choose_kernels(const char *name, Error *e) {
 /* ==== 14. main ======================================================================================================
    One table of options makes the parser and the help. run() opens the model and does what -m says. */
 
-typedef enum { TEXT, INT, SEED, REAL, LIST, FLAG } OptionType;
+typedef enum { TEXT, TEXTS, INT, SEED, REAL, LIST, FLAG } OptionType;
 
 // To add an option: a member of Options, a row here, a line in README (a test compares them).
 typedef struct {
@@ -5176,6 +5369,22 @@ static const Option option_table[] = {
     { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "draw from the likeliest P (default 0.9; 1: off); the prompt is -i" },
     { 'k', "top-k", "K", INT, OF(top_k), 0, 1e9, "draw from the K likeliest tokens (default 0: off)" },
     { 0, "min-p", "P", REAL, OF(min_p), 0, 1, "drop what is less likely than P times the likeliest (default 0: off)" },
+    { 0, "typical", "P", REAL, OF(typical), 0, 1, "draw from the most typical tokens, of sum P (default 0: off)" },
+    { 0, "top-nsigma", "N", REAL, OF(nsigma), -1, 100, "drop logits N deviations below the best (default 0: off)" },
+    { 0, "xtc-probability", "P", REAL, OF(xtc), 0, 1, "exclude top choices, with probability P (default 0: off)" },
+    { 0, "xtc-threshold", "P", REAL, OF(xtc_threshold), 0, 1, "those of at least P, but the last (default 0.1)" },
+    { 0, "repeat-penalty", "X", REAL, OF(repeat_penalty), 0.01, 100, "divide logits of seen tokens (default 1: off)" },
+    { 0, "repeat-last-n", "N", INT, OF(repeat_last_n), -1, 1e9, "seen in the last N (default 64; -1: in the text)" },
+    { 0, "presence-penalty", "X", REAL, OF(presence_penalty), -100, 100, "subtract X from theirs (default 0)" },
+    { 0, "frequency-penalty", "X", REAL, OF(frequency_penalty), -100, 100, "and X for each time (default 0)" },
+    { 0, "dry-multiplier", "X", REAL, OF(dry_multiplier), 0, 100, "punish repeated sequences by X (default 0: off)" },
+    { 0, "dry-base", "X", REAL, OF(dry_base), 1, 100, "times X for each token (default 1.75)" },
+    { 0, "dry-allowed-length", "N", INT, OF(dry_allowed), 0, 1e6, "after the first N (default 2)" },
+    { 0, "dry-penalty-last-n", "N", INT, OF(dry_last_n), -1, 1e9, "in the last N tokens (default 64; -1: the text)" },
+    { 0, "dry-sequence-breaker", "TEXT", TEXTS, OF(breakers), 0, 0, "what ends one; none (again for more)" },
+    { 'l', "logit-bias", "ID+X", TEXTS, OF(biases), 0, 0, "add X to a token's logit (again for more)" },
+    { 0, "ignore-eos", NULL, FLAG, OF(ignore_eos), 0, 0, "never choose an end token" },
+    { 'r', "stop", "TEXT", TEXTS, OF(stops), 0, 0, "end the text before TEXT (again for more)" },
     { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "seed (default -1: from the clock, and printed)" },
     { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
@@ -5236,12 +5445,15 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
     static const char *const kinds[] = { [INT] = "an integer", [SEED] = "an integer", [REAL] = "a number",
                                          [LIST] = "integers, as in 1,2," };
     char most[32] = "18446744073709551615";  // the largest seed: no double holds it
-    const char *starts = o->min < 0 ? "0123456789-" : "0123456789.";
+    const char *starts = o->min < 0 ? "0123456789.-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
     char *end;
     if (o->type == FLAG) return *(bool *)place = true;
     if (o->type == TEXT) return *(const char **)place = value, true;
+    if (o->type == TEXTS && (!*value || strlen(value) > MAX_STOP || ((Texts *)place)->n == MAX_TEXTS))
+        return fail(e, MISUSE, "--%s: expected up to %d texts of 1 to %d bytes", o->name, MAX_TEXTS, MAX_STOP);
+    if (o->type == TEXTS) return ((Texts *)place)->at[((Texts *)place)->n++] = value, true;
     if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
@@ -5467,6 +5679,8 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     uint64_t clock = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     Mode mode;
     options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
+                         .repeat_penalty = 1, .repeat_last_n = 64, .dry_base = 1.75, .dry_allowed = 2,
+                         .dry_last_n = 64, .xtc_threshold = 0.1,
                          .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
                          .depth = { 1, { 0 } }, .parallel = { 1, { 1 } }, .seed = clock, .clock_seed = clock };
     if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
@@ -5487,9 +5701,12 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.no_bos) m->tokenizer.add_bos = false;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == options.clock_seed, .temperature = (float)options.temperature,
+                          .typical = options.typical < 1 ? (float)options.typical : 0,
+                          .xtc = options.xtc_threshold > 0.5 ? 0 : (float)options.xtc,  // two cannot be above 0.5
+                          .xtc_threshold = (float)options.xtc_threshold,
                           .top_k = (int)options.top_k, .top_p = (float)options.top_p, .min_p = (float)options.min_p };
-    if (!make_sampler(sampler, m->config.n_tokens, options.seed, e)) return false;
-    return run_mode(m, mode, g, sampler, e);
+    return make_sampler(sampler, m->config.n_tokens, options.seed, e) &&
+           make_shaper(sampler, &m->tokenizer, m->config.n_tokens, e) && run_mode(m, mode, g, sampler, e);
 }
 
 static const Model *in_use;  // for the handler
@@ -5536,6 +5753,7 @@ int main(int argc, char **argv) {
     if (ok && !written) ok = fail(&error, BROKEN_IO, "writing to stdout failed: %s", strerror(errno));
     int status = ok ? DONE : tell_error(culprit, &error);
     free(sampler.candidates);
+    free(sampler.shaper);
     free(engine.texts);
     if (engine.workspace.arena) munmap(engine.workspace.arena, engine.workspace.arena_bytes);
     if (engine.cache.arena) munmap(engine.cache.arena, engine.cache.arena_bytes);

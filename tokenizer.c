@@ -1139,24 +1139,29 @@ typedef struct {
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
     Cursor merges;                // strings: left part, space, right part
+    const unsigned char *ends;    // u32 (n_ends): more end tokens
+    size_t n_ends;
     int bos, eos, eot, eom, unk;
     int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
 
-// Names of tokens that end an answer.
+// Names of tokens that end an answer, those of llama.cpp.
 static const char *const end_names[] = {
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|return|>", "<end_of_turn>",
-    "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "<|end|>",
+    "<eos>", "</s>", "<EOT>", "<end_of_utterance>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "_<EOT>", "[EOT]",
+    "[EOS]", "<|call|>", "<|calls|>", "<|flush|>", "<turn|>", "<|tool_response>", "[e~[", "<|fim_pad|>", "<fim-pad>",
+    "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>",
+    "<|file_sep|>", "<|end|>",
 };
 enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
 
-// Some files mark such a token as normal text. A name without bars may well be text: </s> is in HTML.
+// Some files mark such a token as normal text. Only </s> may well be text: it is in HTML.
 static bool is_unmarked_control(Text s) {
     bool found = false;
     for (size_t i = 0; i < N_END_NAMES; i++)
-        found |= end_names[i][1] == '|' && s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n);
+        found |= s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n) && strcmp(end_names[i], "</s>");
     return found;
 }
 
@@ -1248,17 +1253,18 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
     return true;
 }
 
-// The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|>
-// exists, <|end|> ends only one of several messages.
+// The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|> or
+// <|flush|> exists, <|end|> ends only one of several messages.
 static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
-    int ids[N_END_NAMES + 3] = {eos, v->eot, v->eom};
-    for (size_t i = 0; i < N_END_NAMES; i++)
-        ids[i + 3] = lookup(t, end_names[i], strlen(end_names[i]), SPECIAL_TYPES);
-    if (lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0) ids[N_END_NAMES + 2] = -1;
-    for (size_t i = 0; i < N_END_NAMES + 3; i++) {
-        bool new = ids[i] >= 0;
-        for (size_t j = 0; j < i; j++) new = new && ids[j] != ids[i];
-        if (new && !append(end_ids, &ids[i], sizeof ids[i], e)) return false;
+    const int ids[] = {eos, v->eot, v->eom};
+    bool goes_on = lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0 || lookup(t, "<|flush|>", 9, SPECIAL_TYPES) >= 0;
+    for (size_t i = 0, n = N_END_NAMES; i < 3 + n + v->n_ends; i++) {
+        const char *name = i < 3 || i >= 3 + n || (i == 2 + n && goes_on) ? "" : end_names[i - 3];
+        int id = i < 3 ? ids[i] : lookup(t, name, strlen(name), SPECIAL_TYPES);
+        if (i >= 3 + n) memcpy(&id, v->ends + 4 * (i - 3 - n), 4);
+        bool new = id >= 0 && id < t->n_tokens;
+        for (size_t j = 0; j < end_ids->n; j += 4) new = new && memcmp(end_ids->bytes + j, &id, 4);
+        if (new && !append(end_ids, &id, 4, e)) return false;
     }
     return true;
 }

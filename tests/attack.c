@@ -82,7 +82,7 @@ static bool send_two_tokens(const Model *m, Error *e) {
     Sampler sampler = { .temperature = 1, .top_p = 0.9f };
     bool ok = make_runner(m, settings, &s, e) && make_sampler(&sampler, m->config.n_tokens, 1, e);
     ok = ok && run_tokens(m, &s, tokens, 1, 1, e);
-    if (ok) tokens[0] = choose_token(&sampler, s.w.logits, m->config.n_tokens);
+    if (ok) tokens[0] = choose_token(&sampler, NULL, 0, s.w.logits, m->config.n_tokens);
     if (ok && settings.context > 1) ok = run_tokens(m, &s, tokens + 1, 1, 1, e);
     free(sampler.candidates);
     free_runner(&s);

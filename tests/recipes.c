@@ -73,7 +73,7 @@ static int check_sampler(void) {
     for (int most = 1; most <= 8; most++) {
         unsigned chosen = 0;
         s.epsilon = 0.75f * ldexpf(1, -most);
-        for (int i = 0; i < 10000; i++) chosen |= 1u << choose_token(&s, logits, N);
+        for (int i = 0; i < 10000; i++) chosen |= 1u << choose_token(&s, NULL, 0, logits, N);
         if (chosen == (1u << most) - 1) continue;
         printf("epsilon %g: got tokens %#x, wanted the first %d\n", (double)s.epsilon, chosen, most);
         return 1;

@@ -279,6 +279,7 @@ static const struct {
     { "what bench counts", test_counts },
     { "stories", test_stories },
     { "sampler", test_sampler },
+    { "shaping", test_shaping },
     { "tokenizer", test_tokenizer },
     { "words", test_words },
     { "composing", test_composing },
@@ -432,6 +433,11 @@ static void run_all_groups(void) {
 // With arguments, only the groups whose names contain one of them, in this process: a debugger sees them.
 int main(int argc, char **argv) {
     if (argc > 2 && !strcmp(argv[2], "--times")) return print_times(argv[1]);
+    if (argc > 2 && !strcmp(argv[2], "--samplers")) {  // for make_sampler_goldens.py
+        int n = check_shapings(argv[1]);
+        printf("%d cases: %d passed, %d failed\n", n, n_passed, n_failed);
+        return n_failed > 0 || n == 0;
+    }
     if (argc > 2 && !strcmp(argv[2], "--lines-hex"))
         return encode_lines(argv[1], argc > 4 && !strcmp(argv[3], "--pre") ? argv[4] : NULL,
                             !strcmp(argv[argc - 1], "--special"));

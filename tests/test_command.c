@@ -184,6 +184,10 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -p -0.1", "--top-p -0.1" }, { "$tied -p nan", "--top-p nan" }, { "$tied -p -nan", "--top-p -nan" },
     { "$tied -p 'Once upon'", "the prompt is -i" }, { "$tied --min-p 2", "--min-p 2" },
     { "$tied --min-p -1", "--min-p" }, { "$tied --min-p nan", "--min-p nan" }, { "$tied -k -1", "--top-k -1" },
+    { "$tied --stop ''", "--stop: expected up to 64 texts" }, { "$tied -l x+1", "--logit-bias x+1: expected ID+X" },
+    { "$tied -l 99999+1", "below 277" }, { "$tied -l 1+inf", "ID+X" }, { "$tied -l 1+nan", "ID+X" },
+    { "$tied -l 1", "ID+X" }, { "$tied -l 1+", "ID+X" }, { "$tied -l 1+1x", "ID+X" }, { "$tied -l -1+1", "ID+X" },
+    { "$tied --repeat-penalty 0", "--repeat-penalty 0" }, { "$tied --dry-base 0.5", "--dry-base 0.5" },
     { "$tied -k 1.5", "--top-k 1.5" }, { "$tied -k x", "--top-k x" }, { "$tied -n -2", "--n-predict -2" },
     { "$tied -n abc", "--n-predict abc" }, { "$tied -n 99999999999", "--n-predict" },
     { "$tied -n 99999999999999999999", "--n-predict" }, { "$tied -n 1.5", "expected an integer from -1" },
@@ -263,6 +267,10 @@ static const Case cases[] = {
     { "-q -i a -t 0 -n 0 $tied", 0, "=a\n", NULL },
     { "--prompt a --temp 0 --n-predict 0 --quiet $tied", 0, "=a\n", NULL }, { "$tied -t 0 -n 1 -q", 0, "", NULL },
     { "$tied -t 8 -n 1 -i a -s 1", 0, "a", "threads are -j" }, { "$tied -t 4.5 -n 1 -i a -s 1 -q", 0, "a", NULL },
+    { "$tied -t 0 -n 12 -i 'Once upon' --stop pH --stop Hh", 0, "=Once uponh\xFF\x10\x02h\n", "at a stop text" },
+    { "$tied -t 0 -n 12 -q -i 'Once upon' -r X -r h", 0, "=Once upon\n", "" },
+    { "$tied -t 0 -n 2 -q -i Once --logit-bias 82+99 -l 82-0.5", 0, "=OnceOO\n", "" },
+    { "$tied -t 0 -n 2 -q -i a --logit-bias 265-inf --ignore-eos --typical 0.5 --xtc-probability 1", 0, "a", "" },
     { "$T/no_bos.bin -t 0 -n 0 -q -i a", 0, "=a\n", NULL }, { "$T/no_bos.bin -q -m tokenize", 0, "=\n", NULL },
     { "$tied -m perplexity --ids '1 2 3 4' -c 4 -q", 0, "1 scored\nPPL = ", NULL },
     { "$tied -t 0 -n 1 -i a -c 0", 0, "a", "context of 64 positions" },
@@ -1141,6 +1149,43 @@ static void test_printing(void) {
     check(n_isatty <= 1, "printing %zu bytes asks %zu times what stdout is", sizeof text, n_isatty);
 }
 
+// Random texts in random parts, against a search in the whole text: the stop text that ends first ends it, of several
+// that end there the longest. All before it is printed, and without one everything.
+static void test_stop_texts(void) {
+    static const char *const letters[] = { "a", "b", "\xC3\xA9", "\xE2\x82\xAC", "\xE2", "\n" };
+    for (int round = 0; round < 400; round++) {
+        char text[200] = "", stop[4][16] = { "" }, file[40];
+        Texts stops = { .n = (int)random_below(5) };
+        Printer printer = { .stops = &stops };
+        size_t most = 1 + random_below(6), best_end = SIZE_MAX, cut = 0;
+        for (size_t i = random_below(40); i > 0; i--) strcat(text, letters[random_below(most)]);
+        size_t n = strlen(text);
+        for (int i = 0; i < stops.n; i++) {
+            for (size_t k = 1 + random_below(4); k > 0; k--) strcat(stop[i], letters[random_below(most)]);
+            stops.at[i] = stop[i];
+            const char *found = strstr(text, stop[i]);
+            size_t end = found ? (size_t)(found - text) + strlen(stop[i]) : SIZE_MAX, begin = end - strlen(stop[i]);
+            if (end < best_end || (end == best_end && found && begin < cut)) best_end = end, cut = begin;
+        }
+        snprintf(file, sizeof file, "%s", temporary("stops"));
+        fflush(stdout);
+        int kept = exchange(stdout, file, O_WRONLY | O_CREAT | O_TRUNC);
+        const char *by = NULL;
+        for (size_t at = 0, part; at < n && !by; at += part) {
+            part = 1 + random_below(n - at < 5 ? n - at : 5);
+            by = print_bytes(&printer, text + at, part);
+        }
+        print_bytes(&printer, NULL, 0);
+        put_back(stdout, kept);
+        char *got = read_text(file);
+        if (best_end != SIZE_MAX) text[cut] = 0;
+        check(got && !strcmp(got, text) && !by == (best_end == SIZE_MAX), "stop texts \"%s\" \"%s\" \"%s\" \"%s\": got "
+              "\"%s\", wanted \"%s\"", stop[0], stop[1], stop[2], stop[3], got, text);
+        free(got);
+        unlink(file);
+    }
+}
+
 // A chat whose messages come from a terminal, which shows where they are expected; and progress on one, after a while.
 static void test_talking(void) {
     char text[256], shown[4096] = "";
@@ -1383,6 +1428,7 @@ static void test_command_line(void) {
     test_unsaid();
     test_terminal();
     test_printing();
+    test_stop_texts();
     test_talking();
     test_help();
     remove_files();

@@ -86,7 +86,7 @@ static void check_choices(int n, float temperature, int top_k, float top_p, floa
         for (int i = 0; i < n; i++)
             logits[i] = kind < 2 ? random_float(kind ? 0.3 : 3) : kind == 2 ? (float)random_below(5) : 1;
         uint64_t before = s.random;
-        int got = choose_token(&s, logits, n),
+        int got = choose_token(&s, NULL, 0, logits, n),
             wanted = reference_choice(temperature, top_k, top_p, min_p, &random, logits, n);
         if (!check(got == wanted, "n %d, -t %g -k %d -p %g --min-p %g, round %d: got token %d, wanted %d", n,
                    (double)temperature, top_k, (double)top_p, (double)min_p, round, got, wanted))
@@ -147,14 +147,15 @@ static void test_sampler(void) {
         Sampler s = { .temperature = 1, .top_k = sets[i].top_k, .top_p = sets[i].top_p, .min_p = sets[i].min_p };
         int seen = 0;
         if (!make_sampler(&s, 4, 7, &e)) continue;
-        for (int k = 0; k < 500; k++) seen |= 1 << choose_token(&s, four, 4);
+        for (int k = 0; k < 500; k++) seen |= 1 << choose_token(&s, NULL, 0, four, 4);
         check(seen == sets[i].wanted, "p 0.1 0.5 0.2 0.2, -k %d -p %g --min-p %g: got the tokens %x, wanted %x (bits)",
               sets[i].top_k, (double)sets[i].top_p, (double)sets[i].min_p, (unsigned)seen, (unsigned)sets[i].wanted);
         free(s.candidates);
     }
     const float tied[] = { 1, 5, 5, 2, 5 };
     Sampler s = { .temperature = 0 };
-    check(choose_token(&s, tied, 5) == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", choose_token(&s, tied, 5));
+    int first = choose_token(&s, NULL, 0, tied, 5);
+    check(first == 1, "-t 0 of a tie: got %d, wanted 1, the lowest", first);
 
     Opened o = open_golden("mixed.gguf");  // nothing is allocated while text is made
     Runner st;
@@ -165,7 +166,7 @@ static void test_sampler(void) {
     size_t before = faults.n;
     for (int i = 0; ok && i < 5; i++) {
         ok = run_tokens(&o.model, &st, ids, 3, 1, &e);
-        ids[0] = choose_token(&sampler, st.w.logits, o.model.config.n_tokens);
+        ids[0] = choose_token(&sampler, NULL, 0, st.w.logits, o.model.config.n_tokens);
     }
     check(ok && faults.n == before, "forward and choose_token: got %zu allocations, wanted none",
           faults.n - before);
@@ -194,6 +195,122 @@ static size_t read_hex(const char *hex, size_t n, char *to) {
         to[i] = (char)byte;
     }
     return n / 2;
+}
+
+// ---- Other ways to choose ----
+
+static double next_number(char **at) { return strtod(*at, at); }
+
+static const char *next_word(char **at) {
+    *at += strspn(*at, " ");
+    char *word = *at;
+    *at += strcspn(*at, " \n");
+    if (**at) *(*at)++ = 0;
+    return word;
+}
+
+// Texts in hexadecimal, each in memory of its own.
+static void next_texts(char **at, Texts *texts, bool is_hex) {
+    texts->n = (int)next_number(at);
+    for (int i = 0; i < texts->n; i++) {
+        const char *word = next_word(at);
+        char *text = get(strlen(word) + 1);
+        if (is_hex) text[read_hex(word, strlen(word), text)] = 0;
+        else strcpy(text, word);
+        texts->at[i] = text;
+    }
+}
+
+// One line of make_sampler_goldens.py: the shaped logits, what is left after the cuts, the choice.
+static void check_shaping(int number, char *at) {
+    static int ids[512], ends[512];
+    static uint32_t end_ids[512], starts[513];
+    static char text[4096];
+    static uint8_t piece_types[512];
+    static float logits[512], wanted[512];
+    Error e = { 0 };
+    Sampler s = { .temperature = (float)next_number(&at) };
+    s.top_k = (int)next_number(&at);
+    float *cuts[] = { &s.top_p, &s.min_p, &s.typical, &s.xtc, &s.xtc_threshold };
+    for (int i = 0; i < 5; i++) *cuts[i] = (float)next_number(&at);
+    uint64_t seed = strtoull(at, &at, 10);
+    options.repeat_penalty = next_number(&at), options.repeat_last_n = (int64_t)next_number(&at);
+    options.presence_penalty = next_number(&at), options.frequency_penalty = next_number(&at);
+    options.dry_multiplier = next_number(&at), options.dry_base = next_number(&at);
+    options.dry_allowed = (int64_t)next_number(&at), options.dry_last_n = (int64_t)next_number(&at);
+    options.nsigma = next_number(&at), options.ignore_eos = next_number(&at) > 0;
+    next_texts(&at, &options.breakers, true);
+    next_texts(&at, &options.biases, false);
+    int n_ends = (int)next_number(&at);
+    for (int i = 0; i < n_ends; i++) end_ids[i] = (uint32_t)(ends[i] = (int)next_number(&at));
+    int n_ids = (int)next_number(&at);
+    for (int i = 0; i < n_ids; i++) ids[i] = (int)next_number(&at);
+    int n = (int)next_number(&at);
+    for (int i = 0; i < n; i++) {
+        logits[i] = (float)next_number(&at);
+        const char *word = next_word(&at);
+        starts[i + 1] = starts[i] + (uint32_t)read_hex(word, strlen(word), text + starts[i]);
+    }
+    Tokenizer t = { .n_tokens = n, .n_end = n_ends, .end_id = end_ids, .text = text, .text_start = starts,
+                    .type = piece_types };
+    for (int i = 0; i < n; i++) wanted[i] = (float)next_number(&at);
+    bool ok = make_sampler(&s, n, seed, &e) && make_shaper(&s, &t, n, &e);
+    for (int round = 0; ok && round < 2; round++) {  // the second time everything must be as before
+        const float *got = s.shaper ? shape_logits(s.shaper, ids, n_ids, logits, n) : logits;
+        for (int i = 0; i < n; i++) {
+            bool same = got[i] == wanted[i] || fabsf(got[i] - wanted[i]) <= 2e-5f * fmaxf(1, fabsf(wanted[i]));
+            if (!check(same, "case %d, logit %d of %d: got %.9g, wanted %.9g", number, i, n, (double)got[i],
+                       (double)wanted[i]))
+                break;
+        }
+    }
+    int n_left = (int)next_number(&at);
+    if (ok && n_left > 0) {
+        const float *shape = s.shaper ? shape_logits(s.shaper, ids, n_ids, logits, n) : logits;
+        float sum = 1, max = shape[likeliest(shape, n)] / s.temperature;
+        make_probabilities(s.candidates, shape, n, s.temperature, max);
+        flip_coin(&s.random);
+        size_t got = cut(&s, s.candidates, (size_t)n, &sum);
+        ok = check(got == (size_t)n_left, "case %d: got %zu tokens that are left, wanted %d", number, got, n_left);
+    }
+    for (int i = 1; i <= n_left; i++) {
+        int id = (int)next_number(&at);
+        double p = next_number(&at), sum = 0;
+        for (int k = 1; ok && k <= n_left; k++) sum += (double)s.candidates[n - k].p;
+        Candidate *c = &s.candidates[n - i];
+        ok = ok && check(c->id == id && fabs((double)c->p / sum - p) < 3e-5, "case %d, place %d: got token %d with "
+                         "%.7g, wanted %d with %.7g", number, i, c->id, (double)c->p / sum, id, p);
+    }
+    s.random = seed;
+    int chosen = ok ? choose_token(&s, ids, n_ids, logits, n) : 0, expected = (int)next_number(&at);
+    check(!ok || chosen == expected, "case %d: got token %d, wanted %d", number, chosen, expected);
+    check(*e.text == 0, "case %d: got \"%s\"", number, e.text);
+    for (int i = 0; i < options.breakers.n; i++) free((void *)options.breakers.at[i]);
+    for (int i = 0; i < options.biases.n; i++) free((void *)options.biases.at[i]);
+    free(s.candidates);
+    free(s.shaper);
+}
+
+// The cases of a file by make_sampler_goldens.py.
+static int check_shapings(const char *path) {
+    char *text = read_text(path);
+    int n = 0;
+    for (char *line = text, *end; line && *line; line = end) {
+        end = line + strcspn(line, "\n");
+        if (*end) *end++ = 0;
+        check_shaping(++n, line);
+    }
+    free(text);
+    options.breakers.n = options.biases.n = 0;
+    options.dry_multiplier = options.nsigma = options.presence_penalty = options.frequency_penalty = 0;
+    options.repeat_penalty = 1;
+    options.ignore_eos = false;
+    return n;
+}
+
+static void test_shaping(void) {
+    int n = check_shapings("tests/golden/samplers.txt");
+    check(n == 150, "tests/golden/samplers.txt: got %d cases, wanted 150", n);
 }
 
 // The bytes that the tokens give, decoded one after the other.

@@ -499,16 +499,17 @@ static void test_unused(void) {
     }
 }
 
-// llama.cpp takes <|im_end|> for a control token, whatever a file says; </s> may be meant as text.
+// llama.cpp takes <|im_end|>, [EOT] ... for control tokens, whatever a file says; </s> may be meant as text.
 static void test_unmarked_end(void) {
-    static const Text pieces[] = { TEXT("a"), TEXT("<|im_end|>"), TEXT("</s>"), TEXT("<|im_end|") };
+    static const Text pieces[] = { TEXT("a"), TEXT("<|im_end|>"), TEXT("</s>"), TEXT("<|im_end|"), TEXT("[EOT]") };
     for (int bpe = 0; bpe <= 1; bpe++) {
         Opened o;
         Error e;
-        bool ok = open_pieces(&o, bpe ? "gpt2" : "llama", pieces, 4, NULL, 0, NULL, 0, &e);
+        bool ok = open_pieces(&o, bpe ? "gpt2" : "llama", pieces, 5, NULL, 0, NULL, 0, &e);
         const Tokenizer *t = &o.model.tokenizer;
-        for (int id = 0; ok && id < 4; id++) {
-            check(is_end_token(t, id) == (id == 1) && t->type[id] == (id == 1 ? PIECE_CONTROL : PIECE_NORMAL),
+        for (int id = 0; ok && id < 5; id++) {
+            bool ends = id == 1 || id == 4;
+            check(is_end_token(t, id) == ends && t->type[id] == (ends ? PIECE_CONTROL : PIECE_NORMAL),
                   "\"%s\" of no type: got type %d", pieces[id].at, t->type[id]);
         }
         check(ok, "an end token of no type: got \"%s\"", e.text);
