@@ -1897,9 +1897,9 @@ static bool map_file(const char *path, Map *map, Error *e) {
     if (file < 0 && strstr(path, "://"))
         return refuse(e, "an address, not a file; download it first: curl -LO %s", path);
     if (file < 0 && errno == ENOENT && strpbrk(path, " ?"))
-        return refuse(e, "no such file; the model comes first, then the prompt: %s MODEL \"PROMPT\"", options.program);
+        return refuse(e, "No such file; the model comes first, then the prompt: MODEL \"PROMPT\"");
     if (file < 0 && errno == ENOENT && !strstr(path, ".gguf") && !strstr(path, ".bin"))
-        return refuse(e, "no such file; names of models are not known here: download a GGUF file of it; for a model of "
+        return refuse(e, "No such file; names of models are not known here: download a GGUF file of it; for a model of "
                          "ollama's, `ollama show --modelfile NAME` tells the file");
     if (file < 0) return fail(e, is_broken ? BROKEN_IO : BAD_FILE, "%s", strerror(errno));
     struct stat info;
@@ -1945,8 +1945,8 @@ static bool read_parts(size_t most, bool trims, bool wants_stdin, Buffer *b, Err
         if (i > 0 && !append(b, "\n\n", 2, e)) return false;
         size_t before = b->n;
         if (!(parts[i].is_file ? read_all(text, most, b, e) : append(b, text, strlen(text), e))) return false;
-        bool cuts = trims && parts[i].is_file && b->n > before && b->bytes[b->n - 1] == '\n';
-        if (cuts) b->n -= b->n > before + 1 && b->bytes[b->n - 2] == '\r' ? 2 : 1;
+        bool at_end = trims && parts[i].is_file && b->n > before && b->bytes[b->n - 1] == '\n';
+        if (at_end) b->n -= b->n > before + 1 && b->bytes[b->n - 2] == '\r' ? 2 : 1;
     }
     return append(b, "", 1, e);
 }

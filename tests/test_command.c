@@ -226,7 +226,7 @@ static const Case cases[] = {
     { "tests", 1, NULL, "=run: tests: a directory, expected a file in it, such as NAME.gguf\n" },
     { "$T/folder", 1, NULL, "convert it: python3 export_model.py " },
     { "/dev/null", 1, NULL, "run: /dev/null: a pipe or a device" },
-    { "'Why is the sky blue?'", 1, NULL, "the model comes first, then the prompt: ./run MODEL \"PROMPT\"" },
+    { "'Why is the sky blue?'", 1, NULL, "the model comes first, then the prompt: MODEL \"PROMPT\"" },
     { "llama3.2:1b", 1, NULL, "`ollama show --modelfile NAME` tells the file" },
     { "Qwen/Qwen3-0.6B -i a", 1, NULL, "names of models are not known here: download a GGUF" },
     { "$T/zip", 1, NULL, "python3 export_model.py FOLDER -o model.bin" },
