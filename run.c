@@ -1953,11 +1953,8 @@ static bool read_parts(size_t most, bool trims, bool wants_stdin, Buffer *b, Err
 
 // Whether a file or a pipe at stdin has bytes that nobody has read.
 static bool has_unread_input(void) {
-    struct stat info;
     int n = 0;
-    if (fstat(STDIN_FILENO, &info)) return false;
-    if (S_ISREG(info.st_mode)) return lseek(STDIN_FILENO, 0, SEEK_CUR) < info.st_size;
-    return S_ISFIFO(info.st_mode) && ioctl(STDIN_FILENO, FIONREAD, &n) == 0 && n > 0;
+    return !isatty(STDIN_FILENO) && ioctl(STDIN_FILENO, FIONREAD, &n) == 0 && n > 0;
 }
 
 // ---- Processors ----
@@ -4317,16 +4314,14 @@ static void put_names(const Model *m, Type most) {
     free(g.keys);
 }
 
-// What a context of so many tokens costs, with the weights, and whether that is free.
-static void put_memory(const char *name, const Model *m, const Workspace *w, const Cache *texts, int context) {
+// What a context of so many tokens costs, with the bytes of the weights, and whether that is free.
+static void put_memory(const char *name, const Model *m, const Workspace *w, bool f32, int context, double bytes) {
     Workspace room = { .settings = w->settings };
-    Cache cache = { .f32 = texts->f32, .n_layers = texts->n_layers, .context = context };
+    Cache cache = { .f32 = f32, .n_layers = m->config.n_layers, .context = context };
     room.settings.context = context;
     lay_out_workspace(m, &room);
     lay_out_cache(m, &cache, 1);
-    double total = (double)cache.arena_bytes + (double)room.arena_bytes + (double)m->vocabulary_bytes;
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
-        if (slot->data) total += (double)slot_bytes(slot);
+    double total = bytes + (double)(cache.arena_bytes + room.arena_bytes + m->vocabulary_bytes);
     char text[80];
     snprintf(text, sizeof text, " MiB, %.1f of them cache%s", (double)cache.arena_bytes / 1048576,
              free_memory() <= 0 ? "" : total <= free_memory() ? ": fits" : ": does not fit");
@@ -4371,7 +4366,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     put_figure("context in use (-c)", texts->context, " positions");
     put_figure("memory for it", (double)(w->arena_bytes + texts->arena_bytes) / 1048576, " MiB");
     put_figure("free memory", free_memory() / 1048576, " MiB");
-    put_memory("total memory", m, w, texts, texts->context);
+    put_memory("total memory", m, w, texts->f32, texts->context, bytes);
     put_figure("FLOPs per token", 2 * (double)w->work, " and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
     put_word("kernel", kernels->name);
@@ -4380,7 +4375,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
         char name[40];
         int at_most = context < c->context ? context : c->context;
         snprintf(name, sizeof name, "total for %d tokens", at_most);
-        put_memory(name, m, w, texts, at_most);
+        put_memory(name, m, w, texts->f32, at_most, bytes);
     }
     if (options.json) printf("\n}\n");
     return true;
@@ -5567,8 +5562,7 @@ static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "gene
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
-    return fail(e, MISUSE, "-m %s: expected %s; the model comes first: %s FILE", name, find_option("-m")->help,
-                options.program);
+    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, find_option("-m")->help);
 }
 
 // Reads token ids from n bytes of text, after which there is a NUL.
@@ -5601,8 +5595,8 @@ static size_t most_bytes(const Tokenizer *t, int n_tokens) {
 // Whether a text asks for an answer rather than for its continuation: it is a question, or begins like an order.
 static bool is_instruction(Span text) {
     static const char *const words[] = {
-        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "show",
-        "create", "make", "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
+        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
+        "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
     };
     Span t = trimmed(text.text, text.n_bytes, true, true);
     bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
@@ -5794,8 +5788,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.help) return print_help(), true;
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
     if (!options.checkpoint && mode != MATMUL)
-        return fail(e, MISUSE, "no model given: %s MODEL [PROMPT]; %s --help lists the options",
-                    options.program, options.program);
+        return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;

@@ -165,8 +165,7 @@ static void check_case(const Case *c) {
 
 // Wrong options: status 2, and what the line has to say.
 static const struct { const char *arguments, *wanted; } misuses[] = {
-    { "", "no model given: ./run MODEL [PROMPT]; ./run --help" },
-    { "-m model.gguf", "the model comes first: ./run FILE" },
+    { "", "no model given; ./run --help lists the options" }, { "-m model.gguf", "or the file of a model" },
     { "-x", "no option -x; ./run --help lists them" },
     { "$tied -m nonsense", "-m nonsense: expected generate" }, { "$tied -m ''", "expected generate" },
     { "$tied -m Generate", "expected generate" }, { "$tied 'a b' c", "two prompts: \"a b\" and \"c\"" },
