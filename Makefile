@@ -106,6 +106,7 @@ BASH_COMPLETION = $(TO)/share/bash-completion/completions
 ZSH_COMPLETION = $(TO)/share/zsh/site-functions
 FISH_COMPLETION = $(TO)/share/fish/vendor_completions.d
 
+.PHONY: install uninstall
 install: run
 	mkdir -p "$(TO)/bin" "$(MAN)" "$(BASH_COMPLETION)" "$(ZSH_COMPLETION)" "$(FISH_COMPLETION)"
 	install -m 755 run "$(TO)/bin/cria"
@@ -120,4 +121,4 @@ uninstall:
 clean:
 	rm -rf run build
 
-.PHONY: all test attack demo bench torture coverage mutate fuzz install uninstall clean always
+.PHONY: all test attack demo bench torture coverage mutate fuzz clean always
