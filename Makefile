@@ -9,6 +9,8 @@
 #     make coverage  which lines and branches the tests reach (5 minutes; needs clang, llvm and python3)
 #     make mutate  breaks the program in one place at a time, some 480: the tests must notice (20 minutes; needs clang)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
+#     make install  copies the program to PREFIX/bin/cria (/usr/local), with its man page and completions for bash, zsh
+#                  and fish; make uninstall removes them
 #     make clean   removes what was built; models/ stays
 #
 # Without make:  cc -O3 -fopenmp run.c -lm -o run
@@ -99,6 +101,26 @@ mutate:
 # FUZZ="--seconds 3600 --targets texts", FUZZ=--afl, FUZZ=--minimise: see tests/fuzz.py
 fuzz: run
 	@python3 tests/fuzz.py $(FUZZ)
+
+# The man page and the completions are made from --help, and so from the table of options.
+PREFIX ?= /usr/local
+TO = $(DESTDIR)$(PREFIX)
+MAN = $(TO)/share/man/man1
+BASH_COMPLETION = $(TO)/share/bash-completion/completions
+ZSH_COMPLETION = $(TO)/share/zsh/site-functions
+FISH_COMPLETION = $(TO)/share/fish/vendor_completions.d
+
+.PHONY: install uninstall
+install: run
+	mkdir -p "$(TO)/bin" "$(MAN)" "$(BASH_COMPLETION)" "$(ZSH_COMPLETION)" "$(FISH_COMPLETION)"
+	install -m 755 run "$(TO)/bin/cria"
+	sh install.sh man ./run >"$(MAN)/cria.1"
+	sh install.sh bash ./run >"$(BASH_COMPLETION)/cria"
+	sh install.sh zsh ./run >"$(ZSH_COMPLETION)/_cria"
+	sh install.sh fish ./run >"$(FISH_COMPLETION)/cria.fish"
+
+uninstall:
+	rm -f "$(TO)/bin/cria" "$(MAN)/cria.1" "$(BASH_COMPLETION)/cria" "$(ZSH_COMPLETION)/_cria" "$(FISH_COMPLETION)/cria.fish"
 
 clean:
 	rm -rf run build

@@ -1888,14 +1888,22 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 /* ==== 9. The machine ================================================================================================
    What is asked of the operating system: files in memory, processors, and threads that work as a team. */
 
+#include <sys/ioctl.h>
+
 // Some numbers, written "1,2,4".
 typedef struct { int n, at[16]; } List;
 
 enum { MAX_TEXTS = 64, MAX_STOP = 256 };
 typedef struct Texts { int n; const char *at[MAX_TEXTS]; } Texts;  // of an option that may be given again
+// A piece of the prompt: the text of -i, or the file of -f.
+typedef struct { const char *text; bool is_file; } Part;
+enum { MAX_PROMPT_PARTS = 64 };
 
 // What the user asked for on the command line; chapter 14 fills it in.
 typedef struct {
+    const char *program;  // as it was called
+    Part parts[MAX_PROMPT_PARTS];  // -i and -f in the order given
+    int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
     const char *cache, *kernel, *pre, *svg;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
@@ -1905,7 +1913,7 @@ typedef struct {
     int64_t n_predict, top_k, context, batch, reps;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
-    bool ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
+    bool ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile, help, version;
 } Options;
 
 static Options options;
@@ -1947,12 +1955,19 @@ static bool map_file(const char *path, Map *map, Error *e) {
     bool is_broken = errno == EIO || errno == EMFILE || errno == ENFILE;  // and not only not there, or not ours
     if (file < 0 && strstr(path, "://"))
         return refuse(e, "an address, not a file; download it first: curl -LO %s", path);
+    if (file < 0 && errno == ENOENT && strpbrk(path, " ?"))
+        return refuse(e, "No such file; the model comes first, then the prompt: MODEL \"PROMPT\"");
+    if (file < 0 && errno == ENOENT && !strstr(path, ".gguf") && !strstr(path, ".bin"))
+        return refuse(e, "No such file; names of models are not known here: download a GGUF file of it; for a model of "
+                         "ollama's, `ollama show --modelfile NAME` tells the file");
     if (file < 0) return fail(e, is_broken ? BROKEN_IO : BAD_FILE, "%s", strerror(errno));
     struct stat info;
     void *p = MAP_FAILED;
     if (fstat(file, &info)) fail(e, BROKEN_IO, "%s", strerror(errno));
-    else if (!S_ISREG(info.st_mode))
-        refuse(e, "a directory, a pipe or a device, expected a checkpoint; export_model.py converts folders");
+    else if (S_ISDIR(info.st_mode) && faccessat(file, "config.json", F_OK, 0) == 0)
+        refuse(e, "a directory of Hugging Face's; convert it: python3 export_model.py %s -o model.bin", path);
+    else if (S_ISDIR(info.st_mode)) refuse(e, "a directory, expected a file in it, such as NAME.gguf");
+    else if (!S_ISREG(info.st_mode)) refuse(e, "a pipe or a device, expected a file that can be mapped");
     else if (info.st_size == 0) refuse(e, "an empty file, expected a checkpoint");
     else if ((p = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
         fail(e, io_status(), "cannot be mapped: %s", strerror(errno));
@@ -1976,6 +1991,29 @@ static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
     if (ok && ferror(f)) ok = fail(e, BROKEN_IO, "%s: reading failed: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
     return ok;
+}
+
+// The prompt: the texts of -i and -f, in the order given, with a blank line between two; without them stdin, if that is
+// wanted and no terminal. `trims` drops the newline at the end of a file. A NUL follows the text, and counts in b->n.
+static bool read_parts(size_t most, bool trims, bool wants_stdin, Buffer *b, Error *e) {
+    const Part *parts = options.n_parts ? options.parts : &(Part){ "-", true };
+    bool is_closed = (fcntl(STDIN_FILENO, F_GETFL) & O_ACCMODE) == O_WRONLY;  // prepare_process() has put that there
+    int n = options.n_parts ? options.n_parts : wants_stdin && !is_closed && !isatty(STDIN_FILENO);
+    for (int i = 0; i < n && b->n <= most; i++) {
+        const char *text = parts[i].text;
+        if (i > 0 && !append(b, "\n\n", 2, e)) return false;
+        size_t before = b->n;
+        if (!(parts[i].is_file ? read_all(text, most, b, e) : append(b, text, strlen(text), e))) return false;
+        bool at_end = trims && parts[i].is_file && b->n > before && b->bytes[b->n - 1] == '\n';
+        if (at_end) b->n -= b->n > before + 1 && b->bytes[b->n - 2] == '\r' ? 2 : 1;
+    }
+    return append(b, "", 1, e);
+}
+
+// Whether a file or a pipe at stdin has bytes that nobody has read.
+static bool has_unread_input(void) {
+    int n = 0;
+    return !isatty(STDIN_FILENO) && ioctl(STDIN_FILENO, FIONREAD, &n) == 0 && n > 0;
 }
 
 // ---- Processors ----
@@ -2005,9 +2043,9 @@ static bool is_listed(const char *path, int cpu) {
     return found;
 }
 
-// How many processors the control groups let this process use at a time: the least quota of its own group (of version 1
-// or 2) and of those above it, but at least one.
-static long cpu_quota(void) {
+// What the control groups leave to this process, the least of its own group (of version 1 or 2) and of those above it:
+// processors that it may use at a time, or bytes of memory. INFINITY: they set no limit.
+static double group_limit(bool of_memory) {
     char line[512], path[700];
     double least = INFINITY, quota, period;
     FILE *groups = fopen("/proc/self/cgroup", "r");  // number:controllers:path
@@ -2018,22 +2056,43 @@ static long cpu_quota(void) {
         group[strcspn(group, "\n")] = 0;
         bool second = name[1] == 0;  // version 2 has one group for all controllers
         snprintf(path, sizeof path, ",%s,", name + 1);
-        if (!second && !strstr(path, ",cpu,")) continue;
+        if (!second && !strstr(path, of_memory ? ",memory," : ",cpu,")) continue;
         for (char *end = group + strlen(group); end; end = strrchr(group, '/')) {
             *end = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/cpu.%s", second ? "" : "/cpu", group,
-                     second ? "max" : "cfs_quota_us");
+            const char *folder = of_memory ? "/memory" : "/cpu", *first = of_memory ? "limit_in_bytes" : "cfs_quota_us";
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s.%s", second ? "" : folder, group, folder + 1,
+                     second ? "max" : first);
             FILE *f = fopen(path, "r");
             int n = f ? fscanf(f, "%lf %lf", &quota, &period) : 0;
             if (f) fclose(f);
+            if (n == 1 && of_memory) n = 2, period = 1;
             if (n == 1) snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us"), period = (double)read_number(path, 0);
             if (n > 0 && quota > 0 && period > 0) least = fmin(least, quota / period);
         }
     }
     if (groups) fclose(groups);
+    return least;
+}
+
+static long cpu_quota(void) {
+    double least = group_limit(false);
     return least < 1 ? 1 : least < MAX_THREADS ? (long)least : MAX_THREADS;
 }
 #endif
+
+// Bytes of memory that are free for this process, or 0: not known.
+static double free_memory(void) {
+    double kilobytes = 0;
+#ifdef __linux__
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "r");
+    while (f && fgets(line, sizeof line, f) && sscanf(line, "MemAvailable: %lf", &kilobytes) != 1) {}
+    if (f) fclose(f);
+    return fmin(1024 * kilobytes, group_limit(true));
+#else
+    return kilobytes;
+#endif
+}
 
 // The processors that this process may use; or, by default, one for each physical core, whose second thread would share
 // its arithmetic, without cores that are made to save energy, and no more than a control group's quota.
@@ -3415,8 +3474,8 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
 
 // What people take for a checkpoint, and the bytes by which it is recognised.
 static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
-    { 0, "PK\3\4", "a zip archive or PyTorch file: export_model.py converts those of models" },
-    { 8, "{\"", "a safetensors file: export_model.py converts its folder" },
+    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin" },
+    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin" },
     { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
     { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
     { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
@@ -4467,10 +4526,66 @@ static void put_word(const char *name, const char *text) {
 static const char *kernel_names(void);  // the appendix
 static bool choose_kernels(const char *name, Error *e);
 
+// A field: one value, or those of all layers where they differ. Some numbers stand for words.
+static void put_field(const Model *m, const ConfigField *f) {
+    static const char *const activations[] = { [SILU] = "SiLU", [GELU] = "GELU" };
+    static const char *const angles[] = { [UNROTATED] = "none", [ROTATED] = "global", [LOCAL] = "local" };
+    const char *const *words = !strcmp(f->name, "angles") ? angles : strcmp(f->name, "activation") ? NULL : activations;
+    bool same = true, json = options.json;
+    for (int l = 1; l < n_values(m, f); l++) same &= get_field(m, f, l) == get_field(m, f, 0);
+    printf(json ? ",\n  \"%s\": %s" : "  %-28s %s", f->name, json && !same ? "[" : "");
+    for (int l = 0; l < (same ? 1 : m->config.n_layers); l++) {
+        double x = get_field(m, f, l);
+        if (l > 0) printf(json ? ", " : " ");
+        if (words) printf(json ? "\"%s\"" : "%s", words[(int)x]);
+        else printf("%.*g", json ? 17 : x == floor(x) ? 15 : 6, x);
+    }
+    printf(!json ? "\n" : same ? "" : "]");
+}
+
+// The model's name, and its type in llama.cpp's words. Where no key tells them: the file's name, and the type of most
+// weights.
+static void put_names(const Model *m, Type most) {
+    static const char *const file_types[] = {
+        [0] = "F32", "F16", "Q4_0", "Q4_1", [7] = "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L",
+        "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", [21] = "Q2_K_S", [25] = "IQ4_NL", [30] = "IQ4_XS",
+        [32] = "BF16", [38] = "MXFP4",
+    };
+    enum { N = sizeof file_types / sizeof *file_types };
+    Error ignored = { 0 };
+    Gguf g = { .rest = { m->file.bytes, m->file.n_bytes, false }, .error = &ignored };
+    const char *slash = strrchr(m->file.path, '/'), *file = slash ? slash + 1 : m->file.path, *type = NULL;
+    bool has_keys = recognise(m->file.bytes, m->file.n_bytes) == GGUF && read_gguf_keys(&g, &ignored);
+    Text name = has_keys ? get_text(&g, "general.name") : (Text){ 0 };
+    int number = has_keys ? get_integer(&g, "general.file_type", 0, N - 1, -1) : -1;
+    char text[128];
+    snprintf(text, sizeof text, "%.*s", name.n ? shown(name) : (int)strlen(file), name.n ? name.at : file);
+    disarm(text, strlen(text), "");
+    put_word("name", text);
+    for (const SourceType *t = source_types; !type; t++) if (t->tile == most) type = t->name;
+    put_word("type", number >= 0 && file_types[number] ? file_types[number] : type);
+    free(g.keys);
+}
+
+// What a context of so many tokens costs, with the bytes of the weights, and whether that is free.
+static void put_memory(const char *name, const Model *m, const Workspace *w, bool f32, int context, double bytes) {
+    Workspace room = { .settings = w->settings };
+    Cache cache = { .f32 = f32, .n_layers = m->config.n_layers, .context = context };
+    room.settings.context = context;
+    lay_out_workspace(m, &room);
+    lay_out_cache(m, &cache, 1);
+    double total = bytes + (double)(cache.arena_bytes + room.arena_bytes + m->vocabulary_bytes);
+    char text[80];
+    snprintf(text, sizeof text, " MiB, %.1f of them cache%s", (double)cache.arena_bytes / 1048576,
+             free_memory() <= 0 ? "" : total <= free_memory() ? ": fits" : ": does not fit");
+    put_figure(name, total / 1048576, text);
+}
+
 // What one wants to know before running a model: sizes, types, costs.
 static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error *e) {
     const Config *c = &m->config;
     double parameters = 0, bytes = 0, cache = 0, by_type[N_TYPES] = { 0 };
+    Type most = F32;
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         double size = (double)slot->n * (double)slot->rows * (double)slot->cols;
         if (!slot->data) continue;
@@ -4484,17 +4599,11 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     const ChatTemplate *t = choose_template(m, options.template_name, e);
     if ((!t && options.template_name) || (options.check && !check_weights(m, e))) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
+    for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
+    put_names(m, most);
     put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
     put_word("family", c->family);
-    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
-        bool same = true;
-        for (int l = 1; l < n_values(m, f); l++) same &= get_field(m, f, l) == get_field(m, f, 0);
-        if (same) put_figure(f->name, get_field(m, f, 0), "");
-        else printf(options.json ? ",\n  \"%s\": [" : "  %-28s ", f->name);
-        for (int l = 0; !same && l < c->n_layers; l++)
-            printf("%s%.0f", l == 0 ? "" : options.json ? ", " : " ", get_field(m, f, l));
-        if (!same) printf(options.json ? "]" : "\n");
-    }
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
     put_word("chat template", t ? t->name : "none");
     put_figure("parameters", parameters, "");
@@ -4509,10 +4618,18 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     put_figure("bytes of cache per position", cache, "");
     put_figure("context in use (-c)", texts->context, " positions");
     put_figure("memory for it", (double)(w->arena_bytes + texts->arena_bytes) / 1048576, " MiB");
+    put_figure("free memory", free_memory() / 1048576, " MiB");
+    put_memory("total memory", m, w, texts->f32, texts->context, bytes);
     put_figure("FLOPs per token", 2 * (double)w->work, " and what attention takes");
     put_figure("training tokens (Chinchilla)", 20 * parameters, " = 20 per parameter");
     put_word("kernel", kernels->name);
     put_word("kernels of this machine", kernel_names());
+    for (int context = 1024; options.fit && context / 2 < c->context; context *= 2) {
+        char name[40];
+        int at_most = context < c->context ? context : c->context;
+        snprintf(name, sizeof name, "total for %d tokens", at_most);
+        put_memory(name, m, w, texts->f32, at_most, bytes);
+    }
     if (options.json) printf("\n}\n");
     return true;
 }
@@ -5347,7 +5464,8 @@ static bool choose_kernels(const char *name, Error *e) {
 
 typedef enum { TEXT, TEXTS, INT, SEED, REAL, LIST, FLAG } OptionType;
 
-// To add an option: a member of Options, a row here, a line in README (a test compares them).
+// To add an option: a member of Options, a row here, a line in README (a test compares them). A help that begins with
+// modes and a colon names those that use the option; otherwise the brackets of the heading above it do, if it has some.
 typedef struct {
     char letter;  // 0: a long name only
     const char *name, *argument;
@@ -5358,12 +5476,17 @@ typedef struct {
 } Option;
 
 #define OF(member) offsetof(Options, member)
+#define HEADING(text) { 0, "", NULL, FLAG, 0, 0, 0, text }
+#define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
       "generate (default), chat, tokenize, detokenize, logits, perplexity, inspect, export, bench, matmul" },
+    { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
+    HEADING("Prompt (generate, chat, logits, perplexity, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
-    { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "read the prompt from FILE; - is stdin" },
-    { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
+    { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "read the prompt, or more of it, from FILE; - is stdin" },
+    { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids, as in \"1 2 3\"" },
+    HEADING("Generation (generate, chat)"),
     { 'n', "n-predict", "N", INT, OF(n_predict), -1, 1e9, "most new tokens (default 256); -1: fills the context" },
     { 't', "temp", "T", REAL, OF(temperature), 0, 100, "temperature (default 1); 0: the likeliest; threads are -j" },
     { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "draw from the likeliest P (default 0.9; 1: off); the prompt is -i" },
@@ -5386,59 +5509,125 @@ static const Option option_table[] = {
     { 0, "ignore-eos", NULL, FLAG, OF(ignore_eos), 0, 0, "never choose an end token" },
     { 'r', "stop", "TEXT", TEXTS, OF(stops), 0, 0, "end the text before TEXT (again for more)" },
     { 's', "seed", "S", SEED, OF(seed), 0, 0x1p64, "seed (default -1: from the clock, and printed)" },
-    { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
+    HEADING("Machine"),
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
+    HEADING("Memory (" RUNNERS ")"),
+    { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
     { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
+    HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
-    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: template, if the model's is not recognised" },
+    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, inspect: template, if the model's is unknown" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench: prompt tokens (default 512); matmul: at once (default 1,256)" },
+    HEADING("Measurement"),
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20,
+      "bench, matmul: prompt tokens (default 512), vectors at once (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
     { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: tokens before those (default 0)" },
     { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: texts generated together (default 1)" },
     { 0, "profile", NULL, FLAG, OF(profile), 0, 0, "bench: where the time goes, step by step" },
     { 0, "reps", "N", INT, OF(reps), 1, 64, "bench, matmul: runs of each test (default 5)" },
     { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draw the roofline, with each result on it" },
-    { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics" },
+    HEADING("Output"),
+    { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics, notes and warnings" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: print JSON" },
+    HEADING("Arithmetic (" RUNNERS ")"),
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
+    HEADING("Other"),
     { 0, "kernel", "NAME", TEXT, OF(kernel), 0, 0, "avx512, avxvnni, avx2, neondot, neon, scalar (default: the best)" },
     { 0, "pre", "NAME", TEXT, OF(pre), 0, 0, "pre-tokenizer, if a GGUF file names none that is known" },
     { 0, "no-bos", NULL, FLAG, OF(no_bos), 0, 0, "no begin token before the text" },
     { 0, "no-echo", NULL, FLAG, OF(no_echo), 0, 0, "generate: do not print the prompt" },
     { 0, "ends", NULL, FLAG, OF(ends), 0, 0, "tokenize: add the end token, if the model adds one" },
-    { 0, "special", NULL, FLAG, OF(special), 0, 0, "read <|names|> as special tokens; detokenize: write them" },
+    { 0, "special", NULL, FLAG, OF(special), 0, 0,
+      "generate, logits, perplexity, tokenize, detokenize: <|names|> are special tokens" },
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
+    { 0, "fit", NULL, FLAG, OF(fit), 0, 0, "inspect: which contexts fit the memory that is free" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
+// The same by other names: those of llama.cpp. A value after = is part of what it stands for.
+static const struct { const char *habit, *ours; } habits[] = {
+    { "-sys", "--system" }, { "--system-prompt", "--system" }, { "--chat-template", "--template" },
+    { "--no-display-prompt", "--no-echo" }, { "--predict", "--n-predict" }, { "--temperature", "--temp" },
+    { "-cnv", "--mode=chat" }, { "--conversation", "--mode=chat" },
+    { "-no-cnv", "--mode=generate" }, { "--no-conversation", "--mode=generate" },
+};
+
+// Options of llama.cpp that change no text here: without a value, with one, and with on, off, auto or none.
+static const char *const ignored[] = {
+    " --mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
+    "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload ",
+    " -ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
+    "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
+    "--reasoning-format --log-colors ",
+    " -fa --flash-attn -co --color ",
+};
+static const char repeatable[] = " file stop logit-bias template-arg ";
+
 static void print_help(void) {
-    printf("usage: ./run CHECKPOINT [PROMPT] [options]\n");
+    printf("usage: %s MODEL [PROMPT] [options]\n", options.program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
         char left[48], letter[] = { '-', o->letter, ',', ' ', 0 };
         snprintf(left, sizeof left, "%s--%s %s", o->letter ? letter : "    ", o->name, o->argument ? o->argument : "");
-        printf("  %-24s %s\n", left, o->help);
+        if (*o->name) printf("  %-23s  %s\n", left, o->help);
+        else printf("%s:\n", o->help);
     }
     printf("limits: %d layers, %d dimensions, %d tokens in a vocabulary, %d positions, %d tensors\n", MAX_LAYERS,
            MAX_DIM, MAX_TOKENS, MAX_CONTEXT, MAX_TENSORS);
 }
 
+static bool mode_uses(const char *mode, const Option *o) {
+    char list[160], word[32];
+    const char *text = o->help;
+    size_t n = strspn(text, "abcdefghijklmnopqrstuvwxyz, ");
+    if (text[n] != ':') {
+        while (o > option_table && *o->name) o--;
+        text = *o->name ? NULL : strchr(o->help, '(');
+        if (!text) return true;
+        n = strcspn(++text, ")");
+    }
+    snprintf(list, sizeof list, ", %.*s,", (int)n, text);
+    snprintf(word, sizeof word, ", %s,", mode);
+    return strstr(list, word) != NULL;
+}
+
+// The option that a word is, whole or up to its =.
 static const Option *find_option(const char *word) {
-    if (!strcmp(word, "-sys")) word = "-y";
     size_t n = strcspn(word, "=");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
-        if (word[1] == '-' ? !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
+        if (word[1] == '-' ? n > 2 && !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
                            : o->letter && word[1] == o->letter && !word[2]) return o;
     }
     return NULL;
+}
+
+// How many letters must be changed, added or left out to make a of b; only up to `most` is it counted.
+static int edit_distance(const char *a, const char *b, int most) {
+    while (*a && *a == *b) a++, b++;
+    if (most == 0 || !*a || !*b) return (int)(strlen(a) + strlen(b));
+    int changed = edit_distance(a + 1, b + 1, most - 1), added = edit_distance(a, b + 1, most - 1);
+    int left_out = edit_distance(a + 1, b, most - 1);
+    return 1 + (changed < added ? changed < left_out ? changed : left_out : added < left_out ? added : left_out);
+}
+
+static bool refuse_option(const char *word, Error *e) {
+    char name[40];
+    snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
+    name[strcspn(name, "=")] = 0;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    for (int wrong = 0; wrong <= most; wrong++)
+        for (int i = 0; i < N_OPTIONS; i++)
+            if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)
+                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, option_table[i].name);
+    return fail(e, MISUSE, "there is no option %s; %s --help lists them", word, options.program);
 }
 
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
@@ -5473,24 +5662,72 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
                 o->help);
 }
 
-static bool parse_options(int argc, char **argv, Options *to, Error *e) {
-    for (int i = 1; i < argc; i++) {
-        const char *word = argv[i];
-        if (word[0] != '-') {
-            const char **place = to->checkpoint ? &to->prompt : &to->checkpoint;
-            if (*place) return fail(e, MISUSE, "two prompts: \"%.99s\" and \"%.99s\"; put one in quotes", *place, word);
-            *place = word;
-            continue;
-        }
-        const Option *o = find_option(word);
-        const char *glued = word[1] == '-' ? strchr(word, '=') : NULL;  // --name=value
-        const char *value = glued ? glued + 1 : argv[i + 1];
-        if (!o && value && !strncmp(word, "--model", 7))
-            return fail(e, MISUSE, "--model %.100s: the model comes first: ./run %.100s", value, value);
-        if (!o || (glued && o->type == FLAG)) return fail(e, MISUSE, "there is no option %s; see ./run --help", word);
-        if (o->type != FLAG && !glued && ++i >= argc) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-        if (!set_option(o, value, to, e)) return false;
-    }
+static bool is_listed_word(const char *list, const char *word, size_t n) {
+    char padded[40];
+    snprintf(padded, sizeof padded, " %.*s ", (int)n, word);
+    return strstr(list, padded) != NULL;
+}
+
+// How many words an ignored option takes, with its value; 0: the word is none.
+static int count_ignored(const char *word, const char *next) {
+    size_t n = strcspn(word, "=");
+    bool takes[] = { false, true, next && is_listed_word(" on off auto ", next, strlen(next)) };
+    for (int i = 0; i < 3; i++)
+        if (is_listed_word(ignored[i], word, n)) return 1 + (takes[i] && next && !word[n]);
+    return 0;
+}
+
+// Adds to the prompt's parts. Of several -i the last one counts.
+static bool add_prompt(Options *to, const char *text, bool is_file, Error *e) {
+    int i = 0;
+    while (i < to->n_parts && (is_file || to->parts[i].is_file)) i++;
+    if (i == MAX_PROMPT_PARTS) return fail(e, MISUSE, "more than %d times -f", MAX_PROMPT_PARTS);
+    to->parts[i] = (Part){ text, is_file };
+    to->n_parts += i == to->n_parts;
+    return true;
+}
+
+// The option that a word is, also by another name or with its value glued to it: then *glued.
+static const Option *recognise_option(const char *word, const char **glued) {
+    size_t n = strcspn(word, "=");
+    const char *name = word, letter[] = { '-', word[1], 0 };
+    for (size_t i = 0; i < sizeof habits / sizeof *habits; i++)
+        if (!strncmp(word, habits[i].habit, n) && !habits[i].habit[n]) name = habits[i].ours;
+    *glued = name[1] != '-' ? NULL : strchr(name, '=') ? strchr(name, '=') : strchr(word, '=');
+    const Option *o = find_option(name);
+    if (o || word[1] == '-' || !isdigit((unsigned char)word[word[1] ? 2 : 1])) return o;
+    *glued = word + 1;
+    return find_option(letter);
+}
+
+// Reads what begins at word i: an option, the model, or the prompt. Returns where the next begins, or 0.
+static int parse_word(char **argv, int i, Options *to, int *given, bool quiet, Error *e) {
+    const char *word = argv[i], *next = argv[i + 1], *glued = NULL;
+    char *end = NULL;
+    bool is_option = word[0] == '-';
+    const Option *o = is_option ? recognise_option(word, &glued) : find_option(to->checkpoint ? "-i" : "--model");
+    int n = o ? 0 : count_ignored(word, next);
+    if (n && !quiet) fprintf(stderr, "%.*s has no effect here\n", (int)strcspn(word, "="), word);
+    if (n) return i + n;
+    if (!o || (glued && o->type == FLAG)) return refuse_option(word, e);
+    const char *value = !is_option ? word : glued ? glued + 1 : next;
+    if (o->type != FLAG && !value) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
+    if (!strcmp(word, "-p") && !strchr("+-.0123456789", *value) && (strtod(value, &end), *end)) o = find_option("-i");
+    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model");
+    bool is_file = o->offset == OF(file), is_model = o->offset == OF(checkpoint);
+    if ((is_model && to->checkpoint) || (!is_option && to->prompt && !is_model))
+        return fail(e, MISUSE, "two %ss: \"%.99s\" and \"%.99s\"; put one in quotes", o->name,
+                    is_model ? to->checkpoint : to->prompt, value);
+    if (given[o - option_table]++ && !quiet && !is_listed_word(repeatable, o->name, strlen(o->name)))
+        fprintf(stderr, "--%s is given again: the last one counts\n", o->name);
+    if ((is_file || o->offset == OF(prompt)) && !add_prompt(to, value, is_file, e)) return 0;
+    return set_option(o, value, to, e) ? i + 1 + (o->type != FLAG && is_option && !glued) : 0;
+}
+
+static bool parse_options(int argc, char **argv, Options *to, int *given, Error *e) {
+    bool quiet = false;
+    for (int i = 1; i < argc; i++) quiet |= !strcmp(argv[i], "-q") || !strcmp(argv[i], "--quiet");
+    for (int i = 1; i < argc;) if (!(i = parse_word(argv, i, to, given, quiet, e))) return false;
     return true;
 }
 
@@ -5501,7 +5738,7 @@ static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "gene
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
-    return fail(e, MISUSE, "-m %s: expected %s; the checkpoint comes first: ./run FILE", name, find_option("-m")->help);
+    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, find_option("-m")->help);
 }
 
 // Reads token ids from n bytes of text, after which there is a NUL.
@@ -5531,30 +5768,53 @@ static size_t most_bytes(const Tokenizer *t, int n_tokens) {
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
-// Reads the prompt, from --ids, -f or -i, as tokens.
+// Whether a text asks for an answer rather than for its continuation: it is a question, or begins like an order.
+static bool is_instruction(Span text) {
+    static const char *const words[] = {
+        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
+        "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
+    };
+    Span t = trimmed(text.text, text.n_bytes, true, true);
+    bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
+    for (size_t i = 0, n; i < sizeof words / sizeof *words; i++)
+        found |= (n = strlen(words[i])) < t.n_bytes && !strncasecmp(t.text, words[i], n) && t.text[n] == ' ';
+    return found;
+}
+
+// Reads the prompt's text, with a NUL after it: from --ids, from -i and -f, or from stdin.
+static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *text, Error *e) {
+    bool is_limited = mode == GENERATE || mode == LOGITS || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
+    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
+    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
+    bool ok = options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
+                          : read_parts(most, mode == GENERATE || mode == CHAT, mode != CHAT, text, e);
+    if (ok && text->n > plus(most, 1))
+        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
+    if (ok && mode != CHAT && (options.ids || options.n_parts) && !options.quiet && has_unread_input())
+        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
+    return ok;
+}
+
+// Reads the prompt as tokens.
 static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
-    const char *given = options.ids ? options.ids : options.prompt ? options.prompt : "";
-    bool is_limited = mode == GENERATE || mode == LOGITS, are_ids = options.ids || mode == DETOKENIZE;
-    size_t most = is_limited && !are_ids ? most_bytes(t, context) : MAX_TEXT;
+    bool are_ids = options.ids || mode == DETOKENIZE;
     Buffer text = { 0 };
-    if (!!options.ids + !!options.file + !!options.prompt > 1)
-        return fail(e, MISUSE, "more than one prompt: give only one of -i, -f and --ids");
-    bool ok = options.file ? read_all(options.file, most, &text, e) && append(&text, "", 1, e)
-                           : append(&text, given, strlen(given) + 1, e);
+    bool ok = read_prompt_text(m, mode, context, &text, e);
     Span span = { (const char *)text.bytes, ok ? text.n - 1 : 0, options.special };
-    if (span.n_bytes > most)
-        ok = fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->add_eos;
     if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
-                      (tokens->n > 0 || options.file || fail(e, MISUSE, "no token ids; see --ids"));
+                      (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
               (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
               fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
     if (ok && tokens->n_dropped)
         fprintf(stderr, "%zu bytes of the text were left out: this model has no token for them\n", tokens->n_dropped);
+    bool hints = ok && mode == GENERATE && !are_ids && m->chat_template.n && !options.quiet && is_instruction(span);
+    if (hints && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO))
+        fprintf(stderr, "this text is continued; -m chat lets the model answer it\n");
     free(text.bytes);
     return ok;
 }
@@ -5633,7 +5893,9 @@ static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
 // Prints the one line that ends a failed run.
 static int tell_error(const char *culprit, const Error *e) {
     char line[1024];
-    snprintf(line, sizeof line, "run: %.600s%s%s", culprit ? culprit : "", culprit ? ": " : "", e->text);
+    const char *program = options.program ? options.program : "run", *slash = strrchr(program, '/');
+    snprintf(line, sizeof line, "%.40s: %.600s%s%s", slash ? slash + 1 : program, culprit ? culprit : "",
+             culprit ? ": " : "", e->text);
     disarm(line, strlen(line), "");
     if (e->status != INTERRUPTED) fprintf(stderr, "%s\n", line);
     else if (isatty(STDERR_FILENO)) fputc('\n', stderr);  // the terminal shows ^C
@@ -5650,12 +5912,17 @@ static void on_interrupt(int number) {
 
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
-    if (mode == CHAT && (options.file || options.ids))
-        return fail(e, MISUSE, "-m chat takes -i and stdin, not -f or --ids");
+    Buffer text = { 0 };
+    if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
     ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
+    if (mode == CHAT && options.n_parts) {
+        ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
+        if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
+        options.prompt = (char *)text.bytes;
+    }
     heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
     switch (ok ? mode : N_MODES) {
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
@@ -5672,18 +5939,23 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     }
     if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
+    free(text.bytes);
     return ok;
 }
 
 static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Error *e, const char **culprit) {
     uint64_t clock = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    int given[N_OPTIONS] = { 0 };
     Mode mode;
-    options = (Options){ .mode = "generate", .temperature = 1.0, .top_p = 0.9, .n_predict = 256, .context = -1,
-                         .repeat_penalty = 1, .repeat_last_n = 64, .dry_base = 1.75, .dry_allowed = 2,
-                         .dry_last_n = 64, .xtc_threshold = 0.1,
-                         .reps = 5, .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } },
-                         .depth = { 1, { 0 } }, .parallel = { 1, { 1 } }, .seed = clock, .clock_seed = clock };
-    if (!parse_options(argc, argv, &options, e) || !find_mode(options.mode, &mode, e)) return false;
+    options = (Options){ .program = argc > 0 ? argv[0] : "run", .mode = "generate", .temperature = 1.0, .top_p = 0.9,
+                         .n_predict = 256, .context = -1, .repeat_penalty = 1, .repeat_last_n = 64, .dry_base = 1.75,
+                         .dry_allowed = 2, .dry_last_n = 64, .xtc_threshold = 0.1, .reps = 5,
+                         .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } }, .depth = { 1, { 0 } },
+                         .parallel = { 1, { 1 } }, .seed = clock, .clock_seed = clock };
+    if (!parse_options(argc, argv, &options, given, e) || !find_mode(options.mode, &mode, e)) return false;
+    for (int i = 0; i < N_OPTIONS && !options.quiet; i++)
+        if (given[i] && !mode_uses(options.mode, &option_table[i]))
+            fprintf(stderr, "-m %s does not use --%s\n", options.mode, option_table[i].name);
     if (options.pp.n == 0) options.pp = mode == MATMUL ? (List){ 2, { 1, 256 } } : (List){ 1, { 512 } };
     for (int i = 0, most = count_cores(false); i < options.threads.n; i++) {
         if (options.threads.at[i] <= most) continue;
@@ -5693,7 +5965,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.help) return print_help(), true;
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
     if (!options.checkpoint && mode != MATMUL)
-        return fail(e, MISUSE, "no checkpoint given; ./run --help lists the options");
+        return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 4 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;

@@ -1605,7 +1605,7 @@ def _():
 @row(87, "CR LF, and a byte order mark")
 def _():
     for _, path in VOCABULARIES:
-        for text in (b"a\r\nb\r\n", b"\xef\xbb\xbfa", b"\xff\xfea\0", b"\r"):
+        for text in (b"a\r\nb", b"\xef\xbb\xbfa", b"\xff\xfea\0", b"\r"):
             o = prompt(text, path, "-n", "0", "-t", "0")
             now.demand(o.out == text + b"\n", f"{text!r} came back as {o.out!r}")
 
@@ -1629,13 +1629,13 @@ OPTIONS = ("-m", "-i", "-f", "--ids", "-n", "-t", "-p", "-k", "--min-p", "-s", "
 
 @row(89, "options unknown, without value, with an empty one")
 def _():
-    for word in ("--nonsense", "-x", "-", "--", "---", "-tt", "--quiet=1", "-n5", "--id=1", "-\n", "--\x1b[31m", "-é"):
+    for word in ("--nonsense", "-x", "-", "--", "---", "-tt", "--quiet=1", "-q5", "-n=5", "--id=1", "-\n", "--\x1b[31m", "-é"):
         expect(2, SPM, word)
     for word in OPTIONS:
         expect(2, SPM, word, word="needs a value")
         expect((0, 1, 2, 3), SPM, "-q", word, "", "-i" if word not in ("-i", "-f", "--ids") else "-y", "a",
                "-n" if word != "-n" else "-y", "1")
-    expect(2, word="no checkpoint")
+    expect(2, word="no model given")
     expect(2, SPM, "a", "b", word="two prompts")
     expect(2, SPM, "--=1")
 
@@ -1658,7 +1658,8 @@ def _():
 
 @row(91, "top-p, top-k, min-p")
 def _():
-    option_cases("-p", (*NUMBERS_OF_NOBODY, "1.5", "-0.1", "Once upon"), ("0", "1", "1e-9", "0.999999999"))
+    option_cases("--top-p", (*NUMBERS_OF_NOBODY, "1.5", "-0.1", "Once upon"), ("0", "1", "1e-9", "0.999999999"))
+    option_cases("-p", ("", "nan", "inf", "-inf", "1.0x", " 1", "1,5", "1.5"), ("0", "1", "Once upon", "abc", "\n"))
     option_cases("--min-p", (*NUMBERS_OF_NOBODY, "1.5", "-0.1"), ("0", "1", "1e-9"))
     option_cases("-k", (*NUMBERS_OF_NOBODY, "-1", "1.5", "99999999999"), ("0", "1", "100000", "1000000000"))
 
@@ -1694,7 +1695,8 @@ def _():
     wanted = run(SPM, "-q", "-n", "5", "-t", "0", "-i", "a").out
     expect(0, SPM, "-q", "-n", "9", "-n", "5", "-t", "1", "-t", "0", "-i", "b", "-i", "a", out=wanted)
     expect(0, SPM, "-q", "-q", "-q", "-n", "5", "-t", "0", "-i", "a", out=wanted)
-    expect(2, SPM, "-i", "a", "-f", "x", word="more than one prompt")
+    expect(2, SPM, "-i", "a", "--ids", "1", word="more than one prompt")
+    expect(2, SPM, *["-f", "x"] * 100, word="more than 64")
 
 
 @row(96, "a hundred thousand arguments")

@@ -165,12 +165,24 @@ static void check_case(const Case *c) {
 
 // Wrong options: status 2, and what the line has to say.
 static const struct { const char *arguments, *wanted; } misuses[] = {
-    { "", "no checkpoint" }, { "-m model.gguf", "the checkpoint comes first" }, { "-x", "-x" },
+    { "", "no model given; ./run --help lists the options" }, { "-m model.gguf", "or the file of a model" },
+    { "-x", "no option -x; ./run --help lists them" },
     { "$tied -m nonsense", "-m nonsense: expected generate" }, { "$tied -m ''", "expected generate" },
     { "$tied -m Generate", "expected generate" }, { "$tied 'a b' c", "two prompts: \"a b\" and \"c\"" },
     { "$tied -i a b", "two prompts" }, { "-", "no option -" }, { "$tied -", "no option -" },
-    { "--model $tied", "the model comes first: ./run tests/golden/llama_tied.gguf" },
-    { "--model=a.gguf -i a", "the model comes first: ./run a.gguf" }, { "$tied --model", "no option --model" },
+    { "$tied --model", "--model needs a value: FILE" },
+    { "--model $tied --model a", "two models: \"tests/golden/llama_tied.gguf\" and \"a\"" },
+    { "$tied -m $qwen2", "two models: \"tests/golden/llama_tied.gguf\" and \"tests/golden/qwen2.gguf\"" },
+    { "--model $tied a b", "two prompts: \"a\" and \"b\"" }, { "$tied -n5x", "--n-predict 5x" },
+    { "$tied -q5", "no option -q5" }, { "$tied -t5,", "--temp 5,: expected a number" },
+    { "$tied -nx", "no option -nx" },
+    { "$tied --tmep 1", "no option --tmep; did you mean --temp?" }, { "$tied --thread=2", "did you mean --threads?" },
+    { "$tied -temp 0", "no option -temp; did you mean --temp?" }, { "$tied --ctx-sise 9", "did you mean --ctx-size?" },
+    { "$tied --batchsize=1", "did you mean --batch-size?" },
+    { "$tied --completely-different", "--completely-different; ./run --help lists them" },
+    { "$tied --mlok", "no option --mlok; ./run" }, { "$tied -ng 1", "no option -ng; ./run --help" },
+    { "$tied $(yes -- '-f a' | head -n 65)", "more than 64 times -f" }, { "$tied -m chat --ids 1", "not --ids" },
+    { "$tied -m chat --template zephyr -f $T/bytes", "a NUL in the first message" },
     { "$tied --quiet=1", "no option --quiet=1" }, { "$tied --=1", "no option --=1" },
     { "$tied -n=1", "no option -n=1" },
     { "$tied --top-p=2", "--top-p 2" }, { "$tied --temp=", "--temp" },
@@ -182,7 +194,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -t ''", "--temp" }, { "$tied -t ' 1'", "--temp" }, { "$tied -t 1e400", "--temp" },
     { "$tied -t 101", "threads are -j" }, { "$tied -t .", "--temp" }, { "$tied -p 1.5", "--top-p 1.5" },
     { "$tied -p -0.1", "--top-p -0.1" }, { "$tied -p nan", "--top-p nan" }, { "$tied -p -nan", "--top-p -nan" },
-    { "$tied -p 'Once upon'", "the prompt is -i" }, { "$tied --min-p 2", "--min-p 2" },
+    { "$tied -p 0,9", "the prompt is -i" }, { "$tied -p ''", "the prompt is -i" }, { "$tied --min-p 2", "--min-p 2" },
     { "$tied --min-p -1", "--min-p" }, { "$tied --min-p nan", "--min-p nan" }, { "$tied -k -1", "--top-k -1" },
     { "$tied --stop ''", "--stop: expected up to 64 texts" }, { "$tied -l x+1", "--logit-bias x+1: expected ID+X" },
     { "$tied -l 99999+1", "below 277" }, { "$tied -l 1+inf", "ID+X" }, { "$tied -l 1+nan", "ID+X" },
@@ -197,7 +209,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -s ''", "--seed" }, { "$tied -j 0", "--threads 0" }, { "$tied -j -1", "--threads -1" },
     { "$tied -j 100000", "--threads 100000" }, { "$tied -j '1;2'", "--threads 1;2" },
     { "$tied -j 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", "--threads 1,1" }, { "-m matmul --pp 5000", "at most 4096" },
-    { "$tied -m chat --ids 1", "-m chat takes" }, { "$tied -m inspect --template nonsense", "nonsense" },
+    { "$tied -m inspect --template nonsense", "nonsense" },
     { "$T/no_bos.bin -t 0", "an empty prompt, and the model has no begin token; see -i" },
     { "$tied -j two", "--threads two" }, { "$tied -b 0", "--batch-size 0" },
     { "$tied -b -1", "--batch-size" }, { "$tied -c -5", "--ctx-size -5" }, { "$tied -c 999999999", "--ctx-size" },
@@ -214,7 +226,14 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
 static const Case cases[] = {
     // a bad model or tokenizer
     { "nowhere.gguf", 1, NULL, "=run: nowhere.gguf: No such file or directory\n" },
-    { "tests", 1, NULL, "run: tests: " }, { "/dev/null", 1, NULL, "run: /dev/null: " },
+    { "tests", 1, NULL, "=run: tests: a directory, expected a file in it, such as NAME.gguf\n" },
+    { "$T/folder", 1, NULL, "convert it: python3 export_model.py " },
+    { "/dev/null", 1, NULL, "run: /dev/null: a pipe or a device" },
+    { "'Why is the sky blue?'", 1, NULL, "the model comes first, then the prompt: MODEL \"PROMPT\"" },
+    { "llama3.2:1b", 1, NULL, "`ollama show --modelfile NAME` tells the file" },
+    { "Qwen/Qwen3-0.6B -i a", 1, NULL, "names of models are not known here: download a GGUF" },
+    { "$T/zip", 1, NULL, "python3 export_model.py FOLDER -o model.bin" },
+    { "$T/safetensors", 1, NULL, "a safetensors file; convert its folder: python3 export_model.py" },
     { "run.c", 1, NULL, "=run: run.c: a text file, not a model; as a prompt: -f run.c\n" },
     { "$T/prompt", 1, NULL, "/prompt: a text file" },
     { "https://a.b/c.gguf", 1, NULL, "an address, not a file; download it first: curl -LO https://a.b/c.gguf\n" },
@@ -281,9 +300,7 @@ static const Case cases[] = {
     { "$tied -t 0 -n 0 -q --ids '1 265 82,271\n102'", 0, "=Onc\n", NULL },
     { "$tied -t 0 -n 0 -q -f $T/prompt", 0, "=Once upon\n", NULL },
     { "$tied -t 0 -n 0 -q -f - <$T/prompt", 0, "=Once upon\n", NULL },
-    { "$tied -t 0 -n 0 -q -i other -f $T/prompt", 2, "=", "more than one prompt" },
     { "$tied -t 0 -i a --ids 1", 2, "=", "more than one prompt" },
-    { "$tied -m chat -f $T/prompt", 2, "=", "-m chat" },
     { "$tied -q -m logits --ids '1 2' -o /dev/stdout | wc -c", 0, "=2216\n", NULL },
     { "$tied -q -m logits --ids '1 2' -o /dev/stdout >>$T/more && $EMULATOR ./run $tied -q -m logits --ids '1 2' "
       "-o /dev/stdout >>$T/more; wc -c <$T/more", 0, "=4432\n", NULL },
@@ -323,7 +340,7 @@ static const Case cases[] = {
     { "$tied $t <&-", 3, NULL, "reading" }, { "$tied $d <&-", 3, NULL, "reading" },
     { "$tied $t <$T/prompt >/dev/full", 3, NULL, "No space" }, { "$tied -m detokenize --ids 9 >&-", 3, NULL, "stdout" },
     { "$tied $d <$T/prompt", 2, NULL, "\"Once\" is no token id" }, { "$tied $d <$T/bytes", 2, NULL, "a NUL among" },
-    { "$tied $d", 0, NULL, NULL }, { "$tied -m detokenize", 2, NULL, "no token ids" },
+    { "$tied $d", 0, NULL, NULL }, { "$tied -m detokenize", 0, NULL, NULL },
     { "$tied -m detokenize --ids '1 265 82'", 0, "=O", NULL },
     { "$tied -m detokenize -i '265 82,271'", 0, "=On", NULL },
     { "$z -m detokenize --ids 275", 2, NULL, "\"275\" is no token id below 275" },
@@ -395,12 +412,17 @@ static void make_files(void) {
     make_long_model();
     put_file("empty", "", 0);
     write_text("prompt", "Once upon");
+    write_text("once", "Once\n");
+    write_text("two_lines", "O\nn\n");
     write_text("special", "<s>a</s>");
     Bytes chat = read_golden("chat.txt");
     put_file("text", chat.bytes, 1000);
     free(chat.bytes);
     put_file("bytes", bytes, sizeof bytes - 1);
     mkdir(temporary("folder"), 0777);
+    write_text("folder/config.json", "{}");
+    write_text("zip", "PK\3\4 and the rest");
+    write_text("safetensors", "\2aaaaaaa{\"a\": 1}");
     put_file("holes.bin", "", 0);
     check(truncate(temporary("holes.bin"), (off_t)4 << 30) == 0, "a file of 4 GiB of holes");
     Bytes v0 = read_golden("llama2c_v0.bin");
@@ -475,6 +497,21 @@ static void test_texts(void) {
         { "seed 0", "$tied -s 0 -n 9 -q", "$tied -s 11400714819323198485 -n 9 -q" },
         { "a value after =", "$tied -s 7 -n 9 -t 0.5 -q -i Once", "$tied --seed=7 --n-predict=9 --temp=0.5 -q "
                                                                   "--prompt=Once" },
+        { "glued values", "$tied -s 7 -n 9 -t 0.5 -q -k 3", "$tied -s7 -n9 -t0.5 -q -k3" },
+        { "other names", "$tied -s 7 -n 9 -q --no-echo -i a", "-m $tied --seed 7 --predict 9 -q --no-display-prompt "
+                                                              "-p a" },
+        { "other names", "$tied -s 7 -n 9 -q -t 2", "--model $tied -s 7 --predict=9 -q --temperature=2 -no-cnv" },
+        { "-cnv", "$long -m chat -t 0 -n 9 -q -i a --template mistral", "$long -cnv -t 0 -n 9 -q -i a "
+                                                                       "--chat-template mistral" },
+        { "-p and a prompt", "$tied -s 7 -n 9 -q -p 0.5 -i 'Once upon'", "$tied -s 7 -n 9 -q -p 0.5 -p 'Once upon'" },
+        { "what is ignored", "$tied -s 7 -n 9 -q -i a", "$tied -s 7 -ngl 99 -fa -n 9 -fa on --mlock --color off -q "
+                                                        "--gpu-layers=1 -tb 4 --no-mmap -i a -ub 512" },
+        { "a file, and the same as -i", "$tied -m tokenize -i \"$(printf 'O\\nn\\n.')\" -q | sed 's/ [0-9]*$//'",
+          "$tied -m tokenize -q -f $T/two_lines" },
+        { "a chat's first message", "$long -m chat -t 0 -n 9 -q -i \"$(printf 'Once upon\\n\\na')\"",
+          "$long -m chat -t 0 -n 9 -q -f $T/prompt -i a" },
+        { "a chat's first message from stdin", "$long -m chat -t 0 -n 9 -q -i Once", "$long -m chat -t 0 -n 9 -q -f - "
+                                               "<$T/once" },
         { "a prompt without -i", "$tied -s 7 -n 9 -q -i 'Once upon'", "-n 9 $tied -q 'Once upon' -s 7" },
         { "-t 0 needs no seed", "$tied -s 5 -n 9 -t 0 -q", "$tied -s 6 -n 9 -t 0 -q" },
     };
@@ -524,6 +561,105 @@ static void test_texts(void) {
         free_result(&r);
     }
     free(bytes.bytes);
+}
+
+// ---- Where the prompt comes from ----
+
+// $R: ./run with a model that prints its prompt and nothing else. A note says that something waits unread.
+static void test_inputs(void) {
+    static const char note[] = "stdin is not read, since there is a prompt; -f - would read it\n";
+    static const struct { const char *command, *out; bool noted; } cases[] = {
+        // nothing but stdin
+        { "printf 'a b\\n' | $R", "a b\n", false }, { "printf 'a b' | $R", "a b\n", false },
+        { "printf 'a\\r\\n' | $R", "a\n", false }, { "printf 'a\\n\\n' | $R", "a\n\n", false },
+        { "printf '\\n' | $R", "\n", false }, { "printf '\\r\\n' | $R", "\n", false },
+        { "printf '\\r' | $R", "\r\n", false }, { "printf '' | $R", "\n", false }, { "$R <&-", "\n", false },
+        { "$R </dev/null", "\n", false },
+        { "$R <$T/once", "Once\n", false }, { "(sleep 0.1; echo a) | $R", "a\n", false },
+        // -i, -f, or a second word alone: stdin is left as it is
+        { "$R -i a <$T/once", "a\n", true }, { "$R a <$T/once", "a\n", true },
+        { "$R -f $T/once <$T/prompt", "Once\n", true },
+        { "$R --ids 265 <$T/once", "\n", true },
+        { "echo b | (sleep 0.2; $R -i a; cat)", "a\nb\n", true }, { "$R -i '' <$T/once", "\n", true },
+        { "$R -i a <$T/empty", "a\n", false }, { "printf '' | $R -i a", "a\n", false },
+        { "$R -i a </dev/null", "a\n", false },
+        { "$R -i a <&-", "a\n", false }, { "(cat; $R -i a) <$T/once", "Once\na\n", false },
+        { "(sleep 0.1; echo b) | $R -i a", "a\n", false },
+        { "printf 'a\\nb\\n' | while read -r x; do $R -q -i \"$x\"; done", "a\nb\n", false },
+        { "$R -q -i a <$T/once", "a\n", false },
+        // several, in the order given
+        { "$R -i a -f - <$T/once", "a\n\nOnce\n", false }, { "$R -f - -i a <$T/once", "Once\n\na\n", false },
+        { "$R a -f $T/once", "a\n\nOnce\n", false }, { "$R -f $T/once a", "Once\n\na\n", false },
+        { "$R -f $T/two_lines -i a -f - -f $T/once <$T/prompt", "O\nn\n\na\n\nOnce upon\n\nOnce\n", false },
+        { "$R -q -i a -f $T/once -i b", "b\n\nOnce\n", false }, { "$R -f $T/empty -i a", "\n\na\n", false },
+        { "$R -f - -f - <$T/once", "Once\n\n\n", false },
+        // other modes keep every byte
+        { "printf 'O\\n' | $R -q -m tokenize --no-bos", "265 82 13\n", false },
+        { "echo 265 82 | $R -q -m detokenize", "O", false },
+        { "printf 'O\\n' | $R -q -m logits -o $T/inputs && test $(wc -c <$T/inputs) = $((4 * 4 * 277))", "", false },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[400];
+        snprintf(text, sizeof text, "R=\"$EMULATOR ./run $tied -n 0 -t 0\"; %s", cases[i].command);
+        Result r = run_shell(text);
+        check(r.status == 0 && !strcmp(r.out, cases[i].out) && !!strstr(r.err, note) == cases[i].noted,
+              "%s: got status %d, \"%s\" and \"%s\", wanted \"%s\" and %s note", cases[i].command, r.status, r.out,
+              r.err, cases[i].out, cases[i].noted ? "a" : "no");
+        free_result(&r);
+    }
+}
+
+// What is said of options that do nothing; -q says nothing.
+static void test_warnings(void) {
+    static const struct { const char *arguments, *wanted; } cases[] = {
+        { "-ngl 99", "-ngl has no effect here\n" }, { "--gpu-layers=99", "--gpu-layers has no effect here\n" },
+        { "-fa", "-fa has no effect here\n" }, { "-ngl", "-ngl has no effect here\n" },
+        { "-fa on --mlock", "-fa has no effect here\n--mlock has no effect here\n" },
+        { "--color auto -e", "--color has no effect here\n-e has no effect here\n" },
+        { "-t 0", "--temp is given again: the last one counts\n" }, { "-f $T/prompt -f $T/once", "" },
+        { "-j 1 -c 0 -b 3", "" },
+        { "--pp 3", "-m generate does not use --pp\n" }, { "-y a", "-m generate does not use --system\n" },
+        { "-m tokenize", "-m tokenize does not use --n-predict\n-m tokenize does not use --temp\n" },
+        { "-q -ngl 99 -t 0 --pp 3", "" }, { "-ngl 99 -t 0 --pp 3 --quiet", "" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[200];
+        snprintf(text, sizeof text, "$tied -n 0 -t 0 -i a %s", cases[i].arguments);
+        Result r = run_with(text);
+        char *end = strstr(r.err, "a context of"), *stopped = strstr(r.err, "stopped at");
+        if (stopped) *stopped = 0;
+        if (end) *end = 0;
+        check(r.status == 0 && !strcmp(r.err, cases[i].wanted), "./run %s: got status %d and \"%s\", wanted \"%s\"",
+              text, r.status, r.err, cases[i].wanted);
+        free_result(&r);
+    }
+}
+
+// On a terminal, a model that has a chat template hints at -m chat where the text asks for an answer.
+static void test_hints(void) {
+    static const struct { const char *arguments; bool hinted; } cases[] = {
+        { "$long -i 'Who are you?'", true }, { "$long -i ' explain the moon '", true }, { "$long -i List", false },
+        { "$long -i 'Once upon a time'", false }, { "$long -i 'Tellers tell'", false },
+        { "$tied -i 'Who are you?'", false }, { "$long -q -i 'Who are you?'", false },
+        { "$long -i 'Who are you?' 2>$T/hint", false },
+        { "$long -i 'Who are you?' >$T/hint", false }, { "$long -i ''", false },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[200], got[2000] = "";
+        int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+        if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) return;
+        int slave = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+        snprintf(text, sizeof text, "exec 2>&1; $EMULATOR ./run -n 0 -t 0 %s", cases[i].arguments);
+        Command c = start_command(text, false, slave);
+        close(slave);
+        for (ssize_t n = 0, now; (now = read(terminal, got + n, sizeof got - 1 - (size_t)n)) > 0;) n += now;
+        Result r = end_command(&c);
+        check(r.status == 0 && !!strstr(got, "-m chat lets the model answer it\r\n") == cases[i].hinted,
+              "%s on a terminal: got status %d and \"%s\", wanted %s hint", text, r.status, got,
+              cases[i].hinted ? "a" : "no");
+        close(terminal);
+        free_result(&r);
+    }
 }
 
 // ---- Logits and perplexity ----
@@ -705,6 +841,66 @@ static void test_json(void) {
         check(r.status == 0 && is_json(r.out) && strstr(r.out, printed[i].part) && !*r.err,
               "./run %s: got status %d, \"%.100s\" and \"%s\", wanted JSON with %s", printed[i].arguments, r.status,
               r.out, r.err, printed[i].part);
+        free_result(&r);
+    }
+}
+
+// ---- What inspect says ----
+
+// A model with these keys; a family's file where a name is of none.
+static void make_named_model(const char *name, const char *title, uint32_t file_type) {
+    unsigned char value[100];
+    uint64_t n = strlen(title);
+    Bytes b = read_golden("llama_tied.gguf");
+    GgufParts g;
+    take_apart(b, &g);
+    memcpy(value, &n, 8);
+    memcpy(value + 8, title, n);
+    set_value(key_named(&g, "general.name", true), 8, value, 8 + n);
+    set_value(key_named(&g, "general.file_type", true), 4, &file_type, 4);
+    Bytes named = put_together(&g);
+    put_file(name, named.bytes, named.n);
+    free(named.bytes), free(b.bytes);
+    free_parts(&g);
+}
+
+static void test_inspect(void) {
+    static const struct { const char *model, *part; } parts[] = {
+        { "$T/named.gguf",
+          "  name                         A?[31mmodel \xC3\xA4\n  type                         Q4_K_M\n" },
+        { "$T/odd.gguf", "  name                         odd.gguf\n  type                         F32\n" },
+        { "$v0", "  name                         llama2c_v0.bin\n  type                         F32\n" },
+        { "$tied", "activation                   SiLU\n" }, { "$tied", "angles                       global\n" },
+        { "tests/golden/families/gemma3.gguf", "activation                   GELU\n" },
+        { "tests/golden/families/gemma3.gguf --json", "\"angles\": [\"local\", " },
+        { "tests/golden/families/gemma3.gguf --json", "\"activation\": \"GELU\"" },
+        { "tests/golden/families/smollm3.gguf", "global global global none" },
+        { "$tied --json", "\"total memory\": " }, { "$tied", "MiB, 0.0 of them cache: fits\n" },
+    };
+    make_named_model("named.gguf", "A\033[31mmodel \xC3\xA4", 15);
+    make_named_model("odd.gguf", "", 999);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        char text[100];
+        snprintf(text, sizeof text, "%s -m inspect", parts[i].model);
+        Result r = run_with(text);
+        check(r.status == 0 && strstr(r.out, parts[i].part), "%s: got status %d and \"%s\", wanted \"%s\" in it", text,
+              r.status, r.out, parts[i].part);
+        free_result(&r);
+    }
+    // A token of $long: 2 layers x 3 heads x (a key of 4 numbers and a value, which has room for 16), and its id.
+    for (int f32 = 0; f32 < 2; f32++) {
+        Result r = run_with(f32 ? "$long -m inspect --fit --kv f32" : "$long -m inspect --fit --kv f16");
+        int n = 0;
+        for (int tokens = 1024; tokens <= 1 << 20; tokens *= 2) {
+            char name[60];
+            snprintf(name, sizeof name, "\n  total for %d tokens ", tokens);
+            const char *line = strstr(r.out, name);
+            double total = 0, cache = 0, wanted = tokens / 1048576.0 * (2 * 3 * (4 + 16) * (f32 ? 4 : 2) + 4);
+            bool found = line && sscanf(line + strlen(name), "%lf MiB, %lf of them cache: ", &total, &cache) == 2;
+            n += found && fabs(cache - wanted) < 0.06 + 0.01 * wanted && total > cache;
+        }
+        check(r.status == 0 && n == 11 && !strstr(r.out, "total for 2097152"),
+              "--fit: got status %d, %d of 11 contexts, %s", r.status, n, r.out);
         free_result(&r);
     }
 }
@@ -1392,6 +1588,9 @@ static void test_help(void) {
         snprintf(name, sizeof name, "--%s", option_table[i].name);
         check(strstr(r.out, name) && strstr(r.out, option_table[i].help), "--help: %s is not in it", name);
         check(!readme || strstr(readme, name), "README.md: %s is not in it", name);
+        int n_modes = 0;  // every text before a colon or in a heading's brackets names modes
+        for (int k = 0; k < N_MODES; k++) n_modes += mode_uses(mode_names[k], &option_table[i]);
+        check(n_modes > 0, "--%s, %s: no mode uses it", option_table[i].name, option_table[i].help);
     }
     check(r.status == 0 && !*r.err, "--help: got status %d and \"%s\"", r.status, r.err);
     free(readme);
@@ -1406,6 +1605,10 @@ static void test_command_line(void) {
         check_case(&(Case){ misuses[i].arguments, 2, NULL, misuses[i].wanted });
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_case(&cases[i]);
     test_texts();
+    test_inputs();
+    test_warnings();
+    test_hints();
+    test_inspect();
     test_logits();
     check_perplexity("$tied", true, 64);
     check_perplexity("$qwen2", false, 48);

@@ -232,12 +232,37 @@ static void test_quotas(void) {
     check(cpu_quota() == MAX_THREADS, "no control groups: got %ld processors", cpu_quota());
 }
 
+static void test_memory(void) {
+    static const struct { const char *what, *groups, *files[2][2]; double wanted; } cases[] = {
+        { "no group", NULL, { { NULL } }, 3000 * 1024.0 },
+        { "version 2", "0::/a/b\n", { { "a/b/memory.max", "max\n" }, { "a/memory.max", "500000\n" } }, 500000 },
+        { "a greater limit", "0::/a\n", { { "a/memory.max", "5000000\n" } }, 3000 * 1024.0 },
+        { "version 1", "4:memory:/a\n", { { "memory/a/memory.limit_in_bytes", "700000\n" } }, 700000 },
+        { "a limit of processors", "0::/\n", { { "cpu.max", "200000 100000\n" } }, 3000 * 1024.0 },
+    };
+    begin_system();
+    check(free_memory() == 0, "no /proc/meminfo: got %g bytes", free_memory());
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        begin_system();
+        place_file("/proc/meminfo", "MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  3000 kB\nBuffers:  1 kB\n");
+        if (cases[i].groups) place_file("/proc/self/cgroup", cases[i].groups);
+        for (int k = 0; k < 2 && cases[i].files[k][0]; k++) {
+            char path[100];
+            snprintf(path, sizeof path, "/sys/fs/cgroup/%s", cases[i].files[k][0]);
+            place_file(path, cases[i].files[k][1]);
+        }
+        check(free_memory() == cases[i].wanted, "%s: got %g free bytes, wanted %g", cases[i].what, free_memory(),
+              cases[i].wanted);
+    }
+}
+
 static void test_processors(void) {
     char root[100];
     snprintf(root, sizeof root, "%s/system", folder);
     system_root = root;
     test_lists();
     test_quotas();
+    test_memory();
     begin_system();
     allow(0, 3);
     check_cores("four processors, of which nothing is known", 4, 4);
