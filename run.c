@@ -1842,7 +1842,7 @@ typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
     const char *cache, *kernel, *pre, *svg;
     double temperature, top_p, min_p;
-    int64_t n_predict, top_k, context, batch, reps;
+    int64_t n_predict, top_k, context, batch, reps, lookup;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
     bool quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, profile, help, version;
@@ -3848,6 +3848,7 @@ static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
     size_t n_prompt, n_made, n_passes;
+    size_t n_guessed, n_right;  // by --lookup
     double prompt_seconds, made_seconds;
 } Speed;
 
@@ -3917,7 +3918,11 @@ static void tell_speed(const Model *m, const Speed *v) {
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens", v->n_prompt,
             v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made);
     double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
-    if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
+    if (rate > 0)
+        fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", (double)(v->n_passes + v->n_right) / v->made_seconds,
+                rate * (double)bytes_per_token(m) * 1e-9);
+    if (options.lookup)
+        fprintf(stderr, "; %zu of %zu looked-up tokens were right, %zu passes", v->n_right, v->n_guessed, v->n_passes);
     fputc('\n', stderr);
 }
 
@@ -3936,6 +3941,70 @@ static void count_made(Speed *v, const Continuation *c, double start) {
     v->made_seconds += clock_seconds() - start;
 }
 
+// ---- Lossless speculation ----
+
+// Texts repeat themselves: summaries quote, programs are edited. So what the model will say next may be guessed from
+// what followed its last tokens before (Saxena, "Prompt Lookup Decoding"). A pass takes the guess's tokens along; a
+// row's logits then choose the token after it as they always would, and the next row counts if that token was guessed.
+
+// Writes a guess of at most `most` tokens to ids[n] and on: what followed the latest of the longest earlier matches of
+// the last tokens. It may run into itself, as "ab" is guessed to go on after "abab". Returns its length.      ids (n)
+static int look_up(int *ids, int n, int most) {
+    enum { SHORTEST = 2, LONGEST = 16 };  // matches: one token says little; more than 16 tokens say no more
+    int best = SHORTEST - 1, next = n;
+    for (int at = n - 1; at > 0 && best < LONGEST; at--) {
+        int length = 0;
+        while (length < at && length < LONGEST && ids[at - 1 - length] == ids[n - 1 - length]) length++;
+        if (length > best) best = length, next = at;
+    }
+    for (int i = 0; i < most && next < n; i++) ids[n + i] = ids[next + i];
+    return next < n && most > 0 ? most : 0;
+}
+
+// Sends a text's next token through the model, and a guess after it; returns how many rows that were, 0 if it fails. A
+// guess must not fail what would go well without it, so the token is tried alone too.
+static int pass_ahead(const Model *m, Workspace *w, Continuation *c, Speed *speed, Error *e) {
+    Sequence *s = c->sequence;
+    size_t most = (size_t)(s->cache->context - s->n - 1), left = c->limit - c->n_made - 1;
+    if (most > (size_t)options.lookup) most = (size_t)options.lookup;
+    if (most > (size_t)w->settings.batch - 1) most = (size_t)w->settings.batch - 1;
+    s->ids[s->n] = c->last;
+    int n_guessed = look_up(s->ids, s->n + 1, (int)(most < left ? most : left));
+    for (int n = 1 + n_guessed;; n = 1, e->status = DONE) {
+        for (int i = 0; i < n; i++) w->room[i] = (Row){ s->ids[s->n + i], s->n + i, 0, true };
+        c->n_passes++;
+        speed->n_guessed += (size_t)n - 1;
+        bool done = forward(m, w, s, w->room, n, e);
+        if (done && logits_of(m, w, 0, e)) return n;
+        if (done) rewind_sequence(s, s->n - n);
+        if (n == 1) return 0;
+    }
+}
+
+// What generate() does, to the bit, in fewer passes if guesses are right. A token is chosen while the text has only the
+// tokens before it, as if there were no guess.
+static bool generate_ahead(const Model *m, Workspace *w, Continuation *c, Stop *why, Speed *speed, Error *e) {
+    if (!options.lookup) return generate(m, w, c, why, e);
+    Sequence *s = c->sequence;
+    const float *logits = w->logits;
+    int n_rows = 1;  // of the last pass
+    for (int row = 0; n_rows > 0; row++) {
+        int end = s->n, n = s->n -= n_rows - 1 - row;
+        *why = next_token(m, c, logits);
+        s->n = end;
+        bool right = *why == GO_ON && n < end && s->ids[n] == c->last;
+        speed->n_right += right;
+        if (right && (logits = logits_of(m, w, row + 1, e))) continue;
+        rewind_sequence(s, n);
+        if (*why != GO_ON) break;
+        n_rows = pass_ahead(m, w, c, speed, e);
+        logits = w->logits;
+        row = -1;
+    }
+    print_bytes(&c->printer, NULL, 0);
+    return n_rows > 0;
+}
+
 static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
 
 static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
@@ -3948,7 +4017,7 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
         if (!options.no_echo) print_token(m, &c.printer, c.last, prompt->ids[i]);
     print_bytes(&c.printer, NULL, 0);
     double start = clock_seconds();
-    if (!generate(m, w, &c, &why, e)) return false;
+    if (!generate_ahead(m, w, &c, &why, &speed, e)) return false;
     count_made(&speed, &c, start);
     putchar('\n');
     fflush(stdout);
@@ -4114,7 +4183,7 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
     unread->n = ok ? 0 : n_unread;
     double start = clock_seconds();
-    ok = ok && generate(m, w, &c, &why, e);
+    ok = ok && generate_ahead(m, w, &c, &why, speed, e);
     if (ok) count_made(speed, &c, start);
     if (c.last >= 0 && (why == AT_LIMIT || why == AT_CONTEXT)) ok = ok && emit(unread, c.last, e);
     if (!ok && e->status != INTERRUPTED) return false;
@@ -5216,6 +5285,8 @@ static const Option option_table[] = {
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
     { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
+    { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
+      "check up to N tokens in one pass, guessed from the text so far: the same text, sooner (default 0: off)" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat: template, if the model's is not recognised" },
