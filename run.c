@@ -1840,7 +1840,7 @@ typedef struct { int n, at[16]; } List;
 // What the user asked for on the command line; chapter 14 fills it in.
 typedef struct {
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre, *svg;
+    const char *cache, *kernel, *pre, *svg, *session;
     double temperature, top_p, min_p;
     int64_t n_predict, top_k, context, batch, reps, lookup;
     List threads, pp, tg, depth, parallel;
@@ -3413,7 +3413,7 @@ static void close_model(Model *m) {
 }
 
 /* ==== 11. Experts, long texts, likely tokens, memory ================================================================
-   What only some models, texts and samplers need; and the memory of all. */
+   What only some models, texts and samplers need; the memory of all, and what of it can be kept in a file. */
 
 // ---- Experts ----
 
@@ -3813,6 +3813,159 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
     to->n = n;
 }
 
+// ---- Sessions ----
+
+/* A session is a text's tokens and their part of the cache in a file, so that the next run need not read them again. It
+   takes as much of it as its own text begins with, and gets the same bits as if it had read that itself.
+
+       | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
+
+   HEADER: a SessionHeader. `layout` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of
+   what is before it and of the checksums and ids. PAGES: of each layer the keys, then the values, as a CachedLayer has
+   them, in f16 or f32. The last page may be full in part only. */
+enum { SESSION_LAYOUT = 1 };
+static const unsigned char session_magic[8] = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 0 };
+
+typedef struct {
+    unsigned char magic[8];
+    uint32_t layout, n;        // tokens
+    uint64_t file_bytes;
+    uint64_t model, settings;  // hashes of what the cache's bits depend on beside the tokens
+    char name[80];             // of the checkpoint, for people
+    uint64_t head_sum;
+} SessionHeader;
+_Static_assert(sizeof(SessionHeader) == 128, "no padding");
+
+// Goes on with a checksum, 8 bytes at a time. Each step can be undone, so a change within 8 bytes always changes the
+// result. It finds damage; it proves nothing of a file that someone has forged.
+static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)bytes + i, n - i < 8 ? n - i : 8);
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
+
+static uint64_t sum_head(const SessionHeader *h, const Buffer *rest) {
+    return add_sum(add_sum(0, h, offsetof(SessionHeader, head_sum)), rest->bytes, rest->n);
+}
+
+// The header that sessions of this model and these settings have. Of the model: its configuration and vocabulary, and
+// of each tensor name, type, shape and 64 bytes. Of the settings: rounding, the cache's type, and the angles, which
+// hold what a scaled rotation makes of the configuration and -c.
+static SessionHeader session_header(const Model *m, const Workspace *w) {
+    SessionHeader h = { .layout = SESSION_LAYOUT };
+    memcpy(h.magic, session_magic, sizeof h.magic);
+    h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
+        for (int l = 0; l < n_values(m, f); l++)
+            h.model = add_sum(h.model, &(double){ get_field(m, f, l) }, sizeof(double));
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
+        uint64_t shape[] = { s->is_vector ? VECTOR : s->type, s->n, s->rows, s->cols };
+        size_t n = s->data ? slot_bytes(s) : 0, some = n < 64 ? n : 64;
+        h.model = add_sum(add_sum(h.model, s->name, strlen(s->name)), shape, sizeof shape);
+        if (some) h.model = add_sum(h.model, s->data + (n - some) / 2, some);
+    }
+    uint64_t kinds[] = { w->settings.exact, w->settings.cache_f32 };
+    h.settings = add_sum(add_sum(0, kinds, sizeof kinds), w->angles.turns, (size_t)m->config.rope_dim * sizeof(double));
+    const char *name = options.checkpoint ? options.checkpoint : "", *slash = strrchr(name, '/');
+    snprintf(h.name, sizeof h.name, "%s", slash ? slash + 1 : name);
+    return h;
+}
+
+// Reads a page of the cache from a file, or writes it to one, and goes on with its checksum. Returns its bytes; 0: this
+// has failed.
+static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
+    size_t total = 0;
+    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
+        unsigned char *parts[] = { keys_at(y, page, 0), values_at(y, page, 0) };
+        for (int i = 0; i < 2; i++) {
+            size_t n = y->n_heads * (i ? y->value_bytes : y->key_bytes);
+            if (from && fread(parts[i], 1, n, from) != n) return 0;
+            if (to && fwrite(parts[i], 1, n, to) != n) return 0;
+            *sum = add_sum(*sum, parts[i], n);
+            total += n;
+        }
+    }
+    return total;
+}
+
+// Reads the header and, into `rest`, what is between it and the pages.
+static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, SessionHeader *h, Buffer *rest, Error *e) {
+    if (n_bytes < sizeof *h || fread(h, sizeof *h, 1, f) != 1 || memcmp(h->magic, wanted->magic, sizeof h->magic))
+        return refuse(e, "--session: the file is no session, and only sessions are written over");
+    if (h->layout != wanted->layout)
+        return refuse(e, "--session: the file is of layout %u, expected %u; remove it", h->layout, wanted->layout);
+    size_t n_tokens = h->n > MAX_CONTEXT ? 0 : h->n;
+    size_t n = n_pages((int)n_tokens) * sizeof(uint64_t) + n_tokens * sizeof(int32_t);
+    if (n_tokens != h->n || h->file_bytes != n_bytes || n > n_bytes - sizeof *h)
+        return refuse(e, "--session: the file is damaged: %u tokens in %zu bytes", h->n, n_bytes);
+    if (!append(rest, NULL, n, e)) return false;
+    if (fread(rest->bytes, 1, n, f) != n || sum_head(h, rest) != h->head_sum)
+        return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
+    if (h->model != wanted->model)
+        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h->name, wanted->name);
+    return h->settings == wanted->settings ||
+           refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+}
+
+// Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
+// make logits. NULL: only checks the session's beginning.
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes, const Tokens *tokens,
+                         Error *e) {
+    SessionHeader wanted = session_header(m, w), h;
+    Buffer rest = { 0 };
+    bool ok = read_head(&wanted, f, n_bytes, &h, &rest, e);
+    const uint64_t *sums = (const uint64_t *)(const void *)rest.bytes;
+    const int32_t *ids = ok ? (const int32_t *)(const void *)(sums + n_pages((int)h.n)) : NULL;
+    for (size_t i = 0; ok && tokens && i < h.n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++)
+        append_token(s, ids[i]);
+    for (size_t i = 0; ok && i < n_pages(s->n); i++) {
+        uint64_t sum = 0;
+        if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
+            ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
+    }
+    if (!ok) rewind_sequence(s, 0);
+    free(rest.bytes);
+    return ok;
+}
+
+// The same with the file of that name, if there is one.
+static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
+    struct stat info;
+    bool exists = stat(options.session, &info) == 0;
+    if (!exists && errno == ENOENT) return true;
+    if (exists && !S_ISREG(info.st_mode))
+        return refuse(e, "--session %s: a directory, a pipe or a device, expected a session", options.session);
+    FILE *f = fopen(options.session, "rb");
+    if (!f) return fail(e, io_status(), "--session %s: %s", options.session, strerror(errno));
+    bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
+    fclose(f);
+    return ok;
+}
+
+// Writes the text to the file, in place of the session that may be there.
+static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
+    SessionHeader h = session_header(m, w);
+    size_t pages = n_pages(s->n);
+    uint64_t ignored;
+    Buffer rest = { 0 };
+    Output out = { 0 };
+    bool ok = append(&rest, NULL, pages * sizeof(uint64_t), e) &&
+              append(&rest, s->ids, (size_t)s->n * sizeof(int32_t), e) && open_output(&out, options.session, e);
+    h.n = (uint32_t)s->n;
+    h.file_bytes = sizeof h + rest.n;
+    for (size_t i = 0; ok && i < pages; i++)
+        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)rest.bytes + i);
+    h.head_sum = sum_head(&h, &rest);
+    if (ok) fwrite(&h, sizeof h, 1, out.stream), fwrite(rest.bytes, 1, rest.n, out.stream);
+    for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
+        transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
+    free(rest.bytes);
+    return close_output(&out, ok, e);
+}
 
 /* ==== 12. Writing, chatting =========================================================================================
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
@@ -3848,11 +4001,11 @@ static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
     size_t n_prompt, n_made, n_passes;
-    size_t n_guessed, n_right;  // by --lookup
+    size_t n_kept, n_guessed, n_right;  // from a session; by --lookup
     double prompt_seconds, made_seconds;
 } Speed;
 
-// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time.
+// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time. What a session has is not sent.
 static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n, tokens->n);
     int context = s->cache->context, most = m->config.context;
@@ -3861,9 +4014,13 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
                     s->n ? "this conversation" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
+    bool reads = options.session && s->n == 0;
+    if (reads && !open_session(m, w, s, tokens, e)) return false;
+    size_t kept = reads ? (size_t)s->n : 0;
     double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, NULL, e)) return false;
-    speed->n_prompt += tokens->n;
+    if (!prefill(m, w, s, tokens->ids + kept, tokens->n - kept, NULL, e)) return false;
+    speed->n_prompt += tokens->n - kept;
+    speed->n_kept += kept;
     speed->prompt_seconds += clock_seconds() - start;
     return true;
 }
@@ -3921,6 +4078,7 @@ static void tell_speed(const Model *m, const Speed *v) {
     if (rate > 0)
         fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", (double)(v->n_passes + v->n_right) / v->made_seconds,
                 rate * (double)bytes_per_token(m) * 1e-9);
+    if (options.session) fprintf(stderr, "; %zu tokens of the session", v->n_kept);
     if (options.lookup)
         fprintf(stderr, "; %zu of %zu looked-up tokens were right, %zu passes", v->n_right, v->n_guessed, v->n_passes);
     fputc('\n', stderr);
@@ -3948,17 +4106,19 @@ static void count_made(Speed *v, const Continuation *c, double start) {
 // row's logits then choose the token after it as they always would, and the next row counts if that token was guessed.
 
 // Writes a guess of at most `most` tokens to ids[n] and on: what followed the latest of the longest earlier matches of
-// the last tokens. It may run into itself, as "ab" is guessed to go on after "abab". Returns its length.      ids (n)
+// the last tokens. It is no longer than the match, since a wrong token costs a fifth of a pass. It may run into itself,
+// as "ab" is guessed to go on after "abab". Returns its length.      ids (n)
 static int look_up(int *ids, int n, int most) {
-    enum { SHORTEST = 2, LONGEST = 16 };  // matches: one token says little; more than 16 tokens say no more
+    enum { SHORTEST = 2, LONGEST = 64 };  // matches: one token says little, and after so many the search ends
     int best = SHORTEST - 1, next = n;
     for (int at = n - 1; at > 0 && best < LONGEST; at--) {
         int length = 0;
         while (length < at && length < LONGEST && ids[at - 1 - length] == ids[n - 1 - length]) length++;
         if (length > best) best = length, next = at;
     }
-    for (int i = 0; i < most && next < n; i++) ids[n + i] = ids[next + i];
-    return next < n && most > 0 ? most : 0;
+    int length = next == n ? 0 : most < best ? most : best;
+    for (int i = 0; i < length; i++) ids[n + i] = ids[next + i];
+    return length;
 }
 
 // Sends a text's next token through the model, and a guess after it; returns how many rows that were, 0 if it fails. A
@@ -4153,12 +4313,16 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
+static void on_interrupt(int number);  // chapter 14
+
 // Reads a line from stdin, without its end. False after Ctrl-C, where reading failed, or, without an error, at the end.
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
     at_prompt = 1;
+    if (options.session) heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt });  // getline() ends
     ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
+    if (options.session) heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });
     at_prompt = 0;
     line->bytes = (unsigned char *)text;
     if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
@@ -5285,6 +5449,8 @@ static const Option option_table[] = {
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
     { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
+    { 0, "session", "FILE", TEXT, OF(session), 0, 0,
+      "generate, chat: keep the text's cache in FILE; what the next text has in common with it is not read again" },
     { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
       "check up to N tokens in one pass, guessed from the text so far: the same text, sooner (default 0: off)" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
@@ -5534,9 +5700,9 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
-// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program.
+// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt without a session, ends the program.
 static void on_interrupt(int number) {
-    bool ends = interrupted || at_prompt;
+    bool ends = interrupted || (at_prompt && !options.session);
     if (ends && unfinished) unlink(unfinished);
     if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
     interrupted = number;
@@ -5549,6 +5715,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
+    bool keeps = options.session && (mode == GENERATE || mode == CHAT);
+    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
     ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
     heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
     switch (ok ? mode : N_MODES) {
@@ -5564,6 +5732,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     case MATMUL: ok = run_matmul(e); break;
     default: break;
     }
+    keeps = keeps && s && s->n > 0 && (ok || e->status == INTERRUPTED || e->status == NO_ROOM);
+    if (keeps) ok = write_session(m, w, s, ok ? e : &(Error){ 0 }) && ok;
     if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
     return ok;
