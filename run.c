@@ -137,9 +137,9 @@ typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; }
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-// One thread's place in the team that does a pass. A pass is a list of steps, and no thread begins a step before all
-// have ended the one before. The work of a step comes in chunks: a thread that is fast takes more of them. Who computes
-// a number never changes it.
+// One thread's place in the team that does a pass: that sends tokens through the model. A pass is a list of steps, and
+// no thread begins a step before all have ended the one before. The work of a step, its rows, heads or tokens, comes in
+// chunks: a fast thread takes more of them. No sum is ever divided, so who computes a number never changes it.
 typedef struct {
     int thread, threads;
     struct Gate *gate;  // where the threads wait for each other (chapter 9)
@@ -149,12 +149,12 @@ typedef struct {
 } Team;
 
 // Runs work(job, team) on a team of at most `threads` threads and waits for all of them. `rows` is the size of a pass,
-// whose time is compared with that of the next pass of this size; 0 for other work.
+// whose time is compared with that of the next pass of this size; 0 for other work, -1 if no thread may rest.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
-// Takes the next chunk of a step's n units for this thread: of its own share first, then of the shares of slower
-// threads. Chunks are multiples of `unit`, except the last. False if none is left.
-static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk);  // chapter 9
+// Takes the next chunk of a step's n items for this thread: of its own share first, then of the shares of slower
+// threads. Chunks are multiples of `multiple`, except the last. False if none is left.
+static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk);  // chapter 9
 
 // Waits until every thread of the team has come here. The step's name and layer are for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
@@ -195,7 +195,7 @@ typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
 
-// A matrix in tiles of 16 rows by 32 columns (chapter 4); those of a layer's experts follow each other.
+// A matrix in tiles of 16 rows and 32 or 256 columns (chapter 4); those of a layer's experts follow each other.
 typedef struct {
     Type type;
     int rows, cols;              // of one
@@ -284,13 +284,13 @@ enum {
 
 /* ==== 4. Matrix multiplication ======================================================================================
    Nearly all the time goes into y = W x. For one token the machine does little but read W; for many tokens it reads W
-   once and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns, and a tile
-   holds the weights in the order in which they are used. One SIMD lane is one row, so that no sum ever runs across
-   lanes, and that is why every kernel can give the same bits as the plain loops here.
+   once and multiplies. Both are served by one layout: a matrix is cut into tiles of 16 rows and 32 columns (256 in some
+   types), and a tile holds the weights in the order in which they are used; a row tile is all tiles of 16 rows. One
+   SIMD lane is one row, so no sum ever runs across lanes, and every kernel can give the bits of the plain loops here.
 
        matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
-       quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns (there are tiles of 256)
+       quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns
            8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
            fewer bits in planes, each a part of every weight's bits, the lowest first:
            4 bits: 256 bytes ordered like four groups; low halves: groups 0 to 3, high halves: groups 4 to 7
@@ -416,31 +416,36 @@ typedef struct {
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
-// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles, which `rows` counts      y (n, y_stride)
+// Brings bytes that are read soon into the cache, while we multiply: the processor does not foresee where they are.
+static void fetch(const unsigned char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range rows, const Activations *a) {
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range row_tiles, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
-    size_t blocks = n_blocks(w), row_bytes = row_tile_bytes(w), together = 8192 / blocks;
-    const unsigned char *tiles = w->tiles + a->expert * tensor_bytes(w) + rows.from * row_bytes;
+    size_t blocks = n_blocks(w), n_bytes = row_tile_bytes(w), together = 8192 / blocks;
+    const unsigned char *tiles = w->tiles + a->expert * tensor_bytes(w) + row_tiles.from * n_bytes;
     together = together < 16 ? 16 : together > TOKENS ? TOKENS : together;
     if (a->n == 1 && a->some == 1 && !quantised) {
-        kernels->multiply_vector(y + rows.from * 16, w->type, tiles, rows.to - rows.from, blocks * 32, a->x[0]);
+        size_t n = row_tiles.to - row_tiles.from;
+        kernels->multiply_vector(y + row_tiles.from * 16, w->type, tiles, n, blocks * 32, a->x[0]);
         return;
     }
-    for (size_t row = rows.from; row < rows.to; row++, tiles += row_bytes) {
+    for (size_t i = row_tiles.from; i < row_tiles.to; i++, tiles += n_bytes) {
         for (size_t t0 = 0; t0 < a->some; t0 += together) {
             int now = (int)(a->some - t0 < together ? a->some - t0 : together);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // a row fills a cache line
             memset(sum, 0, (size_t)now * sizeof *sum);
             if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
-                const unsigned char *next = tiles + (c + 1) * (row_bytes / blocks);  // is fetched while we multiply
-                for (size_t i = 0; i < 2 * (row_bytes / blocks); i += 64) __builtin_prefetch(next + i, 0, 2);
+                fetch(tiles + (c + 1) * (n_bytes / blocks), 2 * (n_bytes / blocks));
                 kernels->dequantise(columns, w->type, tiles, c);
                 kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
             }
-            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + row * 16, sum[t], sizeof *sum);
+            for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + i * 16, sum[t], sizeof *sum);
         }
     }
 }
@@ -478,12 +483,12 @@ static size_t tiles_together(const Tensor *w, const Activations *x) {
 
 // Computes products that share their input. The team takes their row tiles as one list.
 static void multiply_all(const Product *products, int n, const Activations *x, Team *team) {
-    size_t n_tiles = 0, unit = 1;
+    size_t n_tiles = 0, together = 1;
     for (const Product *p = products; p < products + n; p++) {
         n_tiles += n_row_tiles(p->w);
-        if (tiles_together(p->w, x) > unit) unit = tiles_together(p->w, x);
+        if (tiles_together(p->w, x) > together) together = tiles_together(p->w, x);
     }
-    for (Range chunk; take_chunk(team, n_tiles, unit, &chunk);) {
+    for (Range chunk; take_chunk(team, n_tiles, together, &chunk);) {
         size_t first = 0;  // tile of this product in the list
         for (const Product *p = products; p < products + n; first += n_row_tiles(p++->w)) {
             size_t from = chunk.from > first ? chunk.from - first : 0, to = chunk.to > first ? chunk.to - first : 0;
@@ -715,10 +720,10 @@ typedef struct {
     bool cache_f32;
     size_t kv_head;
     int group, n_queries;     // H/G; query i belongs to token i / group
-    size_t head_dim, row;     // K, and K rounded up to a multiple of 16
+    size_t head_dim, padded;  // K, and K rounded up to a multiple of 16
     size_t position, window;  // of the first token; how many positions each token sees
     float scale, cap;         // of the scores
-    float *queries, *sums;    // (n_queries, row)
+    float *queries, *sums;    // (n_queries, padded)
     float *scores;            // (n_queries, score_stride)  by position
     size_t score_stride;
     float *totals;            // (n_queries)
@@ -742,12 +747,14 @@ static Range all_seen(const Attention *a) {
 
 // scores[i,p] = query[i] . key[p] for these positions, sixteen at a time      query (n_queries, stride)
 static void score_keys(const Attention *a, const float *query, size_t stride, Range positions) {
-    for (size_t p = positions.from; p < positions.to; p += 16) {
-        const unsigned char *keys = keys_at(a->cached, a->pages[p / PAGE], a->kv_head);
+    for (size_t p = positions.from, last = seen_to(a, a->n_queries - 1); p < positions.to; p += 16) {
+        size_t n_bytes = a->cached->key_bytes / 4, at = p % PAGE / 16 * n_bytes;  // of 16 positions; in the page
+        const unsigned char *keys = keys_at(a->cached, a->pages[p / PAGE], a->kv_head) + at;
+        if (p + PAGE < last) fetch(keys_at(a->cached, a->pages[p / PAGE + 1], a->kv_head) + at, n_bytes);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, query, stride, keys + p % PAGE / 16 * (a->cached->key_bytes / 4),
-                              !a->cache_f32, 16, a->n_queries, (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, query, stride, keys, !a->cache_f32, 16, a->n_queries,
+                              (int)a->head_dim);
     }
 }
 
@@ -756,16 +763,17 @@ static void mix_values(const Attention *a, Range columns) {
     Range seen = all_seen(a);
     size_t item_bytes = a->cache_f32 ? sizeof(float) : sizeof(uint16_t);
     for (int i = 0; i < a->n_queries; i++)
-        memset(a->sums + (size_t)i * a->row + columns.from, 0, (columns.to - columns.from) * sizeof(float));
+        memset(a->sums + (size_t)i * a->padded + columns.from, 0, (columns.to - columns.from) * sizeof(float));
     for (size_t p = seen.from, end; p < seen.to; p = end) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
+        if (end < seen.to) fetch(values_at(a->cached, a->pages[end / PAGE], a->kv_head), a->cached->value_bytes);
         int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
             for (size_t d = columns.from; d < columns.to && p < last; d += 16)
-                kernels->add_products(a->sums + (size_t)i * a->row + d, a->row, weights, a->score_stride,
+                kernels->add_products(a->sums + (size_t)i * a->padded + d, a->padded, weights, a->score_stride,
                                       page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, 16, rows,
                                       (int)(last - p));
         }
@@ -777,16 +785,16 @@ static void divide_sums(const Attention *a, Range columns) {
     for (int i = 0; i < a->n_queries; i++) {
         float *out = a->out + head_at(a, i);
         for (size_t d = columns.from; d < columns.to && d < a->head_dim; d++)
-            out[d] = a->sums[(size_t)i * a->row + d] / a->totals[i];
+            out[d] = a->sums[(size_t)i * a->padded + d] / a->totals[i];
     }
 }
 
 // out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
 static void attend_group(const Attention *a) {
-    Range seen = all_seen(a), columns = { 0, a->row };
+    Range seen = all_seen(a), columns = { 0, a->padded };
     for (int i = 0; i < a->n_queries; i++)
-        memcpy(a->queries + (size_t)i * a->row, a->query + head_at(a, i), a->head_dim * sizeof(float));
-    score_keys(a, a->queries, a->row, seen);
+        memcpy(a->queries + (size_t)i * a->padded, a->query + head_at(a, i), a->head_dim * sizeof(float));
+    score_keys(a, a->queries, a->padded, seen);
     for (int i = 0; i < a->n_queries; i++) {
         float *p = a->scores + (size_t)i * a->score_stride + seen.from, lane[16] = { 0 };
         size_t n = seen_to(a, i) - seen.from;
@@ -828,7 +836,7 @@ typedef struct {
     size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, scratch_stride;
     Row *room;               // (B)     where callers put a pass's rows together
     Inputs inputs;
-    Rotation angles;
+    Rotation rotation;
     Experts *experts;        // or NULL
     void *arena;             // all of these
     size_t arena_bytes, batch_bytes;  // of all, and of what a larger batch makes larger
@@ -956,7 +964,7 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
     return (Attention){
         .query = w->query + at, .out = w->attended + at, .stride = w->q_stride,
         .cached = &s->cache->layers[l], .pages = s->pages, .cache_f32 = s->cache->f32, .kv_head = kv_head,
-        .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .row = round_up(head_dim, 16),
+        .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .padded = round_up(head_dim, 16),
         .position = (size_t)w->rows[first].position,
         .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
         .cap = m->config.attention_cap, .score_stride = round_up((size_t)w->settings.context, 16),
@@ -967,8 +975,8 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
 static float *place_scratch(Attention *a, float *at) {
     size_t n = (size_t)a->n_queries;
     a->queries = at;
-    a->sums = a->queries + n * a->row;
-    a->scores = a->sums + n * a->row;
+    a->sums = a->queries + n * a->padded;
+    a->scores = a->sums + n * a->padded;
     a->totals = a->scores + n * a->score_stride;
     return a->totals + n;
 }
@@ -985,8 +993,9 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
     size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads;
     size_t n_threads = (size_t)team->threads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
-    bool fits = n_queries * (2 * a.row + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
-    if (n_threads > 1 && fits && pages > DEEP_PAGES && (size_t)n_runs * n_kv_heads < 4 * n_threads) {
+    bool fits = n_queries * (2 * a.padded + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
+    bool is_deep = pages > DEEP_PAGES && a.window > DEEP_PAGES * PAGE;  // with fewer than four units for each thread,
+    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // the last one takes long
         attend_deep(m, w, l, pages, team);
         return;
     }
@@ -1013,9 +1022,10 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
     float *head = is_key ? w->key + t * w->kv_stride + (h - n_heads) * head_dim
                          : w->query + t * w->q_stride + h * head_dim;
     const float *norm = c->wide_head_norms ? NULL : is_key ? layer->key_norm : layer->query_norm;
-    const float *angles = w->angles.cosine_sine + (layer->angles == LOCAL) * w->angles.positions * (size_t)c->rope_dim;
+    size_t angles = (layer->angles == LOCAL) * (size_t)w->rotation.positions + position;
     if (norm) kernels->normalise(head, head, norm, NULL, head_dim, c->norm_eps);
-    if (layer->angles) kernels->rotate(head, angles + position * (size_t)c->rope_dim, c->rope_dim, c->pairing);
+    if (layer->angles)
+        kernels->rotate(head, w->rotation.cosine_sine + angles * (size_t)c->rope_dim, c->rope_dim, c->pairing);
     if (is_key)
         store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
@@ -1086,7 +1096,7 @@ static void pass_team(void *p, Team *team) {
     for (Range r; take_chunk(team, n + n_angles, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
             if (i < n) embed(m, w, i);
-            else make_angles(m, &w->angles, job->new_angles.from + i - n);
+            else make_angles(m, &w->rotation, job->new_angles.from + i - n);
         }
     }
     end_step(team, EMBED, 0);
@@ -1141,7 +1151,7 @@ static bool check_rows(const Workspace *w, const int *rows, int n, Error *e) {
 static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row *rows, int n, Error *e) {
     w->rows = rows, w->sequences = sequences, w->n = n, w->n_wanted = 0;
     if (n > w->settings.batch) return fail(e, NO_ROOM, "%d rows, expected at most %d", n, w->settings.batch);
-    Range new_angles = { (size_t)w->angles.n, (size_t)w->angles.n };
+    Range new_angles = { (size_t)w->rotation.n, (size_t)w->rotation.n };
     for (int t = 0; t < n; t++) {
         Sequence *s = &sequences[rows[t].sequence];
         if (rows[t].position != s->n || s->n == s->cache->context) {
@@ -1154,7 +1164,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
         if ((size_t)s->n > new_angles.to) new_angles.to = (size_t)s->n;
     }
     memset(w->broken, 0, (size_t)n * sizeof *w->broken);
-    w->angles.n = (int)new_angles.to;
+    w->rotation.n = (int)new_angles.to;
     Job job = { m, w, new_angles, 0, 0 };
     run_team(threads_for(w, n), n, pass_team, &job);
     if (check_rows(w, NULL, n, e)) return true;
@@ -2033,9 +2043,9 @@ static Range share(size_t n, const Team *team) {
     return r;
 }
 
-static bool take_chunk(Team *team, size_t n, size_t unit, Range *chunk) {
+static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk) {
     enum { CHUNKS = 8 };  // of a share: the last one of fewer takes a slow thread long; more take time to deal out
-    size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), unit);
+    size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), multiple);
     *chunk = (Range){ 0, n };
     if (n == 0 || threads == 1) return n > 0 && team->n_helped++ == 0;
     size_t n_chunks = (n + size - 1) / size;
@@ -2181,24 +2191,37 @@ static int usable_threads(int threads) {
 }
 #endif
 
-// A thread whose core another program uses makes all others wait. So where they had to sleep, the next pass does with a
-// thread less; if that is faster than before, the thread rests for some passes, each time for more.
+// A thread whose core another program uses makes all others wait. So after two slow passes in a row, in which threads
+// had to sleep, the next one is tried with a thread less. If that is faster than both, the thread rests for some
+// passes, each time for more; if not, the next trial waits for some passes, each time for more.
 typedef struct {
-    int threads, rows;                // of the pass before
-    int n_resting, n_passes, period;  // threads that rest; passes until one is tried again; passes of the last rest
-    double seconds;                   // of a pass with the thread that is now left out on trial; 0: no trial
+    int threads, rows;         // of the pass before
+    int n_resting, rest_left;  // threads that rest; passes until one is tried again
+    int rest, pause;           // passes of the last rest; of the last wait after a trial in vain
+    int pause_left, n_slow;    // passes until the next trial; slow passes in a row
+    bool on_trial;
+    double seconds;            // of the faster of the slow passes
 } Rest;
 
+static int longer(int passes, int least) { return passes < 128 ? 2 * passes + least : 256; }
+
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
-    bool on_trial = r->seconds > 0, is_faster = rows == r->rows && seconds < r->seconds;
+    bool is_slow = slept > seconds / 8, is_like_last = rows == r->rows;
+    bool is_faster = is_like_last && seconds < r->seconds;
     r->rows = rows;
-    r->seconds = 0;
-    if (on_trial && !is_faster) r->n_resting--;
-    if (on_trial && is_faster) r->n_passes = r->period = r->period < 128 ? 2 * r->period + 16 : 256;
-    if (on_trial) return;
-    if (slept > seconds / 8 && r->n_resting < r->threads - 1) r->n_resting++, r->seconds = seconds;
-    else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;
-    else if (!r->n_resting && r->period) r->period--;
+    if (r->on_trial) {
+        r->on_trial = false;
+        r->n_slow = 0;
+        if (is_faster) r->rest_left = r->rest = longer(r->rest, 16);
+        else r->n_resting--, r->pause_left = r->pause = longer(r->pause, 4);
+        return;
+    }
+    r->n_slow = !is_slow ? 0 : is_like_last ? r->n_slow + 1 : 1;
+    if (r->n_slow <= 1 || is_faster) r->seconds = seconds;
+    if (r->pause_left) r->pause_left--;
+    else if (r->n_slow >= 2 && r->n_resting < r->threads - 1) r->n_resting++, r->on_trial = true;
+    if (r->n_resting && !r->on_trial && --r->rest_left <= 0) r->n_resting--;
+    if (!r->n_resting && !is_slow) r->rest -= r->rest > 0, r->pause -= r->pause > 0;
 }
 
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {
@@ -2210,8 +2233,8 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
         if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
     }
     if (threads > usable) threads = usable;
-    if (rows && threads != rest.threads) rest = (Rest){ .threads = threads };
-    if (threads == rest.threads) threads -= rest.n_resting;
+    if (rows > 0 && threads != rest.threads) rest = (Rest){ .threads = threads };
+    if (threads == rest.threads && rows >= 0) threads -= rest.n_resting;
     for (int i = 0; i < threads; i++) gate.seats[i].taken[0] = gate.seats[i].taken[1] = 0;
     gate.microseconds = 0;
     double start = clock_seconds();
@@ -2230,7 +2253,7 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
     take_part(0, threads, work, job, &gate);
     for (int i = 0; threads > 1 && atomic_load(&crew.n_busy) > 0; i += i <= EAGER) look_again(i);
 #endif
-    if (rows) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
+    if (rows > 0) judge_pass(&rest, rows, clock_seconds() - start, gate.microseconds * 1e-6);
 }
 
 // Sets a signal's handler, unless whoever started us wants the signal ignored.
@@ -3527,7 +3550,7 @@ static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int
 static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
     Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.row + a.score_stride + 1 + n_pages);
+    size_t each = (size_t)a.n_queries * (2 * a.padded + a.score_stride + 1 + n_pages);
     *largest = place_scratch(&a, w->scratch + i * each);
     return a;
 }
@@ -3721,9 +3744,9 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     w->logits_stride = round_up((size_t)c->n_tokens, 16);
     w->scratch_stride = group * (2 * round_up(head_dim, 16) + positions + 1);
     w->inputs.widest = larger(larger(w->x_stride, w->q_stride), w->ffn_stride);
-    w->angles.positions = (int)positions;
+    w->rotation.positions = (int)positions;
     w->logits = place(&a, LOGITS_AT_ONCE * w->logits_stride, sizeof(float));
-    w->angles.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
+    w->rotation.turns = place(&a, (size_t)c->rope_dim, sizeof(double));
     w->batch_bytes = a.n;
     Experts unused, *x = used ? place(&a, 1, sizeof *x) : NULL;
     w->experts = x;
@@ -3746,7 +3769,7 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     w->room = place(&a, n, sizeof *w->room);
     w->batch_bytes = a.n - w->batch_bytes;
     w->scratch = place(&a, threads * w->scratch_stride, sizeof(float));  // from here on, only the beginnings of rows
-    w->angles.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
+    w->rotation.cosine_sine = place(&a, (c->local_theta > 0 ? 2 : 1) * positions * (size_t)c->rope_dim, sizeof(float));
     w->arena_bytes = a.n;
 }
 
@@ -3766,7 +3789,7 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
     if (!(w->arena = map_memory(w->arena_bytes, false, e))) return false;
     lay_out_workspace(m, w);
     use_large_pages(w->arena, (size_t)((char *)w->scratch - (char *)w->arena));
-    make_turns(m, &w->angles, settings.context);
+    make_turns(m, &w->rotation, settings.context);
     return true;
 }
 
@@ -4597,7 +4620,7 @@ static double best_rate(int threads, const uint64_t *memory, bool int8) {
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
     for (int i = 0; i < 7; i++) {
         double start = clock_seconds();
-        run_team(threads, 0, work_at_ceiling, &job);
+        run_team(threads, -1, work_at_ceiling, &job);
         double seconds = clock_seconds() - start;
         best = fmax(best, each * (double)job.n / seconds * 1e-9);
         if (!memory && seconds < 0.02) job.n *= 2, i = 0;

@@ -103,11 +103,16 @@ static void test_resting(void) {
     // By hand: rows of a pass, its seconds, those slept, and how many threads of 3 then rest.
     static const struct { int rows; double seconds, slept; int n_resting; } passes[] = {
         { 1, 1.0, 0.0, 0 }, { 1, 1.0, 0.12, 0 },               // others were waited for, but not for an eighth
-        { 1, 1.0, 0.13, 1 }, { 1, 1.0, 0.0, 0 },               // a trial that is no faster
-        { 1, 1.0, 0.5, 1 }, { 2, 0.9, 0.0, 0 },                // a pass that cannot be compared
+        { 1, 1.0, 0.13, 0 }, { 1, 1.0, 0.12, 0 },              // one slow pass is a hiccup
+        { 1, 1.0, 0.13, 0 }, { 2, 1.9, 0.5, 0 },               // two slow passes that cannot be compared
+        { 2, 1.8, 0.5, 1 }, { 2, 1.85, 0.0, 0 },               // a trial that is faster than the slower one only
+        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },  // so no trial for 4 passes
+        { 1, 1.1, 0.5, 1 }, { 2, 0.9, 0.0, 0 },                // a trial that cannot be compared: 12 passes
+        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
+        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
+        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
         { 1, 1.0, 0.5, 1 }, { 1, 0.9, 0.5, 1 },                // faster: one thread rests,
-        { 1, 0.9, 0.5, 2 }, { 1, 0.95, 0.0, 1 },               // a second one tries to,
-        { 1, 0.9, 0.5, 2 }, { 1, 0.8, 0.0, 2 }, { 1, 0.8, 0.8, 2 },  // and does; the last one never
+        { 1, 0.9, 0.5, 1 }, { 1, 0.9, 0.5, 2 }, { 1, 0.95, 0.0, 1 },  // a second one tries to, in vain
     };
     Rest r = { .threads = 3 };
     for (size_t i = 0; i < sizeof passes / sizeof *passes; i++) {
@@ -118,6 +123,7 @@ static void test_resting(void) {
     // Each time that a rest has turned out well it lasts longer, but not for ever.
     r = (Rest){ .threads = 2 };
     for (int i = 0, length = 0, before = 0; i < 20; i++, before = length, length = 0) {
+        judge_pass(&r, 1, 1.0, 0.5);
         judge_pass(&r, 1, 1.0, 0.5);
         do judge_pass(&r, 1, 0.9, 0), length++; while (r.n_resting && length < 1000);
         check(length < 300 && (length > before || length > 200), "rest %d lasts %d passes, the one before %d", i,
