@@ -3843,24 +3843,17 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 
        | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
 
-   HEADER: a SessionHeader. `layout` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of
-   what is before it and of the checksums and ids. PAGES: of each layer the keys, then the values, as a CachedLayer has
-   them, in f16 or f32. The last page may be full in part only. */
-enum { SESSION_LAYOUT = 1 };
-static const unsigned char session_magic[8] = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 0 };
-
+   The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
+   between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
 typedef struct {
     unsigned char magic[8];
-    uint32_t layout, n;        // tokens
-    uint64_t file_bytes;
-    uint64_t model, settings;  // hashes of what the cache's bits depend on beside the tokens
-    char name[80];             // of the checkpoint, for people
-    uint64_t head_sum;
+    uint64_t head_sum, n, file_bytes;  // n: tokens
+    uint64_t model, settings;          // hashes of what the cache's bits depend on beside the tokens
+    char name[80];                     // of the checkpoint, for people
 } SessionHeader;
 _Static_assert(sizeof(SessionHeader) == 128, "no padding");
 
-// Goes on with a checksum, 8 bytes at a time. Each step can be undone, so a change within 8 bytes always changes the
-// result. It finds damage; it proves nothing of a file that someone has forged.
+// Goes on with a checksum. Each step can be undone, so a change within 8 bytes always shows; a forged file need not.
 static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         uint64_t word = 0;
@@ -3871,16 +3864,12 @@ static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
     return sum;
 }
 
-static uint64_t sum_head(const SessionHeader *h, const Buffer *rest) {
-    return add_sum(add_sum(0, h, offsetof(SessionHeader, head_sum)), rest->bytes, rest->n);
-}
+static uint64_t sum_head(const Buffer *head) { return add_sum(0, head->bytes + 16, head->n - 16); }
 
-// The header that sessions of this model and these settings have. Of the model: its configuration and vocabulary, and
-// of each tensor name, type, shape and 64 bytes. Of the settings: rounding, the cache's type, and the angles, which
-// hold what a scaled rotation makes of the configuration and -c.
+// The header for a model (hashed: configuration, vocabulary, and each tensor's name, type, shape and 64 bytes) and for
+// settings (rounding, the cache's type, and the angles, which hold what a scaled rotation makes of -c).
 static SessionHeader session_header(const Model *m, const Workspace *w) {
-    SessionHeader h = { .layout = SESSION_LAYOUT };
-    memcpy(h.magic, session_magic, sizeof h.magic);
+    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 1 } };
     h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < n_values(m, f); l++)
@@ -3891,15 +3880,14 @@ static SessionHeader session_header(const Model *m, const Workspace *w) {
         h.model = add_sum(add_sum(h.model, s->name, strlen(s->name)), shape, sizeof shape);
         if (some) h.model = add_sum(h.model, s->data + (n - some) / 2, some);
     }
-    uint64_t kinds[] = { w->settings.exact, w->settings.cache_f32 };
-    h.settings = add_sum(add_sum(0, kinds, sizeof kinds), w->angles.turns, (size_t)m->config.rope_dim * sizeof(double));
+    uint64_t kinds = w->settings.exact + 2u * w->settings.cache_f32;
+    h.settings = add_sum(kinds, w->rotation.turns, (size_t)m->config.rope_dim * sizeof(double));
     const char *name = options.checkpoint ? options.checkpoint : "", *slash = strrchr(name, '/');
     snprintf(h.name, sizeof h.name, "%s", slash ? slash + 1 : name);
     return h;
 }
 
-// Reads a page of the cache from a file, or writes it to one, and goes on with its checksum. Returns its bytes; 0: this
-// has failed.
+// Reads a page of the cache from a file or writes it to one, and adds it to a checksum. Returns its bytes; 0: failed.
 static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
     size_t total = 0;
     for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
@@ -3915,55 +3903,51 @@ static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint
     return total;
 }
 
-// Reads the header and, into `rest`, what is between it and the pages.
-static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, SessionHeader *h, Buffer *rest, Error *e) {
-    if (n_bytes < sizeof *h || fread(h, sizeof *h, 1, f) != 1 || memcmp(h->magic, wanted->magic, sizeof h->magic))
-        return refuse(e, "--session: the file is no session, and only sessions are written over");
-    if (h->layout != wanted->layout)
-        return refuse(e, "--session: the file is of layout %u, expected %u; remove it", h->layout, wanted->layout);
-    size_t n_tokens = h->n > MAX_CONTEXT ? 0 : h->n;
-    size_t n = n_pages((int)n_tokens) * sizeof(uint64_t) + n_tokens * sizeof(int32_t);
-    if (n_tokens != h->n || h->file_bytes != n_bytes || n > n_bytes - sizeof *h)
-        return refuse(e, "--session: the file is damaged: %u tokens in %zu bytes", h->n, n_bytes);
-    if (!append(rest, NULL, n, e)) return false;
-    if (fread(rest->bytes, 1, n, f) != n || sum_head(h, rest) != h->head_sum)
+// Reads what is before the pages into `head`.
+static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, Buffer *head, Error *e) {
+    SessionHeader h;
+    if (n_bytes < sizeof h || fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted->magic, sizeof h.magic))
+        return refuse(e, "--session: the file is no session of this version, and only those are written over");
+    size_t most = h.n < MAX_CONTEXT ? h.n : MAX_CONTEXT;
+    size_t rest = n_pages((int)most) * sizeof(uint64_t) + most * sizeof(int32_t);
+    if (h.file_bytes != n_bytes || h.n != most || rest > n_bytes - sizeof h)
+        return refuse(e, "--session: the file is damaged: its header tells of more or fewer than %zu bytes", n_bytes);
+    if (!append(head, &h, sizeof h, e) || !append(head, NULL, rest, e)) return false;
+    if (fread(head->bytes + sizeof h, 1, rest, f) != rest || sum_head(head) != h.head_sum)
         return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
-    if (h->model != wanted->model)
-        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h->name, wanted->name);
-    return h->settings == wanted->settings ||
+    if (h.model != wanted->model)
+        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h.name, wanted->name);
+    return h.settings == wanted->settings ||
            refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
 }
 
 // Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
 // make logits. NULL: only checks the session's beginning.
-static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes, const Tokens *tokens,
-                         Error *e) {
-    SessionHeader wanted = session_header(m, w), h;
-    Buffer rest = { 0 };
-    bool ok = read_head(&wanted, f, n_bytes, &h, &rest, e);
-    const uint64_t *sums = (const uint64_t *)(const void *)rest.bytes;
-    const int32_t *ids = ok ? (const int32_t *)(const void *)(sums + n_pages((int)h.n)) : NULL;
-    for (size_t i = 0; ok && tokens && i < h.n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++)
-        append_token(s, ids[i]);
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes,
+                         const Tokens *tokens, Error *e) {
+    SessionHeader wanted = session_header(m, w);
+    Buffer head = { 0 };
+    bool ok = read_head(&wanted, f, n_bytes, &head, e);
+    size_t n = ok ? (size_t)((SessionHeader *)(void *)head.bytes)->n : 0;
+    const uint64_t *sums = n ? (const void *)(head.bytes + sizeof wanted) : NULL;
+    const int32_t *ids = n ? (const void *)(sums + n_pages((int)n)) : NULL;
+    for (size_t i = 0; tokens && i < n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++) append_token(s, ids[i]);
     for (size_t i = 0; ok && i < n_pages(s->n); i++) {
         uint64_t sum = 0;
         if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
             ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
     }
     if (!ok) rewind_sequence(s, 0);
-    free(rest.bytes);
+    free(head.bytes);
     return ok;
 }
 
 // The same with the file of that name, if there is one.
 static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    struct stat info;
-    bool exists = stat(options.session, &info) == 0;
-    if (!exists && errno == ENOENT) return true;
-    if (exists && !S_ISREG(info.st_mode))
-        return refuse(e, "--session %s: a directory, a pipe or a device, expected a session", options.session);
-    FILE *f = fopen(options.session, "rb");
-    if (!f) return fail(e, io_status(), "--session %s: %s", options.session, strerror(errno));
+    struct stat info = { 0 };
+    if (stat(options.session, &info) && errno == ENOENT) return true;
+    FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
+    if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
     bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
     fclose(f);
     return ok;
@@ -3972,21 +3956,21 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
 // Writes the text to the file, in place of the session that may be there.
 static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
     SessionHeader h = session_header(m, w);
-    size_t pages = n_pages(s->n);
-    uint64_t ignored;
-    Buffer rest = { 0 };
+    size_t pages = n_pages(s->n), at = sizeof h;
+    uint64_t ignored = 0;
+    Buffer head = { 0 };
     Output out = { 0 };
-    bool ok = append(&rest, NULL, pages * sizeof(uint64_t), e) &&
-              append(&rest, s->ids, (size_t)s->n * sizeof(int32_t), e) && open_output(&out, options.session, e);
-    h.n = (uint32_t)s->n;
-    h.file_bytes = sizeof h + rest.n;
+    h.n = (uint64_t)s->n;
+    bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
+              append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
+    h.file_bytes = head.n;
     for (size_t i = 0; ok && i < pages; i++)
-        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)rest.bytes + i);
-    h.head_sum = sum_head(&h, &rest);
-    if (ok) fwrite(&h, sizeof h, 1, out.stream), fwrite(rest.bytes, 1, rest.n, out.stream);
+        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)(head.bytes + at) + i);
+    if (ok) memcpy(head.bytes, &h, sizeof h), ((SessionHeader *)(void *)head.bytes)->head_sum = sum_head(&head);
+    if (ok) fwrite(head.bytes, 1, head.n, out.stream);
     for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
         transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
-    free(rest.bytes);
+    free(head.bytes);
     return close_output(&out, ok, e);
 }
 
@@ -4028,7 +4012,7 @@ typedef struct {
     double prompt_seconds, made_seconds;
 } Speed;
 
-// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time. What a session has is not sent.
+// Sends a prompt, or what is new in a chat, if it fits the context, but not what a session has; and counts the time.
 static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n, tokens->n);
     int context = s->cache->context, most = m->config.context;
@@ -4102,8 +4086,7 @@ static void tell_speed(const Model *m, const Speed *v) {
         fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", (double)(v->n_passes + v->n_right) / v->made_seconds,
                 rate * (double)bytes_per_token(m) * 1e-9);
     if (options.session) fprintf(stderr, "; %zu tokens of the session", v->n_kept);
-    if (options.lookup)
-        fprintf(stderr, "; %zu of %zu looked-up tokens were right, %zu passes", v->n_right, v->n_guessed, v->n_passes);
+    if (options.lookup) fprintf(stderr, "; %zu of %zu guessed, %zu passes", v->n_right, v->n_guessed, v->n_passes);
     fputc('\n', stderr);
 }
 
@@ -4164,8 +4147,7 @@ static int pass_ahead(const Model *m, Workspace *w, Continuation *c, Speed *spee
     }
 }
 
-// What generate() does, to the bit, in fewer passes if guesses are right. A token is chosen while the text has only the
-// tokens before it, as if there were no guess.
+// What generate() does, to the bit. A token is chosen while the text has the tokens before it only, without a guess.
 static bool generate_ahead(const Model *m, Workspace *w, Continuation *c, Stop *why, Speed *speed, Error *e) {
     if (!options.lookup) return generate(m, w, c, why, e);
     Sequence *s = c->sequence;
@@ -4336,16 +4318,12 @@ static int render_turn(const ChatTemplate *t, bool first, const char *system, co
     return i;
 }
 
-static void on_interrupt(int number);  // chapter 14
-
 // Reads a line from stdin, without its end. False after Ctrl-C, where reading failed, or, without an error, at the end.
 static bool read_line(Buffer *line, Error *e) {
     char *text = (char *)line->bytes;
     if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
     at_prompt = 1;
-    if (options.session) heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt });  // getline() ends
     ssize_t n = interrupted ? -1 : getline(&text, &line->capacity, stdin);
-    if (options.session) heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });
     at_prompt = 0;
     line->bytes = (unsigned char *)text;
     if (n < 0 && interrupted) return fail(e, INTERRUPTED, "interrupted");
@@ -5723,9 +5701,10 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
-// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt without a session, ends the program.
+// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
 static void on_interrupt(int number) {
     bool ends = interrupted || (at_prompt && !options.session);
+    if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
     if (ends && unfinished) unlink(unfinished);
     if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
     interrupted = number;
