@@ -4086,7 +4086,7 @@ static void tell_speed(const Model *m, const Speed *v) {
         fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", (double)(v->n_passes + v->n_right) / v->made_seconds,
                 rate * (double)bytes_per_token(m) * 1e-9);
     if (options.session) fprintf(stderr, "; %zu tokens of the session", v->n_kept);
-    if (options.lookup) fprintf(stderr, "; %zu of %zu guessed, %zu passes", v->n_right, v->n_guessed, v->n_passes);
+    if (options.lookup) fprintf(stderr, "; %zu/%zu guesses right, %zu passes", v->n_right, v->n_guessed, v->n_passes);
     fputc('\n', stderr);
 }
 
