@@ -278,7 +278,6 @@ typedef struct {
 enum {
     LOGITS_AT_ONCE = 16,    // rows of logits at most: 8 MB for a vocabulary of 128,000 tokens
     QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: two kernels' registers full
-    DEEP_PAGES = 8,         // a token that sees more pages of the cache is worth two more waits (attend_deep())
     MAX_HEADS = 1024, MAX_HEAD_DIM = 1024,  // H and K at most
 };
 
@@ -821,6 +820,7 @@ typedef struct Experts Experts;  // what only models with experts need (chapter 
 typedef struct {
     Settings settings;
     size_t work;             // multiply-adds of a token: where they are few, one thread does them
+    size_t deep_pages;       // a token that sees more pages of the cache is worth two more waits (attend_deep())
     const Row *rows;         // of this pass
     Sequence *sequences;
     int n;                   // rows
@@ -994,8 +994,8 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
     size_t n_threads = (size_t)team->threads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
     bool fits = n_queries * (2 * a.padded + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
-    bool is_deep = pages > DEEP_PAGES && a.window > DEEP_PAGES * PAGE;  // with fewer than four units for each thread,
-    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // the last one takes long
+    bool is_deep = pages > w->deep_pages && a.window > w->deep_pages * PAGE;
+    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // few units: poor shares
         attend_deep(m, w, l, pages, team);
         return;
     }
@@ -3775,7 +3775,7 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
 
 // Makes the scratch buffers for passes as the settings say; without -b a large batch may shrink.
 static bool make_workspace(const Model *m, Workspace *w, Settings settings, Error *e) {
-    *w = (Workspace){ .settings = settings };
+    *w = (Workspace){ .settings = settings, .deep_pages = 16 };  // two threads gain from 1,000 positions on
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         if (!is_multiplied(m, slot)) continue;
         bool rounds = is_quantised(slot->type) && !settings.exact;

@@ -749,7 +749,7 @@ static void check_attention(AttentionCase c) {
     for (size_t i = 0; i < n_out; i++) query[i] = random_float(c.size);
     Attention a = {
         .query = query, .out = out, .stride = stride, .cached = cache.layers, .pages = sequence.pages,
-        .cache_f32 = c.cache_f32, .head_dim = head_dim, .row = row, .group = c.group,
+        .cache_f32 = c.cache_f32, .head_dim = head_dim, .padded = row, .group = c.group,
         .n_queries = (int)n_queries, .position = c.position,
         .window = c.window ? c.window : SIZE_MAX, .scale = 1.0f / sqrtf((float)head_dim), .cap = (float)c.cap,
         .scores = (float *)(void *)scores.bytes, .score_stride = score_stride, .totals = (float *)(void *)totals.bytes,

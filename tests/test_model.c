@@ -293,6 +293,7 @@ static void check_crowd(const Crowd *c, int threads, int rounds) {
     Sequence texts[MOST_TEXTS];
     bool ok = make_workspace(c->model, &w, settings, &e) && make_cache(c->model, &cache, settings, c->n_texts, &e);
     w.work = SIZE_MAX;
+    w.deep_pages = random_below(2);
     for (int t = 0; ok && t < c->n_texts; t++) texts[t] = new_sequence(&cache, t);
     int n_spare = cache.n_spare;
     for (int round = 0; ok && round < rounds; round++) {
