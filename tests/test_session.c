@@ -97,8 +97,8 @@ static void test_foreign_sessions(void) {
     a.model.config.rope_theta -= 1;
     options.checkpoint = NULL;
     Settings settings = { .context = original, .batch = 8, .threads = 1 };
-    ok = ok && make_runner(&c.model, settings, &s, &e) && keep_session(&c.model, &s, 20, long_path, &e);
-    check(ok && original > 20 && all > original, "sessions: got \"%s\", contexts %d and %d", e.text, original, all);
+    ok = ok && make_runner(&c.model, settings, &s, &e) && keep_session(&c.model, &s, 10, long_path, &e);
+    check(ok && original > 10 && all > original, "sessions: got \"%s\", contexts %d and %d", e.text, original, all);
     check_session_refused(&c.model, false, false, original - 1, long_path, NULL);
     check_session_refused(&c.model, false, false, original + 1, long_path, "a -c that changes");
     unlink(path), unlink(long_path);
@@ -152,8 +152,8 @@ static bool read_damaged(const Model *m, Runner *r, Bytes b, size_t n_common, Er
     return ok;
 }
 
-// Numbers of the header that no run writes, with a right checksum: each is refused before anything of its size is
-// allocated.
+// Numbers of the header that no run writes, with a right checksum: the tokens are not where they were, or the file is
+// refused before anything of its size is allocated.
 static void check_forged(const Model *m, Runner *r, Bytes b) {
     static const uint64_t numbers[] = { 1, 63, 64, 200, MAX_CONTEXT, MAX_CONTEXT + 1, INT32_MAX, UINT32_MAX,
                                         0x100000096, UINT64_MAX / 4, UINT64_MAX - 63, UINT64_MAX };
@@ -168,7 +168,7 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
             h.head_sum = sum_head(&(Buffer){ copy.bytes, n < b.n ? n : b.n, 0 });
             memcpy(copy.bytes, &h, sizeof h);
             bool ok = read_damaged(m, r, copy, SESSION_TOKENS, &e);
-            check(!ok && e.status == BAD_FILE && e.text[0] && r->text.n == 0,
+            check((ok || (e.status == BAD_FILE && e.text[0])) && r->text.n == 0,  // nothing is of this text
                   "a session with %llu at byte %zu: got %d, %d tokens and \"%s\"", (unsigned long long)numbers[i], at, ok,
                   r->text.n, e.text);
             rewind_sequence(&r->text, 0);
@@ -337,11 +337,14 @@ static Generated make_text(const Model *m, Runner *r, const Tokens *prompt, floa
     Sampler sampler = { .temperature = temperature, .top_p = 0.9f };
     Continuation c = { &r->text, &sampler, .limit = limit, .last = -1 };
     int n_spare = r->cache.n_spare;
+    fflush(stdout);
+    int kept = exchange(stdout, "/dev/null", O_WRONLY);
     options.lookup = lookup;
     bool ok = make_sampler(&sampler, m->config.n_tokens, seed, &e) &&
               take_prompt(m, &r->w, &r->text, prompt, &g.speed, &e) &&
               generate_ahead(m, &r->w, &c, &g.why, &g.speed, &e);
     options.lookup = 0;
+    put_back(stdout, kept);
     check(ok && e.status == DONE, "a text, lookup %d: got \"%s\"", lookup, e.text);
     g.n = r->text.n, g.last = c.last, g.n_made = c.n_made, g.random = sampler.random;
     memcpy(g.ids, r->text.ids, (size_t)g.n * sizeof *g.ids);
@@ -367,12 +370,13 @@ static bool refuse_guesses(float *out, const float *x, const float *weight, cons
     return ok && !(watched->n > 1 && (!refused_weight || weight == refused_weight));
 }
 
-static void test_failing_guesses(const Model *m, const char *name, const Tokens *prompt) {
+static size_t test_failing_guesses(const Model *m, const char *name, const Tokens *prompt) {
+    size_t n_guessed = 0;
     Kernels failing = *usable_kernels()[0];
     Runner r;
     Error e = { 0 };
     Settings settings = { .context = 64, .batch = 1, .threads = 1 };
-    if (!check(make_runner(m, settings, &r, &e), "%s: got \"%s\"", name, e.text)) return;
+    if (!check(make_runner(m, settings, &r, &e), "%s: got \"%s\"", name, e.text)) return 0;
     Generated wanted = make_text(m, &r, prompt, 0, 1, 30, 0);
     free_runner(&r);
     failing.normalise = refuse_guesses;
@@ -388,26 +392,29 @@ static void test_failing_guesses(const Model *m, const char *name, const Tokens 
         Generated got = { .n = 0 };
         bool ok = true;
         for (int k = 0; ok && k < n; k++) ok = run_tokens(m, &r, prompt->ids + k, 1, 1, &e);
+        fflush(stdout);
+        int kept = exchange(stdout, "/dev/null", O_WRONLY);
         options.lookup = 4;
         ok = ok && generate_ahead(m, &r.w, &c, &got.why, &got.speed, &e);
         options.lookup = 0;
-        check(ok && e.status == DONE && r.text.n == wanted.n && got.why == wanted.why && got.speed.n_guessed > 0 &&
-                  got.speed.n_right == 0 && !memcmp(r.text.ids, wanted.ids, (size_t)wanted.n * sizeof(int)),
+        put_back(stdout, kept);
+        check(ok && e.status == DONE && r.text.n == wanted.n && got.why == wanted.why && got.speed.n_right == 0 &&
+                  !memcmp(r.text.ids, wanted.ids, (size_t)wanted.n * sizeof(int)),
               "%s, guesses that fail (%d): got %d, %d tokens, %zu guessed and \"%s\", wanted %d tokens", name, i, ok,
               r.text.n, got.speed.n_guessed, e.text, wanted.n);
+        n_guessed += got.speed.n_guessed;
         free_runner(&r);
     }
     kernels = usable_kernels()[0];
+    return n_guessed;
 }
 
 static void test_lookup(void) {
     static const char *const names[] = { "llama_tied.gguf", "mixed.gguf", "mixtral.gguf", "families/gemma3.gguf" };
     static const struct { int lookup, batch, threads; } ways[] = { { 1, 16, 1 }, { 4, 5, 2 }, { 20, 64, 3 }, { 8, 1, 1 } };
     static const float temperatures[] = { 0, 0.05f, 0.3f, 1 };
-    size_t n_right = 0, n_wrong = 0, n_stops[8] = { 0 };
+    size_t n_right = 0, n_wrong = 0, n_failed_guesses = 0, n_stops[8] = { 0 };
     test_guesses();
-    fflush(stdout);
-    int kept = exchange(stdout, "/dev/null", O_WRONLY);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         Opened o = open_golden(names[i]);
         const Model *m = &o.model;
@@ -415,13 +422,14 @@ static void test_lookup(void) {
         for (int how = 0; how < 4; how++) {
             Runner r, plain;
             Error e = { 0 };
-            Settings settings = { .context = how % 2 ? SESSION_CONTEXT : 64, .batch = 16, .threads = 1 };
+            bool alone = ways[how].threads == 1;  // threads that wait for each other take long on a busy machine
+            Settings settings = { .context = alone ? SESSION_CONTEXT : 64, .batch = 16, .threads = 1 };
             bool ok = make_runner(m, settings, &plain, &e);
             settings.batch = ways[how].batch, settings.threads = ways[how].threads;
             ok = make_runner(m, settings, &r, &e) && ok;
             r.w.work = SIZE_MAX;
             check(ok, "%s: got \"%s\"", names[i], e.text);
-            for (uint64_t seed = 1; ok && seed <= 12; seed++) {
+            for (uint64_t seed = 1; ok && seed <= (alone ? 8 : 6); seed++) {
                 int ids[40];
                 Tokens prompt = { .ids = ids, .n = 20 + seed };
                 for (int k = 0; k < 40; k++) ids[k] = (int)random_below(20) + 3;
@@ -438,10 +446,10 @@ static void test_lookup(void) {
             free_runner(&r), free_runner(&plain);
         }
         int ids[] = { 5, 6, 7, 8, 5, 6, 7, 8, 5, 6 };
-        test_failing_guesses(m, names[i], &(Tokens){ .ids = ids, .n = 10 });
+        n_failed_guesses += test_failing_guesses(m, names[i], &(Tokens){ .ids = ids, .n = 10 });
         close_opened(&o);
     }
-    put_back(stdout, kept);
+    check(n_failed_guesses > 20, "%zu guesses failed", n_failed_guesses);
     check(n_right > 500 && n_wrong > 500 && n_stops[AT_END_TOKEN] > 10 && n_stops[AT_LIMIT] > 10 &&
               n_stops[AT_CONTEXT] > 10,
           "guesses: %zu right, %zu wrong; %zu texts ended at an end token, %zu at the limit, %zu at the context's end",
