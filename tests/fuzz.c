@@ -864,12 +864,31 @@ static size_t change_text_input(uint8_t *data, size_t size, size_t max_size) {
     return size + n;
 }
 
+// A session of one page becomes one of two, which no file of 64 positions has.
+static size_t double_session(uint8_t *data, size_t size, size_t max_size) {
+    static uint8_t made[1 << 16];
+    SessionHeader h;
+    memcpy(&h, data, sizeof h);
+    size_t before = sizeof h + 8 + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + 16 + n * 4;
+    if (h.n == 0 || h.n > PAGE || size <= before) return size;
+    size_t n_page = size - before;
+    if (at + 2 * n_page > max_size || at + 2 * n_page > sizeof made) return size;
+    h.n = n;
+    memcpy(made, &h, sizeof h);
+    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 16 + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
+    memcpy(made + at, data + before, n_page);
+    memcpy(made + at + n_page, data + before, n_page);
+    memcpy(data, made, at + 2 * n_page);
+    return at + 2 * n_page;
+}
+
 // Mostly with the right length, hash and checksums, which else would be all that is ever looked at.
 static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
     SessionHeader h;
     if (size >= sizeof h && one_in(2)) set_number(data + 8 * below(sizeof h / 8), 8, size);
     else size = LLVMFuzzerMutate(data, size, max_size);
     if (size < sizeof h || one_in(8)) return size;
+    if (one_in(4)) size = double_session(data, size, max_size);
     static uint64_t model, settings;  // those of the seeds
     memcpy(&h, data, sizeof h);
     if (!model) model = h.model, settings = h.settings;

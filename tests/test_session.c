@@ -32,7 +32,8 @@ static void check_resumed(const Model *m, const char *what, bool f32, int batch,
     Error e = { 0 };
     Speed speed = { 0 };
     int ids[SESSION_CONTEXT];
-    size_t n_kept = (size_t)(n_common < total ? n_common : total - 1), size = (size_t)m->config.n_tokens * sizeof(float);
+    size_t n_kept = (size_t)(n_common < total ? n_common : total - 1);
+    size_t size = (size_t)m->config.n_tokens * sizeof(float);
     for (int i = 0; i < total; i++)
         ids[i] = i < n_common ? session_ids[i] : (session_ids[i % SESSION_TOKENS] + 1) % m->config.n_tokens;
     Tokens tokens = { .ids = ids, .n = (size_t)total };
@@ -74,7 +75,8 @@ static void check_session_refused(const Model *m, bool exact, bool f32, int cont
 
 // What a session depends on beside the model: rounding, the cache's numbers, and LongRoPE's choice by the context.
 static void test_foreign_sessions(void) {
-    Opened a = open_golden("qwen2.gguf"), b = open_golden("llama_tied.gguf"), c = open_golden("families/phi3_long.gguf");
+    Opened a = open_golden("qwen2.gguf"), b = open_golden("llama_tied.gguf");
+    Opened c = open_golden("families/phi3_long.gguf");
     Runner r, s;
     Error e = { 0 };
     const char *path = temporary("a.session"), *long_path = temporary("long.session");
@@ -169,16 +171,16 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
             memcpy(copy.bytes, &h, sizeof h);
             bool ok = read_damaged(m, r, copy, SESSION_TOKENS, &e);
             check((ok || (e.status == BAD_FILE && e.text[0])) && r->text.n == 0,  // nothing is of this text
-                  "a session with %llu at byte %zu: got %d, %d tokens and \"%s\"", (unsigned long long)numbers[i], at, ok,
-                  r->text.n, e.text);
+                  "a session with %llu at byte %zu: got %d, %d tokens and \"%s\"", (unsigned long long)numbers[i], at,
+                  ok, r->text.n, e.text);
             rewind_sequence(&r->text, 0);
             free(copy.bytes);
         }
     }
 }
 
-// 10,000 sessions with a flipped bit, with bytes exchanged, cut, or too long. Where a text has all of a session, each is
-// refused, and the text is empty; where it has only the beginning, damage after that may not matter, and the pages are
+// 10,000 sessions with a flipped bit, with bytes exchanged, cut, or too long. Where a text has all of a session, each
+// is refused, and the text is empty; where it has only the beginning, damage after that may not matter, and the pages are
 // those of the whole session.
 static void test_damaged_sessions(void) {
     enum { N = 10000, SOME = 40 };
@@ -348,7 +350,7 @@ static Generated make_text(const Model *m, Runner *r, const Tokens *prompt, floa
     check(ok && e.status == DONE, "a text, lookup %d: got \"%s\"", lookup, e.text);
     g.n = r->text.n, g.last = c.last, g.n_made = c.n_made, g.random = sampler.random;
     memcpy(g.ids, r->text.ids, (size_t)g.n * sizeof *g.ids);
-    check(r->cache.n_spare == n_spare - (int)n_pages(g.n), "a text, lookup %d: pages of wrong guesses are left", lookup);
+    check(r->cache.n_spare == n_spare - (int)n_pages(g.n), "lookup %d: pages of wrong guesses are left", lookup);
     rewind_sequence(&r->text, 0);
     free(sampler.candidates);
     return g;
@@ -358,8 +360,8 @@ static void check_same_text_made(const char *name, const Generated *got, const G
     check(got->n == wanted->n && got->last == wanted->last && got->n_made == wanted->n_made &&
               got->random == wanted->random && got->why == wanted->why &&
               !memcmp(got->ids, wanted->ids, (size_t)wanted->n * sizeof(int)),
-          "%s, lookup %d, setting %d: got %zu tokens, %d in the cache, stop %d; wanted %zu, %d, %d and the same ids and "
-          "coins", name, lookup, how, got->n_made, got->n, got->why, wanted->n_made, wanted->n, wanted->why);
+          "%s, lookup %d, setting %d: got %zu tokens, %d in the cache, stop %d; wanted %zu, %d, %d and the same ids "
+          "and coins", name, lookup, how, got->n_made, got->n, got->why, wanted->n_made, wanted->n, wanted->why);
 }
 
 // A pass of several rows, or their logits, cannot be computed: as if a guess led to numbers that are not finite.
@@ -411,7 +413,9 @@ static size_t test_failing_guesses(const Model *m, const char *name, const Token
 
 static void test_lookup(void) {
     static const char *const names[] = { "llama_tied.gguf", "mixed.gguf", "mixtral.gguf", "families/gemma3.gguf" };
-    static const struct { int lookup, batch, threads; } ways[] = { { 1, 16, 1 }, { 4, 5, 2 }, { 20, 64, 3 }, { 8, 1, 1 } };
+    static const struct { int lookup, batch, threads; } ways[] = {
+        { 1, 16, 1 }, { 4, 5, 2 }, { 20, 64, 3 }, { 8, 1, 1 },
+    };
     static const float temperatures[] = { 0, 0.05f, 0.3f, 1 };
     size_t n_right = 0, n_wrong = 0, n_failed_guesses = 0, n_stops[8] = { 0 };
     test_guesses();
