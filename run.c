@@ -277,7 +277,7 @@ typedef struct {
 
 enum {
     LOGITS_AT_ONCE = 16,    // rows of logits at most: 8 MB for a vocabulary of 128,000 tokens
-    QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: two kernels' registers full
+    QUERIES_TOGETHER = 24,  // queries that share each key once it is loaded: AVX-512 multiplies twelve at a time
     MAX_HEADS = 1024, MAX_HEAD_DIM = 1024,  // H and K at most
 };
 
@@ -369,9 +369,11 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
 
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])), each over k in order: a chain, in which every
 // addition takes the result of the one before. Sixteen chains run side by side.
-// c (m, c_stride)  a (m, a_stride)  b (depth, b_stride), in f16 if `half` says so, else in f32
+// c (m, c_stride)  a (m, a_stride)  b (depth, 16), in f16 if `half` says so, else in f32
+// So many bytes ahead of b is what is multiplied next; kernels fetch it meanwhile, the processor does not foresee it.
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                         size_t b_stride, int m, int depth) {
+                         ptrdiff_t ahead, int m, int depth) {
+    (void)ahead;
     enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
@@ -379,8 +381,8 @@ INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_str
         for (int r = 0; r < rows; r++) memcpy(lane[r], c + (size_t)r * c_stride, sizeof lane[r]);
         for (int k = 0; k < depth; k++) {
             float wide[16];
-            const float *w = half ? wide : (const float *)b + (size_t)k * b_stride;
-            if (half) widen_floats(wide, (const uint16_t *)b + (size_t)k * b_stride, 16);
+            const float *w = half ? wide : (const float *)b + k * 16;
+            if (half) widen_floats(wide, (const uint16_t *)b + k * 16, 16);
             for (int r = 0; r < rows; r++) x[r] = a[(size_t)r * a_stride + (size_t)k];
             for (int r = 0; r < (rows == 1 ? 1 : TOGETHER); r++)
                 for (int j = 0; j < 16; j++) lane[r][j] = fmaf(w[j], x[r], lane[r][j]);
@@ -398,7 +400,7 @@ typedef struct {
     void (*add_tiles)(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n);
     void (*add_products)(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                         size_t b_stride, int m, int depth);
+                         ptrdiff_t ahead, int m, int depth);
     void (*multiply_vector)(float *y, Type type, const unsigned char *tiles, size_t rows, size_t cols, const float *x);
     void (*dequantise)(float w[32][16], Type type, const unsigned char *tiles, size_t block);
     void (*narrow)(uint16_t *to, const float *from, size_t n);  // to f16
@@ -415,34 +417,29 @@ typedef struct {
 
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
-// Brings bytes that are read soon into the cache, while we multiply: the processor does not foresee where they are.
-static void fetch(const unsigned char *bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles      y (n, y_stride)
 // A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
-static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range row_tiles, const Activations *a) {
+static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
     size_t blocks = n_blocks(w), n_bytes = row_tile_bytes(w), together = 8192 / blocks;
-    const unsigned char *tiles = w->tiles + a->expert * tensor_bytes(w) + row_tiles.from * n_bytes;
+    const unsigned char *bytes = w->tiles + a->expert * tensor_bytes(w) + tiles.from * n_bytes;
     together = together < 16 ? 16 : together > TOKENS ? TOKENS : together;
     if (a->n == 1 && a->some == 1 && !quantised) {
-        size_t n = row_tiles.to - row_tiles.from;
-        kernels->multiply_vector(y + row_tiles.from * 16, w->type, tiles, n, blocks * 32, a->x[0]);
+        kernels->multiply_vector(y + tiles.from * 16, w->type, bytes, tiles.to - tiles.from, blocks * 32, a->x[0]);
         return;
     }
-    for (size_t i = row_tiles.from; i < row_tiles.to; i++, tiles += n_bytes) {
+    for (size_t i = tiles.from; i < tiles.to; i++, bytes += n_bytes) {
         for (size_t t0 = 0; t0 < a->some; t0 += together) {
             int now = (int)(a->some - t0 < together ? a->some - t0 : together);
             _Alignas(64) float sum[TOKENS][16], columns[32][16];  // a row fills a cache line
             memset(sum, 0, (size_t)now * sizeof *sum);
-            if (rounded) kernels->add_tiles(sum, w->type, tiles, blocks, a->rounded + a->first + t0, a->n, now);
+            if (rounded) kernels->add_tiles(sum, w->type, bytes, blocks, a->rounded + a->first + t0, a->n, now);
             for (size_t c = 0; !rounded && c < blocks; c++) {
-                fetch(tiles + (c + 1) * (n_bytes / blocks), 2 * (n_bytes / blocks));
-                kernels->dequantise(columns, w->type, tiles, c);
-                kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 16, now, 32);
+                const unsigned char *next = bytes + (c + 1) * (n_bytes / blocks);  // is fetched while we multiply
+                for (size_t k = 0; k < 2 * (n_bytes / blocks); k += 64) __builtin_prefetch(next + k, 0, 2);
+                kernels->dequantise(columns, w->type, bytes, c);
+                kernels->add_products(sum[0], 16, a->x[c * a->n + a->first + t0], 32, columns[0], false, 0, now, 32);
             }
             for (int t = 0; t < now; t++) memcpy(y + (t0 + (size_t)t) * y_stride + i * 16, sum[t], sizeof *sum);
         }
@@ -458,20 +455,14 @@ typedef struct {
 } Inputs;
 
 // y = w x + bias      y (n, y_stride)  bias (rows) or NULL
-typedef struct {
-    float *y;
-    size_t y_stride;
-    const Tensor *w;
-    const float *bias;
-} Product;
+typedef struct { float *y; size_t y_stride; const Tensor *w; const float *bias; } Product;
 
 // Computes the rows of some row tiles, and returns which rows these are.
 static Range multiply_part(const Product *p, Range tiles, const Activations *x) {
     multiply_rows(p->y, p->y_stride, p->w, tiles, x);
     Range rows = { tiles.from * 16, tiles.to * 16 < (size_t)p->w->rows ? tiles.to * 16 : (size_t)p->w->rows };
-    for (size_t t = 0; p->bias && t < x->some; t++) {
+    for (size_t t = 0; p->bias && t < x->some; t++)
         for (size_t r = rows.from; r < rows.to; r++) p->y[t * p->y_stride + r] += p->bias[r];
-    }
     return rows;
 }
 
@@ -545,9 +536,8 @@ INLINE float cap_at(float y, float cap) { return cap * hyperbolic_tangent(y / ca
 
 // The sum of 16 lanes: i and i+8, then +4, +2, +1.
 INLINE float fold_lanes(float lane[16]) {
-    for (int half = 8; half; half /= 2) {
+    for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    }
     return lane[0];
 }
 
@@ -558,9 +548,8 @@ INLINE bool apply_norm(float *out, const float *x, const float *weight, const fl
     size_t i;
     for (i = 0; bias && i < dim; i++) of_mean[i % 16] += x[i];
     float mean = bias ? fold_lanes(of_mean) / (float)dim : 0.0f;
-    for (i = 0; i + 16 <= dim; i += 16) {
+    for (i = 0; i + 16 <= dim; i += 16)
         for (int j = 0; j < 16; j++) lane[j] = fmaf(x[i + j] - mean, x[i + j] - mean, lane[j]);
-    }
     for (; i < dim; i++) lane[i % 16] = fmaf(x[i] - mean, x[i] - mean, lane[i % 16]);
     float sum = fold_lanes(lane), r = sum < INFINITY ? 1.0f / sqrtf(sum / (float)dim + eps) : NAN;
     for (i = 0; i < dim; i++) out[i] = (x[i] - mean) * r * weight[i];
@@ -623,7 +612,7 @@ INLINE void exponentiate(float lane[16], float *p, size_t n, float max) {
 // One token of one text, on its way through the model.
 typedef struct { int token, position, sequence; bool wants_logits; } Row;
 
-enum { PAGE = 64 };  // positions of a page of the cache
+enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a text's end, many follow each other
 
 // A layer's part of the KV cache. A key's numbers are spread, so that a SIMD lane is a position.
 typedef struct {
@@ -744,16 +733,20 @@ static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
 
+// The page after that of position p; after the last one that is seen the same page.
+static int next_page(const Attention *a, size_t p) {
+    return a->pages[p / PAGE + (p / PAGE * PAGE + PAGE < seen_to(a, a->n_queries - 1))];
+}
+
 // scores[i,p] = query[i] . key[p] for these positions, sixteen at a time      query (n_queries, stride)
 static void score_keys(const Attention *a, const float *query, size_t stride, Range positions) {
-    for (size_t p = positions.from, last = seen_to(a, a->n_queries - 1); p < positions.to; p += 16) {
-        size_t n_bytes = a->cached->key_bytes / 4, at = p % PAGE / 16 * n_bytes;  // of 16 positions; in the page
-        const unsigned char *keys = keys_at(a->cached, a->pages[p / PAGE], a->kv_head) + at;
-        if (p + PAGE < last) fetch(keys_at(a->cached, a->pages[p / PAGE + 1], a->kv_head) + at, n_bytes);
+    for (size_t p = positions.from; p < positions.to; p += 16) {
+        const unsigned char *page = keys_at(a->cached, a->pages[p / PAGE], a->kv_head);
+        const unsigned char *next = keys_at(a->cached, next_page(a, p), a->kv_head);
         float *scores = a->scores + p;
         for (int i = 0; i < a->n_queries; i++) memset(scores + (size_t)i * a->score_stride, 0, 16 * sizeof *scores);
-        kernels->add_products(scores, a->score_stride, query, stride, keys, !a->cache_f32, 16, a->n_queries,
-                              (int)a->head_dim);
+        kernels->add_products(scores, a->score_stride, query, stride, page + p % PAGE / 16 * (a->cached->key_bytes / 4),
+                              !a->cache_f32, next - page, a->n_queries, (int)a->head_dim);
     }
 }
 
@@ -765,15 +758,15 @@ static void mix_values(const Attention *a, Range columns) {
         memset(a->sums + (size_t)i * a->padded + columns.from, 0, (columns.to - columns.from) * sizeof(float));
     for (size_t p = seen.from, end; p < seen.to; p = end) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
+        const unsigned char *next = values_at(a->cached, next_page(a, p), a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
-        if (end < seen.to) fetch(values_at(a->cached, a->pages[end / PAGE], a->kv_head), a->cached->value_bytes);
         int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
             for (size_t d = columns.from; d < columns.to && p < last; d += 16)
                 kernels->add_products(a->sums + (size_t)i * a->padded + d, a->padded, weights, a->score_stride,
-                                      page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, 16, rows,
+                                      page + (d * PAGE + p % PAGE * 16) * item_bytes, !a->cache_f32, next - page, rows,
                                       (int)(last - p));
         }
     }
@@ -833,7 +826,7 @@ typedef struct {
     float *gate, *up;        // (B, F), with experts (visits, F)
     float *logits;           // (LOGITS_AT_ONCE, V)
     float *scratch;          // (threads, scratch_stride)  for attention
-    size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, scratch_stride;
+    size_t x_stride, q_stride, kv_stride, ffn_stride, logits_stride, score_stride, scratch_stride;
     Row *room;               // (B)     where callers put a pass's rows together
     Inputs inputs;
     Rotation rotation;
@@ -884,8 +877,8 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
 }
 
 // Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
-// every thread for itself: cheaper than waiting for another. Each layer's result is checked here: a sum of squares that
-// is not finite comes from the last layer that the row has gone through.
+// every thread for itself: cheaper than waiting for another. A norm also checks its row: a sum of squares that is not
+// finite comes from the last layer that the row has gone through, or in a model without such norms from one before.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -967,7 +960,7 @@ static Attention unit_of(const Model *m, const Workspace *w, int l, int first, i
         .group = (int)group, .n_queries = n * (int)group, .head_dim = head_dim, .padded = round_up(head_dim, 16),
         .position = (size_t)w->rows[first].position,
         .window = layer->window ? (size_t)layer->window : SIZE_MAX, .scale = m->config.attention_scale,
-        .cap = m->config.attention_cap, .score_stride = round_up((size_t)w->settings.context, 16),
+        .cap = m->config.attention_cap, .score_stride = w->score_stride,
     };
 }
 
@@ -1117,15 +1110,14 @@ static void logits_team(void *p, Team *team) {
     Product head = { w->logits, w->logits_stride, &m->head, NULL };
     for (Range r; take_chunk(team, n_row_tiles(&m->head), tiles_together(&m->head, &input), &r);) {
         Range rows = multiply_part(&head, r, &input);
-        for (size_t t = 0; t < input.n && (scale != 1 || cap > 0); t++) {
+        for (size_t t = 0; t < input.n && (scale != 1 || cap > 0); t++)
             for (size_t i = t * w->logits_stride + rows.from, end = i + rows.to - rows.from; i < end; i++)
                 w->logits[i] = cap > 0 ? cap_at(w->logits[i] * scale, cap) : w->logits[i] * scale;
-        }
     }
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// Threads for n rows: very little work is done by one, since waiting for a second takes longer.
+// Threads for n rows: a million multiply-adds take 0.1 ms, and waiting for a second thread at each step as long.
 static int threads_for(const Workspace *w, int n) {
     return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
@@ -1237,11 +1229,9 @@ static int choose_token(Sampler *s, const float *logits, int n) {
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum;
     bool cuts = s->top_k > 0 || s->min_p > 0.0f || (s->top_p > 0.0f && s->top_p < 1.0f);
-    if (!cuts) {
-        for (int i = 0;; i++) {
-            running += c[i].p;
-            if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
-        }
+    for (int i = 0; !cuts; i++) {
+        running += c[i].p;
+        if (i == n - 1 || coin < running) return i;  // rounding may leave the sum below the coin
     }
     size_t n_left = cut_tail(s, c, (size_t)n, &sum);
     for (size_t i = 1;; i++) {
@@ -1270,7 +1260,7 @@ static void print_token(const Model *m, Printer *p, int before, int token) {
     print_bytes(p, bytes, n);
 }
 
-typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT } Stop;
+typedef enum { GO_ON, AT_END_TOKEN, AT_LIMIT, AT_CONTEXT, AT_INTERRUPT, AT_BROKEN_OUTPUT } Stop;
 
 // A text that the model continues.
 typedef struct {
@@ -1291,7 +1281,7 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     fflush(stdout);
     c->last = token;
     if (++c->n_made == c->limit) return AT_LIMIT;
-    return c->sequence->n == c->sequence->cache->context || ferror(stdout) ? AT_CONTEXT : GO_ON;
+    return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
 // Continues a text, whose last token has left its logits, until it stops. If the limit or the end of the context
@@ -1539,7 +1529,7 @@ INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, cons
         float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
         int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
         for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], false, 16, now, cols);
+        add_products(dot[0], 16, q[0], 32, u->w[first], false, 0, now, cols);
         for (int t = 0; t < now; t++) {
             float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
             for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
@@ -1592,9 +1582,9 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
         add_tiles_of(sum, type, tiles, n_blocks, x, n_all, n);                                                         \
     }                                                                                                                  \
     target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b,          \
-                                   bool half, size_t b_stride, int m, int depth) {                                     \
-        if (half) add_products_of(c, c_stride, a, a_stride, b, true, b_stride, m, depth);                              \
-        else add_products_of(c, c_stride, a, a_stride, b, false, b_stride, m, depth);                                  \
+                                   bool half, ptrdiff_t ahead, int m, int depth) {                                     \
+        if (half) add_products_of(c, c_stride, a, a_stride, b, true, ahead, m, depth);                                 \
+        else add_products_of(c, c_stride, a, a_stride, b, false, ahead, m, depth);                                     \
     }                                                                                                                  \
     target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
                                       const float *x) {                                                                \
@@ -3501,7 +3491,7 @@ static void add_visits(const Workspace *w, const Activations *visits, Range rows
         size_t t = (size_t)x->visitors[visits->first + i];
         const float *weight = x->routes + t * x->routes_stride + visits->expert, *y = x->out + i * w->x_stride;
         for (size_t r = rows.from; r < rows.to; r += 16)
-            kernels->add_products(w->out + t * w->x_stride + r, 16, weight, 1, y + r, false, 16, 1, 1);
+            kernels->add_products(w->out + t * w->x_stride + r, 16, weight, 1, y + r, false, 0, 1, 1);
     }
 }
 
@@ -3742,7 +3732,8 @@ static void lay_out_workspace(const Model *m, Workspace *w) {
     size_t positions = round_up((size_t)w->settings.context, 16), own = larger(n, threads), rows = larger(n, visits);
     w->x_stride = round_up((size_t)c->dim, 32);
     w->logits_stride = round_up((size_t)c->n_tokens, 16);
-    w->scratch_stride = group * (2 * round_up(head_dim, 16) + positions + 1);
+    w->score_stride = positions + 16;  // rows that lie a power of two apart would share few places of the L1 cache
+    w->scratch_stride = group * (2 * round_up(head_dim, 16) + w->score_stride + 1);
     w->inputs.widest = larger(larger(w->x_stride, w->q_stride), w->ffn_stride);
     w->rotation.positions = (int)positions;
     w->logits = place(&a, LOGITS_AT_ONCE * w->logits_stride, sizeof(float));
@@ -4090,7 +4081,8 @@ static void tell_speed(const Model *m, const Speed *v) {
     fputc('\n', stderr);
 }
 
-static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C" };
+static const char *const stop_names[] = { "", "at an end token", "at -n tokens", "at the context's end", "by Ctrl-C",
+                                         "by a broken output" };
 
 // A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
@@ -5124,17 +5116,18 @@ INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tile
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
 // step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
 typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                      size_t b_stride, int m, int depth);
+                      ptrdiff_t ahead, int m, int depth);
 #define MAKE_PRODUCTS(isa, set, Vector, step, widened)                                                                 \
     isa void products_##set(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,      \
-                            size_t b_stride, int m, int depth) {                                                       \
+                            ptrdiff_t ahead, int m, int depth) {                                                       \
         enum { WIDTH = sizeof(Vector) / sizeof(float), VECTORS = 16 / WIDTH };                                         \
         Vector sum[12][VECTORS], w[VECTORS];                                                                           \
         const char *row = b;                                                                                           \
         _Pragma("GCC unroll 12")                                                                                       \
         for (int i = 0; i < m; i++)                                                                                    \
             for (int j = 0; j < VECTORS; j++) memcpy(&sum[i][j], c + (size_t)i * c_stride + WIDTH * j, sizeof *w);     \
-        for (int k = 0; k < depth; k++, a++, row += b_stride * (half ? 2 : 4)) {                                       \
+        for (int k = 0; k < depth; k++, a++, row += 16 * (half ? 2 : 4)) {                                             \
+            if (m <= 8) __builtin_prefetch(row + ahead, 0, 2);  /* to L2: it would not stay in L1 */                   \
             for (int j = 0; j < VECTORS; j++) {                                                                        \
                 const void *from = row + WIDTH * j * (half ? 2 : 4);                                                   \
                 if (half) w[j] = widened;                                                                              \
@@ -5154,17 +5147,17 @@ typedef void Products(float *c, size_t c_stride, const float *a, size_t a_stride
 // add_products() by that leaf, `most` rows at a time: as many as keep the multipliers busy and fit the registers. For a
 // matrix, the compiler knows the strides, so that addresses cost nothing.
 INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
-                     size_t b_stride, int m, int depth, int most, Products *leaf) {
-    bool of_matrix = !half && c_stride == 16 && a_stride == 32 && b_stride == 16;
+                     ptrdiff_t ahead, int m, int depth, int most, Products *leaf) {
+    bool of_matrix = !half && c_stride == 16 && a_stride == 32;
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
         now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
-        if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 16, most, depth);
-        else if (now == most) leaf(c, c_stride, a, a_stride, b, half, b_stride, most, depth);
-        else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, b_stride, 8, depth);
-        else if (now == 4) leaf(c, c_stride, a, a_stride, b, half, b_stride, 4, depth);
-        else if (now == 3) leaf(c, c_stride, a, a_stride, b, half, b_stride, 3, depth);
-        else leaf(c, c_stride, a, a_stride, b, half, b_stride, 1, depth);
+        if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 0, most, depth);
+        else if (now == most) leaf(c, c_stride, a, a_stride, b, half, ahead, most, depth);
+        else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, ahead, 8, depth);
+        else if (now == 4) leaf(c, c_stride, a, a_stride, b, half, ahead, 4, depth);
+        else if (now == 3) leaf(c, c_stride, a, a_stride, b, half, ahead, 3, depth);
+        else leaf(c, c_stride, a, a_stride, b, half, ahead, 1, depth);
     }
 }
 

@@ -111,12 +111,12 @@ FEATURES = [
     # rotation
     ("the pairing of neighbours", "c->rope_dim, c->pairing)", "c->rope_dim, HALVES)"),
     ("the pairing of halves", "c->rope_dim, c->pairing)", "c->rope_dim, ADJACENT)"),
-    ("layers that do not rotate", "if (layer->angles) kernels->rotate", "kernels->rotate"),
+    ("layers that do not rotate", "if (layer->angles)\n        kernels->rotate", "kernels->rotate"),
     ("angles of layers with a window", "(layer->angles == LOCAL) *", "0 *"),
     ("theta", "pow(c->rope_theta,", "pow(10000,"), ("local theta", "pow(c->local_theta,", "pow(20000,"),
     ("heads that are rotated in part", "-2.0 * i / c->rope_dim) / slow_down", "-2.0 * i / c->head_dim) / slow_down"),
-    ("heads are rotated in part", "angles + position * (size_t)c->rope_dim, c->rope_dim,",
-     "angles + position * (size_t)c->rope_dim, c->head_dim,"),
+    ("heads are rotated in part", "angles * (size_t)c->rope_dim, c->rope_dim,",
+     "angles * (size_t)c->rope_dim, c->head_dim,"),
     ("the magnitude", "size = i < half ? c->rope_magnitude : 1", "size = 1"),
     ("no magnitude of local angles", "size = i < half ? c->rope_magnitude : 1", "size = c->rope_magnitude"),
     ("angles that are scaled", " / slow_down(m, context, i);", ";"),
@@ -261,7 +261,7 @@ MACHINE = [
     ("units have room of their own", "w->scratch + i * each)", "w->scratch)"),
     ("all columns", "i * 16 % n_columns + 16 };", "i * 16 % n_columns + 8 };"),
     # chunks
-    ("chunks of whole units", "(n < CHUNKS * threads), unit)", "(n < CHUNKS * threads), 1)"),
+    ("chunks of whole units", "(n < CHUNKS * threads), multiple)", "(n < CHUNKS * threads), 1)"),
     ("several chunks of a share", "CHUNKS = 8 }", "CHUNKS = 1 }"),
     ("chunks of the others", "team->n_helped < team->threads; team->n_helped++",
      "team->n_helped < 1; team->n_helped++"),
@@ -280,14 +280,18 @@ MACHINE = [
     ("nobody goes on alone", "for (int i = 0; atomic_load(&gate->round) == round; i += i <= EAGER)",
      "for (int i = 0; 0; i += i < INT_MAX)"),
     # threads that rest
-    ("a trial that is no faster ends", "if (on_trial && !is_faster) r->n_resting--;", ""),
-    ("passes of as many rows are compared", "rows == r->rows && seconds < r->seconds", "seconds < r->seconds"),
-    ("a trial has to be faster", "rows == r->rows && seconds < r->seconds", "rows == r->rows"),
-    ("a rest lasts", "if (on_trial && is_faster) r->n_passes =", "if (0) r->n_passes ="),
-    ("a rest becomes longer", "2 * r->period + 16 : 256;", "16 : 256;"),
-    ("a rest has an end", "else if (r->n_resting && --r->n_passes <= 0) r->n_resting--;", ""),
-    ("no rest gets too long", "r->period < 128 ? 2 * r->period + 16 : 256;", "2 * r->period + 16;"),
-    ("a rest is for a reason", "if (slept > seconds / 8 && r->n_resting", "if (r->n_resting"),
+    ("a trial that is no faster ends", "else r->n_resting--, r->pause_left", "else r->pause_left"),
+    ("after trials in vain, pauses grow", "= r->pause = longer(r->pause, 4);", "= 4;"),
+    ("a trial follows two slow passes", "else if (r->n_slow >= 2 &&", "else if (r->n_slow >= 1 &&"),
+    ("a trial beats the faster of two", "if (r->n_slow <= 1 || is_faster) r->seconds", "r->seconds"),
+    ("only like passes are compared", "is_like_last ? r->n_slow + 1 : 1", "r->n_slow + 1"),
+    ("only a like trial is compared", "is_like_last && seconds < r->seconds", "seconds < r->seconds"),
+    ("a rest lasts", "if (is_faster) r->rest_left = r->rest =", "if (is_faster) r->rest ="),
+    ("rests grow", "r->rest = longer(r->rest, 16)", "r->rest = 16"),
+    ("no rest gets too long", "passes < 128 ? 2 * passes + least : 256;", "2 * passes + least;"),
+    ("a trial has to be faster", "bool is_faster = is_like_last && seconds < r->seconds;", "bool is_faster = true;"),
+    ("a rest has an end", "--r->rest_left <= 0) r->n_resting--;", "--r->rest_left < -1000000) r->n_resting--;"),
+    ("a rest is for a reason", "bool is_slow = slept > seconds / 8", "bool is_slow = slept >= 0"),
     ("a thread works", "r->n_resting < r->threads - 1)", "r->n_resting < r->threads)"),
     # processors
     ("a list's first number", "found |= from <= cpu && cpu <= to;", "found |= cpu <= to;"),
@@ -431,7 +435,7 @@ def checks(source: str, text: str) -> list[Mutant]:
         high = text.index("\n" + last, low) if last else len(text)
         for match in re.compile(r"\brefuse(_key)?\(").finditer(text, low, high):
             at, end, before = match.start(), end_of(text, match.end() - 1), text[:match.start()]
-            governed = re.search(r"\)(\s|//.*\n)*(return |ok = )?$", before)
+            governed = re.search(r"\)(\s|//.*\n)*(return |ok = |g->bad = !)?$", before)
             if governed:
                 opening = next(i for i in range(at, low, -1) if text.startswith("if (", i) and
                                end_of(text, i + 3) == governed.start() + 1)
