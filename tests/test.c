@@ -291,6 +291,7 @@ static const struct {
     { "sessions", test_sessions },
     { "damaged sessions", test_damaged_sessions },
     { "lookup", test_lookup },
+    { "./run --session", test_session_commands },
     { "command line", test_command_line },
     { "style", test_style },
 };

@@ -108,8 +108,6 @@ static void test_foreign_sessions(void) {
     close_opened(&a), close_opened(&b), close_opened(&c);
 }
 
-static void test_session_commands(void);
-
 static void test_sessions(void) {
     static const struct { const char *name; bool f32; } cases[] = {
         { "llama_tied.gguf", true }, { "mixed.gguf", false }, { "mixtral.gguf", false },
@@ -136,7 +134,6 @@ static void test_sessions(void) {
         close_opened(&o);
     }
     test_foreign_sessions();
-    test_session_commands();
 }
 
 // ---- Damage ----
@@ -180,8 +177,8 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
 }
 
 // 10,000 sessions with a flipped bit, with bytes exchanged, cut, or too long. Where a text has all of a session, each
-// is refused, and the text is empty; where it has only the beginning, damage after that may not matter, and the pages are
-// those of the whole session.
+// is refused, and the text is empty; where it has only the beginning, damage after that may not matter, and the pages
+// are those of the whole session.
 static void test_damaged_sessions(void) {
     enum { N = 10000, SOME = 40 };
     Opened o = open_golden("llama_mqa.gguf");
