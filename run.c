@@ -1321,7 +1321,7 @@ static const int8_t curve[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 1
 static const int8_t small_floats[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
 // To add a type: its name in the enum of chapter 3, a row here, a row of source_types for the files that hold it, and
-// its case in add_byte_tiles(), without which nothing compiles. Native files hold the type's number: the name goes
+// its case in add_tiles(), without which nothing compiles. Native files hold the type's number: the name goes
 // last, before N_TYPES. A new header also needs a branch in unpack_scales() and one in broken_row().
 static const TypeInfo types[N_TYPES] = {
     [F32] = { "f32", .cols = 32, .per_scale = 32, .bits = 32 },
@@ -1413,13 +1413,13 @@ INLINE int move_bits(uint8_t byte, int bits, int from, int to) {
 }
 
 // The stored q of 32 columns as bytes: four columns of the 16 rows in each w[g].
-INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
+INLINE void unpack_planes_of(uint8_t w[8][64], int bits, const uint8_t *plane) {
     const uint8_t *pairs = plane + (bits & 4 ? 256 : 0), *singles = pairs + (bits & 2 ? 128 : 0);
     int low = bits & 4, lower = bits & 6;  // bits of a weight below the pair, below the single one
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
         for (int j = 0; j < 64; j++) {
-            int x = bits == 8 ? plane[64 * g + j] : 0;
+            int x = 0;
             if (bits & 4) x = move_bits(plane[64 * (g % 4) + j], 4, g / 4 * 4, 0);
             if (bits & 2) x |= move_bits(pairs[64 * (g / 4) + j], 2, g % 4 * 2, low);
             if (bits & 1) x |= move_bits(singles[j], 1, g, lower);
@@ -1428,24 +1428,53 @@ INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
     }
 }
 
+INLINE void unpack_planes(uint8_t w[8][64], int bits, const uint8_t *plane) {
+#define PLANES(bits) case bits: unpack_planes_of(w, bits, plane); break;  // the loops know it
+    switch (bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) }
+}
+
 typedef void ScaleSixteen(float y[16], const float x[16], const int8_t factor[16]);  // y = x * factor
 
 INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]) {
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// The tile that a block is in, and where the block's weights begin in that tile.
+// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
+typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
+
+INLINE void dot_bytes(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {
+    (void)type;
+    memset(dots, 0, 16 * sizeof *dots);
+    for (int g = from; g < to; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) dots[r] += (int8_t)w[g][4 * r + c] * q[4 * g + c];
+    }
+}
+
+// What an instruction set does in its own way; these plain functions define it. The dot product takes weights of up to
+// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes.
+typedef struct {
+    int unsigned_bits;
+    Dot *dot;
+    Widen *widen;
+    LookUp *look_up;
+    ScaleSixteen *scale_sixteen;
+} Leaves;
+#define PLAIN_LEAVES 0, dot_bytes, widen_floats, look_up_bytes, scale_floats
+
+// The tile that a block is in.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
     return tiles + block * 32 / (size_t)types[type].cols * tile_bytes(type);
 }
 
-INLINE const unsigned char *weights_of(Type type, const unsigned char *tile, size_t block) {
-    return tile + types[type].header + block % ((size_t)types[type].cols / 32) * 64 * (size_t)types[type].bits;
-}
+// 32 columns of a row tile with a byte for each weight: four columns of the 16 rows in each w. The rows' scales and
+// minima: [0] of all columns, or [0] of the first 16 and [1] of the last 16.
+typedef struct {
+    _Alignas(64) uint8_t w[8][64];
+    float scale[2][16], min[2][16];
+} ByteBlock;
 
-// The scales and minima of a block's rows: [0] of its 32 columns, or [0] of the first 16 and [1] of the last 16.
-INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const unsigned char *tile, size_t block,
-                          Widen *widen, ScaleSixteen *scale_sixteen) {
+INLINE void unpack_scales(ByteBlock *u, Type type, const unsigned char *tile, size_t block, Leaves leaves) {
     const TypeInfo *i = &types[type];
     int part = (int)(block % ((size_t)i->cols / 32));  // which 32 of the tile's columns
     const uint8_t *factor = tile + (i->has_min ? 64 : 32) + part * (BLOCK / i->per_scale) * 16;
@@ -1453,11 +1482,11 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
     if (type == Q8F) memcpy(d, tile, sizeof d);
     else if (type == MXFP4)  // 2^(e - 127) / 2, since the values are doubled
         for (int r = 0; r < 16; r++) d[r] = float_of_bits(tile[r] < 2 ? 0x200000u << tile[r] : (tile[r] - 1u) << 23);
-    else widen(d, (const void *)tile, 16);
-    if (i->has_min) widen(dmin, (const void *)(tile + 32), 16);
+    else leaves.widen(d, (const void *)tile, 16);
+    if (i->has_min) leaves.widen(dmin, (const void *)(tile + 32), 16);
     if (i->cols == 32) {
-        memcpy(scale[0], d, sizeof d);
-        if (i->has_min) memcpy(min[0], dmin, sizeof dmin);
+        memcpy(u->scale[0], d, sizeof d);
+        if (i->has_min) memcpy(u->min[0], dmin, sizeof dmin);
         return;
     }
     for (int h = 0; h < BLOCK / i->per_scale; h++, factor += 16) {
@@ -1469,29 +1498,37 @@ INLINE void unpack_scales(float scale[2][16], float min[2][16], Type type, const
             factors[0][r] = factor[r] & 15;
             factors[1][r] = (int8_t)(factor[r] >> 4);
         }
-        scale_sixteen(scale[h], d, factors[0]);
+        leaves.scale_sixteen(u->scale[h], d, factors[0]);
         if (!i->has_min) continue;
-        scale_sixteen(min[h], dmin, factors[1]);
-        for (int r = 0; r < 16; r++) min[h][r] = -min[h][r];
+        leaves.scale_sixteen(u->min[h], dmin, factors[1]);
+        for (int r = 0; r < 16; r++) u->min[h][r] = -u->min[h][r];
     }
 }
 
-// 32 columns of a row tile: a weight is scale * w, or scale * w + min.
-typedef struct {
-    float w[32][16], scale[2][16], min[2][16];  // w: integers
-} UnpackedBlock;
+// A weight's byte minus the weight.
+INLINE int byte_offset(Type type, int unsigned_bits) {
+    int bits = types[type].values ? 8 : types[type].bits;
+    return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
+}
 
-INLINE void unpack(UnpackedBlock *u, Type type, const unsigned char *tiles, size_t block) {
-    const unsigned char *tile = tile_of(type, tiles, block), *weights = weights_of(type, tile, block);
-    _Alignas(64) uint8_t q[8][64];
-    unpack_scales(u->scale, u->min, type, tile, block, widen_floats, scale_floats);
-#define PLANES(bits) case bits: unpack_planes(q, bits, weights); break;  // the loops know it
-    switch (types[type].bits) { PLANES(1) PLANES(2) PLANES(3) PLANES(4) PLANES(5) PLANES(6) PLANES(7) PLANES(8) }
-    if (types[type].values) look_up_bytes(q[0], 512, types[type].values);
-    for (int g = 0; g < 8; g++) {
-        for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) u->w[4 * g + c][r] = (int8_t)(q[g][4 * r + c] - types[type].offset);
-    }
+// The bytes of a block, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they will do.
+// Prefetches the next block's weights in order, because the loads are not: processors then see what will be read next,
+// and memory is read 1.5 times as fast.
+INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
+    const TypeInfo *i = &types[type];
+    const unsigned char *tile = tile_of(type, tiles, block);
+    const uint8_t *from = tile + i->header + block % ((size_t)i->cols / 32) * 64 * (size_t)i->bits;
+    int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
+    uint8_t *w = u->w[0];
+    const uint8_t *q = i->bits == 8 ? from : w;
+    for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
+    unpack_scales(u, type, tile, block, leaves);
+    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
+    int8_t values[16];
+    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
+    if (i->values) leaves.look_up(w, 512, values);
+    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
+    return change ? w : q;
 }
 
 // n weights of a tile of floats.
@@ -1504,49 +1541,65 @@ INLINE void load_weights(float *w, Type type, const void *from, size_t n, Widen 
 
 // The weights of 32 columns in float. The operations, and their order, are those of gguf-py.
 INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block, Widen *widen) {
-    UnpackedBlock u;
+    ByteBlock u;
     if (!is_quantised(type)) {
         load_weights(w[0], type, tile_of(type, tiles, block), 512, widen);
         return;
     }
-    unpack(&u, type, tiles, block);
+    const int8_t (*q)[64] = unpack_bytes_of(&u, type, tiles, block, (Leaves){ PLAIN_LEAVES });
+    for (int g = 0; g < 8; g++) {
+        for (int r = 0; r < 16; r++)
+            for (int c = 0; c < 4; c++) w[4 * g + c][r] = q[g][4 * r + c];
+    }
     for (int c = 0; c < 32; c++) {
         int half = c / types[type].per_scale;
-        for (int r = 0; r < 16; r++) w[c][r] = u.w[c][r] * u.scale[half][r];
+        for (int r = 0; r < 16; r++) w[c][r] *= u.scale[half][r];
         for (int r = 0; types[type].has_min && r < 16; r++) w[c][r] += u.min[half][r];
     }
 }
 
 // ---- Products ----
 
-// Adds the products of columns that share a scale: all 32 of a block (part 0), the first 16 (1) or the last 16 (2).
-// A dot product is an integer of at most 32 * 128 * 128 = 2^19, so it is exact in float too.
-INLINE void add_part(float sum[][16], const UnpackedBlock *u, bool has_min, const Block *x, int n, int part) {
-    enum { TOGETHER = 4 };
-    const int first = part == 2 ? 16 : 0, cols = part == 0 ? 32 : 16;
-    const float *scale = u->scale[part == 2], *min = u->min[part == 2];
-    for (int t0 = 0; t0 < n; t0 += TOGETHER) {
-        float dot[TOGETHER][16] = { { 0 } }, q[TOGETHER][32];
-        int now = n - t0 < TOGETHER ? n - t0 : TOGETHER;
-        for (int i = 0; i < now * cols; i++) q[i / cols][i % cols] = x[t0 + i / cols].q[first + i % cols];
-        add_products(dot[0], 16, q[0], 32, u->w[first], false, 0, now, cols);
-        for (int t = 0; t < now; t++) {
-            float *y = sum[t0 + t], s = x[t0 + t].scale, scaled_sum = x[t0 + t].scaled_sum[part];
-            for (int r = 0; r < 16; r++) y[r] = fmaf(scale[r] * s, dot[t][r], y[r]);
-            for (int r = 0; has_min && r < 16; r++) y[r] = fmaf(min[r], scaled_sum, y[r]);
+// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
+INLINE int32_t offset_product(const Block *x, int part, int offset) {
+    if (!part && offset == 128) return x->minus_128_sum;
+    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
+    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
+    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
+}
+
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        ByteBlock u;
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
+        for (int t = 0; t < n; t++) {
+            for (int h = 0; h < halves; h++) {
+                _Alignas(64) int32_t dots[16];
+                int part = halves == 1 ? 0 : 1 + h;
+                int32_t correction = offset_product(&x[t], part, offset);
+                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
+                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
+                for (int r = 0; r < 16; r++) {
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
+                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
+                }
+            }
         }
     }
 }
 
-// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+// The same. The compiler knows the type.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                      size_t n_all, int n) {
-    bool has_min = types[type].has_min, halves = types[type].per_scale == 16;
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        UnpackedBlock u;
-        unpack(&u, type, tiles, c);
-        add_part(sum, &u, has_min, x, n, halves ? 1 : 0);
-        if (halves) add_part(sum, &u, has_min, x, n, 2);
+                      size_t n_all, int n, Leaves leaves) {
+#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+    switch (type) {
+        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
+        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
+    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
     }
 }
 
@@ -1575,11 +1628,11 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
     for (; row < n_rows; row++) multiply_some(y + row * 16, type, tiles + row * row_bytes, cols, x, 1, widen);
 }
 
-// Compiles a set of kernels for the instruction set that `target` names. The last five arguments may be its own.
-#define MAKE_KERNELS(set, target, name, add_tiles_of, add_products_of, widen_of, narrow_of, peak_of)                   \
+// Compiles a set of kernels for the instruction set that `target` names, with functions and leaves that may be its own.
+#define MAKE_KERNELS(set, target, name, add_products_of, narrow_of, peak_of, ...)                                      \
     target void set##_add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks,               \
                                 const Block *x, size_t n_all, int n) {                                                 \
-        add_tiles_of(sum, type, tiles, n_blocks, x, n_all, n);                                                         \
+        add_tiles(sum, type, tiles, n_blocks, x, n_all, n, (Leaves){ __VA_ARGS__ });                                   \
     }                                                                                                                  \
     target void set##_add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b,          \
                                    bool half, ptrdiff_t ahead, int m, int depth) {                                     \
@@ -1588,12 +1641,13 @@ INLINE void multiply_vector(float *y, Type type, const unsigned char *tiles, siz
     }                                                                                                                  \
     target void set##_multiply_vector(float *y, Type type, const unsigned char *tiles, size_t n_rows, size_t cols,     \
                                       const float *x) {                                                                \
-        if (type == F32) multiply_vector(y, F32, tiles, n_rows, cols, x, widen_of);                                    \
-        else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen_of);                               \
-        else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen_of);                                               \
+        Widen *widen = (Leaves){ __VA_ARGS__ }.widen;                                                                  \
+        if (type == F32) multiply_vector(y, F32, tiles, n_rows, cols, x, widen);                                       \
+        else if (type == F16) multiply_vector(y, F16, tiles, n_rows, cols, x, widen);                                  \
+        else multiply_vector(y, BF16, tiles, n_rows, cols, x, widen);                                                  \
     }                                                                                                                  \
     target void set##_dequantise(float w[32][16], Type type, const unsigned char *tiles, size_t block) {               \
-        dequantise(w, type, tiles, block, widen_of);                                                                   \
+        dequantise(w, type, tiles, block, (Leaves){ __VA_ARGS__ }.widen);                                              \
     }                                                                                                                  \
     target void set##_narrow(uint16_t *to, const float *from, size_t n) { narrow_of(to, from, n); }                    \
     target void set##_round(Block *blocks, const float *x, size_t stride, size_t cols, size_t n, Range r) {            \
@@ -1631,23 +1685,21 @@ static double peak_scalar(bool int8, size_t rounds) {
     return 2.0 * (double)rounds;
 }
 
-MAKE_KERNELS(scalar, static, "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)
+MAKE_KERNELS(scalar, static, "scalar", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)
 
 // ---- Packing ----
 
 enum { NAME_BYTES = 64, VECTOR = 255 };  // a name and its 0, as long as GGUF allows; a value of Source.tiles
 
-// A tensor in a file: one or more matrices, of rows of blocks.
+// A tensor in a file: one or more matrices, of rows of blocks. Native files have the members before `type` as a record.
 typedef struct SourceType SourceType;
 typedef struct Source {
     char name[NAME_BYTES];
-    const SourceType *type;              // NULL in native files, which have ...
-    uint32_t tiles;                      // ... tiles of this Type, or a VECTOR of floats
-    size_t n, rows, cols;                // n: a matrix for each expert, else 1. A vector is one row
+    uint32_t tiles, rows, cols, n;       // tiles of this Type, or a VECTOR, which is one row; a matrix for each expert
+    uint64_t at, n_bytes;                // of the data: the offset that the file states, and the length
+    const SourceType *type;              // not of native files: NULL
     const unsigned char *data, *scales;  // scales: of llama2.c's int8 groups, which has them apart; else NULL
-    size_t group;                        // weights that share one of those
-    uint64_t at;                         // offset of the data that the file states, from its first tensor's data
-    size_t n_bytes, rows_used;           // of the data; rows that belong to tensors of the model
+    size_t group, rows_used;             // weights that share one of those; rows that belong to tensors of the model
 } Source;
 
 // Packs `rows` <= 16 rows from row `row` on, their columns from `col` on. A tile that they do not fill comes as zeros.
@@ -2592,7 +2644,7 @@ static void pack_team(void *p, Team *team) {
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
-        part.rows = slot->rows;
+        part.rows = (uint32_t)slot->rows;
         part.data = source_block(&part, slot->first_row, 0);
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
         for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
@@ -2629,7 +2681,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     s->rows_used += slot->rows;
     bool rows_fit = slot->rule->fused ? s->rows_used <= s->rows : s->rows_used == s->rows;
     if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
-        return refuse(e, "%s is %zu x %zu x %zu, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
+        return refuse(e, "%s is %u x %u x %u, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
     if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
         return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
@@ -2637,7 +2689,7 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
     if (!s->type && slot_bytes(slot) != s->n_bytes)
-        return refuse(e, "%s has %zu bytes, expected %zu", s->name, s->n_bytes, slot_bytes(slot));
+        return refuse(e, "%s has %zu bytes, expected %zu", s->name, (size_t)s->n_bytes, slot_bytes(slot));
     if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
         return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
     for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
@@ -2753,10 +2805,9 @@ typedef struct {
 
 // Followed by `count` doubles: one, or one for each layer.
 typedef struct { char name[28]; uint32_t count; } ConfigRecord;
-_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32, "no padding");
+_Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && offsetof(Source, type) == 96, "no padding");
 
-// | name | u32 type, rows, columns, n | u64 offset, bytes |
-enum { RECORD_BYTES = NAME_BYTES + 4 * sizeof(uint32_t) + 2 * sizeof(uint64_t) };
+enum { RECORD_BYTES = offsetof(Source, type) };  // a tensor's record is the beginning of a Source
 
 // Appends the configuration to `to` or, if that is NULL, reads it from the cursor.
 static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
@@ -2784,14 +2835,9 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
     if (!(m->sources = allocate(h->n_tensors, sizeof *m->sources, e))) return false;
     for (; m->n_sources < h->n_tensors; m->n_sources++) {
         Source *s = &m->sources[m->n_sources];
-        take_into(&c, s->name, NAME_BYTES);
+        take_into(&c, s, RECORD_BYTES);
         s->name[NAME_BYTES - 1] = 0;
-        s->tiles = take_u32(&c);
-        s->rows = take_u32(&c);
-        s->cols = take_u32(&c);
-        s->n = take_u32(&c);
-        s->at = take_u64(&c) - h->weights.at;
-        s->n_bytes = (size_t)take_u64(&c);
+        s->at -= h->weights.at;
         if (s->tiles >= N_TYPES && s->tiles != VECTOR)
             return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
@@ -2823,7 +2869,6 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
            read_tensor_records(&h, sections[TENSORS], m, e) &&
            place_sources(m->sources, m->n_sources, sections[WEIGHTS], 64, e);
 }
-
 
 // A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
 // file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
@@ -2879,12 +2924,12 @@ static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Erro
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
                     round_up(m->chat_template.n, 64);
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
-        uint32_t shape[] = { s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n };
-        uint64_t place[] = { h->file_bytes, slot_bytes(s) };
-        if (s->data && !(append(b, s->name, NAME_BYTES, e) && append(b, shape, sizeof shape, e) &&
-                         append(b, place, sizeof place, e)))
-            return false;
-        if (s->data) h->file_bytes = round_up(h->file_bytes + place[1], 64);
+        if (!s->data) continue;
+        Source record = { "", s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n,
+                          .at = h->file_bytes, .n_bytes = slot_bytes(s) };
+        memcpy(record.name, s->name, NAME_BYTES);
+        if (!append(b, &record, RECORD_BYTES, e)) return false;
+        h->file_bytes = round_up(h->file_bytes + record.n_bytes, 64);
     }
     return true;
 }
@@ -3145,7 +3190,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
-    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %zu rows", embedding->name, embedding->rows);
+    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %u rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
@@ -3217,11 +3262,13 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(s->name, name.at, name.n);
     if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
+    for (int i = 0; i < 3; i++)
+        if (dims[i] > UINT32_MAX) return refuse(e, "%s has a dimension of %llu", s->name, (unsigned long long)dims[i]);
     for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
     if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
-    s->cols = (size_t)dims[0];
-    s->rows = (size_t)dims[1];
-    s->n = (size_t)dims[2];
+    s->cols = (uint32_t)dims[0];
+    s->rows = (uint32_t)dims[1];
+    s->n = (uint32_t)dims[2];
     s->n_bytes = times(s->n, source_bytes(s));
     return true;
 }
@@ -5012,81 +5059,6 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// 32 columns of a row tile with a byte for each weight: four columns of 16 rows in each w.
-typedef struct {
-    _Alignas(64) uint8_t w[8][64];
-    float scale[2][16], min[2][16];
-} ByteBlock;
-
-// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
-typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
-
-// The leaves of an instruction set. The dot product takes weights of up to `unsigned_bits` bits as unsigned bytes,
-// weight + offset; others as signed bytes.
-typedef struct {
-    int unsigned_bits;
-    Dot *dot;
-    Widen *widen;
-    LookUp *look_up;
-    ScaleSixteen *scale_sixteen;
-} Leaves;
-
-// A weight's byte minus the weight.
-INLINE int byte_offset(Type type, int unsigned_bits) {
-    int bits = types[type].values ? 8 : types[type].bits;
-    return bits > unsigned_bits ? 0 : bits == 8 ? 128 : types[type].offset;
-}
-
-// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
-INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (!part && offset == 128) return x->minus_128_sum;
-    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
-    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
-    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
-}
-
-// The bytes of a block, in C that the compiler makes SIMD of. Returns u->w, or the tile's own bytes if they will do.
-// Prefetches the next block's weights in order, because the loads are not: processors then see what will be read next,
-// and memory is read 1.5 times as fast.
-INLINE const void *unpack_bytes_of(ByteBlock *u, Type type, const unsigned char *tiles, size_t block, Leaves leaves) {
-    const TypeInfo *i = &types[type];
-    const unsigned char *tile = tile_of(type, tiles, block), *from = weights_of(type, tile, block);
-    int change = byte_offset(type, leaves.unsigned_bits) - i->offset;
-    uint8_t *w = u->w[0];
-    const uint8_t *q = i->bits == 8 ? from : w;
-    for (int line = 0; line < i->bits && i->bits < 8; line++) __builtin_prefetch(from + 64 * line + 256);
-    unpack_scales(u->scale, u->min, type, tile, block, leaves.widen, leaves.scale_sixteen);
-    if (i->bits < 8) unpack_planes(u->w, i->bits, from);
-    int8_t values[16];
-    for (int j = 0; i->values && j < 16; j++) values[j] = (int8_t)(i->values[j] + change);
-    if (i->values) leaves.look_up(w, 512, values);
-    for (int j = 0; change && !i->values && j < 512; j++) w[j] = (uint8_t)(q[j] + change);
-    return change ? w : q;
-}
-
-INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                              size_t n_all, int n, Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        ByteBlock u;
-        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
-        for (int t = 0; t < n; t++) {
-            for (int h = 0; h < halves; h++) {
-                _Alignas(64) int32_t dots[16];
-                int part = halves == 1 ? 0 : 1 + h;
-                int32_t correction = offset_product(&x[t], part, offset);
-                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
-#pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-                for (int r = 0; r < 16; r++) {
-                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
-                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
-                }
-            }
-        }
-    }
-}
-
 // A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
 #define MAKE_DOT(isa, set, Vector, step)                                                                               \
     isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
@@ -5101,17 +5073,6 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
             memcpy(dots + row, &dot, sizeof dot);                                                                      \
         }                                                                                                              \
     }
-
-// add_tiles() by the leaves of an instruction set; the compiler knows the type.
-INLINE void add_byte_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                           size_t n_all, int n, Leaves leaves) {
-#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
-    switch (type) {
-        FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
-        FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
-    case F32: case F16: case BF16: case N_TYPES: break;  // not quantised
-    }
-}
 
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
 // step: fmaf(w[j], x, sum[i][j]) of vectors      widened: a vector of floats, from f16 at `from`
@@ -5152,12 +5113,9 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
     for (int i = 0, now; i < m; i += now, c += (size_t)now * c_stride, a += (size_t)now * a_stride) {
         int left = m - i;
         now = left == most || left >= most + 3 ? most : left >= 8 && most > 8 ? 8 : left >= 4 ? 4 : left == 3 ? 3 : 1;
+#define ROWS(m) else if (now == m) leaf(c, c_stride, a, a_stride, b, half, ahead, m, depth);
         if (now == most && of_matrix) leaf(c, 16, a, 32, b, false, 0, most, depth);
-        else if (now == most) leaf(c, c_stride, a, a_stride, b, half, ahead, most, depth);
-        else if (now == 8) leaf(c, c_stride, a, a_stride, b, half, ahead, 8, depth);
-        else if (now == 4) leaf(c, c_stride, a, a_stride, b, half, ahead, 4, depth);
-        else if (now == 3) leaf(c, c_stride, a, a_stride, b, half, ahead, 3, depth);
-        else leaf(c, c_stride, a, a_stride, b, half, ahead, 1, depth);
+        ROWS(most) ROWS(8) ROWS(4) ROWS(3) ROWS(1)
     }
 }
 
@@ -5279,23 +5237,17 @@ LEAF_INLINE(AVX512) void look_up_avx512(uint8_t *w, size_t n, const int8_t value
 MAKE_PEAK(LEAF(AVX512), avx512, "v", __m512i, _mm512_dpbusd_epi32(sum[i], x, x),
           __m512, _mm512_fmadd_ps(sum[i], x, x))
 
-MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_tiles, add_products, widen_floats, narrow_floats, peak_avx2)
+MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_products, narrow_floats, peak_avx2, PLAIN_LEAVES)
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
-#define TILES_AVX2(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 6, dot_avx2, LEAVES_256 })
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", TILES_AVX2, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx2)
-
-#define TILES_AVXVNNI(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avxvnni, LEAVES_256 })
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", TILES_AVXVNNI, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avxvnni)
-
-#define TILES_AVX512VL(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512vl, LEAVES_256 })
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", TILES_AVX512VL, ROWS_AVX2, widen_avx2, narrow_avx2, peak_avx512vl)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, dot_avx2, LEAVES_256)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, dot_avxvnni, LEAVES_256)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, dot_avx512vl, LEAVES_256)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
-#define TILES_AVX512(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 8, dot_avx512, LEAVES_512 })
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", TILES_AVX512, ROWS_AVX512, widen_avx512, narrow_avx2, peak_avx512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, dot_avx512, LEAVES_512)
 
 static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
 
@@ -5350,9 +5302,8 @@ MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the prod
           add_dots(sum[i], vreinterpretq_s8_s32(sum[i]), vreinterpretq_s8_s32(x)), float32x4_t, vfmaq_f32(x, sum[i], x))
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
-#define TILES_NEON(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neon, LEAVES_128 })
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
-MAKE_KERNELS(neon, static, "neon", TILES_NEON, ROWS_NEON, widen_neon, narrow_neon, peak_neon)
+MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, dot_neon, LEAVES_128)
 
 // [kernel neondot] One sdot for each four columns adds four products of bytes to each lane. Compilers and assemblers
 // know it only if -march or -mcpu names it, and a target attribute would undo what else those name. So it is written in
@@ -5366,8 +5317,7 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
 MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-#define TILES_NEONDOT(...) add_byte_tiles(__VA_ARGS__, (Leaves){ 0, dot_neondot, LEAVES_128 })
-MAKE_KERNELS(neondot, static, "neondot", TILES_NEONDOT, ROWS_NEON, widen_neon, narrow_neon, peak_neondot)
+MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, dot_neondot, LEAVES_128)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
 

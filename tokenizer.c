@@ -114,8 +114,6 @@ static size_t unspell_bytes(const char *s, size_t n, char *to) {
 // 2^64 / the golden ratio, need not be secret: vocabularies that are made to collide are refused.
 static uint64_t hash_byte(uint64_t hash, char byte) { return (hash ^ (unsigned char)byte) * 0x9E3779B97F4A7C15u; }
 
-
-
 static uint64_t hash_bytes(const char *s, size_t n) {
     uint64_t hash = 1;
     for (size_t i = 0; i < n; i++) hash = hash_byte(hash, s[i]);
@@ -667,8 +665,6 @@ static size_t run_end(const Characters *x, size_t at, size_t end, int mask, int 
     return at;
 }
 
-
-
 // The end of 's|'t|'re|'ve|'m|'ll|'d, or `at`. any_case: (?i:...), to which U+017F, the long s, is an s.
 static size_t contraction(const Characters *x, size_t at, size_t end, bool any_case) {
     if (at + 1 >= end || x->text[at] != '\'') return at;
@@ -765,10 +761,9 @@ typedef struct {
 typedef struct {
     const Tokenizer *t;
     Symbol *symbols;     // (capacity + 1)
-    uint32_t *ranks;     // (capacity + capacity / 8 + 256)  the tree's memory
-    uint32_t *least[8];  // the tree. Level 0: the rank of each symbol's pair with the next (UINT32_MAX: none);
-    int n_levels;        // level i + 1: the least of each 16 numbers of level i. The last level has 16 numbers
-    size_t n_symbols, capacity;
+    uint32_t *least;     // (3 * capacity + 2)  a tree: least[i] is the less of least[2 * i] and least[2 * i + 1];
+                         // from least[width] on, the rank of each symbol's pair with the next (UINT32_MAX: none)
+    size_t n_symbols, capacity, width;  // the last: a power of two, not less than n_symbols
     uint16_t *scratch;   // BPE: the bytes' classes; SPM: the text with its dummy prefix
     char *composed;      // (3 * n)  text in NFC
     size_t first;        // where in out->ids this plain text begins
@@ -788,32 +783,13 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
-// Makes the tree, with no pair in it yet.
-static void plant_tree(Encoder *c) {
-    uint32_t *end = c->ranks;
-    size_t width = c->n_symbols;
-    for (c->n_levels = 0; c->n_levels == 0 || width > 1; width /= 16) {
-        width = (width + 15) / 16 * 16;
-        c->least[c->n_levels++] = end;
-        end += width;
-    }
-    memset(c->ranks, 0xFF, (size_t)(end - c->ranks) * sizeof *end);
-}
-
-static uint32_t least_of_16(const uint32_t *ranks) {
-    uint32_t least = UINT32_MAX;
-    for (int i = 0; i < 16; i++) least = ranks[i] < least ? ranks[i] : least;
-    return least;
-}
-
-// Sets the rank of pair i, and what changes with it in the levels above.
+// Sets the rank of pair i, and what changes with it further up the tree.
 static void set_rank(Encoder *c, size_t i, uint32_t rank) {
-    c->least[0][i] = rank;
-    for (int level = 1; level < c->n_levels; level++) {
-        rank = least_of_16(&c->least[level - 1][i / 16 * 16]);
-        i /= 16;
-        if (c->least[level][i] == rank) return;
-        c->least[level][i] = rank;
+    c->least[i += c->width] = rank;
+    for (i /= 2; i > 0; i /= 2) {
+        rank = c->least[2 * i] < c->least[2 * i + 1] ? c->least[2 * i] : c->least[2 * i + 1];
+        if (c->least[i] == rank) return;
+        c->least[i] = rank;
     }
 }
 
@@ -838,12 +814,13 @@ static void rank_pair(Encoder *c, const char *s, size_t left) {
 // Joins pairs, the least rank first; among equal ranks, the leftmost.
 static void join_symbols(Encoder *c, const char *s) {
     const Tokenizer *t = c->t;
-    plant_tree(c);
+    for (c->width = 1; c->width < c->n_symbols;) c->width *= 2;
+    memset(c->least, 0xFF, (c->width + c->n_symbols + 1) * sizeof *c->least);
     for (size_t i = 0; i < c->n_symbols; i++) rank_pair(c, s, i);
-    for (uint32_t rank; (rank = least_of_16(c->least[c->n_levels - 1])) != UINT32_MAX;) {
-        size_t left = 0;  // down the tree, to the leftmost pair of that rank
-        for (int level = c->n_levels; level-- > 0;)
-            for (left *= 16; c->least[level][left] != rank;) left++;
+    for (uint32_t rank; (rank = c->least[1]) != UINT32_MAX;) {
+        size_t left = 1;  // down the tree, to the leftmost pair of that rank
+        while (left < c->width) left = 2 * left + (c->least[2 * left] != rank);
+        left -= c->width;
         Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
         if (t->kind == BPE) a->what = (int)t->merge[rank][2];
         set_rank(c, (size_t)a->next, UINT32_MAX);
@@ -870,10 +847,10 @@ static bool emit_unknown(Encoder *c, const char *s, size_t n) {
 static bool reserve_symbols(Encoder *c, size_t n) {
     if (n <= c->capacity) return true;
     free(c->symbols);
-    free(c->ranks);
+    free(c->least);
     c->symbols = allocate(n + 1, sizeof *c->symbols, c->e);
-    c->ranks = allocate(n + n / 8 + 256, sizeof *c->ranks, c->e);
-    c->capacity = c->symbols && c->ranks ? n : 0;
+    c->least = allocate(plus(times(n, 3), 2), sizeof *c->least, c->e);
+    c->capacity = c->symbols && c->least ? n : 0;
     return c->capacity > 0;
 }
 
@@ -984,7 +961,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     free(c.scratch);
     free(c.composed);
     free(c.symbols);
-    free(c.ranks);
+    free(c.least);
     return ok;
 }
 
@@ -1120,8 +1097,6 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
     return true;
 }
 
-
-
 // Opens a section in place: it must be aligned to 4 bytes and outlive the tokenizer. After a failure, close it as well.
 static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
     Cursor c = {.at = section, .left = n_bytes};
@@ -1192,8 +1167,6 @@ static int spelled_byte(const char *s, size_t n) {
     const char *high = memchr(digits, s[3], 32), *low = memchr(digits, s[4], 32);
     return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
 }
-
-
 
 // Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {

@@ -356,7 +356,7 @@ KEPT = [
 
 # Checks that are no `if (...) return refuse(...)`.
 CHECKS = [
-    ("run.c", "c->bad || n > c->left", "c->bad"), ("run.c", "c->bad || n > c->left", "n > c->left"),
+    ("tokenizer.c", "c->bad || n > c->left", "c->bad"), ("tokenizer.c", "c->bad || n > c->left", "n > c->left"),
     ("run.c", "__builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product", "a * b + 0 * (product = 0)"),
     ("run.c", "a > SIZE_MAX - b ? SIZE_MAX : a + b", "a + b"),
     ("run.c", "up == SIZE_MAX ? up : up / step * step", "up / step * step"),

@@ -29,7 +29,7 @@ add run.c '^};' '^static const SourceType source_types' before \
     '    { "Q3_0", 99, 32, 14, Q3, pack_blocks, .scale_at = 0, .low = { 2, 8 }, .high = { 10, 4 } },'
 if $compiler -O0 -fsyntax-only $here/run.c 2>$here/said; then echo "a type without its case compiles"; exit 1; fi
 grep -q "Q3.*not handled in switch" $here/said
-add run.c '^        FOR_TYPE' '^INLINE void add_byte_tiles' before '        FOR_TYPE(Q3)'
+add run.c '^        FOR_TYPE' '^INLINE void add_tiles.float' before '        FOR_TYPE(Q3)'
 
 recipe "\(one\|a family\): a row in families"
 add run.c '^};' '^static const Family families' before '    { "newer", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },'
@@ -42,9 +42,9 @@ add README.md '^| .*`--version`' '' before '| `--whisper` | says less | |'
 
 recipe "a set of kernels: its leaves and MAKE_KERNELS() below, its place in all_kernels"
 add run.c '^static const Kernels .const all_kernels' '' before \
-    'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
+    'MAKE_KERNELS(another, static, "another", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)'
 add run.c '^static const Kernels .const all_kernels' '^#include <arm_neon.h>' before \
-    'MAKE_KERNELS(another, static, "another", add_tiles, add_products, widen_floats, narrow_floats, peak_scalar)'
+    'MAKE_KERNELS(another, static, "another", add_products, narrow_floats, peak_scalar, PLAIN_LEAVES)'
 sed -i.old '/^static const Kernels .const all_kernels/s/&scalar };/\&another, &/' $here/run.c
 grep -q '^static const Kernels .const all_kernels.*&another, &scalar };' $here/run.c
 

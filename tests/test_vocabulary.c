@@ -172,7 +172,7 @@ static void test_all_special(void) {
     free(b.bytes);
 }
 
-// A word of so many symbols that the tree of their ranks has five levels.
+// A word of so many symbols that the tree of their ranks has 18 levels.
 static void test_long_word(void) {
     enum { N_AB = (1 << 16) + 1 };
     static const uint32_t lengths[] = { 1, 1, 2, 4 }, merges[][3] = { { 0, 1, 2 }, { 2, 2, 3 } };  // a b ab abab
