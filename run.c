@@ -4202,8 +4202,7 @@ static bool generate_ahead(const Model *m, Workspace *w, Continuation *c, Stop *
         rewind_sequence(s, n);
         if (*why != GO_ON) break;
         n_rows = pass_ahead(m, w, c, speed, e);
-        logits = w->logits;
-        row = -1;
+        logits = w->logits, row = -1;
     }
     print_bytes(&c->printer, NULL, 0);
     return n_rows > 0;
