@@ -1905,12 +1905,12 @@ typedef struct {
     Part parts[MAX_PROMPT_PARTS];  // -i and -f in the order given
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *cache, *kernel, *pre, *svg;
+    const char *cache, *kernel, *pre, *svg, *session;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
     int64_t repeat_last_n, dry_allowed, dry_last_n;
     Texts biases, breakers, stops;
-    int64_t n_predict, top_k, context, batch, reps;
+    int64_t n_predict, top_k, context, batch, reps, lookup;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
     bool ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile, help, version;
@@ -3542,7 +3542,7 @@ static void close_model(Model *m) {
 }
 
 /* ==== 11. Experts, long texts, likely tokens, memory ================================================================
-   What only some models, texts and samplers need; and the memory of all. */
+   What only some models, texts and samplers need; the memory of all, and what of it can be kept in a file. */
 
 // ---- Experts ----
 
@@ -4095,6 +4095,144 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
     to->n = n;
 }
 
+// ---- Sessions ----
+
+/* A session is a text's tokens and their part of the cache in a file, so that the next run need not read them again. It
+   takes as much of it as its own text begins with, and gets the same bits as if it had read that itself.
+
+       | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
+
+   The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
+   between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
+typedef struct {
+    unsigned char magic[8];
+    uint64_t head_sum, n, file_bytes;  // n: tokens
+    uint64_t model, settings;          // hashes of what the cache's bits depend on beside the tokens
+    char name[80];                     // of the checkpoint, for people
+} SessionHeader;
+_Static_assert(sizeof(SessionHeader) == 128, "no padding");
+
+// Goes on with a checksum. Each step can be undone, so a change within 8 bytes always shows; a forged file need not.
+static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)bytes + i, n - i < 8 ? n - i : 8);
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15u;
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
+
+static uint64_t sum_head(const Buffer *head) { return add_sum(0, head->bytes + 16, head->n - 16); }
+
+// The header for a model (hashed: configuration, vocabulary, and each tensor's name, type, shape and 64 bytes) and for
+// settings (rounding, the cache's type, and the angles, which hold what a scaled rotation makes of -c).
+static SessionHeader session_header(const Model *m, const Workspace *w) {
+    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 1 } };
+    h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
+        for (int l = 0; l < n_values(m, f); l++)
+            h.model = add_sum(h.model, &(double){ get_field(m, f, l) }, sizeof(double));
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
+        uint64_t shape[] = { s->is_vector ? VECTOR : s->type, s->n, s->rows, s->cols };
+        size_t n = s->data ? slot_bytes(s) : 0, some = n < 64 ? n : 64;
+        h.model = add_sum(add_sum(h.model, s->name, strlen(s->name)), shape, sizeof shape);
+        if (some) h.model = add_sum(h.model, s->data + (n - some) / 2, some);
+    }
+    uint64_t kinds = w->settings.exact + 2u * w->settings.cache_f32;
+    h.settings = add_sum(kinds, w->rotation.turns, (size_t)m->config.rope_dim * sizeof(double));
+    const char *name = options.checkpoint ? options.checkpoint : "", *slash = strrchr(name, '/');
+    snprintf(h.name, sizeof h.name, "%s", slash ? slash + 1 : name);
+    return h;
+}
+
+// Reads a page of the cache from a file or writes it to one, and adds it to a checksum. Returns its bytes; 0: failed.
+static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
+    size_t total = 0;
+    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
+        unsigned char *parts[] = { keys_at(y, page, 0), values_at(y, page, 0) };
+        for (int i = 0; i < 2; i++) {
+            size_t n = y->n_heads * (i ? y->value_bytes : y->key_bytes);
+            if (from && fread(parts[i], 1, n, from) != n) return 0;
+            if (to && fwrite(parts[i], 1, n, to) != n) return 0;
+            *sum = add_sum(*sum, parts[i], n);
+            total += n;
+        }
+    }
+    return total;
+}
+
+// Reads what is before the pages into `head`.
+static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, Buffer *head, Error *e) {
+    SessionHeader h;
+    if (n_bytes < sizeof h || fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted->magic, sizeof h.magic))
+        return refuse(e, "--session: the file is no session of this version, and only those are written over");
+    size_t most = h.n < MAX_CONTEXT ? h.n : MAX_CONTEXT;
+    size_t rest = n_pages((int)most) * sizeof(uint64_t) + most * sizeof(int32_t);
+    if (h.file_bytes != n_bytes || h.n != most || rest > n_bytes - sizeof h)
+        return refuse(e, "--session: the file is damaged: its header tells of more or fewer than %zu bytes", n_bytes);
+    if (!append(head, &h, sizeof h, e) || !append(head, NULL, rest, e)) return false;
+    if (fread(head->bytes + sizeof h, 1, rest, f) != rest || sum_head(head) != h.head_sum)
+        return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
+    if (h.model != wanted->model)
+        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h.name, wanted->name);
+    return h.settings == wanted->settings ||
+           refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+}
+
+// Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
+// make logits. NULL: only checks the session's beginning.
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes,
+                         const Tokens *tokens, Error *e) {
+    SessionHeader wanted = session_header(m, w);
+    Buffer head = { 0 };
+    bool ok = read_head(&wanted, f, n_bytes, &head, e);
+    size_t n = ok ? (size_t)((SessionHeader *)(void *)head.bytes)->n : 0;
+    const uint64_t *sums = n ? (const void *)(head.bytes + sizeof wanted) : NULL;
+    const int32_t *ids = n ? (const void *)(sums + n_pages((int)n)) : NULL;
+    for (size_t i = 0; tokens && i < n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++) append_token(s, ids[i]);
+    for (size_t i = 0; ok && i < n_pages(s->n); i++) {
+        uint64_t sum = 0;
+        if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
+            ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
+    }
+    if (!ok) rewind_sequence(s, 0);
+    free(head.bytes);
+    return ok;
+}
+
+// The same with the file of that name, if there is one.
+static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
+    struct stat info = { 0 };
+    if (stat(options.session, &info) && errno == ENOENT) return true;
+    FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
+    if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
+    bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
+    fclose(f);
+    return ok;
+}
+
+// Writes the text to the file, in place of the session that may be there.
+static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
+    SessionHeader h = session_header(m, w);
+    size_t pages = n_pages(s->n), at = sizeof h;
+    uint64_t ignored = 0;
+    Buffer head = { 0 };
+    Output out = { 0 };
+    h.n = (uint64_t)s->n;
+    bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
+              append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
+    h.file_bytes = head.n;
+    for (size_t i = 0; ok && i < pages; i++)
+        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)(head.bytes + at) + i);
+    if (ok) memcpy(head.bytes, &h, sizeof h), ((SessionHeader *)(void *)head.bytes)->head_sum = sum_head(&head);
+    if (ok) fwrite(head.bytes, 1, head.n, out.stream);
+    for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
+        transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
+    free(head.bytes);
+    return close_output(&out, ok, e);
+}
+
 /* ==== 12. Writing, chatting =========================================================================================
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
    puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
@@ -4129,10 +4267,11 @@ static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens
 // How fast prompts went in and tokens came out. The first token of a text comes with its prompt's last pass.
 typedef struct {
     size_t n_prompt, n_made, n_passes;
+    size_t n_kept, n_guessed, n_right;  // from a session; by --lookup
     double prompt_seconds, made_seconds;
 } Speed;
 
-// Sends a prompt, or what is new in a chat, if it fits the context; and counts the time.
+// Sends a prompt, or what is new in a chat, if it fits the context, but not what a session has; and counts the time.
 static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n, tokens->n);
     int context = s->cache->context, most = m->config.context;
@@ -4141,9 +4280,13 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
                     s->n ? "this conversation" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
+    bool reads = options.session && s->n == 0;
+    if (reads && !open_session(m, w, s, tokens, e)) return false;
+    size_t kept = reads ? (size_t)s->n : 0;
     double start = clock_seconds();
-    if (!prefill(m, w, s, tokens->ids, tokens->n, NULL, e)) return false;
-    speed->n_prompt += tokens->n;
+    if (!prefill(m, w, s, tokens->ids + kept, tokens->n - kept, NULL, e)) return false;
+    speed->n_prompt += tokens->n - kept;
+    speed->n_kept += kept;
     speed->prompt_seconds += clock_seconds() - start;
     return true;
 }
@@ -4227,7 +4370,11 @@ static void tell_speed(const Model *m, const Speed *v) {
     fprintf(stderr, "prompt %zu tokens, %.1f tokens/s; generated %zu tokens", v->n_prompt,
             v->prompt_seconds > 0 ? (double)v->n_prompt / v->prompt_seconds : 0, v->n_made);
     double rate = v->n_passes ? (double)v->n_passes / v->made_seconds : 0;
-    if (rate > 0) fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", rate, rate * (double)bytes_per_token(m) * 1e-9);
+    if (rate > 0)
+        fprintf(stderr, ", %.1f tokens/s, %.1f GB/s", (double)(v->n_passes + v->n_right) / v->made_seconds,
+                rate * (double)bytes_per_token(m) * 1e-9);
+    if (options.session) fprintf(stderr, "; %zu tokens of the session", v->n_kept);
+    if (options.lookup) fprintf(stderr, "; %zu/%zu guesses right, %zu passes", v->n_right, v->n_guessed, v->n_passes);
     fputc('\n', stderr);
 }
 
@@ -4247,6 +4394,70 @@ static void count_made(Speed *v, const Continuation *c, double start) {
     v->made_seconds += clock_seconds() - start;
 }
 
+// ---- Lossless speculation ----
+
+// Texts repeat themselves: summaries quote, programs are edited. So what the model will say next may be guessed from
+// what followed its last tokens before (Saxena, "Prompt Lookup Decoding"). A pass takes the guess's tokens along; a
+// row's logits then choose the token after it as they always would, and the next row counts if that token was guessed.
+
+// Writes a guess of at most `most` tokens to ids[n] and on: what followed the latest of the longest earlier matches of
+// the last tokens. It is no longer than the match, since a wrong token costs a fifth of a pass. It may run into itself,
+// as "ab" is guessed to go on after "abab". Returns its length.      ids (n)
+static int look_up(int *ids, int n, int most) {
+    enum { SHORTEST = 2, LONGEST = 64 };  // matches: one token says little, and after so many the search ends
+    int best = SHORTEST - 1, next = n;
+    for (int at = n - 1; at > 0 && best < LONGEST; at--) {
+        int length = 0;
+        while (length < at && length < LONGEST && ids[at - 1 - length] == ids[n - 1 - length]) length++;
+        if (length > best) best = length, next = at;
+    }
+    int length = next == n ? 0 : most < best ? most : best;
+    for (int i = 0; i < length; i++) ids[n + i] = ids[next + i];
+    return length;
+}
+
+// Sends a text's next token through the model, and a guess after it; returns how many rows that were, 0 if it fails. A
+// guess must not fail what would go well without it, so the token is tried alone too.
+static int pass_ahead(const Model *m, Workspace *w, Continuation *c, Speed *speed, Error *e) {
+    Sequence *s = c->sequence;
+    size_t most = (size_t)(s->cache->context - s->n - 1), left = c->limit - c->n_made - 1;
+    if (most > (size_t)options.lookup) most = (size_t)options.lookup;
+    if (most > (size_t)w->settings.batch - 1) most = (size_t)w->settings.batch - 1;
+    s->ids[s->n] = c->last;
+    int n_guessed = look_up(s->ids, s->n + 1, (int)(most < left ? most : left));
+    for (int n = 1 + n_guessed;; n = 1, e->status = DONE) {
+        for (int i = 0; i < n; i++) w->room[i] = (Row){ s->ids[s->n + i], s->n + i, 0, true };
+        c->n_passes++;
+        speed->n_guessed += (size_t)n - 1;
+        bool done = forward(m, w, s, w->room, n, e);
+        if (done && logits_of(m, w, 0, e)) return n;
+        if (done) rewind_sequence(s, s->n - n);
+        if (n == 1) return 0;
+    }
+}
+
+// What generate() does, to the bit. A token is chosen while the text has the tokens before it only, without a guess.
+static bool generate_ahead(const Model *m, Workspace *w, Continuation *c, Stop *why, Speed *speed, Error *e) {
+    if (!options.lookup) return generate(m, w, c, why, e);
+    Sequence *s = c->sequence;
+    const float *logits = w->logits;
+    int n_rows = 1;  // of the last pass
+    for (int row = 0; n_rows > 0; row++) {
+        int end = s->n, n = s->n -= n_rows - 1 - row;
+        *why = next_token(m, c, logits);
+        s->n = end;
+        bool right = *why == GO_ON && n < end && s->ids[n] == c->last;
+        speed->n_right += right;
+        if (right && (logits = logits_of(m, w, row + 1, e))) continue;
+        rewind_sequence(s, n);
+        if (*why != GO_ON) break;
+        n_rows = pass_ahead(m, w, c, speed, e);
+        logits = w->logits, row = -1;
+    }
+    print_bytes(&c->printer, NULL, 0);
+    return n_rows > 0;
+}
+
 static size_t most_tokens(void) { return options.n_predict < 0 ? SIZE_MAX : (size_t)options.n_predict; }
 
 static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const Tokens *prompt, Error *e) {
@@ -4260,7 +4471,7 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     print_bytes(&c.printer, NULL, 0);
     c.printer.stops = &options.stops;
     double start = clock_seconds();
-    if (!generate(m, w, &c, &why, e)) return false;
+    if (!generate_ahead(m, w, &c, &why, &speed, e)) return false;
     count_made(&speed, &c, start);
     putchar('\n');
     fflush(stdout);
@@ -4426,7 +4637,7 @@ static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, 
     bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
     unread->n = ok ? 0 : n_unread;
     double start = clock_seconds();
-    ok = ok && generate(m, w, &c, &why, e);
+    ok = ok && generate_ahead(m, w, &c, &why, speed, e);
     if (ok) count_made(speed, &c, start);
     if (c.last >= 0 && (why == AT_STOP_TEXT || why == AT_LIMIT || why == AT_CONTEXT))
         ok = ok && emit(unread, c.last, e);
@@ -5515,6 +5726,10 @@ static const Option option_table[] = {
     { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
     { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
+    { 0, "session", "FILE", TEXT, OF(session), 0, 0,
+      "generate, chat: keep the text's cache in FILE; what the next text has in common with it is not read again" },
+    { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
+      "generate, chat: check up to N tokens in one pass, guessed from the text so far: the same text, sooner" },
     HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
@@ -5902,9 +6117,10 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
-// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program.
+// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
 static void on_interrupt(int number) {
-    bool ends = interrupted || at_prompt;
+    bool ends = interrupted || (at_prompt && !options.session);
+    if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
     if (ends && unfinished) unlink(unfinished);
     if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
     interrupted = number;
@@ -5917,6 +6133,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
+    bool keeps = options.session && (mode == GENERATE || mode == CHAT);
+    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
     ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
     if (mode == CHAT && options.n_parts) {
         ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
@@ -5937,6 +6155,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     case MATMUL: ok = run_matmul(e); break;
     default: break;
     }
+    keeps = keeps && s && s->n > 0 && (ok || e->status == INTERRUPTED || e->status == NO_ROOM);
+    if (keeps) ok = write_session(m, w, s, ok ? e : &(Error){ 0 }) && ok;
     if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
     free(text.bytes);

@@ -1,18 +1,19 @@
 /* Fuzzing: bytes that nobody thought of.
 
-   make fuzz        builds three programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
+   make fuzz        builds four programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
 
      FILES   any bytes as a checkpoint and as a tokenizer file: they open, or are refused with one line
      TEXTS   any text in small vocabularies of every kind, or in one that the input brings along: the tokens are those
              of a plain quadratic encoder below, and decoding gives the text back
      MODELS  what opens goes through the model, two tokens at once and one after the other, by the scalar kernels and by
              this machine's best: the same bits
+     SESSIONS  any bytes as a session of a small model: taken, and the text goes on, or refused, and nothing is left
 
    test.c includes this file too and replays tests/corpus with the same functions, which return what is wrong, or NULL.
    In the fuzzers every map is a block of its exact size, so that ASan sees who leaves it, and allocations are added up:
    the bytes of a file have to justify them. */
 
-#ifdef FUZZ  // 1 FILES, 2 TEXTS or 3 MODELS; else this is a part of test.c
+#ifdef FUZZ  // 1 FILES, 2 TEXTS, 3 MODELS or 4 SESSIONS; else this is a part of test.c
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
 #pragma clang diagnostic ignored "-Wunused-function"
@@ -463,8 +464,44 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
     return try_text(&lexicons[which], (const char *)bytes + 2, n - 2, special);
 }
 
+// A session for tests/golden/llama_mqa.gguf: a text that may begin with its tokens, 0, 7, 14, ..., goes on after them.
+static const char *try_session(const unsigned char *bytes, size_t n) {
+    enum { N = 100 };
+    static Model m;
+    static Runner r;
+    Error e = { 0 };
+    int ids[N], n_spare = r.cache.n_spare;
+    if (!m.layers) {
+        Buffer file = { 0 };
+        Settings settings = { .threads = 1, .context = 128, .batch = 1 };
+        void *copy = NULL;
+        bool ok = read_all("tests/golden/llama_mqa.gguf", MAX_TEXT, &file, &e) && !posix_memalign(&copy, 64, file.n);
+        if (ok) memcpy(copy, file.bytes, file.n);
+        free(file.bytes);
+        if (!ok || !open_model(copy, file.n, 1, &m, &e) || !make_runner(&m, settings, &r, &e)) {
+            printf("tests/golden/llama_mqa.gguf: %s\n", e.text);
+            exit(1);
+        }
+        n_spare = r.cache.n_spare;
+    }
+    for (int i = 0; i < N; i++) ids[i] = i * 7 % m.config.n_tokens;
+    FILE *f = n ? fmemopen((void *)bytes, n, "rb") : NULL;
+    if (!f) return NULL;
+    Tokens tokens = { .ids = ids, .n = N };
+    bool ok = read_session(&m, &r.w, &r.text, f, n, &tokens, &e);
+    const char *wrong = !is_clean(ok, &e) ? "it was neither taken nor refused" : NULL;
+    fclose(f);
+    int kept = r.text.n;
+    if (!ok && (kept || r.cache.n_spare != n_spare)) wrong = "something is left of a session that was refused";
+    if (kept >= N || memcmp(r.text.ids, ids, (size_t)kept * sizeof *ids)) wrong = "other tokens than the text's";
+    ok = ok && run_tokens(&m, &r, ids + kept, 1, 1, &e);
+    if (!is_clean(ok, &e)) wrong = "the text does not go on, and it was not refused";
+    rewind_sequence(&r.text, 0);
+    return wrong;
+}
+
 #ifdef FUZZ
-enum { FILES = 1, TEXTS, MODELS };
+enum { FILES = 1, TEXTS, MODELS, SESSIONS };
 
 #ifndef FUZZ_WITHOUT_MUTATOR  // AFL++ has its own
 
@@ -827,8 +864,55 @@ static size_t change_text_input(uint8_t *data, size_t size, size_t max_size) {
     return size + n;
 }
 
+// A session of one page becomes one of two, which no file of 64 positions has.
+static size_t double_session(uint8_t *data, size_t size, size_t max_size) {
+    static uint8_t made[1 << 16];
+    SessionHeader h;
+    memcpy(&h, data, sizeof h);
+    size_t before = sizeof h + 8 + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + 16 + n * 4;
+    if (h.n == 0 || h.n > PAGE || size <= before) return size;
+    size_t n_page = size - before;
+    if (at + 2 * n_page > max_size || at + 2 * n_page > sizeof made) return size;
+    h.n = n;
+    memcpy(made, &h, sizeof h);
+    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 16 + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
+    memcpy(made + at, data + before, n_page);
+    memcpy(made + at + n_page, data + before, n_page);
+    memcpy(data, made, at + 2 * n_page);
+    return at + 2 * n_page;
+}
+
+// Mostly with the right length, hash and checksums, which else would be all that is ever looked at.
+static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
+    SessionHeader h;
+    if (size >= sizeof h && one_in(2)) set_number(data + 8 * below(sizeof h / 8), 8, size);
+    else size = LLVMFuzzerMutate(data, size, max_size);
+    if (size < sizeof h || one_in(8)) return size;
+    if (one_in(4)) size = double_session(data, size, max_size);
+    static uint64_t model, settings;  // those of the seeds
+    memcpy(&h, data, sizeof h);
+    if (!model) model = h.model, settings = h.settings;
+    h.model = model, h.settings = settings;
+    if (!one_in(4)) h.file_bytes = size;
+    if (!one_in(4)) h.n %= 130;
+    memcpy(data, &h, sizeof h);
+    size_t pages = h.n < 1000 ? n_pages((int)h.n) : 0, at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
+    for (size_t i = 0; i < pages && at < size && sizeof h + 8 * i + 8 <= size; i++) {
+        size_t n = (size - at) / (pages - i);
+        uint64_t sum = add_sum(0, data + at, n);
+        if (!one_in(8)) memcpy(data + sizeof h + 8 * i, &sum, 8);
+        at += n;
+    }
+    at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
+    Buffer head = { data, at < size ? at : size, 0 };
+    h.head_sum = sum_head(&head);
+    memcpy(data, &h, sizeof h);
+    return size;
+}
+
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
     mutation_state = seed;
+    if (FUZZ == SESSIONS) return change_session(data, size, max_size);
     if (FUZZ == TEXTS) return change_text_input(data, size, max_size);
     return (FUZZ == MODELS ? change_model : change_file)(data, size, max_size);
 }
@@ -869,7 +953,8 @@ static void forget_coverage(void) {}
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t before = n_forward;
     n_allocated = 0;
-    const char *wrong = FUZZ == TEXTS ? try_text_input(data, size) : try_file(data, size, FUZZ == MODELS);
+    const char *wrong = FUZZ == TEXTS ? try_text_input(data, size)
+                      : FUZZ == SESSIONS ? try_session(data, size) : try_file(data, size, FUZZ == MODELS);
     if (!wrong && n_allocated > (4u << 20) + 64 * size) wrong = "more memory than the file's size justifies";
     if (wrong) fprintf(stderr, "\n%s\n", wrong), abort();
     if (FUZZ == MODELS && n_forward == before) forget_coverage();

@@ -2,7 +2,7 @@
 """Writes the files that fuzzing begins with: models as small as they can be, one of every family, type and container,
 and texts. Python's standard library and ./run, which makes the native ones.
 
-    python3 tests/make_seeds.py FOLDER      FOLDER/files and FOLDER/texts
+    python3 tests/make_seeds.py FOLDER      FOLDER/files, FOLDER/texts and FOLDER/sessions
 """
 import random
 import struct
@@ -172,8 +172,8 @@ def texts() -> dict[str, bytes]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    files, texts_folder = folder / "files", folder / "texts"
-    for path in (files, texts_folder):
+    files, texts_folder, sessions = folder / "files", folder / "texts", folder / "sessions"
+    for path in (files, texts_folder, sessions):
         path.mkdir(parents=True, exist_ok=True)
     random.seed(1)
     made = {f"{family}.gguf": gguf(family) for family in FAMILIES}
@@ -201,6 +201,10 @@ def main() -> None:
         (files / "source").write_bytes(data)
         subprocess.run(["./run", files / "source", "-m", "export", "-q", "-o", files / f"{name}.native"], check=True)
     (files / "source").unlink()
+    for n in (1, 5, 64):
+        ids = " ".join(str(i * 7 % 135) for i in range(n))  # as in fuzz.c; llama_mqa has 135 tokens
+        subprocess.run(["./run", "tests/golden/llama_mqa.gguf", "-q", "-n", "0", "--kv", "f16", "--ids", ids,
+                        "--session", sessions / f"tokens-{n}"], check=True, stdout=subprocess.DEVNULL)
     opened = 0
     for path in sorted(files.iterdir()):  # all but the tokenizer are models that open
         done = subprocess.run(["./run", path, "-m", "inspect", "-q"], capture_output=True, text=True)

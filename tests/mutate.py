@@ -5,9 +5,10 @@
     python3 tests/mutate.py WORD ...       those whose description contains one of the words
     python3 tests/mutate.py --list         what there is
 
-Four kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
+Five kinds. features: what chapter 5 does for some models only (windows, caps, biases, norms, multipliers, experts,
 kinds of rotation) is not done, or a family's row lacks something. texts: what many texts in one pass, rewinding,
-forking, unequal threads and the default number of threads need is left out. ranges: a number of the configuration may
+forking, unequal threads and the default number of threads need is left out. sessions: what makes a text the same with
+a session or with guesses. ranges: a number of the configuration may
 be smaller, or larger, than it may; a tensor or key that is needed need not be there. checks: each operand of each
 condition that refuses a file, in chapter 10's parsers and validator and where tokenizer.c reads vocabularies, never
 holds.
@@ -30,7 +31,9 @@ TREE = ROOT / "build" / "mutate"
 SOURCES = ("run.c", "tokenizer.c")
 FILES = ["sizes", "damaged files", "damaged vocabularies", "corpus", "goldens", "containers"]
 TEXTS = ["pages", "chunks", "resting", "processors", "stops", "batches", "many texts"]
-GROUPS = {"features": ["goldens", "damaged files"], "texts": TEXTS, "ranges": FILES, "checks": FILES}
+SESSIONS = ["sessions", "lookup"]
+GROUPS = {"features": ["goldens", "damaged files"], "texts": TEXTS, "ranges": FILES, "checks": FILES,
+          "sessions": SESSIONS}
 SANITIZER = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 HURRY = [  # where a mutant is compiled, so that it takes half the time
     ("tests/test.c", "if (n_failed_in_group == 20)", "fflush(stdout), _exit(1);"),
@@ -319,6 +322,38 @@ MACHINE = [
     ("many processors", "MOST_CPUS = 1 << 16", "MOST_CPUS = 1 << 10"),
 ]
 
+# Sessions and guesses, likewise.
+KEPT = [
+    ("the last token of a session goes through again", "i < n && i + 1 < tokens->n &&", "i < n && i < tokens->n &&"),
+    ("a session's tokens are the text's", "&& ids[i] == tokens->ids[i]; i++) append_token", "; i++) append_token"),
+    ("a session's pages have a checksum", "f, NULL, &sum) || sum != sums[i])", "f, NULL, &sum))"),
+    ("a session's beginning has a checksum", "!= rest || sum_head(head) != h.head_sum)", "!= rest)"),
+    ("a refused session leaves nothing", "if (!ok) rewind_sequence(s, 0);\n    free(head", "free(head"),
+    ("a session's length", "if (h.file_bytes != n_bytes || h.n != most ||", "if (h.n != most ||"),
+    ("a session's number of tokens", "|| h.n != most || rest >", "|| rest >"),
+    ("a session's beginning fits the file", "|| h.n != most || rest > n_bytes - sizeof h)", "|| h.n != most)"),
+    ("a session's model", "if (h.model != wanted->model)", "if (0)"),
+    ("a session's settings", "return h.settings == wanted->settings ||", "return true ||"),
+    ("a session's rounding", "kinds = w->settings.exact + 2u *", "kinds = 2u *"),
+    ("a session's type of cache", "+ 2u * w->settings.cache_f32;", ";"),
+    ("a session's angles", "w->rotation.turns, (size_t)m->config.rope_dim * sizeof(double));", "w->rotation.turns, 0);"),
+    ("a session's weights", "if (some) h.model = add_sum(", "if (0) h.model = add_sum("),
+    ("a session's configuration", "add_sum(h.model, &(double){ get_field(m, f, l) }", "add_sum(h.model, &(double){ 0 }"),
+    ("values are kept in a session", "(i ? y->value_bytes : y->key_bytes)", "y->key_bytes"),
+    ("a guess is chosen from as if it were not there", "n = s->n -= n_rows - 1 - row;",
+     "n = s->n - (n_rows - 1 - row);"),
+    ("a wrong guess is taken back", "rewind_sequence(s, n);\n        if (*why", "if (*why"),
+    ("only the right guess counts", "n < end && s->ids[n] == c->last;", "n < end;"),
+    ("guesses up to -n", "(int)(most < left ? most : left)", "(int)most"),
+    ("guesses up to the context's end", "(s->cache->context - s->n - 1), left", "(s->cache->context), left"),
+    ("guesses up to a pass's rows", "most = (size_t)w->settings.batch - 1;\n    s->ids", "most = 1023;\n    s->ids"),
+    ("a guess fails alone", "if (n == 1) return 0;", "return 0;"),
+    ("and leaves no error", ";; n = 1, e->status = DONE) {", ";; n = 1) {"),
+    ("the latest of matches", "if (length > best) best = length, next = at;",
+     "if (length >= best) best = length, next = at;"),
+    ("a guess is no longer than its match", "most < best ? most : best;", "most;"),
+]
+
 # Checks that are no `if (...) return refuse(...)`.
 CHECKS = [
     ("tokenizer.c", "c->bad || n > c->left", "c->bad"), ("tokenizer.c", "c->bad || n > c->left", "n > c->left"),
@@ -494,7 +529,7 @@ def families(text: str) -> list[Mutant]:
 
 def features(text: str) -> list[Mutant]:
     found = []
-    for kind, table in (("features", FEATURES), ("texts", MACHINE)):
+    for kind, table in (("features", FEATURES), ("texts", MACHINE), ("sessions", KEPT)):
         for name, old, new in table:
             if old not in text:
                 sys.exit(f"run.c has no {old}")
@@ -528,7 +563,7 @@ def noticed(mutant: Mutant, texts: dict[str, str], compiler: list[str]) -> str:
     for name in ("tests/golden", "tests/corpus", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     how = ""
-    sanitized = TEXTS if mutant.kind == "texts" else [*FILES, "damaged everywhere"]
+    sanitized = GROUPS[mutant.kind] if mutant.kind in ("texts", "sessions") else [*FILES, "damaged everywhere"]
     for options, groups, limit in (([], GROUPS[mutant.kind], 60), (SANITIZER, sanitized, 900)):
         build = [*compiler, *options, "-w", "tests/test.c", "-lm", "-o", "test"]
         how = how or run(build, folder, 900) and "does not compile" or run(["./test", *groups], folder, limit)

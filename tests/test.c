@@ -18,6 +18,7 @@
      test_files.c        damaged files
      test_vocabulary.c   damaged vocabularies
      fuzz.c              the inputs that fuzzing found worth keeping
+     test_session.c      sessions, whole and damaged; guesses that leave a text as it is
      test_command.c      ./run as a command, and the limits of style */
 
 #define CRIA_NO_MAIN
@@ -251,6 +252,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_files.c"
 #include "test_vocabulary.c"
 #include "test_command.c"
+#include "test_session.c"
 
 static const struct {
     const char *name;
@@ -290,6 +292,10 @@ static const struct {
     { "damaged everywhere", test_damage_everywhere },
     { "fuzzing's corpus", test_corpus },
     { "failing calls", test_failing_calls },
+    { "sessions", test_sessions },
+    { "damaged sessions", test_damaged_sessions },
+    { "lookup", test_lookup },
+    { "./run --session", test_session_commands },
     { "command line", test_command_line },
     { "style", test_style },
 };

@@ -1670,8 +1670,8 @@ static void test_empty_pieces(void) {
 // The targets of fuzz.c on every input in tests/corpus: each reaches code that the others do not.
 static void test_corpus(void) {
     test_empty_pieces();
-    static const char *const targets[] = { "files", "texts", "models" };
-    for (int i = 0; i < 3; i++) {
+    static const char *const targets[] = { "files", "texts", "models", "sessions" };
+    for (int i = 0; i < 4; i++) {
         char path[400];
         int n = 0;
         snprintf(path, sizeof path, "tests/corpus/%s", targets[i]);
@@ -1680,14 +1680,15 @@ static void test_corpus(void) {
             if (d->d_name[0] == '.') continue;
             snprintf(path, sizeof path, "tests/corpus/%s/%s", targets[i], d->d_name);
             Bytes b = read_bytes(path);
-            const char *wrong = i == 1 ? try_text_input(b.bytes, b.n) : try_file(b.bytes, b.n, false);
-            if (i != 1 && !wrong) wrong = try_file(b.bytes, b.n, true);
+            const char *wrong = i == 1 ? try_text_input(b.bytes, b.n)
+                              : i == 3 ? try_session(b.bytes, b.n) : try_file(b.bytes, b.n, false);
+            if (i % 2 == 0 && !wrong) wrong = try_file(b.bytes, b.n, true);
             check(b.bytes && !wrong, "%s: %s", path, wrong ? wrong : "cannot be read");
             free(b.bytes);
             n++;
         }
         if (corpus) closedir(corpus);
-        check(n >= 50, "tests/corpus/%s: got %d inputs", targets[i], n);
+        check(n >= (i == 3 ? 10 : 50), "tests/corpus/%s: got %d inputs", targets[i], n);
     }
 }
 

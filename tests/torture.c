@@ -43,6 +43,7 @@ typedef struct {
 
 static const Case cases[] = {
     { "generate", "$ -q -n 4 -t 0.8 -s 1 -i Once", "", true, false },
+    { "session", "$ -q -n 4 -t 0.8 -s 1 --lookup 2 -i Once --session @/out", "", true, false },
     { "chat", "$ -q -m chat --template vicuna-lines -n 3 -s 1 -i Hi", "you?\n", true, true },
     { "export", "$ -q -m export -o @/out", "", true, false },
     { "logits", "$ -q -m logits -f @/text -o @/out", "", true, false },
