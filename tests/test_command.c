@@ -1037,7 +1037,8 @@ static void test_conversations(void) {
     write_text("lines", "Hi\nthere\n");
     write_text("who", "Who?");
     write_text("asked.json", "[{\"role\": \"user\", \"content\": \"Hi\\u0020there\"}]");
-    write_text("asked2.json", "\xEF\xBB\xBF{\"x\": 1, \"messages\": [{\"content\": \"Hi there\", \"role\": \"user\", \"n\": 2}]}");
+    write_text("asked2.json", "\xEF\xBB\xBF{\"x\": 1, "
+               "\"messages\": [{\"content\": \"Hi there\", \"role\": \"user\", \"n\": 2}]}");
     write_text("told.json", "[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b c\"}]");
     write_text("system.json", "[{\"role\":\"system\",\"content\":\"Brief\"},{\"role\":\"user\",\"content\":\"a\"}]");
     write_text("many", "a a a a a a\nb b b b b b\nc c c c c c\nq q q q q q z\n");
@@ -1054,7 +1055,8 @@ static void test_conversations(void) {
         free_result(&wanted);
     }
     static const Case cases_of_chats[] = {
-        { "$long -m chat -t 0 -q -c 64 -n 20 <$T/many", 0, "", "[the context is full: the oldest 2 messages are forgotten]\n" },
+        { "$long -m chat -t 0 -q -c 64 -n 20 <$T/many", 0, "",
+          "[the context is full: the oldest 2 messages are forgotten]\n" },
         { "$long -m chat -t 0 -q -c 64 -n 20 --no-shift <$T/many", 5, "",
           "this conversation is full (64 tokens); start again with -c 0 for 1048576\n" },
         { "$long -m chat -st -q </dev/null", 2, NULL, "nothing to answer" },
@@ -1080,7 +1082,8 @@ static void test_conversations(void) {
 // What is printed of a text with thoughts, whatever its parts.
 static void test_thoughts(void) {
     static const struct { size_t state; const char *text, *wanted; } texts[] = {
-        { WATCHED, "a<think>b</think>\n\nc", "ac" }, { WATCHED, "<think>b</think>", "" }, { WATCHED, "a<thin", "a<thin" },
+        { WATCHED, "a<think>b</think>\n\nc", "ac" }, { WATCHED, "<think>b</think>", "" },
+        { WATCHED, "a<thin", "a<thin" },
         { WATCHED, "<<think>b<</think>c", "<c" }, { WATCHED, "<think>b", "" }, { WATCHED, "<think>b</thin", "" },
         { HIDDEN, "b</think> c\n", "c\n" }, { HIDDEN, "b<think></thin</think>\xC3\xA4", "\xC3\xA4" },
         { WATCHED, "\xC3\xA4<think>\xC3\xA4</think>\xE4\xBD", "\xC3\xA4\xE4\xBD" },
@@ -1120,8 +1123,8 @@ static bool wait_for_screen(int terminal, const char *part) {
 }
 
 // A chat at a terminal. `keys` are pressed one after the other: where an answer or a command ends, there is a prompt
-// again. At last the screen shows some text, and a signal may be sent. The terminal is as before when the chat ends, and
-// the conversation in $T/chat.json is `saved`.
+// again. At last the screen shows `shown` if a signal is sent. The terminal is as before when the chat ends, and the
+// conversation in $T/chat.json is `saved`.
 static void check_typed(const char *const *keys, int status, int number, const char *shown, const char *saved) {
     char text[256];
     int terminal = posix_openpt(O_RDWR | O_NOCTTY);
@@ -1157,8 +1160,8 @@ static void check_typed(const char *const *keys, int status, int number, const c
     }
     check(ok && r.status == status && !memcmp(&before, &after, sizeof before) &&
               (!saved || (got && !strcmp(got, saved))),
-          "typed \"%.99s\": got status %d, the terminal %s, and %.900s; wanted %d and %.900s", ok ? "all" : *keys, r.status,
-          ok && !memcmp(&before, &after, sizeof before) ? "as before" : "changed", got ? got : "no file", status,
+          "typed \"%.99s\": got status %d, the terminal %s, and %.900s; wanted %d and %.900s",
+          ok ? "all" : *keys, r.status, ok && !memcmp(&before, &after, sizeof before) ? "as before" : "changed", got ? got : "no file", status,
           saved ? saved : "nothing");
     free(got);
     free_result(&r);
@@ -1175,15 +1178,19 @@ static void test_typing(void) {
     snprintf(saves, sizeof saves, "/save %s \r", save);
     snprintf(loads, sizeof loads, "/load %s\r", save);
     const char *const edits[] = { "ac\033[Db\r", "\033[A\033[1~x\033OFy\r", "one two\027three\r",
-                                  "\xE4\xB8\x96\xF0\x9F\x98\x80z\033[D\177\006e\xCC\x81\002\002q\r", "abc\001\013d\x05" "e\r",
+                                  "\xE4\xB8\x96\xF0\x9F\x98\x80z\033[D\177\006e\xCC\x81\002\002q\r",
+                                  "abc\001\013d\x05" "e\r",
                                   "abc\002\025\033[3~x\r", "draft\020\016ed\r", saves, "\4", NULL };
-    check_typed(edits, 0, 0, NULL, CHAT(SAID("abc") "," SAID("xabcy") "," SAID("one three") "," SAID("\xE4\xB8\x96qze\xCC\x81")
+    check_typed(edits, 0, 0, NULL, CHAT(SAID("abc") "," SAID("xabcy") "," SAID("one three") ","
+                                        SAID("\xE4\xB8\x96qze\xCC\x81")
                                   "," SAID("de") "," SAID("x") "," SAID("drafted")));
     const char *const lines[] = { "\"\"\"a\r", "/undo\"\"\"\r", "b\\\r", "c\r", "not this\3", "\r", "\"\"\"\"\"\"\r",
-                                  "/nothing\r", "/* no\r", saves, "/bye\r", NULL };
+                                  "/nothing\r",
+                                  "/* no\r", saves, "/bye\r", NULL };
     check_typed(lines, 0, 0, NULL, CHAT(SAID("a\\u000a/undo") "," SAID("b\\u000ac") "," SAID("") "," SAID("/* no")));
     const char *const turns[] = { "a\r", "b\r", "/undo\r", "/system S\r", "/regen\r", "/continue\r", saves, "/clear\r",
-                                  "c\r", loads, "/tokens\r", "/save\r", "/read nowhere\r", "/system\r", saves, "/help\r",
+                                  "c\r", loads, "/tokens\r", "/save\r", "/read nowhere\r", "/system\r", saves,
+                                  "/help\r",
                                   "\3", NULL };
     check_typed(turns, 130, 0, NULL, CHAT(SAID("a")));
     for (size_t size = 600; size <= LONG; size += LONG - 600) {

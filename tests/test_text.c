@@ -788,7 +788,8 @@ static void test_columns(void) {
     for (size_t i = 0; i < sizeof characters / sizeof *characters; i++) {
         size_t n = 0;
         int columns = columns_of(characters[i].s, strlen(characters[i].s), &n);
-        check(columns == characters[i].columns && n == characters[i].n, "\"%s\": got %d columns, %zu bytes, wanted %d, %zu",
+        check(columns == characters[i].columns && n == characters[i].n,
+              "\"%s\": got %d columns, %zu bytes, wanted %d, %zu",
               characters[i].s, columns, n, characters[i].columns, characters[i].n);
     }
 }
