@@ -1161,7 +1161,8 @@ static void check_typed(const char *const *keys, int status, int number, const c
     check(ok && r.status == status && !memcmp(&before, &after, sizeof before) &&
               (!saved || (got && !strcmp(got, saved))),
           "typed \"%.99s\": got status %d, the terminal %s, and %.900s; wanted %d and %.900s",
-          ok ? "all" : *keys, r.status, ok && !memcmp(&before, &after, sizeof before) ? "as before" : "changed", got ? got : "no file", status,
+          ok ? "all" : *keys, r.status,
+          ok && !memcmp(&before, &after, sizeof before) ? "as before" : "changed", got ? got : "no file", status,
           saved ? saved : "nothing");
     free(got);
     free_result(&r);
