@@ -1248,8 +1248,8 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
-    char held[260];             // what may begin a stop text is held too
-    size_t n_held;
+    char held[260];             // an incomplete character, or what may begin a stop text or <think>
+    size_t n_held, thought;     // chat, --think hide: a state of chapter 12
     const struct Texts *stops;  // texts that end this one and are not printed; NULL: none
 } Printer;
 
@@ -1281,8 +1281,7 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     fflush(stdout);
     c->last = token;
     c->n_made++;
-    if (c->stop_text) return AT_STOP_TEXT;
-    if (c->n_made == c->limit) return AT_LIMIT;
+    if (c->stop_text || c->n_made == c->limit) return c->stop_text ? AT_STOP_TEXT : AT_LIMIT;
     return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
@@ -1905,6 +1904,7 @@ typedef struct {
     Part parts[MAX_PROMPT_PARTS];  // -i and -f in the order given
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
+    const char *messages, *log, *think;
     const char *cache, *kernel, *pre, *svg, *session;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
@@ -1913,7 +1913,8 @@ typedef struct {
     int64_t n_predict, top_k, context, batch, reps, lookup;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
-    bool ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile, help, version;
+    bool single, no_shift, ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile;
+    bool help, version;
 } Options;
 
 static Options options;
@@ -4327,15 +4328,35 @@ static const char *find_stop(const Printer *p, size_t *n) {
     return found;
 }
 
+// What the printer does with thoughts: it prints them; looks for one; is in one; looks for the text after one.
+enum { PRINTED, WATCHED, HIDDEN, OVER };
+
+// Removes a thought from the bytes that are held. Returns how many of them to print: not what may begin a mark.
+static size_t hide_thought(Printer *p) {
+    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0;
+    if (p->thought == OVER) p->thought = WATCHED;
+    const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
+    size_t length = strlen(mark), n = p->n_held < length ? p->n_held : length;
+    while (n > 0 && memcmp(p->held + p->n_held - n, mark, n)) n--;
+    if (p->thought == WATCHED && n < length) return n ? p->n_held - n : whole_characters(p->held, p->n_held);
+    memmove(p->held, p->held + p->n_held - n, n);
+    p->n_held = n < length ? n : 0;
+    if (n == length) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
+    return 0;
+}
+
 static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     for (size_t i = 0, kept; bytes && i < n; i++) {
         p->held[p->n_held++] = bytes[i];
-        const char *stop = find_stop(p, &kept);
-        put_held(p, stop ? p->n_held - kept : whole_characters(p->held, p->n_held - kept));
+        size_t most = p->thought ? hide_thought(p) : p->n_held;
+        const char *stop = p->thought > WATCHED ? NULL : find_stop(p, &kept);
+        if (stop) most = p->n_held - kept;
+        else if (p->thought <= WATCHED && most > p->n_held - kept) most = p->n_held - kept;
+        put_held(p, stop || p->thought ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
-    put_held(p, p->n_held);
+    put_held(p, p->thought == HIDDEN ? 0 : p->n_held);
     fflush(stdout);
     return NULL;
 }
@@ -4625,50 +4646,658 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// One turn: renders the end of the last answer and the message, lets the model read them, and prints its answer.
-// *unread: tokens that the cache does not have yet: the begin token, or the last one of an answer that was cut short.
-static bool answer(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, const ChatTemplate *t, Tokens *unread,
-                   const char *message, size_t n_message, Speed *speed, Error *e) {
-    Span spans[MAX_SPANS];
-    size_t n_unread = unread->n;
-    int n_before = s->n, n_spans = render_turn(t, s->n == 0, options.system, message, n_message, spans);
-    Continuation c = { s, sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
+// ---- Columns of characters ----
+
+// How many columns of a screen characters have, from U+0000 on: a number of characters (no digits: 1) and a letter. w:
+// two, as East Asian ones and emoji; m: none, as marks; _: one. From Unicode 14.0, without marks of rare scripts.
+static const char widths[] =
+    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m588_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m"
+    "26_5m1070_m2_7m12_8m98_m2_9m11_6m562_96w160m2224_80m704_64m523_5m26_5m49_16m96_33m553_2w13_2w190_4w3_w2_w521_2w"
+    "21_2w50_12w43_w19_w13_w8_2w17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w810_"
+    "426w4m17w2_86w2_2m429w8_7024w64_22215w1177_29w643_11172w8540_474w806_16m10w6_16m60w147_m_96w127_7w28665_4w12_"
+    "17164w15624_w202_w190_w2_10w101_289w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w"
+    "48_70w6_w3_3w2_11w11_2w7_9w227_17w283_47w_10w_185w112_135w1289_131070w655363_495m";
+
+// The columns of the character at s, and its bytes. disarm() turns each byte of a harmful one into a question mark.
+static int columns_of(const char *s, size_t n, size_t *n_bytes) {
+    uint32_t code, end = 0, count;
+    int length = read_character(s, n, &code);
+    *n_bytes = length > 0 ? (size_t)length : 1;
+    if (length <= 0 || code < 160) return *s == '\n' ? 0 : (int)*n_bytes;
+    for (const char *p = widths; *p; p++) {
+        for (count = 0; isdigit((unsigned char)*p); p++) count = count * 10 + (uint32_t)(*p - '0');
+        end += count ? count : 1;
+        if (code < end) return *p == 'm' ? 0 : *p == 'w' ? 2 : 1;
+    }
+    return 1;
+}
+
+// ---- A line editor ----
+
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <termios.h>
+
+enum { NO_KEY, CTRL_C = 3, DELETE_KEY = 256, PASTE_BEGINS, PASTE_ENDS, INPUT_ENDS };  // beside bytes that keys send
+enum { USUAL, ANSWERING, EDITING };                                                   // uses of the terminal
+
+typedef struct {
+    Buffer line;
+    size_t at, shown;    // the cursor's byte; which of `past` is in the line
+    int n_above, width;  // rows drawn above the cursor's, and columns of the screen then
+    Value past;          // messages and commands, and at last what is being typed
+    Pool pool;
+} Editor;
+
+static struct termios usual_terminal;  // as it was before the chat
+static volatile sig_atomic_t terminal_use, screen_changed;
+static int screen;                     // the descriptor to draw on
+
+// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key.
+static void use_terminal(int use) {
+    struct termios t = usual_terminal;
+    if (use) t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | (use == EDITING ? ISIG : 0));
+    terminal_use = use;
+    while (tcsetattr(STDIN_FILENO, TCSADRAIN, &t) && errno == EINTR) {}
+    while (write(screen, use ? "\033[?2004h" : "\033[?2004l", 8) < 0 && errno == EINTR) {}
+}
+
+static void on_screen(int number);
+
+static void watch_screen(int number) {
+    int flags = SA_RESTART | SA_NODEFER | SA_RESETHAND;
+    heed(number, &(struct sigaction){ .sa_handler = on_screen, .sa_flags = flags });
+}
+
+// The window has another size; or Ctrl-Z: then the shell has the terminal until it lets the chat go on.
+static void on_screen(int number) {
+    int use = terminal_use, error = errno;
+    screen_changed = number;
+    if (number == SIGTSTP) {
+        use_terminal(USUAL);
+        raise(number);  // this time without a handler: it stops here
+        use_terminal(use);
+    }
+    watch_screen(number);
+    errno = error;
+}
+
+// Whether there are a terminal to type in and one to draw on.
+static bool start_editor(void) {
+    screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
+    if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
+    use_terminal(ANSWERING);
+    watch_screen(SIGTSTP);
+    watch_screen(SIGWINCH);
+    return true;
+}
+
+// Draws the line in place of what was drawn before: of a long one as many rows as the screen has.
+static bool draw_line(Editor *d, const char *prompt, Error *e) {
+    struct winsize size = { 0 };
+    Buffer out = { 0 };
+    ioctl(screen, TIOCGWINSZ, &size);
+    int width = size.ws_col > 3 ? size.ws_col : 80, height = size.ws_row ? size.ws_row : 24;
+    int row = 0, column = 2, top = 0, cursor_row = 0, cursor_column = 2;
+    if (screen_changed == SIGTSTP) d->n_above = 0;
+    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
+    screen_changed = 0;
+    bool ok = append(&out, prompt, 2, e);
+    size_t start = 0, n = 0;
+    for (size_t i = 0; ok && i <= d->line.n; i += n) {
+        const char *s = i < d->line.n ? (const char *)d->line.bytes + i : "\n";
+        int columns = columns_of(s, i < d->line.n ? d->line.n - i : 1, &n);
+        if (column + (columns ? columns : i == d->at) > width) {  // the cursor needs a column, too
+            if (i > d->at && row - top + 1 == height) break;
+            ok = append(&out, "\r\n", 2, e);
+            column = 0;
+            if (++row - top == height) top++;
+        }
+        if (i == d->at) cursor_row = row, cursor_column = column;
+        column = *s == '\n' ? width + 1 : column + columns;
+        ok = ok && (*s == '\n' || append(&out, *s == '\t' ? " " : s, n, e));
+        if (ok && *s != '\n') disarm((char *)out.bytes + out.n - n, n, "");
+    }
+    for (int i = 0; ok && i < top; start++) i += out.bytes[start] == '\n';
+    dprintf(screen, d->n_above ? "\r\033[%dA\033[J" : "\r\033[J", d->n_above);
+    if (ok) dprintf(screen, "%.*s", (int)(out.n - start), (char *)out.bytes + start);
+    dprintf(screen, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
+    if (cursor_column) dprintf(screen, "\033[%dC", cursor_column);
+    d->n_above = cursor_row - top;
+    d->width = width;
+    free(out.bytes);
+    return ok;
+}
+
+// The next byte that is typed. NO_KEY: none within these milliseconds (-1: no limit), or the screen has changed.
+static int next_byte(int milliseconds) {
+    unsigned char byte;
+    struct pollfd input = { .fd = STDIN_FILENO, .events = POLLIN };
+    if (poll(&input, 1, milliseconds) <= 0) return NO_KEY;
+    return read(STDIN_FILENO, &byte, 1) == 1 ? byte : INPUT_ENDS;
+}
+
+// The next key. Of one with a name it is the control character that does the same: of the key up, Ctrl-P.
+static int next_key(int milliseconds) {
+    static const char letters[] = "A\20B\16C\6D\2H\1F\5";
+    int c = next_byte(milliseconds), number = 0;
+    if (c != 27) return c;
+    c = next_byte(50);
+    if (c != '[' && c != 'O') return NO_KEY;
+    while ((c = next_byte(50)) >= '0' && c <= ';') number = (number * 10 + c - '0') % 1000;
+    const char *letter = c >= 'A' && c <= 'H' ? strchr(letters, c) : NULL;
+    if (letter || c != '~') return letter ? letter[1] : NO_KEY;
+    if (number >= 200) return number == 200 ? PASTE_BEGINS : number == 201 ? PASTE_ENDS : NO_KEY;
+    return number == 1 || number == 7 ? 1 : number == 3 ? DELETE_KEY : number == 4 || number == 8 ? 5 : NO_KEY;
+}
+
+// Puts n bytes in place of those between the cursor and `place`, and the cursor after them.
+static bool put_bytes(Editor *d, size_t place, const char *bytes, size_t n, Error *e) {
+    size_t from = place < d->at ? place : d->at, to = place < d->at ? d->at : place, rest = d->line.n - to;
+    if (!append(&d->line, NULL, n, e)) return false;
+    memmove(d->line.bytes + from + n, d->line.bytes + to, rest);
+    memcpy(d->line.bytes + from, bytes, n);
+    d->line.n = from + n + rest;
+    d->at = from + n;
+    return true;
+}
+
+// Where the character before the cursor begins, or the one after it (step -1 or 1); or the word before it.
+static size_t place_beside(const Editor *d, int step, bool word) {
+    const char *s = (const char *)d->line.bytes;
+    size_t at = d->at, end = step < 0 ? 0 : d->line.n, n;
+    while (at != end && (at += (size_t)step) != end) {
+        bool starts = (s[at] & 0xC0) != 0x80 && (s[at] == '\n' || columns_of(s + at, d->line.n - at, &n) > 0);
+        if (starts && (!word || (isspace((unsigned char)s[at - 1]) && !isspace((unsigned char)s[at])))) break;
+    }
+    return at;
+}
+
+static bool copy_text(Pool *pool, const void *text, size_t n, Value *to, Error *e) {
+    char *copy = reserve(pool, plus(n, 1), e);
+    if (copy && n) memcpy(copy, text, n);
+    *to = (Value){ .kind = IS_STRING, .n = n, .text = copy };
+    return copy != NULL;
+}
+
+// Shows the message before the one in the line, or after it; the line stays as it was edited.
+static bool show_past(Editor *d, int step, Error *e) {
+    if (d->shown + (size_t)step >= d->past.n) return true;
+    if (!copy_text(&d->pool, d->line.bytes, d->line.n, &d->past.items[d->shown], e)) return false;
+    const Value *next = &d->past.items[d->shown += (size_t)step];
+    d->at = 0;
+    return put_bytes(d, d->line.n, next->text, next->n, e);
+}
+
+// Lets a line be typed. Returns the key that ended it: Enter, Ctrl-C or INPUT_ENDS; or NO_KEY where it failed.
+static int edit_line(Editor *d, const char *prompt, Error *e) {
+    bool ok = append(&d->line, "", 1, e) && push_value(&d->pool, &d->past, (Value){ .kind = IS_STRING }, e);
+    int key = NO_KEY;
+    d->line.n = d->at = 0;
+    d->n_above = d->width = 0;
+    d->shown = d->past.n - 1;
+    interrupted = 0;
+    at_prompt = 1;
+    use_terminal(EDITING);
+    for (bool pastes = false; ok && key != '\n' && key != CTRL_C && key != INPUT_ENDS;) {
+        key = next_key(0);
+        if (key == NO_KEY && !pastes) ok = draw_line(d, prompt, e);
+        if (key == NO_KEY) key = next_key(-1);
+        bool is_text = key > 0 && key < 256 && (pastes || (key >= 32 && key != 127));
+        if (is_text) ok = ok && put_bytes(d, d->at, (char[]){ (char)key }, 1, e);
+        if (is_text) key = NO_KEY;
+        switch (key) {
+        case 1: d->at = 0; break;
+        case 2: d->at = place_beside(d, -1, false); break;
+        case 4: if (d->line.n == 0) key = INPUT_ENDS;  // fall through
+        case DELETE_KEY: ok = put_bytes(d, place_beside(d, 1, false), "", 0, e); break;
+        case 5: d->at = d->line.n; break;
+        case 6: d->at = place_beside(d, 1, false); break;
+        case 8: case 127: ok = put_bytes(d, place_beside(d, -1, false), "", 0, e); break;
+        case 11: ok = put_bytes(d, d->line.n, "", 0, e); break;
+        case 12: d->n_above = dprintf(screen, "\033[2J\033[H") < 0; break;
+        case 14: ok = show_past(d, 1, e); break;
+        case 16: ok = show_past(d, -1, e); break;
+        case 21: ok = put_bytes(d, 0, "", 0, e); break;
+        case 23: ok = put_bytes(d, place_beside(d, -1, true), "", 0, e); break;
+        case 26: kill(0, SIGTSTP); break;
+        case PASTE_BEGINS: case PASTE_ENDS: pastes = key == PASTE_BEGINS; break;
+        }
+    }
+    d->at = d->line.n;
+    ok = ok && draw_line(d, prompt, e);
+    dprintf(screen, key == CTRL_C ? "^C\n" : "\n");
+    at_prompt = 0;
+    use_terminal(ANSWERING);
+    if (d->past.n) d->past.n--;
+    return ok ? key : NO_KEY;
+}
+
+// ---- A conversation ----
+
+static bool has_role(const Value *message, const char *role) {
+    const Value *v = find_member(message, "role");
+    return v && v->n == strlen(role) && !memcmp(v->text, role, v->n);
+}
+
+static Span content_of(const Value *message) {
+    const Value *v = find_member(message, "content");
+    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
+}
+
+// The first message that is not the system's.
+static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
+
+// Whether the last message has this role.
+static bool ends_with(const Value *messages, const char *role) {
+    return messages->n && has_role(&messages->items[messages->n - 1], role);
+}
+
+// What the model reads before it answers; or, if the last message is an answer, the whole conversation. Spans are
+// special where the words are the template's.
+static bool render_conversation(const ChatTemplate *t, const Value *messages, Buffer *spans, Error *e) {
+    const char *system = first_turn(messages) ? content_of(messages->items).text : NULL;
+    bool ok = true;
+    for (size_t i = first_turn(messages); ok && i < messages->n; i++) {
+        Span content = content_of(&messages->items[i]), turn[MAX_SPANS] = { content, closing(t->answer) };
+        bool answers = has_role(&messages->items[i], "assistant"), first = i == first_turn(messages);
+        size_t n = answers ? 1 + (i + 1 == messages->n)
+                           : (size_t)render_turn(t, first, system, content.text, content.n_bytes, turn);
+        ok = append(spans, turn, n * sizeof *turn, e);
+    }
+    return ok;
+}
+
+// The text that tokens make, byte by byte.
+typedef struct {
+    const Tokenizer *t;
+    const Tokens *tokens;
+    size_t at, left;    // tokens that have been begun, and bytes of the last one that are left
+    const char *bytes;  // these
+} Spelling;
+
+static bool is_control(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
+}
+
+// The next byte, or 256 + a control token; -1: there are no more.
+static int next_unit(Spelling *s) {
+    while (s->left == 0 && s->at < s->tokens->n) {
+        const int *id = &s->tokens->ids[s->at++];
+        s->bytes = decode(s->t, s->at > 1 ? id[-1] : -1, *id, &s->left);
+        if (is_control(s->t, *id)) return 256 + *id;
+    }
+    if (s->left == 0) return -1;
+    s->left--;
+    return (unsigned char)*s->bytes++;
+}
+
+// How many of the `old` tokens can stay where a text becomes that of the `new` ones: up to there both make the same
+// text, and a control token is beside the place, so that nothing joins there; or no token differs since such a place.
+// *from: the next new token.
+static size_t count_kept(const Tokenizer *t, const Tokens *old, const Tokens *new, size_t *from) {
+    Spelling a = { .t = t, .tokens = old }, b = { .t = t, .tokens = new };
+    size_t kept = *from = 0;
+    for (int unit = 0; unit >= 0;) {
+        bool both_end = a.left == 0 && b.left == 0, at_end = b.at == new->n;
+        bool same = a.at == kept + 1 && b.at == *from + 1 && old->ids[kept] == new->ids[*from];
+        bool is_safe = at_end || is_control(t, new->ids[b.at]) || (b.at && is_control(t, new->ids[b.at - 1]));
+        if (both_end && (same || is_safe)) kept = a.at, *from = b.at;
+        unit = next_unit(&a);
+        if (unit != next_unit(&b)) unit = -1;
+    }
+    return kept;
+}
+
+// A chat: what was said, what the model has read of it, and where messages come from.
+typedef struct {
+    const Model *m;
+    Workspace *w;
+    Sequence *s;
+    Sampler *sampler;
+    const ChatTemplate *template;
+    Value messages;                 // dicts with a role and a content
+    Tokens told;                    // what the model was told and has said; s has read the first of them
+    bool has_terminal, has_editor;  // messages are typed: then there are commands; the editor can be used
+    bool is_thinking;               // the next answer begins within a thought
+    Editor editor;
+    Buffer heard;                   // a message or a command
+    FILE *log;
+    Speed speed;
+} Chat;
+
+// Adds a message.
+static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+    Pool *pool = &c->editor.pool;
+    Value *parts = reserve(pool, 4 * sizeof *parts, e);
+    if (!parts || !copy_text(pool, "role", 4, &parts[0], e) || !copy_text(pool, role, strlen(role), &parts[1], e) ||
+        !copy_text(pool, "content", 7, &parts[2], e) || !copy_text(pool, text, n, &parts[3], e) ||
+        !push_value(pool, &c->messages, (Value){ .kind = IS_DICT, .n = 4, .items = parts }, e)) return false;
+    if (!c->log) return true;
+    fprintf(c->log, "%s: ", role);
+    fwrite(parts[3].text, 1, n, c->log);
+    fputs("\n\n", c->log);
+    return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
+}
+
+// The tokens of the conversation. An answer at its end is not over: the model may go on with it.
+static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
+    const Tokenizer *t = &c->m->tokenizer;
+    Buffer spans = { 0 };
+    bool ok = render_conversation(c->template, &c->messages, &spans, e) && append(&spans, NULL, sizeof(Span), e);
+    const Span *list = (const Span *)spans.bytes;
+    size_t n = ok ? spans.n / sizeof *list - 1 : 0;
+    while (ends_with(&c->messages, "assistant") && n > 0 && list[n - 1].special) n--;
+    c->is_thinking = n > 0 && memmem(list[n - 1].text, list[n - 1].n_bytes, "<think>", 7) &&
+                     !memmem(list[n - 1].text, list[n - 1].n_bytes, "</think>", 8);
+    tokens->n = 0;
+    ok = ok && (!t->add_bos || emit(tokens, t->bos, e)) && encode(t, list, (int)n, tokens, e);
+    free(spans.bytes);
+    return ok;
+}
+
+// Encodes the conversation. If the answer would not fit, the oldest turns are dropped until half of the context is
+// free, but neither the system's text nor the last turn.
+static bool make_room(Chat *c, Tokens *tokens, Error *e) {
+    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), n_dropped = 0, end;
+    size_t wanted = options.n_predict < 0 ? context / 4 : most < half ? most : half, first = first_turn(&c->messages);
+    Value *list = &c->messages;
+    bool ok = encode_conversation(c, tokens, e);
+    if (ok && options.no_shift && tokens->n > context && c->told.n) {
+        char more[32] = "";
+        if (c->m->config.context > (int)context) snprintf(more, sizeof more, " with -c 0 for %d", c->m->config.context);
+        return fail(e, NO_ROOM, "this conversation is full (%zu tokens); start again%s", context, more);
+    }
+    for (bool drops = tokens->n + wanted > context && !options.no_shift; ok && drops && tokens->n > half;) {
+        for (end = first + 1; end < list->n; end++)  // an eighth of them at once, since each time all are encoded
+            if (has_role(&list->items[end], "user") && (end - first) * 8 >= list->n - first) break;
+        if (end >= list->n) break;
+        memmove(&list->items[first], &list->items[end], (list->n - end) * sizeof *list->items);
+        list->n -= end - first;
+        n_dropped += end - first;
+        ok = encode_conversation(c, tokens, e);
+    }
+    if (n_dropped) fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_dropped);
+    return ok;
+}
+
+// Has the model read what it has not read of the conversation yet, and at least the last token.
+static bool catch_up(Chat *c, const Tokens *now, Error *e) {
+    size_t from, kept = count_kept(&c->m->tokenizer, &c->told, now, &from);
+    bool ok = true;
+    rewind_sequence(c->s, (int)kept);
+    for (c->told.n = kept; ok && from < now->n; from++) ok = emit(&c->told, now->ids[from], e);
+    if (c->s->n > 0 && (size_t)c->s->n == c->told.n) rewind_sequence(c->s, c->s->n - 1);
+    size_t n_read = (size_t)c->s->n;
+    Tokens unread = { .ids = c->told.ids + n_read, .n = c->told.n - n_read };
+    return ok && take_prompt(c->m, c->w, c->s, &unread, &c->speed, e);
+}
+
+// Adds what the model has said to the conversation; or to its last message, which it has continued.
+static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e) {
+    const Tokenizer *v = &c->m->tokenizer;
+    Buffer text = { 0 };
+    Tokens now = { 0 };
+    size_t from;
+    Span old = continued ? content_of(&c->messages.items[c->messages.n - 1]) : (Span){ "", 0, false };
+    bool ok = append(&text, old.text, old.n_bytes, e);
+    for (size_t i = 0, n; ok && i < t->n_made; i++) {
+        int before = c->told.ids[c->told.n - 1], id = c->told.n < (size_t)c->s->n ? c->s->ids[c->told.n] : t->last;
+        const char *bytes = decode(v, before, id, &n);
+        ok = append(&text, bytes, n, e) && emit(&c->told, id, e);
+    }
+    size_t n_stop = t->stop_text ? strlen(t->stop_text) : 0;  // not said; its last token may say more
+    while (text.n > n_stop && n_stop && memcmp(text.bytes + text.n - n_stop, t->stop_text, n_stop)) text.n--;
+    text.n -= n_stop < text.n ? n_stop : text.n;
+    c->messages.n -= continued;
+    ok = ok && say(c, "assistant", text.bytes, text.n, e);
+    if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
+        Value *content = &c->messages.items[c->messages.n - 1].items[3];
+        ok = encode_conversation(c, &now, e);
+        if (ok && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->n--;
+    }
+    free(text.bytes);
+    free(now.ids);
+    return ok;
+}
+
+// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if the
+// last n_said messages had not been said.
+static bool answer(Chat *c, size_t n_said, Error *e) {
+    bool continues = ends_with(&c->messages, "assistant"), hides = options.think && !strcmp(options.think, "hide");
+    Tokens now = { 0 };
+    Continuation t = { c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
     Stop why = AT_INTERRUPT;
-    bool ok = encode(&m->tokenizer, spans, n_spans, unread, e) && take_prompt(m, w, s, unread, speed, e);
-    unread->n = ok ? 0 : n_unread;
+    bool ok = make_room(c, &now, e) && catch_up(c, &now, e);
+    free(now.ids);
+    if (!ok) c->messages.n -= n_said;
+    if (ok && continues) t.last = c->told.ids[c->told.n - 1];
+    if (hides) t.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
     double start = clock_seconds();
-    ok = ok && generate_ahead(m, w, &c, &why, speed, e);
-    if (ok) count_made(speed, &c, start);
-    if (c.last >= 0 && (why == AT_STOP_TEXT || why == AT_LIMIT || why == AT_CONTEXT))
-        ok = ok && emit(unread, c.last, e);
-    if (!ok && e->status != INTERRUPTED) return false;
-    if (!ok) rewind_sequence(s, n_before);  // Ctrl-C while it was reading: as if nothing had been said
+    ok = ok && generate_ahead(c->m, c->w, &t, &why, &c->speed, e);
+    if (ok) count_made(&c->speed, &t, start);
+    if (ok ? !note_answer(c, &t, continues, e) : e->status != INTERRUPTED) return false;
     e->status = DONE;
     putchar('\n');
     fflush(stdout);
     if (why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
+    if (why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
     if (why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
 
-// Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it.
-static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
-    const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if (!t) return false;
-    tell_seed(sampler);
-    Buffer line = { 0 };
-    Tokens unread = { 0 };
-    Speed speed = { 0 };
-    bool ok = !m->tokenizer.add_bos || emit(&unread, m->tokenizer.bos, e);
-    const char *message = options.prompt;
-    for (; ok && !ferror(stdout) && (message || read_line(&line, e)); message = NULL) {
-        size_t n = message ? strlen(message) : line.n;
-        ok = answer(m, w, s, sampler, t, &unread, message ? message : (const char *)line.bytes, n, &speed, e);
+// Reads a conversation in place of this one: a list of messages, or an object with `messages`.
+static bool load_messages(Chat *c, const char *path, Error *e) {
+    Buffer text = { 0 };
+    Value v = { .kind = IS_NONE }, before = c->messages;
+    Error why = { 0 };
+    bool ok = read_all(path, MAX_TEXT, &text, e) && append(&text, "", 1, e);
+    if (ok && !parse_json((char *)text.bytes, text.n - 1, &c->editor.pool, &v, &why))
+        ok = fail(e, why.status, "%.99s: %.200s", path, why.text);
+    const Value *list = find_member(&v, "messages");
+    if (!list) list = &v;
+    if (ok && list->kind != IS_LIST) ok = refuse(e, "%.99s: neither a list of messages nor an object with them", path);
+    if (ok) c->messages = (Value){ .kind = IS_LIST };
+    for (size_t i = 0; ok && i < list->n; i++) {
+        const Value *role = find_member(&list->items[i], "role"), *content = find_member(&list->items[i], "content");
+        ok = role && content && role->kind == IS_STRING && content->kind == IS_STRING && role->n < 32;
+        char name[32] = "";
+        if (ok) memcpy(name, role->text, role->n);
+        ok = ok ? say(c, name, content->text, content->n, e)
+                : refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
     }
-    free(line.bytes);
-    free(unread.ids);
-    ok = ok && e->status == DONE;
-    if (ok || e->status == NO_ROOM) tell_speed(m, &speed);
+    if (!ok) c->messages = before;
+    free(text.bytes);
+    return ok;
+}
+
+static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
+
+static bool save_messages(const Value *messages, const char *path, Error *e) {
+    Output o;
+    bool ok = open_output(&o, path, e);
+    for (size_t i = 0; ok && i < messages->n; i++) {
+        const Value *pair = messages->items[i].items;
+        fputs(i ? ",\n  {\"role\": " : "{\"messages\": [\n  {\"role\": ", o.stream);
+        put_json_string(o.stream, pair[1].text, pair[1].n);
+        fputs(", \"content\": ", o.stream);
+        put_json_string(o.stream, pair[3].text, pair[3].n);
+        fputc('}', o.stream);
+    }
+    if (ok) fputs(messages->n ? "\n]}\n" : "{\"messages\": []}\n", o.stream);
+    return close_output(&o, ok, e);
+}
+
+// Puts the system's text before all messages, in place of the one that there is; NULL: takes it away.
+static bool set_system(Chat *c, const char *text, Error *e) {
+    Value old = c->messages;
+    c->messages = (Value){ .kind = IS_LIST };
+    bool ok = !text || say(c, "system", text, strlen(text), e);
+    for (size_t i = first_turn(&old); ok && i < old.n; i++)
+        ok = push_value(&c->editor.pool, &c->messages, old.items[i], e);
+    return ok;
+}
+
+// Says the text of a file, or of stdin, without a newline at its end.
+static bool say_file(Chat *c, const char *path, Error *e) {
+    Buffer text = { 0 };
+    bool ok = read_all(path, MAX_TEXT, &text, e);
+    if (text.n > 0 && text.bytes[text.n - 1] == '\n') text.n--;
+    ok = ok && say(c, "user", text.bytes, text.n, e);
+    free(text.bytes);
+    return ok;
+}
+
+// Forgets what was said after the last message of the user's, and that too if `all`.
+static bool forget_turn(Value *messages, bool all, Error *e) {
+    size_t n = messages->n;
+    while (n > 0 && !has_role(&messages->items[n - 1], "user")) n--;
+    if (n > 0) messages->n = n - all;
+    return n > 0 || fail(e, MISUSE, "nothing has been said yet");
+}
+
+// Commands of a chat at a terminal.
+enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, N_COMMANDS };
+static const struct { const char *name, *argument, *help; } commands[N_COMMANDS] = {
+    { "help", "", "this list" },
+    { "clear", "", "forget the conversation, but not the system's text" },
+    { "undo", "", "forget the last message and its answer" },
+    { "regen", "", "answer the last message again" },
+    { "continue", "", "go on with the last answer" },
+    { "save", " FILE", "write the conversation to a file, as JSON" },
+    { "load", " FILE", "go on with the conversation in a file" },
+    { "read", " FILE", "say the text of a file" },
+    { "system", " TEXT", "change the system's text; without TEXT: to the template's" },
+    { "tokens", "", "count the tokens of the conversation" },
+    { "bye", "", "end the chat, as Ctrl-D" },
+};
+
+static void print_commands(void) {
+    for (int i = 0; i < N_COMMANDS; i++) {
+        int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
+        fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
+    }
+    fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
+}
+
+// Does what the command in c->heard says. *n_said: as answer() wants it; -1: nothing is to be answered. False without
+// an error: the chat ends.
+static bool do_command(Chat *c, int *n_said, Error *e) {
+    char *name = (char *)c->heard.bytes + 1, *argument = name + strcspn(name, " \t");
+    int which = 0, length = (int)(argument - name);
+    while (c->heard.bytes[c->heard.n - 1] == ' ') c->heard.bytes[--c->heard.n] = 0;
+    argument += strspn(argument, " \t");
+    while (which < N_COMMANDS && (strncmp(commands[which].name, name, (size_t)length) || commands[which].name[length]))
+        which++;
+    if (which == N_COMMANDS) return fail(e, MISUSE, "there is no command /%.*s; see /help", length, name);
+    if (which != SYSTEM && !*argument != !*commands[which].argument)
+        return fail(e, MISUSE, "usage: /%s%s", commands[which].name, commands[which].argument);
+    *n_said = which == READ ? 1 : which == REGEN || which == CONTINUE ? 0 : -1;
+    Tokens tokens = { 0 };
+    bool ok = true;
+    switch (which) {
+    case HELP: print_commands(); break;
+    case CLEAR: c->messages.n = first_turn(&c->messages); break;
+    case UNDO: case REGEN: ok = forget_turn(&c->messages, which == UNDO, e); break;
+    case CONTINUE:
+        ok = ends_with(&c->messages, "assistant") || fail(e, MISUSE, "there is no answer to continue");
+        if (ok) c->messages.n -= content_of(&c->messages.items[c->messages.n - 1]).n_bytes == 0;
+        break;
+    case SAVE: ok = save_messages(&c->messages, argument, e); break;
+    case LOAD: ok = load_messages(c, argument, e); break;
+    case READ: ok = say_file(c, argument, e); break;
+    case SYSTEM: ok = set_system(c, *argument ? argument : NULL, e); break;
+    case COUNT:
+        ok = encode_conversation(c, &tokens, e);
+        if (ok) fprintf(stderr, "[%zu tokens of %d]\n", tokens.n, c->s->cache->context);
+        break;
+    case BYE: ok = false;
+    }
+    free(tokens.ids);
+    return ok;
+}
+
+// Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
+// what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, at Ctrl-C.
+static bool hear(Chat *c, bool *is_command, Error *e) {
+    static const char quotes[] = "\"\"\"";
+    Editor *d = &c->editor;
+    bool quoted = false, begun = false;
+    c->heard.n = 0;
+    for (bool more = true; more;) {
+        int key = c->has_editor ? edit_line(d, begun ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
+        if (key == CTRL_C && !begun && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
+        if (key == NO_KEY || key == INPUT_ENDS) return false;
+        const char *s = (const char *)d->line.bytes;
+        size_t n = d->line.n;
+        while (c->has_editor && n > 0 && s[n - 1] == '\n') n--;
+        bool as_it_is = !c->has_terminal || memchr(s, '\n', n), opens = n >= 3 && !memcmp(s, quotes, 3);
+        begun = begun && key != CTRL_C;
+        if (!begun) c->heard.n = 0, quoted = opens && !as_it_is;
+        if (key == CTRL_C || (c->has_editor && !begun && n == 0)) continue;
+        if (!begun && quoted) s += 3, n -= 3;
+        bool closes = quoted && n >= 3 && !memcmp(s + n - 3, quotes, 3);
+        bool goes_on = !quoted && !as_it_is && n > 0 && s[n - 1] == '\\';
+        begun = more = quoted ? !closes : goes_on;
+        n -= closes ? 3 : goes_on;
+        if (!append(&c->heard, s, n, e) || !append(&c->heard, "\n", 1, e)) return false;
+    }
+    const char *text = (const char *)c->heard.bytes;
+    c->heard.bytes[--c->heard.n] = 0;  // in place of the last \n
+    *is_command = c->has_terminal && !quoted && text[0] == '/' && isalpha((unsigned char)text[1]) &&
+                  !memchr(text, '\n', c->heard.n);
+    Value past;
+    return !c->has_editor || (copy_text(&d->pool, text, c->heard.n, &past, e) &&
+                              push_value(&d->pool, &d->past, past, e));
+}
+
+// Opens what a chat needs and says what is said before it begins. *n_said: as answer() wants it.
+static bool begin_chat(Chat *c, int *n_said, Error *e) {
+    const char *think = options.think, *said = options.prompt;
+    if (think && strcmp(think, "on") && strcmp(think, "off") && strcmp(think, "hide"))
+        return fail(e, MISUSE, "--think %.40s: expected on, off or hide", think);
+    if (!(c->template = choose_template(c->m, options.template_name, e))) return false;
+    if (options.log && !(c->log = fopen(options.log, "a")))
+        return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
+    if (options.messages && !load_messages(c, options.messages, e)) return false;
+    if (options.system && !set_system(c, options.system, e)) return false;
+    tell_seed(c->sampler);
+    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
+    *n_said = said || (options.single && !is_asked) ? 1 : is_asked ? 0 : -1;
+    c->has_terminal = !options.single && isatty(STDIN_FILENO);
+    c->has_editor = c->has_terminal && start_editor();
+    if (said || *n_said < 1) return !said || say(c, "user", said, strlen(said), e);
+    return say_file(c, "-", e) && (content_of(&c->messages.items[c->messages.n - 1]).n_bytes > 0 ||
+                                   fail(e, MISUSE, "nothing to answer: stdin is empty, and there is no -i TEXT"));
+}
+
+// Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it. At
+// a terminal, neither a command that fails nor a message that does not fit ends the chat.
+static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
+    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = { .kind = IS_LIST } };
+    int n_said = -1;
+    c.editor.past = c.messages;
+    for (bool is_command, ok = begin_chat(&c, &n_said, e);;) {
+        ok = ok && (n_said < 0 || answer(&c, (size_t)n_said, e));
+        bool is_last = e->status == NO_MEMORY || e->status == INTERRUPTED || (e->status == NO_ROOM && options.no_shift);
+        if (e->status && c.has_terminal && !is_last) {
+            disarm(e->text, strlen(e->text), "");
+            fprintf(stderr, "[%s]\n", e->text);
+            e->status = DONE;
+            ok = true;
+        }
+        if (!ok || ferror(stdout) || options.single || !hear(&c, &is_command, e)) break;
+        n_said = 1;
+        ok = is_command ? do_command(&c, &n_said, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
+    }
+    if (terminal_use) use_terminal(USUAL);
+    if (c.log && fclose(c.log) && !e->status) fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
+    free(c.editor.line.bytes);
+    free(c.heard.bytes);
+    free(c.told.ids);
+    free_pool(&c.editor.pool);
+    bool ok = e->status == DONE;
+    if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
     return ok;
 }
 
@@ -5734,6 +6363,11 @@ static const Option option_table[] = {
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, inspect: template, if the model's is unknown" },
+    { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "chat: begin with the conversation in FILE, which is JSON" },
+    { 0, "single-turn", NULL, FLAG, OF(single), 0, 0, "chat: answer -i, or all of stdin, and end (-st too)" },
+    { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat: on, off; hide: prints no thoughts (default: the template's)" },
+    { 0, "no-shift", NULL, FLAG, OF(no_shift), 0, 0, "chat: end when the context is full, forget no old turns" },
+    { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
     HEADING("Measurement"),
     { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20,
@@ -5815,6 +6449,7 @@ static bool mode_uses(const char *mode, const Option *o) {
 
 // The option that a word is, whole or up to its =.
 static const Option *find_option(const char *word) {
+    if (!strcmp(word, "-st")) word = "--single-turn";
     size_t n = strcspn(word, "=");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
@@ -5837,7 +6472,7 @@ static bool refuse_option(const char *word, Error *e) {
     char name[40];
     snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
     name[strcspn(name, "=")] = 0;
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (int i = 0; i < N_OPTIONS; i++)
             if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)
@@ -6122,6 +6757,7 @@ static void on_interrupt(int number) {
     bool ends = interrupted || (at_prompt && !options.session);
     if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
     if (ends && unfinished) unlink(unfinished);
+    if (ends && terminal_use) use_terminal(USUAL);
     if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
     interrupted = number;
 }
@@ -6209,6 +6845,7 @@ static void on_end(int number, siginfo_t *info, void *context) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     (void)context;
     if (unfinished) unlink(unfinished);
+    if (terminal_use) use_terminal(USUAL);
     for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
         const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
         if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;

@@ -1224,6 +1224,204 @@ static void test_chats(void) {
     free_result(&sys);
 }
 
+// ---- Conversations ----
+
+// A chat that a file begins, one answer, a full context, thoughts, a transcript: against chats that say the same.
+static void test_conversations(void) {
+    static const struct { const char *one, *other; } equal[] = {
+        { "-st <$T/lines", "-i \"$(cat $T/lines)\" </dev/null" },
+        { "-st -i Hi", "-i Hi </dev/null" },
+        { "-st --messages $T/asked.json", "-i 'Hi there' </dev/null" },
+        { "-st --messages $T/asked2.json", "-i 'Hi there' </dev/null" },
+        { "--single-turn --messages $T/told.json -i 'Who?' </dev/null", "--messages $T/told.json <$T/who" },
+        { "--template zephyr -st --messages $T/system.json", "--template zephyr -y Brief -i a </dev/null" },
+        { "--template zephyr -st --messages $T/system.json -y Long", "--template zephyr -y Long -i a </dev/null" },
+        { "--template mistral -c 64 -n 20 <$T/many | tail -n 1", "--template mistral -i 'q q q q q q z' </dev/null" },
+    };
+    write_text("lines", "Hi\nthere\n");
+    write_text("who", "Who?");
+    write_text("asked.json", "[{\"role\": \"user\", \"content\": \"Hi\\u0020there\"}]");
+    write_text("asked2.json", "\xEF\xBB\xBF{\"x\": 1, "
+               "\"messages\": [{\"content\": \"Hi there\", \"role\": \"user\", \"n\": 2}]}");
+    write_text("told.json", "[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b c\"}]");
+    write_text("system.json", "[{\"role\":\"system\",\"content\":\"Brief\"},{\"role\":\"user\",\"content\":\"a\"}]");
+    write_text("many", "a a a a a a\nb b b b b b\nc c c c c c\nq q q q q q z\n");
+    write_text("bad.json", "[{\"role\": \"user\"}]");
+    for (size_t i = 0; i < sizeof equal / sizeof *equal; i++) {
+        char one[200], other[200];
+        snprintf(one, sizeof one, "$long -m chat -t 0 -q -n 9 %s", equal[i].one);
+        snprintf(other, sizeof other, "$long -m chat -t 0 -q -n %d %s", strstr(one, "-n 20") ? 20 : 9, equal[i].other);
+        Result r = run_with(one), wanted = run_with(other);
+        check(r.status == 0 && r.n_out > 3 && r.n_out == wanted.n_out && !memcmp(r.out, wanted.out, r.n_out),
+              "%s: got status %d, \"%s\" and \"%s\", wanted %s's \"%s\"", one, r.status, r.out, r.err, other,
+              wanted.out);
+        free_result(&r);
+        free_result(&wanted);
+    }
+    static const Case cases_of_chats[] = {
+        { "$long -m chat -t 0 -q -c 64 -n 20 <$T/many", 0, "",
+          "[the context is full: the oldest 2 messages are forgotten]\n" },
+        { "$long -m chat -t 0 -q -c 64 -n 20 --no-shift <$T/many", 5, "",
+          "this conversation is full (64 tokens); start again with -c 0 for 1048576\n" },
+        { "$long -m chat -st -q </dev/null", 2, NULL, "nothing to answer" },
+        { "$long -m chat -st -i a --think maybe", 2, NULL, "--think maybe: expected on, off or hide" },
+        { "$long -m chat -st -i a --log $T/none/log", 3, NULL, "--log" },
+        { "$long -m chat -st -i a --messages $T/none", 3, NULL, "none: No such file" },
+        { "$long -m chat -st -i a --messages $T/lines", 1, NULL, "lines: line 1, column 1 is not JSON" },
+        { "$long -m chat -st -i a --messages $T/bad.json", 1, NULL, "message 1 needs a role and a content" },
+        { "$long -m chat -st -i a --messages $T/empty", 1, NULL, "not JSON" },
+        { "$long -m chat -st -i /help -n 3 -t 0 -q", 0, "", NULL },
+    };
+    for (size_t i = 0; i < sizeof cases_of_chats / sizeof *cases_of_chats; i++) check_case(&cases_of_chats[i]);
+    Result r = run_with("$long -m chat -t 0 -q -n 0 -st -i 'a\n' --log $T/log && $EMULATOR ./run $long -m chat -t 0 -q "
+                        "-n 4 -st -i b --log $T/log");
+    Result log = run_shell("cat $T/log");
+    char wanted[200];
+    snprintf(wanted, sizeof wanted, "user: a\n\n\nassistant: \n\nuser: b\n\nassistant: %s\n", r.out + 1);
+    check(r.status == 0 && !strcmp(log.out, wanted), "--log: got \"%s\", wanted \"%s\"", log.out, wanted);
+    free_result(&r);
+    free_result(&log);
+}
+
+// What is printed of a text with thoughts, whatever its parts.
+static void test_thoughts(void) {
+    static const struct { size_t state; const char *text, *wanted; } texts[] = {
+        { WATCHED, "a<think>b</think>\n\nc", "ac" }, { WATCHED, "<think>b</think>", "" },
+        { WATCHED, "a<thin", "a<thin" },
+        { WATCHED, "<<think>b<</think>c", "<c" }, { WATCHED, "<think>b", "" }, { WATCHED, "<think>b</thin", "" },
+        { HIDDEN, "b</think> c\n", "c\n" }, { HIDDEN, "b<think></thin</think>\xC3\xA4", "\xC3\xA4" },
+        { WATCHED, "\xC3\xA4<think>\xC3\xA4</think>\xE4\xBD", "\xC3\xA4\xE4\xBD" },
+        { WATCHED, "a</think>b <think>c</think> <think>d</think> e", "a</think>b e" },
+        { PRINTED, "<think>b</think>", "<think>b</think>" }, { WATCHED, "\xE4<think>x</think>y", "\xE4y" },
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        for (size_t step = 1; step < 6; step++) {
+            Printer p = { .thought = texts[i].state };
+            size_t n = strlen(texts[i].text);
+            fflush(stdout);
+            int kept = exchange(stdout, temporary("printed"), O_WRONLY | O_CREAT | O_TRUNC);
+            for (size_t at = 0; at < n; at += step) print_bytes(&p, texts[i].text + at, n - at < step ? n - at : step);
+            print_bytes(&p, NULL, 0);
+            put_back(stdout, kept);
+            char *got = read_text(temporary("printed"));
+            check(got && !strcmp(got, texts[i].wanted), "\"%s\" in parts of %zu: got \"%s\", wanted \"%s\"",
+                  texts[i].text, step, got ? got : "nothing", texts[i].wanted);
+            free(got);
+        }
+    }
+}
+
+// Reads what a terminal shows until this part comes, or for ten seconds.
+static bool wait_for_screen(int terminal, const char *part) {
+    char shown[65536] = "";
+    size_t n = 0;
+    for (int i = 0; i < 2000 && !strstr(shown, part); i++) {
+        struct pollfd ready = { .fd = terminal, .events = POLLIN };
+        ssize_t now = poll(&ready, 1, 5) > 0 ? read(terminal, shown + n, sizeof shown - 1 - n) : 0;
+        for (ssize_t k = 0; k < now; k++) if (!shown[n + (size_t)k]) shown[n + (size_t)k] = '?';
+        if (now > 0) n += (size_t)now;
+        if (n > sizeof shown / 2) memmove(shown, shown + n - 1000, 1001), n = 1000;
+        shown[n] = 0;
+    }
+    return strstr(shown, part) != NULL;
+}
+
+// A chat at a terminal. `keys` are pressed one after the other: where an answer or a command ends, there is a prompt
+// again. At last the screen shows `shown` if a signal is sent. The terminal is as before when the chat ends, and the
+// conversation in $T/chat.json is `saved`.
+static void check_typed(const char *const *keys, int status, int number, const char *shown, const char *saved) {
+    char text[256];
+    int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) return;  // not every system has them
+    int slave = open(ptsname(terminal), O_RDWR | O_NOCTTY);
+    struct termios before = { 0 }, after = { 0 };
+    struct winsize size = { .ws_row = 10, .ws_col = 40 };
+    bool ok = slave >= 0 && !tcgetattr(slave, &before) && !ioctl(slave, TIOCSWINSZ, &size);
+    unlink(temporary("chat.json"));
+    snprintf(text, sizeof text, "exec $EMULATOR ./run $long -m chat -t 0 -n 3 -q <%s 2>%s",
+             ptsname(terminal), ptsname(terminal));
+    Command c = start_command(text, false, -1);
+    for (; ok && *keys; keys++) {
+        ok = wait_for_screen(terminal, "> ");
+        size_t n = strlen(*keys);
+        for (size_t at = 0; ok && at < n;) {
+            ssize_t now = write(terminal, *keys + at, n - at < 1000 ? n - at : 1000);
+            ok = now > 0;
+            at += ok ? (size_t)now : 0;
+        }
+    }
+    if (number) {
+        ok = ok && wait_for_screen(terminal, shown);
+        for (int i = 0; i < 2000 && saved && !file_exists(temporary("chat.json")); i++) usleep(5000);
+        kill(c.pid, number);
+    }
+    Result r = end_command(&c);
+    ok = ok && !tcgetattr(slave, &after);
+    char *got = read_text(temporary("chat.json"));
+    for (char *a = got ? strstr(got, "\"assistant\"") : NULL, *end; a; a = strstr(a + 1, "\"assistant\"")) {
+        end = strchr(a, '\n');  // what a random model says is cut out
+        if (end) memmove(a + 11, end - (end[-1] == ','), strlen(end - (end[-1] == ',')) + 1);
+    }
+    check(ok && r.status == status && !memcmp(&before, &after, sizeof before) &&
+              (!saved || (got && !strcmp(got, saved))),
+          "typed \"%.99s\": got status %d, the terminal %s, and %.900s; wanted %d and %.900s",
+          ok ? "all" : *keys, r.status,
+          ok && !memcmp(&before, &after, sizeof before) ? "as before" : "changed", got ? got : "no file", status,
+          saved ? saved : "nothing");
+    free(got);
+    free_result(&r);
+    close(slave), close(terminal);
+}
+
+#define SAID(text) "\n  {\"role\": \"user\", \"content\": \"" text "\"},\n  {\"role\": \"assistant\""
+#define CHAT(turns) "{\"messages\": [" turns "\n]}\n"
+
+static void test_typing(void) {
+    enum { LONG = 20000 };
+    const char *save = temporary("chat.json");
+    char saves[160], loads[160], *paste = get(LONG + 100), *pasted = get(2 * LONG + 200);
+    snprintf(saves, sizeof saves, "/save %s \r", save);
+    snprintf(loads, sizeof loads, "/load %s\r", save);
+    const char *const edits[] = { "ac\033[Db\r", "\033[A\033[1~x\033OFy\r", "one two\027three\r",
+                                  "\xE4\xB8\x96\xF0\x9F\x98\x80z\033[D\177\006e\xCC\x81\002\002q\r",
+                                  "abc\001\013d\x05" "e\r",
+                                  "abc\002\025\033[3~x\r", "draft\020\016ed\r", saves, "\4", NULL };
+    check_typed(edits, 0, 0, NULL, CHAT(SAID("abc") "," SAID("xabcy") "," SAID("one three") ","
+                                        SAID("\xE4\xB8\x96qze\xCC\x81")
+                                  "," SAID("de") "," SAID("x") "," SAID("drafted")));
+    const char *const lines[] = { "\"\"\"a\r", "/undo\"\"\"\r", "b\\\r", "c\r", "not this\3", "\r", "\"\"\"\"\"\"\r",
+                                  "/nothing\r",
+                                  "/* no\r", saves, "/bye\r", NULL };
+    check_typed(lines, 0, 0, NULL, CHAT(SAID("a\\u000a/undo") "," SAID("b\\u000ac") "," SAID("") "," SAID("/* no")));
+    const char *const turns[] = { "a\r", "b\r", "/undo\r", "/system S\r", "/regen\r", "/continue\r", saves, "/clear\r",
+                                  "c\r", loads, "/tokens\r", "/save\r", "/read nowhere\r", "/system\r", saves,
+                                  "/help\r",
+                                  "\3", NULL };
+    check_typed(turns, 130, 0, NULL, CHAT(SAID("a")));
+    for (size_t size = 600; size <= LONG; size += LONG - 600) {
+        size_t n = (size_t)sprintf(paste, "\033[200~"), m = 0;
+        for (int i = 0; n < size; i++) {
+            n += (size_t)sprintf(paste + n, "/line %d\t\"\"\" \\\r", i);
+            m += (size_t)sprintf(pasted + m, "%s/line %d\\u0009\\\"\\\"\\\" \\\\", i ? "\\u000a" : "", i);
+        }
+        for (size_t i = 0; i < n; i++) paste[i] = paste[i] == '\r' ? '\n' : paste[i];
+        put_file("pasted", paste + 6, n - 6 - 1);
+        Result r = run_with("$long -m chat -t 0 -n 3 -q -st <$T/pasted");
+        sprintf(paste + n, "\033[201~\r");
+        char *wanted = get(m + 200), *needed = strstr(r.err, "needs");
+        sprintf(wanted, CHAT(SAID("%s")), pasted);
+        check(r.status == (size == LONG ? 5 : 0) && !needed == (size < LONG), "a text of %zu bytes: got status %d",
+              size, r.status);
+        if (needed) needed[strcspn(needed, ",")] = 0;
+        if (needed) check_typed((const char *const[]){ paste, NULL }, 128 + SIGTERM, SIGTERM, needed, NULL);
+        else check_typed((const char *const[]){ paste, saves, NULL }, 128 + SIGTERM, SIGTERM, "> ", wanted);
+        free(wanted);
+        free_result(&r);
+    }
+    check_typed((const char *const[]){ NULL }, 130, SIGINT, "> ", NULL);
+    free(paste), free(pasted);
+}
+
 // ---- Signals ----
 
 // A message with which $long writes on and on, found by trying some; `mode` is -m chat or nothing.
@@ -1622,6 +1820,9 @@ static void test_command_line(void) {
     test_environment();
     test_small_stacks();
     test_chats();
+    test_conversations();
+    test_thoughts();
+    test_typing();
     test_unfinished_files();
     test_interrupts();
     test_full_pipe("$tied -m tokenize --pieces -f $T/long_text");

@@ -853,7 +853,72 @@ static void test_user_text(void) {
     close_opened(&o);
 }
 
+// What stays of a text's tokens when it changes: the bytes of those that are kept, by hand. C is a control token. The
+// first text may have a token for each byte, as no encoder writes it.
+static void test_kept(void) {
+    static const struct { const char *old, *new; bool old_in_bytes; size_t bytes_kept; } cases_kept[] = {
+        { "Chello there", "Chello thereCgo", true, 12 }, { "Chello there", "Chello there", true, 12 },
+        { "Chello there", "Chello therefore Cgo", true, 1 }, { "ChiCyes no", "ChiCyes", true, 7 },
+        { "CthinkChello", "CChello", true, 1 }, { "Chi thereCa b", "CyouCa b", true, 1 },
+        { "Chello there", "Chello thereCgo", false, 12 }, { "abc", "Cabc", true, 0 }, { "", "Ca", true, 0 },
+        { "Ca", "", true, 0 }, { "CaCbCc", "CaCb", true, 4 },
+    };
+    Opened o;
+    Error e = { 0 };
+    if (!open_golden_vocabulary("bpe.gguf", NULL, &o, &e)) return;
+    const Tokenizer *t = &o.model.tokenizer;
+    for (size_t i = 0; i < sizeof cases_kept / sizeof *cases_kept; i++) {
+        Tokens tokens[2] = { { 0 }, { 0 } };
+        for (int k = 0; k < 2; k++) {
+            for (const char *s = k ? cases_kept[i].new : cases_kept[i].old; *s;) {
+                size_t n = strcspn(s, "C");
+                bool split = k == 0 && cases_kept[i].old_in_bytes;
+                if (*s == 'C') n = 12;
+                else if (split) n = 1;
+                Span span = { *s == 'C' ? "<|im_start|>" : s, n, *s == 'C' };
+                if (!encode(t, &span, 1, &tokens[k], &e)) exit(1);
+                s += *s == 'C' ? 1 : n;
+            }
+        }
+        size_t from, kept = count_kept(t, &tokens[0], &tokens[1], &from), n_bytes = 0, n;
+        for (size_t k = 0; k < kept; k++)
+            n_bytes += is_control(t, tokens[0].ids[k]) ? 1 : (piece(t, tokens[0].ids[k], &n), n);
+        bool same = kept <= tokens[0].n && from <= tokens[1].n;
+        check(same && n_bytes == cases_kept[i].bytes_kept, "\"%s\" becomes \"%s\": got %zu bytes kept, wanted %zu",
+              cases_kept[i].old, cases_kept[i].new, n_bytes, cases_kept[i].bytes_kept);
+        n_bytes = 0;
+        for (size_t k = 0; k < from && same; k++)
+            n_bytes += is_control(t, tokens[1].ids[k]) ? 1 : (piece(t, tokens[1].ids[k], &n), n);
+        check(n_bytes == cases_kept[i].bytes_kept, "\"%s\" becomes \"%s\": goes on after %zu bytes", cases_kept[i].old,
+              cases_kept[i].new, n_bytes);
+        free(tokens[0].ids), free(tokens[1].ids);
+    }
+    close_opened(&o);
+}
+
+// By Unicode's EastAsianWidth.txt and the categories Mn, Me and Cf, for characters at the ends of ranges.
+static void test_columns(void) {
+    static const struct { const char *s; int columns; size_t n; } characters[] = {
+        { "a", 1, 1 }, { "\n", 0, 1 }, { "\t", 1, 1 }, { "\x80", 1, 1 }, { "\xE4\xB8", 1, 1 }, { "\xC2\x85", 2, 2 },
+        { "\u00E9", 1, 2 }, { "\u02FF", 1, 2 }, { "\u0300", 0, 2 }, { "\u036F", 0, 2 }, { "\u0370", 1, 2 },
+        { "\u0E31", 0, 3 }, { "\u10FF", 1, 3 }, { "\u1100", 2, 3 }, { "\u115F", 2, 3 }, { "\u1160", 0, 3 },
+        { "\u200D", 0, 3 }, { "\u2010", 1, 3 }, { "\u231A", 2, 3 }, { "\u231C", 1, 3 }, { "\u3000", 2, 3 },
+        { "\u3099", 0, 3 }, { "\u303F", 1, 3 }, { "\u4E16", 2, 3 }, { "\uAC00", 2, 3 }, { "\uD7A3", 2, 3 },
+        { "\uFE0F", 0, 3 }, { "\uFF61", 1, 3 }, { "\uFF01", 2, 3 }, { "\U0001F600", 2, 4 }, { "\U0001F321", 1, 4 },
+        { "\U00020000", 2, 4 }, { "\U0003FFFD", 2, 4 }, { "\U000E0100", 0, 4 }, { "\U0010FFFF", 1, 4 },
+    };
+    for (size_t i = 0; i < sizeof characters / sizeof *characters; i++) {
+        size_t n = 0;
+        int columns = columns_of(characters[i].s, strlen(characters[i].s), &n);
+        check(columns == characters[i].columns && n == characters[i].n,
+              "\"%s\": got %d columns, %zu bytes, wanted %d, %zu",
+              characters[i].s, columns, n, characters[i].columns, characters[i].n);
+    }
+}
+
 static void test_chat(void) {
+    test_kept();
+    test_columns();
     test_chat_goldens();
     test_recognition();
     test_user_text();
