@@ -6472,7 +6472,7 @@ static bool refuse_option(const char *word, Error *e) {
     char name[40];
     snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
     name[strcspn(name, "=")] = 0;
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (int i = 0; i < N_OPTIONS; i++)
             if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)

@@ -180,7 +180,7 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -temp 0", "no option -temp; did you mean --temp?" }, { "$tied --ctx-sise 9", "did you mean --ctx-size?" },
     { "$tied --batchsize=1", "did you mean --batch-size?" },
     { "$tied --completely-different", "--completely-different; ./run --help lists them" },
-    { "$tied --mlok", "no option --mlok; ./run" }, { "$tied -ng 1", "no option -ng; ./run --help" },
+    { "$tied --mqqk", "no option --mqqk; ./run" }, { "$tied -ng 1", "no option -ng; ./run --help" },
     { "$tied $(yes -- '-f a' | head -n 65)", "more than 64 times -f" }, { "$tied -m chat --ids 1", "not --ids" },
     { "$tied -m chat --template zephyr -f $T/bytes", "a NUL in the first message" },
     { "$tied --quiet=1", "no option --quiet=1" }, { "$tied --=1", "no option --=1" },
