@@ -1247,7 +1247,7 @@ static int choose_token(Sampler *s, const float *logits, int n) {
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
     char held[4];
-    size_t n_held; struct Outcome *outcome;  // the bytes that are held; where the text goes instead (12a), or NULL
+    size_t n_held; struct Record *record;  // the bytes that are held; where the text goes instead (12a), or NULL
 } Printer;
 
 // Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
@@ -3878,21 +3878,20 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
+static void keep_bytes(struct Record *o, const char *bytes, size_t n);  // chapter 12a
+
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal) disarm(p->held, n, "\n\t");
-    fwrite(p->held, 1, n, stdout);
+    if (is_terminal && !p->record) disarm(p->held, n, "\n\t");
+    if (p->record) keep_bytes(p->record, p->held, n);
+    else fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
 }
 
-static void keep_bytes(struct Outcome *o, const char *bytes, size_t n);  // chapter 12a
-
 static void print_bytes(Printer *p, const char *bytes, size_t n) {
-    if (p->outcome) keep_bytes(p->outcome, bytes, bytes ? n : 0);
-    if (p->outcome) return;
     for (size_t i = 0; bytes && i < n; i++) {
         p->held[p->n_held++] = bytes[i];
         put_held(p, whole_characters(p->held, p->n_held));
@@ -4172,7 +4171,7 @@ enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in 
 typedef struct { int id, rank; double logprob; } Score;
 
 // What came of a text.
-typedef struct Outcome {
+typedef struct Record {
     Buffer text;    // what was written
     Tokens ids;     // likewise
     Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
@@ -4181,14 +4180,14 @@ typedef struct Outcome {
     uint64_t seed;
     double prompt_seconds, seconds;
     Error error;    // status DONE: none
-} Outcome;
+} Record;
 
-static void keep_bytes(Outcome *o, const char *bytes, size_t n) {
+static void keep_bytes(Record *o, const char *bytes, size_t n) {
     if (n) append(&o->text, bytes, n, &o->error);
 }
 
 // Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
-static void add_scores(const Model *m, Outcome *o, const float *logits, int token) {
+static void add_scores(const Model *m, Record *o, const float *logits, int token) {
     Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, m->config.n_tokens, token) } };
     int most = (int)options.logprobs, n = 0;
     for (int i = 0; i < m->config.n_tokens; i++) {
@@ -4205,7 +4204,7 @@ static void add_scores(const Model *m, Outcome *o, const float *logits, int toke
     append(&o->scores, scores, (1 + (size_t)n) * sizeof *scores, &o->error);
 }
 
-static double total_logprob(const Outcome *o) {
+static double total_logprob(const Record *o) {
     const Score *scores = (const void *)o->scores.bytes;
     double sum = 0;
     for (size_t i = 0; i < o->scores.n / sizeof *scores; i += 1 + (size_t)options.logprobs) sum += scores[i].logprob;
@@ -4213,7 +4212,7 @@ static double total_logprob(const Outcome *o) {
 }
 
 // Prints a text's scores: members of a list in JSON, or lines.
-static void put_scores(const Model *m, const Outcome *o) {
+static void put_scores(const Model *m, const Record *o) {
     const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
     size_t most = (size_t)options.logprobs, n_bytes;
     const Score *s = (const void *)o->scores.bytes;
@@ -4229,7 +4228,7 @@ static void put_scores(const Model *m, const Outcome *o) {
 }
 
 // The JSON members that tell of a written text; the caller adds others and the brackets.
-static void put_outcome(const Model *m, const Outcome *o) {
+static void put_record(const Model *m, const Record *o) {
     static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_LIMIT] = "limit",
                                          [AT_CONTEXT] = "context", [AT_INTERRUPT] = "interrupted" };
     printf("\"text\": ");
@@ -4261,7 +4260,7 @@ typedef struct Passage {
     int slot;          // of its sequence; -1: none
     double began;
     bool done;
-    Outcome out;
+    Record out;
     struct Passage *next;
 } Passage;
 
@@ -4336,18 +4335,27 @@ static bool start_passage(Script *s, Passage *p) {
     return true;
 }
 
-// Copies the logits without the tokens that would lead away from all choices. Returns how many are left, not counting
-// end tokens, which are allowed after a whole choice.
+// Whether a choice begins with what is written so far and goes on with these bytes; or ends there, if there are none.
+static bool fits_choice(const Passage *p, const char *bytes, size_t n) {
+    const Printer *held = &p->c.printer;  // the bytes of an incomplete character
+    size_t n_text = p->out.text.n, made = n_text + held->n_held;
+    for (const Value *v = p->choices.items, *end = v + p->choices.n; v < end; v++)
+        if (v->n >= made + n && (n > 0 || v->n == made) && !memcmp(v->text + made, bytes, n) &&
+            !memcmp(v->text + n_text, held->held, held->n_held) &&
+            (n_text == 0 || !memcmp(v->text, p->out.text.bytes, n_text))) return true;
+    return false;
+}
+
+// Copies the logits of the tokens that lead to a choice; an end token does after a whole one. Returns how many there
+// are beside those.
 static int restrict_tokens(Script *s, const Passage *p, const float *logits) {
     const Tokenizer *t = &s->m->tokenizer;
-    size_t n, made = p->out.text.n;
+    bool is_whole = fits_choice(p, "", 0);
     int n_left = 0;
     for (int id = 0; id < s->m->config.n_tokens; id++) {
+        size_t n;
         const char *bytes = decode(t, p->c.last, id, &n);
-        bool ends = is_end_token(t, id), fits = false;
-        for (const Value *v = p->choices.items, *end = v + p->choices.n; v < end && (ends || n > 0) && !fits; v++)
-            fits = v->n >= made && (ends ? v->n == made : v->n - made >= n && !memcmp(v->text + made, bytes, n)) &&
-                   (made == 0 || !memcmp(v->text, p->out.text.bytes, made));
+        bool ends = is_end_token(t, id), fits = ends ? is_whole : n > 0 && fits_choice(p, bytes, n);
         s->logits[id] = fits ? logits[id] : -INFINITY;
         n_left += fits && !ends;
     }
@@ -4364,7 +4372,7 @@ static bool is_answered(const Buffer *text) {
 
 // Takes what the model says after the token at a position: a score, or the next token.
 static void take_logits(Script *s, Passage *p, size_t position, const float *logits) {
-    Outcome *o = &p->out;
+    Record *o = &p->out;
     size_t n_made = p->c.n_made;
     Stop why = GO_ON;
     if (o->prompt_seconds <= 0) o->prompt_seconds = clock_seconds() - p->began;
@@ -4378,6 +4386,8 @@ static void take_logits(Script *s, Passage *p, size_t position, const float *log
         if (p->c.n_made > n_made && emit(&o->ids, p->c.last, &o->error) && options.logprobs)
             add_scores(s->m, o, logits, p->c.last);
         if (why == GO_ON && s->kind == EVALUATED && is_answered(&o->text)) why = AT_LIMIT;
+        if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
+            fail(&o->error, NO_ROOM, "the text could not become one of --one-of");
     }
     if (why != GO_ON || o->error.status) end_passage(s, p, why);
 }
@@ -4480,7 +4490,8 @@ static bool read_task(Script *s, Passage *p, Text *prompt, Error *e) {
     const char *opens = options.cot ? "\nAnswer: Let's think step by step." : "\nAnswer:";
     const Text parts[] = {
         { "Question: ", 10 }, { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
-        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, answer, { "\n\n", 2 },
+        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, answer,
+        { "\n\n", 2 },
     };
     for (int i = 0; i < (is_exemplar ? 8 : 4); i++)
         if (!append(&s->exemplars, parts[i].at, parts[i].n, e)) return false;
@@ -4504,7 +4515,7 @@ static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text mo
     *p = *base;
     p->pool.last = NULL;  // of a line's passages, the last one gets it
     p->c.sampler = &p->sampler;
-    p->c.printer.outcome = &p->out;
+    p->c.printer.record = &p->out;
     *s->end = p;
     s->end = &p->next;
     s->n_open++;
@@ -4605,7 +4616,7 @@ static size_t last_number(Text t, double *number) {
     char digits[64];
     size_t end = t.n, begin, n = 0;
     while (end > 0 && !isdigit((unsigned char)t.at[end - 1])) end--;
-    for (begin = end; begin > 0 && (isdigit((unsigned char)t.at[begin - 1]) || memchr(",.", t.at[begin - 1], 2));) begin--;
+    for (begin = end; begin > 0 && memchr("0123456789,.", t.at[begin - 1], 12);) begin--;
     begin -= begin < end && begin > 0 && t.at[begin - 1] == '-';
     for (size_t i = begin; i < end && n + 1 < sizeof digits; i++) if (t.at[i] != ',') digits[n++] = t.at[i];
     digits[n] = 0;
@@ -4645,7 +4656,8 @@ static void put_task(Script *s, const Passage *first) {
 
 static void put_accuracy(const Script *s) {
     double n = (double)s->n_tasks, p = (double)s->n_right / fmax(n, 1), error = sqrt(p * (1 - p) / fmax(n - 1, 1));
-    printf(options.json ? "{\"n\": %zu, \"correct\": %zu, \"accuracy\": %.9g, \"standard_error\": %.9g, \"shots\": %d}\n"
+    printf(options.json ? "{\"n\": %zu, \"correct\": %zu, \"accuracy\": %.9g, \"standard_error\": %.9g, "
+                          "\"shots\": %d}\n"
                         : "%zu tasks, %zu right: accuracy %.4f +/- %.4f with %d shots\n", s->n_tasks, s->n_right, p,
            error, (int)options.shots);
 }
@@ -4722,7 +4734,7 @@ static bool put_first(Script *s) {
     } else if (s->kind == EVALUATED) put_task(s, first);
     else if (s->kind == COMPARED) put_choices(first);
     else if (s->kind == SCORED) put_scored_text(s->m, first);
-    else if (options.json) put_outcome(s->m, &first->out);
+    else if (options.json) put_record(s->m, &first->out);
     else put_text(s->m, first);
     if (options.json) puts("}");
     fflush(stdout);
@@ -5856,12 +5868,13 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, bench, matmul" },
+      "generate (default), chat, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, bench, "
+      "matmul" },
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "read the prompt from FILE; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids: \"1 2 3\"" },
-    { 0, "prompts", "FILE", TEXT, OF(prompts), 0, 0, "generate, score: a prompt on each line, text or JSON; - is stdin" },
-    { 0, "samples", "N", INT, OF(samples), 1, 1e6, "generate: N continuations, with the seed and those after it" },
+    { 0, "prompts", "FILE", TEXT, OF(prompts), 0, 0, "generate, score: a prompt a line, text or JSON; - is stdin" },
+    { 0, "samples", "N", INT, OF(samples), 1, 1e4, "generate: N continuations, with the seed and those after it" },
     { 0, "one-of", "A|B|C", TEXT, OF(one_of), 0, 0, "generate: the text becomes one of these" },
     { 0, "choose", "A|B|C", TEXT, OF(choose), 0, 0, "score: the probabilities of these continuations" },
     { 0, "logprobs", "N", INT, OF(logprobs), 0, MAX_LOGPROBS, "with --json, score: each token's N likeliest, too" },
@@ -5965,7 +5978,7 @@ static bool set_own(Text key, Text value, Options *to, Error *e) {
         if (is_text(key, names[i])) snprintf(word, sizeof word, "--%s", names[i]);
     for (char *p = word; *p; p++) if (*p == '_') *p = '-';
     if (!*word || !value.at || value.n >= sizeof text)
-        return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", (int)(key.n < 40 ? key.n : 40), key.at);
+        return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
     snprintf(text, sizeof text, "%.*s", (int)value.n, value.at);
     return set_option(find_option(word), text, to, e);
 }
@@ -6034,7 +6047,7 @@ static size_t most_bytes(const Tokenizer *t, int n_tokens) {
 static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
     const char *given = options.ids ? options.ids : options.prompt ? options.prompt : "";
-    bool is_limited = mode == GENERATE || mode == SCORING || mode == LOGITS, are_ids = options.ids || mode == DETOKENIZE;
+    bool is_limited = mode >= GENERATE && mode <= LOGITS, are_ids = options.ids || mode == DETOKENIZE;
     size_t most = is_limited && !are_ids ? most_bytes(t, context) : MAX_TEXT;
     if (!!options.ids + !!options.file + !!options.prompt > 1)
         return fail(e, MISUSE, "more than one prompt: give only one of -i, -f and --ids");
@@ -6125,7 +6138,8 @@ static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
     g->n_texts = mode == BENCH ? largest(options.parallel) : 1;
     if (mode == PERPLEXITY) g->n_texts = settings.batch / (settings.context > 1 ? settings.context - 1 : 1) + 2;
     if (is_script(mode)) g->n_texts = n_together(m, settings);
-    while (!make_cache(m, &g->cache, settings, g->n_texts, e)) if (!is_script(mode) || (g->n_texts /= 2) == 0) return false;
+    while (!make_cache(m, &g->cache, settings, g->n_texts, e))
+        if (!is_script(mode) || (g->n_texts /= 2) == 0) return false;
     e->status = DONE;
     if (!(g->texts = allocate((size_t)g->n_texts, sizeof *g->texts, e))) return false;
     for (int i = 0; i < g->n_texts; i++) g->texts[i] = new_sequence(&g->cache, i);
@@ -6158,6 +6172,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     Buffer text = { 0 };
     if (mode == CHAT && (options.file || options.ids))
         return fail(e, MISUSE, "-m chat takes -i and stdin, not -f or --ids");
+    if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
+    if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;

@@ -18,7 +18,8 @@
      test_files.c        damaged files
      test_vocabulary.c   damaged vocabularies
      fuzz.c              the inputs that fuzzing found worth keeping
-     test_command.c      ./run as a command, and the limits of style */
+     test_command.c      ./run as a command, and the limits of style
+     test_scripts.c      many texts, scores */
 
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
@@ -248,6 +249,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_files.c"
 #include "test_vocabulary.c"
 #include "test_command.c"
+#include "test_scripts.c"
 
 static const struct {
     const char *name;
@@ -287,6 +289,7 @@ static const struct {
     { "fuzzing's corpus", test_corpus },
     { "failing calls", test_failing_calls },
     { "command line", test_command_line },
+    { "scripts", test_scripts },
     { "style", test_style },
 };
 
