@@ -14,7 +14,7 @@
      3  The model                               9  The machine: files, processors, threads
      4  Matrix multiplication                  10  Opening a checkpoint
      5  The forward pass                       11  Experts, long texts, likely tokens, memory
-     6  Choosing a token                       12  Writing, chatting
+     6  Choosing a token                       12  Writing, chatting; 12a  Many texts, scores
      7  Generating                             13  Measuring
                                                 A  Kernels
                                                14  main
@@ -4303,6 +4303,11 @@ static void end_passage(Script *s, Passage *p, Stop why) {
     s->n_written += p->out.ids.n;
 }
 
+static void fail_passage(Script *s, Passage *p, const Error *e) {
+    p->out.error = *e;
+    end_passage(s, p, GO_ON);
+}
+
 // How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
 static size_t n_common(const Passage *p, const int *ids, size_t n) {
     size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
@@ -4401,7 +4406,7 @@ static void send_rows(Script *s, const Row *rows, int n) {
         for (end = i + 1; end < n && rows[end].sequence == rows[i].sequence;) end++;
         Passage *p = s->users[rows[i].sequence];
         if (end - i < n) send_rows(s, rows + i, end - i);
-        else p->out.error = e, end_passage(s, p, GO_ON);
+        else fail_passage(s, p, &e);
     }
     for (int i = 0; ok && i < s->w->n_wanted; i++) {
         const Row *row = &rows[s->w->wanted[i]];
@@ -4410,7 +4415,7 @@ static void send_rows(Script *s, const Row *rows, int n) {
         together = logits != NULL;
         if (!together && make_logits(s->m, s->w, i, 1, &e)) logits = s->w->logits;
         if (p && logits) take_logits(s, p, (size_t)row->position, logits);
-        else if (p) p->out.error = e, end_passage(s, p, GO_ON);
+        else if (p) fail_passage(s, p, &e);
     }
 }
 
@@ -4587,8 +4592,9 @@ static bool open_line(Script *s, Text line, Error *e) {
     base.sampler.top_p = (float)own.top_p;
     base.sampler.min_p = (float)own.min_p;
     int n = !prompt.at ? 0 : s->kind == CONTINUED ? (int)options.samples : 1;
-    if (base.choices.n && n && s->kind != CONTINUED) ok = ok && add_choices(s, &base, prompt, wrong), n = 0;
-    for (; ok && base.number < n; base.number++) {
+    bool compares = base.choices.n && n && s->kind != CONTINUED;
+    if (compares) ok = ok && add_choices(s, &base, prompt, wrong);
+    for (; ok && !compares && base.number < n; base.number++) {
         base.out.seed = own.seed + (uint64_t)base.number;
         base.sampler.random = first_state(base.out.seed);
         ok = add_passage(s, &base, prompt, (Text){ "", 0 }, wrong) != NULL;
@@ -4598,7 +4604,10 @@ static bool open_line(Script *s, Text line, Error *e) {
         drop_passages(s, first);
         base.done = true;
         base.group = 1;
-        if (!(p = *first = allocate(1, sizeof *p, e))) return free_pool(&base.pool), false;
+        if (!(p = *first = allocate(1, sizeof *p, e))) {
+            free_pool(&base.pool);
+            return false;
+        }
         *p = base;
         s->end = &p->next;
         s->n_held++;
