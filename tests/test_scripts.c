@@ -302,8 +302,9 @@ static void test_evaluation(void) {
     char wanted[64], *first = text + strspn(text, " \n");
     snprintf(wanted, sizeof wanted, "\"line\": 3, \"correct\": %s, ", atof(p) < 0.5 ? "true" : "false");
     check(strstr(r.out, wanted), "-m eval: got %s, wanted %s", r.out, wanted);
-    const char *at = strstr(r.out, "\"line\": 4, \"correct\": false, \"got\": \"");
-    check(at && at[36] == *first, "-m eval: got %s, wanted line 4 to begin with \"%c\"", r.out, *first);
+    static const char key[] = "\"line\": 4, \"correct\": false, \"got\": \"";
+    const char *at = strstr(r.out, key);
+    check(at && at[sizeof key - 1] == *first, "-m eval: got %s, wanted line 4 to begin with \"%c\"", r.out, *first);
     check(r.status == 1 && strstr(r.out, "{\"line\": 5, \"error\": ") && strstr(r.out, "{\"n\": 3, \"correct\": ") &&
               strstr(r.err, "1 of 5 lines failed"), "-m eval: got status %d, %s and %s", r.status, r.out, r.err);
     free(text), free(p);
