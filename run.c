@@ -14,7 +14,7 @@
      3  The model                               9  The machine: files, processors, threads
      4  Matrix multiplication                  10  Opening a checkpoint
      5  The forward pass                       11  Experts, long texts, likely tokens, memory
-     6  Choosing a token                       12  Writing, chatting
+     6  Choosing a token                       12  Writing, chatting; 12a  Many texts, scores
      7  Generating                             13  Measuring
                                                 A  Kernels
                                                14  main
@@ -1250,7 +1250,7 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
 typedef struct {
     char held[260];             // an incomplete character, or what may begin a stop text or <think>
     size_t n_held, thought;     // chat, --think hide: a state of chapter 12
-    const struct Texts *stops;  // texts that end this one and are not printed; NULL: none
+    const struct Texts *stops; struct Record *record;  // texts that end this one; where it goes instead (12a). Or NULL
 } Printer;
 
 // Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
@@ -1904,17 +1904,17 @@ typedef struct {
     Part parts[MAX_PROMPT_PARTS];  // -i and -f in the order given
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *messages, *log, *think;
+    const char *messages, *log, *think, *prompts, *choose, *one_of;
     const char *cache, *kernel, *pre, *svg, *session;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
     int64_t repeat_last_n, dry_allowed, dry_last_n;
     Texts biases, breakers, stops;
-    int64_t n_predict, top_k, context, batch, reps, lookup;
+    int64_t n_predict, top_k, context, batch, reps, lookup, samples, logprobs, shots;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
     bool single, no_shift, ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile;
-    bool help, version;
+    bool help, version, cot;
 } Options;
 
 static Options options;
@@ -4303,12 +4303,15 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
+static void keep_bytes(struct Record *o, const char *bytes, size_t n);  // chapter 12a
+
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal) disarm(p->held, n, "\n\t");
-    fwrite(p->held, 1, n, stdout);
+    if (is_terminal && !p->record) disarm(p->held, n, "\n\t");
+    if (p->record) keep_bytes(p->record, p->held, n);
+    else fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
 }
@@ -4403,8 +4406,10 @@ static const char *const stop_names[] = { "", "at an end token", "at a stop text
                                           "at the context's end", "by Ctrl-C", "by a broken output" };
 
 // A seed of 0 would keep the generator at 0 for ever; another constant stands for it (2^64 / the golden ratio).
+static uint64_t first_state(uint64_t seed) { return seed ? seed : 0x9E3779B97F4A7C15u; }
+
 static bool make_sampler(Sampler *s, int n_tokens, uint64_t seed, Error *e) {
-    s->random = seed ? seed : 0x9E3779B97F4A7C15u;
+    s->random = first_state(seed);
     s->candidates = allocate((size_t)n_tokens, sizeof *s->candidates, e);
     return s->candidates != NULL;
 }
@@ -5298,6 +5303,678 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
     free_pool(&c.editor.pool);
     bool ok = e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
+    return ok;
+}
+
+/* ==== 12a. Many texts, scores =======================================================================================
+   For scripts: many prompts, several continuations of each, scores of given texts. All go through the model side by
+   side, each in a sequence of its own, since a pass of many rows takes little longer than one of a single row. A text
+   that begins like another one forks its sequence, so that a common beginning is read once. A row's bits depend on its
+   own text only, so each text is what a run of its own would give. Results come in the order of the input. */
+
+#include <poll.h>
+
+static double surprise(const float *logits, int n, int token);     // chapter 13
+static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
+static bool set_own(Text key, Text value, Options *to, Error *e);   // chapter 14
+
+enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in a pass; texts that wait to be printed
+
+// How likely a token was, and its place among all, from 1 on.
+typedef struct { int id, rank; double logprob; } Score;
+
+// What came of a text.
+typedef struct Record {
+    Buffer text;    // what was written
+    Tokens ids;     // likewise
+    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
+    size_t n_prompt;
+    Stop why;
+    uint64_t seed;
+    double prompt_seconds, seconds;
+    Error error;    // status DONE: none
+} Record;
+
+static void keep_bytes(Record *o, const char *bytes, size_t n) {
+    if (n) append(&o->text, bytes, n, &o->error);
+}
+
+// Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
+static void add_scores(const Model *m, Record *o, const float *logits, int token) {
+    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, m->config.n_tokens, token) } };
+    int most = (int)options.logprobs, n = 0;
+    for (int i = 0; i < m->config.n_tokens; i++) {
+        scores[0].rank += logits[i] > logits[token] || (logits[i] == logits[token] && i < token);
+        if (n == most && (n == 0 || logits[i] <= logits[scores[n].id])) continue;
+        int k = n < most ? ++n : n;
+        for (; k > 1 && logits[i] > logits[scores[k - 1].id]; k--) scores[k].id = scores[k - 1].id;
+        scores[k].id = i;
+    }
+    for (int k = 1; k <= n; k++) {
+        double difference = (double)logits[scores[k].id] - logits[token];
+        scores[k] = (Score){ scores[k].id, k, scores[0].logprob + difference };
+    }
+    append(&o->scores, scores, (1 + (size_t)n) * sizeof *scores, &o->error);
+}
+
+static double total_logprob(const Record *o) {
+    const Score *scores = (const void *)o->scores.bytes;
+    double sum = 0;
+    for (size_t i = 0; i < o->scores.n / sizeof *scores; i += 1 + (size_t)options.logprobs) sum += scores[i].logprob;
+    return sum;
+}
+
+// Prints a text's scores: members of a list in JSON, or lines.
+static void put_scores(const Model *m, const Record *o) {
+    const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
+    size_t most = (size_t)options.logprobs, n_bytes;
+    const Score *s = (const void *)o->scores.bytes;
+    for (size_t i = 0; i < o->scores.n / sizeof *s; i++, s++) {
+        size_t k = i % (1 + most);  // its place among a token's
+        if (options.json) fputs(k == 1 ? ", \"top\": [" : i ? ", " : "", stdout);
+        else if (k) printf("    ");
+        printf(format, s->id, s->logprob, s->rank);
+        const char *text = piece(&m->tokenizer, s->id, &n_bytes);
+        put_json_string(stdout, text, n_bytes);
+        fputs(!options.json ? "\n" : k == most ? most ? "}]}" : "}" : k ? "}" : "", stdout);
+    }
+}
+
+// The JSON members that tell of a written text; the caller adds others and the brackets.
+static void put_record(const Model *m, const Record *o) {
+    static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
+                                         [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
+                                         [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
+    printf("\"text\": ");
+    put_json_string(stdout, (const char *)o->text.bytes, o->text.n);
+    printf(", \"ids\": [");
+    for (size_t i = 0; i < o->ids.n; i++) printf("%s%d", i ? ", " : "", o->ids.ids[i]);
+    printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
+           "\"seconds\": %.9g", o->n_prompt, o->ids.n, stops[o->why], (unsigned long long)o->seed, o->prompt_seconds,
+           o->seconds);
+    if (options.logprobs) printf(", \"logprobs\": [");
+    if (options.logprobs) put_scores(m, o);
+    if (options.logprobs) printf("]");
+}
+
+// ---- Passages ----
+
+// A text on its way through the model: it is continued, or some of its tokens are scored.
+typedef struct Passage {
+    size_t line;       // of the input, from 1 on
+    int number;        // which of the line's samples or choices, from 0 on
+    int group;         // of the first that are printed together: how many these are
+    Value value;       // the line, if it is JSON
+    Value choices;     // the texts that may be written, or are compared: strings; none: n is 0
+    Pool pool;         // what these point into: a line's last passage has it
+    Tokens tokens;     // what is given
+    size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
+    Sampler sampler;
+    Continuation c;
+    int slot;          // of its sequence; -1: none
+    double began;
+    bool done;
+    Record out;
+    struct Passage *next;
+} Passage;
+
+typedef enum { CONTINUED, SCORED, COMPARED, EVALUATED } ScriptKind;
+
+typedef struct {
+    const Model *m;
+    Workspace *w;
+    const Sampler *sampler;
+    const Tokens *given;  // the only text, and
+    Text prompt;          // how it is spelled; NULL: texts come as lines
+    Sequence *sequences;
+    int n_slots, n_open;  // sequences; passages that are not done
+    Passage **users;      // (n_slots)  NULL: the passage that a sequence was for is done
+    size_t *used;         // (n_slots)  at which pass it was given away
+    size_t n_passes, n_held, n_lines, n_failed, n_tasks, n_right, n_written;
+    float *logits;        // (V)  without the tokens that may not come
+    Passage *first, **end;
+    Buffer exemplars;     // of an evaluation
+    Error failure;        // the first
+    ScriptKind kind;
+} Script;
+
+static void free_passage(Passage *p) {
+    free(p->out.text.bytes);
+    free(p->out.ids.ids);
+    free(p->out.scores.bytes);
+    free(p->tokens.ids);
+    free_pool(&p->pool);
+    free(p);
+}
+
+static void end_passage(Script *s, Passage *p, Stop why) {
+    print_bytes(&p->c.printer, NULL, 0);
+    if (p->slot >= 0) s->users[p->slot] = NULL;
+    p->out.why = why;
+    p->out.seconds = clock_seconds() - p->began - p->out.prompt_seconds;
+    p->done = true;
+    s->n_open--;
+    s->n_written += p->out.ids.n;
+}
+
+static void fail_passage(Script *s, Passage *p, const Error *e) {
+    p->out.error = *e;
+    end_passage(s, p, GO_ON);
+}
+
+// How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
+static size_t n_common(const Passage *p, const int *ids, size_t n) {
+    size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
+    while (i < n && i < most && ids[i] == p->tokens.ids[i]) i++;
+    return i;
+}
+
+// Gives a passage a sequence, which begins with what it has in common with another. False if it has to wait: for a free
+// sequence, or because an earlier passage is about to read more of what both have in common.
+static bool start_passage(Script *s, Passage *p) {
+    size_t common = 0, planned = 0;
+    int from = -1, to = -1, n_free = 0;
+    for (int i = 0; i < s->n_slots; i++) n_free += !s->users[i];
+    for (int i = 0; i < s->n_slots && n_free; i++) {
+        size_t n = n_common(p, s->sequences[i].ids, (size_t)s->sequences[i].n);
+        size_t later = s->users[i] ? n_common(p, s->users[i]->tokens.ids, s->users[i]->tokens.n) : 0;
+        if (n > common) common = n, from = i;
+        if (later > planned) planned = later;
+    }
+    for (int i = 0; i < s->n_slots; i++)  // what was used last is kept longest, but first of all what is forked
+        if (!s->users[i] && (to < 0 || to == from || (i != from && s->used[i] < s->used[to]))) to = i;
+    if (to < 0 || planned > common) return false;
+    if (from >= 0 && from != to) fork_sequence(&s->sequences[to], &s->sequences[from], (int)common);
+    else rewind_sequence(&s->sequences[to], (int)common);
+    p->slot = to;
+    p->c.sequence = &s->sequences[to];
+    p->began = clock_seconds();
+    s->users[to] = p;
+    s->used[to] = s->n_passes;
+    return true;
+}
+
+// Whether a choice begins with what is written so far and goes on with these bytes; or ends there, if there are none.
+static bool fits_choice(const Passage *p, const char *bytes, size_t n) {
+    const Printer *held = &p->c.printer;  // the bytes of an incomplete character
+    size_t n_text = p->out.text.n, made = n_text + held->n_held;
+    for (const Value *v = p->choices.items, *end = v + p->choices.n; v < end; v++)
+        if (v->n >= made + n && (n > 0 || v->n == made) && !memcmp(v->text + made, bytes, n) &&
+            !memcmp(v->text + n_text, held->held, held->n_held) &&
+            (n_text == 0 || !memcmp(v->text, p->out.text.bytes, n_text))) return true;
+    return false;
+}
+
+// Copies the logits of the tokens that lead to a choice; an end token does after a whole one. Returns how many there
+// are beside those.
+static int restrict_tokens(Script *s, const Passage *p, const float *logits) {
+    const Tokenizer *t = &s->m->tokenizer;
+    bool is_whole = fits_choice(p, "", 0);
+    int n_left = 0;
+    for (int id = 0; id < s->m->config.n_tokens; id++) {
+        size_t n;
+        const char *bytes = decode(t, p->c.last, id, &n);
+        bool ends = is_end_token(t, id), fits = ends ? is_whole : n > 0 && fits_choice(p, bytes, n);
+        s->logits[id] = fits ? logits[id] : -INFINITY;
+        n_left += fits && !ends;
+    }
+    return n_left;
+}
+
+// Whether an answer is there: its line has ended or, after steps, its paragraph.
+static bool is_answered(const Buffer *text) {
+    const char *at = (const char *)text->bytes, *end = options.cot ? "\n\n" : "\n";
+    size_t n = text->n;
+    while (n > 0 && isspace((unsigned char)*at)) at++, n--;
+    return n > 0 && memmem(at, n, end, strlen(end));
+}
+
+// Takes what the model says after the token at a position: a score, or the next token.
+static void take_logits(Script *s, Passage *p, size_t position, const float *logits) {
+    Record *o = &p->out;
+    size_t n_made = p->c.n_made;
+    Stop why = GO_ON;
+    if (o->prompt_seconds <= 0) o->prompt_seconds = clock_seconds() - p->began;
+    if (p->scored < p->tokens.n) {
+        add_scores(s->m, o, logits, p->tokens.ids[position + 1]);
+        if (position + 2 == p->tokens.n) why = AT_LIMIT;
+    } else {
+        bool is_free = p->choices.n == 0;
+        if (!is_free && restrict_tokens(s, p, logits) == 0) why = AT_END_TOKEN;
+        if (why == GO_ON) why = next_token(s->m, &p->c, is_free ? logits : s->logits);
+        if (p->c.n_made > n_made && emit(&o->ids, p->c.last, &o->error) && options.logprobs)
+            add_scores(s->m, o, logits, p->c.last);
+        if (why == GO_ON && s->kind == EVALUATED && is_answered(&o->text)) why = AT_LIMIT;
+        if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
+            fail(&o->error, NO_ROOM, "the text could not become one of --one-of");
+    }
+    if (why != GO_ON || o->error.status) end_passage(s, p, why);
+}
+
+// Sends rows of some passages through the model. Those of a passage follow each other. If that fails, each passage has
+// a pass of its own, so that only the one whose numbers are not finite fails.
+static void send_rows(Script *s, const Row *rows, int n) {
+    Error e = { 0 };
+    bool ok = forward(s->m, s->w, s->sequences, rows, n, &e), together = true;
+    for (int i = 0, end; !ok && i < n; i = end) {
+        for (end = i + 1; end < n && rows[end].sequence == rows[i].sequence;) end++;
+        Passage *p = s->users[rows[i].sequence];
+        if (end - i < n) send_rows(s, rows + i, end - i);
+        else fail_passage(s, p, &e);
+    }
+    for (int i = 0; ok && i < s->w->n_wanted; i++) {
+        const Row *row = &rows[s->w->wanted[i]];
+        Passage *p = s->users[row->sequence];
+        const float *logits = together ? logits_of(s->m, s->w, i, &e) : NULL;
+        together = logits != NULL;
+        if (!together && make_logits(s->m, s->w, i, 1, &e)) logits = s->w->logits;
+        if (p && logits) take_logits(s, p, (size_t)row->position, logits);
+        else if (p) fail_passage(s, p, &e);
+    }
+}
+
+// One pass: the next token of each text that has begun, then given tokens, as many as there is room for.
+static void advance(Script *s) {
+    Row *rows = s->w->room;
+    int n = 0, most = s->w->settings.batch;
+    s->n_passes++;
+    for (int i = 0; i < s->n_slots; i++) {
+        Passage *p = s->users[i];
+        size_t at = (size_t)s->sequences[i].n;
+        if (p && at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, i, true };
+    }
+    for (Passage *p = s->first; p && n < most; p = p->next) {
+        if (p->done || (p->slot < 0 && !start_passage(s, p))) continue;
+        size_t end = p->tokens.n - (p->scored < p->tokens.n);  // the last one predicts nothing
+        for (size_t at = (size_t)p->c.sequence->n; at < end && n < most; at++)
+            rows[n++] = (Row){ p->tokens.ids[at], (int)at, p->slot, at + 1 >= p->scored || at + 1 == p->tokens.n };
+    }
+    send_rows(s, rows, n);
+}
+
+// ---- Lines of input ----
+
+// The text of a string or a number; `at` is NULL for other values, and if there is none.
+static Text value_text(const Value *v, char room[32]) {
+    if (!v || (v->kind != IS_STRING && v->kind != IS_INTEGER && v->kind != IS_FLOAT)) return (Text){ NULL, 0 };
+    if (v->kind == IS_STRING) return (Text){ v->text, v->n };
+    if (v->kind == IS_INTEGER) snprintf(room, 32, "%lld", (long long)v->integer);
+    else snprintf(room, 32, "%.17g", v->number);
+    return (Text){ room, strlen(room) };
+}
+
+// Takes the texts between the bars of --choose or --one-of.
+static bool split_choices(Passage *p, const char *at, Error *e) {
+    for (size_t n; at; at = at[n] ? at + n + 1 : NULL) {
+        n = strcspn(at, "|");
+        if (!push_value(&p->pool, &p->choices, (Value){ .kind = IS_STRING, .n = n, .text = at }, e)) return false;
+    }
+    return true;
+}
+
+// Reads a line that is a JSON object: its prompt, and what it has in place of options.
+static bool read_members(const Passage *p, Options *own, Text *prompt, Error *e) {
+    for (const Value *key = p->value.items, *end = key + p->value.n; key < end; key += 2) {
+        char room[32];
+        Text name = { key->text, key->n }, text = value_text(key + 1, room);
+        bool is_prompt = is_text(name, "prompt") && key[1].kind == IS_STRING, is_id = is_text(name, "id") && text.at;
+        if (is_prompt) *prompt = text;
+        else if (!is_id && !set_own(name, text, own, e)) return false;
+    }
+    return prompt->at || refuse(e, "no \"prompt\"");
+}
+
+// The answer of a task. If there are choices, it is one of them or the index of one.
+static Text wanted_answer(const Passage *p, char room[32]) {
+    const Value *v = find_member(&p->value, "answer"), *c = p->choices.items;
+    Text answer = value_text(v, room);
+    for (size_t i = 0; answer.at && i < p->choices.n; i++, c++)
+        if (v->kind == IS_INTEGER ? v->integer == (int64_t)i : c->n == answer.n && !memcmp(c->text, answer.at, c->n))
+            return (Text){ c->text, c->n };
+    return p->choices.n ? (Text){ NULL, 0 } : answer;
+}
+
+// Reads a task: its question comes after the exemplars. These are the first lines, with their answers.
+static bool read_task(Script *s, Passage *p, Text *prompt, Error *e) {
+    char room[32];
+    const Value *question = find_member(&p->value, "question"), *steps = find_member(&p->value, "solution");
+    const Value *list = find_member(&p->value, "choices");
+    bool ok = !list || (list->kind == IS_LIST && list->n > 0);
+    for (size_t i = 0; ok && list && i < list->n; i++) ok = list->items[i].kind == IS_STRING;
+    if (ok && list) p->choices = *list;
+    Text answer = ok ? wanted_answer(p, room) : (Text){ NULL, 0 };
+    if (!question || question->kind != IS_STRING || !answer.at)
+        return refuse(e, "expected \"question\" and \"answer\": of \"choices\", a list of texts, one or its index");
+    bool is_exemplar = p->line <= (size_t)options.shots, shows = options.cot && steps && steps->kind == IS_STRING;
+    const char *opens = options.cot ? "\nAnswer: Let's think step by step." : "\nAnswer:";
+    const Text parts[] = {
+        { "Question: ", 10 }, { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
+        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, answer,
+        { "\n\n", 2 },
+    };
+    for (int i = 0; i < (is_exemplar ? 8 : 4); i++)
+        if (!append(&s->exemplars, parts[i].at, parts[i].n, e)) return false;
+    if (!is_exemplar) *prompt = (Text){ (const char *)s->exemplars.bytes, s->exemplars.n };
+    return true;
+}
+
+static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, Error *e) {
+    const Tokenizer *t = &s->m->tokenizer;
+    const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
+    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0), is_given = s->given && s->kind != COMPARED;
+    for (size_t i = 0; is_given && i < s->given->n; i++) if (!emit(out, s->given->ids[i], e)) return false;
+    if (!is_given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
+    return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
+}
+
+// Appends a passage that begins like `base`: the tokens of a prompt and of what follows it.
+static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text more, Error *e) {
+    Passage *p = allocate(1, sizeof *p, e);
+    if (!p) return NULL;
+    *p = *base;
+    p->pool.last = NULL;  // of a line's passages, the last one gets it
+    p->c.sampler = &p->sampler;
+    p->c.printer.record = &p->out;
+    p->c.printer.stops = &options.stops;
+    *s->end = p;
+    s->end = &p->next;
+    s->n_open++;
+    s->n_held++;
+    if (!encode_prompt(s, prompt, more, &p->tokens, e)) return NULL;
+    if (p->tokens.n > (size_t)s->w->settings.context)
+        fail(e, NO_ROOM, "%zu tokens, the context has %d; see -c", p->tokens.n, s->w->settings.context);
+    if (s->kind == SCORED && p->tokens.n < 2) refuse(e, "a single token, with none before it to predict it from");
+    if (p->tokens.n_dropped)
+        fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", p->line, p->tokens.n_dropped);
+    p->c.last = p->tokens.ids[p->tokens.n - 1];
+    p->out.n_prompt = p->tokens.n;
+    return e->status ? NULL : p;
+}
+
+// Adds a passage for each choice. What is scored begins where their tokens are not all those of the prompt: its last
+// token may become another one together with what follows.
+static bool add_choices(Script *s, Passage *base, Text prompt, Error *e) {
+    Passage **first = s->end, *p = NULL;
+    Tokens alone = { 0 };
+    bool ok = encode_prompt(s, prompt, (Text){ "", 0 }, &alone, e);
+    size_t common = alone.n;
+    base->group = (int)base->choices.n;
+    for (const Value *c = base->choices.items; ok && base->number < base->group; c++, base->number++) {
+        ok = (p = add_passage(s, base, prompt, (Text){ c->text, c->n }, e)) != NULL;
+        for (size_t i = 0; ok && i < common; i++)
+            if (i == p->tokens.n || p->tokens.ids[i] != alone.ids[i]) common = i;
+    }
+    free(alone.ids);
+    for (p = *first; ok && p; p = p->next) {
+        p->scored = common;
+        ok = (common > 0 && common < p->tokens.n) ||
+             refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
+    }
+    return ok;
+}
+
+// Drops what is in the queue from *first on.
+static void drop_passages(Script *s, Passage **first) {
+    s->end = first;
+    for (Passage *p; (p = *first); free_passage(p)) {
+        *first = p->next;
+        s->n_held--;
+        s->n_open -= !p->done;
+    }
+}
+
+// Adds the passages of a line. If something is wrong with it, it has a single one, which says what.
+static bool open_line(Script *s, Text line, Error *e) {
+    Passage base = { .line = ++s->n_lines, .group = 1, .slot = -1, .scored = s->kind == SCORED ? 1 : SIZE_MAX };
+    Passage **first = s->end, *p;
+    Error *wrong = &base.out.error;
+    Options own = options;
+    Text prompt = line;
+    bool ok = true, is_json = !s->given && (s->kind == EVALUATED || (line.n && *line.at == '{'));
+    const char *list = s->kind == COMPARED ? options.choose : s->kind == CONTINUED ? options.one_of : NULL;
+    size_t n_kept = s->exemplars.n;
+    if (is_json) {
+        prompt = (Text){ NULL, 0 };
+        ok = parse_json(line.at, line.n, &base.pool, &base.value, wrong);
+        if (s->kind == EVALUATED) ok = ok && read_task(s, &base, &prompt, wrong);
+        else ok = ok && read_members(&base, &own, &prompt, wrong);
+    }
+    ok = ok && split_choices(&base, list, wrong);
+    base.c.limit = own.n_predict < 0 || list ? SIZE_MAX : (size_t)own.n_predict;
+    base.sampler = *s->sampler;
+    base.sampler.temperature = s->kind == EVALUATED ? 0 : (float)own.temperature;
+    base.sampler.top_k = (int)own.top_k;
+    base.sampler.top_p = (float)own.top_p;
+    base.sampler.min_p = (float)own.min_p;
+    int n = !prompt.at ? 0 : s->kind == CONTINUED ? (int)options.samples : 1;
+    bool compares = base.choices.n && n && s->kind != CONTINUED;
+    if (compares) ok = ok && add_choices(s, &base, prompt, wrong);
+    for (; ok && !compares && base.number < n; base.number++) {
+        base.out.seed = own.seed + (uint64_t)base.number;
+        base.sampler.random = first_state(base.out.seed);
+        ok = add_passage(s, &base, prompt, (Text){ "", 0 }, wrong) != NULL;
+    }
+    if (prompt.at && s->kind == EVALUATED) s->exemplars.n = n_kept;
+    if (!ok) {
+        drop_passages(s, first);
+        base.done = true;
+        base.group = 1;
+        if (!(p = *first = allocate(1, sizeof *p, e))) {
+            free_pool(&base.pool);
+            return false;
+        }
+        *p = base;
+        s->end = &p->next;
+        s->n_held++;
+    }
+    for (p = *first; p && p->next;) p = p->next;
+    if (p) p->pool = base.pool;
+    else free_pool(&base.pool);
+    return true;
+}
+
+// ---- Results ----
+
+// The last number in a text, without commas. Returns how many bytes it takes there; 0: there is none.
+static size_t last_number(Text t, double *number) {
+    char digits[64];
+    size_t end = t.n, begin, n = 0;
+    while (end > 0 && !isdigit((unsigned char)t.at[end - 1])) end--;
+    for (begin = end; begin > 0 && memchr("0123456789,.", t.at[begin - 1], 12);) begin--;
+    begin -= begin < end && begin > 0 && t.at[begin - 1] == '-';
+    for (size_t i = begin; i < end && n + 1 < sizeof digits; i++) if (t.at[i] != ',') digits[n++] = t.at[i];
+    digits[n] = 0;
+    *number = strtod(digits, NULL);
+    return end - begin;
+}
+
+// Whether an answer is right: the same text or, where a number is wanted, its last number. In GSM8K, the wanted number
+// is after #### and its steps are before.
+static bool is_right(Text got, Text wanted) {
+    double x, y;
+    bool is_number = last_number(wanted, &x) == wanted.n || memmem(wanted.at, wanted.n, "####", 4);
+    if (is_number) return last_number(got, &y) > 0 && x == y;
+    return got.n == wanted.n && !memcmp(got.at, wanted.at, got.n);
+}
+
+// A task's answer: the likeliest choice, or what was written.
+static void put_task(Script *s, const Passage *first) {
+    char room[32];
+    Text wanted = wanted_answer(first, room);
+    Span got = trimmed((const char *)first->out.text.bytes, first->out.text.n, true, true);
+    const Passage *p = first, *best = first;
+    for (size_t i = 0; i < first->choices.n; i++, p = p->next) {
+        if (total_logprob(&p->out) > total_logprob(&best->out)) best = p;
+        got = (Span){ first->choices.items[best->number].text, first->choices.items[best->number].n, false };
+    }
+    bool right = is_right((Text){ got.text, got.n_bytes }, wanted);
+    s->n_tasks++;
+    s->n_right += right;
+    if (options.json) printf("\"line\": %zu, \"correct\": %s, \"got\": ", first->line, right ? "true" : "false");
+    else printf("%5zu  %s  got ", first->line, right ? "right" : "wrong");
+    put_json_string(stdout, got.text, got.n_bytes);
+    printf(options.json ? ", \"want\": " : ", wanted ");
+    put_json_string(stdout, wanted.at, wanted.n);
+    if (!options.json) putchar('\n');
+}
+
+static void put_accuracy(const Script *s) {
+    double n = (double)s->n_tasks, p = (double)s->n_right / fmax(n, 1), error = sqrt(p * (1 - p) / fmax(n - 1, 1));
+    printf(options.json ? "{\"n\": %zu, \"correct\": %zu, \"accuracy\": %.9g, \"standard_error\": %.9g, "
+                          "\"shots\": %d}\n"
+                        : "%zu tasks, %zu right: accuracy %.4f +/- %.4f with %d shots\n", s->n_tasks, s->n_right, p,
+           error, (int)options.shots);
+}
+
+// The choices with their probabilities, of which each has its share of the sum.
+static void put_choices(const Passage *first) {
+    double best = -INFINITY, sum = 0;
+    const Passage *p = first;
+    for (int i = 0; i < first->group; i++, p = p->next) best = fmax(best, total_logprob(&p->out));
+    p = first;
+    for (int i = 0; i < first->group; i++, p = p->next) sum += exp(total_logprob(&p->out) - best);
+    if (options.json) printf("\"choices\": [");
+    p = first;
+    for (int i = 0; i < first->group; i++, p = p->next) {
+        const Value *c = &first->choices.items[i];
+        double logprob = total_logprob(&p->out);
+        if (options.json) printf(i ? ", " : "");
+        printf(options.json ? "{\"p\": %.9g, \"logprob\": %.9g, \"logprob_per_byte\": %.9g, \"text\": "
+                            : "%.6f %10.4f %10.4f per byte  ", exp(logprob - best) / sum, logprob,
+               logprob / (double)larger(c->n, 1));
+        put_json_string(stdout, c->text, c->n);
+        fputs(options.json ? "}" : "\n", stdout);
+    }
+    if (options.json) putchar(']');
+}
+
+static void put_scored_text(const Model *m, const Passage *p) {
+    double total = total_logprob(&p->out);
+    size_t n_bytes = 0, n;
+    for (size_t i = p->scored; i < p->tokens.n; i++, n_bytes += n)
+        decode(&m->tokenizer, p->tokens.ids[i - 1], p->tokens.ids[i], &n);
+    if (options.json) printf("\"scores\": [");
+    put_scores(m, &p->out);
+    printf(options.json ? "], \"total\": %.9g, \"bits_per_byte\": %.9g" : "total %.4f, %.4f bits per byte\n", total,
+           -total / log(2) / (double)larger(n_bytes, 1));
+}
+
+// The prompt, unless it is not wanted, and what was written after it.
+static void put_text(const Model *m, const Passage *p) {
+    Printer printer = { .n_held = 0 };
+    for (size_t i = 0; !options.no_echo && i < p->tokens.n; i++)
+        print_token(m, &printer, i ? p->tokens.ids[i - 1] : -1, p->tokens.ids[i]);
+    print_bytes(&printer, NULL, 0);
+    print_bytes(&printer, (const char *)p->out.text.bytes, p->out.text.n);
+    print_bytes(&printer, NULL, 0);
+    putchar('\n');
+}
+
+// Prints what is at the head of the queue, if all of it is done, and drops it.
+static bool put_first(Script *s) {
+    Passage *first = s->first, *p = first;
+    Error *error = NULL;
+    char room[32];
+    for (int i = 0; p && i < first->group; i++, p = p->next) {
+        if (!p->done) return false;
+        if (!error && p->out.error.status) error = &p->out.error;
+    }
+    if (!first) return false;
+    Text id = value_text(find_member(&first->value, "id"), room);
+    if (options.json) putchar('{');
+    if (options.json && id.at) {
+        printf("\"id\": ");
+        if (id.at == room) printf("%s", room);
+        else put_json_string(stdout, id.at, id.n);
+        printf(", ");
+    }
+    if (options.json && options.samples > 1) printf("\"sample\": %d, ", first->number);
+    if (error) {
+        disarm(error->text, strlen(error->text), "");
+        if (s->n_failed++ == 0) s->failure = *error;
+        if (options.json) printf("\"line\": %zu, \"error\": ", first->line);
+        if (options.json) put_json_string(stdout, error->text, strlen(error->text));
+        else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line, error->text);
+    } else if (s->kind == EVALUATED) put_task(s, first);
+    else if (s->kind == COMPARED) put_choices(first);
+    else if (s->kind == SCORED) put_scored_text(s->m, first);
+    else if (options.json) put_record(s->m, &first->out);
+    else put_text(s->m, first);
+    if (options.json) puts("}");
+    fflush(stdout);
+    for (int i = first->group; i > 0; i--) {
+        p = s->first;
+        s->first = p->next;
+        s->n_held--;
+        free_passage(p);
+    }
+    if (!s->first) s->end = &s->first;
+    return true;
+}
+
+// ---- The loop ----
+
+// How many texts go together: as many as have room in a quarter of the memory, if all become as long as they may.
+static int n_together(const Model *m, Settings settings) {
+    Cache c = { .f32 = settings.cache_f32, .n_layers = m->config.n_layers, .context = settings.context };
+    lay_out_cache(m, &c, 1);
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    size_t n = pages > 0 && page > 0 ? (size_t)pages / 4 * (size_t)page / c.arena_bytes : 1;
+    if (n > MOST_TOGETHER) n = MOST_TOGETHER;
+    return n > (size_t)settings.batch ? settings.batch : n > 1 ? (int)n : 1;
+}
+
+// Reads lines as there is room for their texts, from stdin only while there are some, and prints what is done.
+static bool run_lines(Script *s, Error *e) {
+    Buffer line = { 0 };
+    bool ok = true, more = s->given == NULL;
+    if (s->given) ok = open_line(s, s->prompt, e);
+    while (ok && (more || s->first) && !ferror(stdout)) {
+        while (ok && more && s->n_open < s->n_slots && s->n_held < MOST_HELD) {
+            struct pollfd input = { STDIN_FILENO, POLLIN, 0 };
+            if (s->first && poll(&input, 1, 0) == 0) break;
+            more = read_line(&line, e);
+            if (more) ok = open_line(s, (Text){ (const char *)line.bytes, line.n }, e);
+            else ok = e->status == DONE;
+        }
+        if (ok && s->n_open) advance(s);
+        for (Passage *p = interrupted ? s->first : NULL; p; p = p->next)
+            if (!p->done && p->slot >= 0 && p->scored >= p->tokens.n) end_passage(s, p, AT_INTERRUPT);
+        while (put_first(s)) continue;
+        if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    }
+    free(line.bytes);
+    return ok;
+}
+
+// Runs what a script asks for: a prompt, or the lines of a file.
+static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n, const Sampler *sampler,
+                       ScriptKind kind, const Tokens *given, Text prompt, Error *e) {
+    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .sampler = sampler, .kind = kind, .given = given,
+                 .prompt = prompt };
+    const char *path = kind == EVALUATED ? options.file : options.prompts;
+    if (options.logprobs > m->config.n_tokens) options.logprobs = m->config.n_tokens;
+    s.end = &s.first;
+    s.users = allocate((size_t)n, sizeof *s.users, e);
+    s.used = allocate((size_t)n, sizeof *s.used, e);
+    s.logits = allocate((size_t)m->config.n_tokens, sizeof *s.logits, e);
+    bool ok = s.users && s.used && s.logits;
+    if (ok && path && strcmp(path, "-") && !freopen(path, "rb", stdin))
+        ok = fail(e, io_status(), "%s: %s", path, strerror(errno));
+    if (path && !strcmp(path, "-")) setvbuf(stdin, NULL, _IONBF, 0);  // so that poll() sees each line
+    if (ok && kind == CONTINUED) tell_seed(sampler);
+    double start = clock_seconds();
+    ok = ok && run_lines(&s, e);
+    if (ok && kind == EVALUATED) put_accuracy(&s);
+    if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
+    if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
+    else if (ok && s.n_failed)
+        ok = fail(e, s.failure.status, "%zu of %zu lines failed, the first: %s", s.n_failed, s.n_lines, s.failure.text);
+    drop_passages(&s, &s.first);
+    free(s.users);
+    free(s.used);
+    free(s.logits);
+    free(s.exemplars.bytes);
     return ok;
 }
 
@@ -6320,13 +6997,21 @@ typedef struct {
 #define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, detokenize, logits, perplexity, inspect, export, bench, matmul" },
+      "generate (default), chat, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, bench, "
+      "matmul" },
     { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
-    HEADING("Prompt (generate, chat, logits, perplexity, tokenize, detokenize)"),
+    HEADING("Prompt (generate, chat, logits, perplexity, score, eval, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
     { 'f', "file", "FILE", TEXT, OF(file), 0, 0, "read the prompt, or more of it, from FILE; - is stdin" },
     { 0, "ids", "IDS", TEXT, OF(ids), 0, 0, "the prompt as token ids, as in \"1 2 3\"" },
-    HEADING("Generation (generate, chat)"),
+    { 0, "prompts", "FILE", TEXT, OF(prompts), 0, 0, "generate, score: a prompt a line, text or JSON; - is stdin" },
+    { 0, "samples", "N", INT, OF(samples), 1, 1e4, "generate: N continuations, with the seed and those after it" },
+    { 0, "one-of", "A|B|C", TEXT, OF(one_of), 0, 0, "generate: the text becomes one of these" },
+    { 0, "choose", "A|B|C", TEXT, OF(choose), 0, 0, "score: the probabilities of these continuations" },
+    { 0, "logprobs", "N", INT, OF(logprobs), 0, MAX_LOGPROBS, "generate, score: with --json, each token's likeliest" },
+    { 0, "shots", "K", INT, OF(shots), 0, 1e6, "eval: the first K tasks are exemplars (default 0)" },
+    { 0, "cot", NULL, FLAG, OF(cot), 0, 0, "eval: step by step" },
+    HEADING("Generation (generate, chat, eval)"),
     { 'n', "n-predict", "N", INT, OF(n_predict), -1, 1e9, "most new tokens (default 256); -1: fills the context" },
     { 't', "temp", "T", REAL, OF(temperature), 0, 100, "temperature (default 1); 0: the likeliest; threads are -j" },
     { 'p', "top-p", "P", REAL, OF(top_p), 0, 1, "draw from the likeliest P (default 0.9; 1: off); the prompt is -i" },
@@ -6380,7 +7065,8 @@ static const Option option_table[] = {
     { 0, "svg", "FILE", TEXT, OF(svg), 0, 0, "bench, matmul: draw the roofline, with each result on it" },
     HEADING("Output"),
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics, notes and warnings" },
-    { 0, "json", NULL, FLAG, OF(json), 0, 0, "tokenize, perplexity, inspect, bench, matmul: print JSON" },
+    { 0, "json", NULL, FLAG, OF(json), 0, 0,
+      "generate, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
     HEADING("Arithmetic (" RUNNERS ")"),
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
@@ -6512,6 +7198,19 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
                 o->help);
 }
 
+// Sets an option for one line of --prompts: one of those that may differ from text to text.
+static bool set_own(Text key, Text value, Options *to, Error *e) {
+    static const char *const names[] = { "n_predict", "temp", "top_p", "top_k", "min_p", "seed" };
+    char word[16] = "", text[32];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (is_text(key, names[i])) snprintf(word, sizeof word, "--%s", names[i]);
+    for (char *p = word; *p; p++) if (*p == '_') *p = '-';
+    if (!*word || !value.at || value.n >= sizeof text)
+        return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
+    snprintf(text, sizeof text, "%.*s", (int)value.n, value.at);
+    return set_option(find_option(word), text, to, e);
+}
+
 static bool is_listed_word(const char *list, const char *word, size_t n) {
     char padded[40];
     snprintf(padded, sizeof padded, " %.*s ", (int)n, word);
@@ -6582,9 +7281,11 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
 }
 
 // Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
-typedef enum { TOKENIZE, DETOKENIZE, GENERATE, LOGITS, PERPLEXITY, CHAT, INSPECT, BENCH, EXPORT, MATMUL, N_MODES } Mode;
-static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "logits", "perplexity", "chat",
-                                                 "inspect", "bench", "export", "matmul" };
+typedef enum {
+    TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL, N_MODES
+} Mode;
+static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "score", "logits", "perplexity",
+                                                 "chat", "eval", "inspect", "bench", "export", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
@@ -6633,7 +7334,7 @@ static bool is_instruction(Span text) {
 
 // Reads the prompt's text, with a NUL after it: from --ids, from -i and -f, or from stdin.
 static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *text, Error *e) {
-    bool is_limited = mode == GENERATE || mode == LOGITS || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
+    bool is_limited = (mode >= GENERATE && mode <= LOGITS) || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
     size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
     if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
     bool ok = options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
@@ -6645,13 +7346,12 @@ static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *tex
     return ok;
 }
 
-// Reads the prompt as tokens.
-static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, Error *e) {
+// Reads the prompt, as text and as tokens.
+static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
     bool are_ids = options.ids || mode == DETOKENIZE;
-    Buffer text = { 0 };
-    bool ok = read_prompt_text(m, mode, context, &text, e);
-    Span span = { (const char *)text.bytes, ok ? text.n - 1 : 0, options.special };
+    bool ok = read_prompt_text(m, mode, context, text, e);
+    Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->add_eos;
@@ -6665,8 +7365,13 @@ static bool read_prompt(const Model *m, Mode mode, int context, Tokens *tokens, 
     bool hints = ok && mode == GENERATE && !are_ids && m->chat_template.n && !options.quiet && is_instruction(span);
     if (hints && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO))
         fprintf(stderr, "this text is continued; -m chat lets the model answer it\n");
-    free(text.bytes);
     return ok;
+}
+
+// Whether it is chapter 12a's to do.
+static bool is_script(Mode mode) {
+    bool more = options.prompts || options.choose || options.one_of || options.samples > 1 || options.json;
+    return mode == SCORING || mode == EVAL || (mode == GENERATE && more);
 }
 
 // Opens the checkpoint and, for llama2.c's, its tokenizer. Where no weights are needed, a vocabulary is enough.
@@ -6731,7 +7436,10 @@ static bool set_up_engine(const Model *m, Mode mode, Engine *g, Error *e) {
                     largest(options.parallel), settings.batch);
     g->n_texts = mode == BENCH ? largest(options.parallel) : 1;
     if (mode == PERPLEXITY) g->n_texts = settings.batch / (settings.context > 1 ? settings.context - 1 : 1) + 2;
-    if (!make_cache(m, &g->cache, settings, g->n_texts, e)) return false;
+    if (is_script(mode)) g->n_texts = n_together(m, settings);
+    while (!make_cache(m, &g->cache, settings, g->n_texts, e))
+        if (!is_script(mode) || (g->n_texts /= 2) == 0) return false;
+    e->status = DONE;
     if (!(g->texts = allocate((size_t)g->n_texts, sizeof *g->texts, e))) return false;
     for (int i = 0; i < g->n_texts; i++) g->texts[i] = new_sequence(&g->cache, i);
     if (options.context == 0 && !options.quiet)
@@ -6766,19 +7474,26 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     Tokens tokens = { 0 };
     Buffer text = { 0 };
     if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
+    if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
+    if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Workspace *w = &g->workspace;
     Sequence *s = g->texts;
-    bool keeps = options.session && (mode == GENERATE || mode == CHAT);
+    bool reads_lines = options.prompts && is_script(mode);
+    bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
+    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     ok = ok && (!keeps || open_session(m, w, s, NULL, e));
-    ok = ok && (mode > PERPLEXITY || read_prompt(m, mode, w->settings.context, &tokens, e));
+    ok = ok && (mode > PERPLEXITY || reads_lines || read_prompt(m, mode, w->settings.context, &text, &tokens, e));
     if (mode == CHAT && options.n_parts) {
         ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
         if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
         options.prompt = (char *)text.bytes;
     }
     heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
-    switch (ok ? mode : N_MODES) {
+    if (ok && is_script(mode))
+        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines || mode == EVAL ? NULL : &tokens,
+                        (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
+    else switch (ok ? mode : N_MODES) {
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
     case DETOKENIZE: print_text(&m->tokenizer, &tokens); break;
     case GENERATE: ok = run_generate(m, w, s, sampler, &tokens, e); break;
@@ -6805,7 +7520,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     Mode mode;
     options = (Options){ .program = argc > 0 ? argv[0] : "run", .mode = "generate", .temperature = 1.0, .top_p = 0.9,
                          .n_predict = 256, .context = -1, .repeat_penalty = 1, .repeat_last_n = 64, .dry_base = 1.75,
-                         .dry_allowed = 2, .dry_last_n = 64, .xtc_threshold = 0.1, .reps = 5,
+                         .dry_allowed = 2, .dry_last_n = 64, .xtc_threshold = 0.1, .reps = 5, .samples = 1,
                          .threads = { 1, { count_cores(true) } }, .tg = { 1, { 128 } }, .depth = { 1, { 0 } },
                          .parallel = { 1, { 1 } }, .seed = clock, .clock_seed = clock };
     if (!parse_options(argc, argv, &options, given, e) || !find_mode(options.mode, &mode, e)) return false;

@@ -19,7 +19,8 @@
      test_vocabulary.c   damaged vocabularies
      fuzz.c              the inputs that fuzzing found worth keeping
      test_session.c      sessions, whole and damaged; guesses that leave a text as it is
-     test_command.c      ./run as a command, and the limits of style */
+     test_command.c      ./run as a command, and the limits of style
+     test_scripts.c      many texts, scores */
 
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
@@ -253,6 +254,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_vocabulary.c"
 #include "test_command.c"
 #include "test_session.c"
+#include "test_scripts.c"
 
 static const struct {
     const char *name;
@@ -297,6 +299,7 @@ static const struct {
     { "lookup", test_lookup },
     { "./run --session", test_session_commands },
     { "command line", test_command_line },
+    { "scripts", test_scripts },
     { "style", test_style },
 };
 enum { N_GROUPS = sizeof groups / sizeof *groups };
