@@ -1362,3 +1362,259 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
     return pack_vocabulary(&v, section, e);
 }
+
+/* ---- Values --------------------------------------------------------------------------------------------------------
+   What JSON texts describe and chat templates compute with. Values do not change after they are made, so they are
+   passed as they are and share their parts. All parts lie in a pool, which is freed as a whole. */
+
+typedef enum { IS_NONE, IS_BOOLEAN, IS_INTEGER, IS_FLOAT, IS_STRING, IS_LIST, IS_DICT } ValueKind;
+
+typedef struct Value {
+    ValueKind kind;
+    size_t n;  // bytes of a string, items of a list; of a dict the keys and values, which follow each other in turn
+    union {
+        bool truth;
+        int64_t integer;
+        double number;
+        const char *text;
+        struct Value *items;
+    };
+} Value;
+
+// Memory in blocks, each twice as large as the one before.
+typedef struct PoolBlock { struct PoolBlock *before; size_t used, size; } PoolBlock;
+typedef struct { PoolBlock *last; } Pool;
+
+static void free_pool(Pool *a) {
+    for (PoolBlock *block = a->last, *before; block; block = before) {
+        before = block->before;
+        free(block);
+    }
+    a->last = NULL;
+}
+
+// n bytes for values or text; NULL: no memory.
+static void *reserve(Pool *a, size_t n, Error *e) {
+    PoolBlock *last = a->last;
+    size_t needed = round_up(n, sizeof(Value));
+    if (!last || needed > last->size - last->used) {
+        size_t size = last ? 2 * last->size : 1 << 12;
+        if (size < needed) size = needed;
+        PoolBlock *block = allocate(1, plus(round_up(sizeof *block, sizeof(Value)), size), e);
+        if (!block) return NULL;
+        *block = (PoolBlock){last, 0, size};
+        a->last = last = block;
+    }
+    char *at = (char *)last + round_up(sizeof *last, sizeof(Value)) + last->used;
+    last->used += needed;
+    return at;
+}
+
+// Appends an item to a list that is being made. Its room is a power of two and doubles when it is full.
+static bool push_value(Pool *a, Value *list, Value item, Error *e) {
+    if ((list->n & (list->n - 1)) == 0) {
+        Value *items = reserve(a, times(list->n ? 2 * list->n : 1, sizeof item), e);
+        if (!items) return false;
+        if (list->n) memcpy(items, list->items, list->n * sizeof item);
+        list->items = items;
+    }
+    list->items[list->n++] = item;
+    return true;
+}
+
+// The value of a dict's key, or NULL; also where v is no dict.
+static const Value *find_member(const Value *v, const char *key) {
+    for (size_t i = 0, n = strlen(key); v->kind == IS_DICT && i < v->n; i += 2)
+        if (v->items[i].kind == IS_STRING && v->items[i].n == n && !memcmp(v->items[i].text, key, n))
+            return &v->items[i + 1];
+    return NULL;
+}
+
+/* ---- JSON ----------------------------------------------------------------------------------------------------------
+   A reader of RFC 8259, strict, but that a byte order mark is skipped. Integers have 64 bits. Of equal keys the last
+   one's value counts, at the first one's place, as in Python. */
+
+enum { MAX_JSON_DEPTH = 100 };
+
+typedef struct {
+    const char *start, *at, *end;
+    int depth;
+    Pool *pool;
+    Error *e;
+} JsonReader;
+
+static bool json_error(JsonReader *r, const char *at, const char *what) {
+    size_t line = 1, column = 1;
+    for (const char *p = r->start; p < at; p++, column++) if (*p == '\n') line++, column = 0;
+    return refuse(r->e, "line %zu, column %zu is not JSON: %s", line, column, what);
+}
+
+// The next character after white space; 0 at the end.
+static char next_json(JsonReader *r) {
+    while (r->at < r->end && memchr(" \t\r\n", *r->at, 4)) r->at++;
+    return r->at < r->end ? *r->at : 0;
+}
+
+// Four hexadecimal digits at p, or 0x110000: there are none.
+static uint32_t read_hex4(const JsonReader *r, const char *p) {
+    char digits[5] = {0};
+    if (r->end - p < 4) return NOT_UTF8;
+    memcpy(digits, p, 4);
+    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
+}
+
+// The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.
+static bool read_escape(JsonReader *r, uint32_t *code) {
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    const char *at = r->at, *letter = r->end - at > 1 && at[1] ? strchr(letters, at[1]) : NULL;
+    if (letter) {
+        *code = (unsigned char)meanings[letter - letters];
+        r->at += 2;
+        return true;
+    }
+    if (r->end - at < 2 || at[1] != 'u' || (*code = read_hex4(r, at + 2)) == NOT_UTF8)
+        return json_error(r, at, "an unknown escape");
+    r->at += 6;
+    if (*code < 0xD800 || *code > 0xDFFF) return true;
+    uint32_t low = r->end - r->at > 5 && r->at[0] == '\\' && r->at[1] == 'u' ? read_hex4(r, r->at + 2) : 0;
+    if (*code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return json_error(r, at, "half of a surrogate pair");
+    *code = 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00);
+    r->at += 6;
+    return true;
+}
+
+static bool read_json_string(JsonReader *r, Value *v) {
+    const char *quote = r->at++, *end = r->at;
+    while (end < r->end && *end != '"') end += *end == '\\' ? 2 : 1;
+    if (end >= r->end) return json_error(r, quote, "a string without an end");
+    char *to = reserve(r->pool, (size_t)(end - r->at), r->e);  // no escape is shorter than its character
+    if (!to) return false;
+    *v = (Value){.kind = IS_STRING, .text = to};
+    while (r->at < end) {
+        uint32_t code = 0;
+        int length = read_character(r->at, (size_t)(end - r->at), &code);
+        if (length <= 0) return json_error(r, r->at, "bytes that are not UTF-8");
+        if (code < 32) return json_error(r, r->at, "a control character in a string");
+        if (code == '\\' ? !read_escape(r, &code) : (r->at += length, false)) return false;
+        v->n += write_character(code, to + v->n);
+    }
+    r->at = end + 1;
+    return true;
+}
+
+// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?
+static bool read_json_number(JsonReader *r, Value *v) {
+    char digits[400];  // the longest double without an exponent, 5e-324, has 325 places
+    size_t n = 0, n_integer, n_fraction;
+    while (r->end - r->at > (ptrdiff_t)n && memchr("0123456789+-.eE", r->at[n], 15)) n++;
+    if (n >= sizeof digits) return json_error(r, r->at, "a number of more than 399 characters");
+    memcpy(digits, r->at, n);
+    digits[n] = 0;
+    const char *p = digits + (digits[0] == '-');
+    n_integer = strspn(p, "0123456789");
+    bool ok = n_integer == 1 || (n_integer > 1 && *p != '0'), whole = true;
+    p += n_integer;
+    if (*p == '.') {
+        n_fraction = strspn(p + 1, "0123456789");
+        ok &= n_fraction > 0;
+        whole = false;
+        p += 1 + n_fraction;
+    }
+    if (*p == 'e' || *p == 'E') {
+        p += 1 + (p[1] == '+' || p[1] == '-');
+        ok &= isdigit((unsigned char)*p) != 0;
+        p += strspn(p, "0123456789");
+        whole = false;
+    }
+    if (!ok || *p) return json_error(r, r->at, "neither a value nor a number");
+    errno = 0;
+    if (whole) *v = (Value){.kind = IS_INTEGER, .integer = strtoll(digits, NULL, 10)};
+    else *v = (Value){.kind = IS_FLOAT, .number = strtod(digits, NULL)};
+    if (whole ? errno == ERANGE : isinf(v->number)) return json_error(r, r->at, "a number that is too large");
+    r->at += n;
+    return true;
+}
+
+static int compare_strings(const Value *a, const Value *b) {
+    int order = memcmp(a->text, b->text, a->n < b->n ? a->n : b->n);
+    return order ? order : (a->n > b->n) - (a->n < b->n);
+}
+
+// Equal keys in the order of their places.
+static int compare_keys(const void *a, const void *b) {
+    const Value *x = *(const Value *const *)a, *y = *(const Value *const *)b;
+    int order = compare_strings(x, y);
+    return order ? order : (x > y) - (x < y);
+}
+
+// Leaves one entry of each key.
+static bool drop_equal_keys(JsonReader *r, Value *dict) {
+    size_t n = dict->n / 2, kept = 0;
+    Value **keys = allocate(n, sizeof *keys, r->e);
+    if (!keys) return false;
+    for (size_t i = 0; i < n; i++) keys[i] = &dict->items[2 * i];
+    if (n > 1) qsort(keys, n, sizeof *keys, compare_keys);
+    for (size_t i = 1, first = 0; i < n; i++) {
+        if (compare_strings(keys[first], keys[i])) first = i;
+        else keys[first][1] = keys[i][1], keys[i]->kind = IS_NONE;
+    }
+    free(keys);
+    for (size_t i = 0; i < n; i++) {
+        if (dict->items[2 * i].kind == IS_NONE) continue;
+        memmove(&dict->items[2 * kept++], &dict->items[2 * i], 2 * sizeof(Value));
+    }
+    dict->n = 2 * kept;
+    return true;
+}
+
+static bool read_json(JsonReader *r, Value *v);
+
+// A list or a dict, from its bracket to the one that closes it.
+static bool read_json_items(JsonReader *r, Value *v) {
+    bool is_dict = *r->at++ == '{';
+    char close = is_dict ? '}' : ']';
+    *v = (Value){.kind = is_dict ? IS_DICT : IS_LIST};
+    if (++r->depth > MAX_JSON_DEPTH) return json_error(r, r->at - 1, "nested too deep");
+    for (bool first = true; next_json(r) != close || !first; first = false) {
+        Value item;
+        if (!first && next_json(r) != ',') return json_error(r, r->at, is_dict ? "no , or }" : "no , or ]");
+        if (!first) r->at++;
+        if (is_dict) {
+            if (next_json(r) != '"') return json_error(r, r->at, "no \" of a key");
+            if (!read_json_string(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+            if (next_json(r) != ':') return json_error(r, r->at, "no : after a key");
+            r->at++;
+        }
+        if (!read_json(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+        if (next_json(r) == close) break;
+    }
+    r->at++;
+    r->depth--;
+    return !is_dict || drop_equal_keys(r, v);
+}
+
+static bool read_json(JsonReader *r, Value *v) {
+    static const struct { const char *word; Value value; } words[] = {
+        {"null", {.kind = IS_NONE}}, {"true", {.kind = IS_BOOLEAN, .truth = true}}, {"false", {.kind = IS_BOOLEAN}},
+    };
+    char c = next_json(r);
+    if (c == '"') return read_json_string(r, v);
+    if (c == '{' || c == '[') return read_json_items(r, v);
+    for (size_t i = 0; i < 3; i++) {
+        size_t n = strlen(words[i].word);
+        if ((size_t)(r->end - r->at) < n || memcmp(r->at, words[i].word, n)) continue;
+        *v = words[i].value;
+        r->at += n;
+        return true;
+    }
+    return c ? read_json_number(r, v) : json_error(r, r->at, "it ends here");
+}
+
+// Reads the n bytes as one value. Its parts lie in the pool, none in `text`.
+static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *e) {
+    JsonReader r = {text, text, text + n, 0, pool, e};
+    if (n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) r.at += 3;
+    if (!read_json(&r, v)) return false;
+    next_json(&r);
+    return r.at == r.end || json_error(&r, r.at, "something after the value");
+}
