@@ -1645,7 +1645,7 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
    it: these alone may become control tokens. */
 
 enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_TEMPLATE_DEPTH = 200, MAX_RANGE = 100000 };  // the last is the sandbox's
-enum { MAX_TEMPLATE_WORK = 1 << 27, LEXEME_WORK = 8 };  // about a second; what a step over a lexeme costs
+enum { MAX_TEMPLATE_WORK = 1 << 26, LEXEME_WORK = 8 };  // about a second; what a step over a lexeme costs
 
 typedef enum { LEX_TEXT, LEX_OUTPUT, LEX_TAG, LEX_CLOSE, LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_END } LexemeKind;
 
@@ -1732,13 +1732,13 @@ static Value part_of(Value s, size_t from, size_t to) {
 static bool same_text(Value s, const char *text) { return s.n == strlen(text) && !memcmp(s.text, text, s.n); }
 
 // Appends bytes to what is rendered.
-static void put(Template *j, const char *text, size_t n, const char *marks) {
+static void put_bytes(Template *j, const char *text, size_t n, const char *marks) {
     if (n == 0 || !spend(j, times(n, 2))) return;
     if (!append(&j->out->text, text, n, j->e) || !append(&j->out->marks, marks, n, j->e))
         j->failed = true, stop(j, NO_MEMORY, "no memory");
 }
-static void put_string(Template *j, Value s) { put(j, s.text, s.n, s.marks); }
-static void put_text(Template *j, const char *text) { put(j, text, strlen(text), NULL); }
+static void put_string(Template *j, Value s) { put_bytes(j, s.text, s.n, s.marks); }
+static void put_text(Template *j, const char *text) { put_bytes(j, text, strlen(text), NULL); }
 
 // Takes back what was put since the output had n bytes, as a string.
 static Value take_string_from(Template *j, size_t n) {
@@ -2055,14 +2055,14 @@ static void put_real(Template *j, double x) {
         if (exponent < -4 || exponent >= 16) snprintf(text, sizeof text, "%s", digits);
         else snprintf(text, sizeof text, "%.*f", places > 1 ? places : 1, x);
     }
-    put(j, text, strlen(text), j->ones);
+    put_bytes(j, text, strlen(text), j->ones);
 }
 
 // Puts a string as repr() or JSON spell it.
 static void put_quoted(Template *j, Value s, bool json, bool ascii) {
     static const char letters[] = "\b\f\n\r\t", names[] = "bfnrt";
     char quote = json || (memchr(s.text, '\'', s.n) && !memchr(s.text, '"', s.n)) ? '"' : '\'', text[16];
-    put(j, &quote, 1, NULL);
+    put_bytes(j, &quote, 1, NULL);
     for (size_t i = 0, length; i < s.n && !j->failed; i += length) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
@@ -2077,7 +2077,7 @@ static void put_quoted(Template *j, Value s, bool json, bool ascii) {
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
         if (!plain) put_text(j, text);
     }
-    put(j, &quote, 1, NULL);
+    put_bytes(j, &quote, 1, NULL);
 }
 
 // How tojson writes. After `indent` items stand in lines of their own.
@@ -2136,10 +2136,10 @@ static Value generator(Template *j, Value list) {
 
 /* ---- Chat templates: texts ---- */
 
-typedef enum { LOWER, UPPER, CAPITALISE, TITLE, TITLE_FILTER } Case;
+typedef enum { LOWER, UPPER, CAPITALISE, TITLE, TITLE_FILTER } CaseChange;
 
 // Changes the case of ASCII letters. A text with others that have two cases is refused: there is no table of them here.
-static Value change_case(Template *j, Value s, Case how) {
+static Value change_case(Template *j, Value s, CaseChange how) {
     char *to = get_memory(j, s.n);
     uint32_t c;
     bool starts = true;
@@ -2375,14 +2375,15 @@ static Value member(Template *j, Value v, Value key, bool dot) {
 }
 
 // The member at a path, as in "function.name" or "0": the filters' attribute=.
-static Value member_at(Template *j, Value v, Value path) {
-    if (path.kind != IS_STRING) return member(j, v, path, false);
-    for (size_t at = 0, end; at <= path.n && !j->failed; at = end + 1) {
+static Value member_at(Template *j, Value v, Value path, Value otherwise) {
+    if (path.kind != IS_STRING) v = member(j, v, path, false);
+    for (size_t at = 0, end; path.kind == IS_STRING && at <= path.n && !j->failed; at = end + 1) {
         char digits[20] = "";
         for (end = at; end < path.n && path.text[end] != '.'; end++) {}
         if (end - at < sizeof digits) memcpy(digits, path.text + at, end - at);
         bool is_index = *digits && strspn(digits, "0123456789") == end - at;
         v = member(j, v, is_index ? integer(strtoll(digits, NULL, 10)) : part_of(path, at, end), false);
+        if (v.kind == IS_UNDEFINED && otherwise.kind != IS_UNDEFINED) v = otherwise;
     }
     return v;
 }
@@ -2393,7 +2394,7 @@ static Value sort_items(Template *j, Value list, const Value *path, bool any_cas
     size_t n = list.n;
     Value *keys = get_memory(j, times(n, 4 * sizeof list)), *from = keys, *to = keys + 2 * n;
     for (size_t i = 0; keys && i < n; i++) {
-        Value key = path ? member_at(j, list.items[i], *path) : list.items[i];
+        Value key = path ? member_at(j, list.items[i], *path, undefined) : list.items[i];
         from[2 * i] = key.kind == IS_STRING && any_case ? change_case(j, key, LOWER) : key;
         from[2 * i + 1] = list.items[i];
     }
@@ -2401,8 +2402,9 @@ static Value sort_items(Template *j, Value list, const Value *path, bool any_cas
         for (size_t begin = 0; begin < n; begin += 2 * run) {
             size_t middle = begin + run < n ? begin + run : n, end = middle + run < n ? middle + run : n;
             for (size_t a = begin, b = middle, k = begin; k < end && spend(j, 8); k++) {
-                bool second = a == middle || (b < end && (reverse ? is_less(j, from[2 * a], from[2 * b])
-                                                                  : is_less(j, from[2 * b], from[2 * a])));
+                const Value *left = &from[2 * a], *right = &from[2 * b];
+                bool second = a == middle || (b < end && !is_equal(j, *left, *right) &&
+                                              (reverse ? is_less(j, *left, *right) : is_less(j, *right, *left)));
                 memcpy(&to[2 * k], &from[2 * (second ? b++ : a++)], 2 * sizeof list);
             }
         }
@@ -2681,7 +2683,7 @@ static void put_value(Template *j, Value v, const Style *style, int depth) {
     else if (v.kind == IS_FLOAT && json && !isfinite(v.number))
         put_text(j, isnan(v.number) ? "NaN" : v.number < 0 ? "-Infinity" : "Infinity");
     else if (v.kind == IS_FLOAT) put_real(j, v.number);
-    else if (v.kind == IS_INTEGER) put(j, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)v.integer), j->ones);
+    else if (v.kind == IS_INTEGER) put_bytes(j, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)v.integer), j->ones);
     else if (v.kind == IS_UNDEFINED && !json) put_text(j, "Undefined");
     else if (is_key || (v.kind != IS_LIST && v.kind != IS_TUPLE && !is_dict)) complain(j, json ? "JSON" : "the text", v);
     else if (depth >= MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep");
@@ -2747,9 +2749,9 @@ static Value choose_items(Template *j, Value name, Value v, Arguments *a) {
     if (has_name && what.kind != IS_STRING) return complain(j, "the name of a filter or test", what);
     if (has_name || !maps) a->n_taken = a->list.n + a->named.n / 2;
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value item = by_member ? member_at(j, list.items[i], by) : list.items[i];
+        Value item = by_member ? member_at(j, list.items[i], by, otherwise) : list.items[i];
         rest.n_taken = 0;
-        if (maps && by_member) push(j, &kept, item.kind == IS_UNDEFINED && otherwise.kind != IS_UNDEFINED ? otherwise : item);
+        if (maps && by_member) push(j, &kept, item);
         else if (maps) push(j, &kept, apply_filter(j, what, item, &rest));
         else if ((has_name ? apply_test(j, what, item, &rest) : is_true(item)) != rejects) push(j, &kept, list.items[i]);
     }
@@ -2769,9 +2771,10 @@ static Value gather_items(Template *j, Value name, Value v, Arguments *a) {
     if (sort || dictsort) return sort_items(j, list, path.kind == IS_NONE ? NULL : &path, any_case, reverse);
     Value keys = {.kind = IS_LIST};
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value key = path.kind == IS_NONE ? list.items[i] : member_at(j, list.items[i], path);
+        Value key = path.kind == IS_NONE ? list.items[i] : member_at(j, list.items[i], path, undefined);
         if (sum) total = compute(j, string("+"), total, key);
         if (any_case && key.kind == IS_STRING) key = change_case(j, key, LOWER);
+        if (same_text(name, "unique") && (key.kind == IS_LIST || key.kind == IS_DICT)) return complain(j, "a key", key);
         if (same_text(name, "unique") && !contains(j, keys, key)) push(j, &keys, key), push(j, &found, list.items[i]);
         bool better = i == 0 || (same_text(name, "min") && is_less(j, key, best)) ||
                       (same_text(name, "max") && is_less(j, best, key));
@@ -2793,7 +2796,7 @@ static Value indent_lines(Template *j, Value s, Arguments *a) {
     bool ends = s.n && ((c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029);
     if (!s.n || ends) push(j, &lines, string(""));  // a line end begins a line, here
     for (size_t i = 0; i < lines.n && !j->failed; i++) {
-        if (i) put(j, "\n", 1, NULL);
+        if (i) put_bytes(j, "\n", 1, NULL);
         if (i ? lines.items[i].n || blank : first) put_string(j, gap);
         put_string(j, lines.items[i]);
     }
@@ -2824,7 +2827,7 @@ static Value apply_filter(Template *j, Value name, Value v, Arguments *a) {
         Value separator = to_string(j, argument(j, a, 0, "d", string("")));
         Value path = argument(j, a, 1, "attribute", none), list = list_items(j, v), parts = {.kind = IS_LIST};
         for (size_t i = 0; path.kind != IS_NONE && i < list.n && !j->failed; i++)
-            push(j, &parts, member_at(j, list.items[i], path));
+            push(j, &parts, member_at(j, list.items[i], path, undefined));
         return join_items(j, path.kind == IS_NONE ? list : parts, separator);
     }
     if (has_word("length count", name)) {
@@ -2874,7 +2877,7 @@ static Value call_function(Template *j, Value name, Arguments *a) {
         pattern[format.n] = 0;
         size_t start = j->out->text.n, n = strftime(text, sizeof text, pattern, j->now);
         if (n == 0 && format.n) return lacks(j, "the date", format);
-        put(j, text, n, NULL);
+        put_bytes(j, text, n, NULL);
         return take_string_from(j, start);
     }
     if (same_text(name, "range")) {
@@ -3158,16 +3161,17 @@ static Value test(Template *j, Value v) {
 
 // What follows a value: .member [index] (call) and, if they may, | filter and `is` test.
 static Value postfix(Template *j, Value v, bool filters) {
+    bool filtered = false;
     while (!j->failed && spend(j, LEXEME_WORK)) {
-        if (accept(j, ".")) {
+        if (!filtered && accept(j, ".")) {
             bool is_index = here(j)->kind == LEX_NUMBER;
             Value key = is_index ? here(j)->value : take_name(j);
             j->at += is_index;
             if (!j->skipping) v = member(j, v, key, !is_index);
-        } else if (accept(j, "[")) v = subscript(j, v);
+        } else if (!filtered && accept(j, "[")) v = subscript(j, v);
         else if (sees(j, "(")) v = call(j, v);
-        else if (filters && accept(j, "|")) v = filter(j, v);
-        else if (filters && accept(j, "is")) v = test(j, v);
+        else if (filters && accept(j, "|")) v = filter(j, v), filtered = true;
+        else if (filters && accept(j, "is")) v = test(j, v), filtered = true;
         else break;
     }
     return v;
@@ -3382,7 +3386,7 @@ static void for_statement(Template *j) {
         body(j, "else endfor");
     }
     j->scope = outer;
-    j->leaves = STAYS;
+    if (!before) j->leaves = STAYS;
     if (list.n == 0) {
         j->skipping = true;
         move_to(j, start);
@@ -3510,6 +3514,7 @@ static void statement(Template *j) {
         filters(j, undefined);
         restore_skipping(j, before);
         Value v = capture(j, "endfilter", chain);
+        if (!j->skipping && v.kind != IS_STRING) complain(j, "the text", v);
         if (!j->skipping) put_string(j, v);
         close_tag(j);
     } else if (same_text(name, "generation")) {  // marks what training learns: here it is only a scope
@@ -3529,7 +3534,7 @@ static bool render_template(Text source, const Value *given, const struct tm *no
         for (size_t i = 0; i < source.n; i++)
             if (source.at[i] != '\n' || i == 0 || source.at[i - 1] != '\r')
                 text[j.n_source++] = source.at[i] == '\r' ? '\n' : source.at[i];
-        if (j.n_source && text[j.n_source - 1] == '\n') j.n_source--;
+        if (j.n_source && text[j.n_source - 1] == '\n') text[--j.n_source] = 0;
         j.source = text;
         j.ones = ones;
         make_lexemes(&j);
