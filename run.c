@@ -4172,8 +4172,9 @@ enum { MAX_MESSAGES = 1 << 26 };  // bytes of a conversation's file
     LLAMA3_HEADER("user") "{{ m.content | trim }}<|eot_id|>", \
     LLAMA3_HEADER("assistant") "{{ m.content | trim }}<|eot_id|>", LLAMA3_HEADER("assistant"))
 #define DATES "{{ 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' }}"
-#define MISTRAL(open, close) TURNS("", "[INST]" open AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}") "{{ m.content }}" \
-    close "[/INST]", "{{ m.content }}" close "{{ eos_token }}", "")
+#define SYSTEM_BEFORE AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}")
+#define MISTRAL(open, close, answer) TURNS("", open SYSTEM_BEFORE "{{ m.content }}" close, \
+    answer "{{ m.content }}{{ eos_token }}", "")
 static const struct { const char *name, *text; } built_in_templates[] = {
     { "smollm2", CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by Hugging Face") },
     { "qwen2.5", CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") },
@@ -4186,23 +4187,22 @@ static const struct { const char *name, *text; } built_in_templates[] = {
     { "llama3", LLAMA3_TURNS("", "") },
     { "llama2", TURNS("", "{% if not loop.first and loop.previtem.role != 'system' %}{{ bos_token }}{% endif %}[INST] "
                       "{% set c %}" AFTER_SYSTEM("{{ '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' }}")
-                      "{{ m.content }}{% endset %}{{ c | trim }} [/INST]", " {{ m.content | trim }} {{ eos_token }}", "") },
+                      "{{ m.content }}{% endset %}{{ c | trim }} [/INST]",
+                      " {{ m.content | trim }} {{ eos_token }}", "") },
     { "mistral-v7", TURNS("[SYSTEM_PROMPT] {{ m.content }}[/SYSTEM_PROMPT]", "[INST] {{ m.content }}[/INST]",
                           " {{ m.content }}{{ eos_token }}", "") },
     { "mistral-v7-tekken", TURNS("[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]", "[INST]{{ m.content }}[/INST]",
                                  "{{ m.content }}{{ eos_token }}", "") },
-    { "mistral-v3-tekken", MISTRAL("", "") },
-    { "mistral-v3", TURNS("", "[INST] " AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}") "{{ m.content }}[/INST]",
-                          " {{ m.content }}{{ eos_token }}", "") },
-    { "mistral-v1", TURNS("", " [INST] " AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}") "{{ m.content }} [/INST]",
-                          " {{ m.content }}{{ eos_token }}", "") },
+    { "mistral-v3-tekken", MISTRAL("[INST]", "[/INST]", "") },
+    { "mistral-v3", MISTRAL("[INST] ", "[/INST]", " ") },
+    { "mistral-v1", MISTRAL(" [INST] ", " [/INST]", " ") },
     { "mistral", TURNS("", "[INST] {{ m.content }} [/INST]", "{{ m.content }}{{ eos_token }}", "") },
     { "phi3", TURNS("<|system|>\n{{ m.content }}<|end|>\n", "<|user|>\n{{ m.content }}<|end|>\n",
                     "<|assistant|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n") },
     { "zephyr", TURNS("<|system|>\n{{ m.content + eos_token + '\n' }}", "<|user|>\n{{ m.content + eos_token + '\n' }}",
                       "<|assistant|>\n{{ m.content + eos_token + '\n' }}", "<|assistant|>\n") },
-    { "vicuna", UNLESS_SYSTEM("{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant "
-                              "gives helpful, detailed, and polite answers to the user\\'s questions. ' }}")
+    { "vicuna", UNLESS_SYSTEM("{{ 'A chat between a curious user and an artificial intelligence assistant. The "
+                              "assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}")
                 TURNS("{{ m.content + ' ' }}", "USER: {{ m.content + ' ' }}", "ASSISTANT: {{ m.content + eos_token }}",
                       "ASSISTANT:") },
     { "vicuna-lines", TURNS("{{ m.content + '\n\n' }}", "USER: {{ m.content + '\n' }}",
@@ -4214,13 +4214,12 @@ static const struct { const char *name, *text; } built_in_templates[] = {
     { "deepseek-r1", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
                            "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>",
                            "<｜Assistant｜><think>\n") },
-    { "deepseek3", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}", "<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>",
-                         "<｜Assistant｜>") },
+    { "deepseek3", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
+                         "<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>", "<｜Assistant｜>") },
     { "deepseek", TURNS("{{ m.content + '\n\n' }}", "User: {{ m.content + '\n\n' }}",
                         "Assistant: {{ m.content }}<｜end▁of▁sentence｜>", "Assistant:") },
-    { "gemma", TURNS("", "<start_of_turn>user\n" AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}")
-                     "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n{{ m.content | trim }}<end_of_turn>\n",
-                     "<start_of_turn>model\n") },
+    { "gemma", TURNS("", "<start_of_turn>user\n" SYSTEM_BEFORE "{{ m.content | trim }}<end_of_turn>\n",
+                     "<start_of_turn>model\n{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n") },
 };
 enum { N_BUILT_IN = sizeof built_in_templates / sizeof *built_in_templates };
 
@@ -4234,10 +4233,12 @@ static bool find_template(const Model *m, const char *name, Buffer *file, Text *
         return true;
     }
     char names[280] = "";
-    for (int i = 0; i < N_BUILT_IN; i++)
-        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", built_in_templates[i].name);
-    if (!name)
-        return fail(e, MISUSE, "this model may only continue texts, it has no chat template; --template takes a file or %s", names);
+    for (int i = 0; i < N_BUILT_IN; i++) {
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
+    }
+    if (!name) return fail(e, MISUSE, "this model may only continue texts, it has no chat template; "
+                           "--template takes a file or %s", names);
     if (access(name, R_OK) && !strchr(name, '/') && !strchr(name, '.'))
         return fail(e, MISUSE, "--template %.40s: expected a file, or one of %s", name, names);
     bool ok = read_all(name, MAX_TEMPLATE_BYTES, file, e);
@@ -4258,7 +4259,8 @@ static bool find_now(struct tm *now, Error *e) {
     int n = 0;
     if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
     *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
-    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 && !options.now[n];
+    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
+              !options.now[n];
     now->tm_year -= 1900;
     now->tm_mon--;
     struct tm asked = *now;
@@ -4269,7 +4271,7 @@ static bool find_now(struct tm *now, Error *e) {
 // Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
 // asks for one. What the template is given beside it are the named tokens and --template-arg.
 static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
-    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
+    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
     const Tokenizer *t = &m->tokenizer;
     const struct { const char *name; int id; } tokens[] = {
         { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
@@ -4314,7 +4316,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
             ok = give(&pool, &given, key, v, e);
         }
     }
-    ok = ok && render_template(template, &given, &now, out, e);
+    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
     free_pool(&pool);
     return ok;
 }
@@ -5448,9 +5450,9 @@ static const Option option_table[] = {
       "prompt tokens per step (default 128); changes speed and memory, never the text" },
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
-    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, render: another template than the model's, or a file" },
+    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, render: another template's name or file" },
     { 0, "template-arg", "NAME=JSON", TEXTS, OF(template_args), 0, 0, "give the template a value (again for more)" },
-    { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat, render: on, off; what the template makes of it (default: its own)" },
+    { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat, render: on, off (default: the template's)" },
     { 0, "now", "DATE", TEXT, OF(now), 0, 0, "the date that the template sees, as in 2024-07-26 (default: today)" },
     { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "render: the conversation, a JSON list of {role, content}" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },

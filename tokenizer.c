@@ -1371,7 +1371,8 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
 // is a list that is empty after its first use.
 typedef enum {
     IS_NONE, IS_BOOLEAN, IS_INTEGER, IS_FLOAT, IS_STRING, IS_LIST, IS_DICT,
-    IS_TUPLE, IS_VIEW, IS_GENERATOR, IS_UNDEFINED, IS_NAMESPACE, IS_LOOP, IS_MACRO, IS_METHOD, IS_FUNCTION, N_VALUE_KINDS
+    IS_TUPLE, IS_VIEW, IS_GENERATOR, IS_UNDEFINED, IS_NAMESPACE, IS_LOOP, IS_MACRO, IS_METHOD, IS_FUNCTION,
+    N_VALUE_KINDS
 } ValueKind;
 
 typedef struct Value {
@@ -1630,7 +1631,7 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
     return r.at == r.end || json_error(&r, r.at, "something after the value");
 }
 
-/* ---- Chat templates: reading -----------------------------------------------------------------------------------------
+/* ---- Chat templates -----------------------------------------------------------------------------------------------
    The form of a chat is a program in the language Jinja, which comes with the model: text with {{ expressions }},
    {% statements %} and {# comments #} in it. This is an interpreter of the part that published templates use, with the
    results of jinja2 as transformers sets it up (trim_blocks, lstrip_blocks, a sandbox in which nothing can be changed).
@@ -1647,12 +1648,14 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
 enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_TEMPLATE_DEPTH = 200, MAX_RANGE = 100000 };  // the last is the sandbox's
 enum { MAX_TEMPLATE_WORK = 1 << 26, LEXEME_WORK = 8 };  // about a second; what a step over a lexeme costs
 
-typedef enum { LEX_TEXT, LEX_OUTPUT, LEX_TAG, LEX_CLOSE, LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_END } LexemeKind;
+typedef enum {
+    LEX_TEXT, LEX_OUTPUT, LEX_TAG, LEX_CLOSE, LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_END
+} LexemeKind;
 
 typedef struct {
     LexemeKind kind;
     int line, level;  // of operators: how tight they bind; else 0
-    size_t jump;      // where an expression begins that an `if` follows: that `if`; where a skipped body begins: its end
+    size_t jump;      // where an expression begins that an `if` follows: the condition; where a body begins: its end
     Value value;      // a string, the characters of a name or sign; or a number
 } Lexeme;
 
@@ -1964,16 +1967,11 @@ static Value complain(Template *j, const char *what, Value v) {
     return stop(j, MISUSE, "%s of a value of type %s", what, kind_names[v.kind]);
 }
 
-// -1, 0, 1: a is less, equal, greater; 2: NaN.
+// -1, 0, 1: a is less, equal, greater; 2: one is NaN.
 static int compare_numbers(Value a, Value b) {
     double x = as_real(a), y = as_real(b);
-    bool whole = a.kind != IS_FLOAT && b.kind != IS_FLOAT;
-    if (a.kind != b.kind && x == y && fabs(x) >= 0x1p53 && !whole) {  // the integer may have been rounded
-        if (fabs(x) >= 0x1p63) return a.kind == IS_FLOAT ? (x > 0 ? 1 : -(as_integer(b) > INT64_MIN)) : (x > 0 ? -1 : as_integer(a) > INT64_MIN);
-        int64_t i = a.kind == IS_FLOAT ? (int64_t)x : as_integer(a), k = b.kind == IS_FLOAT ? (int64_t)y : as_integer(b);
-        return (i > k) - (i < k);
-    }
-    if (whole) return (as_integer(a) > as_integer(b)) - (as_integer(a) < as_integer(b));
+    if (a.kind != IS_FLOAT && b.kind != IS_FLOAT)
+        return (as_integer(a) > as_integer(b)) - (as_integer(a) < as_integer(b));
     return x != x || y != y ? 2 : (x > y) - (x < y);
 }
 
@@ -2060,20 +2058,21 @@ static void put_real(Template *j, double x) {
 
 // Puts a string as repr() or JSON spell it.
 static void put_quoted(Template *j, Value s, bool json, bool ascii) {
-    static const char letters[] = "\b\f\n\r\t", names[] = "bfnrt";
+    const char *letters = json ? "\b\f\n\r\t" : "\n\r\t", *names = json ? "bfnrt" : "nrt";
     char quote = json || (memchr(s.text, '\'', s.n) && !memchr(s.text, '"', s.n)) ? '"' : '\'', text[16];
     put_bytes(j, &quote, 1, NULL);
     for (size_t i = 0, length; i < s.n && !j->failed; i += length) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
-        const char *letter = c && c < 32 ? strchr(json ? letters : letters + 2, (int)c) : NULL;
+        const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
         bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || (c != 127 && c < 128));
         if (json && c >= 128) plain = !ascii;
         if (!json && c >= 128) plain = !strchr("_s", kind_of(j, c));
         if (plain) put_string(j, part_of(s, i, i + length));
-        else if (letter) snprintf(text, sizeof text, "\\%c", (json ? names : names + 2)[letter - (json ? letters : letters + 2)]);
+        else if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
-        else if (json && c > 0xFFFF) snprintf(text, sizeof text, "\\u%04x\\u%04x", 0xD7C0 + (c >> 10), 0xDC00 + (c & 1023));
+        else if (json && c > 0xFFFF)
+            snprintf(text, sizeof text, "\\u%04x\\u%04x", 0xD7C0 + (c >> 10), 0xDC00 + (c & 1023));
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
         if (!plain) put_text(j, text);
     }
@@ -2295,10 +2294,10 @@ static bool has_word(const char *words, Value name) {
 // All names of methods that Python's types have: those that are not here are refused when they are called.
 static const char *method_names(ValueKind kind) {
     if (kind == IS_STRING)
-        return "capitalize casefold center count encode endswith expandtabs find format format_map index isalnum isalpha "
-               "isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust "
-               "lower lstrip maketrans partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit "
-               "rstrip split splitlines startswith strip swapcase title translate upper zfill";
+        return "capitalize casefold center count encode endswith expandtabs find format format_map index isalnum "
+               "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper "
+               "join ljust lower lstrip maketrans partition removeprefix removesuffix replace rfind rindex rjust "
+               "rpartition rsplit rstrip split splitlines startswith strip swapcase title translate upper zfill";
     if (kind == IS_DICT) return "clear copy fromkeys get items keys pop popitem setdefault update values";
     if (kind == IS_LIST) return "append clear copy count extend index insert pop remove reverse sort";
     if (kind == IS_TUPLE) return "count index";
@@ -2392,13 +2391,15 @@ static Value member_at(Template *j, Value v, Value path, Value otherwise) {
 // `path`; letters of both cases may count as equal.
 static Value sort_items(Template *j, Value list, const Value *path, bool any_case, bool reverse) {
     size_t n = list.n;
-    Value *keys = get_memory(j, times(n, 4 * sizeof list)), *from = keys, *to = keys + 2 * n;
-    for (size_t i = 0; keys && i < n; i++) {
+    Value *keys = get_memory(j, times(n, 4 * sizeof list)), *from = keys, *to;
+    if (!keys) return list;
+    to = keys + 2 * n;
+    for (size_t i = 0; i < n; i++) {
         Value key = path ? member_at(j, list.items[i], *path, undefined) : list.items[i];
         from[2 * i] = key.kind == IS_STRING && any_case ? change_case(j, key, LOWER) : key;
         from[2 * i + 1] = list.items[i];
     }
-    for (size_t run = 1; keys && run < n; run *= 2) {
+    for (size_t run = 1; run < n; run *= 2) {
         for (size_t begin = 0; begin < n; begin += 2 * run) {
             size_t middle = begin + run < n ? begin + run : n, end = middle + run < n ? middle + run : n;
             for (size_t a = begin, b = middle, k = begin; k < end && spend(j, 8); k++) {
@@ -2506,7 +2507,8 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
             if (list.items[i].kind != IS_STRING) return complain(j, "join()", list.items[i]);
         return join_items(j, list, s);
     }
-    if (!has_word("replace find rfind index rindex count removeprefix removesuffix", name)) return lacks(j, "the method", name);
+    if (!has_word("replace find rfind index rindex count removeprefix removesuffix", name))
+        return lacks(j, "the method", name);
     Value what = text_argument(j, a, 0, "what", false);
     if (j->failed) return undefined;
     if (same_text(name, "replace")) {
@@ -2518,9 +2520,11 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
         for (size_t at = 0; what.n && (at = find_text(j, s, at, s.n, what, false)) != SIZE_MAX; at += what.n) n++;
         return integer(n);
     }
-    if (same_text(name, "removeprefix")) return s.n >= what.n && !memcmp(s.text, what.text, what.n) ? part_of(s, what.n, s.n) : s;
-    if (same_text(name, "removesuffix"))
-        return s.n >= what.n && !memcmp(s.text + s.n - what.n, what.text, what.n) ? part_of(s, 0, s.n - what.n) : s;
+    if (name.n == 12) {  // removeprefix or removesuffix
+        bool prefix = name.text[6] == 'p', found = s.n >= what.n;
+        found = found && !memcmp(s.text + (prefix ? 0 : s.n - what.n), what.text, what.n);
+        return !found ? s : prefix ? part_of(s, what.n, s.n) : part_of(s, 0, s.n - what.n);
+    }
     size_t at = find_text(j, s, 0, s.n, what, from_right);
     if (at == SIZE_MAX && strchr("iI", name.text[from_right])) return stop(j, MISUSE, "the text was not found");
     return integer(at == SIZE_MAX ? -1 : count_characters(part_of(s, 0, at)));
@@ -2528,7 +2532,8 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
 
 static Value pairs_of(Template *j, Value dict, ValueKind kind) {
     Value pairs = {.kind = IS_LIST};
-    for (size_t i = 0; i < dict.n && !j->failed; i += 2) push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
+    for (size_t i = 0; i < dict.n && !j->failed; i += 2)
+        push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
     pairs.kind = kind;
     return pairs;
 }
@@ -2599,6 +2604,7 @@ static bool apply_test(Template *j, Value name, Value v, Arguments *a) {
         {"ge >=", ">="}, {"in", "in"},
     };
     ValueKind k = v.kind;
+    bool has_length = k == IS_STRING || k == IS_DICT || k == IS_LIST || k == IS_TUPLE || k == IS_UNDEFINED;
     for (size_t i = 0; i < sizeof comparisons / sizeof *comparisons; i++) {
         if (!has_word(comparisons[i].names, name)) continue;
         if (a->list.n != 1) return stop(j, MISUSE, "an argument of a test is missing"), false;
@@ -2616,8 +2622,8 @@ static bool apply_test(Template *j, Value name, Value v, Arguments *a) {
     if (same_text(name, "false")) return k == IS_BOOLEAN && !v.truth;
     if (same_text(name, "mapping")) return k == IS_DICT;
     if (same_text(name, "callable")) return k >= IS_MACRO || k == IS_UNDEFINED || k == IS_LOOP;
-    if (same_text(name, "sequence")) return k == IS_STRING || k == IS_DICT || k == IS_LIST || k == IS_TUPLE || k == IS_UNDEFINED;
-    if (same_text(name, "iterable")) return k == IS_STRING || k == IS_DICT || k == IS_GENERATOR || is_list(v) || k == IS_UNDEFINED || k == IS_LOOP;
+    if (same_text(name, "sequence")) return has_length;
+    if (same_text(name, "iterable")) return has_length || k == IS_VIEW || k == IS_GENERATOR || k == IS_LOOP;
     if (has_word("odd even divisibleby", name)) {
         Value by = same_text(name, "divisibleby") ? argument(j, a, 0, "num", undefined) : integer(2);
         Value rest = compute(j, string("%"), v, by);
@@ -2663,7 +2669,8 @@ static Value round_number(Template *j, Value v, Arguments *a) {
     Value method = argument(j, a, 1, "method", string("common"));
     char digits[400];
     if (!is_number(v)) return complain(j, "round", v);
-    if (method.kind != IS_STRING || !has_word("common ceil floor", method)) return stop(j, MISUSE, "round: an unknown method");
+    if (method.kind != IS_STRING || !has_word("common ceil floor", method))
+        return stop(j, MISUSE, "round: an unknown method");
     if (places < 0 || places > 20) return lacks(j, "round to", string("so many places"));
     if (same_text(method, "common") && v.kind != IS_FLOAT) return integer(as_integer(v));
     double x = as_real(v), power = pow(10, (double)places);
@@ -2683,9 +2690,11 @@ static void put_value(Template *j, Value v, const Style *style, int depth) {
     else if (v.kind == IS_FLOAT && json && !isfinite(v.number))
         put_text(j, isnan(v.number) ? "NaN" : v.number < 0 ? "-Infinity" : "Infinity");
     else if (v.kind == IS_FLOAT) put_real(j, v.number);
-    else if (v.kind == IS_INTEGER) put_bytes(j, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)v.integer), j->ones);
+    else if (v.kind == IS_INTEGER)
+        put_bytes(j, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)v.integer), j->ones);
     else if (v.kind == IS_UNDEFINED && !json) put_text(j, "Undefined");
-    else if (is_key || (v.kind != IS_LIST && v.kind != IS_TUPLE && !is_dict)) complain(j, json ? "JSON" : "the text", v);
+    else if (is_key || (v.kind != IS_LIST && v.kind != IS_TUPLE && !is_dict))
+        complain(j, json ? "JSON" : "the text", v);
     else if (depth >= MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep");
     else {
         bool is_tuple = v.kind == IS_TUPLE && !json;
@@ -2753,7 +2762,8 @@ static Value choose_items(Template *j, Value name, Value v, Arguments *a) {
         rest.n_taken = 0;
         if (maps && by_member) push(j, &kept, item);
         else if (maps) push(j, &kept, apply_filter(j, what, item, &rest));
-        else if ((has_name ? apply_test(j, what, item, &rest) : is_true(item)) != rejects) push(j, &kept, list.items[i]);
+        else if ((has_name ? apply_test(j, what, item, &rest) : is_true(item)) != rejects)
+            push(j, &kept, list.items[i]);
     }
     return generator(j, kept);
 }
@@ -2763,9 +2773,10 @@ static Value gather_items(Template *j, Value name, Value v, Arguments *a) {
     bool dictsort = same_text(name, "dictsort"), sort = same_text(name, "sort"), sum = same_text(name, "sum");
     if (dictsort && v.kind != IS_DICT) return complain(j, "dictsort", v);
     Value list = dictsort ? pairs_of(j, v, IS_LIST) : list_items(j, v), none = {.kind = IS_NONE};
-    bool reverse = sort ? flag_argument(j, a, 0, "reverse", false) : dictsort && flag_argument(j, a, 2, "reverse", false);
+    bool reverse = (sort || dictsort) && flag_argument(j, a, sort ? 0 : 2, "reverse", false);
     bool any_case = !sum && !flag_argument(j, a, sort, "case_sensitive", false);
-    Value path = dictsort ? argument(j, a, 1, "by", string("key")) : argument(j, a, sort ? 2 : sum ? 0 : 1, "attribute", none);
+    Value path = dictsort ? argument(j, a, 1, "by", string("key"))
+                          : argument(j, a, sort ? 2 : sum ? 0 : 1, "attribute", none);
     if (dictsort) path = integer(path.kind == IS_STRING && same_text(path, "value"));
     Value found = {.kind = IS_LIST}, best = undefined, total = sum ? argument(j, a, 1, "start", integer(0)) : none;
     if (sort || dictsort) return sort_items(j, list, path.kind == IS_NONE ? NULL : &path, any_case, reverse);
@@ -2788,13 +2799,11 @@ static Value indent_lines(Template *j, Value s, Arguments *a) {
     Value width = argument(j, a, 0, "width", integer(4)), lines = split_lines(j, s), gap = width;
     bool first = flag_argument(j, a, 1, "first", false), blank = flag_argument(j, a, 2, "blank", false);
     size_t start = j->out->text.n;
-    uint32_t c = 0;
     if (width.kind != IS_STRING && width.kind != IS_INTEGER) return complain(j, "the width", width);
     for (int64_t i = 0; width.kind == IS_INTEGER && i < width.integer && !j->failed; i++) put_text(j, " ");
     if (width.kind == IS_INTEGER) gap = take_string_from(j, start);
-    for (size_t i = s.n; i > 0 && (i == s.n || (s.text[i] & 0xC0) == 0x80); i--) character(s.text + i - 1, s.n - i + 1, &c);
-    bool ends = s.n && ((c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029);
-    if (!s.n || ends) push(j, &lines, string(""));  // a line end begins a line, here
+    Value last = split_lines(j, s.n ? member(j, s, integer(-1), false) : s);
+    if (!s.n || (last.n && last.items[0].n == 0)) push(j, &lines, string(""));  // a line end begins a line, here
     for (size_t i = 0; i < lines.n && !j->failed; i++) {
         if (i) put_bytes(j, "\n", 1, NULL);
         if (i ? lines.items[i].n || blank : first) put_string(j, gap);
@@ -2848,7 +2857,8 @@ static Value apply_filter(Template *j, Value name, Value v, Arguments *a) {
         return list;
     }
     if (same_text(name, "items") && v.kind == IS_UNDEFINED) return generator(j, (Value){.kind = IS_LIST});
-    if (same_text(name, "items")) return v.kind == IS_DICT ? generator(j, pairs_of(j, v, IS_LIST)) : complain(j, "the items", v);
+    if (same_text(name, "items"))
+        return v.kind == IS_DICT ? generator(j, pairs_of(j, v, IS_LIST)) : complain(j, "the items", v);
     if (same_text(name, "reverse")) {
         Value reversed = reverse_items(j, list_items(j, v));
         return v.kind == IS_STRING ? join_items(j, reversed, string("")) : generator(j, reversed);
@@ -2859,7 +2869,8 @@ static Value apply_filter(Template *j, Value name, Value v, Arguments *a) {
     if (same_text(name, "float")) return convert_number(j, v, false, argument(j, a, 0, "default", real(0)));
     if (same_text(name, "round")) return round_number(j, v, a);
     if (same_text(name, "abs") && v.kind == IS_FLOAT) return real(fabs(v.number));
-    if (same_text(name, "abs") && is_number(v)) return as_integer(v) < 0 ? compute(j, string("-"), integer(0), v) : integer(as_integer(v));
+    if (same_text(name, "abs") && is_number(v))
+        return compute(j, string(as_integer(v) < 0 ? "-" : "+"), integer(0), v);
     return same_text(name, "abs") ? complain(j, "abs", v) : lacks(j, "the filter", name);
 }
 
@@ -3006,8 +3017,8 @@ static Value compute_reals(Template *j, char op, double a, double b) {
     if (op == '-') return real(a - b);
     if (op == '*') return real(a * b);
     if (op == ':') return real(a / b);
-    if (op == '^' && ((a < 0 && b != floor(b)) || (a == 0 && b < 0))) return stop(j, MISUSE, "a power that is no number");
-    if (op == '^' && isfinite(a) && isfinite(b) && !isfinite(pow(a, b))) return stop(j, MISUSE, "a number that is too large");
+    if (op == '^' && isfinite(a) && isfinite(b) && !isfinite(pow(a, b)))
+        return stop(j, MISUSE, "a power that is no number, or too large");
     if (op == '^') return real(pow(a, b));
     double rest = fmod(a, b);
     if (rest != 0 && (rest < 0) != (b < 0)) rest += b;
@@ -3030,23 +3041,25 @@ static Value repeat(Template *j, Value a, Value times_) {
 
 static Value compute(Template *j, Value sign, Value a, Value b) {
     char op = same_text(sign, "**") ? '^' : same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
-    bool whole = a.kind != IS_FLOAT && b.kind != IS_FLOAT, a_joins = a.kind == IS_STRING || a.kind == IS_LIST || a.kind == IS_TUPLE;
+    bool whole = a.kind != IS_FLOAT && b.kind != IS_FLOAT, is_text = a.kind == IS_STRING && b.kind == IS_STRING;
+    bool a_joins = a.kind == IS_STRING || a.kind == IS_LIST || a.kind == IS_TUPLE;
     bool b_joins = b.kind == IS_STRING || b.kind == IS_LIST || b.kind == IS_TUPLE;
-    if (op == '~') return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
+    if (op == '~' || (op == '+' && is_text))
+        return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
+    if (is_number(a) && is_number(b) && whole && op != ':' && !(op == '^' && as_integer(b) < 0))
+        return compute_integers(j, op, as_integer(a), as_integer(b));
     if (is_number(a) && is_number(b)) {
-        bool large = llabs(as_integer(whole ? a : integer(0))) > 1ll << 53 || llabs(as_integer(whole ? b : integer(0))) > 1ll << 53;
-        if (op == ':' && large) return lacks(j, "the division of", string("such large integers"));
-        if (whole && op != ':' && !(op == '^' && as_integer(b) < 0)) return compute_integers(j, op, as_integer(a), as_integer(b));
+        if (whole && (fabs(as_real(a)) > 0x1p53 || fabs(as_real(b)) > 0x1p53))
+            return lacks(j, "the division of", string("such large integers"));
         return compute_reals(j, op, as_real(a), as_real(b));
     }
-    if (op == '*' && a_joins && is_number(b) && b.kind != IS_FLOAT) return repeat(j, a, b);
-    if (op == '*' && b_joins && is_number(a) && a.kind != IS_FLOAT) return repeat(j, b, a);
+    if (op == '*' && a_joins && is_number(b) && whole) return repeat(j, a, b);
+    if (op == '*' && b_joins && is_number(a) && whole) return repeat(j, b, a);
     if (op == '%' && a.kind == IS_STRING) return lacks(j, "the operator", string("% of a text"));
-    if (op != '+' || a.kind != b.kind || !a_joins) return complain(j, "arithmetic", is_number(a) || (b.kind == IS_UNDEFINED && a.kind != b.kind) ? b : a);
-    if (a.kind == IS_STRING) return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
+    if (op != '+' || a.kind != b.kind || !a_joins)
+        return complain(j, "arithmetic", is_number(a) || b.kind == IS_UNDEFINED ? b : a);
     Value list = {.kind = a.kind};
-    for (size_t i = 0; i < a.n && !j->failed; i++) push(j, &list, a.items[i]);
-    for (size_t i = 0; i < b.n && !j->failed; i++) push(j, &list, b.items[i]);
+    for (size_t i = 0; i < a.n + b.n && !j->failed; i++) push(j, &list, i < a.n ? a.items[i] : b.items[i - a.n]);
     return list;
 }
 
@@ -3126,9 +3139,8 @@ static Value subscript(Template *j, Value v) {
         if (!sees(j, ":") && !sees(j, "]")) bounds[n] = expression(j);
         if (!accept(j, ":")) break;
     }
-    bool empty = n == 0 && ((const Lexeme *)j->lexemes.bytes)[j->at - 1].kind == LEX_SIGN && same_text(((const Lexeme *)j->lexemes.bytes)[j->at - 1].value, "[");
-    if (empty || !expect(j, "]")) return expect(j, "an index"), undefined;
-    if (j->skipping) return undefined;
+    if (sees(j, "]") && here(j)[-1].kind == LEX_SIGN && same_text(here(j)[-1].value, "[")) expect(j, "an index");
+    if (!expect(j, "]") || j->skipping) return undefined;
     return n ? slice(j, v, bounds[0], bounds[1], bounds[2]) : member(j, v, bounds[0], false);
 }
 
@@ -3271,7 +3283,8 @@ static void body(Template *j, const char *ends) {
     }
     for (bool ok = enter(j); ok && !j->failed && spend(j, LEXEME_WORK);) {
         const Lexeme *x = here(j);
-        if (x->kind == LEX_END && *ends) stop(j, BAD_FILE, "%s is missing", ends + (strrchr(ends, ' ') ? strrchr(ends, ' ') + 1 - ends : 0));
+        const char *last = strrchr(ends, ' ');
+        if (x->kind == LEX_END && *ends) stop(j, BAD_FILE, "%s is missing", last ? last + 1 : ends);
         if (x->kind == LEX_END || j->failed) break;
         j->at++;
         if (x->kind == LEX_TEXT && !j->skipping) put_string(j, x->value);
@@ -3524,10 +3537,11 @@ static void statement(Template *j) {
     } else if (!j->failed) lacks(j, "the statement", name);
 }
 
-// Renders a chat template with the variables that it is given.
-static bool render_template(Text source, const Value *given, const struct tm *now, Rendered *out, Error *e) {
+// Renders a chat template with the variables that it is given, and at most so much work.
+static bool render_template(Text source, const Value *given, const struct tm *now, size_t work, Rendered *out,
+                            Error *e) {
     if (source.n > MAX_TEMPLATE_BYTES) return refuse(e, "the chat template has more than %d bytes", MAX_TEMPLATE_BYTES);
-    Template j = {.given = given, .now = now, .out = out, .e = e, .work_left = MAX_TEMPLATE_WORK, .line = 1};
+    Template j = {.given = given, .now = now, .out = out, .e = e, .work_left = work, .line = 1};
     char *text = get_memory(&j, source.n + 1), *ones = get_memory(&j, source.n + 64);
     if (text && ones) {
         memset(ones, 1, source.n + 64);
