@@ -3409,7 +3409,9 @@ static void for_statement(Template *j) {
     j->skipping = before || j->failed || list.n > 0;
     if (accept(j, "else")) {
         close_tag(j);
+        j->scope = new_scope(j, outer);
         body(j, "endfor");
+        j->scope = outer;
     }
     restore_skipping(j, before);
     expect(j, "endfor");
