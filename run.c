@@ -3155,6 +3155,7 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
     complete_config(m, family, every, pattern);
     get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
+    m->chat_template = get_text(g, "tokenizer.chat_template");
     if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
     for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
     return true;
@@ -3265,7 +3266,7 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
     Gguf g = { .rest = file, .error = e };
     bool ok = read_gguf_keys(&g, e);
     if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
-    if (ok) m->chat_template = get_text(&g, "tokenizer.chat_template");
+    if (ok && !whole) m->chat_template = get_text(&g, "tokenizer.chat_template");
     if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
