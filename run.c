@@ -245,7 +245,7 @@ typedef struct {
     Tensor head;                // (V,D): the embedding itself, where the model has no other
     const float *rope_factors, *long_factors, *short_factors;  // (R/2) or NULL: of each pair, for slow_down()
     Tokenizer tokenizer;
-    Text chat_template;         // the checkpoint's own, which is compared and never run; empty: none
+    Text chat_template;         // the checkpoint's own, a program (tokenizer.c); empty: none
     const unsigned char *vocabulary;  // the tokenizer's section
     size_t vocabulary_bytes;
     struct Slot *slots; struct Source *sources;  // each tensor that it has or may have; what its file has (chapter 10)
@@ -1904,12 +1904,12 @@ typedef struct {
     Part parts[MAX_PROMPT_PARTS];  // -i and -f in the order given
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
-    const char *messages, *log, *think, *prompts, *choose, *one_of;
+    const char *messages, *log, *think, *now, *prompts, *choose, *one_of;
     const char *cache, *kernel, *pre, *svg, *session;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
     int64_t repeat_last_n, dry_allowed, dry_last_n;
-    Texts biases, breakers, stops;
+    Texts biases, breakers, stops, template_args;
     int64_t n_predict, top_k, context, batch, reps, lookup, samples, logprobs, shots;
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
@@ -2930,9 +2930,9 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     }
     m->vocabulary = sections[TOKENIZER].at;
     m->vocabulary_bytes = sections[TOKENIZER].left;
+    m->chat_template = (Text){ (const char *)sections[CHAT_TEMPLATE].at, sections[CHAT_TEMPLATE].left };
     if (!whole) return true;
     snprintf(m->config.family, sizeof m->config.family, "%.15s", h.family);
-    m->chat_template = (Text){ (const char *)sections[CHAT_TEMPLATE].at, sections[CHAT_TEMPLATE].left };
     return transfer_config(m, sections[CONFIG], NULL, e) && check_config(m, e) &&
            read_tensor_records(&h, sections[TENSORS], m, e) &&
            place_sources(m->sources, m->n_sources, sections[WEIGHTS], 64, e);
@@ -3392,6 +3392,7 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
     Gguf g = { .rest = file, .error = e };
     bool ok = read_gguf_keys(&g, e);
     if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
+    if (ok && !whole) m->chat_template = get_text(&g, "tokenizer.chat_template");
     if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
@@ -5978,6 +5979,234 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     return ok;
 }
 
+// ---- Chat templates ----
+
+enum { MAX_MESSAGES = 1 << 26 };  // bytes of a conversation's file
+
+// Short templates of our own, by name, for models that have none or a wrong one. They are like the published ones of
+// the same names (tests/golden/chat.txt), without tools. m is a message.
+#define TURNS(system, user, answer, prompt) \
+    "{% for m in messages %}{% if m.role == 'system' %}" system "{% elif m.role == 'user' %}" user "{% else %}" answer \
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}" prompt "{% endif %}"
+#define UNLESS_SYSTEM(text) "{% if not messages or messages[0].role != 'system' %}" text "{% endif %}"
+#define AFTER_SYSTEM(text) "{% if loop.previtem and loop.previtem.role == 'system' %}" text "{% endif %}"
+#define CHATML_TURNS(first) first TURNS("<|im_start|>system\n{{ m.content }}<|im_end|>\n", \
+    "<|im_start|>user\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", \
+    "<|im_start|>assistant\n")
+#define CHATML_SYSTEM(text) CHATML_TURNS(UNLESS_SYSTEM("<|im_start|>system\n" text "<|im_end|>\n"))
+#define LLAMA3_HEADER(role) "{{ '<|start_header_id|>" role "<|end_header_id|>\n\n' }}"
+#define LLAMA3_TURNS(first, dates) first TURNS(LLAMA3_HEADER("system") dates "{{ m.content | trim }}<|eot_id|>", \
+    LLAMA3_HEADER("user") "{{ m.content | trim }}<|eot_id|>", \
+    LLAMA3_HEADER("assistant") "{{ m.content | trim }}<|eot_id|>", LLAMA3_HEADER("assistant"))
+#define DATES "{{ 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' }}"
+#define SYSTEM_BEFORE AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}")
+#define MISTRAL(open, close, answer) TURNS("", open SYSTEM_BEFORE "{{ m.content }}" close, \
+    answer "{{ m.content }}{{ eos_token }}", "")
+static const struct { const char *name, *text; } built_in_templates[] = {
+    { "smollm2", CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by Hugging Face") },
+    { "qwen2.5", CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") },
+    { "qwen2", CHATML_SYSTEM("You are a helpful assistant.") },
+    { "qwen1.5", CHATML_SYSTEM("You are a helpful assistant") },
+    { "chatml", CHATML_TURNS("") },
+    { "qwen3", CHATML_TURNS("") "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+               "{{ '<think>\n\n</think>\n\n' }}{% endif %}" },
+    { "llama3.1", LLAMA3_TURNS(UNLESS_SYSTEM(LLAMA3_HEADER("system") DATES "<|eot_id|>"), DATES) },
+    { "llama3", LLAMA3_TURNS("", "") },
+    { "llama2", TURNS("", "{% if not loop.first and loop.previtem.role != 'system' %}{{ bos_token }}{% endif %}[INST] "
+                      "{% set c %}" AFTER_SYSTEM("{{ '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' }}")
+                      "{{ m.content }}{% endset %}{{ c | trim }} [/INST]",
+                      " {{ m.content | trim }} {{ eos_token }}", "") },
+    { "mistral-v7", TURNS("[SYSTEM_PROMPT] {{ m.content }}[/SYSTEM_PROMPT]", "[INST] {{ m.content }}[/INST]",
+                          " {{ m.content }}{{ eos_token }}", "") },
+    { "mistral-v7-tekken", TURNS("[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]", "[INST]{{ m.content }}[/INST]",
+                                 "{{ m.content }}{{ eos_token }}", "") },
+    { "mistral-v3-tekken", MISTRAL("[INST]", "[/INST]", "") },
+    { "mistral-v3", MISTRAL("[INST] ", "[/INST]", " ") },
+    { "mistral-v1", MISTRAL(" [INST] ", " [/INST]", " ") },
+    { "mistral", TURNS("", "[INST] {{ m.content }} [/INST]", "{{ m.content }}{{ eos_token }}", "") },
+    { "phi3", TURNS("<|system|>\n{{ m.content }}<|end|>\n", "<|user|>\n{{ m.content }}<|end|>\n",
+                    "<|assistant|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n") },
+    { "zephyr", TURNS("<|system|>\n{{ m.content + eos_token + '\n' }}", "<|user|>\n{{ m.content + eos_token + '\n' }}",
+                      "<|assistant|>\n{{ m.content + eos_token + '\n' }}", "<|assistant|>\n") },
+    { "vicuna", UNLESS_SYSTEM("{{ 'A chat between a curious user and an artificial intelligence assistant. The "
+                              "assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}")
+                TURNS("{{ m.content + ' ' }}", "USER: {{ m.content + ' ' }}", "ASSISTANT: {{ m.content + eos_token }}",
+                      "ASSISTANT:") },
+    { "vicuna-lines", TURNS("{{ m.content + '\n\n' }}", "USER: {{ m.content + '\n' }}",
+                            "ASSISTANT: {{ m.content + eos_token + '\n' }}", "ASSISTANT:") },
+    { "alpaca", UNLESS_SYSTEM("{{ 'Below are some instructions that describe some tasks. Write responses that "
+                              "appropriately complete each request.\n\n' }}")
+                TURNS("{{ m.content + '\n\n' }}", "### Instruction:\n{{ m.content + '\n\n' }}",
+                      "### Response:\n{{ m.content + eos_token + '\n\n' }}", "### Response:\n") },
+    { "deepseek-r1", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
+                           "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>",
+                           "<｜Assistant｜><think>\n") },
+    { "deepseek3", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
+                         "<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>", "<｜Assistant｜>") },
+    { "deepseek", TURNS("{{ m.content + '\n\n' }}", "User: {{ m.content + '\n\n' }}",
+                        "Assistant: {{ m.content }}<｜end▁of▁sentence｜>", "Assistant:") },
+    { "gemma", TURNS("", "<start_of_turn>user\n" SYSTEM_BEFORE "{{ m.content | trim }}<end_of_turn>\n",
+                     "<start_of_turn>model\n{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n") },
+};
+enum { N_BUILT_IN = sizeof built_in_templates / sizeof *built_in_templates };
+
+// The template that --template names, a built-in one or a file's, or else the model's.
+static bool find_template(const Model *m, const char *name, Buffer *file, Text *template, Error *e) {
+    *template = m->chat_template;
+    if (!name && template->n) return true;
+    for (int i = 0; name && i < N_BUILT_IN; i++) {
+        if (strcmp(name, built_in_templates[i].name)) continue;
+        *template = (Text){ built_in_templates[i].text, strlen(built_in_templates[i].text) };
+        return true;
+    }
+    char names[280] = "";
+    for (int i = 0; i < N_BUILT_IN; i++) {
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
+    }
+    if (!name) return fail(e, MISUSE, "this model may only continue texts, it has no chat template; "
+                           "--template takes a file or %s", names);
+    if (access(name, R_OK) && !strchr(name, '/') && !strchr(name, '.'))
+        return fail(e, MISUSE, "--template %.40s: expected a file, or one of %s", name, names);
+    bool ok = read_all(name, MAX_TEMPLATE_BYTES, file, e);
+    *template = (Text){ (const char *)file->bytes, file->n };
+    return ok;
+}
+
+// Sets a variable of a template. One that is there already gets another value.
+static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
+    for (size_t i = 0; i < given->n; i += 2)
+        if (!compare_strings(&given->items[i], &name)) return given->items[i + 1] = v, true;
+    return push_value(pool, given, name, e) && push_value(pool, given, v, e);
+}
+
+// The day that the template sees: 2024-07-26.
+static bool find_now(struct tm *now, Error *e) {
+    time_t today = time(NULL);
+    int n = 0;
+    if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
+    *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
+    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
+              !options.now[n];
+    now->tm_year -= 1900;
+    now->tm_mon--;
+    struct tm asked = *now;
+    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
+    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+}
+
+// Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
+// asks for one. What the template is given beside it are the named tokens and --template-arg.
+static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
+    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
+    const Tokenizer *t = &m->tokenizer;
+    const struct { const char *name; int id; } tokens[] = {
+        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
+    Pool pool = { 0 };
+    struct tm now;
+    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
+    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
+    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
+    ok = marks != NULL;
+    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
+    for (size_t i = 0; ok && i < messages->n; i++) {
+        Value message = messages->items[i], copy = { .kind = IS_DICT };
+        if (message.kind != IS_DICT || !find_member(&message, "role"))
+            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
+        for (size_t k = 0; ok && k < message.n; k += 2) {
+            Value key = message.items[k], v = message.items[k + 1];
+            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
+            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
+            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
+        }
+        ok = ok && push_value(&pool, &list, copy, e);
+    }
+    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
+         give(&pool, &given, string("documents"), none, e) &&
+         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
+    for (size_t i = 0; ok && i < 3; i++) {
+        Value v = { .kind = IS_STRING, .marks = marks };
+        if (tokens[i].id < 0) continue;
+        v.text = piece(t, tokens[i].id, &v.n);
+        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
+    }
+    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
+    for (int i = 0; ok && i < options.template_args.n; i++) {
+        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
+        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
+        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
+        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
+            char why[200];
+            snprintf(why, sizeof why, "%.199s", e->text);
+            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
+        } else {
+            ok = give(&pool, &given, key, v, e);
+        }
+    }
+    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
+    free_pool(&pool);
+    return ok;
+}
+
+// The tokens of what was rendered. The begin token is added where the model asks for it and the template has not
+// written it.
+static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *tokens, Error *e) {
+    Buffer spans = { 0 };
+    bool ok = true;
+    for (size_t i = 0, end; ok && i < r->text.n; i = end) {
+        for (end = i; end < r->text.n && r->marks.bytes[end] == r->marks.bytes[i];) end++;
+        Span span = { (const char *)r->text.bytes + i, end - i, r->marks.bytes[i] };
+        ok = append(&spans, &span, sizeof span, e);
+    }
+    size_t n = 0;
+    const char *bos = piece(t, t->bos, &n);
+    bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
+    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
+         (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
+    free(spans.bytes);
+    return ok;
+}
+
+// A conversation from a JSON file: a list, or a dict that has it as "messages".
+static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
+    Buffer file = { 0 };
+    Error why = { 0 };
+    bool ok = read_all(path, MAX_MESSAGES, &file, e);
+    if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
+    if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
+        ok = fail(e, why.status, "%.100s: %.200s", path, why.text);
+    free(file.bytes);
+    if (ok && find_member(messages, "messages")) *messages = *find_member(messages, "messages");
+    return ok && (messages->kind == IS_LIST || refuse(e, "%.100s: expected a list of messages", path));
+}
+
+static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
+
+// Prints what the model would read of a conversation: the text, or with --pieces its tokens.
+static bool run_render(const Model *m, Error *e) {
+    Pool pool = { 0 };
+    Buffer file = { 0 };
+    Rendered out = { 0 };
+    Tokens tokens = { 0 };
+    Text template;
+    Value messages;
+    if (!options.messages) return fail(e, MISUSE, "-m render needs --messages FILE");
+    bool ok = find_template(m, options.template_name, &file, &template, e) &&
+              read_messages(options.messages, &pool, &messages, e);
+    const Value *last = ok && messages.n ? find_member(&messages.items[messages.n - 1], "role") : NULL;
+    bool asks = !last || last->kind != IS_STRING || !same_text(*last, "assistant");
+    ok = ok && render_chat(m, template, &messages, asks, &out, e) &&
+         (!options.pieces || encode_rendered(&m->tokenizer, &out, &tokens, e));
+    if (ok && options.pieces) print_tokens(&m->tokenizer, &tokens);
+    else if (ok) fwrite(out.text.bytes, 1, out.text.n, stdout);
+    free(tokens.ids);
+    free(out.text.bytes);
+    free(out.marks.bytes);
+    free(file.bytes);
+    free_pool(&pool);
+    return ok;
+}
+
 /* ==== 13. Measuring =================================================================================================
    What the tokens of a text are (-m tokenize), what a model consists of (inspect), how well it predicts (logits,
    perplexity), and how near it comes to the limits of the machine that it runs on (bench, matmul). */
@@ -6997,8 +7226,8 @@ typedef struct {
 #define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
 static const Option option_table[] = {
     { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, bench, "
-      "matmul" },
+      "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, "
+      "bench, matmul" },
     { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
     HEADING("Prompt (generate, chat, logits, perplexity, score, eval, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
@@ -7047,10 +7276,12 @@ static const Option option_table[] = {
     HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
-    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, inspect: template, if the model's is unknown" },
-    { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "chat: begin with the conversation in FILE, which is JSON" },
+    { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, render: another template's name or file" },
+    { 0, "template-arg", "NAME=JSON", TEXTS, OF(template_args), 0, 0, "chat, render: a value for the template" },
+    { 0, "now", "DATE", TEXT, OF(now), 0, 0, "chat, render: the date for the template: 2024-07-26 (default: today)" },
+    { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "chat: begin with this conversation in JSON; render: that one" },
     { 0, "single-turn", NULL, FLAG, OF(single), 0, 0, "chat: answer -i, or all of stdin, and end (-st too)" },
-    { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat: on, off; hide: prints no thoughts (default: the template's)" },
+    { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat, render: on, off; chat: hide, prints no thoughts" },
     { 0, "no-shift", NULL, FLAG, OF(no_shift), 0, 0, "chat: end when the context is full, forget no old turns" },
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
@@ -7282,10 +7513,11 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
 
 // Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
 typedef enum {
-    TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL, N_MODES
+    RENDER, TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL,
+    N_MODES
 } Mode;
-static const char *const mode_names[N_MODES] = { "tokenize", "detokenize", "generate", "score", "logits", "perplexity",
-                                                 "chat", "eval", "inspect", "bench", "export", "matmul" };
+static const char *const mode_names[N_MODES] = { "render", "tokenize", "detokenize", "generate", "score", "logits",
+                                                 "perplexity", "chat", "eval", "inspect", "bench", "export", "matmul" };
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
@@ -7483,7 +7715,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
     ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     ok = ok && (!keeps || open_session(m, w, s, NULL, e));
-    ok = ok && (mode > PERPLEXITY || reads_lines || read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
+        ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
     if (mode == CHAT && options.n_parts) {
         ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
         if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
@@ -7494,6 +7727,7 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
         ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines || mode == EVAL ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
     else switch (ok ? mode : N_MODES) {
+    case RENDER: ok = run_render(m, e); break;
     case TOKENIZE: print_tokens(&m->tokenizer, &tokens); break;
     case DETOKENIZE: print_text(&m->tokenizer, &tokens); break;
     case GENERATE: ok = run_generate(m, w, s, sampler, &tokens, e); break;

@@ -3,17 +3,19 @@
    make fuzz        builds four programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
 
      FILES   any bytes as a checkpoint and as a tokenizer file: they open, or are refused with one line
-     TEXTS   any text in small vocabularies of every kind, or in one that the input brings along: the tokens are those
+     STRINGS any text in small vocabularies of every kind, or in one that the input brings along: the tokens are those
              of a plain quadratic encoder below, and decoding gives the text back
      MODELS  what opens goes through the model, two tokens at once and one after the other, by the scalar kernels and by
              this machine's best: the same bits
      SESSIONS  any bytes as a session of a small model: taken, and the text goes on, or refused, and nothing is left
 
+     TEMPLATES  any bytes as a chat template, or, after a 0, as JSON: text whose bytes have origins, or one line
+
    test.c includes this file too and replays tests/corpus with the same functions, which return what is wrong, or NULL.
    In the fuzzers every map is a block of its exact size, so that ASan sees who leaves it, and allocations are added up:
    the bytes of a file have to justify them. */
 
-#ifdef FUZZ  // 1 FILES, 2 TEXTS, 3 MODELS or 4 SESSIONS; else this is a part of test.c
+#ifdef FUZZ  // 1 FILES, 2 STRINGS, 3 MODELS, 4 SESSIONS or 5 TEMPLATES; else this is a part of test.c
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
 #pragma clang diagnostic ignored "-Wunused-function"
@@ -416,6 +418,34 @@ static const char *try_file(const unsigned char *bytes, size_t n, bool runs) {
     return wrong;
 }
 
+// A template, or 0 and JSON.
+static const char *try_template(const unsigned char *bytes, size_t n) {
+    static const char conversation[] =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi \u00e9<|x|>\"}, "
+        "{\"role\": \"x\", \"content\": [1, 2.5]}], "
+        "\"n\": 3, \"d\": {\"a\": null, \"b\": [true, \"\"]}, \"s\": \" a b,c\\n\", \"add_generation_prompt\": true}";
+    static const struct tm now = { .tm_year = 124, .tm_mday = 26 };
+    Pool pool = { 0 };
+    Error e = { 0 };
+    Value given;
+    Rendered out = { .text = { 0 } };
+    bool is_json = n > 0 && bytes[0] == 0;
+    char *text = malloc(n ? n : 1);
+    if (!text) abort();
+    if (n) memcpy(text, bytes + is_json, n - is_json);
+    bool ok = is_json ? parse_json(text, n - 1, &pool, &given, &e)
+                      : parse_json(conversation, sizeof conversation - 1, &pool, &given, &e) &&
+                        render_template((Text){ text, n }, &given, &now, 1 << 18, &out, &e);
+    const char *wrong = !ok && !e.text[0] ? "neither a result nor one line" : NULL;
+    if (out.text.n != out.marks.n) wrong = "bytes without an origin";
+    for (size_t i = 0; i < out.marks.n; i++) if (out.marks.bytes[i] > 1) wrong = "an origin that is none";
+    free(text);
+    free(out.text.bytes);
+    free(out.marks.bytes);
+    free_pool(&pool);
+    return wrong;
+}
+
 // | which vocabulary | where special tokens may begin | text |, or a vocabulary of the input's own:
 // | 255 | where special tokens may begin | 16 bits: bytes of the text | text | section |
 static const char *try_text_input(const unsigned char *bytes, size_t n) {
@@ -501,7 +531,7 @@ static const char *try_session(const unsigned char *bytes, size_t n) {
 }
 
 #ifdef FUZZ
-enum { FILES = 1, TEXTS, MODELS, SESSIONS };
+enum { FILES = 1, STRINGS, MODELS, SESSIONS, TEMPLATES };
 
 #ifndef FUZZ_WITHOUT_MUTATOR  // AFL++ has its own
 
@@ -913,7 +943,8 @@ static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
     mutation_state = seed;
     if (FUZZ == SESSIONS) return change_session(data, size, max_size);
-    if (FUZZ == TEXTS) return change_text_input(data, size, max_size);
+    if (FUZZ == STRINGS) return change_text_input(data, size, max_size);
+    if (FUZZ == TEMPLATES) return LLVMFuzzerMutate(data, size, max_size);
     return (FUZZ == MODELS ? change_model : change_file)(data, size, max_size);
 }
 #endif
@@ -953,7 +984,8 @@ static void forget_coverage(void) {}
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t before = n_forward;
     n_allocated = 0;
-    const char *wrong = FUZZ == TEXTS ? try_text_input(data, size)
+    const char *wrong = FUZZ == TEMPLATES ? try_template(data, size)
+                      : FUZZ == STRINGS ? try_text_input(data, size)
                       : FUZZ == SESSIONS ? try_session(data, size) : try_file(data, size, FUZZ == MODELS);
     if (!wrong && n_allocated > (4u << 20) + 64 * size) wrong = "more memory than the file's size justifies";
     if (wrong) fprintf(stderr, "\n%s\n", wrong), abort();

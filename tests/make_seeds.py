@@ -2,8 +2,9 @@
 """Writes the files that fuzzing begins with: models as small as they can be, one of every family, type and container,
 and texts. Python's standard library and ./run, which makes the native ones.
 
-    python3 tests/make_seeds.py FOLDER      FOLDER/files, FOLDER/texts and FOLDER/sessions
+    python3 tests/make_seeds.py FOLDER      FOLDER/files, FOLDER/texts, FOLDER/sessions and FOLDER/templates
 """
+import json
 import random
 import struct
 import subprocess
@@ -194,6 +195,11 @@ def main() -> None:
         (files / name).write_bytes(data)
     for name, data in texts().items():
         (texts_folder / name).write_bytes(data)
+    (folder / "templates").mkdir(exist_ok=True)
+    goldens = Path(__file__).parent / "golden" / "templates.jsonl"
+    for i, line in enumerate(goldens.read_text().splitlines()):  # the first is JSON, the others have templates
+        text = "\0" + line if i == 0 else json.loads(line)[0]
+        (folder / "templates" / str(i)).write_text(text)
     small = {"kind": 2, "square": True}  # a tile of 16 x 32 weights of 4 bits has 288 bytes
     for name, data in {"llama": gguf("llama", 1), "qwen2": gguf("qwen2", bpe="qwen2", **small),
                        "q4": gguf("llama", **small), "olmo2": gguf("olmo2", **small),

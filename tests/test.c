@@ -15,6 +15,7 @@
      test_model.c        logits against transformers, the same bits however they are computed, llama2.c's two stories
      test_machine.c      chunks of work, threads that rest, processors and quotas
      test_text.c         sampling against plain algorithms, tokens against sentencepiece and tokenizers, chat templates
+     test_templates.c    JSON, chat templates against jinja2
      test_files.c        damaged files
      test_vocabulary.c   damaged vocabularies
      fuzz.c              the inputs that fuzzing found worth keeping
@@ -249,6 +250,7 @@ static const Kernels *const *usable_kernels(void) {
 #include "test_model.c"
 #include "test_machine.c"
 #include "test_text.c"
+#include "test_templates.c"
 #include "fuzz.c"
 #include "test_files.c"
 #include "test_vocabulary.c"
@@ -289,6 +291,8 @@ static const struct {
     { "composing", test_composing },
     { "characters", test_characters },
     { "chat", test_chat },
+    { "JSON", test_json_reader },
+    { "templates", test_templates },
     { "damaged files", test_damaged_files },
     { "damaged vocabularies", test_damaged_vocabularies },
     { "damaged everywhere", test_damage_everywhere },
@@ -441,6 +445,7 @@ static void run_all_groups(void) {
 
 // With arguments, only the groups whose names contain one of them, in this process: a debugger sees them.
 int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "--templates")) return render_lines();
     if (argc > 2 && !strcmp(argv[2], "--times")) return print_times(argv[1]);
     if (argc > 2 && !strcmp(argv[2], "--samplers")) {  // for make_sampler_goldens.py
         int n = check_shapings(argv[1]);
