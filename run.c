@@ -4507,131 +4507,241 @@ static bool run_generate(const Model *m, Workspace *w, Sequence *s, Sampler *sam
     return why != AT_INTERRUPT || fail(e, INTERRUPTED, "interrupted");
 }
 
+// ---- Chat templates ----
+
+enum { MAX_MESSAGES = 1 << 26 };  // bytes of a conversation's file
+
+// Short templates of our own, by name, for models that have none or a wrong one. They are like the published ones of
+// the same names (tests/golden/chat.txt), without tools. m is a message.
+#define TURNS(system, user, answer, prompt) \
+    "{% for m in messages %}{% if m.role == 'system' %}" system "{% elif m.role == 'user' %}" user "{% else %}" answer \
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}" prompt "{% endif %}"
+#define UNLESS_SYSTEM(text) "{% if not messages or messages[0].role != 'system' %}" text "{% endif %}"
+#define AFTER_SYSTEM(text) "{% if loop.previtem and loop.previtem.role == 'system' %}" text "{% endif %}"
+#define CHATML(first) first TURNS("<|im_start|>system\n{{ m.content }}<|im_end|>\n", \
+    "<|im_start|>user\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", \
+    "<|im_start|>assistant\n")
+#define CHATML_SYSTEM(text) CHATML(UNLESS_SYSTEM("<|im_start|>system\n" text "<|im_end|>\n"))
+#define LLAMA3_HEADER(role) "{{ '<|start_header_id|>" role "<|end_header_id|>\n\n' }}"
+#define LLAMA3(first, dates) first TURNS(LLAMA3_HEADER("system") dates "{{ m.content | trim }}<|eot_id|>", \
+    LLAMA3_HEADER("user") "{{ m.content | trim }}<|eot_id|>", \
+    LLAMA3_HEADER("assistant") "{{ m.content | trim }}<|eot_id|>", LLAMA3_HEADER("assistant"))
+#define DATES "{{ 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' }}"
+#define SYSTEM_BEFORE AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}")
+#define MISTRAL(open, close, answer) TURNS("", open SYSTEM_BEFORE "{{ m.content }}" close, \
+    answer "{{ m.content }}{{ eos_token }}", "")
+static const struct { const char *name, *text; } built_in_templates[] = {
+    { "smollm2", CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by Hugging Face") },
+    { "qwen2.5", CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") },
+    { "qwen2", CHATML_SYSTEM("You are a helpful assistant.") },
+    { "qwen1.5", CHATML_SYSTEM("You are a helpful assistant") },
+    { "chatml", CHATML("") },
+    { "qwen3", CHATML("") "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+               "{{ '<think>\n\n</think>\n\n' }}{% endif %}" },
+    { "llama3.1", LLAMA3(UNLESS_SYSTEM(LLAMA3_HEADER("system") DATES "<|eot_id|>"), DATES) },
+    { "llama3", LLAMA3("", "") },
+    { "llama2", TURNS("", "{% if not loop.first and loop.previtem.role != 'system' %}{{ bos_token }}{% endif %}[INST] "
+                      "{% set c %}" AFTER_SYSTEM("{{ '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' }}")
+                      "{{ m.content }}{% endset %}{{ c | trim }} [/INST]",
+                      " {{ m.content | trim }} {{ eos_token }}", "") },
+    { "mistral-v7", TURNS("[SYSTEM_PROMPT] {{ m.content }}[/SYSTEM_PROMPT]", "[INST] {{ m.content }}[/INST]",
+                          " {{ m.content }}{{ eos_token }}", "") },
+    { "mistral-v7-tekken", TURNS("[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]", "[INST]{{ m.content }}[/INST]",
+                                 "{{ m.content }}{{ eos_token }}", "") },
+    { "mistral-v3-tekken", MISTRAL("[INST]", "[/INST]", "") },
+    { "mistral-v3", MISTRAL("[INST] ", "[/INST]", " ") },
+    { "mistral-v1", MISTRAL(" [INST] ", " [/INST]", " ") },
+    { "mistral", TURNS("", "[INST] {{ m.content }} [/INST]", "{{ m.content }}{{ eos_token }}", "") },
+    { "phi3", TURNS("<|system|>\n{{ m.content }}<|end|>\n", "<|user|>\n{{ m.content }}<|end|>\n",
+                    "<|assistant|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n") },
+    { "zephyr", TURNS("<|system|>\n{{ m.content + eos_token + '\n' }}", "<|user|>\n{{ m.content + eos_token + '\n' }}",
+                      "<|assistant|>\n{{ m.content + eos_token + '\n' }}", "<|assistant|>\n") },
+    { "vicuna", UNLESS_SYSTEM("{{ 'A chat between a curious user and an artificial intelligence assistant. The "
+                              "assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}")
+                TURNS("{{ m.content + ' ' }}", "USER: {{ m.content + ' ' }}", "ASSISTANT: {{ m.content + eos_token }}",
+                      "ASSISTANT:") },
+    { "vicuna-lines", TURNS("{{ m.content + '\n\n' }}", "USER: {{ m.content + '\n' }}",
+                            "ASSISTANT: {{ m.content + eos_token + '\n' }}", "ASSISTANT:") },
+    { "alpaca", UNLESS_SYSTEM("{{ 'Below are some instructions that describe some tasks. Write responses that "
+                              "appropriately complete each request.\n\n' }}")
+                TURNS("{{ m.content + '\n\n' }}", "### Instruction:\n{{ m.content + '\n\n' }}",
+                      "### Response:\n{{ m.content + eos_token + '\n\n' }}", "### Response:\n") },
+    { "deepseek-r1", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
+                           "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>",
+                           "<｜Assistant｜><think>\n") },
+    { "deepseek3", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
+                         "<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>", "<｜Assistant｜>") },
+    { "deepseek", TURNS("{{ m.content + '\n\n' }}", "User: {{ m.content + '\n\n' }}",
+                        "Assistant: {{ m.content }}<｜end▁of▁sentence｜>", "Assistant:") },
+    { "gemma", TURNS("", "<start_of_turn>user\n" SYSTEM_BEFORE "{{ m.content | trim }}<end_of_turn>\n",
+                     "<start_of_turn>model\n{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n") },
+};
+enum { N_BUILT_IN = sizeof built_in_templates / sizeof *built_in_templates };
+
+// The template that --template names, a built-in one or a file's, or else the model's.
+static bool find_template(const Model *m, const char *name, Buffer *file, Text *template, Error *e) {
+    *template = m->chat_template;
+    if (!name && template->n) return true;
+    for (int i = 0; name && i < N_BUILT_IN; i++) {
+        if (strcmp(name, built_in_templates[i].name)) continue;
+        *template = (Text){ built_in_templates[i].text, strlen(built_in_templates[i].text) };
+        return true;
+    }
+    char names[280] = "";
+    for (int i = 0; i < N_BUILT_IN; i++) {
+        size_t n = strlen(names);
+        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
+    }
+    if (!name) return fail(e, MISUSE, "this model may only continue texts, it has no chat template; "
+                           "--template takes a file or %s", names);
+    if (access(name, R_OK) && !strchr(name, '/') && !strchr(name, '.'))
+        return fail(e, MISUSE, "--template %.40s: expected a file, or one of %s", name, names);
+    bool ok = read_all(name, MAX_TEMPLATE_BYTES, file, e);
+    *template = (Text){ (const char *)file->bytes, file->n };
+    return ok;
+}
+
+// Sets a variable of a template. One that is there already gets another value.
+static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
+    for (size_t i = 0; i < given->n; i += 2)
+        if (!compare_strings(&given->items[i], &name)) return given->items[i + 1] = v, true;
+    return push_value(pool, given, name, e) && push_value(pool, given, v, e);
+}
+
+// The day that the template sees: 2024-07-26.
+static bool find_now(struct tm *now, Error *e) {
+    time_t today = time(NULL);
+    int n = 0;
+    if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
+    *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
+    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
+              !options.now[n];
+    now->tm_year -= 1900;
+    now->tm_mon--;
+    struct tm asked = *now;
+    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
+    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+}
+
+// Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
+// asks for one. What the template is given beside it are the named tokens and --template-arg.
+static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
+    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
+    const Tokenizer *t = &m->tokenizer;
+    const struct { const char *name; int id; } tokens[] = {
+        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
+    Pool pool = { 0 };
+    struct tm now;
+    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
+    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
+    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
+    ok = marks != NULL;
+    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
+    for (size_t i = 0; ok && i < messages->n; i++) {
+        Value message = messages->items[i], copy = { .kind = IS_DICT };
+        if (message.kind != IS_DICT || !find_member(&message, "role"))
+            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
+        for (size_t k = 0; ok && k < message.n; k += 2) {
+            Value key = message.items[k], v = message.items[k + 1];
+            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
+            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
+            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
+        }
+        ok = ok && push_value(&pool, &list, copy, e);
+    }
+    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
+         give(&pool, &given, string("documents"), none, e) &&
+         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
+    for (size_t i = 0; ok && i < 3; i++) {
+        Value v = { .kind = IS_STRING, .marks = marks };
+        if (tokens[i].id < 0) continue;
+        v.text = piece(t, tokens[i].id, &v.n);
+        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
+    }
+    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
+    for (int i = 0; ok && i < options.template_args.n; i++) {
+        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
+        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
+        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
+        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
+            char why[200];
+            snprintf(why, sizeof why, "%.199s", e->text);
+            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
+        } else {
+            ok = give(&pool, &given, key, v, e);
+        }
+    }
+    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
+    free_pool(&pool);
+    return ok;
+}
+
+// The tokens of what was rendered. The begin token is added where the model asks for it and the template has not
+// written it.
+static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *tokens, Error *e) {
+    Buffer spans = { 0 };
+    bool ok = true;
+    for (size_t i = 0, end; ok && i < r->text.n; i = end) {
+        for (end = i; end < r->text.n && r->marks.bytes[end] == r->marks.bytes[i];) end++;
+        Span span = { (const char *)r->text.bytes + i, end - i, r->marks.bytes[i] };
+        ok = append(&spans, &span, sizeof span, e);
+    }
+    size_t n = 0;
+    const char *bos = piece(t, t->bos, &n);
+    bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
+    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
+         (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
+    free(spans.bytes);
+    return ok;
+}
+
+// A conversation from a JSON file: a list, or a dict that has it as "messages".
+static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
+    Buffer file = { 0 };
+    Error why = { 0 };
+    bool ok = read_all(path, MAX_MESSAGES, &file, e);
+    if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
+    if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
+        ok = fail(e, why.status, "%.100s: %.200s", path, why.text);
+    free(file.bytes);
+    if (ok && find_member(messages, "messages")) *messages = *find_member(messages, "messages");
+    return ok && (messages->kind == IS_LIST || refuse(e, "%.100s: expected a list of messages", path));
+}
+
+static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
+
+// Prints what the model would read of a conversation: the text, or with --pieces its tokens.
+static bool run_render(const Model *m, Error *e) {
+    Pool pool = { 0 };
+    Buffer file = { 0 };
+    Rendered out = { 0 };
+    Tokens tokens = { 0 };
+    Text template;
+    Value messages;
+    if (!options.messages) return fail(e, MISUSE, "-m render needs --messages FILE");
+    bool ok = find_template(m, options.template_name, &file, &template, e) &&
+              read_messages(options.messages, &pool, &messages, e);
+    const Value *last = ok && messages.n ? find_member(&messages.items[messages.n - 1], "role") : NULL;
+    bool asks = !last || last->kind != IS_STRING || !same_text(*last, "assistant");
+    ok = ok && render_chat(m, template, &messages, asks, &out, e) &&
+         (!options.pieces || encode_rendered(&m->tokenizer, &out, &tokens, e));
+    if (ok && options.pieces) print_tokens(&m->tokenizer, &tokens);
+    else if (ok) fwrite(out.text.bytes, 1, out.text.n, stdout);
+    free(tokens.ids);
+    free(out.text.bytes);
+    free(out.marks.bytes);
+    free(file.bytes);
+    free_pool(&pool);
+    return ok;
+}
+
 // ---- Chat ----
 
-// How a model was trained to see the turns of a chat. In system, user and answer, @ stands for the text; the rest are
-// the template's own words.
-typedef struct {
-    const char *name;
-    const char *signs[6];        // texts in the checkpoint's template that tell it; "!..." is not in it
-    const char *default_system;  // the system prompt if the user gives none; NULL: there is none
-    const char *system;          // NULL: this form has no system prompt
-    const char *user, *answer;
-    bool trims;                  // removes white space round the texts
-    bool system_in_user;         // the first user text begins with the system prompt
-} ChatTemplate;
-
-// The checkpoint's template is a program in a language of its own (Jinja). It is searched for signs and never run. To
-// add a form: a row here, before those whose signs it has too; tests/make_chat_goldens.py has the same table beside the
-// published templates. LLaMA 3.1's dates are the defaults of its template.
-#define CHATML "<|im_start|>system\n@<|im_end|>\n", "<|im_start|>user\n@<|im_end|>\n", \
-               "<|im_start|>assistant\n@<|im_end|>\n", false, false
-#define LLAMA3(dates) "<|start_header_id|>system<|end_header_id|>\n\n" dates "@<|eot_id|>", \
-                      "<|start_header_id|>user<|end_header_id|>\n\n@<|eot_id|>", \
-                      "<|start_header_id|>assistant<|end_header_id|>\n\n@<|eot_id|>", true, false
-static const ChatTemplate chat_templates[] = {
-    { "smollm2", { "<|im_start|>system", "AI assistant named SmolLM, trained by Hugging Face<|im_end|>" },
-      "You are a helpful AI assistant named SmolLM, trained by Hugging Face", CHATML },
-    { "qwen2.5", { "<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. " },
-      "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", CHATML },
-    { "qwen2", { "<|im_start|>system", "You are a helpful assistant.", "!You are Qwen" },
-      "You are a helpful assistant.", CHATML },
-    { "qwen1.5", { "<|im_start|>system", "You are a helpful assistant<|im_end|>" },
-      "You are a helpful assistant", CHATML },
-    { "chatml", { "<|im_start|>", "<|im_end|>", "!<|im_sep|>", "!<think>", "!You are" }, NULL, CHATML },
-    { "qwen3", { "<|im_start|>", "<|im_end|>", "enable_thinking is false", "!## Metadata", "!raise_exception" },
-      NULL, CHATML },
-    { "llama3.1", { "<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024" },
-      "", LLAMA3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n") },
-    { "llama3", { "<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!tools" }, NULL, LLAMA3("") },
-    { "llama2", { "<<SYS>>", "bos_token + '[INST] '", "strip() + ' ' + eos_token" },
-      NULL, "<<SYS>>\n@\n<</SYS>>\n\n", "[INST] @ [/INST]", "@ </s><s>", true, true },
-    { "mistral-v7", { "[SYSTEM_PROMPT] ", "[INST] " },
-      NULL, "[SYSTEM_PROMPT] @[/SYSTEM_PROMPT]", "[INST] @[/INST]", "@</s>", false, false },
-    { "mistral-v7-tekken", { "[SYSTEM_PROMPT]", "[INST]", "![THINK]" },
-      NULL, "[SYSTEM_PROMPT]@[/SYSTEM_PROMPT]", "[INST]@[/INST]", "@</s>", false, false },
-    { "mistral-v3-tekken", { "\"[INST]\" + system_message" }, NULL, "@\n\n", "[INST]@[/INST]", "@</s>", false, true },
-    { "mistral-v3", { "\"[INST] \" + system_message", "[/INST]" },
-      NULL, "@\n\n", "[INST] @[/INST]", "@</s>", false, true },
-    { "mistral-v1", { "' [INST] ' + system_message" }, NULL, "@\n\n", " [INST] @ [/INST]", "@</s>", false, true },
-    { "mistral", { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "message['content'] + eos_token}}" },
-      NULL, NULL, "[INST] @ [/INST]", "@</s>", false, false },
-    { "phi3", { "<|assistant|>", "<|end|>", "!tools", "!<think>" },
-      NULL, "<|system|>\n@<|end|>\n", "<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", false, false },
-    { "zephyr", { "<|user|>", "<|assistant|>", "+ eos_token", "!tools" },
-      NULL, "<|system|>\n@</s>\n", "<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", false, false },
-    { "vicuna", { "USER: ", "A chat between a curious user" },
-      "A chat between a curious user and an artificial intelligence assistant. "
-      "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-      "@ ", "USER: @ ", "ASSISTANT:@</s>", false, false },
-    { "vicuna-lines", { "USER: ", "ASSISTANT:", "!SYSTEM: ", "!curious" },
-      NULL, "@\n\n", "USER: @\n", "ASSISTANT:@</s>\n", false, false },
-    { "alpaca", { "### Instruction:", "### Response:", "that appropriately complete each request." },
-      "Below are some instructions that describe some tasks. Write responses that appropriately complete each request.",
-      "@\n\n", "### Instruction:\n@\n\n", "### Response:\n@</s>\n\n", false, false },
-    { "deepseek-r1", { "<｜User｜>", "<｜Assistant｜><think>\\n'}}", "!enable_thinking" },
-      NULL, "@", "<｜User｜>@", "<｜Assistant｜><think>\n@<｜end▁of▁sentence｜>", false, false },
-    { "deepseek3", { "<｜User｜>", "<｜Assistant｜>", "!<think>" },
-      NULL, "@", "<｜User｜>@", "<｜Assistant｜>@<｜end▁of▁sentence｜>", false, false },
-    { "deepseek", { "'Assistant: ' + message['content'] + eos_token" },
-      NULL, "@\n\n", "User: @\n\n", "Assistant:@<｜end▁of▁sentence｜>", false, false },
-    { "gemma", { "<start_of_turn>", "<end_of_turn>" }, NULL, "@\n\n", "<start_of_turn>user\n@<end_of_turn>\n",
-      "<start_of_turn>model\n@<end_of_turn>\n", true, true },
-};
-enum { N_CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
-enum { MAX_TEMPLATE = 1 << 20 };  // bytes; a larger one is not searched, since that would take long
-
-// The form with that name or, without a name, the first whose signs are in the checkpoint's template.
-static const ChatTemplate *choose_template(const Model *m, const char *name, Error *e) {
-    char names[320] = "";
-    for (int i = 0; i < N_CHAT_TEMPLATES; i++) {
-        const ChatTemplate *t = &chat_templates[i];
-        bool fits = name ? !strcmp(name, t->name) : m->chat_template.n && m->chat_template.n <= MAX_TEMPLATE;
-        for (int j = 0; !name && fits && j < 6 && t->signs[j]; j++) {
-            bool absent = t->signs[j][0] == '!';
-            const char *sign = t->signs[j] + absent;
-            fits = (memmem(m->chat_template.at, m->chat_template.n, sign, strlen(sign)) != NULL) != absent;
-        }
-        if (fits) return t;
-        size_t n = strlen(names);
-        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", t->name);
-    }
-    if (name) fail(e, MISUSE, "--template %.40s: expected one of %s", name, names);
-    else fail(e, MISUSE, "this model has no %schat template; --template NAME forces one of %s",
-              m->chat_template.n ? "known " : "", names);
-    return NULL;
-}
-
-static Span trimmed(const char *text, size_t n, bool start, bool end) {
-    while (start && n > 0 && isspace((unsigned char)*text)) text++, n--;
-    while (end && n > 0 && isspace((unsigned char)text[n - 1])) n--;
+// A text without white space at its ends.
+static Span trimmed(const char *text, size_t n) {
+    while (n > 0 && isspace((unsigned char)*text)) text++, n--;
+    while (n > 0 && isspace((unsigned char)text[n - 1])) n--;
     return (Span){ text, n, false };
-}
-
-// The template's own words before the text, and after it. In these alone special tokens are read as such.
-static Span opening(const char *form) { return (Span){ form, strcspn(form, "@"), true }; }
-static Span closing(const char *form) { return (Span){ strchr(form, '@') + 1, strlen(strchr(form, '@') + 1), true }; }
-
-enum { MAX_SPANS = 7 };  // in the first turn: 3 for the system prompt, 3 for the message, 1 opens the answer
-
-// What the model reads before it answers: the end of its last answer or the system prompt, and the message.
-static int render_turn(const ChatTemplate *t, bool first, const char *system, const char *message, size_t n,
-                       Span *spans) {
-    int i = 0;
-    bool inside = t->system_in_user, trims_system = t->trims && !inside;
-    system = !first || !t->system ? NULL : system ? system : t->default_system;
-    if (!first) spans[i++] = closing(t->answer);
-    if (inside) spans[i++] = opening(t->user);
-    if (system) {
-        spans[i++] = opening(t->system);
-        spans[i++] = trimmed(system, strlen(system), trims_system, trims_system);
-        spans[i++] = closing(t->system);
-    }
-    if (!inside) spans[i++] = opening(t->user);
-    spans[i++] = trimmed(message, n, t->trims && !(system && inside), t->trims);
-    spans[i++] = closing(t->user);
-    spans[i++] = opening(t->answer);
-    return i;
 }
 
 // Reads a line from stdin, without its end. False after Ctrl-C, where reading failed, or, without an error, at the end.
@@ -4899,21 +5009,6 @@ static bool ends_with(const Value *messages, const char *role) {
     return messages->n && has_role(&messages->items[messages->n - 1], role);
 }
 
-// What the model reads before it answers; or, if the last message is an answer, the whole conversation. Spans are
-// special where the words are the template's.
-static bool render_conversation(const ChatTemplate *t, const Value *messages, Buffer *spans, Error *e) {
-    const char *system = first_turn(messages) ? content_of(messages->items).text : NULL;
-    bool ok = true;
-    for (size_t i = first_turn(messages); ok && i < messages->n; i++) {
-        Span content = content_of(&messages->items[i]), turn[MAX_SPANS] = { content, closing(t->answer) };
-        bool answers = has_role(&messages->items[i], "assistant"), first = i == first_turn(messages);
-        size_t n = answers ? 1 + (i + 1 == messages->n)
-                           : (size_t)render_turn(t, first, system, content.text, content.n_bytes, turn);
-        ok = append(spans, turn, n * sizeof *turn, e);
-    }
-    return ok;
-}
-
 // The text that tokens make, byte by byte.
 typedef struct {
     const Tokenizer *t;
@@ -4961,7 +5056,8 @@ typedef struct {
     Workspace *w;
     Sequence *s;
     Sampler *sampler;
-    const ChatTemplate *template;
+    Text template;
+    Buffer template_file;           // what it points into, if --template names a file
     Value messages;                 // dicts with a role and a content
     Tokens told;                    // what the model was told and has said; s has read the first of them
     bool has_terminal, has_editor;  // messages are typed: then there are commands; the editor can be used
@@ -4986,19 +5082,25 @@ static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e)
     return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
 }
 
+// Whether the template's last words open a thought, in which the answer begins.
+static bool opens_thought(const Rendered *r) {
+    size_t i = r->text.n;
+    while (i > 0 && r->marks.bytes[i - 1]) i--;
+    const char *words = (const char *)r->text.bytes + i;
+    return i < r->text.n && memmem(words, r->text.n - i, "<think>", 7) && !memmem(words, r->text.n - i, "</think>", 8);
+}
+
 // The tokens of the conversation. An answer at its end is not over: the model may go on with it.
 static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
-    const Tokenizer *t = &c->m->tokenizer;
-    Buffer spans = { 0 };
-    bool ok = render_conversation(c->template, &c->messages, &spans, e) && append(&spans, NULL, sizeof(Span), e);
-    const Span *list = (const Span *)spans.bytes;
-    size_t n = ok ? spans.n / sizeof *list - 1 : 0;
-    while (ends_with(&c->messages, "assistant") && n > 0 && list[n - 1].special) n--;
-    c->is_thinking = n > 0 && memmem(list[n - 1].text, list[n - 1].n_bytes, "<think>", 7) &&
-                     !memmem(list[n - 1].text, list[n - 1].n_bytes, "</think>", 8);
+    Rendered r = { 0 };
+    bool continues = ends_with(&c->messages, "assistant");
+    bool ok = render_chat(c->m, c->template, &c->messages, !continues, &r, e);
+    while (ok && continues && r.text.n > 0 && r.marks.bytes[r.text.n - 1]) r.text.n--;
+    c->is_thinking = ok && opens_thought(&r);
     tokens->n = 0;
-    ok = ok && (!t->add_bos || emit(tokens, t->bos, e)) && encode(t, list, (int)n, tokens, e);
-    free(spans.bytes);
+    ok = ok && encode_rendered(&c->m->tokenizer, &r, tokens, e);
+    free(r.text.bytes);
+    free(r.marks.bytes);
     return ok;
 }
 
@@ -5094,18 +5196,11 @@ static bool answer(Chat *c, size_t n_said, Error *e) {
 
 // Reads a conversation in place of this one: a list of messages, or an object with `messages`.
 static bool load_messages(Chat *c, const char *path, Error *e) {
-    Buffer text = { 0 };
-    Value v = { .kind = IS_NONE }, before = c->messages;
-    Error why = { 0 };
-    bool ok = read_all(path, MAX_TEXT, &text, e) && append(&text, "", 1, e);
-    if (ok && !parse_json((char *)text.bytes, text.n - 1, &c->editor.pool, &v, &why))
-        ok = fail(e, why.status, "%.99s: %.200s", path, why.text);
-    const Value *list = find_member(&v, "messages");
-    if (!list) list = &v;
-    if (ok && list->kind != IS_LIST) ok = refuse(e, "%.99s: neither a list of messages nor an object with them", path);
+    Value list, before = c->messages;
+    bool ok = read_messages(path, &c->editor.pool, &list, e);
     if (ok) c->messages = (Value){ .kind = IS_LIST };
-    for (size_t i = 0; ok && i < list->n; i++) {
-        const Value *role = find_member(&list->items[i], "role"), *content = find_member(&list->items[i], "content");
+    for (size_t i = 0; ok && i < list.n; i++) {
+        const Value *role = find_member(&list.items[i], "role"), *content = find_member(&list.items[i], "content");
         ok = role && content && role->kind == IS_STRING && content->kind == IS_STRING && role->n < 32;
         char name[32] = "";
         if (ok) memcpy(name, role->text, role->n);
@@ -5113,7 +5208,6 @@ static bool load_messages(Chat *c, const char *path, Error *e) {
                 : refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
     }
     if (!ok) c->messages = before;
-    free(text.bytes);
     return ok;
 }
 
@@ -5262,7 +5356,7 @@ static bool begin_chat(Chat *c, int *n_said, Error *e) {
     const char *think = options.think, *said = options.prompt;
     if (think && strcmp(think, "on") && strcmp(think, "off") && strcmp(think, "hide"))
         return fail(e, MISUSE, "--think %.40s: expected on, off or hide", think);
-    if (!(c->template = choose_template(c->m, options.template_name, e))) return false;
+    if (!find_template(c->m, options.template_name, &c->template_file, &c->template, e)) return false;
     if (options.log && !(c->log = fopen(options.log, "a")))
         return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
     if (options.messages && !load_messages(c, options.messages, e)) return false;
@@ -5301,6 +5395,7 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
     free(c.editor.line.bytes);
     free(c.heard.bytes);
     free(c.told.ids);
+    free(c.template_file.bytes);
     free_pool(&c.editor.pool);
     bool ok = e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
@@ -5802,7 +5897,7 @@ static bool is_right(Text got, Text wanted) {
 static void put_task(Script *s, const Passage *first) {
     char room[32];
     Text wanted = wanted_answer(first, room);
-    Span got = trimmed((const char *)first->out.text.bytes, first->out.text.n, true, true);
+    Span got = trimmed((const char *)first->out.text.bytes, first->out.text.n);
     const Passage *p = first, *best = first;
     for (size_t i = 0; i < first->choices.n; i++, p = p->next) {
         if (total_logprob(&p->out) > total_logprob(&best->out)) best = p;
@@ -5979,234 +6074,6 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     return ok;
 }
 
-// ---- Chat templates ----
-
-enum { MAX_MESSAGES = 1 << 26 };  // bytes of a conversation's file
-
-// Short templates of our own, by name, for models that have none or a wrong one. They are like the published ones of
-// the same names (tests/golden/chat.txt), without tools. m is a message.
-#define TURNS(system, user, answer, prompt) \
-    "{% for m in messages %}{% if m.role == 'system' %}" system "{% elif m.role == 'user' %}" user "{% else %}" answer \
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}" prompt "{% endif %}"
-#define UNLESS_SYSTEM(text) "{% if not messages or messages[0].role != 'system' %}" text "{% endif %}"
-#define AFTER_SYSTEM(text) "{% if loop.previtem and loop.previtem.role == 'system' %}" text "{% endif %}"
-#define CHATML_TURNS(first) first TURNS("<|im_start|>system\n{{ m.content }}<|im_end|>\n", \
-    "<|im_start|>user\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", \
-    "<|im_start|>assistant\n")
-#define CHATML_SYSTEM(text) CHATML_TURNS(UNLESS_SYSTEM("<|im_start|>system\n" text "<|im_end|>\n"))
-#define LLAMA3_HEADER(role) "{{ '<|start_header_id|>" role "<|end_header_id|>\n\n' }}"
-#define LLAMA3_TURNS(first, dates) first TURNS(LLAMA3_HEADER("system") dates "{{ m.content | trim }}<|eot_id|>", \
-    LLAMA3_HEADER("user") "{{ m.content | trim }}<|eot_id|>", \
-    LLAMA3_HEADER("assistant") "{{ m.content | trim }}<|eot_id|>", LLAMA3_HEADER("assistant"))
-#define DATES "{{ 'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' }}"
-#define SYSTEM_BEFORE AFTER_SYSTEM("{{ loop.previtem.content + '\n\n' }}")
-#define MISTRAL(open, close, answer) TURNS("", open SYSTEM_BEFORE "{{ m.content }}" close, \
-    answer "{{ m.content }}{{ eos_token }}", "")
-static const struct { const char *name, *text; } built_in_templates[] = {
-    { "smollm2", CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by Hugging Face") },
-    { "qwen2.5", CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.") },
-    { "qwen2", CHATML_SYSTEM("You are a helpful assistant.") },
-    { "qwen1.5", CHATML_SYSTEM("You are a helpful assistant") },
-    { "chatml", CHATML_TURNS("") },
-    { "qwen3", CHATML_TURNS("") "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
-               "{{ '<think>\n\n</think>\n\n' }}{% endif %}" },
-    { "llama3.1", LLAMA3_TURNS(UNLESS_SYSTEM(LLAMA3_HEADER("system") DATES "<|eot_id|>"), DATES) },
-    { "llama3", LLAMA3_TURNS("", "") },
-    { "llama2", TURNS("", "{% if not loop.first and loop.previtem.role != 'system' %}{{ bos_token }}{% endif %}[INST] "
-                      "{% set c %}" AFTER_SYSTEM("{{ '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' }}")
-                      "{{ m.content }}{% endset %}{{ c | trim }} [/INST]",
-                      " {{ m.content | trim }} {{ eos_token }}", "") },
-    { "mistral-v7", TURNS("[SYSTEM_PROMPT] {{ m.content }}[/SYSTEM_PROMPT]", "[INST] {{ m.content }}[/INST]",
-                          " {{ m.content }}{{ eos_token }}", "") },
-    { "mistral-v7-tekken", TURNS("[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]", "[INST]{{ m.content }}[/INST]",
-                                 "{{ m.content }}{{ eos_token }}", "") },
-    { "mistral-v3-tekken", MISTRAL("[INST]", "[/INST]", "") },
-    { "mistral-v3", MISTRAL("[INST] ", "[/INST]", " ") },
-    { "mistral-v1", MISTRAL(" [INST] ", " [/INST]", " ") },
-    { "mistral", TURNS("", "[INST] {{ m.content }} [/INST]", "{{ m.content }}{{ eos_token }}", "") },
-    { "phi3", TURNS("<|system|>\n{{ m.content }}<|end|>\n", "<|user|>\n{{ m.content }}<|end|>\n",
-                    "<|assistant|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n") },
-    { "zephyr", TURNS("<|system|>\n{{ m.content + eos_token + '\n' }}", "<|user|>\n{{ m.content + eos_token + '\n' }}",
-                      "<|assistant|>\n{{ m.content + eos_token + '\n' }}", "<|assistant|>\n") },
-    { "vicuna", UNLESS_SYSTEM("{{ 'A chat between a curious user and an artificial intelligence assistant. The "
-                              "assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}")
-                TURNS("{{ m.content + ' ' }}", "USER: {{ m.content + ' ' }}", "ASSISTANT: {{ m.content + eos_token }}",
-                      "ASSISTANT:") },
-    { "vicuna-lines", TURNS("{{ m.content + '\n\n' }}", "USER: {{ m.content + '\n' }}",
-                            "ASSISTANT: {{ m.content + eos_token + '\n' }}", "ASSISTANT:") },
-    { "alpaca", UNLESS_SYSTEM("{{ 'Below are some instructions that describe some tasks. Write responses that "
-                              "appropriately complete each request.\n\n' }}")
-                TURNS("{{ m.content + '\n\n' }}", "### Instruction:\n{{ m.content + '\n\n' }}",
-                      "### Response:\n{{ m.content + eos_token + '\n\n' }}", "### Response:\n") },
-    { "deepseek-r1", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
-                           "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>",
-                           "<｜Assistant｜><think>\n") },
-    { "deepseek3", TURNS("{{ m.content }}", "<｜User｜>{{ m.content }}",
-                         "<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>", "<｜Assistant｜>") },
-    { "deepseek", TURNS("{{ m.content + '\n\n' }}", "User: {{ m.content + '\n\n' }}",
-                        "Assistant: {{ m.content }}<｜end▁of▁sentence｜>", "Assistant:") },
-    { "gemma", TURNS("", "<start_of_turn>user\n" SYSTEM_BEFORE "{{ m.content | trim }}<end_of_turn>\n",
-                     "<start_of_turn>model\n{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n") },
-};
-enum { N_BUILT_IN = sizeof built_in_templates / sizeof *built_in_templates };
-
-// The template that --template names, a built-in one or a file's, or else the model's.
-static bool find_template(const Model *m, const char *name, Buffer *file, Text *template, Error *e) {
-    *template = m->chat_template;
-    if (!name && template->n) return true;
-    for (int i = 0; name && i < N_BUILT_IN; i++) {
-        if (strcmp(name, built_in_templates[i].name)) continue;
-        *template = (Text){ built_in_templates[i].text, strlen(built_in_templates[i].text) };
-        return true;
-    }
-    char names[280] = "";
-    for (int i = 0; i < N_BUILT_IN; i++) {
-        size_t n = strlen(names);
-        snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
-    }
-    if (!name) return fail(e, MISUSE, "this model may only continue texts, it has no chat template; "
-                           "--template takes a file or %s", names);
-    if (access(name, R_OK) && !strchr(name, '/') && !strchr(name, '.'))
-        return fail(e, MISUSE, "--template %.40s: expected a file, or one of %s", name, names);
-    bool ok = read_all(name, MAX_TEMPLATE_BYTES, file, e);
-    *template = (Text){ (const char *)file->bytes, file->n };
-    return ok;
-}
-
-// Sets a variable of a template. One that is there already gets another value.
-static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
-    for (size_t i = 0; i < given->n; i += 2)
-        if (!compare_strings(&given->items[i], &name)) return given->items[i + 1] = v, true;
-    return push_value(pool, given, name, e) && push_value(pool, given, v, e);
-}
-
-// The day that the template sees: 2024-07-26.
-static bool find_now(struct tm *now, Error *e) {
-    time_t today = time(NULL);
-    int n = 0;
-    if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
-    *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
-    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
-              !options.now[n];
-    now->tm_year -= 1900;
-    now->tm_mon--;
-    struct tm asked = *now;
-    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
-    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
-}
-
-// Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
-// asks for one. What the template is given beside it are the named tokens and --template-arg.
-static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
-    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
-    const Tokenizer *t = &m->tokenizer;
-    const struct { const char *name; int id; } tokens[] = {
-        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
-    Pool pool = { 0 };
-    struct tm now;
-    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
-    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
-    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
-    ok = marks != NULL;
-    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
-    for (size_t i = 0; ok && i < messages->n; i++) {
-        Value message = messages->items[i], copy = { .kind = IS_DICT };
-        if (message.kind != IS_DICT || !find_member(&message, "role"))
-            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
-        for (size_t k = 0; ok && k < message.n; k += 2) {
-            Value key = message.items[k], v = message.items[k + 1];
-            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
-            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
-            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
-        }
-        ok = ok && push_value(&pool, &list, copy, e);
-    }
-    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
-         give(&pool, &given, string("documents"), none, e) &&
-         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
-    for (size_t i = 0; ok && i < 3; i++) {
-        Value v = { .kind = IS_STRING, .marks = marks };
-        if (tokens[i].id < 0) continue;
-        v.text = piece(t, tokens[i].id, &v.n);
-        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
-    }
-    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
-    for (int i = 0; ok && i < options.template_args.n; i++) {
-        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
-        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
-        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
-        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
-            char why[200];
-            snprintf(why, sizeof why, "%.199s", e->text);
-            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
-        } else {
-            ok = give(&pool, &given, key, v, e);
-        }
-    }
-    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
-    free_pool(&pool);
-    return ok;
-}
-
-// The tokens of what was rendered. The begin token is added where the model asks for it and the template has not
-// written it.
-static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *tokens, Error *e) {
-    Buffer spans = { 0 };
-    bool ok = true;
-    for (size_t i = 0, end; ok && i < r->text.n; i = end) {
-        for (end = i; end < r->text.n && r->marks.bytes[end] == r->marks.bytes[i];) end++;
-        Span span = { (const char *)r->text.bytes + i, end - i, r->marks.bytes[i] };
-        ok = append(&spans, &span, sizeof span, e);
-    }
-    size_t n = 0;
-    const char *bos = piece(t, t->bos, &n);
-    bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
-         (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
-    free(spans.bytes);
-    return ok;
-}
-
-// A conversation from a JSON file: a list, or a dict that has it as "messages".
-static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
-    Buffer file = { 0 };
-    Error why = { 0 };
-    bool ok = read_all(path, MAX_MESSAGES, &file, e);
-    if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
-    if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
-        ok = fail(e, why.status, "%.100s: %.200s", path, why.text);
-    free(file.bytes);
-    if (ok && find_member(messages, "messages")) *messages = *find_member(messages, "messages");
-    return ok && (messages->kind == IS_LIST || refuse(e, "%.100s: expected a list of messages", path));
-}
-
-static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
-
-// Prints what the model would read of a conversation: the text, or with --pieces its tokens.
-static bool run_render(const Model *m, Error *e) {
-    Pool pool = { 0 };
-    Buffer file = { 0 };
-    Rendered out = { 0 };
-    Tokens tokens = { 0 };
-    Text template;
-    Value messages;
-    if (!options.messages) return fail(e, MISUSE, "-m render needs --messages FILE");
-    bool ok = find_template(m, options.template_name, &file, &template, e) &&
-              read_messages(options.messages, &pool, &messages, e);
-    const Value *last = ok && messages.n ? find_member(&messages.items[messages.n - 1], "role") : NULL;
-    bool asks = !last || last->kind != IS_STRING || !same_text(*last, "assistant");
-    ok = ok && render_chat(m, template, &messages, asks, &out, e) &&
-         (!options.pieces || encode_rendered(&m->tokenizer, &out, &tokens, e));
-    if (ok && options.pieces) print_tokens(&m->tokenizer, &tokens);
-    else if (ok) fwrite(out.text.bytes, 1, out.text.n, stdout);
-    free(tokens.ids);
-    free(out.text.bytes);
-    free(out.marks.bytes);
-    free(file.bytes);
-    free_pool(&pool);
-    return ok;
-}
-
 /* ==== 13. Measuring =================================================================================================
    What the tokens of a text are (-m tokenize), what a model consists of (inspect), how well it predicts (logits,
    perplexity), and how near it comes to the limits of the machine that it runs on (bench, matmul). */
@@ -6342,8 +6209,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
     const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
-    const ChatTemplate *t = choose_template(m, options.template_name, e);
-    if ((!t && options.template_name) || (options.check && !check_weights(m, e))) return false;
+    if (options.check && !check_weights(m, e)) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
@@ -6351,7 +6217,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
-    put_word("chat template", t ? t->name : "none");
+    put_word("chat template", m->chat_template.n ? "its own" : "none");
     put_figure("parameters", parameters, "");
     for (int i = 0; i < N_TYPES; i++) {
         char name[48];
@@ -7557,7 +7423,7 @@ static bool is_instruction(Span text) {
         "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
         "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
     };
-    Span t = trimmed(text.text, text.n_bytes, true, true);
+    Span t = trimmed(text.text, text.n_bytes);
     bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
     for (size_t i = 0, n; i < sizeof words / sizeof *words; i++)
         found |= (n = strlen(words[i])) < t.n_bytes && !strncasecmp(t.text, words[i], n) && t.text[n] == ' ';
