@@ -4369,6 +4369,11 @@ static const char *print_token(const Model *m, Printer *p, int before, int token
     const Tokenizer *t = &m->tokenizer;
     size_t n;
     const char *bytes = decode(t, before, token, &n);
+    if (p->thought && token >= 0 && token < t->n_tokens && t->type[token] == PIECE_CONTROL) {  // is it a thought's end?
+        const char *mark = p->thought == HIDDEN ? "</think>" : "<think>", *name = piece(t, token, &n);
+        if (n != strlen(mark) || memcmp(name, mark, n)) n = 0;
+        if (n) return print_bytes(p, name, n);
+    }
     for (int i = 0; n == 0 && p->stops && i < p->stops->n; i++) {
         const char *stop = p->stops->at[i];  // which may be a control token's name
         if (lookup(t, stop, strlen(stop), 1 << PIECE_CONTROL) == token) return stop;
@@ -5144,27 +5149,30 @@ static bool catch_up(Chat *c, const Tokens *now, Error *e) {
 // Adds what the model has said to the conversation; or to its last message, which it has continued.
 static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e) {
     const Tokenizer *v = &c->m->tokenizer;
-    Buffer text = { 0 };
+    Buffer text = { 0 }, marks = { 0 };  // control tokens are spelled and marked: templates look for </think>
     Tokens now = { 0 };
     size_t from;
-    Span old = continued ? content_of(&c->messages.items[c->messages.n - 1]) : (Span){ "", 0, false };
-    bool ok = append(&text, old.text, old.n_bytes, e);
+    const Value *old = continued ? find_member(&c->messages.items[c->messages.n - 1], "content") : NULL;
+    bool ok = !old || (append(&text, old->text, old->n, e) && append(&marks, old->marks, old->n, e));
     for (size_t i = 0, n; ok && i < t->n_made; i++) {
         int before = c->told.ids[c->told.n - 1], id = c->told.n < (size_t)c->s->n ? c->s->ids[c->told.n] : t->last;
-        const char *bytes = decode(v, before, id, &n);
-        ok = append(&text, bytes, n, e) && emit(&c->told, id, e);
+        const char *bytes = is_control(v, id) ? piece(v, id, &n) : decode(v, before, id, &n);
+        ok = append(&text, bytes, n, e) && append(&marks, NULL, n, e) && emit(&c->told, id, e);
+        if (ok && n) memset(marks.bytes + marks.n - n, is_control(v, id), n);
     }
     size_t n_stop = t->stop_text ? strlen(t->stop_text) : 0;  // not said; its last token may say more
     while (text.n > n_stop && n_stop && memcmp(text.bytes + text.n - n_stop, t->stop_text, n_stop)) text.n--;
     text.n -= n_stop < text.n ? n_stop : text.n;
     c->messages.n -= continued;
-    ok = ok && say(c, "assistant", text.bytes, text.n, e);
+    Value *content = NULL, copy;
+    ok = ok && say(c, "assistant", text.bytes, text.n, e) && copy_text(&c->editor.pool, marks.bytes, text.n, &copy, e);
+    if (ok) content = &c->messages.items[c->messages.n - 1].items[3], content->marks = copy.text;
     if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
-        Value *content = &c->messages.items[c->messages.n - 1].items[3];
         ok = encode_conversation(c, &now, e);
-        if (ok && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->n--;
+        if (ok && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
     }
     free(text.bytes);
+    free(marks.bytes);
     free(now.ids);
     return ok;
 }

@@ -1625,7 +1625,7 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
    it: these alone may become control tokens. */
 
 enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_TEMPLATE_DEPTH = 200, MAX_RANGE = 100000 };  // the last is the sandbox's
-enum { MAX_TEMPLATE_WORK = 1 << 26, LEXEME_WORK = 8 };  // about a second; what a step over a lexeme costs
+enum { MAX_TEMPLATE_WORK = 1 << 25, LEXEME_WORK = 8 };  // half a second; what a step over a lexeme costs
 
 typedef enum {
     LEX_TEXT, LEX_OUTPUT, LEX_TAG, LEX_CLOSE, LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_END

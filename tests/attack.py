@@ -1390,17 +1390,28 @@ def _():
     now.demand(evil in o.out, f"into a file the bytes come as they are: {o}")
 
 
-@row(73, "chat templates: never run, and unknown ones told")
+@row(73, "chat templates: bytes of a stranger that are run")
 def _():
-    for name, template in (("code", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
-                           ("import", "{{ ''.__class__.__mro__ }}"),
-                           ("empty", ""), ("long", "{{ x }}" * 100000), ("nul", "{{ '\0' }}"), ("bytes", b"\xff\xfe")):
+    for name, template, status, word in (
+            ("code", "{% for i in range(10**9) %}{{ i }}{% endfor %}", 2, "range"),
+            ("loop", "{% for i in range(99999) %}{% for k in range(99999) %}a{% endfor %}{% endfor %}", 5, "too long"),
+            ("text", "{% set ns = namespace(s='ab') %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", 5,
+             "too long"),
+            ("macro", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 1, "deep"),
+            ("nested", "{{ " + "(" * 100000, 1, "deep"), ("lists", "{{ " + "[" * 100000, 1, "deep"),
+            ("import", "{{ ''.__class__.__mro__ }}", 1, "line 1"), ("open", "{{ messages", 1, "line 1"),
+            ("none", "{% include 'x' %}", 1, "not supported"), ("raise", "\n{{ raise_exception('no\x1b[31m') }}", 2, "line 2")):
         path = put(name, with_key("tokenizer.chat_template", value(STRING, template)))
-        expect(2, path.name, "-q", "-m", "chat", "-i", "a", word="--template")
+        expect(status, path.name, "-q", "-m", "chat", "-i", "a", word=word)
         expect(0, path.name, "-q", "-t", "0", "-n", "3", "-m", "chat", "-i", "a", "--template", "chatml")
         expect(0, path.name, "-m", "inspect")
+    for name, template in (("long", "{{ x }}" * 100000), ("nul", "{{ '\0' }}"), ("bytes", b"\xff\xfe")):
+        path = put(name, with_key("tokenizer.chat_template", value(STRING, template)))
+        expect((0, 1, 2, 5), path.name, "-q", "-t", "0", "-n", "3", "-m", "chat", "-i", "a")
+    path = put("empty", with_key("tokenizer.chat_template", value(STRING, "")))
+    expect(2, path.name, "-q", "-m", "chat", "-i", "a", word="--template")
     in_child(lambda: put("large", with_key("tokenizer.chat_template", value(STRING, "<" * (256 << 20)))))
-    expect(2, "73-large", "-q", "-m", "chat", "-i", "a", word="--template")
+    expect((1, 2, 5), "73-large", "-q", "-m", "chat", "-i", "a", word="template")
     (FOLDER / "73-large").unlink()
 
 
