@@ -6,8 +6,8 @@
    HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: how text becomes tokens
    (2), what a model consists of (3), the one operation that takes nearly all the time (4), the forward pass that turns
    tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it
-   all (7). It is complete: read it from top to bottom and you know how such a model works. Part II is the machinery
-   that Part I stands on; the appendix has the innermost loops again, for instruction sets that are fast at them.
+   all (7). Read it from top to bottom and you know how such a model works; only quantised products (8) and experts (11)
+   stand elsewhere. Part II is the machinery; the appendix has the innermost loops again, for fast instruction sets.
 
      1  The ground floor                      Part II
      2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
@@ -148,8 +148,8 @@ typedef struct {
     double began;       // the time when the step began, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. `rows` is the size of a pass,
-// whose time is compared with that of the next pass of this size; 0 for other work, -1 if no thread may rest.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows: of a pass, whose time is
+// compared with like ones to find threads that slow the team down; 0: work that is not timed; -1: no thread may rest.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
 // Takes the next chunk of a step's n items for this thread: of its own share first, then of the shares of slower
@@ -166,7 +166,7 @@ static double clock_seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Set by Ctrl-C; loops look at it between two passes. At a chat's prompt Ctrl-C ends the program at once.
+// interrupted: set by Ctrl-C, loops look at it between two passes. at_prompt: a chat waits for the user.
 static volatile sig_atomic_t interrupted, at_prompt;
 
 /* ==== 2. Text to tokens =============================================================================================
@@ -212,7 +212,7 @@ typedef struct {
     int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
     int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; 0: none
+    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; local 0: none
     double rope_scale, yarn_fast, yarn_slow, rope_magnitude;  // for slow_down(); what multiplies cosine and sine
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
@@ -255,13 +255,13 @@ typedef struct {
     size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
-// The steps of a pass, in their order: what threads do between two waits. Some models skip some; a single token skips
-// those that only prepare inputs, which each thread then does for itself.
+// The steps of a pass, in their order: what threads do between two waits. ATTEND stands for attend(), SCORE to MIX for
+// attend_deep(). A single vector skips steps that only prepare inputs: each thread does these for itself (prepare()).
 // To add a step: its name here and in step_names[] (chapter 13), its work in a loop over take_chunk(), then end_step().
 typedef enum {
     EMBED,
     ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
-    ATTENTION_POST_NORM,  // post norms come directly after their step: end_block()
+    ATTENTION_POST_NORM,  // must follow ATTENTION_OUT, as FFN_POST_NORM does DOWN: end_block() adds 1
     FFN_NORM, ROUTER, CHOOSE_EXPERTS, LIST_VISITORS, ROUND_VISITORS, GATE_UP, ROUND_HIDDEN, DOWN, FFN_POST_NORM,
     FINAL_NORM, HEAD,
     N_STEPS
@@ -291,13 +291,13 @@ enum {
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
        quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns
            8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
-           fewer bits in planes, each a part of every weight's bits, the lowest first:
-           4 bits: 256 bytes ordered like four groups; low halves: groups 0 to 3, high halves: groups 4 to 7
-           2 bits: 128 bytes like two groups;  1 bit: 64 bytes like one, bit g of a byte: group g
+           fewer bits in planes, of 4, 2 or 1 bit: a 6-bit weight has its low 4 bits in one and its high 2 in another
+           4 bits, 256 bytes: four groups in the low halves of the bytes, groups 4 to 7 in the high halves
+           2 bits, 128 bytes: two groups in each quarter of the bytes' bits;  1 bit, 64 bytes: bit g is group g's
 
-   A quantised weight is scale * (q - offset), or scale * q + min, with one scale for 32 columns of a row or for 16. Its
-   activations are rounded to 8 bits too, in blocks of 32 with a scale of their own, so that the inner product is one of
-   small integers, which processors do fastest. */
+   A quantised weight is scale * (q - offset), scale * q + min, or scale * values[q], with one scale for 32 columns of a
+   row or for 16. The vectors that it is multiplied with, its activations, are rounded to 8 bits too, in blocks of 32
+   with a scale of their own: processors are fastest at products of small integers. With --exact they stay floats. */
 
 enum { TILE_ROWS = 16, BLOCK = 32 };  // a block: columns whose activations share a scale
 
@@ -308,7 +308,7 @@ typedef struct {
     int header;            // bytes of scales and minima at the tile's beginning; 0: the weights are floats
     int bits, offset;      // of q, where the weight is scale * (q - offset)
     bool has_min;
-    const int8_t *values;  // the weight is scale * values[q]; NULL: it is not
+    const int8_t *values;  // the weight is scale * values[q]; NULL: scale * (q - offset)
 } TypeInfo;
 
 static const TypeInfo types[N_TYPES];  // chapter 8
@@ -350,7 +350,7 @@ typedef struct {
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n, first, some; // `some` of the n are multiplied, from number `first` on
+    size_t n, first, some; // `some` of the n are multiplied, from number `first` on: all, or an expert's visitors
     size_t expert;         // whose matrix it is; 0 without experts
 } Activations;
 
@@ -370,7 +370,7 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
 // c[i][j] = ... fmaf(a[i][1], b[1][j], fmaf(a[i][0], b[0][j], c[i][j])), each over k in order: a chain, in which every
 // addition takes the result of the one before. Sixteen chains run side by side.
 // c (m, c_stride)  a (m, a_stride)  b (depth, 16), in f16 if `half` says so, else in f32
-// So many bytes ahead of b is what is multiplied next; kernels fetch it meanwhile, the processor does not foresee it.
+// b + ahead (bytes) is what is multiplied next; kernels prefetch it, since the processor cannot predict it.
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                          ptrdiff_t ahead, int m, int depth) {
     (void)ahead;
@@ -418,7 +418,7 @@ typedef struct {
 static const Kernels scalar, *kernels = &scalar;  // chapter 8
 
 // y[t,r] = sum_c w[r,c] * x[t,c] for the rows of these row tiles      y (n, y_stride)
-// A weight is read once for up to 128 tokens, but for fewer if x is wide: 8192 blocks stay in a cache of 1 MB.
+// A weight is read once for `together` tokens: 8192 blocks of x, half a megabyte if rounded, stay in the L2 cache.
 static void multiply_rows(float *y, size_t y_stride, const Tensor *w, Range tiles, const Activations *a) {
     enum { TOKENS = 128 };
     bool quantised = is_quantised(w->type), rounded = quantised && a->rounded;
@@ -490,9 +490,9 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
 
 /* ==== 5. The forward pass ===========================================================================================
    Tokens enter as numbers and leave as logits: a score for every token of the vocabulary to be the next one. A pass
-   takes rows: a row is one token of one text. The prompt's tokens, a generated token, the next tokens of eight texts
-   side by side: all go the same way, and a row's bits depend on its own text only. First come the leaves of the
-   computation, which know no threads and no model; then the steps of a layer, which a team of threads shares.
+   takes rows: a Row is one token of one text (a Range of rows is of a matrix). The prompt's tokens, a generated token,
+   the next tokens of eight texts: all go the same way, and a row's bits depend on its own text only. First come the
+   leaves of the computation, which know no threads and no model; then the steps of a layer, which a team shares.
 
    Attention, in words: every token has a question (its query), an address (its key) and something to tell (its value).
    How well a key answers a query is their product. Softmax makes weights of these scores, which add up to 1, and what
@@ -614,10 +614,10 @@ typedef struct { int token, position, sequence; bool wants_logits; } Row;
 
 enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a text's end, many follow each other
 
-// A layer's part of the KV cache. A key's numbers are spread, so that a SIMD lane is a position.
+// A layer's part of the KV cache. Of keys, sixteen positions lie side by side: a SIMD lane is a position.
 typedef struct {
-    unsigned char *keys;             // (pages, G, 4, K, 16)     page, head, 16 positions, number, position
-    unsigned char *values;           // (pages, G, K/16, 64, 16) page, head, 16 numbers, position, number
+    unsigned char *keys;             // (pages, G, 64/16, K, 16): number d of position p at [p % 64 / 16][d][p % 16]
+    unsigned char *values;           // (pages, G, K/16, 64, 16): at [d / 16][p % 64][d % 16]; K is rounded up to 16
     size_t n_heads;                  // G
     size_t key_bytes, value_bytes;   // of one head in one page
 } CachedLayer;
@@ -682,7 +682,7 @@ static void rewind_sequence(Sequence *s, int n) {
     if (n < s->n) s->n = n;
 }
 
-// Adds a token, in a page of its own: a new one after a full one, or a copy if another sequence (a fork) holds it too.
+// Adds a token, in the text's last page: a new one if that is full, a copy if another text (fork_sequence()) shares it.
 static void append_token(Sequence *s, int token) {
     Cache *c = s->cache;
     int *page = &s->pages[s->n / PAGE], old = *page;
@@ -698,9 +698,9 @@ static void append_token(Sequence *s, int token) {
 
 // ---- Attention ----
 
-// One unit of attention: the queries of some tokens of one text that share a key/value head.
+// One unit of attention: a head group of some successive tokens of one text.
 typedef struct {
-    const float *query;  // (n, stride)  `group` heads of K numbers from here on
+    const float *query;  // (n, stride)  each token's head group: `group` heads of K numbers from here on
     float *out;          // (n, stride)
     size_t stride;
     const CachedLayer *cached;
@@ -733,7 +733,7 @@ static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
 
-// The page after that of position p; after the last one that is seen the same page.
+// The page after p's, to be prefetched; p's own if it is the last one seen.
 static int next_page(const Attention *a, size_t p) {
     return a->pages[p / PAGE + (p / PAGE * PAGE + PAGE < seen_to(a, a->n_queries - 1))];
 }
@@ -760,7 +760,7 @@ static void mix_values(const Attention *a, Range columns) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
         const unsigned char *next = values_at(a->cached, next_page(a, p), a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
-        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // the last positions are for some tokens only
+        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // from its own position on each token by itself
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
@@ -782,7 +782,7 @@ static void divide_sums(const Attention *a, Range columns) {
 }
 
 // out = softmax(query . keys * scale) . values: the positions up to the token's own, weighted by how well they fit
-static void attend_group(const Attention *a) {
+static void attend_unit(const Attention *a) {
     Range seen = all_seen(a), columns = { 0, a->padded };
     for (int i = 0; i < a->n_queries; i++)
         memcpy(a->queries + (size_t)i * a->padded, a->query + head_at(a, i), a->head_dim * sizeof(float));
@@ -847,7 +847,7 @@ static void make_angles(const Model *m, const Rotation *a, size_t p) {
     }
 }
 
-// x[t] = the embedding's row of row t's token      x (n, x_stride)
+// x[t] = the embedding's row of row t's token, times embedding_scale      x (n, x_stride)
 static void embed(const Model *m, Workspace *w, size_t t) {
     const Tensor *e = &m->embedding;
     size_t row = (size_t)w->rows[t].token;
@@ -868,7 +868,7 @@ typedef struct {
     int n;
 } Vectors;
 
-// Rounds vector t, or copies it, to where the products find it.
+// Rounds vector t (stride 0: x is already that one), and copies it where some products take floats.
 static void put_input(const Inputs *in, Block *rounded, const float *x, const Vectors *v, size_t t) {
     size_t n = (size_t)v->n;
     if (in->rounds) kernels->round(rounded, x, 0, v->cols, n, (Range){ t, t + 1 });
@@ -877,8 +877,8 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
 }
 
 // Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
-// every thread for itself: cheaper than waiting for another. A norm also checks its row: a sum of squares that is not
-// finite comes from the last layer that the row has gone through, or in a model without such norms from one before.
+// every thread for itself: cheaper than waiting for another. A norm also checks its row: if the sum of squares is not
+// finite, the fault lies in the layer before, or earlier in a model that has no such norms.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -905,7 +905,7 @@ static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const
     return (Activations){ blocks, in->rounds ? rounded : NULL, n, 0, n, 0 };
 }
 
-// x += residual_scale * out for some rows of the matrices and all tokens
+// x += residual_scale * out for some tokens and some rows of the matrix
 static void add_out(const Model *m, Workspace *w, Range tokens, Range rows) {
     for (size_t t = tokens.from; t < tokens.to; t++) {
         float *x = w->x + t * w->x_stride, *out = w->out + t * w->x_stride;
@@ -974,7 +974,7 @@ static float *place_scratch(Attention *a, float *at) {
     return a->totals + n;
 }
 
-// The same bits for few tokens far down their texts, whose heads alone would leave threads idle (chapter 11).
+// attend() for few tokens far down their texts, whose heads alone would leave threads idle (chapter 11).
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team);
 
 // attended = attention(query, cache)
@@ -998,7 +998,7 @@ static void attend(const Model *m, Workspace *w, int l, Team *team) {
             for (size_t run = 0; run < i / n_kv_heads; run++) first = unit_end(w, first, most);
             a = unit_of(m, w, l, first, unit_end(w, first, most) - first, i % n_kv_heads);
             place_scratch(&a, w->scratch + (size_t)team->thread * w->scratch_stride);
-            attend_group(&a);
+            attend_unit(&a);
         }
     }
     end_step(team, ATTEND, l);
@@ -1023,7 +1023,7 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
         store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
 
-// What a token should know of those before it: x += W_o attention(W_q x, W_k x, W_v x)
+// What a token should know of those before it: x += W_o attention(W_q n, W_k n, W_v n), n = norm(x)
 static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
     size_t n_turned = (size_t)(layer->n_heads + layer->n_kv_heads);
@@ -1058,7 +1058,7 @@ static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range 
         kernels->activate(gate + i, up + i, rows.to - rows.from, (Activation)m->config.activation);
 }
 
-// The same for models with experts: chapter 11.
+// feed_forward_block() for layers with experts (chapter 11).
 static void experts_block(const Model *m, Workspace *w, int l, Team *team);
 
 // What the model knows about a token: x += W_down (activation(W_gate norm(x)) * W_up norm(x))
@@ -1164,7 +1164,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
     return false;
 }
 
-// Makes logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass, from number `first` of these on.
+// Makes the logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass: number `first` and the next.
 //     logits (n, logits_stride)
 static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
     Job job = { m, w, { 0, 0 }, first, n };
@@ -3696,7 +3696,7 @@ static void add_weights(const Attention *a) {
 }
 
 // For few tokens far down their texts, whose heads alone would leave threads idle: scores, their maximum and their
-// exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_group()'s.
+// exponentials are shared by pages, then the mix of values by columns. No sum is split: the bits are attend_unit()'s.
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
     size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
     size_t n_columns = round_up((size_t)m->config.head_dim, 16);

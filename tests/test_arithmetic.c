@@ -759,7 +759,7 @@ static void check_attention(AttentionCase c) {
     for (const Kernels *const *k = usable_kernels(); *k; k++) {
         for (size_t i = 0; i < n_out; i++) out[i] = 4711;
         kernels = *k;
-        attend_group(&a);
+        attend_unit(&a);
         if (k == usable_kernels()) memcpy(first, out, n_out * 4);
         check(!memcmp(first, out, n_out * 4), "%d heads of %d, %d tokens from %zu: kernels %s and %s differ", c.group,
               c.head_dim, c.n, c.position, usable_kernels()[0]->name, (*k)->name);
