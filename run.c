@@ -4247,7 +4247,7 @@ static const float *logits_of(const Model *m, Workspace *w, int i, Error *e) {
 }
 
 // Sends a text's next tokens through the model, B at a time. Only the last one gets logits, or each: then `all` is the
-// file that they go to, (n,V).      tokens (n)
+// file that they go to, (n,V). If it fails, the text keeps what has gone through.      tokens (n)
 static bool prefill(const Model *m, Workspace *w, Sequence *s, const int *tokens, size_t n, FILE *all, Error *e) {
     double start = clock_seconds();
     for (size_t done = 0; done < n && !(all && ferror(all));) {

@@ -687,6 +687,39 @@ static void test_user_text(void) {
     close_opened(&o);
 }
 
+// A control token in an answer is a part of it, for templates that look for </think>; and no plain text spells it.
+static void test_noted_answer(void) {
+    Opened o;
+    Error e = { 0 };
+    if (!open_golden_vocabulary("bpe.gguf", NULL, &o, &e)) return;
+    const Tokenizer *v = &o.model.tokenizer;
+    Chat c = { .m = &o.model, .messages = { .kind = IS_LIST } };
+    Tokens now = { 0 };
+    int mark = lookup(v, "<|im_start|>", 12, 1 << PIECE_CONTROL);
+    Span before = { "hm", 2, false }, after = { "yes<|im_start|>", 15, false };
+    bool ok = mark >= 0 && find_template(&o.model, "chatml", &c.template_file, &c.template, &e) &&
+              say(&c, "user", "Q", 1, &e) && encode_conversation(&c, &c.told, &e) && encode_conversation(&c, &now, &e);
+    size_t n_asked = now.n, from = 0;
+    ok = ok && encode(v, &before, 1, &now, &e) && emit(&now, mark, &e) && encode(v, &after, 1, &now, &e);
+    Sequence text = { .ids = now.ids, .n = (int)now.n };
+    Continuation t = { .n_made = now.n - n_asked, .last = -1 };
+    c.s = &text;
+    ok = ok && note_answer(&c, &t, false, &e);
+    const Value *said = ok ? find_member(&c.messages.items[c.messages.n - 1], "content") : NULL;
+    static const char wanted[] = "hm<|im_start|>yes<|im_start|>";
+    check(said && said->n == sizeof wanted - 1 && !memcmp(said->text, wanted, said->n), "an answer: got \"%.*s\" %s",
+          said ? (int)said->n : 0, said ? said->text : "", e.text);
+    for (size_t i = 0; said && i < said->n; i++)
+        check(said->marks[i] == (i >= 2 && i < 14), "an answer: byte %zu is marked %d", i, said->marks[i]);
+    now = (Tokens){ 0 };
+    ok = ok && encode_conversation(&c, &now, &e);
+    check(ok && count_kept(v, &c.told, &now, &from) == c.told.n && from == now.n,
+          "an answer with a control token: not all its tokens can stay");
+    free(text.ids), free(now.ids), free(c.told.ids);
+    free_pool(&c.editor.pool);
+    close_opened(&o);
+}
+
 // What stays of a text's tokens when it changes: the bytes of those that are kept, by hand. C is a control token. The
 // first text may have a token for each byte, as no encoder writes it.
 static void test_kept(void) {
@@ -754,4 +787,5 @@ static void test_chat(void) {
     test_kept();
     test_columns();
     test_user_text();
+    test_noted_answer();
 }
