@@ -5434,6 +5434,7 @@ typedef struct Record {
     Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
     size_t n_prompt;
     Stop why;
+    const char *stop_text;  // that ended it, or NULL
     uint64_t seed;
     double prompt_seconds, seconds;
     Error error;    // status DONE: none
@@ -5496,6 +5497,8 @@ static void put_record(const Model *m, const Record *o) {
     printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
            "\"seconds\": %.9g", o->n_prompt, o->ids.n, stops[o->why], (unsigned long long)o->seed, o->prompt_seconds,
            o->seconds);
+    if (o->stop_text) printf(", \"stop_text\": ");
+    if (o->stop_text) put_json_string(stdout, o->stop_text, strlen(o->stop_text));
     if (options.logprobs) printf(", \"logprobs\": [");
     if (options.logprobs) put_scores(m, o);
     if (options.logprobs) printf("]");
@@ -5512,6 +5515,8 @@ typedef struct Passage {
     Value choices;     // the texts that may be written, or are compared: strings; none: n is 0
     Pool pool;         // what these point into: a line's last passage has it
     Tokens tokens;     // what is given
+    Tokens told;       // likewise, if a line has messages; only while it is read
+    Texts stops;
     size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
     Sampler sampler;
     Continuation c;
@@ -5538,6 +5543,8 @@ typedef struct {
     float *logits;        // (V)  without the tokens that may not come
     Passage *first, **end;
     Buffer exemplars;     // of an evaluation
+    Text template;        // for lines with messages, once there was one; and the file that it is in
+    Buffer template_file;
     Error failure;        // the first
     ScriptKind kind;
 } Script;
@@ -5555,6 +5562,7 @@ static void end_passage(Script *s, Passage *p, Stop why) {
     print_bytes(&p->c.printer, NULL, 0);
     if (p->slot >= 0) s->users[p->slot] = NULL;
     p->out.why = why;
+    p->out.stop_text = p->c.stop_text;
     p->out.seconds = clock_seconds() - p->began - p->out.prompt_seconds;
     p->done = true;
     s->n_open--;
@@ -5716,15 +5724,49 @@ static bool split_choices(Passage *p, const char *at, Error *e) {
     return true;
 }
 
-// Reads a line that is a JSON object: its prompt, and what it has in place of options.
-static bool read_members(const Passage *p, Options *own, Text *prompt, Error *e) {
+// Reads a text, or a list of them, at which a line's text ends.
+static bool read_stops(Passage *p, const Value *v, Texts *stops, Error *e) {
+    const Value *list = v->kind == IS_LIST ? v->items : v;
+    size_t n = v->kind == IS_LIST ? v->n : 1;
+    stops->n = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool fits = list[i].kind == IS_STRING && list[i].n > 0 && list[i].n <= MAX_STOP && i < MAX_TEXTS;
+        Value copy;
+        if (!fits || memchr(list[i].text, 0, list[i].n))
+            return refuse(e, "\"stop\": expected up to %d texts of 1 to %d bytes", MAX_TEXTS, MAX_STOP);
+        if (!copy_text(&p->pool, list[i].text, list[i].n, &copy, e)) return false;
+        stops->at[stops->n++] = copy.text;
+    }
+    return true;
+}
+
+// Reads a conversation that a line has in place of a prompt: its tokens become p->told.
+static bool read_conversation(Script *s, Passage *p, const Value *messages, Error *e) {
+    Rendered r = { 0 };
+    if (messages->kind != IS_LIST) return refuse(e, "\"messages\" is no list");
+    bool ok = (s->template.n || find_template(s->m, options.template_name, &s->template_file, &s->template, e)) &&
+              render_chat(s->m, s->template, messages, true, &r, e) &&
+              encode_rendered(&s->m->tokenizer, &r, &p->told, e);
+    free(r.text.bytes);
+    free(r.marks.bytes);
+    return ok && (p->told.n || refuse(e, "the messages make no text"));
+}
+
+// Reads a line that is a JSON object: its prompt or messages, and what it has in place of options.
+static bool read_members(Script *s, Passage *p, Options *own, Text *prompt, Error *e) {
     for (const Value *key = p->value.items, *end = key + p->value.n; key < end; key += 2) {
         char room[32];
         Text name = { key->text, key->n }, text = value_text(key + 1, room);
         bool is_prompt = is_text(name, "prompt") && key[1].kind == IS_STRING, is_id = is_text(name, "id") && text.at;
+        bool is_stop = is_text(name, "stop"), is_chat = is_text(name, "messages") && s->kind == CONTINUED, ok = true;
         if (is_prompt) *prompt = text;
-        else if (!is_id && !set_own(name, text, own, e)) return false;
+        else if (is_stop) ok = read_stops(p, key + 1, &own->stops, e);
+        else if (is_chat) ok = read_conversation(s, p, key + 1, e);
+        else if (!is_id) ok = set_own(name, text, own, e);
+        if (!ok) return false;
     }
+    if (p->told.n && prompt->at) return refuse(e, "a \"prompt\" beside \"messages\"");
+    if (p->told.n) *prompt = (Text){ "", 0 };
     return prompt->at || refuse(e, "no \"prompt\"");
 }
 
@@ -5762,12 +5804,13 @@ static bool read_task(Script *s, Passage *p, Text *prompt, Error *e) {
     return true;
 }
 
-static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, Error *e) {
+static bool encode_prompt(const Script *s, const Tokens *told, Text prompt, Text more, Tokens *out, Error *e) {
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
-    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0), is_given = s->given && s->kind != COMPARED;
-    for (size_t i = 0; is_given && i < s->given->n; i++) if (!emit(out, s->given->ids[i], e)) return false;
-    if (!is_given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
+    const Tokens *given = told->n ? told : s->kind != COMPARED ? s->given : NULL;
+    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0);
+    for (size_t i = 0; given && i < given->n; i++) if (!emit(out, given->ids[i], e)) return false;
+    if (!given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
 }
 
@@ -5779,12 +5822,12 @@ static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text mo
     p->pool.last = NULL;  // of a line's passages, the last one gets it
     p->c.sampler = &p->sampler;
     p->c.printer.record = &p->out;
-    p->c.printer.stops = &options.stops;
+    p->c.printer.stops = &p->stops;
     *s->end = p;
     s->end = &p->next;
     s->n_open++;
     s->n_held++;
-    if (!encode_prompt(s, prompt, more, &p->tokens, e)) return NULL;
+    if (!encode_prompt(s, &base->told, prompt, more, &p->tokens, e)) return NULL;
     if (p->tokens.n > (size_t)s->w->settings.context)
         fail(e, NO_ROOM, "%zu tokens, the context has %d; see -c", p->tokens.n, s->w->settings.context);
     if (s->kind == SCORED && p->tokens.n < 2) refuse(e, "a single token, with none before it to predict it from");
@@ -5800,7 +5843,7 @@ static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text mo
 static bool add_choices(Script *s, Passage *base, Text prompt, Error *e) {
     Passage **first = s->end, *p = NULL;
     Tokens alone = { 0 };
-    bool ok = encode_prompt(s, prompt, (Text){ "", 0 }, &alone, e);
+    bool ok = encode_prompt(s, &base->told, prompt, (Text){ "", 0 }, &alone, e);
     size_t common = alone.n;
     base->group = (int)base->choices.n;
     for (const Value *c = base->choices.items; ok && base->number < base->group; c++, base->number++) {
@@ -5841,8 +5884,9 @@ static bool open_line(Script *s, Text line, Error *e) {
         prompt = (Text){ NULL, 0 };
         ok = parse_json(line.at, line.n, &base.pool, &base.value, wrong);
         if (s->kind == EVALUATED) ok = ok && read_task(s, &base, &prompt, wrong);
-        else ok = ok && read_members(&base, &own, &prompt, wrong);
+        else ok = ok && read_members(s, &base, &own, &prompt, wrong);
     }
+    base.stops = own.stops;
     ok = ok && split_choices(&base, list, wrong);
     base.c.limit = own.n_predict < 0 || list ? SIZE_MAX : (size_t)own.n_predict;
     base.sampler = *s->sampler;
@@ -5859,6 +5903,8 @@ static bool open_line(Script *s, Text line, Error *e) {
         ok = add_passage(s, &base, prompt, (Text){ "", 0 }, wrong) != NULL;
     }
     if (prompt.at && s->kind == EVALUATED) s->exemplars.n = n_kept;
+    free(base.told.ids);
+    base.told = (Tokens){ 0 };
     if (!ok) {
         drop_passages(s, first);
         base.done = true;
@@ -6079,6 +6125,7 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     free(s.used);
     free(s.logits);
     free(s.exemplars.bytes);
+    free(s.template_file.bytes);
     return ok;
 }
 
