@@ -326,6 +326,43 @@ static const Case script_cases[] = {
     { "$tied -t 0 -n 2 -i Once --json", 0, "\"prompt_tokens\": ", "2 tokens written in " },
 };
 
+// A line with messages is answered as a chat would; a line's stop ends its text before its first place.
+static void test_members(void) {
+    write_text("members", "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi there\"}], \"n_predict\": 12, "
+                          "\"temp\": 0}\n");
+    Result chat = run_with("$long -m chat -st -t 0 -q -n 12 -i 'Hi there'");
+    Result line = run_with("$long --prompts $T/members --no-echo -q");
+    check(chat.status == 0 && line.status == 0 && chat.n_out == line.n_out && !memcmp(chat.out, line.out, line.n_out),
+          "a line with messages: got \"%s\" %s, wanted the chat's \"%s\"", line.out, line.err, chat.out);
+    free_result(&chat), free_result(&line);
+    Result whole = run_with("$tied -i Once -n 20 -t 0 --no-echo -q");
+    size_t at = 1;
+    while (at < whole.n_out && !isalnum((unsigned char)whole.out[at])) at++;
+    const char *first = memchr(whole.out, whole.out[at], whole.n_out);
+    char text[160];
+    snprintf(text, sizeof text, "{\"prompt\": \"Once\", \"n_predict\": 20, \"temp\": 0, \"stop\": [\"%c\"]}\n",
+             whole.out[at]);
+    write_text("members", text);
+    line = run_with("$tied --prompts $T/members --no-echo -q");
+    size_t wanted = (size_t)(first - whole.out);
+    check(at < whole.n_out && line.n_out == wanted + 1 && !memcmp(line.out, whole.out, wanted),
+          "a line that stops at %c: got \"%s\", wanted %zu bytes of \"%s\"", whole.out[at], line.out, wanted,
+          whole.out);
+    free_result(&whole), free_result(&line);
+    static const char *const wrong[] = {
+        "\"messages\": 1", "\"prompt\": \"a\", \"messages\": [{\"role\": \"user\"}]", "\"prompt\": \"a\", \"stop\": 1",
+        "\"prompt\": \"a\", \"stop\": [\"\"]", "\"prompt\": \"a\", \"stop\": \"\\u0000\"",
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        snprintf(text, sizeof text, "{%s}\n", wrong[i]);
+        write_text("members", text);
+        line = run_with("$tied --template chatml --prompts $T/members -q --json");
+        check(line.status == 1 && strstr(line.out, "\"error\": "), "%s: got status %d and %s", text, line.status,
+              line.out);
+        free_result(&line);
+    }
+}
+
 static void test_scripts(void) {
     make_files();
     Buffer many = { 0 };
@@ -348,5 +385,6 @@ static void test_scripts(void) {
     test_scores();
     test_choices();
     test_evaluation();
+    test_members();
     remove_files();
 }
