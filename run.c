@@ -5099,11 +5099,11 @@ static bool opens_thought(const Rendered *r) {
 static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
     Rendered r = { 0 };
     bool continues = ends_with(&c->messages, "assistant");
-    bool ok = render_chat(c->m, c->template, &c->messages, !continues, &r, e);
+    bool ok = !c->messages.n || render_chat(c->m, c->template, &c->messages, !continues, &r, e);
     while (ok && continues && r.text.n > 0 && r.marks.bytes[r.text.n - 1]) r.text.n--;
     c->is_thinking = ok && opens_thought(&r);
     tokens->n = 0;
-    ok = ok && encode_rendered(&c->m->tokenizer, &r, tokens, e);
+    ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
     free(r.text.bytes);
     free(r.marks.bytes);
     return ok;
