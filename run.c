@@ -4953,7 +4953,7 @@ static bool show_past(Editor *d, int step, Error *e) {
 // Lets a line be typed. Returns the key that ended it: Enter, Ctrl-C or INPUT_ENDS; or NO_KEY where it failed.
 static int edit_line(Editor *d, const char *prompt, Error *e) {
     bool ok = append(&d->line, "", 1, e) && push_value(&d->pool, &d->past, (Value){ .kind = IS_STRING }, e);
-    int key = NO_KEY;
+    int key = interrupted ? CTRL_C : NO_KEY;  // pressed when nothing was there to be stopped
     d->line.n = d->at = 0;
     d->n_above = d->width = 0;
     d->shown = d->past.n - 1;
