@@ -5521,7 +5521,7 @@ static void put_scores(const Model *m, const Record *o) {
 }
 
 // The JSON members that tell of a written text; the caller adds others and the brackets.
-static void put_record(const Model *m, const Record *o) {
+static void put_record(const Model *m, const Record *o, const char *stop_text) {
     static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
                                          [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
                                          [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
@@ -5532,6 +5532,8 @@ static void put_record(const Model *m, const Record *o) {
     printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
            "\"seconds\": %.9g", o->n_prompt, o->ids.n, stops[o->why], (unsigned long long)o->seed, o->prompt_seconds,
            o->seconds);
+    if (stop_text) printf(", \"stop_text\": ");
+    if (stop_text) put_json_string(stdout, stop_text, strlen(stop_text));
     if (options.logprobs) printf(", \"logprobs\": [");
     if (options.logprobs) put_scores(m, o);
     if (options.logprobs) printf("]");
@@ -5546,6 +5548,7 @@ typedef struct Passage {
     int group;         // of the first that are printed together: how many these are
     Value value;       // the line, if it is JSON
     Value choices;     // the texts that may be written, or are compared: strings; none: n is 0
+    Texts *stops;      // the line's own, in place of those of --stop; or NULL
     Pool pool;         // what these point into: a line's last passage has it
     Tokens tokens;     // what is given
     size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
@@ -5752,14 +5755,33 @@ static bool split_choices(Passage *p, const char *at, Error *e) {
     return true;
 }
 
+// Takes a line's own stop texts: a list of strings.
+static bool read_stops(Passage *p, const Value *list, Error *e) {
+    bool ok = list->kind == IS_LIST && list->n <= MAX_TEXTS;
+    for (size_t i = 0; ok && i < list->n; i++) {
+        const Value *v = &list->items[i];
+        ok = v->kind == IS_STRING && v->n > 0 && v->n <= MAX_STOP && !memchr(v->text, 0, v->n);
+    }
+    if (!ok) return refuse(e, "\"stop\": expected up to %d texts of 1 to %d bytes", MAX_TEXTS, MAX_STOP);
+    if (!(p->stops = reserve(&p->pool, sizeof *p->stops, e))) return false;
+    for (p->stops->n = 0; (size_t)p->stops->n < list->n; p->stops->n++) {
+        Value copy;
+        if (!copy_text(&p->pool, list->items[p->stops->n].text, list->items[p->stops->n].n, &copy, e)) return false;
+        p->stops->at[p->stops->n] = copy.text;
+    }
+    return true;
+}
+
 // Reads a line that is a JSON object: its prompt, and what it has in place of options.
-static bool read_members(const Passage *p, Options *own, Text *prompt, Error *e) {
+static bool read_members(Passage *p, Options *own, Text *prompt, Error *e) {
     for (const Value *key = p->value.items, *end = key + p->value.n; key < end; key += 2) {
         char room[32];
         Text name = { key->text, key->n }, text = value_text(key + 1, room);
         bool is_prompt = is_text(name, "prompt") && key[1].kind == IS_STRING, is_id = is_text(name, "id") && text.at;
         if (is_prompt) *prompt = text;
-        else if (!is_id && !set_own(name, text, own, e)) return false;
+        else if (is_text(name, "stop")) {
+            if (!read_stops(p, key + 1, e)) return false;
+        } else if (!is_id && !set_own(name, text, own, e)) return false;
     }
     return prompt->at || refuse(e, "no \"prompt\"");
 }
@@ -5815,7 +5837,7 @@ static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text mo
     p->pool.last = NULL;  // of a line's passages, the last one gets it
     p->c.sampler = &p->sampler;
     p->c.printer.record = &p->out;
-    p->c.printer.stops = &options.stops;
+    p->c.printer.stops = p->stops ? p->stops : &options.stops;
     *s->end = p;
     s->end = &p->next;
     s->n_open++;
@@ -6038,7 +6060,7 @@ static bool put_first(Script *s) {
     } else if (s->kind == EVALUATED) put_task(s, first);
     else if (s->kind == COMPARED) put_choices(first);
     else if (s->kind == SCORED) put_scored_text(s->m, first);
-    else if (options.json) put_record(s->m, &first->out);
+    else if (options.json) put_record(s->m, &first->out, first->c.stop_text);
     else put_text(s->m, first);
     if (options.json) puts("}");
     fflush(stdout);
