@@ -4644,6 +4644,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
     Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
     bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
     char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
+    size_t work = MAX_TEMPLATE_WORK;  // and of each byte of a message, which is ours, as much as some copies of it take
     ok = marks != NULL;
     if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
     for (size_t i = 0; ok && i < messages->n; i++) {
@@ -4653,6 +4654,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
         for (size_t k = 0; ok && k < message.n; k += 2) {
             Value key = message.items[k], v = message.items[k + 1];
             if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
+            if (v.kind == IS_STRING) work = plus(work, times(v.n, 32));
             if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
             ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
         }
@@ -4680,7 +4682,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
             ok = give(&pool, &given, key, v, e);
         }
     }
-    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
+    ok = ok && render_template(template, &given, &now, work, out, e);
     free_pool(&pool);
     return ok;
 }

@@ -1248,6 +1248,10 @@ static void test_conversations(void) {
     write_text("system.json", "[{\"role\":\"system\",\"content\":\"Brief\"},{\"role\":\"user\",\"content\":\"a\"}]");
     write_text("many", "a a a a a a\nb b b b b b\nc c c c c c\nq q q q q q z\n");
     write_text("bad.json", "[{\"role\": \"user\"}]");
+    char *big = get(4000000);
+    memset(big, 'a', 4000000);
+    put_file("big", big, 4000000);
+    free(big);
     write_text("refuses",
                "{{ messages[0].content }}{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}");
     for (size_t i = 0; i < sizeof equal / sizeof *equal; i++) {
@@ -1277,6 +1281,7 @@ static void test_conversations(void) {
         { "$long -m chat -st -t 0 -i a --template $T/empty", 2, NULL,
           "the chat template makes no text of these messages" },
         { "$long -m render --messages $T/asked.json --template $T/refuses --pieces", 0, "", NULL },
+        { "$long -m chat -st -q <$T/big", 5, NULL, "positions, the context has 4096" },
         { "$long -m render --messages $T/asked.json --think maybe", 2, NULL, "--think maybe: expected" },
         { "$long -m chat -st -t 0 -q -n 2 -i a --template $T/refuses", 0, "", NULL },
         { "$long --json --session $T/none -t 0 -n 1 -i a", 0, "", "--session is not used with" },
