@@ -4343,6 +4343,7 @@ static size_t hide_thought(Printer *p) {
     size_t length = strlen(mark), n = p->n_held < length ? p->n_held : length;
     while (n > 0 && memcmp(p->held + p->n_held - n, mark, n)) n--;
     if (p->thought == WATCHED && n < length) return n ? p->n_held - n : whole_characters(p->held, p->n_held);
+    if (p->thought == WATCHED) put_held(p, p->n_held - n);  // what was kept as the beginning of a stop text
     memmove(p->held, p->held + p->n_held - n, n);
     p->n_held = n < length ? n : 0;
     if (n == length) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
@@ -4583,8 +4584,11 @@ static const struct { const char *name, *text; } built_in_templates[] = {
 };
 enum { N_BUILT_IN = sizeof built_in_templates / sizeof *built_in_templates };
 
-// The template that --template names, a built-in one or a file's, or else the model's.
+// The template that --template names, a built-in one or a file's, or else the model's. --think is checked here, too.
 static bool find_template(const Model *m, const char *name, Buffer *file, Text *template, Error *e) {
+    const char *think = options.think;
+    if (think && strcmp(think, "on") && strcmp(think, "off") && strcmp(think, "hide"))
+        return fail(e, MISUSE, "--think %.40s: expected on, off or hide", think);
     *template = m->chat_template;
     if (!name && template->n) return true;
     for (int i = 0; name && i < N_BUILT_IN; i++) {
@@ -4640,6 +4644,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
     Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
     bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
     char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
+    size_t work = MAX_TEMPLATE_WORK;  // and of each byte of a message, which is ours, as much as some copies of it take
     ok = marks != NULL;
     if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
     for (size_t i = 0; ok && i < messages->n; i++) {
@@ -4649,6 +4654,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
         for (size_t k = 0; ok && k < message.n; k += 2) {
             Value key = message.items[k], v = message.items[k + 1];
             if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
+            if (v.kind == IS_STRING) work = plus(work, times(v.n, 32));
             if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
             ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
         }
@@ -4676,7 +4682,7 @@ static bool render_chat(const Model *m, Text template, const Value *messages, bo
             ok = give(&pool, &given, key, v, e);
         }
     }
-    ok = ok && render_template(template, &given, &now, MAX_TEMPLATE_WORK, out, e);
+    ok = ok && render_template(template, &given, &now, work, out, e);
     free_pool(&pool);
     return ok;
 }
@@ -5087,25 +5093,57 @@ static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e)
     return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
 }
 
+// Whether a text ends within a thought, which it opens or in which it begins.
+static bool ends_in_thought(const char *text, size_t n, bool within) {
+    for (size_t i = 0; i < n; i++) {
+        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) within = true;
+        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) within = false;
+    }
+    return within;
+}
+
 // Whether the template's last words open a thought, in which the answer begins.
 static bool opens_thought(const Rendered *r) {
     size_t i = r->text.n;
     while (i > 0 && r->marks.bytes[i - 1]) i--;
-    const char *words = (const char *)r->text.bytes + i;
-    return i < r->text.n && memmem(words, r->text.n - i, "<think>", 7) && !memmem(words, r->text.n - i, "</think>", 8);
+    return ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
+}
+
+static void free_rendered_chat(Rendered *r) {
+    free(r->text.bytes);
+    free(r->marks.bytes);
+}
+
+// Cuts what the template writes after an answer, with which the model may go on. `asked` is what asked for it: where
+// the template shows nothing of the answer (a thought that is over, white space), it is all that remains.
+static void cut_end(Rendered *r, Rendered *asked) {
+    while (r->text.n > 0 && r->marks.bytes[r->text.n - 1]) r->text.n--;
+    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return;
+    Rendered swap = *r;
+    *r = *asked;
+    *asked = swap;
 }
 
 // The tokens of the conversation. An answer at its end is not over: the model may go on with it.
 static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
-    Rendered r = { 0 };
-    bool continues = ends_with(&c->messages, "assistant");
+    Rendered r = { 0 }, asked = { 0 };
+    Value before = c->messages;
+    Error ignored = { 0 };
+    bool continues = ends_with(&before, "assistant");
+    before.n -= continues;
     bool ok = !c->messages.n || render_chat(c->m, c->template, &c->messages, !continues, &r, e);
-    while (ok && continues && r.text.n > 0 && r.marks.bytes[r.text.n - 1]) r.text.n--;
-    c->is_thinking = ok && opens_thought(&r);
+    if (continues && !(before.n && render_chat(c->m, c->template, &before, true, &asked, &ignored))) asked.text.n = 0;
+    c->is_thinking = ok && opens_thought(continues ? &asked : &r);
+    if (ok && continues) {
+        Span said = content_of(&c->messages.items[before.n]);
+        c->is_thinking = ends_in_thought(said.text, said.n_bytes, c->is_thinking);
+        cut_end(&r, &asked);
+    }
+    if (ok && c->messages.n && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
     tokens->n = 0;
     ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
-    free(r.text.bytes);
-    free(r.marks.bytes);
+    free_rendered_chat(&r);
+    free_rendered_chat(&asked);
     return ok;
 }
 
@@ -5168,8 +5206,10 @@ static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e
     ok = ok && say(c, "assistant", text.bytes, text.n, e) && copy_text(&c->editor.pool, marks.bytes, text.n, &copy, e);
     if (ok) content = &c->messages.items[c->messages.n - 1].items[3], content->marks = copy.text;
     if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
-        ok = encode_conversation(c, &now, e);
-        if (ok && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
+        bool made = encode_conversation(c, &now, e);  // a template that refuses answers says so when it is asked again
+        if (made && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
+        ok = e->status != NO_MEMORY;
+        if (ok) e->status = DONE;
     }
     free(text.bytes);
     free(marks.bytes);
@@ -5361,9 +5401,7 @@ static bool hear(Chat *c, bool *is_command, Error *e) {
 
 // Opens what a chat needs and says what is said before it begins. *n_said: as answer() wants it.
 static bool begin_chat(Chat *c, int *n_said, Error *e) {
-    const char *think = options.think, *said = options.prompt;
-    if (think && strcmp(think, "on") && strcmp(think, "off") && strcmp(think, "hide"))
-        return fail(e, MISUSE, "--think %.40s: expected on, off or hide", think);
+    const char *said = options.prompt;
     if (!find_template(c->m, options.template_name, &c->template_file, &c->template, e)) return false;
     if (options.log && !(c->log = fopen(options.log, "a")))
         return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
@@ -7200,7 +7238,7 @@ static const Option option_table[] = {
     { 0, "template", "NAME", TEXT, OF(template_name), 0, 0, "chat, render: another template's name or file" },
     { 0, "template-arg", "NAME=JSON", TEXTS, OF(template_args), 0, 0, "chat, render: a value for the template" },
     { 0, "now", "DATE", TEXT, OF(now), 0, 0, "chat, render: the date for the template: 2024-07-26 (default: today)" },
-    { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "chat: begin with this conversation in JSON; render: that one" },
+    { 0, "messages", "FILE", TEXT, OF(messages), 0, 0, "chat, render: begin with this conversation in JSON; print it" },
     { 0, "single-turn", NULL, FLAG, OF(single), 0, 0, "chat: answer -i, or all of stdin, and end (-st too)" },
     { 0, "think", "HOW", TEXT, OF(think), 0, 0, "chat, render: on, off; chat: hide, prints no thoughts" },
     { 0, "no-shift", NULL, FLAG, OF(no_shift), 0, 0, "chat: end when the context is full, forget no old turns" },
@@ -7230,7 +7268,7 @@ static const Option option_table[] = {
     { 0, "ends", NULL, FLAG, OF(ends), 0, 0, "tokenize: add the end token, if the model adds one" },
     { 0, "special", NULL, FLAG, OF(special), 0, 0,
       "generate, logits, perplexity, tokenize, detokenize: <|names|> are special tokens" },
-    { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize: a line for each token, with its text" },
+    { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize, render: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
     { 0, "fit", NULL, FLAG, OF(fit), 0, 0, "inspect: which contexts fit the memory that is free" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
@@ -7634,6 +7672,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     Sequence *s = g->texts;
     bool reads_lines = options.prompts && is_script(mode);
     bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
+    if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
+        fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     ok = ok && (!keeps || open_session(m, w, s, NULL, e));
     if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)

@@ -1960,7 +1960,7 @@ static bool is_equal(Template *j, Value a, Value b);
 static const Value *find_value(Template *j, Value dict, Value key) {
     for (size_t i = 0; i < dict.n && spend(j, 4); i += 2)
         if (dict.items[i].kind == key.kind && key.kind == IS_STRING
-                ? dict.items[i].n == key.n && !memcmp(dict.items[i].text, key.text, key.n)
+                ? dict.items[i].n == key.n && spend(j, key.n / 16) && !memcmp(dict.items[i].text, key.text, key.n)
                 : is_equal(j, dict.items[i], key)) return &dict.items[i + 1];
     return NULL;
 }
@@ -1987,7 +1987,8 @@ static bool is_equal(Template *j, Value a, Value b) {
 static bool is_less(Template *j, Value a, Value b) {
     size_t i = 0;
     if (is_number(a) && is_number(b)) return compare_numbers(a, b) == -1;
-    if (a.kind == IS_STRING && b.kind == IS_STRING) return spend(j, 1) && compare_strings(&a, &b) < 0;
+    if (a.kind == IS_STRING && b.kind == IS_STRING)
+        return spend(j, (a.n < b.n ? a.n : b.n) / 16 + 1) && compare_strings(&a, &b) < 0;
     if (a.kind != b.kind || (a.kind != IS_LIST && a.kind != IS_TUPLE))
         return complain(j, "the order", a.kind == IS_UNDEFINED ? a : b), false;
     while (i < a.n && i < b.n && is_equal(j, a.items[i], b.items[i])) i++;
@@ -2151,9 +2152,10 @@ static size_t byte_of(Value s, int64_t index) {
 
 // Where `what` first (or last) is in the bytes of s between two places; SIZE_MAX: it is not.
 static size_t find_text(Template *j, Value s, size_t from, size_t to, Value what, bool last) {
-    if (what.n > to - from || !spend(j, (to - from) / 16 + 1)) return SIZE_MAX;
+    if (what.n > to - from || !spend(j, what.n / 16 + 1)) return SIZE_MAX;
     const char *found = last ? NULL : memmem(s.text + from, to - from, what.text, what.n);
-    if (!last) return found ? (size_t)(found - s.text) : SIZE_MAX;
+    size_t place = found ? (size_t)(found - s.text) : to;
+    if (!last) return spend(j, (place - from) / 16) && found ? place : SIZE_MAX;
     for (size_t at = to - what.n + 1; at-- > from && spend(j, what.n / 16 + 1);)
         if (!memcmp(s.text + at, what.text, what.n)) return at;
     return SIZE_MAX;
@@ -2459,7 +2461,9 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
     if (same_text(name, "strip") || lstrip || rstrip) {
         Value set = argument(j, a, 0, NULL, (Value){.kind = IS_NONE});
         if (set.kind != IS_NONE && set.kind != IS_STRING) return complain(j, "the characters", set);
-        return spend(j, s.n / 16) ? strip(s, !rstrip, !lstrip, set.kind == IS_STRING ? &set : NULL) : s;
+        size_t steps = set.kind == IS_STRING ? set.n / 16 + 1 : 1;  // of each character
+        return spend(j, times(s.n / 16 + 1, steps)) ? strip(s, !rstrip, !lstrip,
+                                                            set.kind == IS_STRING ? &set : NULL) : s;
     }
     if (same_text(name, "split") || same_text(name, "rsplit")) {
         Value separator = argument(j, a, 0, "sep", (Value){.kind = IS_NONE});
@@ -2476,7 +2480,8 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
         for (size_t i = 0; i < one.n && !found; i++) {
             Value part = one.items[i];
             if (part.kind != IS_STRING) return complain(j, "the characters", part);
-            found = part.n <= s.n && !memcmp(s.text + (name.text[0] == 'e' ? s.n - part.n : 0), part.text, part.n);
+            found = part.n <= s.n && spend(j, part.n / 16) &&
+                    !memcmp(s.text + (name.text[0] == 'e' ? s.n - part.n : 0), part.text, part.n);
         }
         return boolean(found);
     }
@@ -2495,18 +2500,18 @@ static Value text_method(Template *j, Value name, Value s, Arguments *a) {
         return j->failed ? undefined : replace_text(j, s, what, new, integer_argument(j, a, 2, NULL, -1));
     }
     if (same_text(name, "count")) {
-        int64_t n = what.n ? 0 : count_characters(s) + 1;
+        int64_t n = what.n || !spend(j, s.n / 4) ? 0 : count_characters(s) + 1;
         for (size_t at = 0; what.n && (at = find_text(j, s, at, s.n, what, false)) != SIZE_MAX; at += what.n) n++;
         return integer(n);
     }
     if (name.n == 12) {  // removeprefix or removesuffix
-        bool prefix = name.text[6] == 'p', found = s.n >= what.n;
+        bool prefix = name.text[6] == 'p', found = s.n >= what.n && spend(j, what.n / 16);
         found = found && !memcmp(s.text + (prefix ? 0 : s.n - what.n), what.text, what.n);
         return !found ? s : prefix ? part_of(s, what.n, s.n) : part_of(s, 0, s.n - what.n);
     }
     size_t at = find_text(j, s, 0, s.n, what, from_right);
     if (at == SIZE_MAX && strchr("iI", name.text[from_right])) return stop(j, MISUSE, "the text was not found");
-    return integer(at == SIZE_MAX ? -1 : count_characters(part_of(s, 0, at)));
+    return integer(at == SIZE_MAX || !spend(j, at / 4) ? -1 : count_characters(part_of(s, 0, at)));
 }
 
 static Value pairs_of(Template *j, Value dict, ValueKind kind) {
@@ -2875,9 +2880,11 @@ static Value call_function(Template *j, Value name, Arguments *a) {
         int64_t step = integer_argument(j, a, 2, NULL, 1);
         if (a->list.n == 0 || step == 0) return stop(j, MISUSE, "range() without an end or with a step of 0");
         if (a->list.n == 1) end = first, first = 0;
-        double n = ceil(((double)end - (double)first) / (double)step);
+        uint64_t size = step > 0 ? (uint64_t)step : -(uint64_t)step;
+        uint64_t gap = step > 0 ? (uint64_t)end - (uint64_t)first : (uint64_t)first - (uint64_t)end;
+        uint64_t n = (step > 0 ? first < end : first > end) ? (gap - 1) / size + 1 : 0;
         if (n > MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
-        for (int64_t i = 0; i < n && !j->failed; i++) push(j, &made, integer(first + i * step));
+        for (uint64_t i = 0; i < n && !j->failed; i++) push(j, &made, integer(first + (int64_t)i * step));
         made.kind = IS_VIEW;
         return made;
     }

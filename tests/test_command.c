@@ -1248,6 +1248,12 @@ static void test_conversations(void) {
     write_text("system.json", "[{\"role\":\"system\",\"content\":\"Brief\"},{\"role\":\"user\",\"content\":\"a\"}]");
     write_text("many", "a a a a a a\nb b b b b b\nc c c c c c\nq q q q q q z\n");
     write_text("bad.json", "[{\"role\": \"user\"}]");
+    char *big = get(4000000);
+    memset(big, 'a', 4000000);
+    put_file("big", big, 4000000);
+    free(big);
+    write_text("refuses",
+               "{{ messages[0].content }}{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}");
     for (size_t i = 0; i < sizeof equal / sizeof *equal; i++) {
         char one[200], other[200];
         snprintf(one, sizeof one, "$long -m chat -t 0 -q -n 9 %s", equal[i].one);
@@ -1272,6 +1278,13 @@ static void test_conversations(void) {
         { "$long -m chat -st -i a --messages $T/bad.json", 1, NULL, "message 1 needs a role and a content" },
         { "$long -m chat -st -i a --messages $T/empty", 1, NULL, "not JSON" },
         { "$long -m chat -st -i /help -n 3 -t 0 -q", 0, "", NULL },
+        { "$long -m chat -st -t 0 -i a --template $T/empty", 2, NULL,
+          "the chat template makes no text of these messages" },
+        { "$long -m render --messages $T/asked.json --template $T/refuses --pieces", 0, "", NULL },
+        { "$long -m chat -st -q <$T/big", 5, NULL, "positions, the context has 4096" },
+        { "$long -m render --messages $T/asked.json --think maybe", 2, NULL, "--think maybe: expected" },
+        { "$long -m chat -st -t 0 -q -n 2 -i a --template $T/refuses", 0, "", NULL },
+        { "$long --json --session $T/none -t 0 -n 1 -i a", 0, "", "--session is not used with" },
     };
     for (size_t i = 0; i < sizeof cases_of_chats / sizeof *cases_of_chats; i++) check_case(&cases_of_chats[i]);
     Result r = run_with("$long -m chat -t 0 -q -n 0 -st -i 'a\n' --log $T/log && $EMULATOR ./run $long -m chat -t 0 -q "
@@ -1282,6 +1295,29 @@ static void test_conversations(void) {
     check(r.status == 0 && !strcmp(log.out, wanted), "--log: got \"%s\", wanted \"%s\"", log.out, wanted);
     free_result(&r);
     free_result(&log);
+}
+
+// Where an answer may go on in what a template makes of it. Capital letters are the template's.
+static void test_continued_answers(void) {
+    static const struct { const char *said, *asked, *wanted; } cases[] = {
+        { "UuEAaE", "UuEA", "UuEAa" }, { "UuEAE", "UuEA", "UuEA" }, { "UuEAE", "UuEAT", "UuEAT" },
+        { "UuEAaE", "UuEAT", "UuEAa" }, { "UuEATaE", "UuEAT", "UuEATa" }, { "AE", "", "" }, { "AaE", "", "Aa" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Rendered two[2] = { { .text = { 0 } } };
+        Error e;
+        for (int k = 0; k < 2; k++)
+            for (const char *p = k ? cases[i].asked : cases[i].said; *p; p++)
+                append(&two[k].text, p, 1, &e), append(&two[k].marks, isupper((unsigned char)*p) ? "\1" : "", 1, &e);
+        cut_end(&two[0], &two[1]);
+        check(two[0].text.n == strlen(cases[i].wanted) && !memcmp(two[0].text.bytes, cases[i].wanted, two[0].text.n),
+              "%s, asked for by %s: got \"%.*s\", wanted \"%s\"", cases[i].said, cases[i].asked, (int)two[0].text.n,
+              (char *)two[0].text.bytes, cases[i].wanted);
+        free_rendered_chat(&two[0]);
+        free_rendered_chat(&two[1]);
+    }
+    check(!ends_in_thought("a", 1, false) && ends_in_thought("a", 1, true) && !ends_in_thought("a</think>", 9, true) &&
+          ends_in_thought("</think><think>", 15, false), "an answer within a thought");
 }
 
 // What is printed of a text with thoughts, whatever its parts.
@@ -1297,7 +1333,7 @@ static void test_thoughts(void) {
     };
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         for (size_t step = 1; step < 6; step++) {
-            Printer p = { .thought = texts[i].state };
+            Printer p = { .thought = texts[i].state, .stops = &(Texts){ 1, { "a<thinking>" } } };
             size_t n = strlen(texts[i].text);
             fflush(stdout);
             int kept = exchange(stdout, temporary("printed"), O_WRONLY | O_CREAT | O_TRUNC);
@@ -1822,6 +1858,7 @@ static void test_command_line(void) {
     test_small_stacks();
     test_chats();
     test_conversations();
+    test_continued_answers();
     test_thoughts();
     test_typing();
     test_unfinished_files();

@@ -95,6 +95,8 @@ static void test_wrong_lines(void) {
         { "{\"prompt\": \"\\ud800\"}", "surrogate" }, { "{\"prompt\": \"a\", \"seed\": 9, \"n_predict\": 0}",
         "\"seed\": 9" },
         { "{\"prompt\": \"a\", \"top_k\": true}", "wrong value" }, { "[1]", "\"text\": " },
+        { "{\"prompt\": \"a\", \"stop\": []}", "\"text\": " },
+        { "{\"prompt\": \"a\", \"stop\": [\"\"]}", "\\\"stop\\\": expected up to 64 texts" },
         { "the of on the of on the of on the of on the of on the of on the of on the of on the of on",
         "tokens, the context" },
     };
@@ -115,13 +117,35 @@ static void test_wrong_lines(void) {
                 lines[i].wanted);
         at = end + 1;
     }
-    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "9 of 13 lines failed, the first: "),
+    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "10 of 15 lines failed, the first: "),
           "wrong lines: got status %d and \"%s\"", r.status, r.err);
     free_result(&r);
     r = run_with("$T/rows.bin -t 0 -n 1 --no-bos -q --json --prompts $T/rows");  // most embeddings are NaN
     check(r.status == 1 && strstr(r.err, "of 4 lines failed") && strstr(r.out, "is not finite or too large") &&
               strstr(r.out, "{\"text\": "), "NaN: got status %d, \"%s\" and \"%s\"", r.status, r.out, r.err);
     free_result(&r);
+}
+
+// A line's own stop text ends it, and no other one.
+static void test_own_stops(void) {
+    Result all = run_with("$tied -t 0 -n 9 -q --no-echo -i a");
+    char command[200], wanted[64] = "";
+    size_t at = 0;
+    while (all.out[at] && !isalnum((unsigned char)all.out[at])) at++;
+    char stop = all.out[at] ? all.out[at] : 'x';
+    snprintf(wanted, sizeof wanted, "%.*s\n%.50s", (int)at, all.out, all.out);
+    snprintf(command, sizeof command, "printf '{\"prompt\": \"a\", \"stop\": [\"%c\"]}\na\n' | "
+             "$EMULATOR ./run $tied -t 0 -n 9 -q --no-echo --prompts -", stop);
+    Result r = run_shell(command);
+    check(all.status == 0 && r.status == 0 && !strcmp(r.out, wanted),
+          "a line's stop text %c: got \"%s\", wanted \"%s\"", stop, r.out, wanted);
+    free_result(&r);
+    snprintf(command, sizeof command, "$tied -t 0 -n 9 -q --json -i a --stop %c", stop);
+    r = run_with(command);
+    snprintf(wanted, sizeof wanted, "\"stop_text\": \"%c\"", stop);
+    check(is_json(r.out) && strstr(r.out, wanted), "--json --stop %c: got %s", stop, r.out);
+    free_result(&r);
+    free_result(&all);
 }
 
 // An answer comes before the next line is there.
@@ -381,6 +405,7 @@ static void test_scripts(void) {
     test_script_texts();
     test_many_lines();
     test_wrong_lines();
+    test_own_stops();
     test_streaming();
     test_scores();
     test_choices();

@@ -114,6 +114,9 @@ static void test_origins(void) {
         { "{% filter upper %}a{{ c }}{% endfilter %}", "A_____" }, { "{{ 'A{}B'.format(c) }}", "A_____B" },
         { "{% for x in c %}{{ x }}A{% endfor %}", "_A_A_A_A_A" }, { "{{ c|indent(width='A', first=true) }}", "A_____" },
         { "{{ 'A' if c else 'B' }}{{ c|default('X') }}", "A_____" }, { "{{ 'Ab'|title ~ c|title }}", "AB_____" },
+        { "{{ range(9223372036854775206, 9223372036854775807)|length }}", "601" },  // the ends are no doubles
+        { "{{ range(3, -4, -3)|length ~ range(0, 1, -1)|length ~ range(-9223372036854775807, 5, 9223372036854775807)"
+          "|length }}", "302" },
     };
     Pool pool = { 0 };
     Error e = { 0 };
@@ -153,6 +156,14 @@ static void test_template_limits(void) {
         { "{% set n = namespace(l=[]) %}{% set m = namespace(l=[]) %}{% for a in range(999) %}{% set n.l = [n.l] %}"
           "{% set m.l = [m.l] %}{% endfor %}{{ n.l == m.l }}", "nested too deep" },
         { "{% for a in range(9999) %}{{ ('a' * 99999).count('b') }}{% endfor %}", "too long" },
+        { "{% set s = 'a' * 999999 %}{{ s.strip('b' * 999999 ~ 'a') }}", "too long" },
+        { "{% set s = 'a' * 999999 %}{% for a in range(99999) %}{{ s.count('') }}{% endfor %}", "too long" },
+        { "{% set s = 'a' * 999999 %}{% for a in range(99999) %}{% if s < s ~ 'b' %}{% endif %}{% endfor %}",
+          "too long" },
+        { "{% set s = 'a' * 999999 %}{% for a in range(99999) %}{% if s.startswith(s) %}{% endif %}{% endfor %}",
+          "too long" },
+        { "{% set s = 'a' * 999999 %}{% set d = {s: 1} %}{% for a in range(99999) %}{% set x = d[s] %}{% endfor %}",
+          "too long" },
         { "{{ 'a' * 99999999 ~ 1 }}", "too long" }, { "{{ 'x'|indent(99999999999) }}", "too long" },
         { "{{ {'a': 1}|tojson(indent=99999999999) }}", "too long" },
     };
