@@ -1348,11 +1348,16 @@ static void test_thoughts(void) {
     }
 }
 
-// Reads what a terminal shows until this part comes, or for ten seconds.
+// Whether a prompt has been drawn, with nothing typed yet. (One with a text comes each time that a key is seen.)
+static bool has_prompt(const char *shown) {
+    return strstr(shown, "\033[J> \r\033[2C") || strstr(shown, "\033[J. \r\033[2C");
+}
+
+// Reads what a terminal shows until this part comes (NULL: a prompt), or for 30 seconds.
 static bool wait_for_screen(int terminal, const char *part) {
     char shown[65536] = "";
     size_t n = 0;
-    for (int i = 0; i < 2000 && !strstr(shown, part); i++) {
+    for (int i = 0; i < 6000 && !(part ? strstr(shown, part) != NULL : has_prompt(shown)); i++) {
         struct pollfd ready = { .fd = terminal, .events = POLLIN };
         ssize_t now = poll(&ready, 1, 5) > 0 ? read(terminal, shown + n, sizeof shown - 1 - n) : 0;
         for (ssize_t k = 0; k < now; k++) if (!shown[n + (size_t)k]) shown[n + (size_t)k] = '?';
@@ -1360,7 +1365,7 @@ static bool wait_for_screen(int terminal, const char *part) {
         if (n > sizeof shown / 2) memmove(shown, shown + n - 1000, 1001), n = 1000;
         shown[n] = 0;
     }
-    return strstr(shown, part) != NULL;
+    return part ? strstr(shown, part) != NULL : has_prompt(shown);
 }
 
 // A chat at a terminal. `keys` are pressed one after the other: where an answer or a command ends, there is a prompt
@@ -1379,7 +1384,7 @@ static void check_typed(const char *const *keys, int status, int number, const c
              ptsname(terminal), ptsname(terminal));
     Command c = start_command(text, false, -1);
     for (; ok && *keys; keys++) {
-        ok = wait_for_screen(terminal, "> ");
+        ok = wait_for_screen(terminal, NULL);
         size_t n = strlen(*keys);
         for (size_t at = 0; ok && at < n;) {
             ssize_t now = write(terminal, *keys + at, n - at < 1000 ? n - at : 1000);
