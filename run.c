@@ -5106,7 +5106,7 @@ static bool ends_in_thought(const char *text, size_t n, bool within) {
 static bool opens_thought(const Rendered *r) {
     size_t i = r->text.n;
     while (i > 0 && r->marks.bytes[i - 1]) i--;
-    return ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
+    return i < r->text.n && ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
 }
 
 static void free_rendered_chat(Rendered *r) {
@@ -6126,10 +6126,11 @@ static bool run_lines(Script *s, Error *e) {
             else ok = e->status == DONE;
         }
         if (ok && s->n_open) advance(s);
-        for (Passage *p = interrupted ? s->first : NULL; p; p = p->next)
+        bool stops = interrupted;  // looked at once: Ctrl-C may come at any time
+        for (Passage *p = stops ? s->first : NULL; p; p = p->next)
             if (!p->done && p->slot >= 0 && p->scored >= p->tokens.n) end_passage(s, p, AT_INTERRUPT);
         while (put_first(s)) continue;
-        if (ok && interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+        if (ok && stops) ok = fail(e, INTERRUPTED, "interrupted");
     }
     free(line.bytes);
     return ok;

@@ -1046,8 +1046,8 @@ static bool append(Buffer *b, const void *from, size_t n, Error *e) {
         b->bytes = bytes;
         b->capacity = capacity;
     }
-    if (from) memcpy(b->bytes + b->n, from, n);
-    else memset(b->bytes + b->n, 0, n);
+    if (n && from) memcpy(b->bytes + b->n, from, n);
+    if (n && !from) memset(b->bytes + b->n, 0, n);
     b->n = needed;
     return true;
 }
@@ -1603,6 +1603,7 @@ static bool read_json(JsonReader *r, Value *v) {
 
 // Reads the n bytes as one value. Its parts lie in the pool, none in `text`.
 static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *e) {
+    if (n == 0) text = "";
     JsonReader r = {text, text, text + n, 0, pool, e};
     if (n >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) r.at += 3;
     if (!read_json(&r, v)) return false;

@@ -553,15 +553,15 @@ static size_t below(size_t n) { return (size_t)(random_bits() % n); }
 static bool one_in(size_t n) { return below(n) == 0; }
 
 // What a file consists of: numbers that can be set, and keys and tensors that can be lost, doubled or change places.
-typedef struct { size_t at, n; } Part;
+typedef struct { size_t at, n; } Place;
 typedef struct {
-    Part numbers[1024], keys[128], tensors[128], texts[512];
+    Place numbers[1024], keys[128], tensors[128], texts[512];
     int n_numbers, n_keys, n_tensors, n_texts;
     size_t tables_end;  // where keys and tensors end
 } Layout;
 
-static void note_part(Part *parts, int *n, int max, size_t at, size_t n_bytes) {
-    if (*n < max) parts[(*n)++] = (Part){ at, n_bytes };
+static void note_part(Place *parts, int *n, int max, size_t at, size_t n_bytes) {
+    if (*n < max) parts[(*n)++] = (Place){ at, n_bytes };
 }
 
 static void note_number(Layout *l, size_t at, size_t n) { note_part(l->numbers, &l->n_numbers, 1024, at, n); }
@@ -688,10 +688,10 @@ static void draft(Draft *d, const void *from, size_t n) {
 static void draft_padding(Draft *d, size_t step) { draft(d, NULL, round_up(d->n, step) - d->n); }
 
 // The keys, or the tensors: one lost, one twice, or two in each other's place.
-static int change_list(Part *parts, int n, int max) {
+static int change_list(Place *parts, int n, int max) {
     if (n == 0) return 0;
     int i = (int)below((size_t)n), j = (int)below((size_t)n);
-    Part kept = parts[i];
+    Place kept = parts[i];
     switch (below(3)) {
     case 0:
         memmove(parts + i, parts + i + 1, (size_t)(n - i - 1) * sizeof *parts);
@@ -798,7 +798,7 @@ static void rebuild_native(Draft *d, const unsigned char *bytes, Layout *l) {
 
 // Changes a text of a GGUF (a name, a piece of the vocabulary), and its length with it.
 static void change_text(Draft *d, const unsigned char *bytes, size_t n, const Layout *l) {
-    Part p = l->texts[below((size_t)l->n_texts)];
+    Place p = l->texts[below((size_t)l->n_texts)];
     uint8_t text[256];
     size_t length = p.n < 128 ? p.n : 128;
     memcpy(text, bytes + p.at + 8, length);
@@ -846,7 +846,7 @@ static size_t change_file(uint8_t *data, size_t size, size_t max_size) {
     } else {
         draft(&d, data, size);
         for (size_t i = 1 + below(3); i > 0; i--) {
-            Part p = l.numbers[below((size_t)l.n_numbers)];
+            Place p = l.numbers[below((size_t)l.n_numbers)];
             if (p.at + p.n <= d.n) set_number(d.bytes + p.at, p.n, size);
         }
         if (container == GGUF && one_in(2)) place_again(&d);
@@ -867,7 +867,7 @@ static size_t change_model(uint8_t *data, size_t size, size_t max_size) {
     for (size_t i = 1 + below(4); i > 0 && begin < size; i--) {
         size_t at = begin + below(size - begin);
         if (l.n_texts && one_in(4)) {
-            Part p = l.texts[below((size_t)l.n_texts)];
+            Place p = l.texts[below((size_t)l.n_texts)];
             at = p.at + 8 + below(p.n + 1);
         }
         if (at < size) data[at] = one_in(2) ? (uint8_t)random_bits() : data[at] ^ (uint8_t)(1 << below(8));

@@ -722,7 +722,7 @@ def make_all(folder: Path) -> None:
 def check(made: Path, kept: Path) -> None:
     """Compares two folders: logits within F32_ERROR, everything else to the byte."""
     names = sorted(path.name for path in made.iterdir())
-    others = {"chat.txt", "tokens", "families"}  # made by other scripts
+    others = {"chat.txt", "samplers.txt", "templates.jsonl", "tokens", "families"}  # made by other scripts
     if names != sorted({path.name for path in kept.iterdir()} - others):
         sys.exit(f"{kept}: other files than expected; wanted {' '.join(names)}")
     for name in names:
