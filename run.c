@@ -5980,7 +5980,7 @@ static size_t last_number(Text t, double *number) {
 // is after #### and its steps are before.
 static bool is_right(Text got, Text wanted) {
     double x, y;
-    bool is_number = last_number(wanted, &x) == wanted.n || memmem(wanted.at, wanted.n, "####", 4);
+    bool is_number = (wanted.n && last_number(wanted, &x) == wanted.n) || memmem(wanted.at, wanted.n, "####", 4);
     if (is_number) return last_number(got, &y) > 0 && x == y;
     return got.n == wanted.n && !memcmp(got.at, wanted.at, got.n);
 }
