@@ -32,8 +32,8 @@ static void test_json_reader(void) {
         { "\"\\u12g4\"", "escape" }, { "\"a", "without an end" }, { "\"\\", "without an end" }, { "\"\n\"", "control" },
         { "\"\xFF\"", "UTF-8" }, { "\"\xED\xA0\x80\"", "UTF-8" }, { "", "ends here" }, { "[1,", "ends here" },
         { "[1,]", "number" }, { "[1 2]", "no , or ]" }, { "{\"a\" 1}", "no :" }, { "{1: 2}", "no \"" },
-        { "{\"a\": 1,}", "no \"" }, { "01", "number" }, { "1.", "number" }, { ".5", "number" }, { "+1", "number" },
-        { "-", "number" }, { "1e", "number" }, { "0x10", "after the value" }, { "NaN", "number" }, { "nul", "number" },
+        { "{\"a\": 1,}", "no \"" }, { "01", "number" }, { "1.", "after the value" }, { ".5", "number" }, { "+1", "number" },
+        { "-", "number" }, { "1e", "after the value" }, { "0x10", "after the value" }, { "NaN", "number" }, { "nul", "number" },
         { "1 2", "after the value" }, { "[\n\n 1,\n  x]", "line 4, column 3" }, { "\"\x7F\"", "\"\x7F\"" },
         { "{\"\": {\"\": []}}", "{\"\": {\"\": []}}" },
     };
@@ -111,7 +111,7 @@ static void test_origins(void) {
         { "{% set x %}A{{ c }}{% endset %}{{ x }}", "A_____" },
         { "{% macro f(x) %}A{{ x }}B{% endmacro %}{{ f(c) }}", "A_____B" },
         { "{{ c.split('y')[0] ~ 'A'.split(',')[0] }}", "__A" }, { "{{ c * 2 ~ 'A' * 2 }}", "__________AA" },
-        { "{% filter upper %}a{{ c }}{% endfilter %}", "A_____" }, { "{{ 'A{}B'.format(c) }}", "A_____B" },
+        { "{% filter upper %}a{{ c }}{% endfilter %}", "A_____" },
         { "{% for x in c %}{{ x }}A{% endfor %}", "_A_A_A_A_A" }, { "{{ c|indent(width='A', first=true) }}", "A_____" },
         { "{{ 'A' if c else 'B' }}{{ c|default('X') }}", "A_____" }, { "{{ 'Ab'|title ~ c|title }}", "AB_____" },
     };
@@ -200,7 +200,7 @@ static void test_template_errors(void) {
         { "{{ cycler(1) }}", "the name cycler" }, { "\n{% if x %}\n", "line 2: endif is missing" },
         { "{% for x in [1] %}", "endfor is missing" },
         { "{{ 'a }}", "a string without an end" }, { "{{ 1 ", "a tag without }}" }, { "{# x", "a comment without #}" },
-        { "{% endif %}", "the statement endif" }, { "{{ 1 + }}", "expected a value" }, { "{{ (1 }}", "unexpected }" },
+        { "{% endif %}", "the statement endif" }, { "{{ 1 + }}", "expected a value" }, { "{{ (1 }}", "a tag without }}" },
         { "{{ }}", "expected a value" }, { "{% break %}", "break outside of a loop" },
         { "{{ 1 // 0 }}", "division by 0" },
         { "{{ 9223372036854775807 + 1 }}", "too large" }, { "{{ '\\N{DASH}' }}", "the escape \\N" },
@@ -209,8 +209,8 @@ static void test_template_errors(void) {
         { "{% set a, b = [1, 2, 3] %}", "3 values for 2 names" },
         { "{{ '\u00e9'|upper }}", "the case of \u00e9 is not supported" },
         { "{% macro f(a) %}{% endmacro %}{{ f(1, 2) }}", "an argument" },
-        { "{% set ns = namespace() %}{% set ns._a = 1 %}", "the name _a" }, { "{{ x.__class__ }}", "'x' is undefined" },
-        { "{{ ''.__class__ }}", "the attribute __class__" }, { "{{ ] }}", "unexpected ]" },
+        { "{{ x.__class__ }}", "the attribute __class__" }, { "{{ ] }}", "found ]" },
+        { "{{ 'a'.format() }}", "the method format" }, { "{{ 2 ** 3 }}", "the operator **" },
         { "{{ ; }}", "an unexpected character" },
     };
     Value given = { .kind = IS_DICT };
