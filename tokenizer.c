@@ -1984,12 +1984,6 @@ static void put_real(Template *j, double x, bool json) {
     add_bytes(j, text, strlen(text), j->ones);
 }
 
-// What repr() escapes although it is not ASCII: white space, controls and private characters (not all of Python's).
-static bool is_hidden(uint32_t c) {
-    return is_white(c) || c < 0xA1 || c == 0xAD || (c >= 0x200B && c < 0x2010) || (c >= 0x202A && c < 0x202F) ||
-           (c >= 0x2060 && c < 0x2070) || (c >= 0xE000 && c < 0xF900) || c == 0xFEFF || c >= 0xE0000;
-}
-
 // Puts a string as repr() or JSON spell it.
 static void put_quoted(Template *j, Value s, bool json) {
     const char *letters = json ? "\b\f\n\r\t" : "\n\r\t", *names = json ? "bfnrt" : "nrt";
@@ -1999,7 +1993,7 @@ static void put_quoted(Template *j, Value s, bool json) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
         const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
-        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || !is_hidden(c));
+        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !is_white(c)));
         if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
@@ -2011,9 +2005,9 @@ static void put_quoted(Template *j, Value s, bool json) {
 
 // Begins a line of JSON, if it has lines: if indent >= 0.
 static void put_line(Template *j, int64_t indent, int depth) {
-    if (indent >= 0) add_text(j, "\n");
-    for (int64_t i = 0; i < depth && !j->failed; i++)
-        for (int64_t k = 0; k < indent && !j->failed; k++) add_text(j, " ");
+    if (indent < 0) return;
+    add_text(j, "\n");
+    for (int64_t i = indent * depth; i > 0 && !j->failed; i--) add_text(j, " ");
 }
 
 // Puts a value as in a list: as repr() or JSON spell it.
@@ -2088,17 +2082,15 @@ static Value list_pairs(Template *j, Value dict) {
 typedef enum {
     LOWER, UPPER, CAPITALIZE, TITLE, TITLE_WORDS, STRIP, LSTRIP, RSTRIP, SPLIT, RSPLIT, REPLACE, FIND, COUNT_TEXT,
     STARTS_WITH, ENDS_WITH, INDENT, TO_STRING,
-    TO_JSON, DEFAULT, LENGTH, FIRST, LAST, MAKE_LIST, ITEMS, KEYS, VALUES, GET, COUNT_ITEMS, REVERSE, JOIN, MAP, SELECT,
+    TO_JSON, DEFAULT, LENGTH, FIRST, LAST, MAKE_LIST, ITEMS, KEYS, VALUES, GET, REVERSE, JOIN, MAP, SELECT,
     REJECT, SELECT_ATTR, REJECT_ATTR, UNIQUE, SORT, DICT_SORT, MINIMUM, MAXIMUM, TO_INTEGER, TO_FLOAT, ROUND,
     RAISE_EXCEPTION, STRFTIME_NOW, RANGE
 } Operation;
 
 // Whether a character that is not ASCII is of a script without capital letters, or a sign.
 static bool has_one_case(uint32_t c) {
-    return (c < 0xC0 && c != 0xAA && c != 0xB5 && c != 0xBA) || c == 0xD7 || c == 0xF7 || (c >= 0x590 && c < 0x10A0) ||
-           (c >= 0x2000 && c < 0x2070) || (c >= 0x20A0 && c < 0x2100) || (c >= 0x2190 && c < 0x24B6) ||
-           (c >= 0x2500 && c < 0x2C00) || (c >= 0x2E80 && c < 0xA640) || (c >= 0xAC00 && c < 0xFB00) ||
-           (c >= 0xFE00 && c < 0xFF20) || (c >= 0x1F000 && c < 0x1F130) || c >= 0x1F200;
+    return (c >= 0x590 && c < 0x10A0) || (c >= 0x2000 && c < 0x2070) || (c >= 0x2500 && c < 0x2C00) ||
+           (c >= 0x2E80 && c < 0xA640) || (c >= 0xAC00 && c < 0xFB00) || (c >= 0xFE00 && c < 0xFF20) || c >= 0x1F200;
 }
 
 // Changes the case of ASCII letters. A text with others that may have two is refused: there is no table of them here.
@@ -2186,6 +2178,13 @@ static Value split_text(Template *j, Value s, Value separator, int64_t most, boo
     return right ? reverse_items(j, parts) : parts;
 }
 
+// A text n times
+static Value repeat(Template *j, Value text, int64_t n) {
+    size_t start = j->out->text.n;
+    for (; n > 0 && text.n && !j->failed; n--) put_string(j, text);
+    return take_string_from(j, start);
+}
+
 // Puts the items of a list one after the other.
 static Value join_items(Template *j, Value list, Value separator) {
     size_t start = j->out->text.n;
@@ -2196,13 +2195,11 @@ static Value join_items(Template *j, Value list, Value separator) {
     return take_string_from(j, start);
 }
 
-// Lines after the first that have text begin with `width` spaces, or with that text.
-static Value indent_lines(Template *j, Value s, Value width, bool first) {
+// Lines after the first that have text begin with `width` spaces.
+static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
     size_t start = j->out->text.n;
     uint32_t c;
-    for (int64_t i = 0; width.kind == IS_INTEGER && i < width.integer && !j->failed; i++) add_text(j, " ");
-    Value gap = width.kind == IS_STRING ? width : take_string_from(j, start);
-    if (width.kind != IS_STRING && width.kind != IS_INTEGER) return complain(j, "the width", width);
+    Value gap = repeat(j, string(" "), width);
     if (first) put_string(j, gap);
     for (size_t i = 0, n, begin = SIZE_MAX; i < s.n && !j->failed; i += n) {
         n = character(s.text + i, s.n - i, &c);
@@ -2259,7 +2256,7 @@ static int64_t need_count(Template *j, Value v, int64_t otherwise) {
 static Value apply_to_text(Template *j, Operation what, Value s, const Value *a) {
     if (what <= TITLE_WORDS) return change_case(j, s, what);
     if (what == TO_STRING || !spend(j, s.n / 16)) return s;
-    if (what == INDENT) return indent_lines(j, s, is_missing(a[0]) ? integer(4) : a[0], is_true(a[1]));
+    if (what == INDENT) return indent_lines(j, s, need_count(j, a[0], 4), is_true(a[1]));
     if (what == SPLIT && is_missing(a[0]) && is_missing(a[1])) return split_words(j, s);
     if (what <= RSTRIP && is_missing(a[0])) return strip(s, what != RSTRIP, what != LSTRIP, NULL);
     if (what <= RSPLIT && is_missing(a[0])) return lacks(j, "a split like this without", string("a separator"));
@@ -2312,28 +2309,24 @@ static Value member(Template *j, Value v, Value key) {
     return (Value){.kind = IS_UNDEFINED, .text = is_name ? key.text : "an item", .n = is_name ? key.n : 7};
 }
 
-// The member that the filters' attribute=path names, as in "function.name"; without a path the value itself.
+// The member that the filters' attribute= names; without one the value itself.
 static Value member_at(Template *j, Value v, Value path) {
     if (is_missing(path)) return v;
-    if (path.kind != IS_STRING) return member(j, v, path);
-    for (size_t at = 0, end; at <= path.n && !j->failed; at = end + 1) {
-        for (end = at; end < path.n && path.text[end] != '.';) end++;
-        v = member(j, v, part_of(path, at, end));
-    }
-    return v;
+    if (path.kind == IS_STRING && memchr(path.text, '.', path.n)) return lacks(j, "the path", path);
+    return member(j, v, path);
 }
 
-// What the filters unique, sort, ... compare of an item.
-static Value key_of(Template *j, Value item, Value path, bool any_case) {
+// What the filters unique, sort, ... compare of an item: letters of both cases are equal.
+static Value key_of(Template *j, Value item, Value path) {
     Value key = member_at(j, item, path);
-    return key.kind == IS_STRING && any_case ? change_case(j, key, LOWER) : key;
+    return key.kind == IS_STRING ? change_case(j, key, LOWER) : key;
 }
 
 // Equal items keep their order.
-static Value sort_items(Template *j, Value list, Value path, bool any_case, bool reverse) {
+static Value sort_items(Template *j, Value list, Value path, bool reverse) {
     Value keys = {.kind = IS_LIST}, sorted = {.kind = IS_LIST};
     for (size_t i = 0, k; i < list.n; i++) {
-        Value key = key_of(j, list.items[i], path, any_case);
+        Value key = key_of(j, list.items[i], path);
         push(j, &keys, key);
         push(j, &sorted, list.items[i]);
         if (j->failed) return undefined;
@@ -2352,17 +2345,16 @@ static Value sort_items(Template *j, Value list, Value path, bool any_case, bool
 static bool contains(Template *j, Value v, Value what) {
     if (v.kind == IS_STRING && what.kind != IS_STRING) return complain(j, "`in` a text", what), false;
     if (v.kind == IS_STRING) return find_text(j, v, 0, v.n, what, false) != SIZE_MAX;
-    if (v.kind == IS_DICT && (what.kind == IS_LIST || what.kind == IS_DICT)) return complain(j, "a key", what), false;
     if (v.kind == IS_DICT) return find_value(j, v, what) != NULL;
     Value list = list_items(j, v);
     for (size_t i = 0; i < list.n && spend(j, 4); i++) if (is_equal(j, list.items[i], what)) return true;
     return false;
 }
 
-static Value unique_items(Template *j, Value list, Value path, bool any_case) {
+static Value unique_items(Template *j, Value list, Value path) {
     Value keys = {.kind = IS_LIST}, found = {.kind = IS_LIST};
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value key = key_of(j, list.items[i], path, any_case);
+        Value key = key_of(j, list.items[i], path);
         if (key.kind == IS_LIST || key.kind == IS_DICT) return complain(j, "a key", key);
         if (contains(j, keys, key)) continue;
         push(j, &keys, key);
@@ -2389,31 +2381,6 @@ static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
     return wraps ? stop(j, MISUSE, "an integer that is too large") : integer(result);
 }
 
-static Value compute_reals(Template *j, char op, double a, double b) {
-    if (b == 0 && strchr("/%:", op)) return stop(j, MISUSE, "a division by 0");
-    if (op == '+') return real(a + b);
-    if (op == '-') return real(a - b);
-    if (op == '*') return real(a * b);
-    if (op == ':') return real(a / b);
-    double rest = fmod(a, b);
-    if (rest != 0 && (rest < 0) != (b < 0)) rest += b;
-    else if (rest == 0) rest = copysign(0, b);
-    if (op == '%') return real(rest);
-    double quotient = round((a - rest) / b);
-    return real(quotient == 0 ? copysign(0, a / b) : quotient);
-}
-
-// a * n, where a is a text or a list
-static Value repeat(Template *j, Value a, Value times_) {
-    size_t start = j->out->text.n;
-    Value list = {.kind = a.kind};
-    for (int64_t i = as_integer(times_); i > 0 && !j->failed && a.n; i--) {
-        if (a.kind == IS_STRING) put_string(j, a);
-        for (size_t k = 0; a.kind != IS_STRING && k < a.n && !j->failed; k++) push(j, &list, a.items[k]);
-    }
-    return a.kind == IS_STRING ? take_string_from(j, start) : list;
-}
-
 static Value compute(Template *j, Value sign, Value a, Value b) {
     char op = same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
     bool a_joins = a.kind == IS_STRING || is_list(a), b_joins = b.kind == IS_STRING || is_list(b);
@@ -2422,12 +2389,14 @@ static Value compute(Template *j, Value sign, Value a, Value b) {
         return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
     if (is_whole(a) && is_whole(b) && op != ':') return compute_integers(j, op, as_integer(a), as_integer(b));
     if (is_number(a) && is_number(b)) {
-        if (is_whole(a) && is_whole(b) && (fabs(as_real(a)) > 0x1p53 || fabs(as_real(b)) > 0x1p53))
-            return lacks(j, "the division of", string("such large integers"));
-        return compute_reals(j, op, as_real(a), as_real(b));
+        double x = as_real(a), y = as_real(b);
+        if (op == '+' || op == '-') return real(op == '+' ? x + y : x - y);
+        if (op == '*') return real(x * y);
+        if (op != ':') return lacks(j, "with floats the operator", sign);
+        return y ? real(x / y) : stop(j, MISUSE, "a division by 0");
     }
-    if (op == '*' && a_joins && is_whole(b)) return repeat(j, a, b);
-    if (op == '*' && b_joins && is_whole(a)) return repeat(j, b, a);
+    if (op == '*' && a.kind == IS_STRING && is_whole(b)) return repeat(j, a, as_integer(b));
+    if (op == '*' && (a_joins || b_joins)) return lacks(j, "here the operator", sign);
     if (op == '%' && a.kind == IS_STRING) return lacks(j, "the operator", string("% of a text"));
     if (op != '+' || a.kind != b.kind || !a_joins)
         return complain(j, "arithmetic", is_number(a) || b.kind == IS_UNDEFINED ? b : a);
@@ -2453,7 +2422,7 @@ static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
         {"defined", ~(1 << IS_UNDEFINED)}, {"undefined", 1 << IS_UNDEFINED}, {"none", 1 << IS_NONE},
         {"string", 1 << IS_STRING}, {"number", NUMBERS}, {"integer", 1 << IS_INTEGER}, {"float", 1 << IS_FLOAT},
         {"boolean", 1 << IS_BOOLEAN}, {"true", 1 << IS_BOOLEAN}, {"false", 1 << IS_BOOLEAN}, {"mapping", 1 << IS_DICT},
-        {"sequence", SEQUENCES}, {"iterable", SEQUENCES | 1 << IS_LOOP}, {"odd", NUMBERS}, {"even", NUMBERS},
+        {"sequence", SEQUENCES}, {"iterable", SEQUENCES | 1 << IS_LOOP},
     };
     static const struct { const char *names, *sign; } comparisons[] = {
         {"eq equalto ==", "=="}, {"ne !=", "!="}, {"lt lessthan <", "<"}, {"le <=", "<="}, {"gt greaterthan >", ">"},
@@ -2469,9 +2438,7 @@ static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
         bool holds = kinds[i].kinds >> v.kind & 1;
         if (a->list.n || a->named.n) return stop(j, MISUSE, "an argument of a test that has none"), false;
         if (has_word("true false", name)) return holds && v.truth == (name.text[0] == 't');
-        if (!has_word("odd even", name)) return holds;
-        Value rest = compute(j, string("%"), v, integer(2));
-        return is_number(rest) && as_real(rest) == (name.text[0] == 'o');
+        return holds;
     }
     lacks(j, "the test", name);
     return false;
@@ -2484,7 +2451,7 @@ static Value convert_number(Template *j, Value v, bool whole, Value otherwise) {
         Value s = strip(v, true, true, NULL);
         bool plus = s.n && s.text[0] == '+';
         size_t length = scan_number(s.text + plus, s.n - plus, &v) + plus;
-        if (length != s.n && s.n && strspn(s.text, "0123456789+-._aefinty") >= 1) return lacks(j, "the number", s);
+        if (length != s.n && s.n && strchr("0123456789+-.", *s.text)) return lacks(j, "the number", s);
         if (length != s.n || !s.n) return otherwise;
     }
     if (!is_number(v)) return otherwise;
@@ -2517,7 +2484,7 @@ static Value strftime_now(Template *j, Value format) {
 static Value range(Template *j, const Value *a) {
     Value list = {.kind = IS_LIST};
     int64_t first = need_count(j, a[0], 0), end = need_count(j, a[1], first), step = need_count(j, a[2], 1);
-    if (step == 0) return stop(j, MISUSE, "range() with a step of 0");
+    if (step == 0 || is_missing(a[0])) return stop(j, MISUSE, "range() without an end or with a step of 0");
     if (is_missing(a[1])) first = 0;
     double n = ceil(((double)end - (double)first) / (double)step);
     if (n > MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
@@ -2527,16 +2494,15 @@ static Value range(Template *j, const Value *a) {
 
 static Value apply_filter(Template *j, Value name, Value v, const Arguments *a);
 
-// map(filter), map(attribute=path, default=value)
+// map(filter), map(attribute=path)
 static Value map_items(Template *j, Value list, const Value *a) {
     Arguments none = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
     Value mapped = {.kind = IS_LIST};
     bool filters = !is_missing(a[0]);
     if (filters == !is_missing(a[1])) return lacks(j, "map with", string("such arguments"));
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value item = filters ? apply_filter(j, need_text(j, a[0]), list.items[i], &none)
-                             : member_at(j, list.items[i], a[1]);
-        push(j, &mapped, item.kind == IS_UNDEFINED ? a[2] : item);
+        if (filters) push(j, &mapped, apply_filter(j, need_text(j, a[0]), list.items[i], &none));
+        else push(j, &mapped, member_at(j, list.items[i], a[1]));
     }
     return mapped;
 }
@@ -2565,32 +2531,25 @@ static Value apply_to_items(Template *j, Operation what, Value v, const Value *a
         for (size_t i = what == VALUES; i < v.n; i += 2) push(j, &list, v.items[i]);
         return list;
     }
-    if (what == DICT_SORT) {
-        by = integer(a[1].kind == IS_STRING && same_text(a[1], "value"));
-        return sort_items(j, list_pairs(j, v), by, !is_true(a[0]), is_true(a[2]));
-    }
+    if (what == DICT_SORT) return sort_items(j, list_pairs(j, v), integer(0), is_true(a[0]));
     if (what < MAP || what > REJECT_ATTR || is_true(v)) list = list_items(j, v);
-    size_t n = list.n, n_same = 0;
+    size_t n = list.n;
     switch (what) {
     case FIRST: return n ? list.items[0] : undefined;
     case LAST: return n ? list.items[n - 1] : undefined;
     case REVERSE:
         list = reverse_items(j, list);
         return v.kind == IS_STRING ? join_items(j, list, string("")) : list;
-    case COUNT_ITEMS:
-        for (size_t i = 0; i < n && spend(j, 4); i++) n_same += is_equal(j, list.items[i], a[0]);
-        return integer((int64_t)n_same);
-    case JOIN: return join_items(j, is_missing(a[1]) ? list : map_items(j, list, (Value[]){by, a[1], undefined}),
-                                 to_string(j, a[0]));
+    case JOIN: return join_items(j, list, to_string(j, a[0]));
     case MAP: return map_items(j, list, a);
     case SELECT: return select_items(j, list, by, a, true);
     case REJECT: return select_items(j, list, by, a, false);
     case SELECT_ATTR: return select_items(j, list, a[0], a + 1, true);
     case REJECT_ATTR: return select_items(j, list, a[0], a + 1, false);
-    case UNIQUE: return unique_items(j, list, a[1], !is_true(a[0]));
-    case SORT: return sort_items(j, list, a[2], !is_true(a[1]), is_true(a[0]));
+    case UNIQUE: return unique_items(j, list, a[0]);
+    case SORT: return sort_items(j, list, a[1], is_true(a[0]));
     case MINIMUM: case MAXIMUM:
-        list = sort_items(j, list, by, true, what == MAXIMUM);
+        list = sort_items(j, list, by, what == MAXIMUM);
         return list.n ? list.items[0] : undefined;
     default: return list;
     }
@@ -2599,13 +2558,15 @@ static Value apply_to_items(Template *j, Operation what, Value v, const Value *a
 // A filter, method or function.
 static Value apply(Template *j, Operation what, Value v, const Value *a) {
     size_t start = j->out->text.n;
+    int64_t width = what == TO_JSON ? need_count(j, a[1], 0) : 0;
     const Value *found;
+    if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
     if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
     if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
     switch (what) {
     case TO_JSON:
         if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
-        put_value(j, v, true, need_count(j, a[1], -1), 0);
+        put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
         return take_string_from(j, start);
     case DEFAULT:
         if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
@@ -2631,7 +2592,7 @@ static Value apply(Template *j, Operation what, Value v, const Value *a) {
 }
 
 // To add one: a row here, and what it does in one of the functions above. Kinds: | a filter, s a string's method, d a
-// dict's, l a list's, f a function. A ! is before the names of parameters that must be given.
+// dict's, f a function. A ! is before the names of parameters that must be given.
 static const struct { const char *kinds, *name; Operation what; const char *parameters; } operations[] = {
     {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
     {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
@@ -2644,11 +2605,11 @@ static const struct { const char *kinds, *name; Operation what; const char *para
     {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
     {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
     {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
-    {"l", "count", COUNT_ITEMS, "!value"}, {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d attribute"},
-    {"|", "map", MAP, "filter attribute default"}, {"|", "select", SELECT, "test value"},
+    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
+    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
     {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
-    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "case_sensitive attribute"},
-    {"|", "sort", SORT, "reverse case_sensitive attribute"}, {"|", "dictsort", DICT_SORT, "case_sensitive by reverse"},
+    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
+    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
     {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
     {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
     {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
@@ -2693,27 +2654,17 @@ static Value apply_filter(Template *j, Value name, Value v, const Arguments *a) 
 }
 
 static Value apply_method(Template *j, Value name, Value v, const Arguments *a) {
-    char kind = v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : is_list(v) ? 'l' : '-';
+    char kind = v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-';
     return v.kind == IS_UNDEFINED ? complain(j, "a member", v) : apply_named(j, kind, "the method", name, v, a);
 }
 
-// dict() and namespace() of a dict or pairs, and of keywords; and other functions.
+// dict(a=b) and namespace(a=b), and other functions.
 static Value apply_function(Template *j, Value name, const Arguments *a) {
-    Value made = {.kind = IS_DICT};
     if (!has_word("dict namespace", name)) return apply_named(j, 'f', "the function", name, undefined, a);
-    if (a->list.n > 1) return lacks(j, "an argument of", name);
-    for (size_t round = 0; round <= a->list.n; round++) {
-        Value from = round < a->list.n ? a->list.items[round] : a->named;
-        Value pairs = from.kind == IS_DICT ? list_pairs(j, from) : list_items(j, from);
-        for (size_t i = 0; i < pairs.n && !j->failed; i++) {
-            Value pair = pairs.items[i];
-            if (!is_list(pair) || pair.n != 2) return complain(j, "a pair", pair);
-            set_member(j, &made, pair.items[0], pair.items[1]);
-        }
-    }
-    if (name.text[0] == 'd') return made;
+    if (a->list.n) return lacks(j, "an argument without a name of", name);
+    if (name.text[0] == 'd') return a->named;
     Scope *scope = get_memory(j, sizeof *scope);
-    if (scope) *scope = (Scope){NULL, made};
+    if (scope) *scope = (Scope){NULL, a->named};
     return scope ? (Value){.kind = IS_NAMESPACE, .scope = scope} : undefined;
 }
 
@@ -2774,8 +2725,8 @@ static Arguments read_arguments(Template *j) {
         if (named) j->at += 2;
         else if (a.named.n) stop(j, BAD_FILE, "an argument without a name after one with a name");
         Value v = expression(j);
-        if (named) push(j, &a.named, x->value);
-        push(j, named ? &a.named : &a.list, v);
+        if (named) set_member(j, &a.named, x->value, v);
+        else push(j, &a.list, v);
         if (!accept(j, ",")) break;
     }
     expect(j, ")");
@@ -2849,17 +2800,12 @@ static Value call(Template *j, Value v) {
     return v.kind == IS_FUNCTION ? apply_function(j, name, &a) : complain(j, "a call", v);
 }
 
-// .name, .0 or .method(arguments)
+// .name or .method(arguments)
 static Value dot(Template *j, Value v) {
-    bool is_name = here(j)->kind != LEX_NUMBER;
-    Value key = is_name ? take_name(j) : here(j)->value;
-    j->at += !is_name;
-    if (is_name && sees(j, "(")) {
-        Arguments a = read_arguments(j);
-        return apply_method(j, key, v, &a);
-    }
-    if (is_name && key.n > 1 && !memcmp(key.text, "__", 2) && !j->skipping) return lacks(j, "the attribute", key);
-    return member(j, v, key);
+    Value name = take_name(j);
+    if (!sees(j, "(")) return member(j, v, name);
+    Arguments a = read_arguments(j);
+    return apply_method(j, name, v, &a);
 }
 
 static Value subscript(Template *j, Value v) {
@@ -3016,11 +2962,10 @@ static Scope *new_scope(Template *j, Scope *outer) {
 
 // Sets what is named here, `a` or `space.a` or `a, b`, to a value or its items.
 static void assign(Template *j, Value v) {
-    bool bracket = accept(j, "("), single = !bracket;
+    bool single = true;
     Value list = undefined;
     size_t n = 0;
     do {
-        if (n && (sees(j, ")") || sees(j, "=") || sees(j, "in"))) break;
         Value name = take_name(j);
         Scope *scope = j->scope;
         if (accept(j, ".")) {
@@ -3029,13 +2974,12 @@ static void assign(Template *j, Value v) {
             if (space.kind != IS_NAMESPACE) complain(j, "a member to be set", space);
             scope = space.scope;
         }
-        if (n == 0) single = !bracket && !sees(j, ",");
+        if (n == 0) single = !sees(j, ",");
         if (n == 0 && !single) list = list_items(j, v);
         if (!j->skipping && !single && n >= list.n) stop(j, MISUSE, "%zu values for more names", list.n);
         if (!j->skipping) set_member(j, &scope->variables, name, single ? v : list.items[n]);
         n++;
     } while (accept(j, ","));
-    if (bracket) expect(j, ")");
     if (!single && !j->skipping && n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
 }
 
@@ -3084,7 +3028,6 @@ static void for_statement(Template *j) {
         expression(j);
         restore_skipping(j, before);
     }
-    if (sees(j, "recursive")) lacks(j, "the loop", here(j)->value);
     close_tag(j);
     start = j->at;
     if (before) list.n = 0;

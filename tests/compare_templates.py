@@ -170,14 +170,14 @@ NUMBERS = ["0", "1", "2", "3", "10", "7", "1.5", "0.0", "2.5", "1e20", "3.0", "1
 FILTERS = """trim length upper lower title capitalize first last list string int float round reverse|list sort
 unique|list min max tojson join count items|list safe dictsort default('x') default('x',true) join('-') replace('a','b')
 replace('a','b',1) round(1) round(2) int(7) float(1.5) tojson(indent=2) tojson(ensure_ascii=false) indent indent(2,true)
-indent(width=3) trim('a') sort(reverse=true) sort(case_sensitive=true) sort(attribute='role')
-unique(case_sensitive=true)|list dictsort(reverse=true) dictsort(by='value') map('upper')|list map(attribute='role')|list
-map(attribute='x',default='q')|list select|list reject('none')|list select('number')|list selectattr('x')|list
+indent(width=3) trim('a') sort(reverse=true) sort(attribute='role') 
+dictsort(reverse=true) map('upper')|list map(attribute='role')|list
+select|list reject('none')|list select('number')|list selectattr('x')|list
 selectattr('role','eq','user')|list rejectattr('role','in',['user'])|list map('tojson')|join map('int')|list""".split()
 METHODS = """strip() lstrip() rstrip() strip('a') split() split(',') split('a') split(',',1) rsplit('b',1) rsplit('a')
 upper() lower() title() capitalize() replace('a','bb') replace('a','',1) startswith('a') endswith('c') find('a') count('a')
 count('') items()|list keys()|list values()|list get('a') get('zz',3) get('zz')""".split()
-TESTS = """defined undefined none string number integer float boolean true false mapping sequence iterable odd even
+TESTS = """defined undefined none string number integer float boolean true false mapping sequence iterable
 in([1,2,'a']) eq(1) equalto('a') ne(2) lt(3) gt(2) le(2) ge(1)""".split()
 
 
