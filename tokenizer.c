@@ -1428,7 +1428,7 @@ static const Value *find_member(const Value *v, const char *key) {
    A reader of RFC 8259, strict, but that a byte order mark is skipped. Integers have 64 bits. Of equal keys the last
    one's value counts, at the first one's place, as in Python. */
 
-enum { MAX_JSON_DEPTH = 100 };
+enum { MAX_JSON_DEPTH = 100, MAX_JSON_KEYS = 1000 };  // of a dict: each is compared with all others
 
 typedef struct {
     const char *start, *at, *end;
@@ -1518,33 +1518,6 @@ static int compare_strings(const Value *a, const Value *b) {
     return order ? order : (a->n > b->n) - (a->n < b->n);
 }
 
-// Equal keys in the order of their places.
-static int compare_keys(const void *a, const void *b) {
-    const Value *x = *(const Value *const *)a, *y = *(const Value *const *)b;
-    int order = compare_strings(x, y);
-    return order ? order : (x > y) - (x < y);
-}
-
-// Leaves one entry of each key.
-static bool drop_equal_keys(JsonReader *r, Value *dict) {
-    size_t n = dict->n / 2, kept = 0;
-    Value **keys = allocate(n, sizeof *keys, r->e);
-    if (!keys) return false;
-    for (size_t i = 0; i < n; i++) keys[i] = &dict->items[2 * i];
-    if (n > 1) qsort(keys, n, sizeof *keys, compare_keys);
-    for (size_t i = 1, first = 0; i < n; i++) {
-        if (compare_strings(keys[first], keys[i])) first = i;
-        else keys[first][1] = keys[i][1], keys[i]->kind = IS_NONE;
-    }
-    free(keys);
-    for (size_t i = 0; i < n; i++) {
-        if (dict->items[2 * i].kind == IS_NONE) continue;
-        memmove(&dict->items[2 * kept++], &dict->items[2 * i], 2 * sizeof(Value));
-    }
-    dict->n = 2 * kept;
-    return true;
-}
-
 static bool read_json(JsonReader *r, Value *v);
 
 // A list or a dict, from its bracket to the one that closes it.
@@ -1554,21 +1527,26 @@ static bool read_json_items(JsonReader *r, Value *v) {
     *v = (Value){.kind = is_dict ? IS_DICT : IS_LIST};
     if (++r->depth > MAX_JSON_DEPTH) return json_error(r, r->at - 1, "nested too deep");
     for (bool first = true; next_json(r) != close || !first; first = false) {
-        Value item;
+        Value key, item, *old = NULL;
         if (!first && next_json(r) != ',') return json_error(r, r->at, is_dict ? "no , or }" : "no , or ]");
         if (!first) r->at++;
         if (is_dict) {
             if (next_json(r) != '"') return json_error(r, r->at, "no \" of a key");
-            if (!read_json_string(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+            if (!read_json_string(r, &key)) return false;
             if (next_json(r) != ':') return json_error(r, r->at, "no : after a key");
             r->at++;
+            for (size_t i = 0; i < v->n; i += 2) if (!compare_strings(&v->items[i], &key)) old = &v->items[i + 1];
+            if (!old && !push_value(r->pool, v, key, r->e)) return false;
+            if (v->n > 2 * MAX_JSON_KEYS) return json_error(r, r->at, "a dict of more than 1,000 keys");
         }
-        if (!read_json(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+        if (!read_json(r, &item)) return false;
+        if (old) *old = item;
+        else if (!push_value(r->pool, v, item, r->e)) return false;
         if (next_json(r) == close) break;
     }
     r->at++;
     r->depth--;
-    return !is_dict || drop_equal_keys(r, v);
+    return true;
 }
 
 static bool read_json(JsonReader *r, Value *v) {
@@ -1703,19 +1681,15 @@ static bool enter(Template *j) {
     return spend(j, LEXEME_WORK);
 }
 
-static void lack_memory(Template *j) {
-    j->failed = true;  // the error is there
-    stop(j, NO_MEMORY, "no memory");
-}
-
 static void *get_memory(Template *j, size_t n) {
     void *p = spend(j, n) ? reserve(&j->pool, n, j->e) : NULL;
-    if (!p && !j->failed) lack_memory(j);
+    if (!p && !j->failed) stop(j, NO_MEMORY, "no memory");
     return p;
 }
 
 static void push(Template *j, Value *list, Value item) {
-    if (!j->failed && spend(j, 2 * sizeof item) && !push_value(&j->pool, list, item, j->e)) lack_memory(j);
+    if (j->failed || !spend(j, 2 * sizeof item)) return;
+    if (!push_value(&j->pool, list, item, j->e)) stop(j, NO_MEMORY, "no memory");
 }
 
 static Value part_of(Value s, size_t from, size_t to) {
@@ -1733,7 +1707,8 @@ static bool has_word(const char *words, Value name) {
 // Appends bytes to what is rendered.
 static void add_bytes(Template *j, const char *text, size_t n, const char *marks) {
     if (n == 0 || !spend(j, times(n, 2))) return;
-    if (!append(&j->out->text, text, n, j->e) || !append(&j->out->marks, marks, n, j->e)) lack_memory(j);
+    bool ok = append(&j->out->text, text, n, j->e) && append(&j->out->marks, marks, n, j->e);
+    if (!ok) stop(j, NO_MEMORY, "no memory");
 }
 static void put_string(Template *j, Value s) { add_bytes(j, s.text, s.n, s.marks); }
 static void add_text(Template *j, const char *text) { add_bytes(j, text, strlen(text), NULL); }
@@ -1821,15 +1796,6 @@ static size_t lex_string(Template *j, size_t at) {
     return end + 1;
 }
 
-static size_t lex_number(Template *j, size_t at) {
-    Value v = undefined;
-    size_t end = at + scan_number(j->source + at, j->n_source - at, &v);
-    if (end == at || (end < j->n_source && (j->source[end] == '_' || isalnum((unsigned char)j->source[end]))))
-        lacks(j, "the number", spelled(j, at, end < j->n_source ? end + 1 : end));
-    add_lexeme(j, LEX_NUMBER, v);
-    return end;
-}
-
 // Cuts what stands between the two ends of a tag. Returns where it ends; `closing` begins with what ends it.
 static size_t lex_tag(Template *j, size_t at, const char *closing) {
     int n_open = 0;  // brackets that are to be closed
@@ -1843,8 +1809,14 @@ static size_t lex_tag(Template *j, size_t at, const char *closing) {
         if (is_white(code)) continue;
         if (n_open <= 0 && left >= sign + 2 && s[sign] == *closing && s[sign + 1] == '}') return at;
         for (n = 0; n < left && (isalnum((unsigned char)s[n]) || s[n] == '_' || s[n] & 0x80); n++) {}
-        if (isdigit((unsigned char)*s)) n = lex_number(j, at) - at;
-        else if (*s == '\'' || *s == '"') n = lex_string(j, at) - at;
+        if (isdigit((unsigned char)*s)) {
+            Value v = undefined;
+            size_t length = scan_number(s, left, &v);
+            bool odd = !length || (length < left && (s[length] == '_' || isalnum((unsigned char)s[length])));
+            if (odd) lacks(j, "the number", spelled(j, at, at + n));
+            add_lexeme(j, LEX_NUMBER, v);
+            n = length;
+        } else if (*s == '\'' || *s == '"') n = lex_string(j, at) - at;
         else if (n) add_lexeme(j, LEX_NAME, spelled(j, at, at + n));
         else {
             n = 1;
@@ -2242,9 +2214,7 @@ static Value slice(Template *j, Value v, const Value bounds[3]) {
     return taken;
 }
 
-static Value need_text(Template *j, Value v) {
-    return v.kind == IS_STRING ? v : complain(j, "the characters", v);
-}
+static Value need_text(Template *j, Value v) { return v.kind == IS_STRING ? v : complain(j, "the characters", v); }
 
 static int64_t need_count(Template *j, Value v, int64_t otherwise) {
     if (is_missing(v)) return otherwise;
@@ -2349,18 +2319,6 @@ static bool contains(Template *j, Value v, Value what) {
     Value list = list_items(j, v);
     for (size_t i = 0; i < list.n && spend(j, 4); i++) if (is_equal(j, list.items[i], what)) return true;
     return false;
-}
-
-static Value unique_items(Template *j, Value list, Value path) {
-    Value keys = {.kind = IS_LIST}, found = {.kind = IS_LIST};
-    for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value key = key_of(j, list.items[i], path);
-        if (key.kind == IS_LIST || key.kind == IS_DICT) return complain(j, "a key", key);
-        if (contains(j, keys, key)) continue;
-        push(j, &keys, key);
-        push(j, &found, list.items[i]);
-    }
-    return found;
 }
 
 /* ---- Chat templates: operators, tests, filters, functions ---- */
@@ -2494,31 +2452,25 @@ static Value range(Template *j, const Value *a) {
 
 static Value apply_filter(Template *j, Value name, Value v, const Arguments *a);
 
-// map(filter), map(attribute=path)
-static Value map_items(Template *j, Value list, const Value *a) {
-    Arguments none = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    Value mapped = {.kind = IS_LIST};
-    bool filters = !is_missing(a[0]);
-    if (filters == !is_missing(a[1])) return lacks(j, "map with", string("such arguments"));
+// map: what a filter makes of the items, or a member of each. select, reject, selectattr, rejectattr: the items that
+// pass a test, or fail it, or whose member does. unique: the first of equal ones.
+static Value choose_items(Template *j, Operation what, Value list, const Value *a) {
+    bool by_member = what == SELECT_ATTR || what == REJECT_ATTR, wanted = what == SELECT || what == SELECT_ATTR;
+    Value test = a[by_member], other = a[by_member + 1], chosen = {.kind = IS_LIST}, keys = chosen;
+    Value path = what == MAP ? a[1] : by_member || what == UNIQUE ? a[0] : undefined;
+    Arguments rest = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
+    if (what == MAP && is_missing(a[0]) == is_missing(a[1])) return lacks(j, "map with", string("such arguments"));
+    if (!is_missing(test) && what != UNIQUE) need_text(j, test);
+    if (other.kind != IS_UNDEFINED && what != MAP) push(j, &rest.list, other);
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        if (filters) push(j, &mapped, apply_filter(j, need_text(j, a[0]), list.items[i], &none));
-        else push(j, &mapped, member_at(j, list.items[i], a[1]));
+        Value item = list.items[i], part = what == UNIQUE ? key_of(j, item, path) : member_at(j, item, path);
+        if (what == UNIQUE && (is_list(part) || part.kind == IS_DICT)) complain(j, "a key", part);
+        else if (what == MAP) push(j, &chosen, is_missing(test) ? part : apply_filter(j, test, item, &rest));
+        else if (what == UNIQUE && !contains(j, keys, part)) push(j, &keys, part), push(j, &chosen, item);
+        else if (what != UNIQUE && (is_missing(test) ? is_true(part) : apply_test(j, test, part, &rest)) == wanted)
+            push(j, &chosen, item);
     }
-    return mapped;
-}
-
-// select, reject, selectattr, rejectattr: the items, or their members, for which a test holds or not
-static Value select_items(Template *j, Value list, Value path, const Value *test, bool wanted) {
-    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    Value kept = {.kind = IS_LIST};
-    if (!is_missing(test[0])) need_text(j, test[0]);
-    if (test[1].kind != IS_UNDEFINED) push(j, &a.list, test[1]);
-    for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value item = member_at(j, list.items[i], path);
-        bool holds = is_missing(test[0]) ? is_true(item) : apply_test(j, test[0], item, &a);
-        if (holds == wanted) push(j, &kept, list.items[i]);
-    }
-    return kept;
+    return chosen;
 }
 
 // A filter or method of a value that has items.
@@ -2541,12 +2493,8 @@ static Value apply_to_items(Template *j, Operation what, Value v, const Value *a
         list = reverse_items(j, list);
         return v.kind == IS_STRING ? join_items(j, list, string("")) : list;
     case JOIN: return join_items(j, list, to_string(j, a[0]));
-    case MAP: return map_items(j, list, a);
-    case SELECT: return select_items(j, list, by, a, true);
-    case REJECT: return select_items(j, list, by, a, false);
-    case SELECT_ATTR: return select_items(j, list, a[0], a + 1, true);
-    case REJECT_ATTR: return select_items(j, list, a[0], a + 1, false);
-    case UNIQUE: return unique_items(j, list, a[0]);
+    case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
+        return choose_items(j, what, list, a);
     case SORT: return sort_items(j, list, a[1], is_true(a[0]));
     case MINIMUM: case MAXIMUM:
         list = sort_items(j, list, by, what == MAXIMUM);
@@ -3001,8 +2949,8 @@ static void if_statement(Template *j) {
 // The items for which the condition at `condition` holds.
 static Value choose_for_loop(Template *j, Value list, size_t names, size_t condition) {
     Value kept = {.kind = IS_LIST};
-    Scope *outer = j->scope, inner = {outer, {.kind = IS_DICT}};
-    j->scope = &inner;
+    Scope *outer = j->scope;
+    j->scope = new_scope(j, outer);
     for (size_t i = 0; i < list.n && !j->failed; i++) {
         move_to(j, names);
         assign(j, list.items[i]);
@@ -3060,18 +3008,12 @@ static void for_statement(Template *j) {
     expect(j, "endfor");
 }
 
-static Value filters(Template *j, Value v) {
-    do v = filter(j, v);
-    while (accept(j, "|"));
-    return v;
-}
-
-// The text of a body, through the filters that stand here, if there are any.
+// The text of a body, through the filter that stands here, if there is one.
 static Value capture(Template *j, const char *end, bool filtered) {
     size_t start = j->out->text.n, chain = j->at, after;
     bool before = start_skipping(j);
     Scope *outer = j->scope;
-    if (filtered) filters(j, undefined);
+    if (filtered) filter(j, undefined);
     restore_skipping(j, before);
     close_tag(j);
     j->scope = new_scope(j, outer);
@@ -3079,7 +3021,7 @@ static Value capture(Template *j, const char *end, bool filtered) {
     j->scope = outer;
     Value v = take_string_from(j, start);
     after = j->at;
-    if (filtered) move_to(j, chain), v = filters(j, v), move_to(j, after);
+    if (filtered) move_to(j, chain), v = filter(j, v), move_to(j, after);
     expect(j, end);
     return v;
 }

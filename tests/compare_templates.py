@@ -226,7 +226,7 @@ class Writer:
             lambda: f"{a()}for {one('i', 'v')} in {one('l', 'll', 'm', 'd', 'range(3)', 'e', 'u', 'l if i != 2')}{b()}{body()}"
                     f"{loop}{body()}{one('', '{% else %}' + body())}{a()}endfor{b()}",
             lambda: f"{a()}set {one('v', 'i', 'q')} = {one('n', '[1, 2]', 's ~ n', 'v')}{b()}",
-            lambda: f"{{% set {one('v', 'q')}{one('', ' | upper', ' | trim | length')} %}}{body()}{{% endset %}}{{{{ v }}}}",
+            lambda: f"{{% set {one('v', 'q')}{one('', ' | upper', ' | length')} %}}{body()}{{% endset %}}{{{{ v }}}}",
             lambda: f"{{% macro mm(a, b={one('n', repr('z'))}, c='z') %}}{body()}{{{{ a }}}}{{{{ b }}}}{{{{ c }}}}{{% endmacro %}}"
                     + one("{{ mm(1) }}", "{{ mm(b=2, a=3) }}", "{{ mm() }}", "{{ mm(1, 2, 3)|upper }}", "{{ mm(1, 2, 3, 4) }}"),
             lambda: f"{{% set ns = namespace(x={one('0', repr('a'))}) %}}{body()}"
