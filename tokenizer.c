@@ -2350,12 +2350,12 @@ static Value compute(Template *j, Value sign, Value a, Value b) {
         double x = as_real(a), y = as_real(b);
         if (op == '+' || op == '-') return real(op == '+' ? x + y : x - y);
         if (op == '*') return real(x * y);
-        if (op != ':') return lacks(j, "with floats the operator", sign);
+        if (op != ':') return lacks(j, "for floats the operator", sign);
         return y ? real(x / y) : stop(j, MISUSE, "a division by 0");
     }
     if (op == '*' && a.kind == IS_STRING && is_whole(b)) return repeat(j, a, as_integer(b));
-    if (op == '*' && (a_joins || b_joins)) return lacks(j, "here the operator", sign);
-    if (op == '%' && a.kind == IS_STRING) return lacks(j, "the operator", string("% of a text"));
+    if ((op == '*' && (a_joins || b_joins)) || (op == '%' && a.kind == IS_STRING))
+        return lacks(j, "for such values the operator", sign);
     if (op != '+' || a.kind != b.kind || !a_joins)
         return complain(j, "arithmetic", is_number(a) || b.kind == IS_UNDEFINED ? b : a);
     Value list = {.kind = a.kind};
@@ -2395,8 +2395,7 @@ static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
         if (!same_text(name, kinds[i].name)) continue;
         bool holds = kinds[i].kinds >> v.kind & 1;
         if (a->list.n || a->named.n) return stop(j, MISUSE, "an argument of a test that has none"), false;
-        if (has_word("true false", name)) return holds && v.truth == (name.text[0] == 't');
-        return holds;
+        return holds && (!has_word("true false", name) || v.truth == (name.text[0] == 't'));
     }
     lacks(j, "the test", name);
     return false;
@@ -2572,8 +2571,9 @@ static int find_operation(char kind, Value name) {
     return i;
 }
 
-// Puts the arguments at the places of their parameters.
-static bool bind(Template *j, const char *parameters, const Arguments *a, Value bound[MAX_PARAMETERS]) {
+// Puts the arguments at the places of the parameters of a row.
+static bool bind(Template *j, int row, const Arguments *a, Value bound[MAX_PARAMETERS]) {
+    const char *parameters = operations[row].parameters;
     size_t n_taken = 0;
     for (size_t i = 0; i < MAX_PARAMETERS; i++) {
         bool needed = *parameters == '!';
@@ -2585,7 +2585,7 @@ static bool bind(Template *j, const char *parameters, const Arguments *a, Value 
         n_taken += found != NULL;
         parameters += name.n + (parameters[name.n] == ' ');
     }
-    if (!j->failed && n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument", string("here"));
+    if (n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument of", string(operations[row].name));
     return !j->failed;
 }
 
@@ -2594,7 +2594,7 @@ static Value apply_named(Template *j, char kind, const char *what, Value name, V
     Value bound[MAX_PARAMETERS];
     if (j->skipping) return undefined;
     if (i == N_OPERATIONS) return lacks(j, what, name);
-    return bind(j, operations[i].parameters, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
+    return bind(j, i, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
 }
 
 static Value apply_filter(Template *j, Value name, Value v, const Arguments *a) {
