@@ -2061,8 +2061,9 @@ typedef enum {
 
 // Whether a character that is not ASCII is of a script without capital letters, or a sign.
 static bool has_one_case(uint32_t c) {
-    return (c >= 0x590 && c < 0x10A0) || (c >= 0x2000 && c < 0x2070) || (c >= 0x2500 && c < 0x2C00) ||
-           (c >= 0x2E80 && c < 0xA640) || (c >= 0xAC00 && c < 0xFB00) || (c >= 0xFE00 && c < 0xFF20) || c >= 0x1F200;
+    return (c < 0xC0 && c != 0xAA && c != 0xB5 && c != 0xBA) || (c >= 0x590 && c < 0x10A0) ||
+           (c >= 0x2000 && c < 0x2070) || (c >= 0x2500 && c < 0x2C00) || (c >= 0x2E80 && c < 0xA640) ||
+           (c >= 0xAC00 && c < 0xFB00) || (c >= 0xFE00 && c < 0xFF20) || c >= 0x1F200;
 }
 
 // Changes the case of ASCII letters. A text with others that may have two is refused: there is no table of them here.
