@@ -1346,11 +1346,10 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
    What JSON texts describe and chat templates compute with. Values do not change after they are made, so they are
    passed as they are and share their parts. All parts lie in a pool, which is freed as a whole. */
 
-// Only templates have those after IS_DICT. A view (range(), d.items()) is like a list, a generator (a filter's result)
-// is a list that is empty after its first use.
+// Only templates have those after IS_DICT.
 typedef enum {
     IS_NONE, IS_BOOLEAN, IS_INTEGER, IS_FLOAT, IS_STRING, IS_LIST, IS_DICT,
-    IS_TUPLE, IS_VIEW, IS_GENERATOR, IS_UNDEFINED, IS_NAMESPACE, IS_LOOP, IS_MACRO, IS_METHOD, IS_FUNCTION,
+    IS_TUPLE, IS_UNDEFINED, IS_NAMESPACE, IS_LOOP, IS_MACRO, IS_FUNCTION,
     N_VALUE_KINDS
 } ValueKind;
 
@@ -1366,7 +1365,6 @@ typedef struct Value {
     };
     union {
         const char *marks;     // of a string, for each byte: 1 if a template spelled it. NULL: none of them
-        struct Value *of;      // a method's object, a generator's list
         struct Scope *scope;   // a namespace's variables, those that a macro sees
         struct Loop *loop;
     };
@@ -1413,11 +1411,16 @@ static bool push_value(Pool *a, Value *list, Value item, Error *e) {
     return true;
 }
 
+static Value integer(int64_t i) { return (Value){.kind = IS_INTEGER, .integer = i}; }
+static Value boolean(bool b) { return (Value){.kind = IS_BOOLEAN, .truth = b}; }
+static Value real(double x) { return (Value){.kind = IS_FLOAT, .number = x}; }
+static Value string(const char *s) { return (Value){.kind = IS_STRING, .text = s, .n = strlen(s)}; }
+static bool same_text(Value s, const char *text) { return s.n == strlen(text) && !memcmp(s.text, text, s.n); }
+
 // The value of a dict's key, or NULL; also where v is no dict.
 static const Value *find_member(const Value *v, const char *key) {
-    for (size_t i = 0, n = strlen(key); v->kind == IS_DICT && i < v->n; i += 2)
-        if (v->items[i].kind == IS_STRING && v->items[i].n == n && !memcmp(v->items[i].text, key, n))
-            return &v->items[i + 1];
+    for (size_t i = 0; v->kind == IS_DICT && i < v->n; i += 2)
+        if (v->items[i].kind == IS_STRING && same_text(v->items[i], key)) return &v->items[i + 1];
     return NULL;
 }
 
@@ -1425,7 +1428,7 @@ static const Value *find_member(const Value *v, const char *key) {
    A reader of RFC 8259, strict, but that a byte order mark is skipped. Integers have 64 bits. Of equal keys the last
    one's value counts, at the first one's place, as in Python. */
 
-enum { MAX_JSON_DEPTH = 100 };
+enum { MAX_JSON_DEPTH = 100, MAX_JSON_KEYS = 1000 };  // of a dict: each is compared with all others
 
 typedef struct {
     const char *start, *at, *end;
@@ -1446,28 +1449,23 @@ static char next_json(JsonReader *r) {
     return r->at < r->end ? *r->at : 0;
 }
 
-// Four hexadecimal digits at p, or 0x110000: there are none.
-static uint32_t read_hex4(const JsonReader *r, const char *p) {
-    char digits[5] = {0};
-    if (r->end - p < 4) return NOT_UTF8;
-    memcpy(digits, p, 4);
-    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
+// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
+static uint32_t read_digits(const char *s, size_t n) {
+    char digits[9] = {0};
+    memcpy(digits, s, n);
+    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
 }
 
 // The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.
 static bool read_escape(JsonReader *r, uint32_t *code) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *at = r->at, *letter = r->end - at > 1 && at[1] ? strchr(letters, at[1]) : NULL;
-    if (letter) {
-        *code = (unsigned char)meanings[letter - letters];
-        r->at += 2;
-        return true;
-    }
-    if (r->end - at < 2 || at[1] != 'u' || (*code = read_hex4(r, at + 2)) == NOT_UTF8)
-        return json_error(r, at, "an unknown escape");
-    r->at += 6;
+    const char *at = r->at, *letter = r->end - at > 1 ? memchr(letters, at[1], sizeof letters - 1) : NULL;
+    r->at += letter ? 2 : 6;
+    *code = letter ? (unsigned char)meanings[letter - letters] : NOT_UTF8;
+    if (!letter && r->end - at > 5 && at[1] == 'u') *code = read_digits(at + 2, 4);
+    if (*code == NOT_UTF8) return json_error(r, at, "an unknown escape");
     if (*code < 0xD800 || *code > 0xDFFF) return true;
-    uint32_t low = r->end - r->at > 5 && r->at[0] == '\\' && r->at[1] == 'u' ? read_hex4(r, r->at + 2) : 0;
+    uint32_t low = r->end - at > 11 && at[6] == '\\' && at[7] == 'u' ? read_digits(at + 8, 4) : 0;
     if (*code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return json_error(r, at, "half of a surrogate pair");
     *code = 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00);
     r->at += 6;
@@ -1486,76 +1484,38 @@ static bool read_json_string(JsonReader *r, Value *v) {
         int length = read_character(r->at, (size_t)(end - r->at), &code);
         if (length <= 0) return json_error(r, r->at, "bytes that are not UTF-8");
         if (code < 32) return json_error(r, r->at, "a control character in a string");
-        if (code == '\\' ? !read_escape(r, &code) : (r->at += length, false)) return false;
+        if (code != '\\') r->at += length;
+        else if (!read_escape(r, &code)) return false;
         v->n += write_character(code, to + v->n);
     }
     r->at = end + 1;
     return true;
 }
 
-// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?
-static bool read_json_number(JsonReader *r, Value *v) {
-    char digits[400];  // the longest double without an exponent, 5e-324, has 325 places
-    size_t n = 0, n_integer, n_fraction;
-    while (r->end - r->at > (ptrdiff_t)n && memchr("0123456789+-.eE", r->at[n], 15)) n++;
-    if (n >= sizeof digits) return json_error(r, r->at, "a number of more than 399 characters");
-    memcpy(digits, r->at, n);
-    digits[n] = 0;
-    const char *p = digits + (digits[0] == '-');
-    n_integer = strspn(p, "0123456789");
-    bool ok = n_integer == 1 || (n_integer > 1 && *p != '0'), whole = true;
-    p += n_integer;
-    if (*p == '.') {
-        n_fraction = strspn(p + 1, "0123456789");
-        ok &= n_fraction > 0;
-        whole = false;
-        p += 1 + n_fraction;
-    }
-    if (*p == 'e' || *p == 'E') {
-        p += 1 + (p[1] == '+' || p[1] == '-');
-        ok &= isdigit((unsigned char)*p) != 0;
-        p += strspn(p, "0123456789");
-        whole = false;
-    }
-    if (!ok || *p) return json_error(r, r->at, "neither a value nor a number");
+// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?   Returns its length; 0: none is there, or it is too large.
+static size_t scan_number(const char *s, size_t n, Value *v) {
+    static const char numerals[] = "0123456789";
+    char digits[402] = {0};  // the longest double without an exponent, 5e-324, has 325 places
+    size_t sign = n && *s == '-', length, most = sizeof digits - 3;
+    memcpy(digits, s, n < most ? n : most);
+    length = sign + strspn(digits + sign, numerals);
+    size_t whole = length, exponent;
+    if (length == sign || (digits[sign] == '0' && length > sign + 1)) return 0;
+    if (digits[length] == '.' && isdigit((unsigned char)digits[length + 1]))
+        length += 1 + strspn(digits + length + 1, numerals);
+    exponent = length + 1 + (digits[length + 1] == '+' || digits[length + 1] == '-');
+    if ((digits[length] == 'e' || digits[length] == 'E') && isdigit((unsigned char)digits[exponent]))
+        length = exponent + strspn(digits + exponent, numerals);
+    if (length >= most) return 0;
+    digits[length] = 0;
     errno = 0;
-    if (whole) *v = (Value){.kind = IS_INTEGER, .integer = strtoll(digits, NULL, 10)};
-    else *v = (Value){.kind = IS_FLOAT, .number = strtod(digits, NULL)};
-    if (whole ? errno == ERANGE : isinf(v->number)) return json_error(r, r->at, "a number that is too large");
-    r->at += n;
-    return true;
+    *v = length == whole ? integer(strtoll(digits, NULL, 10)) : real(strtod(digits, NULL));
+    return (length == whole ? errno == ERANGE : isinf(v->number)) ? 0 : length;
 }
 
 static int compare_strings(const Value *a, const Value *b) {
     int order = memcmp(a->text, b->text, a->n < b->n ? a->n : b->n);
     return order ? order : (a->n > b->n) - (a->n < b->n);
-}
-
-// Equal keys in the order of their places.
-static int compare_keys(const void *a, const void *b) {
-    const Value *x = *(const Value *const *)a, *y = *(const Value *const *)b;
-    int order = compare_strings(x, y);
-    return order ? order : (x > y) - (x < y);
-}
-
-// Leaves one entry of each key.
-static bool drop_equal_keys(JsonReader *r, Value *dict) {
-    size_t n = dict->n / 2, kept = 0;
-    Value **keys = allocate(n, sizeof *keys, r->e);
-    if (!keys) return false;
-    for (size_t i = 0; i < n; i++) keys[i] = &dict->items[2 * i];
-    if (n > 1) qsort(keys, n, sizeof *keys, compare_keys);
-    for (size_t i = 1, first = 0; i < n; i++) {
-        if (compare_strings(keys[first], keys[i])) first = i;
-        else keys[first][1] = keys[i][1], keys[i]->kind = IS_NONE;
-    }
-    free(keys);
-    for (size_t i = 0; i < n; i++) {
-        if (dict->items[2 * i].kind == IS_NONE) continue;
-        memmove(&dict->items[2 * kept++], &dict->items[2 * i], 2 * sizeof(Value));
-    }
-    dict->n = 2 * kept;
-    return true;
 }
 
 static bool read_json(JsonReader *r, Value *v);
@@ -1567,21 +1527,26 @@ static bool read_json_items(JsonReader *r, Value *v) {
     *v = (Value){.kind = is_dict ? IS_DICT : IS_LIST};
     if (++r->depth > MAX_JSON_DEPTH) return json_error(r, r->at - 1, "nested too deep");
     for (bool first = true; next_json(r) != close || !first; first = false) {
-        Value item;
+        Value key, item, *old = NULL;
         if (!first && next_json(r) != ',') return json_error(r, r->at, is_dict ? "no , or }" : "no , or ]");
         if (!first) r->at++;
         if (is_dict) {
             if (next_json(r) != '"') return json_error(r, r->at, "no \" of a key");
-            if (!read_json_string(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+            if (!read_json_string(r, &key)) return false;
             if (next_json(r) != ':') return json_error(r, r->at, "no : after a key");
             r->at++;
+            for (size_t i = 0; i < v->n; i += 2) if (!compare_strings(&v->items[i], &key)) old = &v->items[i + 1];
+            if (!old && !push_value(r->pool, v, key, r->e)) return false;
+            if (v->n > 2 * MAX_JSON_KEYS) return json_error(r, r->at, "a dict of more than 1,000 keys");
         }
-        if (!read_json(r, &item) || !push_value(r->pool, v, item, r->e)) return false;
+        if (!read_json(r, &item)) return false;
+        if (old) *old = item;
+        else if (!push_value(r->pool, v, item, r->e)) return false;
         if (next_json(r) == close) break;
     }
     r->at++;
     r->depth--;
-    return !is_dict || drop_equal_keys(r, v);
+    return true;
 }
 
 static bool read_json(JsonReader *r, Value *v) {
@@ -1589,16 +1554,19 @@ static bool read_json(JsonReader *r, Value *v) {
         {"null", {.kind = IS_NONE}}, {"true", {.kind = IS_BOOLEAN, .truth = true}}, {"false", {.kind = IS_BOOLEAN}},
     };
     char c = next_json(r);
+    size_t left = (size_t)(r->end - r->at), length = 0;
     if (c == '"') return read_json_string(r, v);
     if (c == '{' || c == '[') return read_json_items(r, v);
-    for (size_t i = 0; i < 3; i++) {
+    if (left == 0) return json_error(r, r->at, "it ends here");
+    for (size_t i = 0; i < 3 && !length; i++) {
         size_t n = strlen(words[i].word);
-        if ((size_t)(r->end - r->at) < n || memcmp(r->at, words[i].word, n)) continue;
+        if (left < n || memcmp(r->at, words[i].word, n)) continue;
         *v = words[i].value;
-        r->at += n;
-        return true;
+        length = n;
     }
-    return c ? read_json_number(r, v) : json_error(r, r->at, "it ends here");
+    if (!length) length = scan_number(r->at, left, v);
+    r->at += length;
+    return length || json_error(r, r->at, "neither a value nor a number, or one that is too large");
 }
 
 // Reads the n bytes as one value. Its parts lie in the pool, none in `text`.
@@ -1615,11 +1583,13 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
    The form of a chat is a program in the language Jinja, which comes with the model: text with {{ expressions }},
    {% statements %} and {# comments #} in it. This is an interpreter of the part that published templates use, with the
    results of jinja2 as transformers sets it up (trim_blocks, lstrip_blocks, a sandbox in which nothing can be changed).
+   Where Python has generators and views, here are lists.
 
    It has no syntax tree. A template is cut into lexemes once; then functions, one for each rule of the grammar, walk
    over them and compute as they go. What is not taken (a branch, the second half of `a and b`) is walked over while
-   `skipping` is set, which only moves. So is the whole template before it runs, to find its errors. After an error
-   the walk stands on the last lexeme, which no rule accepts: everything ends, and nothing has to look for errors.
+   `skipping` is set: all values are undefined then, and nothing complains. So is the whole template before it runs, to
+   find its errors. After an error the walk stands on the last lexeme, which no rule accepts: everything ends, and
+   nothing has to look for errors.
 
    A template is bytes from a stranger. Its work is counted (in bytes copied, or as much as that takes) and limited,
    and with it time, memory and output; so is its depth. Each byte of a string is marked if the template itself spelled
@@ -1634,14 +1604,15 @@ typedef enum {
 
 typedef struct {
     LexemeKind kind;
-    int line, level;  // of operators: how tight they bind; else 0
+    int level;        // of operators: how tight they bind; else 0
+    size_t from;      // where it is in the source
     size_t jump;      // where an expression begins that an `if` follows: the condition; where a body begins: its end
     Value value;      // a string, the characters of a name or sign; or a number
 } Lexeme;
 
-typedef struct Variable { Value name, value; struct Variable *next; } Variable;
-typedef struct Scope { struct Scope *outer; Variable *first; } Scope;
-typedef struct Loop { Value items, changed; size_t i; int depth; } Loop;
+typedef struct Scope { struct Scope *outer; Value variables; } Scope;  // a dict
+typedef struct Loop { Value items; size_t i; } Loop;
+typedef struct { Value list, named; } Arguments;
 
 // What has been rendered.
 typedef struct {
@@ -1652,15 +1623,13 @@ typedef struct {
     const char *source, *ones;  // with \n at the ends of lines; marks for strings of the template
     size_t n_source, at, work_left;
     Buffer lexemes;
+    size_t from;                // what is being cut into lexemes
     bool lexed, checking, skipping, failed;
-    int line;                   // that is being cut into lexemes
     int depth, n_loops;         // loops round the place where it is, in its macro
     enum { STAYS, BREAKS, GOES_ON } leaves;  // what `break` and `continue` set: then all is skipped to the loop's end
-    const Value *given;         // a dict
     const struct tm *now;
     Scope *scope;
-    Rendered *out;              // also where strings are made: at its end, from where take_string() takes them
-    struct { uint32_t from, to; char kind; } run;  // the characters that kind_of() looked up last
+    Rendered *out;              // also where strings are made: at its end, from where take_string_from() takes them
     Pool pool;
     Error *e;
 } Template;
@@ -1676,7 +1645,10 @@ __attribute__((format(printf, 3, 4))) static Value stop(Template *j, int status,
     va_start(list, format);
     vsnprintf(what, sizeof what, format, list);
     va_end(list);
-    if (!j->failed) fail(j->e, status, "the chat template, line %d: %s", j->lexed ? here(j)->line : j->line, what);
+    int line = 1;
+    size_t from = j->lexed ? here(j)->from : j->from;
+    for (size_t i = 0; i < from && i < j->n_source; i++) line += j->source[i] == '\n';
+    if (!j->failed) fail(j->e, status, "the chat template, line %d: %s", line, what);
     j->failed = j->skipping = true;
     if (j->lexed) j->at = j->lexemes.n / sizeof(Lexeme) - 1;
     return undefined;
@@ -1687,6 +1659,17 @@ static Value lacks(Template *j, const char *what, Value name) {
                 (int)(name.n < 60 ? name.n : 60), name.text);
 }
 
+// A value of a kind that does not fit. An undefined one answers which one it is.
+static Value complain(Template *j, const char *what, Value v) {
+    static const char *const names[N_VALUE_KINDS] = {
+        "None", "bool", "int", "float", "str", "list", "dict", "tuple", "undefined", "namespace", "loop", "macro",
+        "function",
+    };
+    if (j->skipping) return undefined;
+    if (v.kind != IS_UNDEFINED) return stop(j, MISUSE, "%s of a value of type %s", what, names[v.kind]);
+    return stop(j, MISUSE, "'%.*s' is undefined", (int)(v.n < 60 ? v.n : 60), v.text);
+}
+
 // Counts work. False after an error.
 static bool spend(Template *j, size_t n) {
     if (n > j->work_left) stop(j, NO_ROOM, "it takes too long, or too much memory");
@@ -1694,31 +1677,39 @@ static bool spend(Template *j, size_t n) {
     return !j->failed;
 }
 
+static bool enter(Template *j) {
+    if (++j->depth > MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep, or an endless recursion");
+    return spend(j, LEXEME_WORK);
+}
+
 static void *get_memory(Template *j, size_t n) {
     void *p = spend(j, n) ? reserve(&j->pool, n, j->e) : NULL;
-    if (!p && !j->failed) j->failed = true, stop(j, NO_MEMORY, "no memory");
+    if (!p && !j->failed) stop(j, NO_MEMORY, "no memory");
     return p;
 }
 
 static void push(Template *j, Value *list, Value item) {
-    if (!j->failed && spend(j, 2 * sizeof item) && !push_value(&j->pool, list, item, j->e))
-        j->failed = true, stop(j, NO_MEMORY, "no memory");
+    if (j->failed || !spend(j, 2 * sizeof item)) return;
+    if (!push_value(&j->pool, list, item, j->e)) stop(j, NO_MEMORY, "no memory");
 }
 
-static Value integer(int64_t i) { return (Value){.kind = IS_INTEGER, .integer = i}; }
-static Value boolean(bool b) { return (Value){.kind = IS_BOOLEAN, .truth = b}; }
-static Value real(double x) { return (Value){.kind = IS_FLOAT, .number = x}; }
-static Value string(const char *s) { return (Value){.kind = IS_STRING, .text = s, .n = strlen(s)}; }
 static Value part_of(Value s, size_t from, size_t to) {
     return (Value){.kind = IS_STRING, .n = to - from, .text = s.text + from, .marks = s.marks ? s.marks + from : NULL};
 }
-static bool same_text(Value s, const char *text) { return s.n == strlen(text) && !memcmp(s.text, text, s.n); }
+
+static bool has_word(const char *words, Value name) {
+    for (size_t n; *words; words += n + (words[n] == ' ')) {
+        n = strcspn(words, " ");
+        if (n == name.n && !memcmp(words, name.text, n)) return true;
+    }
+    return false;
+}
 
 // Appends bytes to what is rendered.
 static void add_bytes(Template *j, const char *text, size_t n, const char *marks) {
     if (n == 0 || !spend(j, times(n, 2))) return;
-    if (!append(&j->out->text, text, n, j->e) || !append(&j->out->marks, marks, n, j->e))
-        j->failed = true, stop(j, NO_MEMORY, "no memory");
+    bool ok = append(&j->out->text, text, n, j->e) && append(&j->out->marks, marks, n, j->e);
+    if (!ok) stop(j, NO_MEMORY, "no memory");
 }
 static void put_string(Template *j, Value s) { add_bytes(j, s.text, s.n, s.marks); }
 static void add_text(Template *j, const char *text) { add_bytes(j, text, strlen(text), NULL); }
@@ -1766,13 +1757,13 @@ static Value strip(Value s, bool start, bool end, const Value *set) {
 
 static const struct { const char *text; int level; } operators[] = {
     {"or", 1}, {"and", 2}, {"in", 4}, {"not", 4}, {"==", 4}, {"!=", 4}, {"<=", 4}, {">=", 4}, {"<", 4}, {">", 4},
-    {"//", 7}, {"**", 8}, {"+", 5}, {"-", 5}, {"~", 6}, {"*", 7}, {"/", 7}, {"%", 7},
+    {"//", 7}, {"+", 5}, {"-", 5}, {"~", 6}, {"*", 7}, {"/", 7}, {"%", 7},
 };
 enum { N_OPERATORS = sizeof operators / sizeof *operators, OR = 1, AND, NOT, COMPARE, ADD };
 
 static void add_lexeme(Template *j, LexemeKind kind, Value value) {
-    Lexeme x = {kind, j->line, 0, 0, value};
-    for (int i = 0; kind >= LEX_NAME && i < N_OPERATORS && kind != LEX_STRING && kind != LEX_NUMBER && !x.level; i++)
+    Lexeme x = {kind, 0, j->from, 0, value};
+    for (int i = 0; (kind == LEX_NAME || kind == LEX_SIGN) && i < N_OPERATORS; i++)
         if (same_text(value, operators[i].text)) x.level = operators[i].level;
     if (!append(&j->lexemes, &x, sizeof x, j->e)) j->failed = true;
 }
@@ -1782,92 +1773,59 @@ static Value spelled(const Template *j, size_t from, size_t to) {
     return (Value){.kind = IS_STRING, .text = j->source + from, .n = to - from, .marks = j->ones};
 }
 
-// The character that the escape at `at` stands for, as in Python. Returns the escape's length; 0: it is not supported.
-// *code is NOT_UTF8 where there is none: after a backslash at a line's end.
-static size_t lex_escape(const Template *j, size_t at, size_t end, uint32_t *code) {
-    static const char letters[] = "\\'\"abfnrtv", meanings[] = "\\'\"\a\b\f\n\r\t\v";
-    char c = j->source[at + 1], digits[9] = {0};
-    const char *letter = memchr(letters, c, sizeof letters - 1);
-    size_t most = c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 3, start = at + (c >= '0' && c <= '7' ? 1 : 2), n = 0;
-    bool octal = start == at + 1;
-    *code = letter ? (unsigned char)meanings[letter - letters] : c == '\n' ? NOT_UTF8 : '\\';
-    if (letter || c == '\n') return 2;
-    if (!octal && c != 'x' && c != 'u' && c != 'U') return c == 'N' ? 0 : 1;  // of unknown ones the backslash stays
-    while (n < most && start + n < end && isxdigit((unsigned char)j->source[start + n]) &&
-           (!octal || (j->source[start + n] >= '0' && j->source[start + n] <= '7'))) n++;
-    memcpy(digits, j->source + start, n);
-    *code = (uint32_t)strtoul(digits, NULL, octal ? 8 : 16);
-    return (!octal && n < most) || *code >= NOT_UTF8 || *code >> 11 == 27 ? 0 : start + n - at;
-}
-
-// The string whose quote is at `at`. Returns where it ends.
+// The string whose quote is at `at`, with Python's escapes. Returns where it ends.
 static size_t lex_string(Template *j, size_t at) {
+    static const char letters[] = "\\'\"abfnrtv", meanings[] = "\\'\"\a\b\f\n\r\t\v";
     size_t end = at + 1, n = 0;
     while (end < j->n_source && j->source[end] != j->source[at]) end += j->source[end] == '\\' ? 2 : 1;
     if (end >= j->n_source) return stop(j, BAD_FILE, "a string without an end"), end;
     char *to = get_memory(j, end - at);
-    for (at++; to && at < end;) {
-        uint32_t code = 0;
-        j->line += j->source[at] == '\n';
-        size_t length = j->source[at] == '\\' ? lex_escape(j, at, end, &code) : 1;
-        if (!length) return stop(j, BAD_FILE, "the escape \\%c is not supported", j->source[at + 1]), end;
-        if (j->source[at] != '\\') to[n++] = j->source[at];
-        else if (code != NOT_UTF8) n += write_character(code, to + n);
-        at += length;
+    for (at++; to && at < end; at++) {
+        char c = to[n] = j->source[at], escaped = j->source[at + 1];
+        if (c != '\\') n++;
+        if (c != '\\') continue;
+        const char *letter = memchr(letters, escaped, sizeof letters - 1);
+        size_t n_digits = escaped == 'x' ? 2 : escaped == 'u' ? 4 : escaped == 'U' ? 8 : 0;
+        uint32_t code = letter ? (uint32_t)meanings[letter - letters] : '\\';  // of unknown ones the backslash stays
+        if (n_digits) code = end - at > n_digits + 1 ? read_digits(j->source + at + 2, n_digits) : NOT_UTF8;
+        if (memchr("01234567N\n", escaped, 10) || code >= NOT_UTF8 || code >> 11 == 27)
+            return stop(j, BAD_FILE, "the escape \\%c is not supported", escaped), end;
+        n += write_character(code, to + n);
+        at += letter ? 1 : n_digits ? 1 + n_digits : 0;
     }
     add_lexeme(j, LEX_STRING, (Value){.kind = IS_STRING, .text = to, .n = n, .marks = j->ones});
     return end + 1;
 }
 
-static size_t lex_number(Template *j, size_t at) {
-    char digits[64] = {0};
-    size_t n = 0;
-    bool whole = true;
-    const char *s = j->source + at;
-    for (; at + n < j->n_source && n < sizeof digits - 1; n++) {
-        bool exponent = n && (s[n] == 'e' || s[n] == 'E');
-        bool follows = at + n + 1 < j->n_source && (isdigit((unsigned char)s[n + 1]) ||
-                       (exponent && (s[n + 1] == '+' || s[n + 1] == '-')));
-        if (!isdigit((unsigned char)s[n]) && !((exponent || (s[n] == '.' && whole)) && follows) &&
-            !(n && (s[n] == '+' || s[n] == '-') && (s[n - 1] == 'e' || s[n - 1] == 'E'))) break;
-        whole = whole && isdigit((unsigned char)s[n]);
-    }
-    memcpy(digits, s, n);
-    errno = 0;
-    Value v = whole ? integer(strtoll(digits, NULL, 10)) : real(strtod(digits, NULL));
-    bool odd = at + n < j->n_source && (s[n] == '_' || isalnum((unsigned char)s[n]));
-    if (odd || (whole && (errno || (n > 1 && *s == '0'))))
-        stop(j, BAD_FILE, "the number %s%.1s is not supported", digits, odd ? s + n : "");
-    add_lexeme(j, LEX_NUMBER, v);
-    return at + n;
-}
-
 // Cuts what stands between the two ends of a tag. Returns where it ends; `closing` begins with what ends it.
 static size_t lex_tag(Template *j, size_t at, const char *closing) {
-    char open[MAX_TEMPLATE_DEPTH + 1] = "";  // the brackets that are to be closed
-    for (size_t n, n_open = 0; at < j->n_source && !j->failed; at += n) {
+    int n_open = 0;  // brackets that are to be closed
+    for (size_t n; at < j->n_source && !j->failed; at += n) {
+        static const char pairs[][3] = {"==", "!=", "<=", ">=", "//", "**"};
         const char *s = j->source + at;
-        size_t left = j->n_source - at;
-        unsigned char c = (unsigned char)*s;
+        size_t left = j->n_source - at, sign = *s == '-' || (*s == '+' && *closing == '%');
         uint32_t code;
-        j->line += c == '\n';
+        j->from = at;
         n = character(s, left, &code);
         if (is_white(code)) continue;
-        size_t sign = *s == '-' || (*s == '+' && *closing == '%');
-        if (!n_open && left >= sign + 2 && s[sign] == *closing && s[sign + 1] == '}') return at;
+        if (n_open <= 0 && left >= sign + 2 && s[sign] == *closing && s[sign + 1] == '}') return at;
         for (n = 0; n < left && (isalnum((unsigned char)s[n]) || s[n] == '_' || s[n] & 0x80); n++) {}
-        if (isdigit(c)) n = lex_number(j, at) - at;
-        else if (c == '\'' || c == '"') n = lex_string(j, at) - at;
+        if (isdigit((unsigned char)*s)) {
+            Value v = undefined;
+            size_t length = scan_number(s, left, &v);
+            bool odd = !length || (length < left && (s[length] == '_' || isalnum((unsigned char)s[length])));
+            if (odd) lacks(j, "the number", spelled(j, at, at + n));
+            add_lexeme(j, LEX_NUMBER, v);
+            n = length;
+        } else if (*s == '\'' || *s == '"') n = lex_string(j, at) - at;
         else if (n) add_lexeme(j, LEX_NAME, spelled(j, at, at + n));
         else {
-            static const char pairs[][3] = {"==", "!=", "<=", ">=", "//", "**"}, closes[] = "([{)]}";
             n = 1;
             for (size_t i = 0; i < 6; i++) if (left > 1 && !memcmp(s, pairs[i], 2)) n = 2;
-            const char *bracket = memchr(closes, *s, 6);
-            if (bracket && bracket < closes + 3) open[n_open++] = bracket[3];
-            else if (bracket && (n_open == 0 || open[--n_open] != *s)) stop(j, BAD_FILE, "unexpected %c", *s);
+            n_open += memchr("([{", *s, 3) ? 1 : memchr(")]}", *s, 3) ? -1 : 0;
             if (n_open > MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep");
             if (n == 1 && !memchr("([{)]}+-/*%~<>=.:|,", *s, 19)) stop(j, BAD_FILE, "an unexpected character");
+            if (*s == '*' && n == 2) lacks(j, "the operator", string("**"));
             add_lexeme(j, LEX_SIGN, spelled(j, at, at + n));
         }
     }
@@ -1875,158 +1833,121 @@ static size_t lex_tag(Template *j, size_t at, const char *closing) {
     return j->n_source;
 }
 
-// Where white space from `at` on ends.
-static size_t skip_white(const Template *j, size_t at) {
-    return (size_t)(strip(spelled(j, at, j->n_source), true, false, NULL).text - j->source);
+// Cuts the tag or comment at `open`. Returns where its closing bracket begins, after a - or + before it.
+static size_t lex_bracket(Template *j, size_t open) {
+    char what = j->source[open + 1];
+    size_t at = open + 2;
+    j->from = open;
+    if (at < j->n_source && (j->source[at] == '-' || j->source[at] == '+')) at++;
+    if (what == '#') {
+        const char *close = at < j->n_source ? memmem(j->source + at, j->n_source - at, "#}", 2) : NULL;
+        if (!close) return stop(j, BAD_FILE, "a comment without #}"), at;
+        size_t end = (size_t)(close - j->source);
+        return end > at && (close[-1] == '-' || close[-1] == '+') ? end - 1 : end;
+    }
+    add_lexeme(j, what == '{' ? LEX_OUTPUT : LEX_TAG, spelled(j, open, open + 2));
+    at = lex_tag(j, at, what == '{' ? "}}" : "%}");
+    add_lexeme(j, LEX_CLOSE, spelled(j, at, at));
+    return at;
 }
 
 // Cuts the template into lexemes. White space that tags remove is left out: by -, and, if a statement or a comment
 // stands in lines of its own, the indent before it and the line end after it.
 static void make_lexemes(Template *j) {
     bool at_line_start = true;
-    j->line = 1;
-    for (size_t at = 0, open; at < j->n_source && !j->failed;) {
+    for (size_t at = 0, open, end, line; at < j->n_source && !j->failed;) {
         for (open = at; open + 1 < j->n_source; open++)
-            if (j->source[open] == '{' && j->source[open + 1] && strchr("{%#", j->source[open + 1])) break;
+            if (j->source[open] == '{' && memchr("{%#", j->source[open + 1], 3)) break;
+        j->from = at;
+        end = line = open;
         if (open + 1 >= j->n_source) {
             add_lexeme(j, LEX_TEXT, spelled(j, at, j->n_source));
             break;
         }
-        char what = j->source[open + 1], sign = open + 2 < j->n_source ? j->source[open + 2] : 0;
-        bool has_sign = sign == '-' || sign == '+';
-        size_t end = open, line = open;
+        char sign = open + 2 < j->n_source ? j->source[open + 2] : 0;
+        bool is_output = j->source[open + 1] == '{';
         while (line > at && j->source[line - 1] != '\n') line--;
         bool indent = (line > at || at_line_start) && strip(spelled(j, line, open), true, false, NULL).n == 0;
         if (sign == '-') end = at + strip(spelled(j, at, open), false, true, NULL).n;
-        else if (sign != '+' && what != '{' && indent) end = line;
+        else if (sign != '+' && !is_output && indent) end = line;
         if (end > at) add_lexeme(j, LEX_TEXT, spelled(j, at, end));
-        for (; at < open; at++) j->line += j->source[at] == '\n';
-        size_t start = at = open + 2 + has_sign;
-        if (what == '#') {
-            const char *close = at < j->n_source ? memmem(j->source + at, j->n_source - at, "#}", 2) : NULL;
-            if (!close) stop(j, BAD_FILE, "a comment without #}");
-            for (; close && j->source + at < close; at++) j->line += j->source[at] == '\n';
-            if (at > start && (j->source[at - 1] == '-' || j->source[at - 1] == '+')) at--;
-        } else {
-            add_lexeme(j, what == '{' ? LEX_OUTPUT : LEX_TAG, spelled(j, open, open + 2));
-            at = lex_tag(j, at, what == '{' ? "}}" : "%}");
-            add_lexeme(j, LEX_CLOSE, spelled(j, at, at));
-        }
+        at = lex_bracket(j, open);
         if (j->failed) return;
         bool strips = j->source[at] == '-', keeps = j->source[at] == '+';
         at += 2 + strips + keeps;
-        size_t next = strips ? skip_white(j, at) : at + (what != '{' && !keeps && j->source[at] == '\n');
+        size_t next = at + (!is_output && !keeps && at < j->n_source && j->source[at] == '\n');
+        if (strips) next = j->n_source - strip(spelled(j, at, j->n_source), true, false, NULL).n;
         at_line_start = next > at && j->source[next - 1] == '\n';
-        for (; at < next; at++) j->line += j->source[at] == '\n';
+        at = next;
     }
 }
 
 /* ---- Chat templates: values ---- */
 
-static bool is_list(Value v) { return v.kind == IS_LIST || v.kind == IS_TUPLE || v.kind == IS_VIEW; }
-static bool is_number(Value v) { return v.kind == IS_BOOLEAN || v.kind == IS_INTEGER || v.kind == IS_FLOAT; }
+static bool is_list(Value v) { return v.kind == IS_LIST || v.kind == IS_TUPLE; }
+static bool is_whole(Value v) { return v.kind == IS_BOOLEAN || v.kind == IS_INTEGER; }
+static bool is_number(Value v) { return is_whole(v) || v.kind == IS_FLOAT; }
+static bool is_missing(Value v) { return v.kind == IS_NONE || v.kind == IS_UNDEFINED; }
 static int64_t as_integer(Value v) { return v.kind == IS_BOOLEAN ? v.truth : v.integer; }
 static double as_real(Value v) { return v.kind == IS_FLOAT ? v.number : (double)as_integer(v); }
 
 static bool is_true(Value v) {
-    if (v.kind == IS_BOOLEAN) return v.truth;
-    if (v.kind == IS_INTEGER) return v.integer != 0;
+    if (is_whole(v)) return as_integer(v) != 0;
     if (v.kind == IS_FLOAT) return v.number != 0;
-    return v.kind != IS_NONE && v.kind != IS_UNDEFINED && (v.n > 0 || v.kind > IS_VIEW);
-}
-
-static const char *const kind_names[N_VALUE_KINDS] = {
-    "None", "bool", "int", "float", "str", "list", "dict", "tuple", "view", "generator", "undefined", "namespace",
-    "loop", "macro", "method", "function",
-};
-
-// What an undefined value answers where it must be a value: which one it is.
-static Value complain(Template *j, const char *what, Value v) {
-    if (v.kind == IS_UNDEFINED)
-        return stop(j, MISUSE, "'%.*s' is undefined", (int)(v.n < 60 ? v.n : 60), v.text);
-    return stop(j, MISUSE, "%s of a value of type %s", what, kind_names[v.kind]);
-}
-
-// -1, 0, 1: a is less, equal, greater; 2: one is NaN.
-static int compare_numbers(Value a, Value b) {
-    double x = as_real(a), y = as_real(b);
-    if (a.kind != IS_FLOAT && b.kind != IS_FLOAT)
-        return (as_integer(a) > as_integer(b)) - (as_integer(a) < as_integer(b));
-    return x != x || y != y ? 2 : (x > y) - (x < y);
+    return !is_missing(v) && (v.n > 0 || v.kind > IS_UNDEFINED);
 }
 
 static bool is_equal(Template *j, Value a, Value b);
 
 // The value of a dict's key, or NULL.
-static const Value *find_value(Template *j, Value dict, Value key) {
+static Value *find_value(Template *j, Value dict, Value key) {
     for (size_t i = 0; i < dict.n && spend(j, 4); i += 2)
-        if (dict.items[i].kind == key.kind && key.kind == IS_STRING
-                ? dict.items[i].n == key.n && spend(j, key.n / 16) && !memcmp(dict.items[i].text, key.text, key.n)
-                : is_equal(j, dict.items[i], key)) return &dict.items[i + 1];
+        if (is_equal(j, dict.items[i], key)) return &dict.items[i + 1];
     return NULL;
 }
 
+// Sets a key of a dict that is being made.
+static void set_member(Template *j, Value *dict, Value key, Value value) {
+    Value *old = find_value(j, *dict, key);
+    if (key.kind == IS_LIST || key.kind == IS_DICT) complain(j, "a key", key);
+    if (old) *old = value;
+    else push(j, dict, key), push(j, dict, value);
+}
+
 static bool is_equal(Template *j, Value a, Value b) {
-    if (is_number(a) && is_number(b)) return compare_numbers(a, b) == 0;
-    if (a.kind == IS_UNDEFINED && b.kind == IS_UNDEFINED) return true;
-    if (a.kind != b.kind || a.n != b.n) return false;
-    if (a.kind == IS_NONE) return true;
+    if (is_whole(a) && is_whole(b)) return as_integer(a) == as_integer(b);
+    if (is_number(a) && is_number(b)) return as_real(a) == as_real(b);
+    if (a.kind != b.kind) return false;
+    if (is_missing(a)) return true;
+    if (a.n != b.n) return false;
     if (a.kind == IS_STRING) return spend(j, a.n / 16 + 1) && memcmp(a.text, b.text, a.n) == 0;
-    if (a.kind > IS_TUPLE) return a.items == b.items && a.of == b.of;
-    if (j->depth >= MAX_TEMPLATE_DEPTH) return stop(j, BAD_FILE, "nested too deep"), false;
-    bool same = true;
-    j->depth++;
-    for (size_t i = 0; same && i < a.n && spend(j, 4); i += 1 + (a.kind == IS_DICT)) {
-        const Value *other = a.kind == IS_DICT ? find_value(j, b, a.items[i]) : &b.items[i];
-        same = other && is_equal(j, a.kind == IS_DICT ? a.items[i + 1] : a.items[i], *other);
+    if (a.kind != IS_DICT && !is_list(a)) return a.items == b.items && a.scope == b.scope;
+    bool same = enter(j), is_dict = a.kind == IS_DICT;
+    for (size_t i = 0; same && i < a.n && spend(j, 4); i += 1 + is_dict) {
+        const Value *other = is_dict ? find_value(j, b, a.items[i]) : &b.items[i];
+        same = other && is_equal(j, a.items[i + is_dict], *other);
     }
     j->depth--;
     return same && !j->failed;
 }
 
-// Whether a < b: numbers, strings by their characters' codes, lists by their first items that differ.
+// Whether a < b: numbers, or strings by their characters' codes.
 static bool is_less(Template *j, Value a, Value b) {
-    size_t i = 0;
-    if (is_number(a) && is_number(b)) return compare_numbers(a, b) == -1;
+    if (is_whole(a) && is_whole(b)) return as_integer(a) < as_integer(b);
+    if (is_number(a) && is_number(b)) return as_real(a) < as_real(b);
     if (a.kind == IS_STRING && b.kind == IS_STRING)
         return spend(j, (a.n < b.n ? a.n : b.n) / 16 + 1) && compare_strings(&a, &b) < 0;
-    if (a.kind != b.kind || (a.kind != IS_LIST && a.kind != IS_TUPLE))
-        return complain(j, "the order", a.kind == IS_UNDEFINED ? a : b), false;
-    while (i < a.n && i < b.n && is_equal(j, a.items[i], b.items[i])) i++;
-    if (i == a.n || i == b.n) return a.n < b.n;
-    if (j->depth >= MAX_TEMPLATE_DEPTH) return stop(j, BAD_FILE, "nested too deep"), false;
-    j->depth++;
-    bool less = is_less(j, a.items[i], b.items[i]);
-    j->depth--;
-    return less;
-}
-
-// The kind of a character, as in unicode_data.
-static char kind_of(Template *j, uint32_t code) {
-    uint32_t at = 0, n = 0, wanted = code < GAP ? code : code - GAP_END + GAP;
-    if (code >= GAP && code - GAP_END >= N_CLASSIFIED - GAP) return '_';
-    if (code >= j->run.from && code < j->run.to) return j->run.kind;
-    spend(j, 1024);
-    for (const char *p = unicode_data; *p; p++) {
-        for (n = !isdigit((unsigned char)*p); isdigit((unsigned char)*p); p++) n = n * 10 + (uint32_t)(*p - '0');
-        if (*p == 'k') continue;
-        if (wanted < at + n) {
-            j->run.kind = *p;
-            j->run.from = at + code - wanted;
-            j->run.to = at + n + code - wanted;
-            return *p;
-        }
-        at += n;
-    }
-    return '_';
+    if (is_list(a) && a.kind == b.kind) lacks(j, "the order of", string("lists"));
+    else complain(j, "the order", a.kind == IS_UNDEFINED ? a : b);
+    return false;
 }
 
 // A float as Python prints it: the fewest digits that give it back.
-static void put_real(Template *j, double x) {
+static void put_real(Template *j, double x, bool json) {
     char digits[40], text[400];
     int precision = 0;
-    if (isnan(x)) snprintf(text, sizeof text, "nan");
-    else if (isinf(x)) snprintf(text, sizeof text, x < 0 ? "-inf" : "inf");
+    if (isnan(x)) snprintf(text, sizeof text, json ? "NaN" : "nan");
+    else if (isinf(x)) snprintf(text, sizeof text, "%s%s", x < 0 ? "-" : "", json ? "Infinity" : "inf");
     else {
         do snprintf(digits, sizeof digits, "%.*e", precision, x);
         while (strtod(digits, NULL) != x && ++precision < 17);
@@ -2038,7 +1959,7 @@ static void put_real(Template *j, double x) {
 }
 
 // Puts a string as repr() or JSON spell it.
-static void put_quoted(Template *j, Value s, bool json, bool ascii) {
+static void put_quoted(Template *j, Value s, bool json) {
     const char *letters = json ? "\b\f\n\r\t" : "\n\r\t", *names = json ? "bfnrt" : "nrt";
     char quote = json || (memchr(s.text, '\'', s.n) && !memchr(s.text, '"', s.n)) ? '"' : '\'', text[16];
     add_bytes(j, &quote, 1, NULL);
@@ -2046,36 +1967,56 @@ static void put_quoted(Template *j, Value s, bool json, bool ascii) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
         const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
-        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || (c != 127 && c < 128));
-        if (json && c >= 128) plain = !ascii;
-        if (!json && c >= 128) plain = !strchr("_s", kind_of(j, c));
-        if (plain) put_string(j, part_of(s, i, i + length));
-        else if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
+        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !is_white(c)));
+        if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
-        else if (json && c > 0xFFFF)
-            snprintf(text, sizeof text, "\\u%04x\\u%04x", 0xD7C0 + (c >> 10), 0xDC00 + (c & 1023));
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
-        if (!plain) add_text(j, text);
+        if (plain) put_string(j, part_of(s, i, i + length));
+        else add_text(j, text);
     }
     add_bytes(j, &quote, 1, NULL);
 }
 
-// How tojson writes. After `indent` items stand in lines of their own.
-typedef struct { bool json, ascii, lines, sorted; Value indent, comma, colon; } Style;
-
-static void put_line(Template *j, const Style *style, int depth) {
-    if (!style->lines) return;
+// Begins a line of JSON, if it has lines: if indent >= 0.
+static void put_line(Template *j, int64_t indent, int depth) {
+    if (indent < 0) return;
     add_text(j, "\n");
-    for (int i = 0; i < depth; i++) put_string(j, style->indent);
+    for (int64_t i = indent * depth; i > 0 && !j->failed; i--) add_text(j, " ");
 }
 
-static void put_value(Template *j, Value v, const Style *style, int depth);
+// Puts a value as in a list: as repr() or JSON spell it.
+static void put_value(Template *j, Value v, bool json, int64_t indent, int depth) {
+    bool is_dict = v.kind == IS_DICT, is_tuple = v.kind == IS_TUPLE && !json;
+    char text[24];
+    int n = snprintf(text, sizeof text, "%lld", v.kind == IS_INTEGER ? (long long)v.integer : 0);
+    if (v.kind == IS_STRING) put_quoted(j, v, json);
+    else if (v.kind == IS_NONE) add_text(j, json ? "null" : "None");
+    else if (v.kind == IS_BOOLEAN) add_text(j, json ? (v.truth ? "true" : "false") : v.truth ? "True" : "False");
+    else if (v.kind == IS_FLOAT) put_real(j, v.number, json);
+    else if (v.kind == IS_INTEGER) add_bytes(j, text, (size_t)n, j->ones);
+    else if (v.kind == IS_UNDEFINED && !json) add_text(j, "Undefined");
+    else if (!is_list(v) && !is_dict) complain(j, json ? "JSON" : "the text", v);
+    else if (enter(j)) {
+        add_text(j, is_dict ? "{" : is_tuple ? "(" : "[");
+        for (size_t i = 0; i < v.n && !j->failed; i += 1 + is_dict) {
+            if (i) add_text(j, indent < 0 ? ", " : ",");
+            put_line(j, indent, depth + 1);
+            if (is_dict && json && v.items[i].kind != IS_STRING) lacks(j, "JSON with", string("a key that is no text"));
+            if (is_dict) put_value(j, v.items[i], json, indent, depth + 1);
+            if (is_dict) add_text(j, ": ");
+            put_value(j, v.items[i + is_dict], json, indent, depth + 1);
+        }
+        if (v.n) put_line(j, indent, depth);
+        add_text(j, is_dict ? "}" : !is_tuple ? "]" : v.n == 1 ? ",)" : ")");
+        j->depth--;
+    }
+}
 
 // Puts a value as str() gives it.
 static void put_plain(Template *j, Value v) {
-    Style style = {.comma = string(", "), .colon = string(": ")};
+    if (j->skipping) return;
     if (v.kind == IS_STRING) put_string(j, v);
-    else if (v.kind != IS_UNDEFINED) put_value(j, v, &style, 0);
+    else if (v.kind != IS_UNDEFINED) put_value(j, v, false, -1, 0);
 }
 
 static Value to_string(Template *j, Value v) {
@@ -2085,52 +2026,59 @@ static Value to_string(Template *j, Value v) {
     return take_string_from(j, start);
 }
 
-// The items of what a loop can run over, as a list. A generator has none afterwards.
+// The items of what a loop can run over, as a list.
 static Value list_items(Template *j, Value v) {
     Value list = {.kind = IS_LIST};
     uint32_t c;
-    if (is_list(v)) return v.kind = IS_LIST, v;
-    if (v.kind == IS_GENERATOR) {
-        list = *v.of;
-        v.of->n = 0;
-    } else if (v.kind == IS_DICT) for (size_t i = 0; i < v.n; i += 2) push(j, &list, v.items[i]);
+    if (is_list(v)) list = v, list.kind = IS_LIST;
+    else if (v.kind == IS_DICT)
+        for (size_t i = 0; i < v.n; i += 2) push(j, &list, v.items[i]);
     else if (v.kind == IS_STRING)
-        for (size_t i = 0, n; i < v.n && !j->failed; i += n)
-            push(j, &list, part_of(v, i, i + (n = character(v.text + i, v.n - i, &c))));
+        for (size_t i = 0, n; i < v.n && !j->failed; i += n) {
+            n = character(v.text + i, v.n - i, &c);
+            push(j, &list, part_of(v, i, i + n));
+        }
     else if (v.kind != IS_UNDEFINED) complain(j, "the items", v);
     return list;
 }
 
-static Value reverse_items(Template *j, Value list) {
-    Value reversed = {.kind = IS_LIST};
-    for (size_t i = list.n; i > 0 && !j->failed; i--) push(j, &reversed, list.items[i - 1]);
-    return reversed;
+// The keys and values of a dict, in tuples.
+static Value list_pairs(Template *j, Value dict) {
+    Value pairs = {.kind = IS_LIST};
+    for (size_t i = 0; dict.kind == IS_DICT && i < dict.n && !j->failed; i += 2)
+        push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
+    return pairs;
 }
-
-static Value generator(Template *j, Value list) {
-    Value *of = get_memory(j, sizeof list);
-    if (of) *of = list;
-    return (Value){.kind = IS_GENERATOR, .of = of};
-}
-
 
 /* ---- Chat templates: texts ---- */
 
-typedef enum { LOWER, UPPER, CAPITALISE, TITLE, TITLE_FILTER } CaseChange;
+// What is done to values: to texts up to TO_STRING.
+typedef enum {
+    LOWER, UPPER, CAPITALIZE, TITLE, TITLE_WORDS, STRIP, LSTRIP, RSTRIP, SPLIT, RSPLIT, REPLACE, FIND, COUNT_TEXT,
+    STARTS_WITH, ENDS_WITH, INDENT, TO_STRING,
+    TO_JSON, DEFAULT, LENGTH, FIRST, LAST, MAKE_LIST, ITEMS, KEYS, VALUES, GET, REVERSE, JOIN, MAP, SELECT,
+    REJECT, SELECT_ATTR, REJECT_ATTR, UNIQUE, SORT, DICT_SORT, MINIMUM, MAXIMUM, TO_INTEGER, TO_FLOAT, ROUND,
+    RAISE_EXCEPTION, STRFTIME_NOW, RANGE
+} Operation;
 
-// Changes the case of ASCII letters. A text with others that have two cases is refused: there is no table of them here.
-static Value change_case(Template *j, Value s, CaseChange how) {
+// Whether a character that is not ASCII is of a script without capital letters, or a sign.
+static bool has_one_case(uint32_t c) {
+    return (c < 0xC0 && c != 0xAA && c != 0xB5 && c != 0xBA) || (c >= 0x590 && c < 0x10A0) ||
+           (c >= 0x2000 && c < 0x2070) || (c >= 0x2500 && c < 0x2C00) || (c >= 0x2E80 && c < 0xA640) ||
+           (c >= 0xAC00 && c < 0xFB00) || (c >= 0xFE00 && c < 0xFF20) || c >= 0x1F200;
+}
+
+// Changes the case of ASCII letters. A text with others that may have two is refused: there is no table of them here.
+static Value change_case(Template *j, Value s, Operation how) {
     char *to = get_memory(j, s.n);
     uint32_t c;
     bool starts = true;
-    for (size_t i = 0, n; to && i < s.n && !j->failed; i += n) {
+    for (size_t i = 0, n; to && i < s.n; i += n) {
         n = character(s.text + i, s.n - i, &c);
-        bool has_case = c >= 128 && (strchr("UL", kind_of(j, c)) || c == 0x345 || (c >= 0x2160 && c < 0x2180) ||
-                                     (c >= 0x24B6 && c < 0x24EA));
-        if (has_case && n > 1) return lacks(j, "the case of", part_of(s, i, i + n));
+        if (n > 1 && !has_one_case(c)) return lacks(j, "the case of", part_of(s, i, i + n));
         memcpy(to + i, s.text + i, n);
-        if (c < 128) to[i] = (char)(how == UPPER || (how != LOWER && starts) ? toupper((int)c) : tolower((int)c));
-        if (how == TITLE_FILTER) starts = is_white(c) || (c < 128 && c && strchr("-({[<", (int)c));
+        if (n == 1) to[i] = (char)(how == UPPER || (how != LOWER && starts) ? toupper(s.text[i]) : tolower(s.text[i]));
+        if (how == TITLE_WORDS) starts = is_white(c) || (c && c < 128 && strchr("-({[<", (int)c));
         else starts = how == TITLE && !(c < 128 && isalpha((int)c));
     }
     return to ? (Value){.kind = IS_STRING, .n = s.n, .text = to, .marks = s.marks} : undefined;
@@ -2164,36 +2112,31 @@ static size_t find_text(Template *j, Value s, size_t from, size_t to, Value what
 
 static Value replace_text(Template *j, Value s, Value old, Value new, int64_t most) {
     size_t start = j->out->text.n, at = 0, found;
-    uint32_t c;
+    if (old.n == 0) return lacks(j, "replace of", string("no text"));
     for (; most != 0 && (found = find_text(j, s, at, s.n, old, false)) != SIZE_MAX; most--) {
         put_string(j, part_of(s, at, found));
         put_string(j, new);
         at = found + old.n;
-        if (old.n) continue;  // no text is between all characters
-        if (at == s.n) break;
-        size_t n = character(s.text + at, s.n - at, &c);
-        put_string(j, part_of(s, at, at + n));
-        at += n;
     }
     put_string(j, part_of(s, at, s.n));
     return take_string_from(j, start);
 }
 
-// The words of a text. If there are more than `most` + 1 (and it is not < 0), the last is all the rest, or the first.
-static Value split_words(Template *j, Value s, int64_t most, bool right) {
+static Value reverse_items(Template *j, Value list) {
+    Value reversed = {.kind = IS_LIST};
+    for (size_t i = list.n; i > 0 && !j->failed; i--) push(j, &reversed, list.items[i - 1]);
+    return reversed;
+}
+
+static Value split_words(Template *j, Value s) {
     Value words = {.kind = IS_LIST};
     uint32_t c;
-    for (size_t i = 0, n, begin = SIZE_MAX; i <= s.n && !j->failed; i += n) {
+    for (size_t i = 0, n, begin = 0; i <= s.n && !j->failed; i += n) {
         n = i < s.n ? character(s.text + i, s.n - i, &c) : 1;
-        bool white = i == s.n || is_white(c);
-        if (white && begin < i) push(j, &words, part_of(s, begin, i));
-        begin = white ? SIZE_MAX : begin < i ? begin : i;
+        if (i < s.n && !is_white(c)) continue;
+        if (begin < i) push(j, &words, part_of(s, begin, i));
+        begin = i + n;
     }
-    if (j->failed || most < 0 || words.n <= (size_t)most) return words;
-    size_t cut = right ? words.n - 1 - (size_t)most : (size_t)most, at = (size_t)(words.items[cut].text - s.text);
-    words.items[cut] = right ? part_of(s, 0, at + words.items[cut].n) : part_of(s, at, s.n);
-    if (right) words.items += cut;
-    words.n = (size_t)most + 1;
     return words;
 }
 
@@ -2211,17 +2154,11 @@ static Value split_text(Template *j, Value s, Value separator, int64_t most, boo
     return right ? reverse_items(j, parts) : parts;
 }
 
-static Value split_lines(Template *j, Value s) {
-    Value lines = {.kind = IS_LIST};
-    uint32_t c;
-    for (size_t i = 0, begin = 0, n; i < s.n && !j->failed; i += n) {
-        n = character(s.text + i, s.n - i, &c);
-        bool ends = (c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029;
-        if (ends || i + n == s.n) push(j, &lines, part_of(s, begin, ends ? i : i + n));
-        if (c == '\r' && i + 1 < s.n && s.text[i + 1] == '\n') n = 2;
-        if (ends) begin = i + n;
-    }
-    return lines;
+// A text n times
+static Value repeat(Template *j, Value text, int64_t n) {
+    size_t start = j->out->text.n;
+    for (; n > 0 && text.n && !j->failed; n--) put_string(j, text);
+    return take_string_from(j, start);
 }
 
 // Puts the items of a list one after the other.
@@ -2234,16 +2171,34 @@ static Value join_items(Template *j, Value list, Value separator) {
     return take_string_from(j, start);
 }
 
+// Lines after the first that have text begin with `width` spaces.
+static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
+    size_t start = j->out->text.n;
+    uint32_t c;
+    Value gap = repeat(j, string(" "), width);
+    if (first) put_string(j, gap);
+    for (size_t i = 0, n, begin = SIZE_MAX; i < s.n && !j->failed; i += n) {
+        n = character(s.text + i, s.n - i, &c);
+        bool ends = (c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029;
+        if (i == begin && !ends) put_string(j, gap);
+        if (c == '\r' && i + 1 < s.n && s.text[i + 1] == '\n') n = 2;
+        if (ends) begin = i + n, add_text(j, "\n");
+        else put_string(j, part_of(s, i, i + n));
+    }
+    return take_string_from(j, start);
+}
+
 // The items, or characters, from..to by steps, as Python's [from:to:step]; NONE: not given.
-static Value slice(Template *j, Value v, Value from, Value to, Value step) {
+static Value slice(Template *j, Value v, const Value bounds[3]) {
     bool is_string = v.kind == IS_STRING;
-    Value bounds[3] = {from, to, step}, taken = {.kind = IS_LIST};
-    if (!is_string && v.kind != IS_LIST && v.kind != IS_TUPLE) return complain(j, "a slice", v);
+    Value taken = {.kind = IS_LIST};
+    if (!is_string && !is_list(v)) return complain(j, "a slice", v);
     for (int i = 0; i < 3; i++)
         if (bounds[i].kind > IS_INTEGER) return complain(j, "a bound", bounds[i]);
-    int64_t n = is_string ? count_characters(v) : (int64_t)v.n, by = step.kind == IS_NONE ? 1 : as_integer(step);
+    int64_t n = is_string ? count_characters(v) : (int64_t)v.n, by = 1;
+    if (bounds[2].kind != IS_NONE) by = as_integer(bounds[2]);
     if (by == 0) return stop(j, MISUSE, "a slice with a step of 0");
-    int64_t low = by > 0 ? 0 : -1, high = by > 0 ? n : n - 1, ends[2] = {by > 0 ? low : high, by > 0 ? high : low};
+    int64_t low = by > 0 ? 0 : -1, high = low + n, ends[2] = {by > 0 ? low : high, by > 0 ? high : low};
     for (int i = 0; i < 2; i++) {
         if (bounds[i].kind == IS_NONE) continue;
         int64_t at = as_integer(bounds[i]);
@@ -2253,7 +2208,7 @@ static Value slice(Template *j, Value v, Value from, Value to, Value step) {
     spend(j, is_string ? v.n / 4 : 0);
     if (is_string && by == 1)
         return part_of(v, byte_of(v, ends[0]), byte_of(v, ends[1] > ends[0] ? ends[1] : ends[0]));
-    Value list = is_string ? list_items(j, v) : v;
+    Value list = list_items(j, v);
     for (int64_t i = ends[0]; (by > 0 ? i < ends[1] : i > ends[1]) && !j->failed; i += by) {
         push(j, &taken, list.items[i]);
         if (by > n || by < -n) break;
@@ -2263,51 +2218,41 @@ static Value slice(Template *j, Value v, Value from, Value to, Value step) {
     return taken;
 }
 
-/* ---- Chat templates: members ---- */
+static Value need_text(Template *j, Value v) { return v.kind == IS_STRING ? v : complain(j, "the characters", v); }
 
-static bool has_word(const char *words, Value name) {
-    for (size_t n; *words; words += n + (words[n] == ' ')) {
-        n = strcspn(words, " ");
-        if (n == name.n && !memcmp(words, name.text, n)) return true;
-    }
-    return false;
+static int64_t need_count(Template *j, Value v, int64_t otherwise) {
+    if (is_missing(v)) return otherwise;
+    if (!is_whole(v)) complain(j, "the count", v);
+    return as_integer(v);
 }
 
-// All names of methods that Python's types have: those that are not here are refused when they are called.
-static const char *method_names(ValueKind kind) {
-    if (kind == IS_STRING)
-        return "capitalize casefold center count encode endswith expandtabs find format format_map index isalnum "
-               "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper "
-               "join ljust lower lstrip maketrans partition removeprefix removesuffix replace rfind rindex rjust "
-               "rpartition rsplit rstrip split splitlines startswith strip swapcase title translate upper zfill";
-    if (kind == IS_DICT) return "clear copy fromkeys get items keys pop popitem setdefault update values";
-    if (kind == IS_LIST) return "append clear copy count extend index insert pop remove reverse sort";
-    if (kind == IS_TUPLE) return "count index";
-    return kind == IS_LOOP ? "cycle changed" : "";
+// A filter or method of a text. What was not given of its arguments is undefined.
+static Value apply_to_text(Template *j, Operation what, Value s, const Value *a) {
+    if (what <= TITLE_WORDS) return change_case(j, s, what);
+    if (what == TO_STRING || !spend(j, s.n / 16)) return s;
+    if (what == INDENT) return indent_lines(j, s, need_count(j, a[0], 4), is_true(a[1]));
+    if (what == SPLIT && is_missing(a[0]) && is_missing(a[1])) return split_words(j, s);
+    if (what <= RSTRIP && is_missing(a[0])) return strip(s, what != RSTRIP, what != LSTRIP, NULL);
+    if (what <= RSPLIT && is_missing(a[0])) return lacks(j, "a split like this without", string("a separator"));
+    Value part = need_text(j, a[0]);
+    if (j->failed) return undefined;
+    size_t walked = what == FIND || what == COUNT_TEXT ? s.n / 4 : 0;
+    if (what <= RSTRIP) walked = times(s.n / 16 + 1, part.n / 16);
+    if (!spend(j, plus(walked, part.n / 16 + 1))) return undefined;
+    if (what <= RSTRIP) return strip(s, what != RSTRIP, what != LSTRIP, &part);
+    if (what <= RSPLIT) return split_text(j, s, part, need_count(j, a[1], -1), what == RSPLIT);
+    if (what == REPLACE) return replace_text(j, s, part, need_text(j, a[1]), need_count(j, a[2], -1));
+    if (what == STARTS_WITH) return boolean(part.n <= s.n && !memcmp(s.text, part.text, part.n));
+    if (what == ENDS_WITH) return boolean(part.n <= s.n && !memcmp(s.text + s.n - part.n, part.text, part.n));
+    size_t at = find_text(j, s, 0, s.n, part, false);
+    if (what == FIND) return integer(at == SIZE_MAX ? -1 : count_characters(part_of(s, 0, at)));
+    if (part.n == 0) return integer(count_characters(s) + 1);
+    int64_t n = 0;
+    for (; at != SIZE_MAX; n++) at = find_text(j, s, at + part.n, s.n, part, false);
+    return integer(n);
 }
 
-static Variable *find_variable(Template *j, const Scope *scope, Value name) {
-    for (Variable *v = scope->first; v && spend(j, 1); v = v->next)
-        if (v->name.n == name.n && !memcmp(v->name.text, name.text, name.n)) return v;
-    return NULL;
-}
-
-static void set_variable(Template *j, Scope *scope, Value name, Value value) {
-    Variable *v = find_variable(j, scope, name);
-    if (!v && (v = get_memory(j, sizeof *v))) {
-        *v = (Variable){name, value, scope->first};
-        scope->first = v;
-    }
-    if (v) v->value = value;
-}
-
-// Sets a key of a dict that is being made.
-static void add_member(Template *j, Value *dict, Value key, Value value) {
-    if (key.kind == IS_LIST || key.kind == IS_DICT) complain(j, "a key", key);
-    const Value *old = find_value(j, *dict, key);
-    if (old) dict->items[old - dict->items] = value;
-    else push(j, dict, key), push(j, dict, value);
-}
+/* ---- Chat templates: members and items ---- */
 
 static Value loop_member(const Loop *l, Value name) {
     int64_t i = (int64_t)l->i, n = (int64_t)l->items.n;
@@ -2320,299 +2265,144 @@ static Value loop_member(const Loop *l, Value name) {
     if (same_text(name, "revindex0")) return integer(n - i - 1);
     if (same_text(name, "previtem") && i > 0) return l->items.items[i - 1];
     if (same_text(name, "nextitem") && i < n - 1) return l->items.items[i + 1];
-    if (same_text(name, "depth")) return integer(l->depth);
-    if (same_text(name, "depth0")) return integer(l->depth - 1);
     return (Value){.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
 }
 
-// value.key (`dot`: a method comes before a key of that name) or value[key] (after it).
-static Value member(Template *j, Value v, Value key, bool dot) {
-    bool is_name = key.kind == IS_STRING, is_index = key.kind == IS_INTEGER || key.kind == IS_BOOLEAN;
+// value.key or value[key]; undefined: there is none.
+static Value member(Template *j, Value v, Value key) {
+    bool is_name = key.kind == IS_STRING;
     const Value *found = NULL;
     if (v.kind == IS_UNDEFINED) return complain(j, "a member", v);
-    if (is_name && dot && key.n > 1 && !memcmp(key.text, "__", 2)) return lacks(j, "the attribute", key);
-    bool is_method = is_name && has_word(method_names(v.kind), key);
-    if (v.kind == IS_DICT && !(dot && is_method)) found = find_value(j, v, key);
+    if (v.kind == IS_DICT) found = find_value(j, v, key);
+    if (v.kind == IS_NAMESPACE) found = find_value(j, v.scope->variables, key);
     if (found) return *found;
-    if (is_method) {
-        Value *of = get_memory(j, sizeof v);
-        if (of) *of = v;
-        return (Value){.kind = IS_METHOD, .text = key.text, .n = key.n, .of = of};
-    }
-    if (v.kind == IS_NAMESPACE && is_name) {
-        Variable *variable = find_variable(j, v.scope, key);
-        if (variable) return variable->value;
-    }
     if (v.kind == IS_LOOP && is_name) return loop_member(v.loop, key);
-    if (v.kind == IS_VIEW && is_index) return lacks(j, "the index of", string("a view"));
-    if (is_index && (v.kind == IS_LIST || v.kind == IS_TUPLE || v.kind == IS_STRING)) {
+    if (is_whole(key) && (is_list(v) || v.kind == IS_STRING)) {
         int64_t i = as_integer(key), n = v.kind == IS_STRING ? count_characters(v) : (int64_t)v.n;
-        bool exists = i < n && i >= -n;
+        bool exists = i < n && i >= -n && spend(j, v.kind == IS_STRING ? v.n / 4 : 0);
         if (i < 0) i += n;
-        spend(j, v.kind == IS_STRING ? v.n / 4 : 0);
         if (exists) return v.kind == IS_STRING ? part_of(v, byte_of(v, i), byte_of(v, i + 1)) : v.items[i];
     }
     return (Value){.kind = IS_UNDEFINED, .text = is_name ? key.text : "an item", .n = is_name ? key.n : 7};
 }
 
-// The member at a path, as in "function.name" or "0": the filters' attribute=.
-static Value member_at(Template *j, Value v, Value path, Value otherwise) {
-    if (path.kind != IS_STRING) v = member(j, v, path, false);
-    for (size_t at = 0, end; path.kind == IS_STRING && at <= path.n && !j->failed; at = end + 1) {
-        char digits[20] = "";
-        for (end = at; end < path.n && path.text[end] != '.'; end++) {}
-        if (end - at < sizeof digits) memcpy(digits, path.text + at, end - at);
-        bool is_index = *digits && strspn(digits, "0123456789") == end - at;
-        v = member(j, v, is_index ? integer(strtoll(digits, NULL, 10)) : part_of(path, at, end), false);
-        if (v.kind == IS_UNDEFINED && otherwise.kind != IS_UNDEFINED) v = otherwise;
-    }
-    return v;
+// The member that the filters' attribute= names; without one the value itself.
+static Value member_at(Template *j, Value v, Value path) {
+    if (is_missing(path)) return v;
+    if (path.kind == IS_STRING && memchr(path.text, '.', path.n)) return lacks(j, "the path", path);
+    return member(j, v, path);
 }
 
-// Sorts a list, merging runs of 1, 2, 4 ... items: equal ones keep their order. By the items, or by their members at
-// `path`; letters of both cases may count as equal.
-static Value sort_items(Template *j, Value list, const Value *path, bool any_case, bool reverse) {
-    size_t n = list.n;
-    Value *keys = get_memory(j, times(n, 4 * sizeof list)), *from = keys, *to;
-    if (!keys) return list;
-    to = keys + 2 * n;
-    for (size_t i = 0; i < n; i++) {
-        Value key = path ? member_at(j, list.items[i], *path, undefined) : list.items[i];
-        from[2 * i] = key.kind == IS_STRING && any_case ? change_case(j, key, LOWER) : key;
-        from[2 * i + 1] = list.items[i];
-    }
-    for (size_t run = 1; run < n; run *= 2) {
-        for (size_t begin = 0; begin < n; begin += 2 * run) {
-            size_t middle = begin + run < n ? begin + run : n, end = middle + run < n ? middle + run : n;
-            for (size_t a = begin, b = middle, k = begin; k < end && spend(j, 8); k++) {
-                const Value *left = &from[2 * a], *right = &from[2 * b];
-                bool second = a == middle || (b < end && !is_equal(j, *left, *right) &&
-                                              (reverse ? is_less(j, *left, *right) : is_less(j, *right, *left)));
-                memcpy(&to[2 * k], &from[2 * (second ? b++ : a++)], 2 * sizeof list);
-            }
+// What the filters unique, sort, ... compare of an item: letters of both cases are equal.
+static Value key_of(Template *j, Value item, Value path) {
+    Value key = member_at(j, item, path);
+    return key.kind == IS_STRING ? change_case(j, key, LOWER) : key;
+}
+
+// Equal items keep their order.
+static Value sort_items(Template *j, Value list, Value path, bool reverse) {
+    Value keys = {.kind = IS_LIST}, sorted = {.kind = IS_LIST};
+    for (size_t i = 0, k; i < list.n; i++) {
+        Value key = key_of(j, list.items[i], path);
+        push(j, &keys, key);
+        push(j, &sorted, list.items[i]);
+        if (j->failed) return undefined;
+        for (k = i; k > 0 && spend(j, 8); k--) {
+            const Value *before = &keys.items[k - 1];
+            if (is_equal(j, key, *before) || !(reverse ? is_less(j, *before, key) : is_less(j, key, *before))) break;
+            keys.items[k] = *before;
+            sorted.items[k] = sorted.items[k - 1];
         }
-        Value *swap = from;
-        from = to;
-        to = swap;
+        keys.items[k] = key;
+        sorted.items[k] = list.items[i];
     }
-    Value sorted = {.kind = IS_LIST};
-    for (size_t i = 0; i < n && !j->failed; i++) push(j, &sorted, from[2 * i + 1]);
     return sorted;
-}
-
-/* ---- Chat templates: filters, tests, methods, functions ---- */
-
-static Value compute(Template *j, Value sign, Value a, Value b);
-
-typedef struct { Value list, named; size_t n_taken; } Arguments;
-
-// An argument by its place or its name; one that is not given has the default.
-static Value argument(Template *j, Arguments *a, size_t place, const char *name, Value otherwise) {
-    const Value *found = place < a->list.n ? &a->list.items[place] : NULL;
-    if (!found && name) found = find_value(j, a->named, string(name));
-    a->n_taken += found != NULL;
-    return found ? *found : otherwise;
-}
-
-// One that must be given, and be a string or, for a filter, become one.
-static Value text_argument(Template *j, Arguments *a, size_t place, const char *name, bool converts) {
-    bool exists = place < a->list.n || find_value(j, a->named, string(name));
-    Value v = argument(j, a, place, name, undefined);
-    if (!exists) return stop(j, MISUSE, "an argument is missing: %s", name);
-    if (v.kind != IS_STRING && !converts) return complain(j, "the characters", v);
-    return to_string(j, v);
-}
-
-static int64_t integer_argument(Template *j, Arguments *a, size_t place, const char *name, int64_t otherwise) {
-    Value v = argument(j, a, place, name, integer(otherwise));
-    if (v.kind != IS_INTEGER && v.kind != IS_BOOLEAN) complain(j, "the count", v);
-    return as_integer(v);
-}
-
-static bool flag_argument(Template *j, Arguments *a, size_t place, const char *name, bool otherwise) {
-    return is_true(argument(j, a, place, name, boolean(otherwise)));
-}
-
-static Value apply_filter(Template *j, Value name, Value v, Arguments *a);
-
-// '{} and {}'.format(a, b)
-static Value format_text(Template *j, Value s, Arguments *a) {
-    size_t start = j->out->text.n, n_used = 0;
-    for (size_t i = 0; i < s.n && !j->failed; i++) {
-        char c = s.text[i], next = i + 1 < s.n ? s.text[i + 1] : 0;
-        bool brace = c == '{' || c == '}', place = c == '{' && next == '}';
-        if (brace && !place && next != c) return lacks(j, "the format", s);
-        if (place && n_used == a->list.n) return stop(j, MISUSE, "an argument of format() is missing");
-        if (place) put_plain(j, argument(j, a, n_used++, NULL, undefined));
-        else put_string(j, part_of(s, i, i + 1));
-        i += brace;
-    }
-    a->n_taken = n_used == a->list.n && !a->named.n ? n_used : SIZE_MAX;
-    return take_string_from(j, start);
-}
-
-static Value text_method(Template *j, Value name, Value s, Arguments *a) {
-    bool from_right = name.text[0] == 'r', lstrip = same_text(name, "lstrip"), rstrip = same_text(name, "rstrip");
-    if (same_text(name, "upper")) return change_case(j, s, UPPER);
-    if (same_text(name, "lower")) return change_case(j, s, LOWER);
-    if (same_text(name, "title")) return change_case(j, s, TITLE);
-    if (same_text(name, "capitalize")) return change_case(j, s, CAPITALISE);
-    if (same_text(name, "splitlines")) return split_lines(j, s);
-    if (same_text(name, "format")) return format_text(j, s, a);
-    if (same_text(name, "strip") || lstrip || rstrip) {
-        Value set = argument(j, a, 0, NULL, (Value){.kind = IS_NONE});
-        if (set.kind != IS_NONE && set.kind != IS_STRING) return complain(j, "the characters", set);
-        size_t steps = set.kind == IS_STRING ? set.n / 16 + 1 : 1;  // of each character
-        return spend(j, times(s.n / 16 + 1, steps)) ? strip(s, !rstrip, !lstrip,
-                                                            set.kind == IS_STRING ? &set : NULL) : s;
-    }
-    if (same_text(name, "split") || same_text(name, "rsplit")) {
-        Value separator = argument(j, a, 0, "sep", (Value){.kind = IS_NONE});
-        int64_t most = integer_argument(j, a, 1, "maxsplit", -1);
-        if (separator.kind == IS_NONE) return split_words(j, s, most, from_right);
-        return separator.kind == IS_STRING ? split_text(j, s, separator, most, from_right)
-                                           : complain(j, "the characters", separator);
-    }
-    if (same_text(name, "startswith") || same_text(name, "endswith")) {
-        Value what = argument(j, a, 0, NULL, undefined), one = {.kind = IS_TUPLE, .n = 1, .items = &what};
-        bool found = false;
-        if (what.kind != IS_TUPLE && what.kind != IS_STRING) return complain(j, "the characters", what);
-        if (what.kind == IS_TUPLE) one = what;
-        for (size_t i = 0; i < one.n && !found; i++) {
-            Value part = one.items[i];
-            if (part.kind != IS_STRING) return complain(j, "the characters", part);
-            found = part.n <= s.n && spend(j, part.n / 16) &&
-                    !memcmp(s.text + (name.text[0] == 'e' ? s.n - part.n : 0), part.text, part.n);
-        }
-        return boolean(found);
-    }
-    if (same_text(name, "join")) {
-        Value list = list_items(j, argument(j, a, 0, NULL, undefined));
-        for (size_t i = 0; i < list.n; i++)
-            if (list.items[i].kind != IS_STRING) return complain(j, "join()", list.items[i]);
-        return join_items(j, list, s);
-    }
-    if (!has_word("replace find rfind index rindex count removeprefix removesuffix", name))
-        return lacks(j, "the method", name);
-    Value what = text_argument(j, a, 0, "what", false);
-    if (j->failed) return undefined;
-    if (same_text(name, "replace")) {
-        Value new = text_argument(j, a, 1, "new", false);
-        return j->failed ? undefined : replace_text(j, s, what, new, integer_argument(j, a, 2, NULL, -1));
-    }
-    if (same_text(name, "count")) {
-        int64_t n = what.n || !spend(j, s.n / 4) ? 0 : count_characters(s) + 1;
-        for (size_t at = 0; what.n && (at = find_text(j, s, at, s.n, what, false)) != SIZE_MAX; at += what.n) n++;
-        return integer(n);
-    }
-    if (name.n == 12) {  // removeprefix or removesuffix
-        bool prefix = name.text[6] == 'p', found = s.n >= what.n && spend(j, what.n / 16);
-        found = found && !memcmp(s.text + (prefix ? 0 : s.n - what.n), what.text, what.n);
-        return !found ? s : prefix ? part_of(s, what.n, s.n) : part_of(s, 0, s.n - what.n);
-    }
-    size_t at = find_text(j, s, 0, s.n, what, from_right);
-    if (at == SIZE_MAX && strchr("iI", name.text[from_right])) return stop(j, MISUSE, "the text was not found");
-    return integer(at == SIZE_MAX || !spend(j, at / 4) ? -1 : count_characters(part_of(s, 0, at)));
-}
-
-static Value pairs_of(Template *j, Value dict, ValueKind kind) {
-    Value pairs = {.kind = IS_LIST};
-    for (size_t i = 0; i < dict.n && !j->failed; i += 2)
-        push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
-    pairs.kind = kind;
-    return pairs;
-}
-
-static Value call_method(Template *j, Value method, Arguments *a) {
-    Value name = method, v = *method.of, list = {.kind = IS_LIST};
-    name.kind = IS_STRING;
-    name.marks = NULL;
-    if (v.kind == IS_STRING) return text_method(j, name, v, a);
-    if (v.kind == IS_DICT && same_text(name, "items")) return pairs_of(j, v, IS_VIEW);
-    if (v.kind == IS_DICT && (same_text(name, "keys") || same_text(name, "values"))) {
-        for (size_t i = name.text[0] == 'v'; i < v.n; i += 2) push(j, &list, v.items[i]);
-        list.kind = IS_VIEW;
-        return list;
-    }
-    if (v.kind == IS_DICT && same_text(name, "get")) {
-        const Value *found = a->list.n ? find_value(j, v, argument(j, a, 0, NULL, undefined)) : NULL;
-        Value otherwise = argument(j, a, 1, NULL, (Value){.kind = IS_NONE});
-        return found ? *found : a->list.n ? otherwise : stop(j, MISUSE, "an argument of get() is missing");
-    }
-    if (v.kind == IS_LOOP && same_text(name, "cycle") && a->list.n) {
-        a->n_taken = a->list.n;
-        return a->list.items[v.loop->i % a->list.n];
-    }
-    if (v.kind == IS_LOOP && same_text(name, "changed")) {
-        a->n_taken = a->list.n;
-        bool same = v.loop->changed.kind == IS_LIST && is_equal(j, v.loop->changed, a->list);
-        v.loop->changed = a->list;
-        v.loop->changed.kind = IS_LIST;
-        return boolean(!same);
-    }
-    if (is_list(v) && (same_text(name, "count") || same_text(name, "index"))) {
-        Value what = argument(j, a, 0, NULL, undefined);
-        int64_t n = 0;
-        for (size_t i = 0; i < v.n && !j->failed; i++) {
-            bool same = is_equal(j, v.items[i], what);
-            if (same && name.text[0] == 'i') return integer((int64_t)i);
-            n += same;
-        }
-        return name.text[0] == 'c' ? integer(n) : stop(j, MISUSE, "the item was not found");
-    }
-    return lacks(j, "the method", name);
 }
 
 static bool contains(Template *j, Value v, Value what) {
     if (v.kind == IS_STRING && what.kind != IS_STRING) return complain(j, "`in` a text", what), false;
     if (v.kind == IS_STRING) return find_text(j, v, 0, v.n, what, false) != SIZE_MAX;
-    if (v.kind == IS_DICT && (what.kind == IS_LIST || what.kind == IS_DICT)) return complain(j, "a key", what), false;
     if (v.kind == IS_DICT) return find_value(j, v, what) != NULL;
     Value list = list_items(j, v);
     for (size_t i = 0; i < list.n && spend(j, 4); i++) if (is_equal(j, list.items[i], what)) return true;
     return false;
 }
 
+/* ---- Chat templates: operators, tests, filters, functions ---- */
+
+// Like Python's: integers that do not fit 64 bits are refused.
+static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
+    int64_t result = 0;
+    bool wraps = false;
+    if (op == '+') wraps = __builtin_add_overflow(a, b, &result);
+    if (op == '-') wraps = __builtin_sub_overflow(a, b, &result);
+    if (op == '*') wraps = __builtin_mul_overflow(a, b, &result);
+    if (op == '/' || op == '%') {
+        if (b == 0) return stop(j, MISUSE, "a division by 0");
+        if (b == -1) return op == '%' ? integer(0) : compute_integers(j, '-', 0, a);
+        int64_t rest = a % b, below = rest != 0 && (rest < 0) != (b < 0);
+        return integer(op == '/' ? a / b - below : rest + (below ? b : 0));
+    }
+    return wraps ? stop(j, MISUSE, "an integer that is too large") : integer(result);
+}
+
+static Value compute(Template *j, Value sign, Value a, Value b) {
+    char op = same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
+    bool a_joins = a.kind == IS_STRING || is_list(a), b_joins = b.kind == IS_STRING || is_list(b);
+    if (j->skipping) return undefined;
+    if (op == '~' || (op == '+' && a.kind == IS_STRING && b.kind == IS_STRING))
+        return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
+    if (is_whole(a) && is_whole(b) && op != ':') return compute_integers(j, op, as_integer(a), as_integer(b));
+    if (is_number(a) && is_number(b)) {
+        double x = as_real(a), y = as_real(b);
+        if (op == '+' || op == '-') return real(op == '+' ? x + y : x - y);
+        if (op == '*') return real(x * y);
+        if (op != ':') return lacks(j, "for floats the operator", sign);
+        return y ? real(x / y) : stop(j, MISUSE, "a division by 0");
+    }
+    if (op == '*' && a.kind == IS_STRING && is_whole(b)) return repeat(j, a, as_integer(b));
+    if ((op == '*' && (a_joins || b_joins)) || (op == '%' && a.kind == IS_STRING))
+        return lacks(j, "for such values the operator", sign);
+    if (op != '+' || a.kind != b.kind || !a_joins)
+        return complain(j, "arithmetic", is_number(a) || b.kind == IS_UNDEFINED ? b : a);
+    Value list = {.kind = a.kind};
+    for (size_t i = 0; i < a.n + b.n && !j->failed; i++) push(j, &list, i < a.n ? a.items[i] : b.items[i - a.n]);
+    return list;
+}
+
 static bool compare(Template *j, Value sign, Value a, Value b) {
+    if (j->skipping) return false;
     if (same_text(sign, "in")) return contains(j, b, a);
     if (same_text(sign, "==")) return is_equal(j, a, b);
     if (same_text(sign, "!=")) return !is_equal(j, a, b);
-    if (same_text(sign, "<")) return is_less(j, a, b);
-    if (same_text(sign, ">")) return is_less(j, b, a);
-    return (sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a)) || (!j->failed && is_equal(j, a, b));
+    bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
+    return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
 }
 
 // value is name(arguments)
-static bool apply_test(Template *j, Value name, Value v, Arguments *a) {
+static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
+    enum { NUMBERS = 1 << IS_BOOLEAN | 1 << IS_INTEGER | 1 << IS_FLOAT,
+           SEQUENCES = 1 << IS_STRING | 1 << IS_DICT | 1 << IS_LIST | 1 << IS_TUPLE | 1 << IS_UNDEFINED };
+    static const struct { const char *name; int kinds; } kinds[] = {
+        {"defined", ~(1 << IS_UNDEFINED)}, {"undefined", 1 << IS_UNDEFINED}, {"none", 1 << IS_NONE},
+        {"string", 1 << IS_STRING}, {"number", NUMBERS}, {"integer", 1 << IS_INTEGER}, {"float", 1 << IS_FLOAT},
+        {"boolean", 1 << IS_BOOLEAN}, {"true", 1 << IS_BOOLEAN}, {"false", 1 << IS_BOOLEAN}, {"mapping", 1 << IS_DICT},
+        {"sequence", SEQUENCES}, {"iterable", SEQUENCES | 1 << IS_LOOP},
+    };
     static const struct { const char *names, *sign; } comparisons[] = {
         {"eq equalto ==", "=="}, {"ne !=", "!="}, {"lt lessthan <", "<"}, {"le <=", "<="}, {"gt greaterthan >", ">"},
         {"ge >=", ">="}, {"in", "in"},
     };
-    ValueKind k = v.kind;
-    bool has_length = k == IS_STRING || k == IS_DICT || k == IS_LIST || k == IS_TUPLE || k == IS_UNDEFINED;
     for (size_t i = 0; i < sizeof comparisons / sizeof *comparisons; i++) {
         if (!has_word(comparisons[i].names, name)) continue;
-        if (a->list.n != 1) return stop(j, MISUSE, "an argument of a test is missing"), false;
-        return compare(j, string(comparisons[i].sign), v, argument(j, a, 0, NULL, undefined));
+        if (a->list.n != 1) return stop(j, MISUSE, "a test needs one argument"), false;
+        return compare(j, string(comparisons[i].sign), v, a->list.items[0]);
     }
-    if (same_text(name, "defined")) return k != IS_UNDEFINED;
-    if (same_text(name, "undefined")) return k == IS_UNDEFINED;
-    if (same_text(name, "none")) return k == IS_NONE;
-    if (same_text(name, "string")) return k == IS_STRING;
-    if (same_text(name, "number")) return is_number(v);
-    if (same_text(name, "integer")) return k == IS_INTEGER;
-    if (same_text(name, "float")) return k == IS_FLOAT;
-    if (same_text(name, "boolean")) return k == IS_BOOLEAN;
-    if (same_text(name, "true")) return k == IS_BOOLEAN && v.truth;
-    if (same_text(name, "false")) return k == IS_BOOLEAN && !v.truth;
-    if (same_text(name, "mapping")) return k == IS_DICT;
-    if (same_text(name, "callable")) return k >= IS_MACRO || k == IS_UNDEFINED || k == IS_LOOP;
-    if (same_text(name, "sequence")) return has_length;
-    if (same_text(name, "iterable")) return has_length || k == IS_VIEW || k == IS_GENERATOR || k == IS_LOOP;
-    if (has_word("odd even divisibleby", name)) {
-        Value by = same_text(name, "divisibleby") ? argument(j, a, 0, "num", undefined) : integer(2);
-        Value rest = compute(j, string("%"), v, by);
-        return is_number(rest) && as_real(rest) == (name.text[0] == 'o');
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        if (!same_text(name, kinds[i].name)) continue;
+        bool holds = kinds[i].kinds >> v.kind & 1;
+        if (a->list.n || a->named.n) return stop(j, MISUSE, "an argument of a test that has none"), false;
+        return holds && (!has_word("true false", name) || v.truth == (name.text[0] == 't'));
     }
     lacks(j, "the test", name);
     return false;
@@ -2620,301 +2410,227 @@ static bool apply_test(Template *j, Value name, Value v, Arguments *a) {
 
 // The number that a text or a number is, for the filters int and float; else the default.
 static Value convert_number(Template *j, Value v, bool whole, Value otherwise) {
-    char digits[400] = "", *end;
     if (v.kind == IS_UNDEFINED) return complain(j, "the number", v);
     if (v.kind == IS_STRING) {
-        size_t n = 0;
         Value s = strip(v, true, true, NULL);
-        for (size_t i = 0; i < s.n && n < sizeof digits - 1; i++) {
-            bool joins = s.text[i] == '_' && i && i + 1 < s.n && isdigit((unsigned char)s.text[i - 1]) &&
-                         isdigit((unsigned char)s.text[i + 1]);
-            if (!joins) digits[n++] = s.text[i] ? s.text[i] : '?';
-        }
-        digits[n] = 0;
-        bool hexadecimal = strpbrk(digits, "xXpP(") != NULL;
-        errno = 0;
-        long long i = strtoll(digits, &end, 10);
-        if (s.n && s.n < sizeof digits && !hexadecimal && !*end && whole)
-            return errno ? stop(j, MISUSE, "a number that is too large") : integer(i);
-        double x = strtod(digits, &end);
-        if (!s.n || s.n >= sizeof digits || hexadecimal || *end) return otherwise;
-        v = real(x);
-        if (whole && !isfinite(x)) return otherwise;
+        bool plus = s.n && s.text[0] == '+';
+        size_t length = scan_number(s.text + plus, s.n - plus, &v) + plus;
+        if (length != s.n && s.n && strchr("0123456789+-.", *s.text)) return lacks(j, "the number", s);
+        if (length != s.n || !s.n) return otherwise;
     }
     if (!is_number(v)) return otherwise;
     if (!whole) return real(as_real(v));
-    if (v.kind != IS_FLOAT) return integer(as_integer(v));
+    if (is_whole(v)) return integer(as_integer(v));
     if (isnan(v.number)) return otherwise;
     if (fabs(v.number) >= 0x1p63) return stop(j, MISUSE, "a number that is too large");
     return integer((int64_t)v.number);
 }
 
-static Value round_number(Template *j, Value v, Arguments *a) {
-    int64_t places = integer_argument(j, a, 0, "precision", 0);
-    Value method = argument(j, a, 1, "method", string("common"));
+static Value round_number(Template *j, Value v, int64_t places) {
     char digits[400];
     if (!is_number(v)) return complain(j, "round", v);
-    if (method.kind != IS_STRING || !has_word("common ceil floor", method))
-        return stop(j, MISUSE, "round: an unknown method");
     if (places < 0 || places > 20) return lacks(j, "round to", string("so many places"));
-    if (same_text(method, "common") && v.kind != IS_FLOAT) return integer(as_integer(v));
-    double x = as_real(v), power = pow(10, (double)places);
-    if (!isfinite(x)) return same_text(method, "common") && places ? v : stop(j, MISUSE, "round of infinity or NaN");
-    if (!same_text(method, "common")) return real((method.text[0] == 'c' ? ceil(x * power) : floor(x * power)) / power);
-    snprintf(digits, sizeof digits, "%.*f", (int)places, x);
+    if (is_whole(v)) return integer(as_integer(v));
+    if (!isfinite(v.number)) return places ? v : stop(j, MISUSE, "round of infinity or NaN");
+    snprintf(digits, sizeof digits, "%.*f", (int)places, v.number);
     return real(strtod(digits, NULL));
 }
 
-// Puts a value as in a list: as repr() or JSON spell it.
-static void put_value(Template *j, Value v, const Style *style, int depth) {
-    bool json = style->json, is_dict = v.kind == IS_DICT, is_key = depth < 0;
-    char text[24];
-    if (v.kind == IS_STRING) put_quoted(j, v, json, style->ascii);
-    else if (v.kind == IS_NONE) add_text(j, json ? "null" : "None");
-    else if (v.kind == IS_BOOLEAN) add_text(j, json ? (v.truth ? "true" : "false") : v.truth ? "True" : "False");
-    else if (v.kind == IS_FLOAT && json && !isfinite(v.number))
-        add_text(j, isnan(v.number) ? "NaN" : v.number < 0 ? "-Infinity" : "Infinity");
-    else if (v.kind == IS_FLOAT) put_real(j, v.number);
-    else if (v.kind == IS_INTEGER)
-        add_bytes(j, text, (size_t)snprintf(text, sizeof text, "%lld", (long long)v.integer), j->ones);
-    else if (v.kind == IS_UNDEFINED && !json) add_text(j, "Undefined");
-    else if (is_key || (v.kind != IS_LIST && v.kind != IS_TUPLE && !is_dict))
-        complain(j, json ? "JSON" : "the text", v);
-    else if (depth >= MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep");
-    else {
-        bool is_tuple = v.kind == IS_TUPLE && !json;
-        if (is_dict && style->sorted) {
-            Value key = integer(0), pairs = sort_items(j, pairs_of(j, v, IS_LIST), &key, false, false);
-            v = (Value){.kind = IS_DICT};
-            for (size_t i = 0; i < pairs.n; i++)
-                push(j, &v, pairs.items[i].items[0]), push(j, &v, pairs.items[i].items[1]);
-        }
-        add_text(j, is_dict ? "{" : is_tuple ? "(" : "[");
-        for (size_t i = 0; i < v.n && !j->failed; i += 1 + is_dict) {
-            if (i) put_string(j, style->comma);
-            put_line(j, style, depth + 1);
-            if (is_dict && json && v.items[i].kind != IS_STRING) {  // a key of JSON is a string
-                add_text(j, "\"");
-                put_value(j, v.items[i], style, -1);
-                add_text(j, "\"");
-            } else if (is_dict) put_value(j, v.items[i], style, depth + 1);
-            if (is_dict) put_string(j, style->colon);
-            put_value(j, v.items[i + is_dict], style, depth + 1);
-        }
-        if (v.n) put_line(j, style, depth);
-        add_text(j, is_dict ? "}" : is_tuple ? (v.n == 1 ? ",)" : ")") : "]");
-    }
-}
-
-static Value to_json(Template *j, Value v, Arguments *a) {
-    Value none = {.kind = IS_NONE}, indent = argument(j, a, 1, "indent", none);
-    Style style = {.json = true, .ascii = flag_argument(j, a, 0, "ensure_ascii", false), .colon = string(": "),
-                   .lines = indent.kind != IS_NONE, .comma = string(indent.kind == IS_NONE ? ", " : ",")};
-    Value separators = argument(j, a, 2, "separators", none);
-    size_t start = j->out->text.n;
-    style.sorted = flag_argument(j, a, 3, "sort_keys", false);
-    for (int64_t i = indent.kind == IS_INTEGER ? indent.integer : 0; i > 0 && !j->failed; i--) add_text(j, " ");
-    style.indent = indent.kind == IS_STRING ? indent : take_string_from(j, start);
-    if (style.lines && indent.kind != IS_STRING && indent.kind != IS_INTEGER) return complain(j, "the indent", indent);
-    if (separators.kind != IS_NONE) {
-        if (!is_list(separators) || separators.n != 2) return complain(j, "the separators", separators);
-        style.comma = to_string(j, separators.items[0]);
-        style.colon = to_string(j, separators.items[1]);
-    }
-    put_value(j, v, &style, 0);
+static Value strftime_now(Template *j, Value format) {
+    char text[512], pattern[256] = "";
+    if (format.n < sizeof pattern) memcpy(pattern, format.text, format.n);
+    size_t start = j->out->text.n, n = strftime(text, sizeof text, pattern, j->now);
+    if (n == 0 && format.n) return lacks(j, "the date", format);
+    add_bytes(j, text, n, NULL);
     return take_string_from(j, start);
 }
 
-// map, select, reject, selectattr, rejectattr
-static Value choose_items(Template *j, Value name, Value v, Arguments *a) {
-    bool maps = same_text(name, "map"), by_member = name.n > 6, rejects = name.text[0] == 'r';
-    Value kept = {.kind = IS_LIST}, otherwise = undefined, by = undefined, list = is_true(v) ? list_items(j, v) : kept;
-    if (maps && !a->list.n) {
-        by = argument(j, a, 0, "attribute", undefined);
-        otherwise = argument(j, a, 1, "default", undefined);
-        by_member = true;
-        if (by.kind == IS_UNDEFINED) return stop(j, MISUSE, "map: a filter or attribute= is missing");
-    } else if (by_member) by = argument(j, a, 0, NULL, undefined);
-    size_t n_used = by_member && !maps;
-    Arguments rest = {.list = {.kind = IS_LIST}, .named = a->named};
-    for (size_t i = n_used + 1; i < a->list.n; i++) push(j, &rest.list, a->list.items[i]);
-    bool has_name = a->list.n > n_used;
-    Value what = has_name ? a->list.items[n_used] : undefined;
-    if (has_name && what.kind != IS_STRING) return complain(j, "the name of a filter or test", what);
-    if (has_name || !maps) a->n_taken = a->list.n + a->named.n / 2;
+static Value range(Template *j, const Value *a) {
+    Value list = {.kind = IS_LIST};
+    int64_t first = need_count(j, a[0], 0), end = need_count(j, a[1], first), step = need_count(j, a[2], 1);
+    if (step == 0 || is_missing(a[0])) return stop(j, MISUSE, "range() without an end or with a step of 0");
+    if (is_missing(a[1])) first = 0;
+    uint64_t size = step > 0 ? (uint64_t)step : -(uint64_t)step;
+    uint64_t gap = step > 0 ? (uint64_t)end - (uint64_t)first : (uint64_t)first - (uint64_t)end;
+    uint64_t n = (step > 0 ? first < end : first > end) ? (gap - 1) / size + 1 : 0;
+    if (n > MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
+    for (uint64_t i = 0; i < n && !j->failed; i++) push(j, &list, integer(first + (int64_t)i * step));
+    return list;
+}
+
+static Value apply_filter(Template *j, Value name, Value v, const Arguments *a);
+
+// map: what a filter makes of the items, or a member of each. select, reject, selectattr, rejectattr: the items that
+// pass a test, or fail it, or whose member does. unique: the first of equal ones.
+static Value choose_items(Template *j, Operation what, Value list, const Value *a) {
+    bool by_member = what == SELECT_ATTR || what == REJECT_ATTR, wanted = what == SELECT || what == SELECT_ATTR;
+    Value test = a[by_member], other = a[by_member + 1], chosen = {.kind = IS_LIST}, keys = chosen;
+    Value path = what == MAP ? a[1] : by_member || what == UNIQUE ? a[0] : undefined;
+    Arguments rest = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
+    if (what == MAP && is_missing(a[0]) == is_missing(a[1])) return lacks(j, "map with", string("such arguments"));
+    if (!is_missing(test) && what != UNIQUE) need_text(j, test);
+    if (other.kind != IS_UNDEFINED && what != MAP) push(j, &rest.list, other);
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value item = by_member ? member_at(j, list.items[i], by, otherwise) : list.items[i];
-        rest.n_taken = 0;
-        if (maps && by_member) push(j, &kept, item);
-        else if (maps) push(j, &kept, apply_filter(j, what, item, &rest));
-        else if ((has_name ? apply_test(j, what, item, &rest) : is_true(item)) != rejects)
-            push(j, &kept, list.items[i]);
+        Value item = list.items[i], part = what == UNIQUE ? key_of(j, item, path) : member_at(j, item, path);
+        if (what == UNIQUE && (is_list(part) || part.kind == IS_DICT)) complain(j, "a key", part);
+        else if (what == MAP) push(j, &chosen, is_missing(test) ? part : apply_filter(j, test, item, &rest));
+        else if (what == UNIQUE && !contains(j, keys, part)) push(j, &keys, part), push(j, &chosen, item);
+        else if (what != UNIQUE && (is_missing(test) ? is_true(part) : apply_test(j, test, part, &rest)) == wanted)
+            push(j, &chosen, item);
     }
-    return generator(j, kept);
+    return chosen;
 }
 
-// unique, min, max, sum, sort, dictsort
-static Value gather_items(Template *j, Value name, Value v, Arguments *a) {
-    bool dictsort = same_text(name, "dictsort"), sort = same_text(name, "sort"), sum = same_text(name, "sum");
-    if (dictsort && v.kind != IS_DICT) return complain(j, "dictsort", v);
-    Value list = dictsort ? pairs_of(j, v, IS_LIST) : list_items(j, v), none = {.kind = IS_NONE};
-    bool reverse = (sort || dictsort) && flag_argument(j, a, sort ? 0 : 2, "reverse", false);
-    bool any_case = !sum && !flag_argument(j, a, sort, "case_sensitive", false);
-    Value path = dictsort ? argument(j, a, 1, "by", string("key"))
-                          : argument(j, a, sort ? 2 : sum ? 0 : 1, "attribute", none);
-    if (dictsort) path = integer(path.kind == IS_STRING && same_text(path, "value"));
-    Value found = {.kind = IS_LIST}, best = undefined, total = sum ? argument(j, a, 1, "start", integer(0)) : none;
-    if (sort || dictsort) return sort_items(j, list, path.kind == IS_NONE ? NULL : &path, any_case, reverse);
-    Value keys = {.kind = IS_LIST};
-    for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value key = path.kind == IS_NONE ? list.items[i] : member_at(j, list.items[i], path, undefined);
-        if (sum) total = compute(j, string("+"), total, key);
-        if (any_case && key.kind == IS_STRING) key = change_case(j, key, LOWER);
-        if (same_text(name, "unique") && (key.kind == IS_LIST || key.kind == IS_DICT)) return complain(j, "a key", key);
-        if (same_text(name, "unique") && !contains(j, keys, key)) push(j, &keys, key), push(j, &found, list.items[i]);
-        bool better = i == 0 || (same_text(name, "min") && is_less(j, key, best)) ||
-                      (same_text(name, "max") && is_less(j, best, key));
-        if (better) best = key, found.kind = IS_LIST, total = sum ? total : list.items[i];
-    }
-    if (same_text(name, "unique")) return generator(j, found);
-    return sum || list.n ? total : undefined;
-}
-
-static Value indent_lines(Template *j, Value s, Arguments *a) {
-    Value width = argument(j, a, 0, "width", integer(4)), lines = split_lines(j, s), gap = width;
-    bool first = flag_argument(j, a, 1, "first", false), blank = flag_argument(j, a, 2, "blank", false);
-    size_t start = j->out->text.n;
-    if (width.kind != IS_STRING && width.kind != IS_INTEGER) return complain(j, "the width", width);
-    for (int64_t i = 0; width.kind == IS_INTEGER && i < width.integer && !j->failed; i++) add_text(j, " ");
-    if (width.kind == IS_INTEGER) gap = take_string_from(j, start);
-    Value last = split_lines(j, s.n ? member(j, s, integer(-1), false) : s);
-    if (!s.n || (last.n && last.items[0].n == 0)) push(j, &lines, string(""));  // a line end begins a line, here
-    for (size_t i = 0; i < lines.n && !j->failed; i++) {
-        if (i) add_bytes(j, "\n", 1, NULL);
-        if (i ? lines.items[i].n || blank : first) put_string(j, gap);
-        put_string(j, lines.items[i]);
-    }
-    return take_string_from(j, start);
-}
-
-static Value apply_filter(Template *j, Value name, Value v, Arguments *a) {
-    bool is_first = same_text(name, "first"), is_last = same_text(name, "last");
-    Value none = {.kind = IS_NONE};
-    if (has_word("default d", name)) {
-        Value otherwise = argument(j, a, 0, "default_value", string(""));
-        bool any = flag_argument(j, a, 1, "boolean", false);
-        return v.kind == IS_UNDEFINED || (any && !is_true(v)) ? otherwise : v;
-    }
-    if (has_word("string safe", name)) return to_string(j, v);
-    if (same_text(name, "tojson")) return to_json(j, v, a);
-    if (has_word("upper lower capitalize", name)) return text_method(j, name, to_string(j, v), a);
-    if (same_text(name, "title")) return change_case(j, to_string(j, v), TITLE_FILTER);
-    if (same_text(name, "trim")) return text_method(j, string("strip"), to_string(j, v), a);
-    if (same_text(name, "replace")) {
-        Value s = to_string(j, v), old = text_argument(j, a, 0, "old", true), new = text_argument(j, a, 1, "new", true);
-        Value most = argument(j, a, 2, "count", none);
-        if (most.kind > IS_INTEGER) return complain(j, "the count", most);
-        return j->failed ? undefined : replace_text(j, s, old, new, most.kind == IS_NONE ? -1 : as_integer(most));
-    }
-    if (same_text(name, "indent")) return v.kind == IS_STRING ? indent_lines(j, v, a) : complain(j, "the lines", v);
-    if (same_text(name, "join")) {
-        Value separator = to_string(j, argument(j, a, 0, "d", string("")));
-        Value path = argument(j, a, 1, "attribute", none), list = list_items(j, v), parts = {.kind = IS_LIST};
-        for (size_t i = 0; path.kind != IS_NONE && i < list.n && !j->failed; i++)
-            push(j, &parts, member_at(j, list.items[i], path, undefined));
-        return join_items(j, path.kind == IS_NONE ? list : parts, separator);
-    }
-    if (has_word("length count", name)) {
-        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
-        if (v.kind == IS_UNDEFINED) return integer(0);
-        if (is_list(v) || v.kind == IS_DICT) return integer((int64_t)v.n / (v.kind == IS_DICT ? 2 : 1));
-        return complain(j, "the length", v);
-    }
-    if (is_first && v.kind == IS_GENERATOR && v.of->n) return v.of->n--, *v.of->items++;
-    if (is_last && v.kind == IS_GENERATOR) return complain(j, "the last item", v);
-    if ((is_first || is_last) && v.kind == IS_STRING) return member(j, v, integer(is_first ? 0 : -1), false);
-    if (is_first || is_last) {
-        Value list = list_items(j, v);
-        return list.n ? list.items[is_first ? 0 : list.n - 1] : undefined;
-    }
-    if (same_text(name, "list")) {
-        Value list = list_items(j, v);
+// A filter or method of a value that has items.
+static Value apply_to_items(Template *j, Operation what, Value v, const Value *a) {
+    Value list = {.kind = IS_LIST}, by = {.kind = IS_NONE};
+    if ((what == ITEMS || what == DICT_SORT) && v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT))
+        return complain(j, "the items", v);
+    if (what == ITEMS) return list_pairs(j, v);
+    if (what == KEYS || what == VALUES) {
+        for (size_t i = what == VALUES; i < v.n; i += 2) push(j, &list, v.items[i]);
         return list;
     }
-    if (same_text(name, "items") && v.kind == IS_UNDEFINED) return generator(j, (Value){.kind = IS_LIST});
-    if (same_text(name, "items"))
-        return v.kind == IS_DICT ? generator(j, pairs_of(j, v, IS_LIST)) : complain(j, "the items", v);
-    if (same_text(name, "reverse")) {
-        Value reversed = reverse_items(j, list_items(j, v));
-        return v.kind == IS_STRING ? join_items(j, reversed, string("")) : generator(j, reversed);
+    if (what == DICT_SORT) return sort_items(j, list_pairs(j, v), integer(0), is_true(a[0]));
+    if (what < MAP || what > REJECT_ATTR || is_true(v)) list = list_items(j, v);
+    size_t n = list.n;
+    switch (what) {
+    case FIRST: return n ? list.items[0] : undefined;
+    case LAST: return n ? list.items[n - 1] : undefined;
+    case REVERSE:
+        list = reverse_items(j, list);
+        return v.kind == IS_STRING ? join_items(j, list, string("")) : list;
+    case JOIN: return join_items(j, list, to_string(j, a[0]));
+    case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
+        return choose_items(j, what, list, a);
+    case SORT: return sort_items(j, list, a[1], is_true(a[0]));
+    case MINIMUM: case MAXIMUM:
+        list = sort_items(j, list, by, what == MAXIMUM);
+        return list.n ? list.items[0] : undefined;
+    default: return list;
     }
-    if (has_word("map select reject selectattr rejectattr", name)) return choose_items(j, name, v, a);
-    if (has_word("unique min max sum sort dictsort", name)) return gather_items(j, name, v, a);
-    if (same_text(name, "int")) return convert_number(j, v, true, argument(j, a, 0, "default", integer(0)));
-    if (same_text(name, "float")) return convert_number(j, v, false, argument(j, a, 0, "default", real(0)));
-    if (same_text(name, "round")) return round_number(j, v, a);
-    if (same_text(name, "abs") && v.kind == IS_FLOAT) return real(fabs(v.number));
-    if (same_text(name, "abs") && is_number(v))
-        return compute(j, string(as_integer(v) < 0 ? "-" : "+"), integer(0), v);
-    return same_text(name, "abs") ? complain(j, "abs", v) : lacks(j, "the filter", name);
 }
 
-static Value call_function(Template *j, Value name, Arguments *a) {
-    Value made = {.kind = IS_LIST};
-    if (same_text(name, "raise_exception")) {
-        Value message = to_string(j, argument(j, a, 0, "message", string("")));
-        return stop(j, MISUSE, "%.*s", (int)(message.n < 200 ? message.n : 200), message.text);
-    }
-    if (same_text(name, "strftime_now")) {
-        Value format = text_argument(j, a, 0, "format", false);
-        char text[512], pattern[256];
-        if (format.n >= sizeof pattern) return lacks(j, "the date", format);
-        memcpy(pattern, format.text, format.n);
-        pattern[format.n] = 0;
-        size_t start = j->out->text.n, n = strftime(text, sizeof text, pattern, j->now);
-        if (n == 0 && format.n) return lacks(j, "the date", format);
-        add_bytes(j, text, n, NULL);
+// A filter, method or function.
+static Value apply(Template *j, Operation what, Value v, const Value *a) {
+    size_t start = j->out->text.n;
+    int64_t width = what == TO_JSON ? need_count(j, a[1], 0) : 0;
+    const Value *found;
+    if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
+    if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
+    if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
+    switch (what) {
+    case TO_JSON:
+        if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
+        put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
         return take_string_from(j, start);
+    case DEFAULT:
+        if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
+        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
+    case LENGTH:
+        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
+        if (v.kind == IS_UNDEFINED) return integer(0);
+        if (v.kind == IS_DICT) return integer((int64_t)v.n / 2);
+        return is_list(v) ? integer((int64_t)v.n) : complain(j, "the length", v);
+    case GET:
+        found = find_value(j, v, a[0]);
+        return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
+    case TO_INTEGER: return convert_number(j, v, true, is_missing(a[0]) ? integer(0) : a[0]);
+    case TO_FLOAT: return convert_number(j, v, false, is_missing(a[0]) ? real(0) : a[0]);
+    case ROUND: return round_number(j, v, need_count(j, a[0], 0));
+    case STRFTIME_NOW: return strftime_now(j, need_text(j, a[0]));
+    case RANGE: return range(j, a);
+    case RAISE_EXCEPTION:
+        v = to_string(j, a[0]);
+        return stop(j, MISUSE, "%.*s", (int)(v.n < 200 ? v.n : 200), v.text);
+    default: return apply_to_items(j, what, v, a);
     }
-    if (same_text(name, "range")) {
-        int64_t first = integer_argument(j, a, 0, NULL, 0), end = integer_argument(j, a, 1, NULL, 0);
-        int64_t step = integer_argument(j, a, 2, NULL, 1);
-        if (a->list.n == 0 || step == 0) return stop(j, MISUSE, "range() without an end or with a step of 0");
-        if (a->list.n == 1) end = first, first = 0;
-        uint64_t size = step > 0 ? (uint64_t)step : -(uint64_t)step;
-        uint64_t gap = step > 0 ? (uint64_t)end - (uint64_t)first : (uint64_t)first - (uint64_t)end;
-        uint64_t n = (step > 0 ? first < end : first > end) ? (gap - 1) / size + 1 : 0;
-        if (n > MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
-        for (uint64_t i = 0; i < n && !j->failed; i++) push(j, &made, integer(first + (int64_t)i * step));
-        made.kind = IS_VIEW;
-        return made;
+}
+
+// To add one: a row here, and what it does in one of the functions above. Kinds: | a filter, s a string's method, d a
+// dict's, f a function. A ! is before the names of parameters that must be given.
+static const struct { const char *kinds, *name; Operation what; const char *parameters; } operations[] = {
+    {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
+    {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
+    {"s", "strip", STRIP, "chars"}, {"s", "lstrip", LSTRIP, "chars"}, {"s", "rstrip", RSTRIP, "chars"},
+    {"s", "split", SPLIT, "sep maxsplit"}, {"s", "rsplit", RSPLIT, "sep maxsplit"},
+    {"|s", "replace", REPLACE, "!old !new count"}, {"s", "find", FIND, "!what"}, {"s", "count", COUNT_TEXT, "!what"},
+    {"s", "startswith", STARTS_WITH, "!what"}, {"s", "endswith", ENDS_WITH, "!what"},
+    {"|", "indent", INDENT, "width first"}, {"|", "string", TO_STRING, ""}, {"|", "safe", TO_STRING, ""},
+    {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
+    {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
+    {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
+    {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
+    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
+    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
+    {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
+    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
+    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
+    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
+    {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
+    {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
+    {"f", "range", RANGE, "!start stop step"},
+};
+enum { N_OPERATIONS = sizeof operations / sizeof *operations, MAX_PARAMETERS = 3 };
+
+// The row of a name, or N_OPERATIONS.
+static int find_operation(char kind, Value name) {
+    int i = 0;
+    while (i < N_OPERATIONS && !(strchr(operations[i].kinds, kind) && same_text(name, operations[i].name))) i++;
+    return i;
+}
+
+// Puts the arguments at the places of the parameters of a row.
+static bool bind(Template *j, int row, const Arguments *a, Value bound[MAX_PARAMETERS]) {
+    const char *parameters = operations[row].parameters;
+    size_t n_taken = 0;
+    for (size_t i = 0; i < MAX_PARAMETERS; i++) {
+        bool needed = *parameters == '!';
+        parameters += needed;
+        Value name = {.kind = IS_STRING, .text = parameters, .n = strcspn(parameters, " ")};
+        const Value *found = name.n && i < a->list.n ? &a->list.items[i] : find_value(j, a->named, name);
+        if (needed && !found) stop(j, MISUSE, "the argument %.*s is missing", (int)name.n, name.text);
+        bound[i] = found ? *found : undefined;
+        n_taken += found != NULL;
+        parameters += name.n + (parameters[name.n] == ' ');
     }
-    // dict() and namespace(): of a dict or pairs, and of keywords
-    Value from = argument(j, a, 0, NULL, (Value){.kind = IS_DICT});
-    made.kind = IS_DICT;
-    a->n_taken += a->named.n / 2;
-    for (int round = 0; round < 2; round++, from = a->named) {
-        Value pairs = from.kind == IS_DICT ? pairs_of(j, from, IS_LIST) : list_items(j, from);
-        for (size_t i = 0; i < pairs.n && !j->failed; i++) {
-            Value pair = is_list(pairs.items[i]) ? pairs.items[i] : undefined;
-            if (pair.n != 2) return complain(j, "a pair", pair);
-            add_member(j, &made, pair.items[0], pair.items[1]);
-        }
-    }
-    if (same_text(name, "dict")) return made;
+    if (n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument of", string(operations[row].name));
+    return !j->failed;
+}
+
+static Value apply_named(Template *j, char kind, const char *what, Value name, Value v, const Arguments *a) {
+    int i = find_operation(kind, name);
+    Value bound[MAX_PARAMETERS];
+    if (j->skipping) return undefined;
+    if (i == N_OPERATIONS) return lacks(j, what, name);
+    return bind(j, i, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
+}
+
+static Value apply_filter(Template *j, Value name, Value v, const Arguments *a) {
+    return apply_named(j, '|', "the filter", name, v, a);
+}
+
+static Value apply_method(Template *j, Value name, Value v, const Arguments *a) {
+    char kind = v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-';
+    return v.kind == IS_UNDEFINED ? complain(j, "a member", v) : apply_named(j, kind, "the method", name, v, a);
+}
+
+// dict(a=b) and namespace(a=b), and other functions.
+static Value apply_function(Template *j, Value name, const Arguments *a) {
+    if (!has_word("dict namespace", name)) return apply_named(j, 'f', "the function", name, undefined, a);
+    if (a->list.n) return lacks(j, "an argument without a name of", name);
+    if (name.text[0] == 'd') return a->named;
     Scope *scope = get_memory(j, sizeof *scope);
-    if (scope) *scope = (Scope){0};
-    for (size_t i = 0; scope && i < made.n && !j->failed; i += 2) {
-        if (made.items[i].kind != IS_STRING || made.items[i].text[0] == '_') return lacks(j, "the name", made.items[i]);
-        set_variable(j, scope, made.items[i], made.items[i + 1]);
-    }
-    return (Value){.kind = IS_NAMESPACE, .scope = scope};
+    if (scope) *scope = (Scope){NULL, a->named};
+    return scope ? (Value){.kind = IS_NAMESPACE, .scope = scope} : undefined;
 }
 
 /* ---- Chat templates: expressions ---- */
 
 static Value expression(Template *j);
 static Value operate(Template *j, int least);
+static Value postfix(Template *j, Value v, bool filters);
+static Value call_macro(Template *j, Value macro, const Arguments *a);
 
 static bool sees(const Template *j, const char *what) {
     return (here(j)->kind == LEX_NAME || here(j)->kind == LEX_SIGN) && same_text(here(j)->value, what);
@@ -2926,13 +2642,11 @@ static bool accept(Template *j, const char *what) {
     return found;
 }
 
-static bool expect(Template *j, const char *what) {
+static void expect(Template *j, const char *what) {
     const Lexeme *x = here(j);
-    bool has_text = x->kind == LEX_NAME || x->kind == LEX_SIGN || x->kind == LEX_STRING;
-    if (accept(j, what)) return true;
-    stop(j, BAD_FILE, "expected %s, found %.*s", what, has_text ? (int)(x->value.n < 40 ? x->value.n : 40) : 8,
-         has_text ? x->value.text : x->kind == LEX_NUMBER ? "a number" : "an end   ");
-    return false;
+    Value found = x->kind == LEX_NUMBER ? string("a number") : x->kind == LEX_CLOSE ? string("an end") : x->value;
+    if (!accept(j, what))
+        stop(j, BAD_FILE, "expected %s, found %.*s", what, (int)(found.n < 40 ? found.n : 40), found.text);
 }
 
 static Value take_name(Template *j) {
@@ -2947,127 +2661,52 @@ static void close_tag(Template *j) {
 
 static void move_to(Template *j, size_t at) { if (!j->failed) j->at = at; }
 
+// Begins a part that is only walked over. Returns whether that was so before.
+static bool start_skipping(Template *j) {
+    bool before = j->skipping;
+    j->skipping = true;
+    return before;
+}
+
 // Ends a part that was walked over, or not.
 static void restore_skipping(Template *j, bool before) { j->skipping = before || j->failed || j->leaves != STAYS; }
 
-static bool enter(Template *j) {
-    if (++j->depth > MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep, or an endless recursion");
-    return !j->failed && spend(j, LEXEME_WORK);
-}
-
-// (a, b, name=c)
-static void read_arguments(Template *j, Arguments *a) {
-    *a = (Arguments){.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    if (!expect(j, "(")) return;
+// (a, b, name=c), which may be left out
+static Arguments read_arguments(Template *j) {
+    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
+    if (!accept(j, "(")) return a;
     while (!j->failed && !sees(j, ")")) {
         const Lexeme *x = here(j);
         bool named = x->kind == LEX_NAME && x[1].kind == LEX_SIGN && same_text(x[1].value, "=");
-        if (sees(j, "*") || sees(j, "**")) lacks(j, "the argument", x->value);
+        if (sees(j, "*")) lacks(j, "the argument", x->value);
         if (named) j->at += 2;
-        else if (a->named.n) stop(j, BAD_FILE, "an argument without a name after one with a name");
+        else if (a.named.n) stop(j, BAD_FILE, "an argument without a name after one with a name");
         Value v = expression(j);
-        if (named) push(j, &a->named, x->value);
-        push(j, named ? &a->named : &a->list, v);
-        if (!accept(j, ",") && !sees(j, ")")) break;
+        if (named) set_member(j, &a.named, x->value, v);
+        else push(j, &a.list, v);
+        if (!accept(j, ",")) break;
     }
     expect(j, ")");
+    return a;
 }
 
-static bool all_taken(Template *j, const Arguments *a) {
-    if (!j->failed && a->n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument that is not supported");
-    return !j->failed;
-}
-
-// Like Python's: integers that do not fit 64 bits are refused.
-static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
-    int64_t result = 1;
-    bool wraps = false;
-    if (op == '+') wraps = __builtin_add_overflow(a, b, &result);
-    if (op == '-') wraps = __builtin_sub_overflow(a, b, &result);
-    if (op == '*') wraps = __builtin_mul_overflow(a, b, &result);
-    if (op == '/' || op == '%') {
-        if (b == 0) return stop(j, MISUSE, "a division by 0");
-        if (b == -1) return op == '%' ? integer(0) : compute_integers(j, '-', 0, a);
-        int64_t rest = a % b, below = rest != 0 && (rest < 0) != (b < 0);
-        return integer(op == '/' ? a / b - below : rest + (below ? b : 0));
-    }
-    for (int64_t base = a; op == '^' && b > 0 && !wraps; b /= 2) {
-        if (b & 1) wraps = __builtin_mul_overflow(result, base, &result);
-        if (b > 1) wraps |= __builtin_mul_overflow(base, base, &base);
-    }
-    return wraps ? stop(j, MISUSE, "an integer that is too large") : integer(result);
-}
-
-static Value compute_reals(Template *j, char op, double a, double b) {
-    if (b == 0 && strchr("/%:", op)) return stop(j, MISUSE, "a division by 0");
-    if (op == '+') return real(a + b);
-    if (op == '-') return real(a - b);
-    if (op == '*') return real(a * b);
-    if (op == ':') return real(a / b);
-    if (op == '^' && isfinite(a) && isfinite(b) && !isfinite(pow(a, b)))
-        return stop(j, MISUSE, "a power that is no number, or too large");
-    if (op == '^') return real(pow(a, b));
-    double rest = fmod(a, b);
-    if (rest != 0 && (rest < 0) != (b < 0)) rest += b;
-    else if (rest == 0) rest = copysign(0, b);
-    if (op == '%') return real(rest);
-    double quotient = (a - rest) / b, whole = floor(quotient);
-    return real(quotient == 0 ? copysign(0, a / b) : quotient - whole > 0.5 ? whole + 1 : whole);
-}
-
-// a * n, where a is a text or a list
-static Value repeat(Template *j, Value a, Value times_) {
-    size_t start = j->out->text.n;
-    Value list = {.kind = a.kind};
-    for (int64_t i = as_integer(times_); i > 0 && !j->failed && a.n; i--) {
-        if (a.kind == IS_STRING) put_string(j, a);
-        for (size_t k = 0; a.kind != IS_STRING && k < a.n && !j->failed; k++) push(j, &list, a.items[k]);
-    }
-    return a.kind == IS_STRING ? take_string_from(j, start) : list;
-}
-
-static Value compute(Template *j, Value sign, Value a, Value b) {
-    char op = same_text(sign, "**") ? '^' : same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
-    bool whole = a.kind != IS_FLOAT && b.kind != IS_FLOAT, is_text = a.kind == IS_STRING && b.kind == IS_STRING;
-    bool a_joins = a.kind == IS_STRING || a.kind == IS_LIST || a.kind == IS_TUPLE;
-    bool b_joins = b.kind == IS_STRING || b.kind == IS_LIST || b.kind == IS_TUPLE;
-    if (op == '~' || (op == '+' && is_text))
-        return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
-    if (is_number(a) && is_number(b) && whole && op != ':' && !(op == '^' && as_integer(b) < 0))
-        return compute_integers(j, op, as_integer(a), as_integer(b));
-    if (is_number(a) && is_number(b)) {
-        if (whole && (fabs(as_real(a)) > 0x1p53 || fabs(as_real(b)) > 0x1p53))
-            return lacks(j, "the division of", string("such large integers"));
-        return compute_reals(j, op, as_real(a), as_real(b));
-    }
-    if (op == '*' && a_joins && is_number(b) && whole) return repeat(j, a, b);
-    if (op == '*' && b_joins && is_number(a) && whole) return repeat(j, b, a);
-    if (op == '%' && a.kind == IS_STRING) return lacks(j, "the operator", string("% of a text"));
-    if (op != '+' || a.kind != b.kind || !a_joins)
-        return complain(j, "arithmetic", is_number(a) || b.kind == IS_UNDEFINED ? b : a);
-    Value list = {.kind = a.kind};
-    for (size_t i = 0; i < a.n + b.n && !j->failed; i++) push(j, &list, i < a.n ? a.items[i] : b.items[i - a.n]);
-    return list;
-}
-
-// A variable, by the scopes from the innermost outwards, what was given, and the functions.
+// A variable, by the scopes from the innermost outwards, or a function.
 static Value variable(Template *j, Value name) {
-    for (const Scope *scope = j->scope; scope && spend(j, 1); scope = scope->outer) {
-        const Variable *v = find_variable(j, scope, name);
-        if (v) return v->value;
-    }
-    const Value *given = find_value(j, *j->given, name);
-    if (given) return *given;
-    if (has_word("range namespace dict raise_exception strftime_now", name))
-        return (Value){.kind = IS_FUNCTION, .text = name.text, .n = name.n};
-    if (has_word("cycler joiner lipsum self varargs kwargs caller", name)) return lacks(j, "the name", name);
-    return (Value){.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
+    const Value *found = NULL;
+    Value v = {.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
+    if (j->skipping) return v;
+    for (const Scope *scope = j->scope; scope && !found && spend(j, 1); scope = scope->outer)
+        found = find_value(j, scope->variables, name);
+    if (found) return *found;
+    if (has_word("namespace dict", name) || find_operation('f', name) < N_OPERATIONS) v.kind = IS_FUNCTION;
+    else if (has_word("cycler joiner lipsum self varargs kwargs caller", name)) lacks(j, "the name", name);
+    return v;
 }
 
 // a, b, c or one value alone; in brackets it may be empty.
-static Value tuple(Template *j, bool conditional, bool in_brackets) {
-    Value all = {.kind = IS_TUPLE}, v = undefined;
-    if (in_brackets && sees(j, ")")) return all;
+static Value tuple(Template *j, bool conditional) {
+    Value all = {.kind = IS_TUPLE}, v;
+    if (sees(j, ")")) return all;
     v = conditional ? expression(j) : operate(j, OR);
     if (!sees(j, ",")) return v;
     push(j, &all, v);
@@ -3076,99 +2715,92 @@ static Value tuple(Template *j, bool conditional, bool in_brackets) {
     return all;
 }
 
-static Value primary(Template *j) {
-    const Lexeme *x = here(j);
-    Value v = x->value, made = {.kind = IS_LIST};
-    if (accept(j, "(")) return v = tuple(j, true, true), expect(j, ")"), v;
-    if (accept(j, "[") || accept(j, "{")) {
-        bool is_dict = x->value.text[0] == '{';
-        const char *end = is_dict ? "}" : "]";
-        made.kind = is_dict ? IS_DICT : IS_LIST;
-        while (!j->failed && !sees(j, end)) {
-            v = expression(j);
-            if (is_dict) {
-                expect(j, ":");
-                Value item = expression(j);
-                if (!j->skipping) add_member(j, &made, v, item);
-            } else if (!j->skipping) push(j, &made, v);
-            if (!accept(j, ",") && !sees(j, end)) break;
-        }
-        return expect(j, end), made;
+// [a, b] or {a: b, c: d}
+static Value display(Template *j) {
+    bool is_dict = here(j)->value.text[0] == '{';
+    const char *end = is_dict ? "}" : "]";
+    Value made = {.kind = is_dict ? IS_DICT : IS_LIST};
+    for (j->at++; !j->failed && !sees(j, end);) {
+        Value v = expression(j);
+        if (is_dict) expect(j, ":");
+        if (!is_dict) push(j, &made, v);
+        else set_member(j, &made, v, expression(j));
+        if (!accept(j, ",")) break;
     }
-    if (x->kind == LEX_STRING || x->kind == LEX_NUMBER) {
-        for (j->at++; x->kind == LEX_STRING && here(j)->kind == LEX_STRING; j->at++)
-            if (!j->skipping) v = compute(j, string("~"), v, here(j)->value);
-        return v;
-    }
-    if (x->kind != LEX_NAME || x->level || has_word("if else is", v)) return expect(j, "a value"), undefined;
-    j->at++;
-    if (has_word("true True false False", v)) return boolean(v.text[0] == 't' || v.text[0] == 'T');
-    if (has_word("none None", v)) return (Value){.kind = IS_NONE};
-    return j->skipping ? undefined : variable(j, v);
+    expect(j, end);
+    return made;
 }
 
-static Value call_macro(Template *j, Value macro, Arguments *a);
+static Value primary(Template *j) {
+    const Lexeme *x = here(j);
+    Value v = x->value;
+    if (sees(j, "[") || sees(j, "{")) return display(j);
+    if (accept(j, "(")) {
+        v = tuple(j, true);
+        expect(j, ")");
+        return v;
+    }
+    bool is_name = x->kind == LEX_NAME && !x->level && !has_word("if else is", v);
+    if (!is_name && x->kind != LEX_STRING && x->kind != LEX_NUMBER) return expect(j, "a value"), undefined;
+    j->at++;
+    for (; x->kind == LEX_STRING && here(j)->kind == LEX_STRING; j->at++)
+        v = compute(j, string("~"), v, here(j)->value);
+    if (!is_name) return v;
+    if (has_word("true True false False", v)) return boolean(v.text[0] == 't' || v.text[0] == 'T');
+    return has_word("none None", v) ? (Value){.kind = IS_NONE} : variable(j, v);
+}
 
 static Value call(Template *j, Value v) {
-    Arguments a;
-    read_arguments(j, &a);
-    if (j->skipping) return undefined;
-    Value result = v.kind == IS_MACRO ? call_macro(j, v, &a) : v.kind == IS_METHOD ? call_method(j, v, &a)
-                 : v.kind == IS_FUNCTION ? call_function(j, v, &a)
-                 : v.kind == IS_LOOP ? lacks(j, "the call of", string("loop")) : complain(j, "a call", v);
-    return all_taken(j, &a) ? result : undefined;
+    Arguments a = read_arguments(j);
+    if (v.kind == IS_MACRO && !j->skipping) return call_macro(j, v, &a);
+    Value name = {.kind = IS_STRING, .text = v.text, .n = v.n};
+    return v.kind == IS_FUNCTION ? apply_function(j, name, &a) : complain(j, "a call", v);
+}
+
+// .name or .method(arguments)
+static Value dot(Template *j, Value v) {
+    Value name = take_name(j);
+    if (!sees(j, "(")) return member(j, v, name);
+    Arguments a = read_arguments(j);
+    return apply_method(j, name, v, &a);
 }
 
 static Value subscript(Template *j, Value v) {
     Value bounds[3] = {{.kind = IS_NONE}, {.kind = IS_NONE}, {.kind = IS_NONE}};
     int n = 0;
+    if (sees(j, "]")) expect(j, "an index");
     for (; n < 3; n++) {
         if (!sees(j, ":") && !sees(j, "]")) bounds[n] = expression(j);
         if (!accept(j, ":")) break;
     }
-    if (sees(j, "]") && here(j)[-1].kind == LEX_SIGN && same_text(here(j)[-1].value, "[")) expect(j, "an index");
-    if (!expect(j, "]") || j->skipping) return undefined;
-    return n ? slice(j, v, bounds[0], bounds[1], bounds[2]) : member(j, v, bounds[0], false);
+    expect(j, "]");
+    return n ? slice(j, v, bounds) : member(j, v, bounds[0]);
 }
 
-// value | name(arguments)
 static Value filter(Template *j, Value v) {
     Value name = take_name(j);
-    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    if (sees(j, "(")) read_arguments(j, &a);
-    if (j->skipping) return undefined;
-    v = apply_filter(j, name, v, &a);
-    return all_taken(j, &a) ? v : undefined;
+    Arguments a = read_arguments(j);
+    return apply_filter(j, name, v, &a);
 }
 
-static Value postfix(Template *j, Value v, bool filters);
-
-// value is not name argument
+// not name argument
 static Value test(Template *j, Value v) {
-    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
     bool negated = accept(j, "not");
-    Value name = here(j)->kind == LEX_NAME ? take_name(j) : (expect(j, "a name"), undefined);
+    Value name = take_name(j);
     const Lexeme *x = here(j);
-    bool operand = (x->kind == LEX_NAME && !x->level && !has_word("if else is", x->value)) || x->kind == LEX_STRING ||
-                   x->kind == LEX_NUMBER || sees(j, "[") || sees(j, "{");
-    if (sees(j, "(")) read_arguments(j, &a);
-    else if (operand) push(j, &a.list, postfix(j, primary(j), false));
-    if (j->skipping) return undefined;
-    bool holds = apply_test(j, name, v, &a);
-    return all_taken(j, &a) ? boolean(holds != negated) : undefined;
+    bool is_name = x->kind == LEX_NAME && !x->level && !has_word("if else is", x->value);
+    Arguments a = read_arguments(j);
+    if (x == here(j) && (is_name || x->kind == LEX_STRING || x->kind == LEX_NUMBER || sees(j, "[") || sees(j, "{")))
+        push(j, &a.list, postfix(j, primary(j), false));
+    return boolean(!j->skipping && apply_test(j, name, v, &a) != negated);
 }
 
 // What follows a value: .member [index] (call) and, if they may, | filter and `is` test.
 static Value postfix(Template *j, Value v, bool filters) {
-    bool filtered = false;
-    while (!j->failed && spend(j, LEXEME_WORK)) {
-        if (!filtered && accept(j, ".")) {
-            bool is_index = here(j)->kind == LEX_NUMBER;
-            Value key = is_index ? here(j)->value : take_name(j);
-            j->at += is_index;
-            if (!j->skipping) v = member(j, v, key, !is_index);
-        } else if (!filtered && accept(j, "[")) v = subscript(j, v);
-        else if (sees(j, "(")) v = call(j, v);
+    for (bool filtered = false; spend(j, LEXEME_WORK);) {
+        if (!filtered && accept(j, ".")) v = dot(j, v);
+        else if (!filtered && accept(j, "[")) v = subscript(j, v);
+        else if (!filtered && sees(j, "(")) v = call(j, v);
         else if (filters && accept(j, "|")) v = filter(j, v), filtered = true;
         else if (filters && accept(j, "is")) v = test(j, v), filtered = true;
         else break;
@@ -3178,11 +2810,10 @@ static Value postfix(Template *j, Value v, bool filters) {
 
 static Value unary(Template *j, bool filters) {
     Value v = undefined;
-    bool minus = accept(j, "-"), plus = !minus && accept(j, "+");
-    if (enter(j)) v = minus || plus ? unary(j, false) : primary(j);
-    if ((minus || plus) && !j->skipping && v.kind == IS_FLOAT) v.number = minus ? -v.number : v.number;
-    else if ((minus || plus) && !j->skipping)
-        v = is_number(v) ? compute(j, string(minus ? "-" : "+"), integer(0), v) : complain(j, "arithmetic", v);
+    bool minus = accept(j, "-");
+    if (enter(j)) v = minus ? unary(j, false) : primary(j);
+    if (minus && v.kind == IS_FLOAT) v.number = -v.number;
+    else if (minus) v = compute(j, string("-"), integer(0), v);
     v = postfix(j, v, filters);
     j->depth--;
     return v;
@@ -3191,13 +2822,13 @@ static Value unary(Template *j, bool filters) {
 // a < b <= c: each two neighbours are compared, up to the first that differ.
 static Value comparison(Template *j, Value left) {
     bool holds = true, before = j->skipping;
-    for (const Lexeme *x; (x = here(j))->level == COMPARE && !j->failed;) {
+    while (here(j)->level == COMPARE && !j->failed) {
         bool negated = accept(j, "not");
         Value sign = here(j)->value;
         if (negated && !sees(j, "in")) expect(j, "in");
         j->at += !j->failed;
         Value right = operate(j, ADD);
-        if (!j->skipping) holds = compare(j, sign, left, right) != negated;
+        holds = holds && compare(j, sign, left, right) != negated;
         left = right;
         if (!holds) j->skipping = true;
     }
@@ -3209,8 +2840,7 @@ static Value comparison(Template *j, Value left) {
 static Value operate(Template *j, int least) {
     Value left;
     if (least <= NOT && accept(j, "not")) {
-        bool holds = enter(j) && is_true(operate(j, NOT));
-        left = boolean(!holds);
+        left = boolean(!(enter(j) && is_true(operate(j, NOT))));
         j->depth--;
     } else left = unary(j, true);
     while (!j->failed && here(j)->level >= least && here(j)->level) {
@@ -3222,9 +2852,10 @@ static Value operate(Template *j, int least) {
             continue;
         }
         j->at++;
-        if (x->level <= AND && is_true(left) == (x->level == OR)) j->skipping = true;  // the left one is the result
+        bool decided = x->level <= AND && is_true(left) == (x->level == OR);  // the left one is the result
+        if (decided) j->skipping = true;
         Value right = operate(j, x->level + 1);
-        if (!j->skipping) left = x->level <= AND ? right : compute(j, x->value, left, right);
+        if (!decided) left = x->level <= AND ? right : compute(j, x->value, left, right);
         restore_skipping(j, before);
     }
     return left;
@@ -3232,25 +2863,21 @@ static Value operate(Template *j, int least) {
 
 // value if condition else other. The first walk over the template keeps where the `if` is.
 static Value expression(Template *j) {
-    size_t start = j->at, condition = here(j)->jump, end;
+    size_t start = j->at, condition = here(j)->jump;
     Value v = undefined;
-    bool before = j->skipping;
-    if (enter(j) && !before && condition) {
-        move_to(j, condition);
-        bool holds = is_true(operate(j, OR));
-        end = j->at;
-        if (holds) move_to(j, start), v = operate(j, OR), move_to(j, end);
-        bool otherwise = accept(j, "else");
-        if (holds) j->skipping = true;
-        Value other = otherwise ? expression(j) : undefined;
-        if (!holds) v = other;
-    } else if (!j->failed) {
+    bool before = j->skipping, holds = false;
+    if (!enter(j) || before || !condition) {
         v = operate(j, OR);
         if (j->checking && sees(j, "if")) ((Lexeme *)j->lexemes.bytes)[start].jump = j->at + 1;
-        if (before && accept(j, "if")) {
-            operate(j, OR);
-            if (accept(j, "else")) expression(j);
-        }
+    }
+    if (before ? accept(j, "if") : condition && !j->failed) {
+        if (!before) move_to(j, condition);
+        holds = is_true(operate(j, OR)) && !before;
+        size_t end = j->at;
+        if (holds) move_to(j, start), v = operate(j, OR), move_to(j, end);
+        if (holds) j->skipping = true;
+        Value other = accept(j, "else") ? expression(j) : undefined;
+        if (!holds) v = other;
     }
     restore_skipping(j, before);
     j->depth--;
@@ -3264,24 +2891,20 @@ static void statement(Template *j);
 // Renders up to a statement that is one of `ends`, and stands on its name.
 static void body(Template *j, const char *ends) {
     size_t start = j->at;
+    const char *last = strrchr(ends, ' ');
     if (j->skipping && !j->checking && here(j)->jump) {
         move_to(j, here(j)->jump);
         return;
     }
-    for (bool ok = enter(j); ok && !j->failed && spend(j, LEXEME_WORK);) {
+    for (bool ok = enter(j); ok && spend(j, LEXEME_WORK);) {
         const Lexeme *x = here(j);
-        const char *last = strrchr(ends, ' ');
         if (x->kind == LEX_END && *ends) stop(j, BAD_FILE, "%s is missing", last ? last + 1 : ends);
         if (x->kind == LEX_END || j->failed) break;
         j->at++;
-        if (x->kind == LEX_TEXT && !j->skipping) put_string(j, x->value);
-        if (x->kind == LEX_OUTPUT) {
-            Value v = tuple(j, true, false);
-            if (!j->skipping) put_plain(j, v);
-            close_tag(j);
-        }
         if (x->kind == LEX_TAG && here(j)->kind == LEX_NAME && has_word(ends, here(j)->value)) break;
         if (x->kind == LEX_TAG) statement(j);
+        else put_plain(j, x->kind == LEX_OUTPUT ? tuple(j, true) : x->value);
+        if (x->kind != LEX_TEXT) close_tag(j);
     }
     j->depth--;
     if (j->checking) ((Lexeme *)j->lexemes.bytes)[start].jump = j->at;
@@ -3289,210 +2912,186 @@ static void body(Template *j, const char *ends) {
 
 static Scope *new_scope(Template *j, Scope *outer) {
     Scope *scope = get_memory(j, sizeof *scope);
-    if (scope) *scope = (Scope){outer, NULL};
+    if (!scope) return outer;
+    *scope = (Scope){outer, {.kind = IS_DICT}};
     return scope;
 }
 
 // Sets what is named here, `a` or `space.a` or `a, b`, to a value or its items.
 static void assign(Template *j, Value v) {
-    bool bracket = accept(j, "("), single;
+    bool single = true;
+    Value list = undefined;
     size_t n = 0;
-    Value list = undefined, name;
     do {
-        if (n && (sees(j, ")") || sees(j, "=") || sees(j, "in"))) break;
-        name = take_name(j);
+        Value name = take_name(j);
         Scope *scope = j->scope;
         if (accept(j, ".")) {
-            Value space = j->skipping ? undefined : variable(j, name);
+            Value space = variable(j, name);
             name = take_name(j);
-            if (!j->skipping && space.kind != IS_NAMESPACE) complain(j, "a member to be set", space);
-            if (!j->failed && name.text[0] == '_') lacks(j, "the name", name);
+            if (space.kind != IS_NAMESPACE) complain(j, "a member to be set", space);
             scope = space.scope;
         }
-        single = n == 0 && !bracket && !sees(j, ",");
-        if (n == 0 && !single && !j->skipping) list = list_items(j, v);
+        if (n == 0) single = !sees(j, ",");
+        if (n == 0 && !single) list = list_items(j, v);
         if (!j->skipping && !single && n >= list.n) stop(j, MISUSE, "%zu values for more names", list.n);
-        if (!j->skipping) set_variable(j, scope, name, single ? v : list.items[n]);
+        if (!j->skipping) set_member(j, &scope->variables, name, single ? v : list.items[n]);
         n++;
     } while (accept(j, ","));
-    if (bracket) expect(j, ")");
     if (!single && !j->skipping && n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
 }
 
 static void if_statement(Template *j) {
-    bool before = j->skipping, done = false;
-    bool holds = is_true(tuple(j, false, false)) && !before;
-    for (bool last = false; !j->failed;) {
+    bool before = j->skipping, done = false, last = false;
+    do {
+        bool holds = last || is_true(tuple(j, false));
         close_tag(j);
         if (!holds) j->skipping = true;
         body(j, last ? "endif" : "elif else endif");
         done |= holds;
-        if (accept(j, "endif")) break;
         j->skipping = before || done || j->failed;
         last = accept(j, "else");
-        if (!last) expect(j, "elif");
-        holds = last ? !done && !before : is_true(tuple(j, false, false)) && !done && !before;
-    }
+    } while (last || accept(j, "elif"));
     restore_skipping(j, before);
-    close_tag(j);
+    expect(j, "endif");
 }
 
 // The items for which the condition at `condition` holds.
 static Value choose_for_loop(Template *j, Value list, size_t names, size_t condition) {
     Value kept = {.kind = IS_LIST};
+    Scope *outer = j->scope;
+    j->scope = new_scope(j, outer);
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Scope *outer = j->scope;
-        j->scope = new_scope(j, outer);
         move_to(j, names);
-        if (j->scope) assign(j, list.items[i]);
+        assign(j, list.items[i]);
         move_to(j, condition);
         if (is_true(expression(j))) push(j, &kept, list.items[i]);
-        j->scope = outer;
     }
+    j->scope = outer;
     return kept;
 }
 
 static void for_statement(Template *j) {
-    bool before = j->skipping;
     size_t names = j->at, condition = 0, start;
+    bool before = start_skipping(j);
     Scope *outer = j->scope;
-    j->skipping = true;
     assign(j, undefined);
     restore_skipping(j, before);
     expect(j, "in");
-    Value v = tuple(j, false, false), list = before ? undefined : list_items(j, v);
+    Loop *loop = get_memory(j, sizeof *loop);
+    Value list = list_items(j, tuple(j, false));
     if (accept(j, "if")) {
         condition = j->at;
-        j->skipping = true;
+        start_skipping(j);
         expression(j);
         restore_skipping(j, before);
     }
-    if (sees(j, "recursive")) lacks(j, "the loop", here(j)->value);
     close_tag(j);
     start = j->at;
-    if (condition && !before) list = choose_for_loop(j, list, names, condition);
-    Loop *loop = get_memory(j, sizeof *loop);
-    if (loop) *loop = (Loop){.items = list, .depth = ++j->n_loops};
-    for (size_t i = 0; i < list.n && j->leaves != BREAKS && !j->failed; i++) {
-        j->leaves = STAYS;
-        j->skipping = false;
+    if (before) list.n = 0;
+    if (condition) list = choose_for_loop(j, list, names, condition);
+    if (loop) *loop = (Loop){.items = list};
+    j->n_loops++;
+    for (size_t i = 0; !j->failed && (i == 0 || (i < list.n && j->leaves != BREAKS)); i++) {
+        if (!before) j->leaves = STAYS;
+        j->skipping = list.n == 0;
         j->scope = new_scope(j, outer);
         loop->i = i;
-        move_to(j, names);
-        if (!j->scope) break;
-        assign(j, list.items[i]);
-        set_variable(j, j->scope, string("loop"), (Value){.kind = IS_LOOP, .loop = loop});
+        if (list.n) {
+            move_to(j, names);
+            assign(j, list.items[i]);
+            set_member(j, &j->scope->variables, string("loop"), (Value){.kind = IS_LOOP, .loop = loop});
+        }
         move_to(j, start);
         body(j, "else endfor");
     }
-    j->scope = outer;
     if (!before) j->leaves = STAYS;
-    if (list.n == 0) {
-        j->skipping = true;
-        move_to(j, start);
-        body(j, "else endfor");
-    }
     j->n_loops--;
     j->skipping = before || j->failed || list.n > 0;
+    j->scope = new_scope(j, outer);
     if (accept(j, "else")) {
         close_tag(j);
-        j->scope = new_scope(j, outer);
         body(j, "endfor");
-        j->scope = outer;
     }
+    j->scope = outer;
     restore_skipping(j, before);
     expect(j, "endfor");
-    close_tag(j);
 }
 
-static Value filters(Template *j, Value v) {
-    do v = filter(j, v);
-    while (accept(j, "|"));
-    return v;
-}
-
-// The text of a body, through the filters that stand at `chain` (0: none).
-static Value capture(Template *j, const char *end, size_t chain) {
-    size_t start = j->out->text.n, after;
+// The text of a body, through the filter that stands here, if there is one.
+static Value capture(Template *j, const char *end, bool filtered) {
+    size_t start = j->out->text.n, chain = j->at, after;
+    bool before = start_skipping(j);
     Scope *outer = j->scope;
+    if (filtered) filter(j, undefined);
+    restore_skipping(j, before);
     close_tag(j);
     j->scope = new_scope(j, outer);
     body(j, end);
     j->scope = outer;
     Value v = take_string_from(j, start);
     after = j->at;
-    if (chain) move_to(j, chain), v = filters(j, v), move_to(j, after);
+    if (filtered) move_to(j, chain), v = filter(j, v), move_to(j, after);
     expect(j, end);
     return v;
 }
 
 static void set_statement(Template *j) {
-    bool before = j->skipping;
-    size_t names = j->at, chain = 0, after;
-    Value v;
-    j->skipping = true;
+    size_t names = j->at, after;
+    bool before = start_skipping(j);
     assign(j, undefined);
-    if (accept(j, "=")) {
-        restore_skipping(j, before);
-        v = tuple(j, true, false);
-    } else {
-        if (accept(j, "|")) chain = j->at, filters(j, undefined);
-        restore_skipping(j, before);
-        v = capture(j, "endset", chain);
-    }
+    restore_skipping(j, before);
+    Value v = accept(j, "=") ? tuple(j, true) : capture(j, "endset", accept(j, "|"));
     after = j->at;
     move_to(j, names);
     assign(j, v);
     move_to(j, after);
-    close_tag(j);
 }
 
-// name(a, b=default): walks over them, or sets them to a call's arguments.
-static void parameters(Template *j, Arguments *a) {
-    size_t n = 0;
-    for (expect(j, "("); !j->failed && !sees(j, ")"); n++) {
+// (a, b=default): the variables that a call's arguments set.
+static void parameters(Template *j, const Arguments *a) {
+    size_t n_taken = 0;
+    expect(j, "(");
+    for (size_t n = 0; !j->failed && !sees(j, ")"); n++) {
         Value name = take_name(j), v = {.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
-        const Value *given = !a ? NULL : n < a->list.n ? &a->list.items[n] : find_value(j, a->named, name);
+        const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, name);
         bool before = j->skipping;
-        if (given) a->n_taken++;
         if (given) j->skipping = true;
         if (accept(j, "=")) v = expression(j);
         restore_skipping(j, before);
-        if (a) set_variable(j, j->scope, name, given ? *given : v);
+        if (!before) set_member(j, &j->scope->variables, name, given ? *given : v);
+        n_taken += given != NULL;
         if (!accept(j, ",")) break;
     }
     expect(j, ")");
+    if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
 }
 
 static void macro_statement(Template *j) {
-    bool before = j->skipping;
     Value name = take_name(j);
     Value macro = {.kind = IS_MACRO, .n = j->at, .text = name.text, .scope = j->scope};
-    if (!before) set_variable(j, j->scope, name, macro);
     int n_loops = j->n_loops;
-    j->skipping = true;
+    if (!j->skipping) set_member(j, &j->scope->variables, name, macro);
+    bool before = start_skipping(j);
     j->n_loops = 0;
-    parameters(j, NULL);
+    parameters(j, &(Arguments){0});
     close_tag(j);
     body(j, "endmacro");
     expect(j, "endmacro");
     j->n_loops = n_loops;
     restore_skipping(j, before);
-    close_tag(j);
 }
 
-static Value call_macro(Template *j, Value macro, Arguments *a) {
+static Value call_macro(Template *j, Value macro, const Arguments *a) {
     size_t after = j->at, start = j->out->text.n;
     Scope *outer = j->scope;
-    int n_loops = j->n_loops;
-    j->n_loops = 0;
     j->scope = new_scope(j, macro.scope);
     move_to(j, macro.n);
-    if (j->scope && enter(j)) parameters(j, a);
-    close_tag(j);
-    if (all_taken(j, a)) body(j, "endmacro");
+    if (enter(j)) {
+        parameters(j, a);
+        close_tag(j);
+        body(j, "endmacro");
+    }
     j->depth--;
-    j->n_loops = n_loops;
     j->scope = outer;
     move_to(j, after);
     return take_string_from(j, start);
@@ -3505,52 +3104,42 @@ static void statement(Template *j) {
     else if (same_text(name, "for")) for_statement(j);
     else if (same_text(name, "set")) set_statement(j);
     else if (same_text(name, "macro")) macro_statement(j);
-    else if (breaks || same_text(name, "continue")) {
-        if (j->n_loops == 0) stop(j, BAD_FILE, "%s outside of a loop", breaks ? "break" : "continue");
-        if (!j->skipping) j->leaves = breaks ? BREAKS : GOES_ON, j->skipping = true;
-        close_tag(j);
-    } else if (same_text(name, "filter")) {
-        bool before = j->skipping;
-        size_t chain = j->at;
+    else if (same_text(name, "filter")) put_plain(j, capture(j, "endfilter", true));
+    else if (same_text(name, "generation")) put_plain(j, capture(j, "endgeneration", false));  // noted for training
+    else if (!breaks && !same_text(name, "continue")) lacks(j, "the statement", name);
+    else if (j->n_loops == 0) stop(j, BAD_FILE, "%s outside of a loop", breaks ? "break" : "continue");
+    else if (!j->skipping) {
+        j->leaves = breaks ? BREAKS : GOES_ON;
         j->skipping = true;
-        filters(j, undefined);
-        restore_skipping(j, before);
-        Value v = capture(j, "endfilter", chain);
-        if (!j->skipping && v.kind != IS_STRING) complain(j, "the text", v);
-        if (!j->skipping) put_string(j, v);
-        close_tag(j);
-    } else if (same_text(name, "generation")) {  // marks what training learns: here it is only a scope
-        Value v = capture(j, "endgeneration", 0);
-        if (!j->skipping) put_string(j, v);
-        close_tag(j);
-    } else if (!j->failed) lacks(j, "the statement", name);
+    }
 }
 
 // Renders a chat template with the variables that it is given, and at most so much work.
 static bool render_template(Text source, const Value *given, const struct tm *now, size_t work, Rendered *out,
                             Error *e) {
     if (source.n > MAX_TEMPLATE_BYTES) return refuse(e, "the chat template has more than %d bytes", MAX_TEMPLATE_BYTES);
-    Template j = {.given = given, .now = now, .out = out, .e = e, .work_left = work, .line = 1};
+    Template j = {.now = now, .out = out, .e = e, .work_left = work};
+    Scope outermost = {NULL, *given};
     char *text = get_memory(&j, source.n + 1), *ones = get_memory(&j, source.n + 64);
     if (text && ones) {
         memset(ones, 1, source.n + 64);
         for (size_t i = 0; i < source.n; i++)
             if (source.at[i] != '\n' || i == 0 || source.at[i - 1] != '\r')
                 text[j.n_source++] = source.at[i] == '\r' ? '\n' : source.at[i];
-        if (j.n_source && text[j.n_source - 1] == '\n') text[--j.n_source] = 0;
+        j.n_source -= j.n_source && text[j.n_source - 1] == '\n';
+        text[j.n_source] = 0;
         j.source = text;
         j.ones = ones;
         make_lexemes(&j);
+        j.from = j.n_source;
         add_lexeme(&j, LEX_END, string(""));
     }
-    if (!j.failed) {
-        j.lexed = j.checking = j.skipping = true;
-        body(&j, "");
-        j.checking = j.skipping = j.failed;
-        j.depth = 0;
+    j.lexed = !j.failed;
+    for (int round = 0; round < 2 && !j.failed; round++) {  // to find its errors, and to run it
+        j.checking = j.skipping = round == 0;
+        j.scope = new_scope(&j, &outermost);
         move_to(&j, 0);
-        j.scope = new_scope(&j, NULL);
-        if (j.scope) body(&j, "");
+        body(&j, "");
     }
     free(j.lexemes.bytes);
     free_pool(&j.pool);

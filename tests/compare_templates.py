@@ -167,20 +167,18 @@ GIVEN = {"s": "some Text", "n": 5, "f": 2.5, "l": [1, 2, 3], "d": {"a": 1, "b": 
 TEXTS = ["''", "'a'", "'Hello World'", "' x y '", "'a,b,,c'", "\"it's\"", "'q\"q'", "'\u4f60\U0001f600z'", "'\\n'", "'ab\\tc'",
          "'aaa'", "'12'", "'-3.5'", "'a-b(c'", "'{}'", "'\u00a0'", "'<|x|>'", "'0'", "'abcabc'"]
 NUMBERS = ["0", "1", "2", "3", "10", "7", "1.5", "0.0", "2.5", "1e20", "3.0", "100", "0.1"]
-FILTERS = """trim length upper lower title capitalize first last list string int float round abs reverse sort
-unique|list min max sum tojson join count items|list safe dictsort default('x') default('x',true) join('-') replace('a','b')
-replace('','-') replace('a','b',1) round(1) round(2,'floor') round(0,'ceil') int(7) float(1.5) tojson(indent=2)
-tojson(ensure_ascii=true) tojson(separators=(',',':')) tojson(sort_keys=true) indent indent(2,true) indent(width=3,blank=true)
-trim('a') sort(reverse=true) sort(case_sensitive=true) sort(attribute='role') unique(case_sensitive=true)|list
-dictsort(reverse=true) dictsort(by='value') sum(start=2) map('upper')|list map(attribute='role')|list
-map(attribute='x.y',default='q')|list select|list reject('none')|list select('number')|list selectattr('x')|list
+FILTERS = """trim length upper lower title capitalize first last list string int float round reverse|list sort
+unique|list min max tojson join count items|list safe dictsort default('x') default('x',true) join('-') replace('a','b')
+replace('a','b',1) round(1) round(2) int(7) float(1.5) tojson(indent=2) tojson(ensure_ascii=false) indent indent(2,true)
+indent(width=3) trim('a') sort(reverse=true) sort(attribute='role') 
+dictsort(reverse=true) map('upper')|list map(attribute='role')|list
+select|list reject('none')|list select('number')|list selectattr('x')|list
 selectattr('role','eq','user')|list rejectattr('role','in',['user'])|list map('tojson')|join map('int')|list""".split()
-METHODS = """strip() lstrip() rstrip() strip('a') split() split(',') split('a') split(',',1) split(None,1) rsplit('b',1)
-rsplit('a') rsplit(None,1) splitlines() upper() lower() title() capitalize() replace('a','bb') replace('a','',1)
-startswith('a') endswith('c') startswith(('a','H')) find('a') rfind('a') count('a') count('') index('a') join(['x','y'])
-items()|list keys()|list values()|list get('a') get('zz',3) get('zz') removeprefix('a') removesuffix('c') format(1)""".split()
-TESTS = """defined undefined none string number integer float boolean true false mapping sequence iterable odd even
-divisibleby(3) in([1,2,'a']) eq(1) equalto('a') ne(2) lt(3) gt(2) le(2) ge(1)""".split()
+METHODS = """strip() lstrip() rstrip() strip('a') split() split(',') split('a') split(',',1) rsplit('b',1) rsplit('a')
+upper() lower() title() capitalize() replace('a','bb') replace('a','',1) startswith('a') endswith('c') find('a') count('a')
+count('') items()|list keys()|list values()|list get('a') get('zz',3) get('zz')""".split()
+TESTS = """defined undefined none string number integer float boolean true false mapping sequence iterable
+in([1,2,'a']) eq(1) equalto('a') ne(2) lt(3) gt(2) le(2) ge(1)""".split()
 
 
 class Writer:
@@ -221,19 +219,19 @@ class Writer:
         body = lambda: "".join(self.statements(depth - 1) for _ in range(self.random.randrange(1, 4)))
         a, b = lambda: one("{% ", "{%- ", "{%+ "), lambda: one(" %}", " -%}", " %}", " +%}")
         loop = one("{{ i }}{{ v }}", "{{ loop.index }}{{ loop.last }}{{ loop.previtem }}", "{% if loop.first %}{% continue %}"
-                   "{% endif %}x", "{% if loop.index == 2 %}{% break %}{% endif %}", "{{ loop.cycle('a', 'b') }}")
+                   "{% endif %}x", "{% if loop.index == 2 %}{% break %}{% endif %}", "{{ loop.nextitem }}")
         shapes = [
             lambda: f"{a()}if {one('s', 'e', 'u', 'n > 3', 'n < 3', 'nl is none')}{b()}{body()}"
                     f"{one('', '{% elif n == 5 %}' + body())}{one('', '{%- else -%}' + body())}{a()}endif{b()}",
             lambda: f"{a()}for {one('i', 'v')} in {one('l', 'll', 'm', 'd', 'range(3)', 'e', 'u', 'l if i != 2')}{b()}{body()}"
                     f"{loop}{body()}{one('', '{% else %}' + body())}{a()}endfor{b()}",
             lambda: f"{a()}set {one('v', 'i', 'q')} = {one('n', '[1, 2]', 's ~ n', 'v')}{b()}",
-            lambda: f"{{% set {one('v', 'q')}{one('', ' | upper', ' | trim | length')} %}}{body()}{{% endset %}}{{{{ v }}}}",
+            lambda: f"{{% set {one('v', 'q')}{one('', ' | upper', ' | length')} %}}{body()}{{% endset %}}{{{{ v }}}}",
             lambda: f"{{% macro mm(a, b={one('n', repr('z'))}, c='z') %}}{body()}{{{{ a }}}}{{{{ b }}}}{{{{ c }}}}{{% endmacro %}}"
                     + one("{{ mm(1) }}", "{{ mm(b=2, a=3) }}", "{{ mm() }}", "{{ mm(1, 2, 3)|upper }}", "{{ mm(1, 2, 3, 4) }}"),
             lambda: f"{{% set ns = namespace(x={one('0', repr('a'))}) %}}{body()}"
                     "{% for i in l %}{% set ns.x = ns.x ~ i %}{% endfor %}{{ ns.x }}",
-            lambda: f"{a()}filter {one('upper', 'trim', 'length')}{b()}{body()}{{% endfilter %}}",
+            lambda: f"{a()}filter {one('upper', 'trim')}{b()}{body()}{{% endfilter %}}",
             lambda: one("{# c #}", "{#- c -#}", "  {# c #}\n", "\n  {%- set r = 1 %}\n", "text\n", "   "),
             lambda: f"{{% for a, b in {one('d.items()', '[(1, 2), (3, 4)]', 'd|items')} %}}{{{{ a }}}}{{{{ b }}}}{body()}{{% endfor %}}",
             lambda: f"{a()}generation{b()}{body()}{{% endgeneration %}}",
@@ -248,7 +246,7 @@ def is_outside(wanted: str | None, why: str) -> bool:
     """What no template relies on: Python's addresses, integers of more than 64 bits, Markup's repr, jinja2's folding of
     constants, which gives an undefined value where the same expression with variables raises."""
     return wanted is not None and (" at 0x" in wanted or "Markup(" in wanted or "dict_" in wanted or "too large" in why
-                                   or "a slice of" in why or "a power that" in why or "a view" in why or "range(" in wanted)
+                                   or "a slice of" in why or "range(" in wanted)
 
 
 # ---- Goldens ---------------------------------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ def golden_cases() -> list[Case]:
     texts = [f"{{{{ {x}|{name} }}}}" for name in FILTERS for x in subjects]
     texts += [f"{{{{ ({x}).{name} }}}}" for name in METHODS for x in subjects]
     texts += [f"{{{{ {x} is {name} }}}}" for name in TESTS for x in subjects + ["true", "1.0", "()", "{}"]]
-    signs = ["+", "-", "*", "/", "//", "%", "~", "**", "==", "<", "<=", "in", "and", "or"]
+    signs = ["+", "-", "*", "/", "//", "%", "~", "==", "<", "<=", "in", "and", "or"]
     texts += [f"{{{{ {x} {sign} {y} }}}}" for sign in signs for x in ("7", "(0-7)", "2.5", "s", "l", "u") for y in ("2", "(0-3)", "'a'", "l")]
     texts += ["{{ [s, n, f, l, d, e, b, nl, m, z, u, (), (1,), 'it\\'s', '\"', '\\x00\\x7f\\u00a0\\U0001f600'] }}",
               "{{ 1e16 }} {{ 1e15 }} {{ 0.1 }} {{ 1e-5 }} {{ 1e-4 }} {{ 123456.789 }} {{ 5e-324 }} {{ 1e22 }}",
