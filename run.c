@@ -4719,6 +4719,24 @@ static bool read_messages(const char *path, Pool *pool, Value *messages, Error *
     return ok && (messages->kind == IS_LIST || refuse(e, "%.100s: expected a list of messages", path));
 }
 
+static bool has_role(const Value *message, const char *role) {
+    const Value *v = find_member(message, "role");
+    return v && v->kind == IS_STRING && same_text(*v, role);
+}
+
+static Span content_of(const Value *message) {
+    const Value *v = find_member(message, "content");
+    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
+}
+
+// The first message that is not the system's.
+static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
+
+// Whether the last message has this role.
+static bool ends_with(const Value *messages, const char *role) {
+    return messages->n && has_role(&messages->items[messages->n - 1], role);
+}
+
 static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
 
 // Prints what the model would read of a conversation: the text, or with --pieces its tokens.
@@ -4732,15 +4750,12 @@ static bool run_render(const Model *m, Error *e) {
     if (!options.messages) return fail(e, MISUSE, "-m render needs --messages FILE");
     bool ok = find_template(m, options.template_name, &file, &template, e) &&
               read_messages(options.messages, &pool, &messages, e);
-    const Value *last = ok && messages.n ? find_member(&messages.items[messages.n - 1], "role") : NULL;
-    bool asks = !last || last->kind != IS_STRING || !same_text(*last, "assistant");
-    ok = ok && render_chat(m, template, &messages, asks, &out, e) &&
+    ok = ok && render_chat(m, template, &messages, !ends_with(&messages, "assistant"), &out, e) &&
          (!options.pieces || encode_rendered(&m->tokenizer, &out, &tokens, e));
     if (ok && options.pieces) print_tokens(&m->tokenizer, &tokens);
     else if (ok) fwrite(out.text.bytes, 1, out.text.n, stdout);
     free(tokens.ids);
-    free(out.text.bytes);
-    free(out.marks.bytes);
+    free_rendered(&out);
     free(file.bytes);
     free_pool(&pool);
     return ok;
@@ -4802,7 +4817,6 @@ static int columns_of(const char *s, size_t n, size_t *n_bytes) {
 // ---- A line editor ----
 
 #include <poll.h>
-#include <sys/ioctl.h>
 #include <termios.h>
 
 enum { NO_KEY, CTRL_C = 3, DELETE_KEY = 256, PASTE_BEGINS, PASTE_ENDS, INPUT_ENDS };  // beside bytes that keys send
@@ -5002,24 +5016,6 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
 
 // ---- A conversation ----
 
-static bool has_role(const Value *message, const char *role) {
-    const Value *v = find_member(message, "role");
-    return v && v->n == strlen(role) && !memcmp(v->text, role, v->n);
-}
-
-static Span content_of(const Value *message) {
-    const Value *v = find_member(message, "content");
-    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
-}
-
-// The first message that is not the system's.
-static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
-
-// Whether the last message has this role.
-static bool ends_with(const Value *messages, const char *role) {
-    return messages->n && has_role(&messages->items[messages->n - 1], role);
-}
-
 // The text that tokens make, byte by byte.
 typedef struct {
     const Tokenizer *t;
@@ -5109,11 +5105,6 @@ static bool opens_thought(const Rendered *r) {
     return i < r->text.n && ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
 }
 
-static void free_rendered_chat(Rendered *r) {
-    free(r->text.bytes);
-    free(r->marks.bytes);
-}
-
 // Cuts what the template writes after an answer, with which the model may go on. `asked` is what asked for it: where
 // the template shows nothing of the answer (a thought that is over, white space), it is all that remains.
 static void cut_end(Rendered *r, Rendered *asked) {
@@ -5142,8 +5133,8 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
     if (ok && c->messages.n && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
     tokens->n = 0;
     ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
-    free_rendered_chat(&r);
-    free_rendered_chat(&asked);
+    free_rendered(&r);
+    free_rendered(&asked);
     return ok;
 }
 
@@ -5454,10 +5445,7 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
    that begins like another one forks its sequence, so that a common beginning is read once. A row's bits depend on its
    own text only, so each text is what a run of its own would give. Results come in the order of the input. */
 
-#include <poll.h>
-
 static double surprise(const float *logits, int n, int token);     // chapter 13
-static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
 static bool set_own(Text key, Text value, Options *to, Error *e);   // chapter 14
 
 enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in a pass; texts that wait to be printed
@@ -5785,8 +5773,7 @@ static bool read_conversation(Script *s, Passage *p, const Value *messages, Erro
     bool ok = (s->template.n || find_template(s->m, options.template_name, &s->template_file, &s->template, e)) &&
               render_chat(s->m, s->template, messages, true, &r, e) &&
               encode_rendered(&s->m->tokenizer, &r, &p->told, e);
-    free(r.text.bytes);
-    free(r.marks.bytes);
+    free_rendered(&r);
     return ok && (p->told.n || refuse(e, "the messages make no text"));
 }
 

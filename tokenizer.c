@@ -1619,6 +1619,11 @@ typedef struct {
     Buffer text, marks;  // bytes, and for each 1 if the template spelled it, or 0
 } Rendered;
 
+static void free_rendered(Rendered *r) {
+    free(r->text.bytes);
+    free(r->marks.bytes);
+}
+
 typedef struct {
     const char *source, *ones;  // with \n at the ends of lines; marks for strings of the template
     size_t n_source, at, work_left;

@@ -15,11 +15,6 @@ static bool render_text(const char *text, size_t n, const Value *given, Rendered
     return ok;
 }
 
-static void free_rendered(Rendered *out) {
-    free(out->text.bytes);
-    free(out->marks.bytes);
-}
-
 static void test_json_reader(void) {
     static const struct { const char *json, *wanted; } cases[] = {
         // values are shown as the template's tojson writes them, errors by a part of their text
