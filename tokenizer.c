@@ -1911,10 +1911,18 @@ static Value *find_value(Template *j, Value dict, Value key) {
     return NULL;
 }
 
+// Refuses what cannot be a key: lists, dicts and tuples of them.
+static void check_key(Template *j, Value key) {
+    if (key.kind == IS_LIST || key.kind == IS_DICT) complain(j, "a key", key);
+    bool enters = key.kind == IS_TUPLE && enter(j);
+    for (size_t i = 0; enters && i < key.n && !j->failed; i++) check_key(j, key.items[i]);
+    j->depth -= key.kind == IS_TUPLE;
+}
+
 // Sets a key of a dict that is being made.
 static void set_member(Template *j, Value *dict, Value key, Value value) {
     Value *old = find_value(j, *dict, key);
-    if (key.kind == IS_LIST || key.kind == IS_DICT) complain(j, "a key", key);
+    check_key(j, key);
     if (old) *old = value;
     else push(j, dict, key), push(j, dict, value);
 }
@@ -2327,7 +2335,7 @@ static Value sort_items(Template *j, Value list, Value path, bool reverse) {
 static bool contains(Template *j, Value v, Value what) {
     if (v.kind == IS_STRING && what.kind != IS_STRING) return complain(j, "`in` a text", what), false;
     if (v.kind == IS_STRING) return find_text(j, v, 0, v.n, what, false) != SIZE_MAX;
-    if (v.kind == IS_DICT) return find_value(j, v, what) != NULL;
+    if (v.kind == IS_DICT) return check_key(j, what), find_value(j, v, what) != NULL;
     Value list = list_items(j, v);
     for (size_t i = 0; i < list.n && spend(j, 4); i++) if (is_equal(j, list.items[i], what)) return true;
     return false;
@@ -2538,6 +2546,7 @@ static Value apply(Template *j, Operation what, Value v, const Value *a) {
         if (v.kind == IS_DICT) return integer((int64_t)v.n / 2);
         return is_list(v) ? integer((int64_t)v.n) : complain(j, "the length", v);
     case GET:
+        check_key(j, a[0]);
         found = find_value(j, v, a[0]);
         return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
     case TO_INTEGER: return convert_number(j, v, true, is_missing(a[0]) ? integer(0) : a[0]);
@@ -2586,7 +2595,7 @@ static int find_operation(char kind, Value name) {
 }
 
 // Puts the arguments at the places of the parameters of a row.
-static bool bind(Template *j, int row, const Arguments *a, Value bound[MAX_PARAMETERS]) {
+static bool bind_arguments(Template *j, int row, const Arguments *a, Value bound[MAX_PARAMETERS]) {
     const char *parameters = operations[row].parameters;
     size_t n_taken = 0;
     for (size_t i = 0; i < MAX_PARAMETERS; i++) {
@@ -2608,7 +2617,7 @@ static Value apply_named(Template *j, char kind, const char *what, Value name, V
     Value bound[MAX_PARAMETERS];
     if (j->skipping) return undefined;
     if (i == N_OPERATIONS) return lacks(j, what, name);
-    return bind(j, i, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
+    return bind_arguments(j, i, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
 }
 
 static Value apply_filter(Template *j, Value name, Value v, const Arguments *a) {
@@ -2641,7 +2650,7 @@ static bool sees(const Template *j, const char *what) {
     return (here(j)->kind == LEX_NAME || here(j)->kind == LEX_SIGN) && same_text(here(j)->value, what);
 }
 
-static bool accept(Template *j, const char *what) {
+static bool take_sign(Template *j, const char *what) {
     bool found = sees(j, what);
     j->at += found;
     return found;
@@ -2650,7 +2659,7 @@ static bool accept(Template *j, const char *what) {
 static void expect(Template *j, const char *what) {
     const Lexeme *x = here(j);
     Value found = x->kind == LEX_NUMBER ? string("a number") : x->kind == LEX_CLOSE ? string("an end") : x->value;
-    if (!accept(j, what))
+    if (!take_sign(j, what))
         stop(j, BAD_FILE, "expected %s, found %.*s", what, (int)(found.n < 40 ? found.n : 40), found.text);
 }
 
@@ -2679,7 +2688,7 @@ static void restore_skipping(Template *j, bool before) { j->skipping = before ||
 // (a, b, name=c), which may be left out
 static Arguments read_arguments(Template *j) {
     Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    if (!accept(j, "(")) return a;
+    if (!take_sign(j, "(")) return a;
     while (!j->failed && !sees(j, ")")) {
         const Lexeme *x = here(j);
         bool named = x->kind == LEX_NAME && x[1].kind == LEX_SIGN && same_text(x[1].value, "=");
@@ -2689,7 +2698,7 @@ static Arguments read_arguments(Template *j) {
         Value v = expression(j);
         if (named) set_member(j, &a.named, x->value, v);
         else push(j, &a.list, v);
-        if (!accept(j, ",")) break;
+        if (!take_sign(j, ",")) break;
     }
     expect(j, ")");
     return a;
@@ -2715,7 +2724,7 @@ static Value tuple(Template *j, bool conditional) {
     v = conditional ? expression(j) : operate(j, OR);
     if (!sees(j, ",")) return v;
     push(j, &all, v);
-    while (accept(j, ",") && here(j)->kind != LEX_CLOSE && !sees(j, ")"))
+    while (take_sign(j, ",") && here(j)->kind != LEX_CLOSE && !sees(j, ")"))
         push(j, &all, conditional ? expression(j) : operate(j, OR));
     return all;
 }
@@ -2730,7 +2739,7 @@ static Value display(Template *j) {
         if (is_dict) expect(j, ":");
         if (!is_dict) push(j, &made, v);
         else set_member(j, &made, v, expression(j));
-        if (!accept(j, ",")) break;
+        if (!take_sign(j, ",")) break;
     }
     expect(j, end);
     return made;
@@ -2740,7 +2749,7 @@ static Value primary(Template *j) {
     const Lexeme *x = here(j);
     Value v = x->value;
     if (sees(j, "[") || sees(j, "{")) return display(j);
-    if (accept(j, "(")) {
+    if (take_sign(j, "(")) {
         v = tuple(j, true);
         expect(j, ")");
         return v;
@@ -2776,7 +2785,7 @@ static Value subscript(Template *j, Value v) {
     if (sees(j, "]")) expect(j, "an index");
     for (; n < 3; n++) {
         if (!sees(j, ":") && !sees(j, "]")) bounds[n] = expression(j);
-        if (!accept(j, ":")) break;
+        if (!take_sign(j, ":")) break;
     }
     expect(j, "]");
     return n ? slice(j, v, bounds) : member(j, v, bounds[0]);
@@ -2790,7 +2799,7 @@ static Value filter(Template *j, Value v) {
 
 // not name argument
 static Value test(Template *j, Value v) {
-    bool negated = accept(j, "not");
+    bool negated = take_sign(j, "not");
     Value name = take_name(j);
     const Lexeme *x = here(j);
     bool is_name = x->kind == LEX_NAME && !x->level && !has_word("if else is", x->value);
@@ -2803,11 +2812,11 @@ static Value test(Template *j, Value v) {
 // What follows a value: .member [index] (call) and, if they may, | filter and `is` test.
 static Value postfix(Template *j, Value v, bool filters) {
     for (bool filtered = false; spend(j, LEXEME_WORK);) {
-        if (!filtered && accept(j, ".")) v = dot(j, v);
-        else if (!filtered && accept(j, "[")) v = subscript(j, v);
+        if (!filtered && take_sign(j, ".")) v = dot(j, v);
+        else if (!filtered && take_sign(j, "[")) v = subscript(j, v);
         else if (!filtered && sees(j, "(")) v = call(j, v);
-        else if (filters && accept(j, "|")) v = filter(j, v), filtered = true;
-        else if (filters && accept(j, "is")) v = test(j, v), filtered = true;
+        else if (filters && take_sign(j, "|")) v = filter(j, v), filtered = true;
+        else if (filters && take_sign(j, "is")) v = test(j, v), filtered = true;
         else break;
     }
     return v;
@@ -2815,7 +2824,7 @@ static Value postfix(Template *j, Value v, bool filters) {
 
 static Value unary(Template *j, bool filters) {
     Value v = undefined;
-    bool minus = accept(j, "-");
+    bool minus = take_sign(j, "-");
     if (enter(j)) v = minus ? unary(j, false) : primary(j);
     if (minus && v.kind == IS_FLOAT) v.number = -v.number;
     else if (minus) v = compute(j, string("-"), integer(0), v);
@@ -2828,7 +2837,7 @@ static Value unary(Template *j, bool filters) {
 static Value comparison(Template *j, Value left) {
     bool holds = true, before = j->skipping;
     while (here(j)->level == COMPARE && !j->failed) {
-        bool negated = accept(j, "not");
+        bool negated = take_sign(j, "not");
         Value sign = here(j)->value;
         if (negated && !sees(j, "in")) expect(j, "in");
         j->at += !j->failed;
@@ -2844,7 +2853,7 @@ static Value comparison(Template *j, Value left) {
 // Operators that bind at least as tight as `least`: all take their left operand first.
 static Value operate(Template *j, int least) {
     Value left;
-    if (least <= NOT && accept(j, "not")) {
+    if (least <= NOT && take_sign(j, "not")) {
         left = boolean(!(enter(j) && is_true(operate(j, NOT))));
         j->depth--;
     } else left = unary(j, true);
@@ -2875,13 +2884,13 @@ static Value expression(Template *j) {
         v = operate(j, OR);
         if (j->checking && sees(j, "if")) ((Lexeme *)j->lexemes.bytes)[start].jump = j->at + 1;
     }
-    if (before ? accept(j, "if") : condition && !j->failed) {
+    if (before ? take_sign(j, "if") : condition && !j->failed) {
         if (!before) move_to(j, condition);
         holds = is_true(operate(j, OR)) && !before;
         size_t end = j->at;
         if (holds) move_to(j, start), v = operate(j, OR), move_to(j, end);
         if (holds) j->skipping = true;
-        Value other = accept(j, "else") ? expression(j) : undefined;
+        Value other = take_sign(j, "else") ? expression(j) : undefined;
         if (!holds) v = other;
     }
     restore_skipping(j, before);
@@ -2930,7 +2939,7 @@ static void assign(Template *j, Value v) {
     do {
         Value name = take_name(j);
         Scope *scope = j->scope;
-        if (accept(j, ".")) {
+        if (take_sign(j, ".")) {
             Value space = variable(j, name);
             name = take_name(j);
             if (space.kind != IS_NAMESPACE) complain(j, "a member to be set", space);
@@ -2941,7 +2950,7 @@ static void assign(Template *j, Value v) {
         if (!j->skipping && !single && n >= list.n) stop(j, MISUSE, "%zu values for more names", list.n);
         if (!j->skipping) set_member(j, &scope->variables, name, single ? v : list.items[n]);
         n++;
-    } while (accept(j, ","));
+    } while (take_sign(j, ","));
     if (!single && !j->skipping && n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
 }
 
@@ -2954,8 +2963,8 @@ static void if_statement(Template *j) {
         body(j, last ? "endif" : "elif else endif");
         done |= holds;
         j->skipping = before || done || j->failed;
-        last = accept(j, "else");
-    } while (last || accept(j, "elif"));
+        last = take_sign(j, "else");
+    } while (last || take_sign(j, "elif"));
     restore_skipping(j, before);
     expect(j, "endif");
 }
@@ -2984,7 +2993,7 @@ static void for_statement(Template *j) {
     expect(j, "in");
     Loop *loop = get_memory(j, sizeof *loop);
     Value list = list_items(j, tuple(j, false));
-    if (accept(j, "if")) {
+    if (take_sign(j, "if")) {
         condition = j->at;
         start_skipping(j);
         expression(j);
@@ -3013,7 +3022,7 @@ static void for_statement(Template *j) {
     j->n_loops--;
     j->skipping = before || j->failed || list.n > 0;
     j->scope = new_scope(j, outer);
-    if (accept(j, "else")) {
+    if (take_sign(j, "else")) {
         close_tag(j);
         body(j, "endfor");
     }
@@ -3045,7 +3054,7 @@ static void set_statement(Template *j) {
     bool before = start_skipping(j);
     assign(j, undefined);
     restore_skipping(j, before);
-    Value v = accept(j, "=") ? tuple(j, true) : capture(j, "endset", accept(j, "|"));
+    Value v = take_sign(j, "=") ? tuple(j, true) : capture(j, "endset", take_sign(j, "|"));
     after = j->at;
     move_to(j, names);
     assign(j, v);
@@ -3061,11 +3070,11 @@ static void parameters(Template *j, const Arguments *a) {
         const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, name);
         bool before = j->skipping;
         if (given) j->skipping = true;
-        if (accept(j, "=")) v = expression(j);
+        if (take_sign(j, "=")) v = expression(j);
         restore_skipping(j, before);
         if (!before) set_member(j, &j->scope->variables, name, given ? *given : v);
         n_taken += given != NULL;
-        if (!accept(j, ",")) break;
+        if (!take_sign(j, ",")) break;
     }
     expect(j, ")");
     if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
