@@ -4831,46 +4831,43 @@ typedef struct {
 } Editor;
 
 static struct termios usual_terminal;  // as it was before the chat
-static volatile sig_atomic_t terminal_use, screen_changed;
+static volatile sig_atomic_t terminal_use;
 static int screen;                     // the descriptor to draw on
 
-// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key.
+// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key; Ctrl-Z is
+// always a key, which waits for the next prompt.
 static void use_terminal(int use) {
     struct termios t = usual_terminal;
     if (use) t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | (use == EDITING ? ISIG : 0));
+    if (use) t.c_cc[VSUSP] = _POSIX_VDISABLE;
     terminal_use = use;
     while (tcsetattr(STDIN_FILENO, TCSADRAIN, &t) && errno == EINTR) {}
     while (write(screen, use ? "\033[?2004h" : "\033[?2004l", 8) < 0 && errno == EINTR) {}
 }
 
-static void on_screen(int number);
-
-static void watch_screen(int number) {
-    int flags = SA_RESTART | SA_NODEFER | SA_RESETHAND;
-    heed(number, &(struct sigaction){ .sa_handler = on_screen, .sa_flags = flags });
-}
-
-// The window has another size; or Ctrl-Z: then the shell has the terminal until it lets the chat go on.
-static void on_screen(int number) {
-    int use = terminal_use, error = errno;
-    screen_changed = number;
-    if (number == SIGTSTP) {
-        use_terminal(USUAL);
-        raise(number);  // this time without a handler: it stops here
-        use_terminal(use);
-    }
-    watch_screen(number);
-    errno = error;
-}
+static void on_resize(int number) { (void)number; }  // but it ends poll() in next_byte()
 
 // Whether there are a terminal to type in and one to draw on.
 static bool start_editor(void) {
     screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
     if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
     use_terminal(ANSWERING);
-    watch_screen(SIGTSTP);
-    watch_screen(SIGWINCH);
+    heed(SIGWINCH, &(struct sigaction){ .sa_handler = on_resize, .sa_flags = SA_RESTART });
     return true;
+}
+
+// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column becomes the
+// cursor's, if it is in this row.
+static size_t row_end(const Editor *d, size_t from, int width, int *column) {
+    const char *s = (const char *)d->line.bytes;
+    int used = from ? 0 : 2;  // the prompt
+    for (size_t i = from, n = 1;; i += n) {
+        int columns = i < d->line.n ? columns_of(s + i, d->line.n - i, &n) : 0;
+        if (used + (columns ? columns : i == d->at) > width) return i;  // the cursor needs a column, too
+        if (i == d->at) *column = used;
+        if (i >= d->line.n || s[i] == '\n') return i + 1;
+        used += columns;
+    }
 }
 
 // Draws the line in place of what was drawn before: of a long one as many rows as the screen has.
@@ -4879,31 +4876,23 @@ static bool draw_line(Editor *d, const char *prompt, Error *e) {
     Buffer out = { 0 };
     ioctl(screen, TIOCGWINSZ, &size);
     int width = size.ws_col > 3 ? size.ws_col : 80, height = size.ws_row ? size.ws_row : 24;
-    int row = 0, column = 2, top = 0, cursor_row = 0, cursor_column = 2;
-    if (screen_changed == SIGTSTP) d->n_above = 0;
-    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
-    screen_changed = 0;
-    bool ok = append(&out, prompt, 2, e);
-    size_t start = 0, n = 0;
-    for (size_t i = 0; ok && i <= d->line.n; i += n) {
-        const char *s = i < d->line.n ? (const char *)d->line.bytes + i : "\n";
-        int columns = columns_of(s, i < d->line.n ? d->line.n - i : 1, &n);
-        if (column + (columns ? columns : i == d->at) > width) {  // the cursor needs a column, too
-            if (i > d->at && row - top + 1 == height) break;
-            ok = append(&out, "\r\n", 2, e);
-            column = 0;
-            if (++row - top == height) top++;
-        }
-        if (i == d->at) cursor_row = row, cursor_column = column;
-        column = *s == '\n' ? width + 1 : column + columns;
-        ok = ok && (*s == '\n' || append(&out, *s == '\t' ? " " : s, n, e));
-        if (ok && *s != '\n') disarm((char *)out.bytes + out.n - n, n, "");
+    int column = -1, cursor_row = -1, row = 0;
+    for (size_t from = 0; column < 0; cursor_row++) from = row_end(d, from, width, &column);
+    int top = cursor_row < height ? 0 : cursor_row - height + 1;
+    bool ok = top > 0 || append(&out, prompt, 2, e);
+    for (size_t from = 0, end; ok && from <= d->line.n && row < top + height; from = end, row++) {
+        end = row_end(d, from, width, &column);
+        size_t n = (end < d->line.n ? end : d->line.n) - from;
+        if (n > 0 && d->line.bytes[from + n - 1] == '\n') n--;
+        if (row >= top) ok = append(&out, "\r\n", row > top ? 2 : 0, e) && append(&out, d->line.bytes + from, n, e);
+        if (row >= top && ok) disarm((char *)out.bytes + out.n - n, n, "\t");
     }
-    for (int i = 0; ok && i < top; start++) i += out.bytes[start] == '\n';
+    for (size_t i = 0; ok && i < out.n; i++) if (out.bytes[i] == '\t') out.bytes[i] = ' ';
+    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
     dprintf(screen, d->n_above ? "\r\033[%dA\033[J" : "\r\033[J", d->n_above);
-    if (ok) dprintf(screen, "%.*s", (int)(out.n - start), (char *)out.bytes + start);
-    dprintf(screen, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    if (cursor_column) dprintf(screen, "\033[%dC", cursor_column);
+    if (ok) dprintf(screen, "%.*s", (int)out.n, (char *)out.bytes);
+    dprintf(screen, row > cursor_row + 1 ? "\r\033[%dA" : "\r", row - 1 - cursor_row);
+    if (column) dprintf(screen, "\033[%dC", column);
     d->n_above = cursor_row - top;
     d->width = width;
     free(out.bytes);
@@ -5001,7 +4990,12 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
         case 16: ok = show_past(d, -1, e); break;
         case 21: ok = put_bytes(d, 0, "", 0, e); break;
         case 23: ok = put_bytes(d, place_beside(d, -1, true), "", 0, e); break;
-        case 26: kill(0, SIGTSTP); break;
+        case 26:
+            use_terminal(USUAL);
+            kill(0, SIGTSTP);  // the shell has the terminal until it lets the chat go on
+            use_terminal(EDITING);
+            d->n_above = 0;
+            break;
         case PASTE_BEGINS: case PASTE_ENDS: pastes = key == PASTE_BEGINS; break;
         }
     }
