@@ -4788,25 +4788,13 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// ---- Columns of characters ----
-
-// How many columns of a screen characters have, from U+0000 on: a number of characters (no digits: 1) and a letter. w:
-// two, as East Asian ones and emoji; m: none, as marks; _: one. From Unicode 14.0, without marks of rare scripts.
-static const char widths[] =
-    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m588_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m"
-    "26_5m1070_m2_7m12_8m98_m2_9m11_6m562_96w160m2224_80m704_64m523_5m26_5m49_16m96_33m553_2w13_2w190_4w3_w2_w521_2w"
-    "21_2w50_12w43_w19_w13_w8_2w17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w810_"
-    "426w4m17w2_86w2_2m429w8_7024w64_22215w1177_29w643_11172w8540_474w806_16m10w6_16m60w147_m_96w127_7w28665_4w12_"
-    "17164w15624_w202_w190_w2_10w101_289w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w"
-    "48_70w6_w3_3w2_11w11_2w7_9w227_17w283_47w_10w_185w112_135w1289_131070w655363_495m";
-
 // The columns of the character at s, and its bytes. disarm() turns each byte of a harmful one into a question mark.
 static int columns_of(const char *s, size_t n, size_t *n_bytes) {
     uint32_t code, end = 0, count;
     int length = read_character(s, n, &code);
     *n_bytes = length > 0 ? (size_t)length : 1;
     if (length <= 0 || code < 160) return *s == '\n' ? 0 : (int)*n_bytes;
-    for (const char *p = widths; *p; p++) {
+    for (const char *p = unicode_widths; *p; p++) {
         for (count = 0; isdigit((unsigned char)*p); p++) count = count * 10 + (uint32_t)(*p - '0');
         end += count ? count : 1;
         if (code < end) return *p == 'm' ? 0 : *p == 'w' ? 2 : 1;
@@ -4856,7 +4844,7 @@ static bool start_editor(void) {
     return true;
 }
 
-// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column becomes the
+// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column: the
 // cursor's, if it is in this row.
 static size_t row_end(const Editor *d, size_t from, int width, int *column) {
     const char *s = (const char *)d->line.bytes;

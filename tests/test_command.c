@@ -1891,8 +1891,8 @@ static size_t columns(const char *line, size_t n) {
     return count;
 }
 
-// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated table
-// of characters is data, and not counted.
+// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated tables
+// of characters are data, and not counted.
 static int check_source(const char *path, bool whole_style, int *part_one) {
     char *text = read_text(path);
     int n = 0, begin = 0, n_generated = 0;
@@ -1908,7 +1908,7 @@ static int check_source(const char *path, bool whole_style, int *part_one) {
         if (memchr(line, '\t', length)) check(false, "%s:%d: a tab", path, n);
         if (!strncmp(line, "/* ==== 8.", 10)) *part_one = n - 1;
         n_generated += generated;
-        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_data[]", 32))
+        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_", 26))
             generated = !generated;
         if (!whole_style) continue;
         if (isalpha((unsigned char)line[0]) || line[0] == '_') begin = n;  // a definition begins
