@@ -4235,6 +4235,14 @@ static bool write_session(const Model *m, const Workspace *w, const Sequence *s,
     return close_output(&out, ok, e);
 }
 
+// Finds out before a text is made whether its session can be written; nothing is changed.
+static bool check_session_path(Error *e) {
+    Output out;
+    bool ok = open_output(&out, options.session, e);
+    close_output(&out, false, e);
+    return ok;
+}
+
 /* ==== 12. Writing, chatting =========================================================================================
    What stands round the loop of chapter 7: the prompt goes in, the text comes out, and speed and seed are told. A chat
    puts the words of both sides into the form that the model was trained on, and keeps all of them in the cache. */
@@ -4279,7 +4287,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     int context = s->cache->context, most = m->config.context;
     if (total > (size_t)context)
         return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
-                    s->n ? "this conversation" : "the prompt", total, context, most,
+                    s->n ? "this conversation is full: it" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
     bool reads = options.session && s->n == 0;
@@ -4304,7 +4312,22 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-static void keep_bytes(struct Record *o, const char *bytes, size_t n);  // chapter 12a
+// What came of a text.
+typedef struct Record {
+    Buffer text;    // what was written
+    Tokens ids;     // likewise
+    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
+    size_t n_prompt;
+    Stop why;
+    const char *stop_text;  // that ended it, or NULL
+    uint64_t seed;
+    double prompt_seconds, seconds;
+    Error error;    // status DONE: none
+} Record;
+
+static void keep_bytes(Record *o, const char *bytes, size_t n) {
+    if (n) append(&o->text, bytes, n, &o->error);
+}
 
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
@@ -4317,17 +4340,24 @@ static void put_held(Printer *p, size_t n) {
     memmove(p->held, p->held + n, p->n_held);
 }
 
+// How many of the last bytes that are held are the beginning of a text, or all of it.
+static size_t n_begun(const Printer *p, const char *text) {
+    size_t n = strlen(text);
+    if (n > p->n_held) n = p->n_held;
+    while (n > 0 && memcmp(p->held + p->n_held - n, text, n)) n--;
+    return n;
+}
+
 // The stop text that the held bytes end with, the longest of several; or NULL. *n: how many of the last bytes are it,
 // or may be its beginning.
 static const char *find_stop(const Printer *p, size_t *n) {
     const char *found = NULL;
     *n = 0;
     for (int i = 0; p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];
-        size_t length = strlen(stop), k = length < p->n_held ? length : p->n_held;
-        while (k > 0 && memcmp(p->held + p->n_held - k, stop, k)) k--;
-        if (k == length && (!found || k > *n)) found = stop, *n = k;
-        if (!found && k > *n) *n = k;
+        size_t begun = n_begun(p, p->stops->at[i]);
+        bool whole = begun == strlen(p->stops->at[i]);
+        if (whole && (!found || begun > *n)) found = p->stops->at[i], *n = begun;
+        if (!found && begun > *n) *n = begun;
     }
     return found;
 }
@@ -4335,29 +4365,29 @@ static const char *find_stop(const Printer *p, size_t *n) {
 // What the printer does with thoughts: it prints them; looks for one; is in one; looks for the text after one.
 enum { PRINTED, WATCHED, HIDDEN, OVER };
 
-// Removes a thought from the bytes that are held. Returns how many of them to print: not what may begin a mark.
-static size_t hide_thought(Printer *p) {
-    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0;
+// Whether the last byte that is held is a thought's, or ends the mark before or after one; such bytes are dropped.
+static bool hide_thought(Printer *p) {
+    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0, true;
     if (p->thought == OVER) p->thought = WATCHED;
     const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
-    size_t length = strlen(mark), n = p->n_held < length ? p->n_held : length;
-    while (n > 0 && memcmp(p->held + p->n_held - n, mark, n)) n--;
-    if (p->thought == WATCHED && n < length) return n ? p->n_held - n : whole_characters(p->held, p->n_held);
+    size_t n = n_begun(p, mark);
+    bool whole = n == strlen(mark);
+    if (p->thought == WATCHED && !whole) return false;
     if (p->thought == WATCHED) put_held(p, p->n_held - n);  // what was kept as the beginning of a stop text
     memmove(p->held, p->held + p->n_held - n, n);
-    p->n_held = n < length ? n : 0;
-    if (n == length) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
-    return 0;
+    p->n_held = whole ? 0 : n;
+    if (whole) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
+    return true;
 }
 
 static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     for (size_t i = 0, kept; bytes && i < n; i++) {
         p->held[p->n_held++] = bytes[i];
-        size_t most = p->thought ? hide_thought(p) : p->n_held;
-        const char *stop = p->thought > WATCHED ? NULL : find_stop(p, &kept);
-        if (stop) most = p->n_held - kept;
-        else if (p->thought <= WATCHED && most > p->n_held - kept) most = p->n_held - kept;
-        put_held(p, stop || p->thought ? most : whole_characters(p->held, most));
+        if (p->thought && hide_thought(p)) continue;
+        const char *stop = find_stop(p, &kept);
+        size_t begun = p->thought && !stop ? n_begun(p, "<think>") : 0;
+        size_t most = p->n_held - (begun > kept ? begun : kept);
+        put_held(p, stop ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
@@ -4366,20 +4396,20 @@ static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     return NULL;
 }
 
+static bool is_control(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
+}
+
+// A control token is not printed, but it may be a stop text or, by its name, the mark before or after a thought.
 static const char *print_token(const Model *m, Printer *p, int before, int token) {
-    const Tokenizer *t = &m->tokenizer;
-    size_t n;
-    const char *bytes = decode(t, before, token, &n);
-    if (p->thought && token >= 0 && token < t->n_tokens && t->type[token] == PIECE_CONTROL) {  // is it a thought's end?
-        const char *mark = p->thought == HIDDEN ? "</think>" : "<think>", *name = piece(t, token, &n);
-        if (n != strlen(mark) || memcmp(name, mark, n)) n = 0;
-        if (n) return print_bytes(p, name, n);
-    }
-    for (int i = 0; n == 0 && p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];  // which may be a control token's name
-        if (lookup(t, stop, strlen(stop), 1 << PIECE_CONTROL) == token) return stop;
-    }
-    return print_bytes(p, bytes, n);
+    size_t n, n_name;
+    const char *bytes = decode(&m->tokenizer, before, token, &n), *name = piece(&m->tokenizer, token, &n_name);
+    if (!is_control(&m->tokenizer, token)) return print_bytes(p, bytes, n);
+    const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
+    if (p->thought && n_name == strlen(mark) && !memcmp(name, mark, n_name)) return print_bytes(p, name, n_name);
+    for (int i = 0; p->stops && i < p->stops->n; i++)
+        if (n_name == strlen(p->stops->at[i]) && !memcmp(name, p->stops->at[i], n_name)) return p->stops->at[i];
+    return NULL;
 }
 
 // Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
@@ -4392,8 +4422,10 @@ static size_t bytes_per_token(const Model *m) {
 
 // With the clock's seed, which is printed, the same text can be had again.
 static void tell_seed(const Sampler *s) {
-    if (s->from_clock && s->temperature > 0 && !options.quiet)
+    static bool told;  // a chat would come here again
+    if (s->from_clock && s->temperature > 0 && !options.quiet && !told)
         fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
+    told = true;
 }
 
 static void tell_speed(const Model *m, const Speed *v) {
@@ -4620,68 +4652,76 @@ static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
 // The day that the template sees: 2024-07-26.
 static bool find_now(struct tm *now, Error *e) {
     time_t today = time(NULL);
-    int n = 0;
     if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
     *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
-    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
-              !options.now[n];
-    now->tm_year -= 1900;
-    now->tm_mon--;
-    struct tm asked = *now;
-    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
-    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+    const char *end = strptime(options.now, "%Y-%m-%d", now);
+    int day = now->tm_mday;  // mktime() makes March 1 of February 30
+    return (end && !*end && mktime(now) != -1 && now->tm_mday == day) ||
+           fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+}
+
+static const char template_marks[MAX_PIECE] = { [0 ... MAX_PIECE - 1] = 1 };  // of what counts as a template's own
+
+// A named token's text; undefined if the model has no such token.
+static Value token_text(const Tokenizer *t, int id) {
+    Value v = { .kind = id < 0 ? IS_UNDEFINED : IS_STRING, .marks = template_marks };
+    v.text = piece(t, id, &v.n);
+    return v;
+}
+
+// Copies a conversation for a template: the usual roles count as the template's own words, and members that are none
+// are left out, as transformers does, since many templates would print None. *work grows: each byte may be copied some
+// times.
+static bool prepare_messages(Pool *pool, const Value *messages, Value *list, size_t *work, Error *e) {
+    static const char own_roles[] = "system user assistant tool";
+    *list = (Value){ .kind = IS_LIST };
+    for (size_t i = 0; i < messages->n; i++) {
+        Value message = messages->items[i], copy = { .kind = IS_DICT };
+        if (message.kind != IS_DICT || !find_member(&message, "role"))
+            return refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
+        for (size_t k = 0; k < message.n; k += 2) {
+            Value key = message.items[k], v = message.items[k + 1];
+            bool is_role = v.kind == IS_STRING && same_text(key, "role") && has_word(own_roles, v);
+            if (v.kind == IS_STRING) *work = plus(*work, times(v.n, 32));
+            if (is_role) v.marks = template_marks;
+            if (v.kind != IS_NONE && (!push_value(pool, &copy, key, e) || !push_value(pool, &copy, v, e))) return false;
+        }
+        if (!push_value(pool, list, copy, e)) return false;
+    }
+    return true;
+}
+
+// Sets the variable that --template-arg NAME=JSON names.
+static bool give_argument(Pool *pool, Value *given, const char *name, Error *e) {
+    const char *equals = strchr(name, '=');
+    Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
+    Error why;
+    if (!key.n) return fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
+    if (!parse_json(equals + 1, strlen(equals + 1), pool, &v, &why))
+        return fail(e, MISUSE, "--template-arg %.60s: %.199s", name, why.text);
+    return give(pool, given, key, v, e);
 }
 
 // Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
 // asks for one. What the template is given beside it are the named tokens and --template-arg.
 static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
-    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
     const Tokenizer *t = &m->tokenizer;
-    const struct { const char *name; int id; } tokens[] = {
-        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
+    size_t work = MAX_TEMPLATE_WORK;
     Pool pool = { 0 };
     struct tm now;
-    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
-    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
-    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
-    size_t work = MAX_TEMPLATE_WORK;  // and of each byte of a message, which is ours, as much as some copies of it take
-    ok = marks != NULL;
-    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
-    for (size_t i = 0; ok && i < messages->n; i++) {
-        Value message = messages->items[i], copy = { .kind = IS_DICT };
-        if (message.kind != IS_DICT || !find_member(&message, "role"))
-            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
-        for (size_t k = 0; ok && k < message.n; k += 2) {
-            Value key = message.items[k], v = message.items[k + 1];
-            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
-            if (v.kind == IS_STRING) work = plus(work, times(v.n, 32));
-            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
-            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
-        }
-        ok = ok && push_value(&pool, &list, copy, e);
-    }
-    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
-         give(&pool, &given, string("documents"), none, e) &&
-         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
-    for (size_t i = 0; ok && i < 3; i++) {
-        Value v = { .kind = IS_STRING, .marks = marks };
-        if (tokens[i].id < 0) continue;
-        v.text = piece(t, tokens[i].id, &v.n);
-        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
-    }
-    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
-    for (int i = 0; ok && i < options.template_args.n; i++) {
-        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
-        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
-        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
-        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
-            char why[200];
-            snprintf(why, sizeof why, "%.199s", e->text);
-            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
-        } else {
-            ok = give(&pool, &given, key, v, e);
-        }
-    }
+    Value given = { .kind = IS_DICT }, list, none = { .kind = IS_NONE }, undefined = { .kind = IS_UNDEFINED };
+    bool ok = find_now(&now, e) && prepare_messages(&pool, messages, &list, &work, e);
+    const struct { const char *name; Value v; } usual[] = {
+        { "messages", ok ? list : none }, { "tools", none }, { "documents", none },
+        { "add_generation_prompt", boolean(asks) },
+        { "bos_token", token_text(t, t->bos) }, { "eos_token", token_text(t, t->eos) },
+        { "unk_token", token_text(t, t->unk) },
+        { "enable_thinking", options.think ? boolean(strcmp(options.think, "off")) : undefined },
+    };
+    for (size_t i = 0; ok && i < sizeof usual / sizeof *usual; i++)
+        ok = usual[i].v.kind == IS_UNDEFINED || give(&pool, &given, string(usual[i].name), usual[i].v, e);
+    for (int i = 0; ok && i < options.template_args.n; i++)
+        ok = give_argument(&pool, &given, options.template_args.at[i], e);
     ok = ok && render_template(template, &given, &now, work, out, e);
     free_pool(&pool);
     return ok;
@@ -4709,7 +4749,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
 // A conversation from a JSON file: a list, or a dict that has it as "messages".
 static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
     Buffer file = { 0 };
-    Error why = { 0 };
+    Error why;
     bool ok = read_all(path, MAX_MESSAGES, &file, e);
     if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
     if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
@@ -4724,11 +4764,6 @@ static bool has_role(const Value *message, const char *role) {
     return v && v->kind == IS_STRING && same_text(*v, role);
 }
 
-static Span content_of(const Value *message) {
-    const Value *v = find_member(message, "content");
-    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
-}
-
 // The first message that is not the system's.
 static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
 
@@ -4736,6 +4771,9 @@ static size_t first_turn(const Value *messages) { return messages->n && has_role
 static bool ends_with(const Value *messages, const char *role) {
     return messages->n && has_role(&messages->items[messages->n - 1], role);
 }
+
+// The content of the last message, of those that a chat has made or loaded.
+static Value last_content(const Value *messages) { return *find_member(&messages->items[messages->n - 1], "content"); }
 
 static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
 
@@ -4788,25 +4826,13 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// ---- Columns of characters ----
-
-// How many columns of a screen characters have, from U+0000 on: a number of characters (no digits: 1) and a letter. w:
-// two, as East Asian ones and emoji; m: none, as marks; _: one. From Unicode 14.0, without marks of rare scripts.
-static const char widths[] =
-    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m588_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m"
-    "26_5m1070_m2_7m12_8m98_m2_9m11_6m562_96w160m2224_80m704_64m523_5m26_5m49_16m96_33m553_2w13_2w190_4w3_w2_w521_2w"
-    "21_2w50_12w43_w19_w13_w8_2w17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w810_"
-    "426w4m17w2_86w2_2m429w8_7024w64_22215w1177_29w643_11172w8540_474w806_16m10w6_16m60w147_m_96w127_7w28665_4w12_"
-    "17164w15624_w202_w190_w2_10w101_289w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w"
-    "48_70w6_w3_3w2_11w11_2w7_9w227_17w283_47w_10w_185w112_135w1289_131070w655363_495m";
-
 // The columns of the character at s, and its bytes. disarm() turns each byte of a harmful one into a question mark.
 static int columns_of(const char *s, size_t n, size_t *n_bytes) {
     uint32_t code, end = 0, count;
     int length = read_character(s, n, &code);
     *n_bytes = length > 0 ? (size_t)length : 1;
     if (length <= 0 || code < 160) return *s == '\n' ? 0 : (int)*n_bytes;
-    for (const char *p = widths; *p; p++) {
+    for (const char *p = unicode_widths; *p; p++) {
         for (count = 0; isdigit((unsigned char)*p); p++) count = count * 10 + (uint32_t)(*p - '0');
         end += count ? count : 1;
         if (code < end) return *p == 'm' ? 0 : *p == 'w' ? 2 : 1;
@@ -4831,46 +4857,43 @@ typedef struct {
 } Editor;
 
 static struct termios usual_terminal;  // as it was before the chat
-static volatile sig_atomic_t terminal_use, screen_changed;
+static volatile sig_atomic_t terminal_use;
 static int screen;                     // the descriptor to draw on
 
-// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key.
+// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key; Ctrl-Z is
+// always a key, which waits for the next prompt.
 static void use_terminal(int use) {
     struct termios t = usual_terminal;
     if (use) t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | (use == EDITING ? ISIG : 0));
+    if (use) t.c_cc[VSUSP] = _POSIX_VDISABLE;
     terminal_use = use;
     while (tcsetattr(STDIN_FILENO, TCSADRAIN, &t) && errno == EINTR) {}
     while (write(screen, use ? "\033[?2004h" : "\033[?2004l", 8) < 0 && errno == EINTR) {}
 }
 
-static void on_screen(int number);
-
-static void watch_screen(int number) {
-    int flags = SA_RESTART | SA_NODEFER | SA_RESETHAND;
-    heed(number, &(struct sigaction){ .sa_handler = on_screen, .sa_flags = flags });
-}
-
-// The window has another size; or Ctrl-Z: then the shell has the terminal until it lets the chat go on.
-static void on_screen(int number) {
-    int use = terminal_use, error = errno;
-    screen_changed = number;
-    if (number == SIGTSTP) {
-        use_terminal(USUAL);
-        raise(number);  // this time without a handler: it stops here
-        use_terminal(use);
-    }
-    watch_screen(number);
-    errno = error;
-}
+static void on_resize(int number) { (void)number; }  // but it ends poll() in next_byte()
 
 // Whether there are a terminal to type in and one to draw on.
 static bool start_editor(void) {
     screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
     if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
     use_terminal(ANSWERING);
-    watch_screen(SIGTSTP);
-    watch_screen(SIGWINCH);
+    heed(SIGWINCH, &(struct sigaction){ .sa_handler = on_resize, .sa_flags = SA_RESTART });
     return true;
+}
+
+// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column: the
+// cursor's, if it is in this row.
+static size_t row_end(const Editor *d, size_t from, int width, int *column) {
+    const char *s = (const char *)d->line.bytes;
+    int used = from ? 0 : 2;  // the prompt
+    for (size_t i = from, n = 1;; i += n) {
+        int columns = i < d->line.n ? columns_of(s + i, d->line.n - i, &n) : 0;
+        if (used + (columns ? columns : i == d->at) > width) return i;  // the cursor needs a column, too
+        if (i == d->at) *column = used;
+        if (i >= d->line.n || s[i] == '\n') return i + 1;
+        used += columns;
+    }
 }
 
 // Draws the line in place of what was drawn before: of a long one as many rows as the screen has.
@@ -4879,31 +4902,23 @@ static bool draw_line(Editor *d, const char *prompt, Error *e) {
     Buffer out = { 0 };
     ioctl(screen, TIOCGWINSZ, &size);
     int width = size.ws_col > 3 ? size.ws_col : 80, height = size.ws_row ? size.ws_row : 24;
-    int row = 0, column = 2, top = 0, cursor_row = 0, cursor_column = 2;
-    if (screen_changed == SIGTSTP) d->n_above = 0;
-    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
-    screen_changed = 0;
-    bool ok = append(&out, prompt, 2, e);
-    size_t start = 0, n = 0;
-    for (size_t i = 0; ok && i <= d->line.n; i += n) {
-        const char *s = i < d->line.n ? (const char *)d->line.bytes + i : "\n";
-        int columns = columns_of(s, i < d->line.n ? d->line.n - i : 1, &n);
-        if (column + (columns ? columns : i == d->at) > width) {  // the cursor needs a column, too
-            if (i > d->at && row - top + 1 == height) break;
-            ok = append(&out, "\r\n", 2, e);
-            column = 0;
-            if (++row - top == height) top++;
-        }
-        if (i == d->at) cursor_row = row, cursor_column = column;
-        column = *s == '\n' ? width + 1 : column + columns;
-        ok = ok && (*s == '\n' || append(&out, *s == '\t' ? " " : s, n, e));
-        if (ok && *s != '\n') disarm((char *)out.bytes + out.n - n, n, "");
+    int column = -1, cursor_row = -1, row = 0;
+    for (size_t from = 0; column < 0; cursor_row++) from = row_end(d, from, width, &column);
+    int top = cursor_row < height ? 0 : cursor_row - height + 1;
+    bool ok = top > 0 || append(&out, prompt, 2, e);
+    for (size_t from = 0, end; ok && from <= d->line.n && row < top + height; from = end, row++) {
+        end = row_end(d, from, width, &column);
+        size_t n = (end < d->line.n ? end : d->line.n) - from;
+        if (n > 0 && d->line.bytes[from + n - 1] == '\n') n--;
+        if (row >= top) ok = append(&out, "\r\n", row > top ? 2 : 0, e) && append(&out, d->line.bytes + from, n, e);
+        if (row >= top && ok) disarm((char *)out.bytes + out.n - n, n, "\t");
     }
-    for (int i = 0; ok && i < top; start++) i += out.bytes[start] == '\n';
+    for (size_t i = 0; ok && i < out.n; i++) if (out.bytes[i] == '\t') out.bytes[i] = ' ';
+    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
     dprintf(screen, d->n_above ? "\r\033[%dA\033[J" : "\r\033[J", d->n_above);
-    if (ok) dprintf(screen, "%.*s", (int)(out.n - start), (char *)out.bytes + start);
-    dprintf(screen, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    if (cursor_column) dprintf(screen, "\033[%dC", cursor_column);
+    if (ok) dprintf(screen, "%.*s", (int)out.n, (char *)out.bytes);
+    dprintf(screen, row > cursor_row + 1 ? "\r\033[%dA" : "\r", row - 1 - cursor_row);
+    if (column) dprintf(screen, "\033[%dC", column);
     d->n_above = cursor_row - top;
     d->width = width;
     free(out.bytes);
@@ -5001,7 +5016,12 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
         case 16: ok = show_past(d, -1, e); break;
         case 21: ok = put_bytes(d, 0, "", 0, e); break;
         case 23: ok = put_bytes(d, place_beside(d, -1, true), "", 0, e); break;
-        case 26: kill(0, SIGTSTP); break;
+        case 26:
+            use_terminal(USUAL);
+            kill(0, SIGTSTP);  // the shell has the terminal until it lets the chat go on
+            use_terminal(EDITING);
+            d->n_above = 0;
+            break;
         case PASTE_BEGINS: case PASTE_ENDS: pastes = key == PASTE_BEGINS; break;
         }
     }
@@ -5016,45 +5036,37 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
 
 // ---- A conversation ----
 
-// The text that tokens make, byte by byte.
-typedef struct {
-    const Tokenizer *t;
-    const Tokens *tokens;
-    size_t at, left;    // tokens that have been begun, and bytes of the last one that are left
-    const char *bytes;  // these
-} Spelling;
-
-static bool is_control(const Tokenizer *t, int id) {
-    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
-}
-
-// The next byte, or 256 + a control token; -1: there are no more.
-static int next_unit(Spelling *s) {
-    while (s->left == 0 && s->at < s->tokens->n) {
-        const int *id = &s->tokens->ids[s->at++];
-        s->bytes = decode(s->t, s->at > 1 ? id[-1] : -1, *id, &s->left);
-        if (is_control(s->t, *id)) return 256 + *id;
+// The next of the tokens that has a text, which is no control token; false if there is none.
+static bool next_text(const Tokenizer *t, const Tokens *tokens, size_t *at, Text *text) {
+    while (text->n == 0) {
+        if (*at == tokens->n || is_control(t, tokens->ids[*at])) return false;
+        text->at = decode(t, *at ? tokens->ids[*at - 1] : -1, tokens->ids[*at], &text->n);
+        ++*at;
     }
-    if (s->left == 0) return -1;
-    s->left--;
-    return (unsigned char)*s->bytes++;
+    return true;
 }
 
 // How many of the `old` tokens can stay where a text becomes that of the `new` ones: up to there both make the same
 // text, and a control token is beside the place, so that nothing joins there; or no token differs since such a place.
 // *from: the next new token.
 static size_t count_kept(const Tokenizer *t, const Tokens *old, const Tokens *new, size_t *from) {
-    Spelling a = { .t = t, .tokens = old }, b = { .t = t, .tokens = new };
-    size_t kept = *from = 0;
-    for (int unit = 0; unit >= 0;) {
-        bool both_end = a.left == 0 && b.left == 0, at_end = b.at == new->n;
-        bool same = a.at == kept + 1 && b.at == *from + 1 && old->ids[kept] == new->ids[*from];
-        bool is_safe = at_end || is_control(t, new->ids[b.at]) || (b.at && is_control(t, new->ids[b.at - 1]));
-        if (both_end && (same || is_safe)) kept = a.at, *from = b.at;
-        unit = next_unit(&a);
-        if (unit != next_unit(&b)) unit = -1;
+    Text a = { NULL, 0 }, b = { NULL, 0 };  // what is left of the token before old->ids[i], and before new->ids[j]
+    size_t kept = *from = 0, i = 0, j = 0;
+    while (true) {
+        bool both_end = a.n == 0 && b.n == 0, ends = j == new->n, is_mark = !ends && is_control(t, new->ids[j]);
+        bool same = i == kept + 1 && j == *from + 1 && old->ids[kept] == new->ids[*from];
+        bool is_safe = ends || is_mark || (j && is_control(t, new->ids[j - 1]));
+        if (both_end && (same || is_safe)) kept = i, *from = j;
+        if (both_end && is_mark && i < old->n && old->ids[i] == new->ids[j]) {
+            i++, j++;
+            continue;
+        }
+        if (!next_text(t, old, &i, &a) || !next_text(t, new, &j, &b)) return kept;
+        size_t n = a.n < b.n ? a.n : b.n;
+        if (memcmp(a.at, b.at, n)) return kept;
+        a = (Text){ a.at + n, a.n - n };
+        b = (Text){ b.at + n, b.n - n };
     }
-    return kept;
 }
 
 // A chat: what was said, what the model has read of it, and where messages come from.
@@ -5065,8 +5077,9 @@ typedef struct {
     Sampler *sampler;
     Text template;
     Buffer template_file;           // what it points into, if --template names a file
-    Value messages;                 // dicts with a role and a content
+    Value messages, before;         // dicts with a role and a content; as they were before this turn, if it fails
     Tokens told;                    // what the model was told and has said; s has read the first of them
+    Value opened;                   // the template's last words, if they open a thought that the answer goes on with
     bool has_terminal, has_editor;  // messages are typed: then there are commands; the editor can be used
     bool is_thinking;               // the next answer begins within a thought
     Editor editor;
@@ -5075,44 +5088,74 @@ typedef struct {
     Speed speed;
 } Chat;
 
-// Adds a message.
-static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+static bool ends_in(const char *s, size_t n, const char *end) {
+    size_t length = strlen(end);
+    return n >= length && !memcmp(s + n - length, end, length);
+}
+
+static bool copy_marked(Pool *pool, const void *text, const void *marks, size_t n, Value *to, Error *e) {
+    Value copy;
+    if (!copy_text(pool, text, n, to, e) || !copy_text(pool, marks, n, &copy, e)) return false;
+    to->marks = copy.text;
+    return true;
+}
+
+// Adds a message: a dict of a role, which is a constant, and a content.
+static bool add_message(Chat *c, const char *role, const void *text, const void *marks, size_t n, Error *e) {
     Pool *pool = &c->editor.pool;
-    Value *parts = reserve(pool, 4 * sizeof *parts, e);
-    if (!parts || !copy_text(pool, "role", 4, &parts[0], e) || !copy_text(pool, role, strlen(role), &parts[1], e) ||
-        !copy_text(pool, "content", 7, &parts[2], e) || !copy_text(pool, text, n, &parts[3], e) ||
-        !push_value(pool, &c->messages, (Value){ .kind = IS_DICT, .n = 4, .items = parts }, e)) return false;
+    Value message = { .kind = IS_DICT }, content;
+    return (marks ? copy_marked(pool, text, marks, n, &content, e) : copy_text(pool, text, n, &content, e)) &&
+           give(pool, &message, string("role"), string(role), e) &&
+           give(pool, &message, string("content"), content, e) && push_value(pool, &c->messages, message, e);
+}
+
+// Adds messages of a list from `from` on up to `to`.
+static bool add_messages(Chat *c, const Value *list, size_t from, size_t to, Error *e) {
+    while (from < to && push_value(&c->editor.pool, &c->messages, list->items[from], e)) from++;
+    return from >= to;
+}
+
+static bool log_words(const Chat *c, const char *role, const char *text, size_t n, Error *e) {
     if (!c->log) return true;
     fprintf(c->log, "%s: ", role);
-    fwrite(parts[3].text, 1, n, c->log);
+    fwrite(text, 1, n, c->log);
     fputs("\n\n", c->log);
     return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
 }
 
-// Whether a text ends within a thought, which it opens or in which it begins.
-static bool ends_in_thought(const char *text, size_t n, bool within) {
-    for (size_t i = 0; i < n; i++) {
-        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) within = true;
-        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) within = false;
-    }
-    return within;
+static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+    return add_message(c, role, text, NULL, n, e) && log_words(c, role, text, n, e);
 }
 
-// Whether the template's last words open a thought, in which the answer begins.
-static bool opens_thought(const Rendered *r) {
-    size_t i = r->text.n;
-    while (i > 0 && r->marks.bytes[i - 1]) i--;
-    return i < r->text.n && ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
+// Where a text opens the thought in which it ends; n: it ends in none.
+static size_t find_thought(const char *text, size_t n) {
+    size_t found = n;
+    for (size_t i = 0; i < n; i++) {
+        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) found = i;
+        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) found = n;
+    }
+    return found;
+}
+
+// Keeps the template's last words from where they open a thought on. The answer is stored with them.
+static bool keep_thought(Chat *c, const Rendered *r, Error *e) {
+    const char *text = (const char *)r->text.bytes;
+    size_t n = r->text.n, from = n;
+    while (from > 0 && r->marks.bytes[from - 1]) from--;
+    from += find_thought(text + from, n - from);
+    c->is_thinking = from < n;
+    return from == n || copy_marked(&c->editor.pool, text + from, r->marks.bytes + from, n - from, &c->opened, e);
 }
 
 // Cuts what the template writes after an answer, with which the model may go on. `asked` is what asked for it: where
-// the template shows nothing of the answer (a thought that is over, white space), it is all that remains.
-static void cut_end(Rendered *r, Rendered *asked) {
+// the template shows nothing of the answer (a thought that is over, white space), it is all that remains; then true.
+static bool cut_end(Rendered *r, Rendered *asked) {
     while (r->text.n > 0 && r->marks.bytes[r->text.n - 1]) r->text.n--;
-    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return;
+    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return false;
     Rendered swap = *r;
     *r = *asked;
     *asked = swap;
+    return true;
 }
 
 // The tokens of the conversation. An answer at its end is not over: the model may go on with it.
@@ -5120,19 +5163,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
     Rendered r = { 0 }, asked = { 0 };
     Value before = c->messages;
     Error ignored = { 0 };
-    bool continues = ends_with(&before, "assistant");
-    before.n -= continues;
-    bool ok = !c->messages.n || render_chat(c->m, c->template, &c->messages, !continues, &r, e);
-    if (continues && !(before.n && render_chat(c->m, c->template, &before, true, &asked, &ignored))) asked.text.n = 0;
-    c->is_thinking = ok && opens_thought(continues ? &asked : &r);
-    if (ok && continues) {
-        Span said = content_of(&c->messages.items[before.n]);
-        c->is_thinking = ends_in_thought(said.text, said.n_bytes, c->is_thinking);
-        cut_end(&r, &asked);
-    }
-    if (ok && c->messages.n && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    bool continues = ends_with(&before, "assistant"), begins = !continues;
     tokens->n = 0;
-    ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
+    c->opened = (Value){ .kind = IS_STRING };
+    if (!before.n) return true;
+    before.n -= continues;
+    bool ok = render_chat(c->m, c->template, &c->messages, !continues, &r, e);
+    if (ok && continues) {
+        Value said = last_content(&c->messages);
+        c->is_thinking = find_thought(said.text, said.n) < said.n;
+        if (!before.n || !render_chat(c->m, c->template, &before, true, &asked, &ignored)) asked.text.n = 0;
+        begins = cut_end(&r, &asked);
+    }
+    ok = ok && (!begins || keep_thought(c, &r, e));
+    if (ok && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    ok = ok && encode_rendered(&c->m->tokenizer, &r, tokens, e);
     free_rendered(&r);
     free_rendered(&asked);
     return ok;
@@ -5141,25 +5186,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
 // Encodes the conversation. If the answer would not fit, the oldest turns are dropped until half of the context is
 // free, but neither the system's text nor the last turn.
 static bool make_room(Chat *c, Tokens *tokens, Error *e) {
-    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), n_dropped = 0, end;
+    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), end;
     size_t wanted = options.n_predict < 0 ? context / 4 : most < half ? most : half, first = first_turn(&c->messages);
-    Value *list = &c->messages;
+    size_t n_before = c->messages.n;
     bool ok = encode_conversation(c, tokens, e);
-    if (ok && options.no_shift && tokens->n > context && c->told.n) {
-        char more[32] = "";
-        if (c->m->config.context > (int)context) snprintf(more, sizeof more, " with -c 0 for %d", c->m->config.context);
-        return fail(e, NO_ROOM, "this conversation is full (%zu tokens); start again%s", context, more);
-    }
     for (bool drops = tokens->n + wanted > context && !options.no_shift; ok && drops && tokens->n > half;) {
-        for (end = first + 1; end < list->n; end++)  // an eighth of them at once, since each time all are encoded
-            if (has_role(&list->items[end], "user") && (end - first) * 8 >= list->n - first) break;
-        if (end >= list->n) break;
-        memmove(&list->items[first], &list->items[end], (list->n - end) * sizeof *list->items);
-        list->n -= end - first;
-        n_dropped += end - first;
-        ok = encode_conversation(c, tokens, e);
+        Value old = c->messages;
+        for (end = first + 1; end < old.n; end++)  // an eighth of them at once, since each time all are encoded
+            if (has_role(&old.items[end], "user") && (end - first) * 8 >= old.n - first) break;
+        if (end >= old.n) break;
+        c->messages = (Value){ .kind = IS_LIST };
+        ok = add_messages(c, &old, 0, first, e) && add_messages(c, &old, end, old.n, e) &&
+             encode_conversation(c, tokens, e);
     }
-    if (n_dropped) fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_dropped);
+    if (n_before > c->messages.n)
+        fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_before - c->messages.n);
     return ok;
 }
 
@@ -5175,79 +5216,96 @@ static bool catch_up(Chat *c, const Tokens *now, Error *e) {
     return ok && take_prompt(c->m, c->w, c->s, &unread, &c->speed, e);
 }
 
-// Adds what the model has said to the conversation; or to its last message, which it has continued.
+static bool append_marked(Rendered *r, const char *text, const char *marks, size_t n, Error *e) {
+    return append(&r->text, text, n, e) && append(&r->marks, marks, n, e);
+}
+
+// Adds what the model has said to the conversation; or to its last message, which it has continued. Control tokens are
+// spelled and marked: templates look for </think>.
 static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e) {
     const Tokenizer *v = &c->m->tokenizer;
-    Buffer text = { 0 }, marks = { 0 };  // control tokens are spelled and marked: templates look for </think>
-    Tokens now = { 0 };
-    size_t from;
-    const Value *old = continued ? find_member(&c->messages.items[c->messages.n - 1], "content") : NULL;
-    bool ok = !old || (append(&text, old->text, old->n, e) && append(&marks, old->marks, old->n, e));
+    Value old = { 0 };
+    if (continued) old = last_content(&c->messages);
+    Rendered said = { 0 };
+    bool ok = append_marked(&said, old.text, old.marks, old.n, e) &&
+              append_marked(&said, c->opened.text, c->opened.marks, c->opened.n, e);
     for (size_t i = 0, n; ok && i < t->n_made; i++) {
         int before = c->told.ids[c->told.n - 1], id = c->told.n < (size_t)c->s->n ? c->s->ids[c->told.n] : t->last;
         const char *bytes = is_control(v, id) ? piece(v, id, &n) : decode(v, before, id, &n);
-        ok = append(&text, bytes, n, e) && append(&marks, NULL, n, e) && emit(&c->told, id, e);
-        if (ok && n) memset(marks.bytes + marks.n - n, is_control(v, id), n);
+        ok = append_marked(&said, bytes, is_control(v, id) ? template_marks : NULL, n, e) && emit(&c->told, id, e);
     }
-    size_t n_stop = t->stop_text ? strlen(t->stop_text) : 0;  // not said; its last token may say more
-    while (text.n > n_stop && n_stop && memcmp(text.bytes + text.n - n_stop, t->stop_text, n_stop)) text.n--;
-    text.n -= n_stop < text.n ? n_stop : text.n;
+    const char *text = (const char *)said.text.bytes, *stop = t->stop_text ? t->stop_text : "";
+    size_t n = said.text.n;
+    while (*stop && n > 0 && !ends_in(text, n, stop)) n--;  // after the stop text, its last token may say more
+    n -= n > 0 ? strlen(stop) : 0;
     c->messages.n -= continued;
-    Value *content = NULL, copy;
-    ok = ok && say(c, "assistant", text.bytes, text.n, e) && copy_text(&c->editor.pool, marks.bytes, text.n, &copy, e);
-    if (ok) content = &c->messages.items[c->messages.n - 1].items[3], content->marks = copy.text;
-    if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
+    ok = ok && add_message(c, "assistant", text, (const char *)said.marks.bytes, n, e);
+    free_rendered(&said);
+    if (!ok) return false;
+    Value *content = &c->messages.items[c->messages.n - 1].items[3];
+    if (v->dummy_prefix && !continued && content->n && *content->text == ' ') {  // is this space the template's?
+        Tokens now = { 0 };
+        size_t from;
         bool made = encode_conversation(c, &now, e);  // a template that refuses answers says so when it is asked again
         if (made && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
-        ok = e->status != NO_MEMORY;
-        if (ok) e->status = DONE;
+        free(now.ids);
+        if (e->status == NO_MEMORY) return false;
+        e->status = DONE;
     }
-    free(text.bytes);
-    free(marks.bytes);
-    free(now.ids);
-    return ok;
+    size_t n_old = old.n < content->n ? old.n : content->n;
+    return log_words(c, "assistant", content->text + n_old, content->n - n_old, e);
 }
 
-// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if the
-// last n_said messages had not been said.
-static bool answer(Chat *c, size_t n_said, Error *e) {
+static void put_record(const Model *m, const Record *o);  // chapter 12a
+
+// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if this
+// turn had not been.
+static bool answer(Chat *c, Error *e) {
     bool continues = ends_with(&c->messages, "assistant"), hides = options.think && !strcmp(options.think, "hide");
     Tokens now = { 0 };
+    Record o = { .why = AT_INTERRUPT, .seed = options.seed };
     Continuation t = { c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
-    Stop why = AT_INTERRUPT;
+    if (options.json) t.printer.record = &o;
+    double start = clock_seconds();
     bool ok = make_room(c, &now, e) && catch_up(c, &now, e);
     free(now.ids);
-    if (!ok) c->messages.n -= n_said;
+    o.prompt_seconds = clock_seconds() - start;
+    o.n_prompt = c->told.n;
+    if (!ok) c->messages = c->before;
     if (ok && continues) t.last = c->told.ids[c->told.n - 1];
     if (hides) t.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
-    double start = clock_seconds();
-    ok = ok && generate_ahead(c->m, c->w, &t, &why, &c->speed, e);
+    if (ok) tell_seed(c->sampler);
+    start = clock_seconds();
+    ok = ok && generate_ahead(c->m, c->w, &t, &o.why, &c->speed, e);
+    o.seconds = clock_seconds() - start;
     if (ok) count_made(&c->speed, &t, start);
-    if (ok ? !note_answer(c, &t, continues, e) : e->status != INTERRUPTED) return false;
-    e->status = DONE;
-    putchar('\n');
+    ok = ok ? note_answer(c, &t, continues, e) : e->status == INTERRUPTED;
+    if (o.error.status) ok = false, *e = o.error;
+    if (ok) o.ids = (Tokens){ .ids = c->told.ids + o.n_prompt, .n = t.n_made };
+    o.stop_text = t.stop_text;
+    if (ok && options.json) putchar('{'), put_record(c->m, &o);
+    if (ok) puts(options.json ? "}" : "");
     fflush(stdout);
-    if (why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
-    if (why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
-    if (why == AT_INTERRUPT) interrupted = 0;
+    free(o.text.bytes);
+    if (!ok) return false;
+    e->status = DONE;
+    if (o.why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[o.why]);
+    if (o.why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
+    if (o.why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
 
 // Reads a conversation in place of this one: a list of messages, or an object with `messages`.
 static bool load_messages(Chat *c, const char *path, Error *e) {
-    Value list, before = c->messages;
-    bool ok = read_messages(path, &c->editor.pool, &list, e);
-    if (ok) c->messages = (Value){ .kind = IS_LIST };
-    for (size_t i = 0; ok && i < list.n; i++) {
+    Value list;
+    if (!read_messages(path, &c->editor.pool, &list, e)) return false;
+    for (size_t i = 0; i < list.n; i++) {
         const Value *role = find_member(&list.items[i], "role"), *content = find_member(&list.items[i], "content");
-        ok = role && content && role->kind == IS_STRING && content->kind == IS_STRING && role->n < 32;
-        char name[32] = "";
-        if (ok) memcpy(name, role->text, role->n);
-        ok = ok ? say(c, name, content->text, content->n, e)
-                : refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
+        if (!role || !content || role->kind != IS_STRING || content->kind != IS_STRING)
+            return refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
     }
-    if (!ok) c->messages = before;
-    return ok;
+    c->messages = list;
+    return true;
 }
 
 static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
@@ -5255,15 +5313,17 @@ static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
 static bool save_messages(const Value *messages, const char *path, Error *e) {
     Output o;
     bool ok = open_output(&o, path, e);
+    if (ok) fputs("{\"messages\": [", o.stream);
     for (size_t i = 0; ok && i < messages->n; i++) {
-        const Value *pair = messages->items[i].items;
-        fputs(i ? ",\n  {\"role\": " : "{\"messages\": [\n  {\"role\": ", o.stream);
-        put_json_string(o.stream, pair[1].text, pair[1].n);
+        const Value *message = &messages->items[i], *role = find_member(message, "role");
+        const Value *content = find_member(message, "content");
+        fputs(i ? ",\n  {\"role\": " : "\n  {\"role\": ", o.stream);
+        put_json_string(o.stream, role->text, role->n);
         fputs(", \"content\": ", o.stream);
-        put_json_string(o.stream, pair[3].text, pair[3].n);
+        put_json_string(o.stream, content->text, content->n);
         fputc('}', o.stream);
     }
-    if (ok) fputs(messages->n ? "\n]}\n" : "{\"messages\": []}\n", o.stream);
+    if (ok) fputs("\n]}\n", o.stream);
     return close_output(&o, ok, e);
 }
 
@@ -5271,10 +5331,7 @@ static bool save_messages(const Value *messages, const char *path, Error *e) {
 static bool set_system(Chat *c, const char *text, Error *e) {
     Value old = c->messages;
     c->messages = (Value){ .kind = IS_LIST };
-    bool ok = !text || say(c, "system", text, strlen(text), e);
-    for (size_t i = first_turn(&old); ok && i < old.n; i++)
-        ok = push_value(&c->editor.pool, &c->messages, old.items[i], e);
-    return ok;
+    return (!text || say(c, "system", text, strlen(text), e)) && add_messages(c, &old, first_turn(&old), old.n, e);
 }
 
 // Says the text of a file, or of stdin, without a newline at its end.
@@ -5287,41 +5344,25 @@ static bool say_file(Chat *c, const char *path, Error *e) {
     return ok;
 }
 
-// Forgets what was said after the last message of the user's, and that too if `all`.
-static bool forget_turn(Value *messages, bool all, Error *e) {
-    size_t n = messages->n;
-    while (n > 0 && !has_role(&messages->items[n - 1], "user")) n--;
-    if (n > 0) messages->n = n - all;
-    return n > 0 || fail(e, MISUSE, "nothing has been said yet");
-}
-
 // Commands of a chat at a terminal.
 enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, N_COMMANDS };
-static const struct { const char *name, *argument, *help; } commands[N_COMMANDS] = {
-    { "help", "", "this list" },
-    { "clear", "", "forget the conversation, but not the system's text" },
-    { "undo", "", "forget the last message and its answer" },
-    { "regen", "", "answer the last message again" },
-    { "continue", "", "go on with the last answer" },
-    { "save", " FILE", "write the conversation to a file, as JSON" },
-    { "load", " FILE", "go on with the conversation in a file" },
-    { "read", " FILE", "say the text of a file" },
-    { "system", " TEXT", "change the system's text; without TEXT: to the template's" },
-    { "tokens", "", "count the tokens of the conversation" },
-    { "bye", "", "end the chat, as Ctrl-D" },
+static const struct { const char *name, *argument, *help; bool asks; } commands[N_COMMANDS] = {
+    { "help", "", "this list", false },
+    { "clear", "", "forget the conversation, but not the system's text", false },
+    { "undo", "", "forget the last message and its answer", false },
+    { "regen", "", "answer the last message again", true },
+    { "continue", "", "go on with the last answer", true },
+    { "save", " FILE", "write the conversation to a file, as JSON; special tokens become plain text", false },
+    { "load", " FILE", "go on with the conversation in a file", false },
+    { "read", " FILE", "say the text of a file", true },
+    { "system", " TEXT", "change the system's text; without TEXT: to the template's", false },
+    { "tokens", "", "count the tokens of the conversation", false },
+    { "bye", "", "end the chat, as Ctrl-D", false },
 };
 
-static void print_commands(void) {
-    for (int i = 0; i < N_COMMANDS; i++) {
-        int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
-        fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
-    }
-    fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
-}
-
-// Does what the command in c->heard says. *n_said: as answer() wants it; -1: nothing is to be answered. False without
-// an error: the chat ends.
-static bool do_command(Chat *c, int *n_said, Error *e) {
+// Does what the command in c->heard says. *asks: whether there is something to be answered then. False without an
+// error: the chat ends.
+static bool do_command(Chat *c, bool *asks, Error *e) {
     char *name = (char *)c->heard.bytes + 1, *argument = name + strcspn(name, " \t");
     int which = 0, length = (int)(argument - name);
     while (c->heard.bytes[c->heard.n - 1] == ' ') c->heard.bytes[--c->heard.n] = 0;
@@ -5331,91 +5372,103 @@ static bool do_command(Chat *c, int *n_said, Error *e) {
     if (which == N_COMMANDS) return fail(e, MISUSE, "there is no command /%.*s; see /help", length, name);
     if (which != SYSTEM && !*argument != !*commands[which].argument)
         return fail(e, MISUSE, "usage: /%s%s", commands[which].name, commands[which].argument);
-    *n_said = which == READ ? 1 : which == REGEN || which == CONTINUE ? 0 : -1;
+    *asks = commands[which].asks;
+    Value *list = &c->messages;
+    size_t n = list->n;
     Tokens tokens = { 0 };
-    bool ok = true;
+    bool ok = which != BYE;
     switch (which) {
-    case HELP: print_commands(); break;
-    case CLEAR: c->messages.n = first_turn(&c->messages); break;
-    case UNDO: case REGEN: ok = forget_turn(&c->messages, which == UNDO, e); break;
-    case CONTINUE:
-        ok = ends_with(&c->messages, "assistant") || fail(e, MISUSE, "there is no answer to continue");
-        if (ok) c->messages.n -= content_of(&c->messages.items[c->messages.n - 1]).n_bytes == 0;
+    case HELP:
+        for (int i = 0; i < N_COMMANDS; i++) {
+            int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
+            fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
+        }
+        fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
         break;
-    case SAVE: ok = save_messages(&c->messages, argument, e); break;
-    case LOAD: ok = load_messages(c, argument, e); break;
-    case READ: ok = say_file(c, argument, e); break;
-    case SYSTEM: ok = set_system(c, *argument ? argument : NULL, e); break;
+    case CLEAR: list->n = first_turn(list); break;
+    case UNDO: case REGEN:
+        while (n > 0 && !has_role(&list->items[n - 1], "user")) n--;
+        if (n == 0) return fail(e, MISUSE, "nothing has been said yet");
+        list->n = which == UNDO ? n - 1 : n;
+        break;
+    case CONTINUE:
+        if (!ends_with(list, "assistant")) return fail(e, MISUSE, "there is no answer to continue");
+        list->n -= last_content(list).n == 0;
+        break;
+    case SAVE: return save_messages(list, argument, e);
+    case LOAD: return load_messages(c, argument, e);
+    case READ: return say_file(c, argument, e);
+    case SYSTEM: return set_system(c, *argument ? argument : NULL, e);
     case COUNT:
         ok = encode_conversation(c, &tokens, e);
         if (ok) fprintf(stderr, "[%zu tokens of %d]\n", tokens.n, c->s->cache->context);
-        break;
-    case BYE: ok = false;
+        free(tokens.ids);
     }
-    free(tokens.ids);
     return ok;
 }
 
 // Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
 // what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, at Ctrl-C.
 static bool hear(Chat *c, bool *is_command, Error *e) {
-    static const char quotes[] = "\"\"\"";
     Editor *d = &c->editor;
-    bool quoted = false, begun = false;
-    c->heard.n = 0;
+    Buffer *heard = &c->heard;
+    bool quoted = false;
+    heard->n = 0;
     for (bool more = true; more;) {
-        int key = c->has_editor ? edit_line(d, begun ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
-        if (key == CTRL_C && !begun && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
+        int key = c->has_editor ? edit_line(d, heard->n ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
+        if (key == CTRL_C && heard->n == 0 && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
         if (key == NO_KEY || key == INPUT_ENDS) return false;
         const char *s = (const char *)d->line.bytes;
         size_t n = d->line.n;
         while (c->has_editor && n > 0 && s[n - 1] == '\n') n--;
-        bool as_it_is = !c->has_terminal || memchr(s, '\n', n), opens = n >= 3 && !memcmp(s, quotes, 3);
-        begun = begun && key != CTRL_C;
-        if (!begun) c->heard.n = 0, quoted = opens && !as_it_is;
-        if (key == CTRL_C || (c->has_editor && !begun && n == 0)) continue;
-        if (!begun && quoted) s += 3, n -= 3;
-        bool closes = quoted && n >= 3 && !memcmp(s + n - 3, quotes, 3);
-        bool goes_on = !quoted && !as_it_is && n > 0 && s[n - 1] == '\\';
-        begun = more = quoted ? !closes : goes_on;
-        n -= closes ? 3 : goes_on;
-        if (!append(&c->heard, s, n, e) || !append(&c->heard, "\n", 1, e)) return false;
+        if (key == CTRL_C) heard->n = 0;
+        if (key == CTRL_C || (c->has_editor && heard->n == 0 && n == 0)) continue;
+        bool as_it_is = !c->has_terminal || memchr(s, '\n', n);
+        if (heard->n == 0) quoted = !as_it_is && n >= 3 && ends_in(s, 3, "\"\"\"");
+        if (!append(heard, s, n, e)) return false;
+        const char *end = quoted ? "\"\"\"" : "\\";
+        bool ends = (quoted ? heard->n >= 6 : !as_it_is) && ends_in((char *)heard->bytes, heard->n, end);
+        more = quoted != ends;
+        heard->n -= ends ? strlen(end) : 0;
+        if (!append(heard, "\n", 1, e)) return false;
     }
-    const char *text = (const char *)c->heard.bytes;
-    c->heard.bytes[--c->heard.n] = 0;  // in place of the last \n
+    if (quoted) memmove(heard->bytes, heard->bytes + 3, heard->n -= 3);
+    const char *text = (const char *)heard->bytes;
+    heard->bytes[--heard->n] = 0;  // in place of the last \n
     *is_command = c->has_terminal && !quoted && text[0] == '/' && isalpha((unsigned char)text[1]) &&
-                  !memchr(text, '\n', c->heard.n);
+                  !memchr(text, '\n', heard->n);
     Value past;
-    return !c->has_editor || (copy_text(&d->pool, text, c->heard.n, &past, e) &&
+    return !c->has_editor || (copy_text(&d->pool, text, heard->n, &past, e) &&
                               push_value(&d->pool, &d->past, past, e));
 }
 
-// Opens what a chat needs and says what is said before it begins. *n_said: as answer() wants it.
-static bool begin_chat(Chat *c, int *n_said, Error *e) {
-    const char *said = options.prompt;
+// Opens what a chat needs and says what is said before it begins. *asks: whether something is to be answered.
+static bool begin_chat(Chat *c, bool *asks, Error *e) {
     if (!find_template(c->m, options.template_name, &c->template_file, &c->template, e)) return false;
     if (options.log && !(c->log = fopen(options.log, "a")))
         return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
     if (options.messages && !load_messages(c, options.messages, e)) return false;
     if (options.system && !set_system(c, options.system, e)) return false;
-    tell_seed(c->sampler);
-    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
-    *n_said = said || (options.single && !is_asked) ? 1 : is_asked ? 0 : -1;
+    c->before = c->messages;
     c->has_terminal = !options.single && isatty(STDIN_FILENO);
     c->has_editor = c->has_terminal && start_editor();
-    if (said || *n_said < 1) return !said || say(c, "user", said, strlen(said), e);
-    return say_file(c, "-", e) && (content_of(&c->messages.items[c->messages.n - 1]).n_bytes > 0 ||
+    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
+    *asks = options.prompt || options.single || is_asked;
+    if (options.prompt) return say(c, "user", options.prompt, strlen(options.prompt), e);
+    if (!options.single || is_asked) return true;
+    return say_file(c, "-", e) && (last_content(&c->messages).n > 0 ||
                                    fail(e, MISUSE, "nothing to answer: stdin is empty, and there is no -i TEXT"));
 }
 
 // Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it. At
 // a terminal, neither a command that fails nor a message that does not fit ends the chat.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
-    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = { .kind = IS_LIST } };
-    int n_said = -1;
-    c.editor.past = c.messages;
-    for (bool is_command, ok = begin_chat(&c, &n_said, e);;) {
-        ok = ok && (n_said < 0 || answer(&c, (size_t)n_said, e));
+    Value none = { .kind = IS_LIST };
+    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = none, .before = none, .editor.past = none };
+    bool asks = false, is_command, ok = begin_chat(&c, &asks, e);
+    for (;;) {
+        ok = ok && (!asks || answer(&c, e));
+        if (!ok) c.messages = c.before;
         bool is_last = e->status == NO_MEMORY || e->status == INTERRUPTED || (e->status == NO_ROOM && options.no_shift);
         if (e->status && c.has_terminal && !is_last) {
             disarm(e->text, strlen(e->text), "");
@@ -5423,9 +5476,11 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
             e->status = DONE;
             ok = true;
         }
-        if (!ok || ferror(stdout) || options.single || !hear(&c, &is_command, e)) break;
-        n_said = 1;
-        ok = is_command ? do_command(&c, &n_said, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
+        if (!ok || ferror(stdout) || options.single) break;
+        c.before = c.messages;
+        if (!hear(&c, &is_command, e)) break;
+        asks = true;
+        ok = is_command ? do_command(&c, &asks, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
     }
     if (terminal_use) use_terminal(USUAL);
     if (c.log && fclose(c.log) && !e->status) fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
@@ -5434,7 +5489,7 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
     free(c.told.ids);
     free(c.template_file.bytes);
     free_pool(&c.editor.pool);
-    bool ok = e->status == DONE;
+    ok = e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
     return ok;
 }
@@ -5452,23 +5507,6 @@ enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in 
 
 // How likely a token was, and its place among all, from 1 on.
 typedef struct { int id, rank; double logprob; } Score;
-
-// What came of a text.
-typedef struct Record {
-    Buffer text;    // what was written
-    Tokens ids;     // likewise
-    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
-    size_t n_prompt;
-    Stop why;
-    const char *stop_text;  // that ended it, or NULL
-    uint64_t seed;
-    double prompt_seconds, seconds;
-    Error error;    // status DONE: none
-} Record;
-
-static void keep_bytes(Record *o, const char *bytes, size_t n) {
-    if (n) append(&o->text, bytes, n, &o->error);
-}
 
 // Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
 static void add_scores(const Model *m, Record *o, const float *logits, int token) {
@@ -7244,7 +7282,7 @@ static const Option option_table[] = {
     HEADING("Output"),
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics, notes and warnings" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0,
-      "generate, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
+      "generate, chat, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
     HEADING("Arithmetic (" RUNNERS ")"),
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
@@ -7663,7 +7701,7 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
-    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
     if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
         ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
     if (mode == CHAT && options.n_parts) {

@@ -1269,7 +1269,7 @@ static void test_conversations(void) {
         { "$long -m chat -t 0 -q -c 64 -n 20 <$T/many", 0, "",
           "[the context is full: the oldest 2 messages are forgotten]\n" },
         { "$long -m chat -t 0 -q -c 64 -n 20 --no-shift <$T/many", 5, "",
-          "this conversation is full (64 tokens); start again with -c 0 for 1048576\n" },
+          "the context has 64 of the model's 1048576; see -c\n" },
         { "$long -m chat -st -q </dev/null", 2, NULL, "nothing to answer" },
         { "$long -m chat -st -i a --think maybe", 2, NULL, "--think maybe: expected on, off or hide" },
         { "$long -m chat -st -i a --log $T/none/log", 3, NULL, "--log" },
@@ -1297,6 +1297,46 @@ static void test_conversations(void) {
     free_result(&log);
 }
 
+// With --json an answer is an object, with the text that is printed otherwise. A transcript has what is said now, not
+// the history. The seed is told once, and not of a chat that never starts.
+static void test_chat_output(void) {
+    static const char *const chats[] = { "-m chat -t 0 -q -n 4 <$T/said", "-m chat -st -t 0 -q -n 4 -i Hi" };
+    for (int i = 0; i < 2; i++) {
+        char plain[100], json[100];
+        snprintf(plain, sizeof plain, "$long %s", chats[i]);
+        snprintf(json, sizeof json, "$long --json %s", chats[i]);
+        Result wanted = run_with(plain), r = run_with(json);
+        const char *line = r.out, *text = wanted.out;
+        int n = 0;
+        for (; *line; line += strcspn(line, "\n") + 1, text += strcspn(text, "\n") + 1, n++) {
+            Pool pool = { 0 };
+            Value v = { 0 };
+            Error e;
+            bool ok = parse_json(line, strcspn(line, "\n"), &pool, &v, &e);
+            const Value *got = find_member(&v, "text"), *ids = find_member(&v, "ids");
+            const Value *stop = find_member(&v, "stop");
+            const Value *n_tokens = find_member(&v, "tokens"), *n_prompt = find_member(&v, "prompt_tokens");
+            bool same = got && got->n == strcspn(text, "\n") && !memcmp(got->text, text, got->n);
+            check(ok && same && stop && ids &&
+                      same_text(*stop, "limit") && ids->n == 4 && n_tokens->integer == 4 && n_prompt->integer > 0,
+                  "%s: got %s", json, r.out);
+            free_pool(&pool);
+        }
+        check(r.status == 0 && n == (i ? 1 : 3) && !*text, "%s: got status %d and %d lines", json, r.status, n);
+        free_result(&wanted), free_result(&r);
+    }
+    Result r = run_with("$long -m chat -t 0 -q -n 0 -st --messages $T/told.json -i x --log $T/log2; cat $T/log2 >&2");
+    check(!strcmp(r.err, "user: x\n\nassistant: \n\n"), "--log with --messages: got \"%s\"", r.err);
+    free_result(&r);
+    r = run_with("$long -m chat -n 1 <$T/said");
+    const char *seed = strstr(r.err, "seed ");
+    check(seed && !strstr(seed + 1, "seed "), "the seed of a chat: got \"%s\"", r.err);
+    free_result(&r);
+    r = run_with("$long -m chat -st -i a --template $T/empty");
+    check(r.status == 2 && !strstr(r.err, "seed"), "a chat that never starts: got \"%s\"", r.err);
+    free_result(&r);
+}
+
 // Where an answer may go on in what a template makes of it. Capital letters are the template's.
 static void test_continued_answers(void) {
     static const struct { const char *said, *asked, *wanted; } cases[] = {
@@ -1316,8 +1356,9 @@ static void test_continued_answers(void) {
         free_rendered(&two[0]);
         free_rendered(&two[1]);
     }
-    check(!ends_in_thought("a", 1, false) && ends_in_thought("a", 1, true) && !ends_in_thought("a</think>", 9, true) &&
-          ends_in_thought("</think><think>", 15, false), "an answer within a thought");
+    check(find_thought("a", 1) == 1 && find_thought("a<think>b", 9) == 1 &&
+          find_thought("<think>a</think>", 16) == 16 &&
+          find_thought("<think></think><think>", 22) == 15, "an answer within a thought");
 }
 
 // What is printed of a text with thoughts, whatever its parts.
@@ -1863,6 +1904,7 @@ static void test_command_line(void) {
     test_small_stacks();
     test_chats();
     test_conversations();
+    test_chat_output();
     test_continued_answers();
     test_thoughts();
     test_typing();
@@ -1891,8 +1933,8 @@ static size_t columns(const char *line, size_t n) {
     return count;
 }
 
-// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated table
-// of characters is data, and not counted.
+// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated tables
+// of characters are data, and not counted.
 static int check_source(const char *path, bool whole_style, int *part_one) {
     char *text = read_text(path);
     int n = 0, begin = 0, n_generated = 0;
@@ -1908,7 +1950,7 @@ static int check_source(const char *path, bool whole_style, int *part_one) {
         if (memchr(line, '\t', length)) check(false, "%s:%d: a tab", path, n);
         if (!strncmp(line, "/* ==== 8.", 10)) *part_one = n - 1;
         n_generated += generated;
-        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_data[]", 32))
+        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_", 26))
             generated = !generated;
         if (!whole_style) continue;
         if (isalpha((unsigned char)line[0]) || line[0] == '_') begin = n;  // a definition begins
