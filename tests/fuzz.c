@@ -410,7 +410,7 @@ static const char *try_file(const unsigned char *bytes, size_t n, bool runs) {
     close_model(&m);
     if (!wrong && !runs && (recognise(copy, n) == LLAMA2C || n % 4 == 0)) {  // of the others it is the same code
         e = (Error){ 0 };
-        ok = open_vocabulary(copy, n, -1, &m, &e);
+        ok = open_vocabulary(copy, n, 0, &m, &e);
         if (!is_clean(ok, &e)) wrong = "as a tokenizer it was neither opened nor refused";
         close_model(&m);
     }
@@ -482,7 +482,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
         snprintf(path, sizeof path, "tests/golden/tokens/%s", files[which].path);
         options.pre = files[which].pre;
         Buffer file = { 0 };
-        if (!read_all(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
+        if (!read_all(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, 0, &models[which], &e)) {
             printf("%s: %s\n", path, e.text);
             exit(1);
         }
@@ -570,10 +570,11 @@ static void note_text(Layout *l, size_t at, size_t n) { note_part(l->texts, &l->
 
 static void lay_out_key(Layout *l, const unsigned char *bytes, const Cursor *before, const Cursor *after,
                         const Key *k) {
-    size_t at = (size_t)(before->at - bytes), type = at + 8 + k->name.n, value = (size_t)(k->value.at - bytes);
+    size_t at = (size_t)(before->at - bytes), value = (size_t)(k->value.at - bytes);
+    size_t n_name = (size_t)take_u64(&(Cursor){ before->at, 8, false }), type = at + 8 + n_name;
     note_part(l->keys, &l->n_keys, 128, at, (size_t)(after->at - before->at));
     note_number(l, at, 8);
-    note_text(l, at, k->name.n);
+    note_text(l, at, n_name);
     note_number(l, type, 4);
     if (k->is_array) note_number(l, type + 4, 4);
     if (k->is_array) note_number(l, type + 8, 8);
@@ -594,7 +595,7 @@ static bool lay_out_gguf(Layout *l, const unsigned char *bytes, size_t n) {
     for (size_t at = 4; at < 24; at += at == 4 ? 4 : 8) note_number(l, at, at == 4 ? 4 : 8);
     for (uint64_t i = 0; i < n_keys && !c.bad; i++) {
         Cursor before = c;
-        Key k;
+        Key k = { .count = 0 };
         if (!read_key(&c, &k, &e)) return false;
         lay_out_key(l, bytes, &before, &c, &k);
     }
