@@ -2417,11 +2417,11 @@ _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is a
 // in chapter 5. A number also takes a row in config_fields[] (then LAYOUT is one more), a tensor a row in model_rules[]
 // or layer_rules[]. If not every family may have it, it takes a feature here, the next power of two.
 enum {
-    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must or may be there; one for each expert
-    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
-    SCALES = 512,  // of embedding, residual and logits
-    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
-    CAPS = 2048,   // defaults: 50 for scores, 30 for logits
+    ALWAYS = 1, OPTIONAL = 2,  // in a tensor's rule: it must or may be there
+    BIASES = 4, HEAD_NORMS = 8, WIDE_HEAD_NORMS = 16, PRE_NORMS = 32, POST_NORMS = 64, LAYER_NORMS = 128,
+    SCALES = 256,  // of embedding, residual and logits
+    GEMMA = 512,   // GELU, and embeddings times sqrt(D)
+    CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
 typedef struct {
     const char *name;
@@ -2523,15 +2523,16 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// A tensor that models must or may have, named as in GGUF: a vector of floats if `rows` is ONE, else a matrix. It may
-// also be part of the rows of the tensor `fused`, which holds all that name it, in the order of the table.
+// A tensor that models must or may have, named as in GGUF: %d is its layer, %s "_exps" if it has a matrix for each
+// expert. It is a vector of floats if `rows` is ONE, else a matrix. It may also be part of the rows of the tensor
+// `fused`, which holds all that name it, in the order of the table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL; and BY_EXPERT
+    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL
     const char *fused;
 } TensorRule;
 
@@ -2545,29 +2546,29 @@ static const TensorRule model_rules[] = {
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
 };
 static const TensorRule layer_rules[] = {
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
-    { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // with 0 rows it is not needed
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS | BY_EXPERT, NULL },
-    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
+    { "blk.%d.attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // or 0 rows, and none
+    { "blk.%d.ffn_gate%s.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_gate%s.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_up%s.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_up%s.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_down%s.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
+    { "blk.%d.ffn_down%s.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
 enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
@@ -2601,16 +2602,12 @@ static bool make_slots(Model *m, Error *e) {
             [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
             [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
         };
-        char prefix[16] = "";
-        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
         for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
-            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-            int stem = (int)strcspn(rule->name, ".");
+            bool by_expert = strstr(rule->name, "%s") && layer->n_experts > 0;
             *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
                             .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
             if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
-            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
-                     rule->name + stem);
+            snprintf(slot->name, NAME_BYTES, rule->name, l, by_expert ? "_exps" : "");
         }
     }
     return slot;
@@ -2688,17 +2685,16 @@ static Source *find_source(const Model *m, const char *name) {
 // The file's tensor for a slot: its own, or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES] = "";
-    if (slot->rule->fused) snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    if (slot->rule->fused) snprintf(name, sizeof name, slot->rule->fused, slot->layer);
     Source *own = find_source(m, slot->name), *fused = find_source(m, name);
     return own ? own : fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
 static void give_back(const Source *s, Range tiles) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
     size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
-    uintptr_t begin = round_up((uintptr_t)s->data + tiles.from * TILE_ROWS * row_bytes, page);
-    uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = (uintptr_t)source_block(s, last, 0) / page * page;
+    uintptr_t begin = round_up((uintptr_t)source_block(s, tiles.from * TILE_ROWS, 0), page);
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
@@ -2874,25 +2870,20 @@ _Static_assert(sizeof(FileHeader) == 128 && sizeof(ConfigRecord) == 32 && offset
 
 enum { RECORD_BYTES = offsetof(Source, type) };  // a tensor's record is the beginning of a Source
 
-// Appends n bytes at p to `to` or, if that is NULL, reads them from the cursor.
-static bool transfer(Cursor *from, Buffer *to, void *p, size_t n, Error *e) {
-    if (to) return append(to, p, n, e);
-    take_into(from, p, n);
-    return true;
-}
-
-// Appends the configuration to `to`, or reads it.
+// Appends the configuration to `to` or, if that is NULL, reads it from the cursor.
 static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
-        ConfigRecord record = { .count = (uint32_t)n_values(m, f) };
+        ConfigRecord record = { .count = (uint32_t)n_values(m, f) }, found;
         snprintf(record.name, sizeof record.name, "%s", f->name);
-        if (!transfer(&from, to, &record, sizeof record, e)) return false;
-        if (strncmp(record.name, f->name, sizeof record.name) || record.count != (uint32_t)n_values(m, f))
-            return refuse(e, "the configuration has %u values of \"%.28s\", expected %d of %s", record.count,
-                          record.name, n_values(m, f), f->name);
-        for (int l = 0; l < n_values(m, f); l++) {
-            double value = get_field(m, f, l);
-            if (!transfer(&from, to, &value, sizeof value, e) || !set_field(m, f, l, value, e)) return false;
+        if (to && !append(to, &record, sizeof record, e)) return false;
+        if (!to) take_into(&from, &found, sizeof found);
+        if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
+            return refuse(e, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
+                          found.name, record.count, record.name);
+        for (int l = 0; l < (int)record.count; l++) {
+            double value = to ? get_field(m, f, l) : 0;
+            if (!to) take_into(&from, &value, sizeof value);
+            if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
     }
     return from.left == 0 || refuse(e, "the configuration has %zu bytes more than expected", from.left);
@@ -3389,8 +3380,9 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
-    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
+    "token_embd.weight", "blk.%d.attn_norm.weight", "blk.%d.attn_q.weight", "blk.%d.attn_k.weight",
+    "blk.%d.attn_v.weight", "blk.%d.attn_output.weight", "blk.%d.ffn_norm.weight", "blk.%d.ffn_gate%s.weight",
+    "blk.%d.ffn_down%s.weight", "blk.%d.ffn_up%s.weight", "output_norm.weight", "", "output.weight",
 };
 enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 

@@ -804,8 +804,8 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
     size_t length = p.n < 128 ? p.n : 128;
     memcpy(text, bytes + p.at + 8, length);
     if (one_in(2)) length = LLVMFuzzerMutate(text, length, sizeof text);
-    else length = (size_t)snprintf((char *)text, sizeof text, "%s%s", one_in(2) ? "blk.0." : "",
-                                   layer_rules[below(N_LAYER_RULES)].name);
+    else length = (size_t)snprintf((char *)text, sizeof text, layer_rules[below(N_LAYER_RULES)].name, 0,
+                                   one_in(2) ? "_exps" : "");
     uint64_t n_text = length;
     draft(d, bytes, p.at);
     draft(d, &n_text, 8);

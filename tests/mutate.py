@@ -499,7 +499,7 @@ def ranges(text: str) -> list[Mutant]:
     for m in re.finditer(r'get_(?:number|integer)\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
-    for m in re.finditer(r'\{ ("[\w.]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
+    for m in re.finditer(r'\{ ("[\w.%]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
         needed = [word for word in m[2].split(" | ") if word != "OPTIONAL"]
         if needed:
             mutant(*m.span(2), "OPTIONAL", f"{m[1]} is not needed")
