@@ -3491,9 +3491,9 @@ static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, 
     return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
 
-// Opens the tokenizer of any file that has one. It must have n_tokens tokens; 0: any number.
+// Opens the tokenizer of any file that has one. It must have n_tokens tokens; -1: any number.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    m->config.n_tokens = n_tokens;
+    m->config.n_tokens = n_tokens < 0 ? 0 : n_tokens;
     return parse_file((Cursor){ bytes, n_bytes, false }, m, false, e);
 }
 
@@ -7530,7 +7530,7 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     int threads = only_words ? 0 : options.threads.at[0];
     bool ok = (!only_words || is_llama2c) && open_model(m->file.bytes, m->file.n_bytes, threads, m, e);
     if (!ok && only_words && !(is_llama2c && options.tokenizer))
-        ok = open_vocabulary(m->file.bytes, m->file.n_bytes, 0, m, e);
+        ok = open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e);
     if (!ok || (m->tokenizer.n_tokens && !options.tokenizer)) return ok;
     const char *path = options.tokenizer ? options.tokenizer : "tokenizer.bin";
     if (!options.tokenizer && access(path, R_OK)) return !needs_words ||

@@ -99,7 +99,7 @@ static void try_case(Count *c, const Victim *v, size_t n_bytes) {
     n_requested = 0;
 #endif
     c->n_cases++;
-    bool ok = v->is_vocabulary ? open_vocabulary(v->bytes, n_bytes, 0, &m, &e)
+    bool ok = v->is_vocabulary ? open_vocabulary(v->bytes, n_bytes, -1, &m, &e)
                                : open_model(v->bytes, n_bytes, 1, &m, &e);
     if (ok) {
         c->n_opened++;

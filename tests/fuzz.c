@@ -410,7 +410,7 @@ static const char *try_file(const unsigned char *bytes, size_t n, bool runs) {
     close_model(&m);
     if (!wrong && !runs && (recognise(copy, n) == LLAMA2C || n % 4 == 0)) {  // of the others it is the same code
         e = (Error){ 0 };
-        ok = open_vocabulary(copy, n, 0, &m, &e);
+        ok = open_vocabulary(copy, n, -1, &m, &e);
         if (!is_clean(ok, &e)) wrong = "as a tokenizer it was neither opened nor refused";
         close_model(&m);
     }
@@ -482,7 +482,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
         snprintf(path, sizeof path, "tests/golden/tokens/%s", files[which].path);
         options.pre = files[which].pre;
         Buffer file = { 0 };
-        if (!read_all(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, 0, &models[which], &e)) {
+        if (!read_all(path, MAX_TEXT, &file, &e) || !open_vocabulary(file.bytes, file.n, -1, &models[which], &e)) {
             printf("%s: %s\n", path, e.text);
             exit(1);
         }

@@ -315,7 +315,7 @@ static int encode_lines(const char *path, const char *pre, bool special) {
     Model m = { 0 };
     Buffer line = { 0 };
     options.pre = pre;
-    if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, 0, &m, &e))
+    if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
         return tell_error(path, &e);
     while (read_line(&line, &e)) {
         size_t n = read_hex((char *)line.bytes, line.n, (char *)line.bytes);
@@ -350,7 +350,7 @@ static int print_times(const char *path) {
         char name[32];
         snprintf(name, sizeof name, "%.*s", (int)strcspn(pre_tokenizers[pre].names, " "), pre_tokenizers[pre].names);
         options.pre = name;
-        if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, 0, &m, &e))
+        if (!map_file(path, &m.file, &e) || !open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e))
             return tell_error(path, &e);
         double worst = 0, worst_ratio = 0;
         const char *slowest = "", *steepest = "";

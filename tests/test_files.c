@@ -1111,7 +1111,7 @@ static void test_damaged_llama2c(void) {
     check(!open_vocabulary(b.bytes, b.n, 276, &m, &e) && strstr(e.text, "275"),
           "tokenizer.bin for 276 tokens: got \"%s\", wanted a refusal with \"275\"", e.text);
     close_model(&m);
-    check(!open_vocabulary(b.bytes, 4, 0, &m, &e) && strstr(e.text, "0 tokens, expected at least 3"),
+    check(!open_vocabulary(b.bytes, 4, -1, &m, &e) && strstr(e.text, "0 tokens, expected at least 3"),
           "tokenizer.bin without tokens: got \"%s\"", e.text);
     close_model(&m);
     free(b.bytes);
@@ -1486,7 +1486,7 @@ static void check_named_parts(const Bytes *parts, Bytes wanted) {
           !open_model(m.file.bytes, m.file.n_bytes, 1, &m, &e) && strstr(e.text, "one of 3 parts"),
           "a part by another name: got \"%s\"", e.text);
     close_model(&m);
-    check(map_parts(plain, &m, &e) && open_vocabulary(m.file.bytes, m.file.n_bytes, 0, &m, &e) &&
+    check(map_parts(plain, &m, &e) && open_vocabulary(m.file.bytes, m.file.n_bytes, -1, &m, &e) &&
           m.tokenizer.n_tokens == 131, "the vocabulary of a first part: got \"%s\"", e.text);
     close_model(&m);
     unlink(plain);

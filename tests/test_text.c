@@ -183,7 +183,7 @@ static bool open_golden_vocabulary(const char *name, const char *pre, Opened *o,
     *o = (Opened){ .bytes = read_golden(path) };
     *e = (Error){ 0 };
     options.pre = pre;
-    bool ok = open_vocabulary(o->bytes.bytes, o->bytes.n, 0, &o->model, e);
+    bool ok = open_vocabulary(o->bytes.bytes, o->bytes.n, -1, &o->model, e);
     options.pre = NULL;
     return check(ok, "%s with pre-tokenizer %s: got \"%s\", wanted it to open", name, pre ? pre : "(its own)", e->text);
 }
@@ -580,7 +580,7 @@ static void test_tokenizer(void) {
     Bytes b = read_golden("tokens/bpe.gguf");
     o = (Opened){ .bytes = b };
     options.pre = "no-such-name";
-    bool ok = open_vocabulary(b.bytes, b.n, 0, &o.model, &e);
+    bool ok = open_vocabulary(b.bytes, b.n, -1, &o.model, &e);
     options.pre = NULL;
     check(!ok && e.status == BAD_FILE && strstr(e.text, "no-such-name"), "--pre no-such-name: got \"%s\"",
           ok ? "" : e.text);

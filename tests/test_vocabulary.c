@@ -370,7 +370,7 @@ static bool open_pieces(Opened *o, const char *model, const Text *pieces, size_t
     *o = (Opened){ .bytes = put_together(g) };
     *e = (Error){ 0 };
     free_parts(g), free(g);
-    return open_vocabulary(o->bytes.bytes, o->bytes.n, 0, &o->model, e);
+    return open_vocabulary(o->bytes.bytes, o->bytes.n, -1, &o->model, e);
 }
 
 // GPT-2's encoder.py, bytes_to_unicode(): printable characters of Latin-1 stand for their bytes, U+0100 to U+0143 for
@@ -534,7 +534,7 @@ static void test_padding(void) {
         faults.n = 0;
         faults.failing = ++failing;
         faults.for_good = false;
-        ok = open_vocabulary(o.bytes.bytes, o.bytes.n, 0, &o.model, &e);
+        ok = open_vocabulary(o.bytes.bytes, o.bytes.n, -1, &o.model, &e);
         n_told += !ok && e.status == NO_MEMORY;
         ok = ok && faults.n < failing;
         faults.failing = 0;
@@ -550,7 +550,7 @@ static void test_many(void) {
     Bytes b = new_bytes(4 + 8 * ((size_t)MAX_TOKENS + 2));  // a tokenizer.bin of empty pieces
     memset(b.bytes, 0, b.n);
     Model m = { 0 };
-    check(!open_vocabulary(b.bytes, b.n, 0, &m, &e) && strstr(e.text, "of 1048577 tokens") && !m.packed_vocabulary.n,
+    check(!open_vocabulary(b.bytes, b.n, -1, &m, &e) && strstr(e.text, "of 1048577 tokens") && !m.packed_vocabulary.n,
           "many pieces: got \"%s\"", e.text);
     close_model(&m);
     Buffer section = { 0 };
