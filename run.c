@@ -3064,16 +3064,14 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     uint32_t type = take_u32(c);
     k->is_array = type == G_ARRAY;
     if (k->is_array) type = take_u32(c);
-    uint64_t count = k->is_array ? take_u64(c) : 1;
+    k->count = k->is_array ? (size_t)take_u64(c) : 1;
     if (c->bad) return refuse(e, "the file ends within its keys");
     memcpy(k->name, name.at, name.n < sizeof k->name ? name.n : sizeof k->name - 1);
     if (type >= N_G || type == G_ARRAY) return refuse(e, "key %s has type %u, which is not known", k->name, type);
     k->type = (GgufType)type;
     k->value = *c;
-    for (k->count = 0; k->count < count && !c->bad; k->count++) {
-        if (type == G_STRING) take_string(c);
-        else take(c, gguf_types[type].n_bytes);
-    }
+    if (type != G_STRING) take(c, times(k->count, gguf_types[type].n_bytes));
+    for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
     k->value.left -= c->left;
     return !c->bad || refuse(e, "key %s is longer than the file", k->name);
 }
