@@ -3035,7 +3035,7 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
 };
 
 typedef struct {
-    char name[128];  // cut where it is longer
+    char name[128];  // cut where it is longer, which no key is that anything asks for
     GgufType type;   // of its items
     bool is_array, used;
     size_t count;
@@ -3347,7 +3347,8 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
     for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
     qsort(g->keys, g->n_keys, sizeof *g->keys, by_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
-        if (by_name(k, k + 1) == 0) return refuse(e, "key %s is there twice", k->name);
+        if (by_name(k, k + 1) == 0 && strlen(k->name) < sizeof k->name - 1)
+            return refuse(e, "key %s is there twice", k->name);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
