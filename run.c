@@ -2380,6 +2380,8 @@ static void heed(int number, const struct sigaction *action) {
    it must be there once, with its shape and an allowed type, inside the file, and overlap no other. Only there do bytes
    of the file become a Tensor. */
 
+enum { PATH_BYTES = 4096 };  // of the longest path that systems know (PATH_MAX)
+
 // Adds to an error in which part of a split GGUF it is.
 static bool in_part(size_t part, Error *e) {
     Error told = *e;
@@ -2390,19 +2392,17 @@ static bool in_part(size_t part, Error *e) {
 static bool map_parts(const char *path, Model *m, Error *e) {
     size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
     unsigned part = 0, parts = 0;
-    char again[32];
+    char again[32], name[PATH_BYTES];
     sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
     snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
     if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
-    char *name = allocate(n + 1, 1, e);
-    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
+    bool ok = (m->parts = allocate(parts, sizeof *m->parts, e)) != NULL;
     for (part = 1; ok && part <= parts; part++) {
-        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
+        snprintf(name, sizeof name, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
         Map *map = part == 1 ? &m->file : &m->parts[part - 2];
         ok = map_file(name, map, e) || in_part(part, e);
         if (ok) m->n_parts = part - 1, map->path = path;
     }
-    free(name);
     return ok;
 }
 
@@ -2417,11 +2417,11 @@ _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is a
 // in chapter 5. A number also takes a row in config_fields[] (then LAYOUT is one more), a tensor a row in model_rules[]
 // or layer_rules[]. If not every family may have it, it takes a feature here, the next power of two.
 enum {
-    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must or may be there; one for each expert
-    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
-    SCALES = 512,  // of embedding, residual and logits
-    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
-    CAPS = 2048,   // defaults: 50 for scores, 30 for logits
+    ALWAYS = 1, OPTIONAL = 2,  // in a tensor's rule: it must or may be there
+    BIASES = 4, HEAD_NORMS = 8, WIDE_HEAD_NORMS = 16, PRE_NORMS = 32, POST_NORMS = 64, LAYER_NORMS = 128,
+    SCALES = 256,  // of embedding, residual and logits
+    GEMMA = 512,   // GELU, and embeddings times sqrt(D)
+    CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
 typedef struct {
     const char *name;
@@ -2474,11 +2474,12 @@ static const ConfigField config_fields[] = {
     { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
-    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
+    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT,
+      ".rope.scaling.original_context_length", 0, 0 },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20f, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
-    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
+    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, ".rope.scaling.attn_factor", 0, 0 },
     { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
     { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
@@ -2522,15 +2523,16 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// A tensor that models must or may have, named as in GGUF: a vector of floats if `rows` is ONE, else a matrix. It may
-// also be part of the rows of the tensor `fused`, which holds all that name it, in the order of the table.
+// A tensor that models must or may have, named as in GGUF: %d is its layer, %s "_exps" if it has a matrix for each
+// expert. It is a vector of floats if `rows` is ONE, else a matrix. It may also be part of the rows of the tensor
+// `fused`, which holds all that name it, in the order of the table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL; and BY_EXPERT
+    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL
     const char *fused;
 } TensorRule;
 
@@ -2544,29 +2546,29 @@ static const TensorRule model_rules[] = {
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
 };
 static const TensorRule layer_rules[] = {
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
-    { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // with 0 rows it is not needed
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS | BY_EXPERT, NULL },
-    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
+    { "blk.%d.attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // or 0 rows, and none
+    { "blk.%d.ffn_gate%s.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_gate%s.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_up%s.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_up%s.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_down%s.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
+    { "blk.%d.ffn_down%s.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
 enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
@@ -2582,7 +2584,7 @@ typedef struct Slot {
     Source *source;          // the file's tensor, or NULL
     size_t first_row;        // in the source
     Type type;               // of a matrix
-    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
+    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it (yet)
 } Slot;
 
 // Makes the model's slots from its configuration, in the order in which native files have the tensors.
@@ -2600,16 +2602,12 @@ static bool make_slots(Model *m, Error *e) {
             [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
             [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
         };
-        char prefix[16] = "";
-        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
         for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
-            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-            int stem = (int)strcspn(rule->name, ".");
+            bool by_expert = strstr(rule->name, "%s") && layer->n_experts > 0;
             *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
                             .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
             if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
-            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
-                     rule->name + stem);
+            snprintf(slot->name, NAME_BYTES, rule->name, l, by_expert ? "_exps" : "");
         }
     }
     return slot;
@@ -2657,7 +2655,7 @@ static bool is_multiplied(const Model *m, const Slot *s) {
     return s->data && !s->is_vector && (s != m->slots || m->head.tiles == s->data);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // a Source begins with its name
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // Source and Key begin with their names
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Source *)a)->data, *y = ((const Source *)b)->data;
@@ -2687,45 +2685,43 @@ static Source *find_source(const Model *m, const char *name) {
 // The file's tensor for a slot: its own, or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES] = "";
-    if (slot->rule->fused) snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    if (slot->rule->fused) snprintf(name, sizeof name, slot->rule->fused, slot->layer);
     Source *own = find_source(m, slot->name), *fused = find_source(m, name);
     return own ? own : fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
 static void give_back(const Source *s, Range tiles) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
     size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
-    uintptr_t begin = round_up((uintptr_t)s->data + tiles.from * TILE_ROWS * row_bytes, page);
-    uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = (uintptr_t)source_block(s, last, 0) / page * page;
+    uintptr_t begin = round_up((uintptr_t)source_block(s, tiles.from * TILE_ROWS, 0), page);
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
-// Packs all tensors of a file that has no tiles into one block.
+// Packs all tensors of a file that has no tiles into the places that their slots have.
 typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
     const Model *m = job->m;
-    unsigned char *to = m->packed;
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+    for (size_t i = 0; i < m->n_slots; i++) {
+        const Slot *slot = &m->slots[i];
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
+        unsigned char *to = (unsigned char *)slot->data;
         part.rows = (uint32_t)slot->rows;
         part.data = source_block(&part, slot->first_row, 0);
+        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
-        for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
-            unsigned char *begin = to + k * tensor_bytes(&matrix);
+        for (size_t k = 0; k < slot->n; k++, part.data += source_bytes(&part), to += tensor_bytes(&matrix)) {
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(begin, &part, (Range){ row, row + 1 });
-                if (broken_row(&matrix, begin + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
+                pack_rows(to, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, to + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
-        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
-        if (team->thread == 0) show_progress("packing tensor", job->start, (size_t)(slot - m->slots) + 1, m->n_slots);
-        to += round_up(slot_bytes(slot), 64);
+        if (team->thread == 0) show_progress("packing tensor", job->start, i + 1, m->n_slots);
     }
 }
 
@@ -2751,15 +2747,15 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
         return refuse(e, "%s is %u x %u x %u, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
-    if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
-        return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
-    slot->type = s->type ? s->type->tile : (Type)s->tiles;
+    if (slot->is_vector ? s->tiles != (s->type ? F32 : VECTOR) : s->tiles >= N_TYPES)
+        return refuse(e, "%s is of type %s, which no %s has", s->name,
+                      s->type ? s->type->name : s->tiles < N_TYPES ? types[s->tiles].name : "unknown",
+                      slot->is_vector ? "vector" : "matrix");
+    slot->type = slot->is_vector ? F32 : (Type)s->tiles;
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
     if (!s->type && slot_bytes(slot) != s->n_bytes)
         return refuse(e, "%s has %zu bytes, expected %zu", s->name, (size_t)s->n_bytes, slot_bytes(slot));
-    if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
-        return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
     for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
         float x;
         memcpy(&x, s->data + i * sizeof x, sizeof x);
@@ -2778,14 +2774,12 @@ static bool bind_model(Model *m, int threads, Error *e) {
         int need = slot->rows ? slot->rule->need : 0;
         if (need & (features | OPTIONAL)) slot->source = find_for_slot(m, slot);
         if (slot->source && !bind_slot(m, slot, e)) return false;
+        const Slot *before = slot->layer > 0 && need & OPTIONAL ? slot - N_LAYER_RULES : slot;
+        const Slot *lost = slot->source ? before : slot;  // if one layer has what is optional, all must
         bool apart = slot->n > 1 && find_source(m, "blk.0.ffn_gate.0.weight");
-        if (!slot->source && need & features)
-            return refuse(e, "tensor %s is missing%s", slot->name,
+        if (!lost->source && (need & features || slot->source || before->source))
+            return refuse(e, "tensor %s is missing%s", lost->name,
                           apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
-        if (slot->layer < 1 || !(need & OPTIONAL)) continue;
-        const Slot *before = slot - N_LAYER_RULES;  // if one layer has it, all must: else a tensor was lost
-        if (!before->source != !slot->source)
-            return refuse(e, "tensor %s is missing", slot->source ? before->name : slot->name);
     }
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
@@ -2797,12 +2791,11 @@ static bool bind_model(Model *m, int threads, Error *e) {
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
+        unsigned char *to = m->packed;
+        for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+            if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, 0, pack_team, &job);
-    }
-    unsigned char *to = m->packed;
-    for (Slot *slot = m->slots; to && slot < m->slots + m->n_slots; slot++) {
-        if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
     }
     if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
@@ -2854,7 +2847,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
        q4k, q5k        f16 d[16], f16 m[16], u8 s[8][16], u8 t[8][16]  (d * s) * x - m * t
        iq4xs           f16 d[16], i8 s[8][16]                          (d * s) * curve[x] */
 enum { LAYOUT = 2 };
-static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
+static const char native_magic[] = "\x89" "cria\r\n\x1a";
 
 typedef struct { uint64_t at, n_bytes; } Section;
 enum { CONFIG, TENSORS, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, N_SECTIONS };
@@ -2886,15 +2879,14 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
         if (!to) take_into(&from, &found, sizeof found);
         if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
             return refuse(e, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
-                        found.name, record.count, record.name);
+                          found.name, record.count, record.name);
         for (int l = 0; l < (int)record.count; l++) {
             double value = to ? get_field(m, f, l) : 0;
             if (!to) take_into(&from, &value, sizeof value);
             if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
     }
-    int n = from.left < 28 ? (int)from.left : 28;
-    return n == 0 || refuse(e, "the configuration asks for \"%.*s\", which is not known", n, (const char *)from.at);
+    return from.left == 0 || refuse(e, "the configuration has %zu bytes more than expected", from.left);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *e) {
@@ -2906,8 +2898,6 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
         take_into(&c, s, RECORD_BYTES);
         s->name[NAME_BYTES - 1] = 0;
         s->at -= h->weights.at;
-        if (s->tiles >= N_TYPES && s->tiles != VECTOR)
-            return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
     return true;
 }
@@ -2942,27 +2932,26 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
 // file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
 typedef struct {
     FILE *stream;
-    char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
+    char path[PATH_BYTES], temporary[PATH_BYTES + 32];  // without symbolic links; "": there is no other name
 } Output;
 
 static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 14
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info, out;
-    *o = (Output){ NULL, NULL, NULL };
+    o->stream = NULL;
+    o->temporary[0] = 0;
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
     bool is_stdout = exists && !fstat(1, &out) && out.st_dev == info.st_dev && out.st_ino == info.st_ino;
-    o->path = is_file ? realpath(path, NULL) : strdup(path);
-    if (!o->path) return fail(e, io_status(), "%s: %s", path, strerror(errno));
+    snprintf(o->path, sizeof o->path, "%s", path);
+    if (exists ? access(path, W_OK) || (is_file && !realpath(path, o->path)) : errno != ENOENT)
+        return fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
-    if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
     if (is_stdout || (exists && !is_file)) {
-        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(o->path, "wb");
+        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(path, "wb");
     } else {
-        size_t length = strlen(o->path) + 32;
-        if (!(o->temporary = allocate(length, 1, e))) return false;
-        snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
+        snprintf(o->temporary, sizeof o->temporary, "%s.%ld.tmp", o->path, (long)getpid());
         unlink(unfinished = o->temporary);  // left by a process of the same number that was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
@@ -2975,14 +2964,12 @@ static bool open_output(Output *o, const char *path, Error *e) {
 // Completes the file if all went well so far (ok), else removes it and returns false.
 static bool close_output(Output *o, bool ok, Error *e) {
     bool written = o->stream && !ferror(o->stream) && fflush(o->stream) == 0;
-    written = written && (!o->temporary || fsync(fileno(o->stream)) == 0);
+    written = written && (!*o->temporary || fsync(fileno(o->stream)) == 0);
     if (o->stream) written = fclose(o->stream) == 0 && written;
-    written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
+    written = written && ok && (!*o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
-    if (!written && o->temporary) unlink(o->temporary);
+    if (!written) unlink(o->temporary);
     unfinished = NULL;
-    free(o->path);
-    free(o->temporary);
     return written;
 }
 
@@ -3022,7 +3009,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
               append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     ok = ok && open_output(&out, path, e);
     if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
     for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
@@ -3048,15 +3035,16 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
 };
 
 typedef struct {
-    Text name;
-    GgufType type;  // of its items
+    char name[128];  // cut where it is longer, which no key is that anything asks for
+    GgufType type;   // of its items
     bool is_array, used;
     size_t count;
-    Cursor value;  // its items
+    Cursor value;    // its items
 } Key;
 
 typedef struct {
-    Cursor rest;  // what has not been read
+    Cursor rest;  // what has not been read ...
+    size_t n_bytes;  // ... of so many bytes
     Key *keys;    // sorted by name
     size_t n_keys, n_tensors;
     char family[16];
@@ -3072,36 +3060,27 @@ static bool is_text(Text t, const char *expected) {
 }
 
 static bool read_key(Cursor *c, Key *k, Error *e) {
-    k->name = take_string(c);
+    Text name = take_string(c);
     uint32_t type = take_u32(c);
     k->is_array = type == G_ARRAY;
     if (k->is_array) type = take_u32(c);
-    uint64_t count = k->is_array ? take_u64(c) : 1;
+    k->count = k->is_array ? (size_t)take_u64(c) : 1;
     if (c->bad) return refuse(e, "the file ends within its keys");
-    if (type >= N_G || type == G_ARRAY)
-        return refuse(e, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
+    memcpy(k->name, name.at, name.n < sizeof k->name ? name.n : sizeof k->name - 1);
+    if (type >= N_G || type == G_ARRAY) return refuse(e, "key %s has type %u, which is not known", k->name, type);
     k->type = (GgufType)type;
-    k->count = (size_t)count;
     k->value = *c;
-    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes;
-    c->bad = count > c->left / least;  // there cannot be more, and strings are walked one by one
-    if (type != G_STRING) take(c, k->count * least);
+    if (type != G_STRING) take(c, times(k->count, gguf_types[type].n_bytes));
     for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
-    if (c->bad) return refuse(e, "key %.*s is longer than the file", shown(k->name), k->name.at);
     k->value.left -= c->left;
-    return true;
-}
-
-static int by_key_name(const void *a, const void *b) {
-    const Text *x = a, *y = b;  // a Key begins with its name
-    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
+    return !c->bad || refuse(e, "key %s is longer than the file", k->name);
 }
 
 // The key of that name, or NULL. A name that begins with a dot follows the family's name.
 static Key *find_key(Gguf *g, const char *name) {
     char full[128];
-    int n = snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
-    Key *k = bsearch(&(Text){ full, (size_t)n }, g->keys, g->n_keys, sizeof *k, by_key_name);
+    snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
+    Key *k = bsearch(full, g->keys, g->n_keys, sizeof *k, by_name);
     if (k) k->used = true;
     return k;
 }
@@ -3123,8 +3102,8 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
     bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
-                         k->is_array ? "an array of " : "", gguf_types[k->type].name,
+        g->bad = !refuse(g->error, "key %s is %s%s, expected %s %s", k->name, k->is_array ? "an array of " : "",
+                         gguf_types[k->type].name,
                          is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
@@ -3135,7 +3114,7 @@ static double get_value(Gguf *g, const char *name, GgufType type, double min, do
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     bool fits = !k.value.at || (x >= min && x <= max);
     if (!fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min, max);
+        g->bad = !refuse(g->error, "key %s is %.10g, expected %g to %g", k.name, x, min, max);
     return fits ? x : otherwise;
 }
 
@@ -3161,12 +3140,8 @@ static Text get_text(Gguf *g, const char *name) {
     return take_string(&k.value);
 }
 
-static bool refuse_key(const Key *k, Error *e) {
-    return refuse(e, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
-}
-
-// A key of the family that no code has asked for may change what the model computes. So it is refused, unless its value
-// switches its feature off: 0 or false, if this table does not name another value (NAN: any).
+// A key that no code has asked for may change what the model computes, if it is the family's or one of this table. So
+// it is refused, unless its value switches its feature off: 0 or false, if the table has no other value (NAN: any).
 static const struct { const char *key; double harmless; } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
@@ -3174,16 +3149,17 @@ static const struct { const char *key; double harmless; } other_keys[] = {
     { "stablelm.use_parallel_residual", NAN },  // often set; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // no code asks for it if there are no experts
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
+    { "tokenizer.ggml.precompiled_charsmap", 0 }, { "tokenizer.ggml.remove_extra_whitespaces", 0 },
 };
 
-static bool is_harmless(const Gguf *g, const Key *k) {
+static bool is_harmless(const Gguf *g, const Key *k, bool whole) {
     size_t n = strlen(g->family);
-    if (k->used || k->name.n <= n || memcmp(k->name.at, g->family, n) || k->name.at[n] != '.') return true;
-    double harmless = 0;
+    bool is_ours = whole && !strncmp(k->name, g->family, n) && k->name[n] == '.';
+    double harmless = is_ours ? 0 : NAN;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
-        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key) || is_text(k->name, other_keys[i].key))
+        if (!strcmp(k->name, other_keys[i].key) || (is_ours && !strcmp(k->name + n, other_keys[i].key)))
             harmless = other_keys[i].harmless;
-    if (isnan(harmless)) return true;
+    if (k->used || isnan(harmless)) return true;
     if (k->type == G_STRING) return false;
     for (size_t i = 0; i < k->count; i++) if (key_number(k, i) != harmless) return false;
     return true;
@@ -3197,8 +3173,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
     if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
     if (!found && f->otherwise == 0) return true;
-    GgufType type = f->type == INTEGER ? G_INTEGER : G_NUMBER;
-    Key k = found ? get_key(g, name, type, f->per_layer && found->is_array) : (Key){ 0 };
+    Key k = { .count = 0 };
+    if (found) k = get_key(g, name, f->type == INTEGER ? G_INTEGER : G_NUMBER, f->per_layer && found->is_array);
     if (g->bad) return false;
     if (k.is_array && k.count != (size_t)n)
         return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
@@ -3212,6 +3188,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
 static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
+    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
+    if (!c->rope_dim) c->rope_dim = c->head_dim;
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
     if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim), c->activation = GELU;
     if (f->features & CAPS && c->attention_cap == 0) c->attention_cap = 50;
@@ -3233,9 +3211,8 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    double original = get_integer(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    double original = c->original_context, magnitude = 1;
     c->rope_scale = factor == 0 || none ? 1 : factor;
-    c->original_context = (int)original;
     if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
         double x = 0.1 * log(fmax(factor, 1)), all = get_number(g, ".rope.scaling.yarn_log_multiplier", 0, 1e6, 0);
         magnitude = (1 + x) / (1 + all * x);
@@ -3244,13 +3221,12 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
         get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
     }
     double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
-    c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
+    c->rope_magnitude = magnitude * (c->rope_magnitude > 0 ? c->rope_magnitude : usual);
     return !type.at || none || yarn || (longrope && has_factors) || is_text(type, "linear") ||
            refuse(e, "rope scaling \"%.*s\" %s", shown(type), type.at,
                   longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
-// The configuration. Refuses every key of the family that asks for something else.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
@@ -3258,7 +3234,6 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
-    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %u rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
@@ -3266,25 +3241,22 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
         if (y->n_experts) y->ffn_dim = get_integer(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
-    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
-    if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Family *family = find_family(c->family, e);
     const char *name = ".attention.sliding_window_pattern";
     const Key *found = find_key(g, name), *pattern = found && found->is_array ? found : NULL;
     int every = pattern ? 0 : get_integer(g, name, 0, MAX_CONTEXT, family->global_every);
     if (pattern) get_key(g, name, pattern->type == G_BOOL ? G_BOOL : G_INTEGER, true);
     if (g->bad) return false;
-    if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
+    if (pattern && pattern->count != (size_t)c->n_layers)
+        return refuse(e, "key %s has %zu values, expected %d", pattern->name, pattern->count, c->n_layers);
     complete_config(m, family, every, pattern);
     get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
-    m->chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
-    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
-    return true;
+    return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
-static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
+static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
+    m->chat_template = get_text(g, "tokenizer.chat_template");
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
     Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true), scores = { 0 };
@@ -3308,15 +3280,12 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
         .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
     };
-    get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
-    return pack_vocabulary(&v, section, e);
+    return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
 
 // Reads a tensor's name, shape, type and offset. place_sources() finds its data, bind_slot() checks its shape.
@@ -3331,11 +3300,11 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(s->name, name.at, name.n);
-    if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
-    for (int i = 0; i < 3; i++)
-        if (dims[i] > UINT32_MAX) return refuse(e, "%s has a dimension of %llu", s->name, (unsigned long long)dims[i]);
+    if (n_dims > 4 || dims[3] != 1 || (dims[0] | dims[1] | dims[2]) > UINT32_MAX)
+        return refuse(e, "%s has %u dimensions, expected 1 to 3 of at most 32 bits", s->name, n_dims);
     for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
     if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
+    s->tiles = s->type->tile;
     s->cols = (uint32_t)dims[0];
     s->rows = (uint32_t)dims[1];
     s->n = (uint32_t)dims[2];
@@ -3343,17 +3312,14 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     return true;
 }
 
-// Adds the tensors of a file of n_bytes, or of a part of a split one, to the model's sources.
-static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Error *e) {
+// Adds the tensors of a file, or of a part of a split one, to the model's sources.
+static bool read_gguf_tensors(Gguf *g, Model *m, Error *e) {
     Cursor *c = &g->rest;
     size_t n = g->n_tensors, before = m->n_sources, parts = m->n_parts + 1;
-    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
-    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
+    size_t count = (size_t)get_integer(g, "split.count", 1, 65535, 1);
     size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad) return false;
-    if (number != part || (count ? count : 1) != parts)
-        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
-                      part, parts);
+    if (count != parts) return refuse(e, "one of %zu parts of a split GGUF, but of %zu by its name", count, parts);
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - before || n > c->left / 24)  // 24: a tensor's bytes without its name and dimensions
         return refuse(e, "claims to have %zu tensors; %zu bytes are left", n, c->left);
@@ -3362,7 +3328,7 @@ static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Er
     m->sources = (void *)all.bytes;
     for (; m->n_sources < before + n; m->n_sources++)
         if (!read_gguf_tensor(c, &m->sources[m->n_sources], e)) return false;
-    size_t n_read = n_bytes - c->left;
+    size_t n_read = g->n_bytes - c->left;
     take(c, round_up(n_read, step) - n_read);
     return place_sources(m->sources + before, n, *c, step, e);
 }
@@ -3379,9 +3345,10 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
         return refuse(e, "claims to have %zu keys; %zu bytes are left", n_keys, c->left);
     if (!(g->keys = allocate(n_keys, sizeof *g->keys, e))) return false;
     for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
-    qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
+    qsort(g->keys, g->n_keys, sizeof *g->keys, by_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
-        if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
+        if (by_name(k, k + 1) == 0 && strlen(k->name) < sizeof k->name - 1)
+            return refuse(e, "key %s is there twice", k->name);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
@@ -3389,21 +3356,19 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
 }
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
-    Gguf g = { .rest = file, .error = e };
-    bool ok = read_gguf_keys(&g, e);
-    if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
-    if (ok && !whole) m->chat_template = get_text(&g, "tokenizer.chat_template");
-    if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
+    Gguf g = { .rest = file, .n_bytes = file.left, .error = e };
+    bool ok = read_gguf_keys(&g, e) && (!whole || (find_family(g.family, e) && read_gguf_tensors(&g, m, e)));
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
-        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .error = e };
-        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, n_bytes, i + 2, m, e)) || in_part(i + 2, e);
+        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .n_bytes = n_bytes, .error = e };
+        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, m, e)) || in_part(i + 2, e);
         free(part.keys);
     }
-    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
-    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
-    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
-         (!whole || check_config(m, e));
+    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, m, e);
+    for (const Key *k = g.keys; ok && k < g.keys + g.n_keys; k++)
+        if (!is_harmless(&g, k, whole))
+            ok = refuse(e, "key %s asks for something that is not implemented", k->name);
+    ok = ok && (!whole || check_config(m, e));
     free(g.keys);
     return ok;
 }
@@ -3414,8 +3379,9 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
-    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
+    "token_embd.weight", "blk.%d.attn_norm.weight", "blk.%d.attn_q.weight", "blk.%d.attn_k.weight",
+    "blk.%d.attn_v.weight", "blk.%d.attn_output.weight", "blk.%d.ffn_norm.weight", "blk.%d.ffn_gate%s.weight",
+    "blk.%d.ffn_down%s.weight", "blk.%d.ffn_up%s.weight", "output_norm.weight", "", "output.weight",
 };
 enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
@@ -3431,8 +3397,8 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
             if (grouped && (slot->cols % group || group % 32))
                 return refuse(e, "%s: groups of %zu do not fit %zu columns", slot->name, group, slot->cols);
             Source *s = &m->sources[m->n_sources++];
-            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
-                           .cols = slot->cols, .data = c->at, .group = group };
+            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .rows = slot->rows,
+                           .cols = slot->cols, .n = 1, .tiles = grouped ? Q8F : F32, .data = c->at, .group = group };
             memcpy(s->name, slot->name, NAME_BYTES);
             s->n_bytes = source_bytes(s);
             take(c, s->n_bytes);
@@ -3460,11 +3426,9 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     if (version) take(&c, 256 - (size_t)(c.at - file.at));  // a file that ends before has no heads, or no tensors
     if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
-    int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
-                          .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .rope_magnitude = 1,
-                          .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
+                          .context = h.context, .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1,
+                          .rope_magnitude = 1, .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
@@ -3474,59 +3438,62 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
 
 // ---- Any of them ----
 
-// What people take for a checkpoint, and the bytes by which it is recognised.
-static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
-    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin" },
-    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin" },
-    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
-    { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
+typedef enum { LLAMA2C, NATIVE, GGUF } Container;
+typedef bool Parser(Cursor file, Model *m, bool whole, Error *e);
+
+// Kinds of files, by what they have at a place: those that can be opened, then what people take for a checkpoint. The
+// first kind has no sign: it is what no other row fits.
+static const struct { size_t at; const char *sign, *thing; Parser *parse; } file_kinds[] = {
+    [LLAMA2C] = { 0, "", "llama2.c", parse_llama2c },
+    [NATIVE] = { 0, native_magic, "cria", parse_native },
+    [GGUF] = { 0, "GGUF", "GGUF", parse_gguf },
+    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)", NULL },
+    { 0, "<!", "a web page: was it the right link?", NULL }, { 0, "<h", "a web page: was it the right link?", NULL },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported", NULL }, { 0, "\177ELF", "a program", NULL },
 };
 
-typedef enum { NATIVE, GGUF, LLAMA2C } Container;
-
-static Container recognise(const unsigned char *bytes, size_t n) {
-    if (n >= 8 && !memcmp(bytes, native_magic, 8)) return NATIVE;
-    return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
+// The file's kind: a Container or, of a mistake, another row.
+static size_t recognise(const unsigned char *bytes, size_t n) {
+    size_t kind = sizeof file_kinds / sizeof *file_kinds - 1;
+    for (; kind > 0; kind--) {
+        size_t at = file_kinds[kind].at, length = strlen(file_kinds[kind].sign);
+        if (n >= at + length && !memcmp(bytes + at, file_kinds[kind].sign, length)) break;
+    }
+    return kind;
 }
 
-// Parses the file and opens its vocabulary, which replaces the model's.
+// Parses the file and opens its vocabulary, which replaces the model's. The model must have as many tokens, if it has
+// weights; of the whole model, the vocabulary may be missing.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
-    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
-        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
-        if (file.left >= at + length && !memcmp(file.at + at, mistakes[i].sign, length))
-            return refuse(e, "is %s", mistakes[i].thing);
-    }
-    Container container = recognise(file.at, file.left);
+    size_t kind = recognise(file.at, file.left);
     const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
-    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // in these 64 bytes llama2.c's files have zeros
-    while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
-    if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
+    if (!file_kinds[kind].parse) return refuse(e, "is %s", file_kinds[kind].thing);
+    if (kind == LLAMA2C && !memchr(file.at, 0, file.left < 64 ? file.left : 64))  // small numbers have bytes of 0
+        return refuse(e, "not a model; if it is a text, as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
     m->vocabulary_bytes = m->packed_vocabulary.n = 0;
-    bool ok = container == NATIVE ? parse_native(file, m, whole, e) : container == GGUF ? parse_gguf(file, m, whole, e)
-                                                                    : parse_llama2c(file, m, whole, e);
+    if (!file_kinds[kind].parse(file, m, whole, e)) return false;
     if (made->n) m->vocabulary = made->bytes, m->vocabulary_bytes = made->n;
-    return ok && (!m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e));
+    if (m->vocabulary && !open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e)) return false;
+    int n = m->tokenizer.n_tokens, wanted = m->config.n_tokens;
+    if (!wanted) m->config.n_tokens = n;
+    return !wanted || n == wanted || (whole && n == 0) ||
+           refuse(e, "the tokenizer has %d tokens, the model has %d", n, wanted);
 }
 
 // Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    Cursor file = { bytes, n_bytes, false };
-    bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
-    int n = m->tokenizer.n_tokens;
-    return ok && (n == 0 || n == m->config.n_tokens ||
-                  refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
 
 // Opens the tokenizer of any file that has one. It must have n_tokens tokens; -1: any number.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
-    int n = m->tokenizer.n_tokens;
-    if (n_tokens < 0) n_tokens = m->config.n_tokens = n;
-    return n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
+    m->config.n_tokens = n_tokens < 0 ? 0 : n_tokens;
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, false, e);
 }
 
 static void close_model(Model *m) {
@@ -4220,7 +4187,7 @@ static bool write_session(const Model *m, const Workspace *w, const Sequence *s,
     size_t pages = n_pages(s->n), at = sizeof h;
     uint64_t ignored = 0;
     Buffer head = { 0 };
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     h.n = (uint64_t)s->n;
     bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
               append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
@@ -6326,13 +6293,12 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
         if (!slot->is_vector) by_type[slot->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
-    const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     if (options.check && !check_weights(m, e)) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
-    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
+    put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -6757,7 +6723,7 @@ static bool time_tests(Bench *b, Error *e) {
 // All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
-    Output out = { NULL, NULL, NULL };
+    Output out = { .stream = NULL };
     size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
     b->results = allocate(most, sizeof *b->results, e);
     b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;

@@ -570,10 +570,11 @@ static void note_text(Layout *l, size_t at, size_t n) { note_part(l->texts, &l->
 
 static void lay_out_key(Layout *l, const unsigned char *bytes, const Cursor *before, const Cursor *after,
                         const Key *k) {
-    size_t at = (size_t)(before->at - bytes), type = at + 8 + k->name.n, value = (size_t)(k->value.at - bytes);
+    size_t at = (size_t)(before->at - bytes), value = (size_t)(k->value.at - bytes);
+    size_t n_name = (size_t)take_u64(&(Cursor){ before->at, 8, false }), type = at + 8 + n_name;
     note_part(l->keys, &l->n_keys, 128, at, (size_t)(after->at - before->at));
     note_number(l, at, 8);
-    note_text(l, at, k->name.n);
+    note_text(l, at, n_name);
     note_number(l, type, 4);
     if (k->is_array) note_number(l, type + 4, 4);
     if (k->is_array) note_number(l, type + 8, 8);
@@ -594,7 +595,7 @@ static bool lay_out_gguf(Layout *l, const unsigned char *bytes, size_t n) {
     for (size_t at = 4; at < 24; at += at == 4 ? 4 : 8) note_number(l, at, at == 4 ? 4 : 8);
     for (uint64_t i = 0; i < n_keys && !c.bad; i++) {
         Cursor before = c;
-        Key k;
+        Key k = { .count = 0 };
         if (!read_key(&c, &k, &e)) return false;
         lay_out_key(l, bytes, &before, &c, &k);
     }
@@ -803,8 +804,8 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
     size_t length = p.n < 128 ? p.n : 128;
     memcpy(text, bytes + p.at + 8, length);
     if (one_in(2)) length = LLVMFuzzerMutate(text, length, sizeof text);
-    else length = (size_t)snprintf((char *)text, sizeof text, "%s%s", one_in(2) ? "blk.0." : "",
-                                   layer_rules[below(N_LAYER_RULES)].name);
+    else length = (size_t)snprintf((char *)text, sizeof text, layer_rules[below(N_LAYER_RULES)].name, 0,
+                                   one_in(2) ? "_exps" : "");
     uint64_t n_text = length;
     draft(d, bytes, p.at);
     draft(d, &n_text, 8);
