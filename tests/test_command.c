@@ -433,7 +433,7 @@ static void make_files(void) {
     Bytes b = export_golden("qwen2_untied.gguf");
     FileHeader header;
     memcpy(&header, b.bytes, sizeof header);
-    memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
+    memset(b.bytes + header.tokenizer.at + offsetof(Tokenizer, bos), 0xFF, 4);
     put_file("no_bos.bin", b.bytes, b.n);
     size_t n_bytes;
     unsigned char *rows = native_tensor(b, "output.weight", &n_bytes);
@@ -453,7 +453,7 @@ static void make_files(void) {
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
         memcpy(&header, b.bytes, sizeof header);
-        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, flags);
+        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(Tokenizer, flags);
         *flags |= ADD_EOS;
         put_file("ends.bin", b.bytes, b.n);
         *flags &= ~ADD_EOS;
