@@ -3067,10 +3067,6 @@ typedef struct {
 // How many bytes of a text a message shows.
 static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
-static bool is_text(Text t, const char *expected) {
-    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
-}
-
 static bool read_key(Cursor *c, Key *k, Error *e) {
     k->name = take_string(c);
     uint32_t type = take_u32(c);

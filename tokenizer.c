@@ -857,11 +857,11 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     c->n_symbols = 0;
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t code;
-        int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
-        length = of_character > 0 ? (size_t)of_character : 1;
-        int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
-        if (id < 0 && t->kind == BPE) c->out->n_dropped++;
-        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
+        int read = t->kind == SPM ? read_character(s + i, n - i, &code) : 1, at = (int)c->n_symbols;
+        int what = t->kind == SPM ? (int)i : t->byte_id[(unsigned char)s[i]];
+        length = read > 0 ? (size_t)read : 1;
+        if (what < 0) c->out->n_dropped++;
+        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, what};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols].what = (int)n;
@@ -1024,6 +1024,27 @@ static uint64_t take_u64(Cursor *c) {
     return x;
 }
 
+// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
+typedef struct { const char *at; size_t n; } Text;
+
+// A string as in GGUF: 64 bits of length, then bytes.
+static Text take_string(Cursor *c) {
+    uint64_t n = take_u64(c);
+    if (n > c->left) c->bad = true;
+    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
+}
+
+static bool is_text(Text t, const char *expected) {
+    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
+}
+
+// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
+static uint32_t read_digits(const char *s, size_t n) {
+    char digits[9] = {0};
+    memcpy(digits, s, n);
+    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
+}
+
 // Bytes that grow: a text being read, a section of a file being made.
 typedef struct {
     unsigned char *bytes;
@@ -1115,9 +1136,6 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
 
-// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
-typedef struct { const char *at; size_t n; } Text;
-
 // A vocabulary as files have it. Arrays may be unaligned, strings are known to end in the file; -1: the file is silent.
 typedef struct {
     int kind;
@@ -1148,26 +1166,17 @@ enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
 
 // Some files mark such a token as normal text. Only </s> may well be text: it is in HTML.
 static bool is_unmarked_control(Text s) {
-    bool found = false;
-    for (size_t i = 0; i < N_END_NAMES; i++)
-        found |= s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n) && strcmp(end_names[i], "</s>");
-    return found;
-}
-
-// <0xAB> -> its byte, or -1
-static int spelled_byte(const char *s, size_t n) {
-    static const char digits[] = "0123456789ABCDEF0123456789abcdef";
-    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>') return -1;
-    const char *high = memchr(digits, s[3], 32), *low = memchr(digits, s[4], 32);
-    return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
+    for (size_t i = 0; i < N_END_NAMES; i++) if (is_text(s, end_names[i])) return !is_text(s, "</s>");
+    return false;
 }
 
 // Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
-        int byte = spelled_byte(s.at, s.n);
+        bool is_spelled = s.n == 6 && !memcmp(s.at, "<0x", 3) && s.at[5] == '>';
+        uint32_t byte = is_spelled ? read_digits(s.at + 3, 2) : NOT_UTF8;
         to[0] = (char)byte;
-        return byte >= 0;
+        return byte != NOT_UTF8;
     }
     if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s.at, s.n, to);
     if (kind == BPE && *type == PIECE_NORMAL) {
@@ -1177,13 +1186,6 @@ static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     }
     memcpy(to, s.at, s.n);
     return s.n;
-}
-
-// A string as in GGUF: 64 bits of length, then bytes.
-static Text take_string(Cursor *c) {
-    uint64_t n = take_u64(c);
-    if (n > c->left) c->bad = true;
-    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
 }
 
 // A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. A space is a space. Ids 0, 1, 2 are <unk>,
@@ -1265,10 +1267,8 @@ static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
         const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
         snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
-        for (; *names; names += length + strspn(names + length, " ")) {
-            length = strcspn(names, " ");
+        for (; *names; names += length + strspn(names + length, " "), length = strcspn(names, " "))
             if (name.at && length == name.n && memcmp(names, name.at, name.n) == 0) return true;
-        }
     }
     return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
                   (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
@@ -1434,13 +1434,6 @@ static bool json_error(JsonReader *r, const char *at, const char *what) {
 static char next_json(JsonReader *r) {
     while (r->at < r->end && memchr(" \t\r\n", *r->at, 4)) r->at++;
     return r->at < r->end ? *r->at : 0;
-}
-
-// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
-static uint32_t read_digits(const char *s, size_t n) {
-    char digits[9] = {0};
-    memcpy(digits, s, n);
-    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
 }
 
 // The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.
