@@ -927,30 +927,24 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
-// Encodes the joined text of the spans. A control token must be in special spans as a whole.
-static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
-    size_t begin = 0, at = 0, end = 0;
-    for (int i = 0; i < n_spans; i++) {
-        end += spans[i].n_bytes;
-        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
-        if (spans[i].special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
-        at = end;
-    }
-    return encode_plain(c, text + begin, n - begin);
-}
-
-// Appends the tokens of the spans' joined text. The caller adds the model's begin and end tokens.
+// Appends the tokens of the spans' joined text. A control token must be in special spans as a whole. The caller adds the
+// model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
-    size_t n = 0;
+    size_t n = 0, begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
     Encoder c = {.t = t, .out = out, .e = e};
     c.scratch = allocate((t->flags & COMPOSE ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
-    for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
-        if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
-    ok = ok && encode_spans(&c, text, n, spans, n_spans);
+    for (int i = 0; ok && i < n_spans; i++) {
+        if (spans[i].n_bytes) memcpy(text + end, spans[i].text, spans[i].n_bytes);
+        end += spans[i].n_bytes;
+        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
+        if (spans[i].special) ok = encode_around(&c, PIECE_CONTROL, text, &begin, at, end, encode_plain);
+        at = end;
+    }
+    ok = ok && encode_plain(&c, text + begin, n - begin);
     free(text);
     free(c.scratch);
     free(c.composed);
@@ -1141,7 +1135,7 @@ typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score
+    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score, up to the file's end
     Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
@@ -1194,6 +1188,7 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
     take_into(c, score, sizeof *score);
     size_t n = take_u32(c);
     const char *s = (const char *)take(c, n);
+    if (!s) return (Text){NULL, 0};
     *type = id == 0 ? PIECE_UNKNOWN : id < 3 ? PIECE_CONTROL : id < 259 ? PIECE_BYTE : PIECE_NORMAL;
     if (*type == PIECE_CONTROL && n > 2 && s[0] == '\n' && s[n - 1] == '\n') return (Text){s + 1, n - 2};
     if (*type != PIECE_BYTE) return (Text){s, n};
@@ -1202,11 +1197,13 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
 
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
-    for (size_t id = 0; id < v->n_tokens; id++) {
+    for (size_t id = 0; v->llama2c ? c.left > 0 : id < v->n_tokens; id++) {
         char bytes[MAX_PIECE], spelled[8];
         int32_t type = PIECE_NORMAL;
         float score = 0;
+        if (id == MAX_TOKENS) return refuse(e, "a vocabulary of more than %d tokens", MAX_TOKENS);
         Text s = v->llama2c ? take_llama2c_piece(&c, id, &score, &type, spelled) : take_string(&c);
+        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", id);
         if (s.n > MAX_PIECE) return refuse(e, "token %zu has more than %d bytes", id, MAX_PIECE);
         if (v->types) memcpy(&type, v->types + 4 * id, 4);
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
@@ -1289,13 +1286,12 @@ static void complete_header(const Vocabulary *v, Tokenizer *t) {
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return refuse(e, "a vocabulary of %zu tokens and %zu merges; at most %d and %d", v->n_tokens, v->n_merges,
-                      MAX_TOKENS, MAX_MERGES);
-    Tokenizer t = {.kind = (uint32_t)v->kind, .n_tokens = (int)v->n_tokens};
+    if (v->n_merges > MAX_MERGES) return refuse(e, "%zu merges, expected at most %d", v->n_merges, MAX_MERGES);
+    Tokenizer t = {.kind = (uint32_t)v->kind};
     if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &t.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
     bool ok = pack_pieces(v, part, e);
+    t.n_tokens = (int)part[PIECE_TYPES].n;
     t.text_start = (const void *)part[STARTS].bytes;
     t.type = part[PIECE_TYPES].bytes;
     t.text = part[PIECE_TEXT].n ? (const char *)part[PIECE_TEXT].bytes : "";
@@ -1320,12 +1316,6 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
                     .eot = 1,  // a begin token begins the next story, so it ends this one
                     .says = {1, 0, 1, -1, -1}};
-    for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
-        take_u32(&c);
-        take(&c, take_u32(&c));
-        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", v.n_tokens);
-    }
-    if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
     return pack_vocabulary(&v, section, e);
 }
 
