@@ -145,9 +145,6 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
-// The lowest id of a piece that plain text with these bytes can become, or -1.
-static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
-
 // The longest piece of this type that is a prefix of the n bytes at s; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
@@ -799,9 +796,11 @@ static uint32_t score_order(float score) {
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
-    bool is_pair = (size_t)a->next < c->n_symbols, is_spm = t->kind == SPM;
-    int found = !is_pair ? -1 : is_spm ? find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what))
-                                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
+    bool is_spm = t->kind == SPM;
+    int found = -1;
+    if ((size_t)a->next < c->n_symbols)
+        found = is_spm ? lookup(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what), TEXT_TYPES)
+                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
     set_rank(c, left, is_spm && found >= 0 ? score_order(t->score[found]) : (uint32_t)found);
 }
 
@@ -851,7 +850,7 @@ static bool reserve_symbols(Encoder *c, size_t n) {
 // Encodes a word: nothing joins with what is outside of it.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
-    int whole = t->flags & IGNORE_MERGES ? find_piece(t, s, n) : -1;
+    int whole = t->flags & IGNORE_MERGES ? lookup(t, s, n, TEXT_TYPES) : -1;
     if (whole >= 0) return emit(c->out, whole, c->e);
     if (!reserve_symbols(c, n)) return false;
     c->n_symbols = 0;
@@ -869,7 +868,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     for (size_t i = 0; i < c->n_symbols; i = (size_t)c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
         size_t length = (size_t)(c->symbols[a->next].what - a->what);  // SPM's
-        int id = t->kind == SPM ? find_piece(t, s + a->what, length) : a->what;
+        int id = t->kind == SPM ? lookup(t, s + a->what, length, TEXT_TYPES) : a->what;
         if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->what, length)) return false;
     }
     return true;
@@ -927,8 +926,8 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
-// Appends the tokens of the spans' joined text. A control token must be in special spans as a whole. The caller adds the
-// model's begin and end tokens.
+// Appends the tokens of the spans' joined text. A control token must lie in special spans as a whole. The caller adds
+// the model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
     size_t n = 0, begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
@@ -1234,8 +1233,8 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
         if (!space) continue;
         size_t n_left = unspell_bytes(s.at, (size_t)(space - s.at), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s.at + s.n - space - 1), bytes + n_left);
-        int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
-                      find_piece(t, bytes, n_left + n_right)};
+        int ids[3] = {lookup(t, bytes, n_left, TEXT_TYPES), lookup(t, bytes + n_left, n_right, TEXT_TYPES),
+                      lookup(t, bytes, n_left + n_right, TEXT_TYPES)};
         if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
     }
     return true;

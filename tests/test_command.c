@@ -354,7 +354,8 @@ static const Case cases[] = {
     { "$z $t <$T/bytes | $EMULATOR ./run $z $d | cmp - $T/bytes", 0, NULL, NULL },
     { "$T/native.bin -m tokenize --ends -f $T/text | $EMULATOR ./run $tied $d | cmp - $T/text", 0, NULL, NULL },
     { "$bpe $t <$T/text | $EMULATOR ./run $bpe $d | cmp - $T/text", 0, NULL, NULL },
-    { "$T/holes.bin $t", 1, NULL, "more than 1048576 tokens" }, { "$v0 -z $T/holes.bin $t", 1, NULL, "more than 1048576 tokens" },
+    { "$T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
+    { "$v0 -z $T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
     // what there is
     { "$tied -m inspect", 0, "family                       llama\n", NULL },
     { "$tied -m inspect --check", 0, "family                       llama\n", NULL },
