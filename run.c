@@ -3055,10 +3055,6 @@ typedef struct {
 // How many bytes of a text a message shows.
 static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
-static bool is_text(Text t, const char *expected) {
-    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
-}
-
 static bool read_key(Cursor *c, Key *k, Error *e) {
     Text name = take_string(c);
     uint32_t type = take_u32(c);
@@ -3274,11 +3270,9 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .add_bos = get_flag(g, "tokenizer.ggml.add_bos_token"),
-        .add_eos = get_flag(g, "tokenizer.ggml.add_eos_token"),
-        .ignore_merges = get_flag(g, "tokenizer.ggml.ignore_merges"),
-        .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
-        .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
+        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
+                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
+                  get_flag(g, "tokenizer.ggml.normalizer.nfc") },
     };
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
@@ -4707,7 +4701,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -5210,7 +5204,7 @@ static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e
     free_rendered(&said);
     if (!ok) return false;
     Value *content = &c->messages.items[c->messages.n - 1].items[3];
-    if (v->dummy_prefix && !continued && content->n && *content->text == ' ') {  // is this space the template's?
+    if (v->flags & DUMMY_PREFIX && !continued && content->n && *content->text == ' ') {  // is it the template's?
         Tokens now = { 0 };
         size_t from;
         bool made = encode_conversation(c, &now, e);  // a template that refuses answers says so when it is asked again
@@ -5838,7 +5832,7 @@ static bool encode_prompt(const Script *s, const Tokens *told, Text prompt, Text
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
     const Tokens *given = told->n ? told : s->kind != COMPARED ? s->given : NULL;
-    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0);
+    bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
     for (size_t i = 0; given && i < given->n; i++) if (!emit(out, given->ids[i], e)) return false;
     if (!given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -6358,7 +6352,7 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+    for (size_t chunk = 0; m->tokenizer.flags & ADD_BOS && chunk < n_chunks; chunk++)
         tokens->ids[chunk * size] = m->tokenizer.bos;
     for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // a chunk's last token predicts nothing
         int n = 0;
@@ -7536,8 +7530,8 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     bool ok = read_prompt_text(m, mode, context, text, e);
     Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
-    bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
-    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
+    bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
+    bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
     if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
                       (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
@@ -7728,7 +7722,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
-    if (options.no_bos) m->tokenizer.add_bos = false;
+    if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == options.clock_seed, .temperature = (float)options.temperature,
                           .typical = options.typical < 1 ? (float)options.typical : 0,

@@ -247,11 +247,11 @@ PLAIN static char *reference_compose(Reference *r, const char **s, size_t *n) {
 PLAIN static void reference_words(Reference *r, const char *s, size_t n) {
     const Tokenizer *t = r->x->t;
     static uint16_t class[MAX_COMPOSED];
-    char *composed = t->composes ? reference_compose(r, &s, &n) : NULL;
+    char *composed = t->flags & COMPOSE ? reference_compose(r, &s, &n) : NULL;
     if (n && t->kind == BPE) cut_words(t, s, n, class);
     for (size_t at = 0, end; at < n; at = end) {
         for (end = at + 1; end < n && !(t->kind == BPE && class[end] & CUT);) end++;
-        int whole = t->ignore_merges ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
+        int whole = t->flags & IGNORE_MERGES ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
         if (whole >= 0) r->ids[r->n++] = whole;
         else reference_join(r, s + at, end - at);
     }
@@ -274,7 +274,7 @@ PLAIN static void reference_plain(Reference *r, const char *text, size_t n_text)
     size_t n = 0, begin = 0;
     if (n_text == 0) return;
     r->first = r->n;
-    if (t->dummy_prefix) s[n++] = ' ';
+    if (t->flags & DUMMY_PREFIX) s[n++] = ' ';
     for (size_t i = 0; i < n_text; i++) {
         bool bar = t->kind == SPM && n_text - i >= 3 && !memcmp(text + i, "\xE2\x96\x81", 3);
         s[n++] = bar ? ' ' : text[i];
@@ -487,7 +487,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
             exit(1);
         }
         options.pre = NULL;
-        if (which == N_FILES - 1) models[which].tokenizer.composes = false;
+        if (which == N_FILES - 1) models[which].tokenizer.flags &= ~(unsigned)COMPOSE;
         free(file.bytes);
         lexicons[which] = make_lexicon(&models[which].tokenizer);
     }

@@ -354,7 +354,8 @@ static const Case cases[] = {
     { "$z $t <$T/bytes | $EMULATOR ./run $z $d | cmp - $T/bytes", 0, NULL, NULL },
     { "$T/native.bin -m tokenize --ends -f $T/text | $EMULATOR ./run $tied $d | cmp - $T/text", 0, NULL, NULL },
     { "$bpe $t <$T/text | $EMULATOR ./run $bpe $d | cmp - $T/text", 0, NULL, NULL },
-    { "$T/holes.bin $t", 1, NULL, "of 1048577 tokens" }, { "$v0 -z $T/holes.bin $t", 1, NULL, "of 1048577 tokens" },
+    { "$T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
+    { "$v0 -z $T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
     // what there is
     { "$tied -m inspect", 0, "family                       llama\n", NULL },
     { "$tied -m inspect --check", 0, "family                       llama\n", NULL },
@@ -433,7 +434,7 @@ static void make_files(void) {
     Bytes b = export_golden("qwen2_untied.gguf");
     FileHeader header;
     memcpy(&header, b.bytes, sizeof header);
-    memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
+    memset(b.bytes + header.tokenizer.at + offsetof(Tokenizer, bos), 0xFF, 4);
     put_file("no_bos.bin", b.bytes, b.n);
     size_t n_bytes;
     unsigned char *rows = native_tensor(b, "output.weight", &n_bytes);
@@ -453,7 +454,7 @@ static void make_files(void) {
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
         memcpy(&header, b.bytes, sizeof header);
-        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, flags);
+        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(Tokenizer, flags);
         *flags |= ADD_EOS;
         put_file("ends.bin", b.bytes, b.n);
         *flags &= ~ADD_EOS;

@@ -1111,7 +1111,7 @@ static void test_damaged_llama2c(void) {
     check(!open_vocabulary(b.bytes, b.n, 276, &m, &e) && strstr(e.text, "275"),
           "tokenizer.bin for 276 tokens: got \"%s\", wanted a refusal with \"275\"", e.text);
     close_model(&m);
-    check(!open_vocabulary(b.bytes, 4, -1, &m, &e) && strstr(e.text, "0 tokens, expected at least 3"),
+    check(!open_vocabulary(b.bytes, 4, -1, &m, &e) && strstr(e.text, "0 tokens, expected 1 to"),
           "tokenizer.bin without tokens: got \"%s\"", e.text);
     close_model(&m);
     free(b.bytes);
