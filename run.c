@@ -1218,8 +1218,8 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
-// from its last place down, with their sum in *sum (chapter 11).
+// Moves the candidates that may be chosen to the front of c, likeliest first, unless all n may. Returns how many they
+// are; *sum: of their probabilities (chapter 11).
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum);
 
 // The logits as penalties for repeats, biases and n-sigma change them (chapter 11).      ids (n_ids), logits (n)
@@ -1233,12 +1233,10 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
     Candidate *c = s->candidates;
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
-    bool cuts = s->top_k > 0 || s->min_p > 0 || s->typical > 0 || s->xtc > 0 || (s->top_p > 0 && s->top_p < 1);
-    size_t n_left = cuts ? cut(s, c, (size_t)n, &sum) : (size_t)n;
-    for (size_t i = 1;; i++) {
-        const Candidate *next = cuts ? &c[(size_t)n - i] : &c[i - 1];
-        running += next->p;  // rounding may leave their sum below the coin
-        if (i == n_left || coin * sum < running) return next->p > 0 ? next->id : best;
+    size_t n_left = cut(s, c, (size_t)n, &sum);
+    for (size_t i = 0;; i++) {
+        running += c[i].p;  // rounding may leave their sum below the coin
+        if (i + 1 == n_left || coin * sum < running) return c[i].p > 0 ? c[i].id : best;
     }
 }
 
@@ -3769,58 +3767,9 @@ static void make_turns(const Model *m, Rotation *a, int context) {
     }
 }
 
-// ---- Top-k, top-p, min-p ----
+// ---- Top-k, typical, top-p, min-p, XTC ----
 
-// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
-static bool is_likelier(Candidate a, Candidate b) {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
-}
-
-static void sink(Candidate *c, size_t i, size_t n) {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
-        if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
-    }
-}
-
-// Moves the top of *n candidates to *to.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
-}
-
-// Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
-// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14), put in by run().
-static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
-    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_sorted = 0;
-    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
-        if (c[i].p >= cutoff) c[n_heap++] = c[i];
-    }
-    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
-    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
-    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
-    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
-        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
-    *sum = 0.0f;
-    for (size_t i = 1; i <= limit; i++) {
-        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
-        if (c[n - i].p <= 0.0f || c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
-        *sum += c[n - i].p;
-        if (has_top_p && *sum > s->top_p * total) return i;
-    }
-    return limit;
-}
-
-// ---- Other ways to choose ----
-
+// What changes the logits before a token is chosen.
 typedef struct Shaper {
     const Tokenizer *tokenizer;
     struct { int id; float x; } bias[MAX_TEXTS];
@@ -3828,40 +3777,92 @@ typedef struct Shaper {
     int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
 } Shaper;
 
+static bool is_likelier(Candidate a, Candidate b) {
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+static void swap(Candidate *a, Candidate *b) {
+    Candidate old = *a;
+    *a = *b;
+    *b = old;
+}
+
+// In a heap, c[i] sinks to where none below it is likelier.
+static void sink(Candidate *c, size_t i, size_t n) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
+        if (!is_likelier(c[child], c[i])) return;
+        swap(&c[i], &c[child]);
+    }
+}
+
+static void make_heap(Candidate *c, size_t n) {
+    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
+}
+
+// Takes the top of the heap's *n candidates out of it: to the place that becomes free after the heap.
+static Candidate *take_likeliest(Candidate *c, size_t *n) {
+    swap(&c[0], &c[--*n]);
+    sink(c, 0, *n);
+    return &c[*n];
+}
+
+// Keeps the likeliest: at most so many, until their sum is above `mass`, none below min_p times the first. They come to
+// the front in order; the others, which cannot be chosen, are never sorted. Returns how many are kept, and their sum.
+static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float min_p, float *sum) {
+    size_t left = n;
+    make_heap(c, n);
+    float least = min_p * c[0].p;
+    for (*sum = 0.0f; left > 0 && n - left < most && c[0].p > 0 && c[0].p >= least && *sum <= mass;)
+        *sum += take_likeliest(c, &left)->p;
+    for (size_t i = 0; i < n - left && i < n - 1 - i; i++) swap(&c[i], &c[n - 1 - i]);
+    return n - left;
+}
+
 // Keeps the tokens whose surprise, -ln p, is nearest to the entropy, until their sum is above s->typical (Meister et
-// al., "Locally Typical Sampling"). Before comes top-k. They go to the end of c; their sum is 1 again.
-static size_t keep_typical(const Sampler *s, Candidate *c, size_t n) {
-    float sum = 1.0f, *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
-    size_t left = s->top_k > 0 ? cut_tail(&(Sampler){ .top_k = s->top_k }, c, n, &sum) : n, kept = 0;
+// al., "Locally Typical Sampling"). Before, the sum of all is *sum; then it is 1.
+static size_t keep_typical(const Sampler *s, Candidate *c, size_t n, float *sum) {
+    float *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
     double entropy = 0, total = 0;
-    c += n - left;
-    n = left;
+    size_t left = n;
     for (size_t i = 0; i < n; i++) {
-        p[c[i].id] = c[i].p / sum;
+        p[c[i].id] = c[i].p / *sum;
         if (c[i].p > 0) entropy -= (double)p[c[i].id] * log((double)p[c[i].id]);
     }
     for (size_t i = 0; i < n; i++) c[i].p = -(float)fabs(log((double)p[c[i].id]) + entropy);
-    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
-    for (; left > 0 && total <= (double)s->typical; total += (double)p[c[n - kept].id])
-        take_likeliest(&c[n - ++kept], c, &left);
-    for (size_t i = 1; i <= kept; i++) c[n - i].p = (float)((double)p[c[n - i].id] / total);
-    return kept;
+    make_heap(c, n);
+    while (left > 0 && total <= (double)s->typical) total += (double)p[take_likeliest(c, &left)->id];
+    memmove(c, c + left, (n - left) * sizeof *c);
+    for (size_t i = 0; i < n - left; i++) c[i].p = (float)((double)p[c[i].id] / total);
+    *sum = 1.0f;
+    return n - left;
 }
 
-// All that is cut off. Last, with probability s->xtc, all but the last of the tokens that reach the threshold (XTC,
-// "exclude top choices"); this takes a second coin for each token.
+// To add a filter: a member of Sampler, its part in `cuts`, its cut before the sum is made, and an option (chapter 14),
+// put in by run().
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum) {
-    size_t kept = s->typical > 0 ? keep_typical(s, c, n) : n;
-    size_t n_left = cut_tail(s, c + (n - kept), kept, sum), n_top = 0;
+    bool has_top_p = s->top_p > 0 && s->top_p < 1, has_top_k = s->top_k > 0;
+    bool cuts = has_top_k || has_top_p || s->min_p > 0 || s->typical > 0 || s->xtc > 0;
+    if (!cuts) return n;
+    size_t n_above = 0, n_top = 0;
+    if (has_top_k) n = keep_likeliest(c, n, (size_t)s->top_k, INFINITY, 0, sum);
+    if (s->typical > 0) n = keep_typical(s, c, n, sum);
+    // Without top-k, a token below this cannot be among those that make up top_p.
+    float cutoff = has_top_p && !has_top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    for (size_t i = 0; i < n; i++) if (c[i].p >= cutoff) c[n_above++] = c[i];
+    if (n_above > 0) n = n_above;  // where top_p is below 1/n, none may reach it
+    n = keep_likeliest(c, n, n, has_top_p ? s->top_p * *sum : INFINITY, s->min_p, sum);
+    // XTC, "exclude top choices": with probability s->xtc, all but the last of the tokens that reach the threshold.
     bool excludes = s->xtc > 0 && flip_coin(&s->random) < s->xtc;
-    while (excludes && n_top < n_left && c[n - 1 - n_top].p >= s->xtc_threshold * *sum) n_top++;
-    if (n_top < 2) return n_left;
-    n_left -= n_top - 1;
-    memmove(c + n - n_left, c + n - n_left - (n_top - 1), n_left * sizeof *c);
+    while (excludes && n_top < n && c[n_top].p >= s->xtc_threshold * *sum) n_top++;
+    if (n_top > 1) n -= n_top - 1;
+    if (n_top > 1) memmove(c, c + n_top - 1, n * sizeof *c);
     *sum = 0.0f;
-    for (size_t i = 1; i <= n_left; i++) *sum += c[n - i].p;
-    return n_left;
+    for (size_t i = 0; i < n; i++) *sum += c[i].p;
+    return n;
 }
+
+// ---- Penalties, biases, DRY, n-sigma ----
 
 // How many of the last n tokens an option asks for.
 static int last_of(int64_t asked, int n) { return asked < 0 || asked > n ? n : (int)asked; }
@@ -3923,13 +3924,12 @@ static void penalise_sequences(const Shaper *h, const int *ids, int n) {
 
 // Excludes what is more than so many standard deviations below the largest (Tang et al., "Top-n-sigma").
 static void exclude_below_sigmas(float *logits, int n, double sigmas) {
-    double sum = 0, squares = 0, count = 0, max = -INFINITY;
+    double sum = 0, squares = 0, count = 0, max = (double)logits[likeliest(logits, n)];
     for (int i = 0; i < n; i++) {
         double x = (double)logits[i];
         if (x <= -INFINITY) continue;
         sum += x;
         squares += x * x;
-        max = fmax(max, x);
         count++;
     }
     double least = max - sigmas * sqrt(fmax(squares / count - sum / count * (sum / count), 0));
@@ -3947,12 +3947,8 @@ static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, con
     return h->logits;
 }
 
-// Makes what shape_logits() and keep_typical() need, if they are asked for, in one block.
+// Makes what shape_logits() and keep_typical() need, in one block.
 static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) {
-    bool needed = options.repeat_penalty != 1 || options.presence_penalty != 0 || options.frequency_penalty != 0 ||
-                  options.dry_multiplier > 0 || options.nsigma > 0 || options.ignore_eos || options.biases.n ||
-                  s->typical > 0;
-    if (!needed) return true;
     size_t n = (size_t)n_tokens;
     Shaper *h = s->shaper = allocate(1, sizeof *h + n * (sizeof *h->logits + sizeof *h->seen), e);
     if (!h) return false;

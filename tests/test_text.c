@@ -276,8 +276,8 @@ static void check_shaping(int number, char *at) {
     for (int i = 1; i <= n_left; i++) {
         int id = (int)next_number(&at);
         double p = next_number(&at), sum = 0;
-        for (int k = 1; ok && k <= n_left; k++) sum += (double)s.candidates[n - k].p;
-        Candidate *c = &s.candidates[n - i];
+        for (int k = 0; ok && k < n_left; k++) sum += (double)s.candidates[k].p;
+        Candidate *c = &s.candidates[i - 1];
         ok = ok && check(c->id == id && fabs((double)c->p / sum - p) < 3e-5, "case %d, place %d: got token %d with "
                          "%.7g, wanted %d with %.7g", number, i, c->id, (double)c->p / sum, id, p);
     }
