@@ -3773,8 +3773,8 @@ static void make_turns(const Model *m, Rotation *a, int context) {
 // What changes the logits before a token is chosen.
 typedef struct Shaper {
     const Tokenizer *tokenizer;
-    struct { int id; float x; } bias[MAX_TEXTS];
     float *logits;  // (V)  the changed ones
+    float *bias;    // (V)  what is added to them
     int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
 } Shaper;
 
@@ -3938,10 +3938,7 @@ static void exclude_below_sigmas(float *logits, int n, double sigmas) {
 }
 
 static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, const float *logits, int n) {
-    const Tokenizer *t = h->tokenizer;
-    memcpy(h->logits, logits, (size_t)n * sizeof *logits);
-    for (int i = 0; i < options.biases.n; i++) h->logits[h->bias[i].id] += h->bias[i].x;
-    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->logits[t->end_id[i]] = -INFINITY;
+    for (int i = 0; i < n; i++) h->logits[i] = logits[i] + h->bias[i];
     penalise_repeats(h, ids, n_ids);
     if (options.dry_multiplier > 0) penalise_sequences(h, ids, n_ids);
     if (options.nsigma > 0) exclude_below_sigmas(h->logits, n, options.nsigma);
@@ -3951,9 +3948,11 @@ static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, con
 // Makes what shape_logits() and keep_typical() need, in one block.
 static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) {
     size_t n = (size_t)n_tokens;
-    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (sizeof *h->logits + sizeof *h->seen), e);
+    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (2 * sizeof *h->logits + sizeof *h->seen), e);
     if (!h) return false;
-    *h = (Shaper){ .tokenizer = t, .logits = (float *)(h + 1), .seen = (int *)((float *)(h + 1) + n) };
+    float *logits = (float *)(h + 1);
+    *h = (Shaper){ t, logits, logits + n, (int *)(logits + 2 * n) };
+    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->bias[t->end_id[i]] = -INFINITY;
     for (int i = 0; i < options.biases.n; i++) {
         const char *text = options.biases.at[i];
         int id = -1, end = 0;
@@ -3962,8 +3961,7 @@ static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) 
         if (sscanf(text, "%9d%1[+-]%f%n", &id, sign, &x, &end) == 3 && *sign == '-') x = -x;
         if (id < 0 || id >= n_tokens || !(x < INFINITY) || text[end])
             return fail(e, MISUSE, "--logit-bias %.99s: expected ID+X or ID-X, the id below %d", text, n_tokens);
-        h->bias[i].id = id;
-        h->bias[i].x = x;
+        h->bias[id] += x;
     }
     return true;
 }
@@ -4352,7 +4350,7 @@ static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
         const char *stop = p->thought > WATCHED ? NULL : find_stop(p, &kept);
         if (stop) most = p->n_held - kept;
         else if (p->thought <= WATCHED && most > p->n_held - kept) most = p->n_held - kept;
-        put_held(p, stop || p->thought ? most : whole_characters(p->held, most));
+        put_held(p, stop || p->thought || p->to ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
@@ -5505,21 +5503,20 @@ typedef struct {
 
 // Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
 static void add_scores(const Model *m, Passage *p, const float *logits, int token) {
-    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, m->config.n_tokens, token) } };
-    int most = (int)options.logprobs, n = 0;
-    for (int i = 0; i < m->config.n_tokens; i++) {
-        scores[0].rank += logits[i] > logits[token] || (logits[i] == logits[token] && i < token);
-        if (n == most && (n == 0 || logits[i] <= logits[scores[n].id])) continue;
-        int k = n < most ? ++n : n;
-        for (; k > 1 && logits[i] > logits[scores[k - 1].id]; k--) scores[k].id = scores[k - 1].id;
-        scores[k].id = i;
+    size_t n = (size_t)m->config.n_tokens, most = (size_t)options.logprobs;
+    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, (int)n, token) } };
+    Candidate *c = p->sampler.candidates, own = { token, logits[token] };
+    for (size_t i = 0; i < n; i++) {
+        c[i] = (Candidate){ (int)i, logits[i] };
+        scores[0].rank += is_likelier(c[i], own);
     }
-    for (int k = 1; k <= n; k++) {
-        double difference = (double)logits[scores[k].id] - logits[token];
-        scores[k] = (Score){ scores[k].id, k, scores[0].logprob + difference };
+    if (most) make_heap(c, n);
+    for (size_t k = 1; k <= most; k++) {
+        const Candidate *next = take_likeliest(c, &n);
+        scores[k] = (Score){ next->id, (int)k, scores[0].logprob + ((double)next->p - own.p) };
     }
     p->logprob += scores[0].logprob;
-    append(&p->scores, scores, (1 + (size_t)n) * sizeof *scores, &p->error);
+    append(&p->scores, scores, (1 + most) * sizeof *scores, &p->error);
 }
 
 static void end_passage(Script *s, Passage *p, Stop why) {
@@ -5532,12 +5529,10 @@ static void end_passage(Script *s, Passage *p, Stop why) {
 
 // Whether a choice begins with what is written so far and goes on with these bytes; or ends there, if there are none.
 static bool fits_choice(const Passage *p, const char *bytes, size_t n) {
-    const Printer *held = &p->c.printer;  // the bytes of an incomplete character
-    size_t n_text = p->text.n, made = n_text + held->n_held;
+    size_t made = p->text.n;
     for (const Value *v = p->line->choices.items, *end = v + p->line->choices.n; v < end; v++)
         if (v->n >= made + n && (n > 0 || v->n == made) && !memcmp(v->text + made, bytes, n) &&
-            !memcmp(v->text + n_text, held->held, held->n_held) &&
-            (n_text == 0 || !memcmp(v->text, p->text.bytes, n_text))) return true;
+            (made == 0 || !memcmp(v->text, p->text.bytes, made))) return true;
     return false;
 }
 
@@ -5823,7 +5818,7 @@ static bool open_texts(Script *s, Line *l, Text text, Error *e) {
     if (ok && is_task) ok = read_task(s, l, &asked, e);
     else if (ok && is_json) ok = read_members(s, l, &own, &text, &tokens, e);
     if (is_task) text = (Text){ (const char *)asked.bytes, asked.n };
-    l->stops = own.stops;
+    if (!list) l->stops = own.stops;  // what is one of some texts has no other end
     ok = ok && split_choices(l, list, e);
     for (size_t i = 0; ok && s->given && i < s->given->n; i++) ok = emit(&tokens, s->given->ids[i], e);
     if (ok && text.at && !tokens.n) ok = encode_prompt(s, text, (Text){ "", 0 }, &tokens, e);
