@@ -5488,9 +5488,9 @@ typedef struct {
     const Tokens *given;            // the only text, and
     Text prompt;                    // how it is spelled; NULL: texts come as lines
     Sequence *sequences;
-    int n_slots;                    // of these
+    int n_slots, n_free;            // of these; those that no text needs
     Passage *users[MOST_TOGETHER];  // NULL: the text that a sequence was for is done
-    Passage *first, **end;          // a queue, in the order of the input; texts begin and are printed in this order
+    Passage *first, **end;          // a queue, in the order of the input
     size_t n_held, n_lines, n_failed, n_tasks, n_right, n_written;
     float *logits;                  // (V)  without the tokens that may not come
     Buffer exemplars;               // of an evaluation
@@ -5519,9 +5519,12 @@ static void add_scores(const Model *m, Passage *p, const float *logits, int toke
     append(&p->scores, scores, (1 + most) * sizeof *scores, &p->error);
 }
 
-static void end_passage(Script *s, Passage *p, Stop why) {
+// Ends a text; `wrong`, if it is not NULL, says what has failed.
+static void end_passage(Script *s, Passage *p, Stop why, const Error *wrong) {
+    if (wrong) p->error = *wrong;
     print_bytes(&p->c.printer, NULL, 0);
     s->users[p->c.sequence - s->sequences] = NULL;
+    s->n_free++;
     p->why = why;
     p->seconds = clock_seconds() - p->began - p->prompt_seconds;
     p->done = true;
@@ -5576,7 +5579,7 @@ static void take_logits(Script *s, Passage *p, size_t position, const float *log
     if (why == GO_ON && s->kind == EVALUATED && is_answered(&p->text)) why = AT_LIMIT;
     if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
         fail(&p->error, NO_ROOM, "the text could not become one of --one-of");
-    if (why != GO_ON || p->error.status) end_passage(s, p, why);
+    if (why != GO_ON || p->error.status) end_passage(s, p, why, NULL);
 }
 
 // ---- Passes ----
@@ -5594,7 +5597,7 @@ static size_t n_common(const Passage *p, const int *ids, size_t n) {
 static bool start_passage(Script *s, Passage *p) {
     size_t common = 0, planned = 0, least = 0;
     Sequence *from = NULL, *to = NULL;
-    for (int i = 0; i < s->n_slots; i++) {
+    for (int i = 0; i < s->n_slots && s->n_free > 0; i++) {
         Sequence *text = &s->sequences[i];
         const Passage *user = s->users[i];
         size_t n = n_common(p, text->ids, (size_t)text->n), later = 0;
@@ -5607,6 +5610,7 @@ static bool start_passage(Script *s, Passage *p) {
     if (from && from != to) fork_sequence(to, from, (int)common);
     else rewind_sequence(to, (int)common);
     s->users[to - s->sequences] = p;
+    s->n_free--;
     p->c.sequence = to;
     p->began = clock_seconds();
     return true;
@@ -5618,13 +5622,11 @@ static void send_rows(Script *s, const Row *rows, int n) {
     Error e = { 0 };
     int n_first = 1;
     while (n_first < n && rows[n_first].sequence == rows[0].sequence) n_first++;
-    bool ok = forward(s->m, s->w, s->sequences, rows, n, &e), together = ok;
-    if (!ok && n_first < n) {
+    bool ok = forward(s->m, s->w, s->sequences, rows, n, &e), together = true;
+    if (!ok && n_first == n) end_passage(s, s->users[rows[0].sequence], GO_ON, &e);
+    else if (!ok) {
         send_rows(s, rows, n_first);
         send_rows(s, rows + n_first, n - n_first);
-    } else if (!ok) {
-        s->users[rows[0].sequence]->error = e;
-        end_passage(s, s->users[rows[0].sequence], GO_ON);
     }
     for (int i = 0; ok && i < s->w->n_wanted; i++) {
         const Row *row = &rows[s->w->wanted[i]];
@@ -5633,7 +5635,7 @@ static void send_rows(Script *s, const Row *rows, int n) {
         together = logits != NULL;
         if (!together && make_logits(s->m, s->w, i, 1, &e)) logits = s->w->logits;
         if (p && logits) take_logits(s, p, (size_t)row->position, logits);
-        if (p && !logits) p->error = e, end_passage(s, p, GO_ON);
+        else if (p) end_passage(s, p, GO_ON, &e);
     }
 }
 
@@ -5642,8 +5644,7 @@ static void advance(Script *s) {
     Row *rows = s->w->room;
     int n = 0, most = s->w->settings.batch;
     for (Passage *p = s->first; p && n < most; p = p->next) {
-        if (p->done) continue;
-        if (!p->c.sequence && !start_passage(s, p)) break;
+        if (p->done || (!p->c.sequence && !start_passage(s, p))) continue;
         size_t at = (size_t)p->c.sequence->n, end = p->tokens.n - (p->scored < p->tokens.n);  // the last has no next
         int slot = (int)(p->c.sequence - s->sequences);
         if (at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, slot, true };
@@ -5782,10 +5783,9 @@ static Passage *add_passage(Script *s, Line *l, const Options *own, Error *e) {
 // scored begins where not all have the prompt's tokens: its last one may become another together with what follows.
 static bool add_texts(Script *s, Line *l, const Options *own, Text prompt, const Tokens *tokens, Error *e) {
     bool compares = l->choices.n > 0 && s->kind != CONTINUED;
-    size_t n = compares ? l->choices.n : s->kind == CONTINUED ? (size_t)options.samples : 1, context, common;
+    size_t n = compares ? l->choices.n : s->kind == CONTINUED ? (size_t)options.samples : 1;
+    size_t context = (size_t)s->w->settings.context, common = compares ? tokens->n : 1;
     Passage **first = s->end, *p;
-    context = (size_t)s->w->settings.context;
-    common = compares ? tokens->n : 1;
     for (size_t i = 0; i < n; i++) {
         if (!(p = add_passage(s, l, own, e))) return false;
         const Value *c = &l->choices.items[i];
@@ -6055,7 +6055,7 @@ static bool run_lines(Script *s, Error *e) {
         if (ok) advance(s);
         bool stops = interrupted;  // looked at once: Ctrl-C may come at any time
         for (int i = 0; i < s->n_slots && stops; i++)
-            if (s->users[i] && s->kind == CONTINUED) end_passage(s, s->users[i], AT_INTERRUPT);
+            if (s->users[i] && s->kind == CONTINUED) end_passage(s, s->users[i], AT_INTERRUPT, NULL);
         while (put_first(s)) continue;
         if (ok && stops) ok = fail(e, INTERRUPTED, "interrupted");
     }
@@ -6066,8 +6066,8 @@ static bool run_lines(Script *s, Error *e) {
 // Runs what a script asks for: a prompt, or the lines of a file.
 static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n, const Sampler *sampler,
                        ScriptKind kind, const Tokens *given, Text prompt, Error *e) {
-    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .sampler = sampler, .kind = kind, .given = given,
-                 .prompt = prompt };
+    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .n_free = n, .sampler = sampler, .kind = kind,
+                 .given = given, .prompt = prompt };
     const char *path = kind == EVALUATED ? options.file : options.prompts;
     if (options.logprobs > m->config.n_tokens) options.logprobs = m->config.n_tokens;
     s.end = &s.first;
