@@ -1218,8 +1218,8 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
-// from its last place down, with their sum in *sum (chapter 11).
+// Moves the candidates that may be chosen to the front of c, likeliest first, unless all n may. Returns how many they
+// are; *sum: of their probabilities (chapter 11).
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum);
 
 // The logits as penalties for repeats, biases and n-sigma change them (chapter 11).      ids (n_ids), logits (n)
@@ -1233,12 +1233,10 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
     Candidate *c = s->candidates;
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
-    bool cuts = s->top_k > 0 || s->min_p > 0 || s->typical > 0 || s->xtc > 0 || (s->top_p > 0 && s->top_p < 1);
-    size_t n_left = cuts ? cut(s, c, (size_t)n, &sum) : (size_t)n;
-    for (size_t i = 1;; i++) {
-        const Candidate *next = cuts ? &c[(size_t)n - i] : &c[i - 1];
-        running += next->p;  // rounding may leave their sum below the coin
-        if (i == n_left || coin * sum < running) return next->p > 0 ? next->id : best;
+    size_t n_left = cut(s, c, (size_t)n, &sum);
+    for (size_t i = 0;; i++) {
+        running += c[i].p;  // rounding may leave their sum below the coin
+        if (i + 1 == n_left || coin * sum < running) return c[i].p > 0 ? c[i].id : best;
     }
 }
 
@@ -1250,7 +1248,8 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
 typedef struct {
     char held[260];             // an incomplete character, or what may begin a stop text or <think>
     size_t n_held, thought;     // chat, --think hide: a state of chapter 12
-    const struct Texts *stops; struct Record *record;  // texts that end this one; where it goes instead (12a). Or NULL
+    const struct Texts *stops;  // texts that end this one, or NULL
+    Buffer *to; Error *error;   // where it goes in place of stdout, or NULL; what fails there (12a)
 } Printer;
 
 // Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
@@ -3730,99 +3729,102 @@ static void make_turns(const Model *m, Rotation *a, int context) {
     }
 }
 
-// ---- Top-k, top-p, min-p ----
+// ---- Top-k, typical, top-p, min-p, XTC ----
 
-// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
+// What changes the logits before a token is chosen.
+typedef struct Shaper {
+    const Tokenizer *tokenizer;
+    float *logits;  // (V)  the changed ones
+    float *bias;    // (V)  what is added to them
+    int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
+} Shaper;
+
 static bool is_likelier(Candidate a, Candidate b) {
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
+static void swap(Candidate *a, Candidate *b) {
+    Candidate old = *a;
+    *a = *b;
+    *b = old;
+}
+
+// In a heap, c[i] sinks to where none below it is likelier.
 static void sink(Candidate *c, size_t i, size_t n) {
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
         if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
         if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
+        swap(&c[i], &c[child]);
     }
 }
 
-// Moves the top of *n candidates to *to.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
+static void make_heap(Candidate *c, size_t n) {
+    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
 }
 
-// Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
-// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14), put in by run().
-static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
-    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_sorted = 0;
-    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
-        if (c[i].p >= cutoff) c[n_heap++] = c[i];
-    }
-    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
-    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
-    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
-    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
-        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
-    *sum = 0.0f;
-    for (size_t i = 1; i <= limit; i++) {
-        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
-        if (c[n - i].p <= 0.0f || c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
-        *sum += c[n - i].p;
-        if (has_top_p && *sum > s->top_p * total) return i;
-    }
-    return limit;
+// Takes the top of the heap's *n candidates out of it: to the place that becomes free after the heap.
+static Candidate *take_likeliest(Candidate *c, size_t *n) {
+    swap(&c[0], &c[--*n]);
+    sink(c, 0, *n);
+    return &c[*n];
 }
 
-// ---- Other ways to choose ----
-
-typedef struct Shaper {
-    const Tokenizer *tokenizer;
-    struct { int id; float x; } bias[MAX_TEXTS];
-    float *logits;  // (V)  the changed ones
-    int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
-} Shaper;
+// Keeps the likeliest: at most so many, until their sum is above `mass`, none below min_p times the first. They come to
+// the front in order; the others, which cannot be chosen, are never sorted. Returns how many are kept, and their sum.
+static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float min_p, float *sum) {
+    size_t left = n;
+    make_heap(c, n);
+    float least = min_p * c[0].p;
+    for (*sum = 0.0f; left > 0 && n - left < most && c[0].p > 0 && c[0].p >= least && *sum <= mass;)
+        *sum += take_likeliest(c, &left)->p;
+    for (size_t i = 0; i < n - left && i < n - 1 - i; i++) swap(&c[i], &c[n - 1 - i]);
+    return n - left;
+}
 
 // Keeps the tokens whose surprise, -ln p, is nearest to the entropy, until their sum is above s->typical (Meister et
-// al., "Locally Typical Sampling"). Before comes top-k. They go to the end of c; their sum is 1 again.
-static size_t keep_typical(const Sampler *s, Candidate *c, size_t n) {
-    float sum = 1.0f, *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
-    size_t left = s->top_k > 0 ? cut_tail(&(Sampler){ .top_k = s->top_k }, c, n, &sum) : n, kept = 0;
+// al., "Locally Typical Sampling"). Before, the sum of all is *sum; then it is 1.
+static size_t keep_typical(const Sampler *s, Candidate *c, size_t n, float *sum) {
+    float *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
     double entropy = 0, total = 0;
-    c += n - left;
-    n = left;
+    size_t left = n;
     for (size_t i = 0; i < n; i++) {
-        p[c[i].id] = c[i].p / sum;
+        p[c[i].id] = c[i].p / *sum;
         if (c[i].p > 0) entropy -= (double)p[c[i].id] * log((double)p[c[i].id]);
     }
     for (size_t i = 0; i < n; i++) c[i].p = -(float)fabs(log((double)p[c[i].id]) + entropy);
-    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
-    for (; left > 0 && total <= (double)s->typical; total += (double)p[c[n - kept].id])
-        take_likeliest(&c[n - ++kept], c, &left);
-    for (size_t i = 1; i <= kept; i++) c[n - i].p = (float)((double)p[c[n - i].id] / total);
-    return kept;
+    make_heap(c, n);
+    while (left > 0 && total <= (double)s->typical) total += (double)p[take_likeliest(c, &left)->id];
+    memmove(c, c + left, (n - left) * sizeof *c);
+    for (size_t i = 0; i < n - left; i++) c[i].p = (float)((double)p[c[i].id] / total);
+    *sum = 1.0f;
+    return n - left;
 }
 
-// All that is cut off. Last, with probability s->xtc, all but the last of the tokens that reach the threshold (XTC,
-// "exclude top choices"); this takes a second coin for each token.
+// To add a filter: a member of Sampler, its part in `cuts`, its cut before the sum is made, and an option (chapter 14),
+// put in by run().
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum) {
-    size_t kept = s->typical > 0 ? keep_typical(s, c, n) : n;
-    size_t n_left = cut_tail(s, c + (n - kept), kept, sum), n_top = 0;
+    bool has_top_p = s->top_p > 0 && s->top_p < 1, has_top_k = s->top_k > 0;
+    bool cuts = has_top_k || has_top_p || s->min_p > 0 || s->typical > 0 || s->xtc > 0;
+    if (!cuts) return n;
+    size_t n_above = 0, n_top = 0;
+    if (has_top_k) n = keep_likeliest(c, n, (size_t)s->top_k, INFINITY, 0, sum);
+    if (s->typical > 0) n = keep_typical(s, c, n, sum);
+    // Without top-k, a token below this cannot be among those that make up top_p.
+    float cutoff = has_top_p && !has_top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    for (size_t i = 0; i < n; i++) if (c[i].p >= cutoff) c[n_above++] = c[i];
+    if (n_above > 0) n = n_above;  // where top_p is below 1/n, none may reach it
+    n = keep_likeliest(c, n, n, has_top_p ? s->top_p * *sum : INFINITY, s->min_p, sum);
+    // XTC, "exclude top choices": with probability s->xtc, all but the last of the tokens that reach the threshold.
     bool excludes = s->xtc > 0 && flip_coin(&s->random) < s->xtc;
-    while (excludes && n_top < n_left && c[n - 1 - n_top].p >= s->xtc_threshold * *sum) n_top++;
-    if (n_top < 2) return n_left;
-    n_left -= n_top - 1;
-    memmove(c + n - n_left, c + n - n_left - (n_top - 1), n_left * sizeof *c);
+    while (excludes && n_top < n && c[n_top].p >= s->xtc_threshold * *sum) n_top++;
+    if (n_top > 1) n -= n_top - 1;
+    if (n_top > 1) memmove(c, c + n_top - 1, n * sizeof *c);
     *sum = 0.0f;
-    for (size_t i = 1; i <= n_left; i++) *sum += c[n - i].p;
-    return n_left;
+    for (size_t i = 0; i < n; i++) *sum += c[i].p;
+    return n;
 }
+
+// ---- Penalties, biases, DRY, n-sigma ----
 
 // How many of the last n tokens an option asks for.
 static int last_of(int64_t asked, int n) { return asked < 0 || asked > n ? n : (int)asked; }
@@ -3884,13 +3886,12 @@ static void penalise_sequences(const Shaper *h, const int *ids, int n) {
 
 // Excludes what is more than so many standard deviations below the largest (Tang et al., "Top-n-sigma").
 static void exclude_below_sigmas(float *logits, int n, double sigmas) {
-    double sum = 0, squares = 0, count = 0, max = -INFINITY;
+    double sum = 0, squares = 0, count = 0, max = (double)logits[likeliest(logits, n)];
     for (int i = 0; i < n; i++) {
         double x = (double)logits[i];
         if (x <= -INFINITY) continue;
         sum += x;
         squares += x * x;
-        max = fmax(max, x);
         count++;
     }
     double least = max - sigmas * sqrt(fmax(squares / count - sum / count * (sum / count), 0));
@@ -3898,26 +3899,21 @@ static void exclude_below_sigmas(float *logits, int n, double sigmas) {
 }
 
 static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, const float *logits, int n) {
-    const Tokenizer *t = h->tokenizer;
-    memcpy(h->logits, logits, (size_t)n * sizeof *logits);
-    for (int i = 0; i < options.biases.n; i++) h->logits[h->bias[i].id] += h->bias[i].x;
-    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->logits[t->end_id[i]] = -INFINITY;
+    for (int i = 0; i < n; i++) h->logits[i] = logits[i] + h->bias[i];
     penalise_repeats(h, ids, n_ids);
     if (options.dry_multiplier > 0) penalise_sequences(h, ids, n_ids);
     if (options.nsigma > 0) exclude_below_sigmas(h->logits, n, options.nsigma);
     return h->logits;
 }
 
-// Makes what shape_logits() and keep_typical() need, if they are asked for, in one block.
+// Makes what shape_logits() and keep_typical() need, in one block.
 static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) {
-    bool needed = options.repeat_penalty != 1 || options.presence_penalty != 0 || options.frequency_penalty != 0 ||
-                  options.dry_multiplier > 0 || options.nsigma > 0 || options.ignore_eos || options.biases.n ||
-                  s->typical > 0;
-    if (!needed) return true;
     size_t n = (size_t)n_tokens;
-    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (sizeof *h->logits + sizeof *h->seen), e);
+    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (2 * sizeof *h->logits + sizeof *h->seen), e);
     if (!h) return false;
-    *h = (Shaper){ .tokenizer = t, .logits = (float *)(h + 1), .seen = (int *)((float *)(h + 1) + n) };
+    float *logits = (float *)(h + 1);
+    *h = (Shaper){ t, logits, logits + n, (int *)(logits + 2 * n) };
+    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->bias[t->end_id[i]] = -INFINITY;
     for (int i = 0; i < options.biases.n; i++) {
         const char *text = options.biases.at[i];
         int id = -1, end = 0;
@@ -3926,8 +3922,7 @@ static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) 
         if (sscanf(text, "%9d%1[+-]%f%n", &id, sign, &x, &end) == 3 && *sign == '-') x = -x;
         if (id < 0 || id >= n_tokens || !(x < INFINITY) || text[end])
             return fail(e, MISUSE, "--logit-bias %.99s: expected ID+X or ID-X, the id below %d", text, n_tokens);
-        h->bias[i].id = id;
-        h->bias[i].x = x;
+        h->bias[id] += x;
     }
     return true;
 }
@@ -4273,29 +4268,32 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-// What came of a text.
-typedef struct Record {
-    Buffer text;    // what was written
-    Tokens ids;     // likewise
-    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
-    size_t n_prompt;
+// A text on its way through the model: it is continued, or some of its tokens are scored.
+typedef struct Passage {
+    struct Line *line;  // chapter 12a; of a chat it is NULL
+    int number;        // which of the line's, from 0 on
+    Tokens tokens;     // what is given
+    size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
+    Sampler sampler;
+    Continuation c;    // its sequence is NULL before it begins
+    bool done;
+    Buffer text;       // what was written
+    Tokens ids;        // likewise
+    Buffer scores;     // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
+    double logprob;    // the sum of the tokens' own
     Stop why;
-    const char *stop_text;  // that ended it, or NULL
     uint64_t seed;
-    double prompt_seconds, seconds;
-    Error error;    // status DONE: none
-} Record;
-
-static void keep_bytes(Record *o, const char *bytes, size_t n) {
-    if (n) append(&o->text, bytes, n, &o->error);
-}
+    double began, prompt_seconds, seconds;
+    Error error;       // status DONE: none
+    struct Passage *next;
+} Passage;
 
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal && !p->record) disarm(p->held, n, "\n\t");
-    if (p->record) keep_bytes(p->record, p->held, n);
+    if (is_terminal && !p->to) disarm(p->held, n, "\n\t");
+    if (p->to) append(p->to, p->held, n, p->error);
     else fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
@@ -4348,7 +4346,7 @@ static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
         const char *stop = find_stop(p, &kept);
         size_t begun = p->thought && !stop ? n_begun(p, "<think>") : 0;
         size_t most = p->n_held - (begun > kept ? begun : kept);
-        put_held(p, stop ? most : whole_characters(p->held, most));
+        put_held(p, stop || p->to ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
@@ -5217,42 +5215,41 @@ static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e
     return log_words(c, "assistant", content->text + n_old, content->n - n_old, e);
 }
 
-static void put_record(const Model *m, const Record *o);  // chapter 12a
+static void put_record(const Model *m, const Passage *p);  // chapter 12a
 
 // Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if this
 // turn had not been.
 static bool answer(Chat *c, Error *e) {
     bool continues = ends_with(&c->messages, "assistant"), hides = options.think && !strcmp(options.think, "hide");
     Tokens now = { 0 };
-    Record o = { .why = AT_INTERRUPT, .seed = options.seed };
-    Continuation t = { c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
-    if (options.json) t.printer.record = &o;
+    Passage p = { .why = AT_INTERRUPT, .seed = options.seed };
+    p.c = (Continuation){ c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
+    if (options.json) p.c.printer.to = &p.text, p.c.printer.error = &p.error;
     double start = clock_seconds();
     bool ok = make_room(c, &now, e) && catch_up(c, &now, e);
     free(now.ids);
-    o.prompt_seconds = clock_seconds() - start;
-    o.n_prompt = c->told.n;
+    p.prompt_seconds = clock_seconds() - start;
+    p.tokens.n = c->told.n;
     if (!ok) c->messages = c->before;
-    if (ok && continues) t.last = c->told.ids[c->told.n - 1];
-    if (hides) t.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
+    if (ok && continues) p.c.last = c->told.ids[c->told.n - 1];
+    if (hides) p.c.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
     if (ok) tell_seed(c->sampler);
     start = clock_seconds();
-    ok = ok && generate_ahead(c->m, c->w, &t, &o.why, &c->speed, e);
-    o.seconds = clock_seconds() - start;
-    if (ok) count_made(&c->speed, &t, start);
-    ok = ok ? note_answer(c, &t, continues, e) : e->status == INTERRUPTED;
-    if (o.error.status) ok = false, *e = o.error;
-    if (ok) o.ids = (Tokens){ .ids = c->told.ids + o.n_prompt, .n = t.n_made };
-    o.stop_text = t.stop_text;
-    if (ok && options.json) putchar('{'), put_record(c->m, &o);
+    ok = ok && generate_ahead(c->m, c->w, &p.c, &p.why, &c->speed, e);
+    p.seconds = clock_seconds() - start;
+    if (ok) count_made(&c->speed, &p.c, start);
+    ok = ok ? note_answer(c, &p.c, continues, e) : e->status == INTERRUPTED;
+    if (p.error.status) ok = false, *e = p.error;
+    if (ok) p.ids = (Tokens){ .ids = c->told.ids + p.tokens.n, .n = p.c.n_made };
+    if (ok && options.json) putchar('{'), put_record(c->m, &p);
     if (ok) puts(options.json ? "}" : "");
     fflush(stdout);
-    free(o.text.bytes);
+    free(p.text.bytes);
     if (!ok) return false;
     e->status = DONE;
-    if (o.why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[o.why]);
-    if (o.why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
-    if (o.why == AT_INTERRUPT) interrupted = 0;
+    if (p.why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[p.why]);
+    if (p.why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
+    if (p.why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
 
@@ -5466,179 +5463,79 @@ static bool set_own(Text key, Text value, Options *to, Error *e);   // chapter 1
 
 enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in a pass; texts that wait to be printed
 
+typedef enum { CONTINUED, SCORED, COMPARED, EVALUATED } ScriptKind;
+
 // How likely a token was, and its place among all, from 1 on.
 typedef struct { int id, rank; double logprob; } Score;
 
-// Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
-static void add_scores(const Model *m, Record *o, const float *logits, int token) {
-    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, m->config.n_tokens, token) } };
-    int most = (int)options.logprobs, n = 0;
-    for (int i = 0; i < m->config.n_tokens; i++) {
-        scores[0].rank += logits[i] > logits[token] || (logits[i] == logits[token] && i < token);
-        if (n == most && (n == 0 || logits[i] <= logits[scores[n].id])) continue;
-        int k = n < most ? ++n : n;
-        for (; k > 1 && logits[i] > logits[scores[k - 1].id]; k--) scores[k].id = scores[k - 1].id;
-        scores[k].id = i;
-    }
-    for (int k = 1; k <= n; k++) {
-        double difference = (double)logits[scores[k].id] - logits[token];
-        scores[k] = (Score){ scores[k].id, k, scores[0].logprob + difference };
-    }
-    append(&o->scores, scores, (1 + (size_t)n) * sizeof *scores, &o->error);
-}
-
-static double total_logprob(const Record *o) {
-    const Score *scores = (const void *)o->scores.bytes;
-    double sum = 0;
-    for (size_t i = 0; i < o->scores.n / sizeof *scores; i += 1 + (size_t)options.logprobs) sum += scores[i].logprob;
-    return sum;
-}
-
-// Prints a text's scores: members of a list in JSON, or lines.
-static void put_scores(const Model *m, const Record *o) {
-    const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
-    size_t most = (size_t)options.logprobs, n_bytes;
-    const Score *s = (const void *)o->scores.bytes;
-    for (size_t i = 0; i < o->scores.n / sizeof *s; i++, s++) {
-        size_t k = i % (1 + most);  // its place among a token's
-        if (options.json) fputs(k == 1 ? ", \"top\": [" : i ? ", " : "", stdout);
-        else if (k) printf("    ");
-        printf(format, s->id, s->logprob, s->rank);
-        const char *text = piece(&m->tokenizer, s->id, &n_bytes);
-        put_json_string(stdout, text, n_bytes);
-        fputs(!options.json ? "\n" : k == most ? most ? "}]}" : "}" : k ? "}" : "", stdout);
-    }
-}
-
-// The JSON members that tell of a written text; the caller adds others and the brackets.
-static void put_record(const Model *m, const Record *o) {
-    static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
-                                         [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
-                                         [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
-    printf("\"text\": ");
-    put_json_string(stdout, (const char *)o->text.bytes, o->text.n);
-    printf(", \"ids\": [");
-    for (size_t i = 0; i < o->ids.n; i++) printf("%s%d", i ? ", " : "", o->ids.ids[i]);
-    printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
-           "\"seconds\": %.9g", o->n_prompt, o->ids.n, stops[o->why], (unsigned long long)o->seed, o->prompt_seconds,
-           o->seconds);
-    if (o->stop_text) printf(", \"stop_text\": ");
-    if (o->stop_text) put_json_string(stdout, o->stop_text, strlen(o->stop_text));
-    if (options.logprobs) printf(", \"logprobs\": [");
-    if (options.logprobs) put_scores(m, o);
-    if (options.logprobs) printf("]");
-}
-
-// ---- Passages ----
-
-// A text on its way through the model: it is continued, or some of its tokens are scored.
-typedef struct Passage {
-    size_t line;       // of the input, from 1 on
-    int number;        // which of the line's samples or choices, from 0 on
-    int group;         // of the first that are printed together: how many these are
-    Value value;       // the line, if it is JSON
-    Value choices;     // the texts that may be written, or are compared: strings; none: n is 0
-    Pool pool;         // what these point into: a line's last passage has it
-    Tokens tokens;     // what is given
-    Tokens told;       // likewise, if a line has messages; only while it is read
+// A line of the input, and what its texts have in common.
+typedef struct Line {
+    size_t number;  // from 1 on
+    int n, n_left;  // texts: samples, choices, or one; those that are not printed
+    Value value;    // the line, if it is JSON
+    Value choices;  // the texts that may be written, or are compared: strings; none: n is 0
+    Pool pool;      // what these point into
     Texts stops;
-    size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
-    Sampler sampler;
-    Continuation c;
-    int slot;          // of its sequence; -1: none
-    double began;
-    bool done;
-    Record out;
-    struct Passage *next;
-} Passage;
-
-typedef enum { CONTINUED, SCORED, COMPARED, EVALUATED } ScriptKind;
+    Text wanted;    // a task's answer
+    char room[32];  // for it, if it is a number
+} Line;
 
 typedef struct {
     const Model *m;
     Workspace *w;
     const Sampler *sampler;
-    const Tokens *given;  // the only text, and
-    Text prompt;          // how it is spelled; NULL: texts come as lines
-    Sequence *sequences;
-    int n_slots, n_open;  // sequences; passages that are not done
-    Passage **users;      // (n_slots)  NULL: the passage that a sequence was for is done
-    size_t *used;         // (n_slots)  at which pass it was given away
-    size_t n_passes, n_held, n_lines, n_failed, n_tasks, n_right, n_written;
-    float *logits;        // (V)  without the tokens that may not come
-    Passage *first, **end;
-    Buffer exemplars;     // of an evaluation
-    Text template;        // for lines with messages, once there was one; and the file that it is in
-    Buffer template_file;
-    Error failure;        // the first
     ScriptKind kind;
+    const Tokens *given;            // the only text, and
+    Text prompt;                    // how it is spelled; NULL: texts come as lines
+    Sequence *sequences;
+    int n_slots, n_free;            // of these; those that no text needs
+    Passage *users[MOST_TOGETHER];  // NULL: the text that a sequence was for is done
+    Passage *first, **end;          // a queue, in the order of the input
+    size_t n_held, n_lines, n_failed, n_tasks, n_right, n_written;
+    float *logits;                  // (V)  without the tokens that may not come
+    Buffer exemplars;               // of an evaluation
+    Text template;                  // for lines with messages, once there was one; and the file that it is in
+    Buffer template_file;
+    Error failure;                  // the first
 } Script;
 
-static void free_passage(Passage *p) {
-    free(p->out.text.bytes);
-    free(p->out.ids.ids);
-    free(p->out.scores.bytes);
-    free(p->tokens.ids);
-    free_pool(&p->pool);
-    free(p);
-}
+// ---- The model's answers ----
 
-static void end_passage(Script *s, Passage *p, Stop why) {
-    print_bytes(&p->c.printer, NULL, 0);
-    if (p->slot >= 0) s->users[p->slot] = NULL;
-    p->out.why = why;
-    p->out.stop_text = p->c.stop_text;
-    p->out.seconds = clock_seconds() - p->began - p->out.prompt_seconds;
-    p->done = true;
-    s->n_open--;
-    s->n_written += p->out.ids.n;
-}
-
-static void fail_passage(Script *s, Passage *p, const Error *e) {
-    p->out.error = *e;
-    end_passage(s, p, GO_ON);
-}
-
-// How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
-static size_t n_common(const Passage *p, const int *ids, size_t n) {
-    size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
-    while (i < n && i < most && ids[i] == p->tokens.ids[i]) i++;
-    return i;
-}
-
-// Gives a passage a sequence, which begins with what it has in common with another. False if it has to wait: for a free
-// sequence, or because an earlier passage is about to read more of what both have in common.
-static bool start_passage(Script *s, Passage *p) {
-    size_t common = 0, planned = 0;
-    int from = -1, to = -1, n_free = 0;
-    for (int i = 0; i < s->n_slots; i++) n_free += !s->users[i];
-    for (int i = 0; i < s->n_slots && n_free; i++) {
-        size_t n = n_common(p, s->sequences[i].ids, (size_t)s->sequences[i].n);
-        size_t later = s->users[i] ? n_common(p, s->users[i]->tokens.ids, s->users[i]->tokens.n) : 0;
-        if (n > common) common = n, from = i;
-        if (later > planned) planned = later;
+// Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
+static void add_scores(const Model *m, Passage *p, const float *logits, int token) {
+    size_t n = (size_t)m->config.n_tokens, most = (size_t)options.logprobs;
+    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, (int)n, token) } };
+    Candidate *c = p->sampler.candidates, own = { token, logits[token] };
+    for (size_t i = 0; i < n; i++) {
+        c[i] = (Candidate){ (int)i, logits[i] };
+        scores[0].rank += is_likelier(c[i], own);
     }
-    for (int i = 0; i < s->n_slots; i++)  // what was used last is kept longest, but first of all what is forked
-        if (!s->users[i] && (to < 0 || to == from || (i != from && s->used[i] < s->used[to]))) to = i;
-    if (to < 0 || planned > common) return false;
-    if (from >= 0 && from != to) fork_sequence(&s->sequences[to], &s->sequences[from], (int)common);
-    else rewind_sequence(&s->sequences[to], (int)common);
-    p->slot = to;
-    p->c.sequence = &s->sequences[to];
-    p->began = clock_seconds();
-    s->users[to] = p;
-    s->used[to] = s->n_passes;
-    return true;
+    if (most) make_heap(c, n);
+    for (size_t k = 1; k <= most; k++) {
+        const Candidate *next = take_likeliest(c, &n);
+        scores[k] = (Score){ next->id, (int)k, scores[0].logprob + ((double)next->p - own.p) };
+    }
+    p->logprob += scores[0].logprob;
+    append(&p->scores, scores, (1 + most) * sizeof *scores, &p->error);
+}
+
+// Ends a text; `wrong`, if it is not NULL, says what has failed.
+static void end_passage(Script *s, Passage *p, Stop why, const Error *wrong) {
+    if (wrong) p->error = *wrong;
+    print_bytes(&p->c.printer, NULL, 0);
+    s->users[p->c.sequence - s->sequences] = NULL;
+    s->n_free++;
+    p->why = why;
+    p->seconds = clock_seconds() - p->began - p->prompt_seconds;
+    p->done = true;
 }
 
 // Whether a choice begins with what is written so far and goes on with these bytes; or ends there, if there are none.
 static bool fits_choice(const Passage *p, const char *bytes, size_t n) {
-    const Printer *held = &p->c.printer;  // the bytes of an incomplete character
-    size_t n_text = p->out.text.n, made = n_text + held->n_held;
-    for (const Value *v = p->choices.items, *end = v + p->choices.n; v < end; v++)
+    size_t made = p->text.n;
+    for (const Value *v = p->line->choices.items, *end = v + p->line->choices.n; v < end; v++)
         if (v->n >= made + n && (n > 0 || v->n == made) && !memcmp(v->text + made, bytes, n) &&
-            !memcmp(v->text + n_text, held->held, held->n_held) &&
-            (n_text == 0 || !memcmp(v->text, p->out.text.bytes, n_text))) return true;
+            (made == 0 || !memcmp(v->text, p->text.bytes, made))) return true;
     return false;
 }
 
@@ -5668,36 +5565,68 @@ static bool is_answered(const Buffer *text) {
 
 // Takes what the model says after the token at a position: a score, or the next token.
 static void take_logits(Script *s, Passage *p, size_t position, const float *logits) {
-    Record *o = &p->out;
     size_t n_made = p->c.n_made;
+    bool is_free = s->kind != CONTINUED || p->line->choices.n == 0;
     Stop why = GO_ON;
-    if (o->prompt_seconds <= 0) o->prompt_seconds = clock_seconds() - p->began;
+    if (p->prompt_seconds <= 0) p->prompt_seconds = clock_seconds() - p->began;
     if (p->scored < p->tokens.n) {
-        add_scores(s->m, o, logits, p->tokens.ids[position + 1]);
+        add_scores(s->m, p, logits, p->tokens.ids[position + 1]);
         if (position + 2 == p->tokens.n) why = AT_LIMIT;
-    } else {
-        bool is_free = p->choices.n == 0;
-        if (!is_free && restrict_tokens(s, p, logits) == 0) why = AT_END_TOKEN;
-        if (why == GO_ON) why = next_token(s->m, &p->c, is_free ? logits : s->logits);
-        if (p->c.n_made > n_made && emit(&o->ids, p->c.last, &o->error) && options.logprobs)
-            add_scores(s->m, o, logits, p->c.last);
-        if (why == GO_ON && s->kind == EVALUATED && is_answered(&o->text)) why = AT_LIMIT;
-        if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
-            fail(&o->error, NO_ROOM, "the text could not become one of --one-of");
-    }
-    if (why != GO_ON || o->error.status) end_passage(s, p, why);
+    } else if (!is_free && restrict_tokens(s, p, logits) == 0) why = AT_END_TOKEN;
+    else why = next_token(s->m, &p->c, is_free ? logits : s->logits);
+    if (p->c.n_made > n_made && emit(&p->ids, p->c.last, &p->error) && options.logprobs)
+        add_scores(s->m, p, logits, p->c.last);
+    if (why == GO_ON && s->kind == EVALUATED && is_answered(&p->text)) why = AT_LIMIT;
+    if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
+        fail(&p->error, NO_ROOM, "the text could not become one of --one-of");
+    if (why != GO_ON || p->error.status) end_passage(s, p, why, NULL);
 }
 
-// Sends rows of some passages through the model. Those of a passage follow each other. If that fails, each passage has
-// a pass of its own, so that only the one whose numbers are not finite fails.
+// ---- Passes ----
+
+// How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
+static size_t n_common(const Passage *p, const int *ids, size_t n) {
+    size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
+    while (i < n && i < most && ids[i] == p->tokens.ids[i]) i++;
+    return i;
+}
+
+// Gives a passage a free sequence, the one that has least in common with it; it begins with what another has in common.
+// False if the passage has to wait: for a free sequence, or because one is about to read more of what both have in
+// common.
+static bool start_passage(Script *s, Passage *p) {
+    size_t common = 0, planned = 0, least = 0;
+    Sequence *from = NULL, *to = NULL;
+    for (int i = 0; i < s->n_slots && s->n_free > 0; i++) {
+        Sequence *text = &s->sequences[i];
+        const Passage *user = s->users[i];
+        size_t n = n_common(p, text->ids, (size_t)text->n), later = 0;
+        if (user) later = n_common(p, user->tokens.ids, user->tokens.n);
+        if (later > planned) planned = later;
+        if (n > common) common = n, from = text;
+        if (!user && (!to || n < least || (n == least && text->n < to->n))) least = n, to = text;
+    }
+    if (!to || planned > common) return false;
+    if (from && from != to) fork_sequence(to, from, (int)common);
+    else rewind_sequence(to, (int)common);
+    s->users[to - s->sequences] = p;
+    s->n_free--;
+    p->c.sequence = to;
+    p->began = clock_seconds();
+    return true;
+}
+
+// Sends rows of some passages through the model. Those of a passage follow each other. If that fails, the first one has
+// a pass of its own, so that only a passage whose numbers are not finite fails.
 static void send_rows(Script *s, const Row *rows, int n) {
     Error e = { 0 };
+    int n_first = 1;
+    while (n_first < n && rows[n_first].sequence == rows[0].sequence) n_first++;
     bool ok = forward(s->m, s->w, s->sequences, rows, n, &e), together = true;
-    for (int i = 0, end; !ok && i < n; i = end) {
-        for (end = i + 1; end < n && rows[end].sequence == rows[i].sequence;) end++;
-        Passage *p = s->users[rows[i].sequence];
-        if (end - i < n) send_rows(s, rows + i, end - i);
-        else fail_passage(s, p, &e);
+    if (!ok && n_first == n) end_passage(s, s->users[rows[0].sequence], GO_ON, &e);
+    else if (!ok) {
+        send_rows(s, rows, n_first);
+        send_rows(s, rows + n_first, n - n_first);
     }
     for (int i = 0; ok && i < s->w->n_wanted; i++) {
         const Row *row = &rows[s->w->wanted[i]];
@@ -5706,27 +5635,23 @@ static void send_rows(Script *s, const Row *rows, int n) {
         together = logits != NULL;
         if (!together && make_logits(s->m, s->w, i, 1, &e)) logits = s->w->logits;
         if (p && logits) take_logits(s, p, (size_t)row->position, logits);
-        else if (p) fail_passage(s, p, &e);
+        else if (p) end_passage(s, p, GO_ON, &e);
     }
 }
 
-// One pass: the next token of each text that has begun, then given tokens, as many as there is room for.
+// One pass: of each text, in order, given tokens or the next one, as many as there is room for.
 static void advance(Script *s) {
     Row *rows = s->w->room;
     int n = 0, most = s->w->settings.batch;
-    s->n_passes++;
-    for (int i = 0; i < s->n_slots; i++) {
-        Passage *p = s->users[i];
-        size_t at = (size_t)s->sequences[i].n;
-        if (p && at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, i, true };
-    }
     for (Passage *p = s->first; p && n < most; p = p->next) {
-        if (p->done || (p->slot < 0 && !start_passage(s, p))) continue;
-        size_t end = p->tokens.n - (p->scored < p->tokens.n);  // the last one predicts nothing
-        for (size_t at = (size_t)p->c.sequence->n; at < end && n < most; at++)
-            rows[n++] = (Row){ p->tokens.ids[at], (int)at, p->slot, at + 1 >= p->scored || at + 1 == p->tokens.n };
+        if (p->done || (!p->c.sequence && !start_passage(s, p))) continue;
+        size_t at = (size_t)p->c.sequence->n, end = p->tokens.n - (p->scored < p->tokens.n);  // the last has no next
+        int slot = (int)(p->c.sequence - s->sequences);
+        if (at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, slot, true };
+        for (; at < end && n < most; at++)
+            rows[n++] = (Row){ p->tokens.ids[at], (int)at, slot, at + 1 >= p->scored || at + 1 == p->tokens.n };
     }
-    send_rows(s, rows, n);
+    if (n > 0) send_rows(s, rows, n);
 }
 
 // ---- Lines of input ----
@@ -5741,16 +5666,16 @@ static Text value_text(const Value *v, char room[32]) {
 }
 
 // Takes the texts between the bars of --choose or --one-of.
-static bool split_choices(Passage *p, const char *at, Error *e) {
+static bool split_choices(Line *l, const char *at, Error *e) {
     for (size_t n; at; at = at[n] ? at + n + 1 : NULL) {
         n = strcspn(at, "|");
-        if (!push_value(&p->pool, &p->choices, (Value){ .kind = IS_STRING, .n = n, .text = at }, e)) return false;
+        if (!push_value(&l->pool, &l->choices, (Value){ .kind = IS_STRING, .n = n, .text = at }, e)) return false;
     }
     return true;
 }
 
 // Reads a text, or a list of them, at which a line's text ends.
-static bool read_stops(Passage *p, const Value *v, Texts *stops, Error *e) {
+static bool read_stops(Line *l, const Value *v, Texts *stops, Error *e) {
     const Value *list = v->kind == IS_LIST ? v->items : v;
     size_t n = v->kind == IS_LIST ? v->n : 1;
     stops->n = 0;
@@ -5759,192 +5684,169 @@ static bool read_stops(Passage *p, const Value *v, Texts *stops, Error *e) {
         Value copy;
         if (!fits || memchr(list[i].text, 0, list[i].n))
             return refuse(e, "\"stop\": expected up to %d texts of 1 to %d bytes", MAX_TEXTS, MAX_STOP);
-        if (!copy_text(&p->pool, list[i].text, list[i].n, &copy, e)) return false;
+        if (!copy_text(&l->pool, list[i].text, list[i].n, &copy, e)) return false;
         stops->at[stops->n++] = copy.text;
     }
     return true;
 }
 
-// Reads a conversation that a line has in place of a prompt: its tokens become p->told.
-static bool read_conversation(Script *s, Passage *p, const Value *messages, Error *e) {
+// Reads a conversation that a line has in place of a prompt.
+static bool read_conversation(Script *s, const Value *messages, Tokens *tokens, Error *e) {
     Rendered r = { 0 };
     if (messages->kind != IS_LIST) return refuse(e, "\"messages\" is no list");
     bool ok = (s->template.n || find_template(s->m, options.template_name, &s->template_file, &s->template, e)) &&
               render_chat(s->m, s->template, messages, true, &r, e) &&
-              encode_rendered(&s->m->tokenizer, &r, &p->told, e);
+              encode_rendered(&s->m->tokenizer, &r, tokens, e);
     free_rendered(&r);
-    return ok && (p->told.n || refuse(e, "the messages make no text"));
+    return ok && (tokens->n || refuse(e, "the messages make no text"));
 }
 
-// Reads a line that is a JSON object: its prompt or messages, and what it has in place of options.
-static bool read_members(Script *s, Passage *p, Options *own, Text *prompt, Error *e) {
-    for (const Value *key = p->value.items, *end = key + p->value.n; key < end; key += 2) {
+// Reads a line that is a JSON object: its prompt or the tokens of its messages, and what it has in place of options.
+static bool read_members(Script *s, Line *l, Options *own, Text *prompt, Tokens *told, Error *e) {
+    for (const Value *key = l->value.items, *end = key + l->value.n; key < end; key += 2) {
         char room[32];
         Text name = { key->text, key->n }, text = value_text(key + 1, room);
-        bool is_prompt = is_text(name, "prompt") && key[1].kind == IS_STRING, is_id = is_text(name, "id") && text.at;
-        bool is_stop = is_text(name, "stop"), is_chat = is_text(name, "messages") && s->kind == CONTINUED, ok = true;
-        if (is_prompt) *prompt = text;
-        else if (is_stop) ok = read_stops(p, key + 1, &own->stops, e);
-        else if (is_chat) ok = read_conversation(s, p, key + 1, e);
-        else if (!is_id) ok = set_own(name, text, own, e);
+        bool ok = true;
+        if (is_text(name, "prompt") && key[1].kind == IS_STRING) *prompt = text;
+        else if (is_text(name, "stop")) ok = read_stops(l, key + 1, &own->stops, e);
+        else if (is_text(name, "messages") && s->kind == CONTINUED) ok = read_conversation(s, key + 1, told, e);
+        else if (!is_text(name, "id") || !text.at) ok = set_own(name, text, own, e);
         if (!ok) return false;
     }
-    if (p->told.n && prompt->at) return refuse(e, "a \"prompt\" beside \"messages\"");
-    if (p->told.n) *prompt = (Text){ "", 0 };
-    return prompt->at || refuse(e, "no \"prompt\"");
+    if (told->n && prompt->at) return refuse(e, "a \"prompt\" beside \"messages\"");
+    return told->n || prompt->at || refuse(e, "no \"prompt\"");
 }
 
-// The answer of a task. If there are choices, it is one of them or the index of one.
-static Text wanted_answer(const Passage *p, char room[32]) {
-    const Value *v = find_member(&p->value, "answer"), *c = p->choices.items;
-    Text answer = value_text(v, room);
-    for (size_t i = 0; answer.at && i < p->choices.n; i++, c++)
-        if (v->kind == IS_INTEGER ? v->integer == (int64_t)i : c->n == answer.n && !memcmp(c->text, answer.at, c->n))
-            return (Text){ c->text, c->n };
-    return p->choices.n ? (Text){ NULL, 0 } : answer;
-}
-
-// Reads a task: its question comes after the exemplars. These are the first lines, with their answers.
-static bool read_task(Script *s, Passage *p, Text *prompt, Error *e) {
-    char room[32];
-    const Value *question = find_member(&p->value, "question"), *steps = find_member(&p->value, "solution");
-    const Value *list = find_member(&p->value, "choices");
-    bool ok = !list || (list->kind == IS_LIST && list->n > 0);
-    for (size_t i = 0; ok && list && i < list->n; i++) ok = list->items[i].kind == IS_STRING;
-    if (ok && list) p->choices = *list;
-    Text answer = ok ? wanted_answer(p, room) : (Text){ NULL, 0 };
-    if (!question || question->kind != IS_STRING || !answer.at)
+// Reads a task. One of the first lines becomes an exemplar, with its answer; of others the exemplars and the question
+// are what the model reads. If there are choices, the answer is one of them or the index of one.
+static bool read_task(Script *s, Line *l, Buffer *asked, Error *e) {
+    const Value *question = find_member(&l->value, "question"), *steps = find_member(&l->value, "solution");
+    const Value *list = find_member(&l->value, "choices"), *answer = find_member(&l->value, "answer");
+    bool ok = question && question->kind == IS_STRING && (!list || list->kind == IS_LIST);
+    if (!list) l->wanted = value_text(answer, l->room);
+    for (size_t i = 0; ok && list && answer && i < list->n; i++) {
+        const Value *c = &list->items[i];
+        ok = c->kind == IS_STRING;
+        bool is_it = answer->kind == IS_INTEGER ? answer->integer == (int64_t)i
+                                                : ok && answer->kind == IS_STRING && !compare_strings(answer, c);
+        if (is_it) l->wanted = (Text){ c->text, c->n };
+    }
+    if (!ok || !l->wanted.at)
         return refuse(e, "expected \"question\" and \"answer\": of \"choices\", a list of texts, one or its index");
-    bool is_exemplar = p->line <= (size_t)options.shots, shows = options.cot && steps && steps->kind == IS_STRING;
+    if (list) l->choices = *list;
+    bool is_exemplar = l->number <= (size_t)options.shots, shows = options.cot && steps && steps->kind == IS_STRING;
     const char *opens = options.cot ? "\nAnswer: Let's think step by step." : "\nAnswer:";
     const Text parts[] = {
-        { "Question: ", 10 }, { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
-        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, answer,
+        { (const char *)s->exemplars.bytes, is_exemplar ? 0 : s->exemplars.n }, { "Question: ", 10 },
+        { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
+        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, l->wanted,
         { "\n\n", 2 },
     };
-    for (int i = 0; i < (is_exemplar ? 8 : 4); i++)
-        if (!append(&s->exemplars, parts[i].at, parts[i].n, e)) return false;
-    if (!is_exemplar) *prompt = (Text){ (const char *)s->exemplars.bytes, s->exemplars.n };
-    return true;
-}
-
-static bool encode_prompt(const Script *s, const Tokens *told, Text prompt, Text more, Tokens *out, Error *e) {
-    const Tokenizer *t = &s->m->tokenizer;
-    const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
-    const Tokens *given = told->n ? told : s->kind != COMPARED ? s->given : NULL;
-    bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
-    for (size_t i = 0; given && i < given->n; i++) if (!emit(out, given->ids[i], e)) return false;
-    if (!given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
-    return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
-}
-
-// Appends a passage that begins like `base`: the tokens of a prompt and of what follows it.
-static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text more, Error *e) {
-    Passage *p = allocate(1, sizeof *p, e);
-    if (!p) return NULL;
-    *p = *base;
-    p->pool.last = NULL;  // of a line's passages, the last one gets it
-    p->c.sampler = &p->sampler;
-    p->c.printer.record = &p->out;
-    p->c.printer.stops = &p->stops;
-    *s->end = p;
-    s->end = &p->next;
-    s->n_open++;
-    s->n_held++;
-    if (!encode_prompt(s, &base->told, prompt, more, &p->tokens, e)) return NULL;
-    if (p->tokens.n > (size_t)s->w->settings.context)
-        fail(e, NO_ROOM, "%zu tokens, the context has %d; see -c", p->tokens.n, s->w->settings.context);
-    if (s->kind == SCORED && p->tokens.n < 2) refuse(e, "a single token, with none before it to predict it from");
-    if (p->tokens.n_dropped)
-        fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", p->line, p->tokens.n_dropped);
-    p->c.last = p->tokens.ids[p->tokens.n - 1];
-    p->out.n_prompt = p->tokens.n;
-    return e->status ? NULL : p;
-}
-
-// Adds a passage for each choice. What is scored begins where their tokens are not all those of the prompt: its last
-// token may become another one together with what follows.
-static bool add_choices(Script *s, Passage *base, Text prompt, Error *e) {
-    Passage **first = s->end, *p = NULL;
-    Tokens alone = { 0 };
-    bool ok = encode_prompt(s, &base->told, prompt, (Text){ "", 0 }, &alone, e);
-    size_t common = alone.n;
-    base->group = (int)base->choices.n;
-    for (const Value *c = base->choices.items; ok && base->number < base->group; c++, base->number++) {
-        ok = (p = add_passage(s, base, prompt, (Text){ c->text, c->n }, e)) != NULL;
-        for (size_t i = 0; ok && i < common; i++)
-            if (i == p->tokens.n || p->tokens.ids[i] != alone.ids[i]) common = i;
-    }
-    free(alone.ids);
-    for (p = *first; ok && p; p = p->next) {
-        p->scored = common;
-        ok = (common > 0 && common < p->tokens.n) ||
-             refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
-    }
+    for (int i = 0; ok && i < (is_exemplar ? 9 : 5); i++)
+        ok = append(is_exemplar ? &s->exemplars : asked, parts[i].at, parts[i].n, e);
     return ok;
 }
 
-// Drops what is in the queue from *first on.
-static void drop_passages(Script *s, Passage **first) {
-    s->end = first;
-    for (Passage *p; (p = *first); free_passage(p)) {
-        *first = p->next;
-        s->n_held--;
-        s->n_open -= !p->done;
-    }
+// The tokens of a prompt and what follows it.
+static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, Error *e) {
+    const Tokenizer *t = &s->m->tokenizer;
+    const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
+    bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
+    if ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e)) return false;
+    if (out->n_dropped)
+        fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", s->n_lines, out->n_dropped);
+    return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
 }
 
-// Adds the passages of a line. If something is wrong with it, it has a single one, which says what.
-static bool open_line(Script *s, Text line, Error *e) {
-    Passage base = { .line = ++s->n_lines, .group = 1, .slot = -1, .scored = s->kind == SCORED ? 1 : SIZE_MAX };
+// Appends a text of a line to the queue; its tokens are missing yet.
+static Passage *add_passage(Script *s, Line *l, const Options *own, Error *e) {
+    Passage *p = allocate(1, sizeof *p, e);
+    if (!p) return NULL;
+    *p = (Passage){ .line = l, .number = l->n++, .scored = SIZE_MAX, .sampler = *s->sampler };
+    p->seed = own->seed + (uint64_t)p->number;
+    p->sampler.random = first_state(p->seed);
+    p->sampler.temperature = s->kind == EVALUATED ? 0 : (float)own->temperature;
+    p->sampler.top_k = (int)own->top_k;
+    p->sampler.top_p = (float)own->top_p;
+    p->sampler.min_p = (float)own->min_p;
+    p->c.sampler = &p->sampler;
+    p->c.limit = own->n_predict < 0 || l->choices.n ? SIZE_MAX : (size_t)own->n_predict;
+    p->c.printer = (Printer){ .stops = &l->stops, .to = &p->text, .error = &p->error };
+    *s->end = p;
+    s->end = &p->next;
+    s->n_held++;
+    l->n_left++;
+    return p;
+}
+
+// Adds the texts that a line asks for; all begin with these tokens of the prompt. Where choices are compared, what is
+// scored begins where not all have the prompt's tokens: its last one may become another together with what follows.
+static bool add_texts(Script *s, Line *l, const Options *own, Text prompt, const Tokens *tokens, Error *e) {
+    bool compares = l->choices.n > 0 && s->kind != CONTINUED;
+    size_t n = compares ? l->choices.n : s->kind == CONTINUED ? (size_t)options.samples : 1;
+    size_t context = (size_t)s->w->settings.context, common = compares ? tokens->n : 1;
     Passage **first = s->end, *p;
-    Error *wrong = &base.out.error;
-    Options own = options;
-    Text prompt = line;
-    bool ok = true, is_json = !s->given && (s->kind == EVALUATED || (line.n && *line.at == '{'));
-    const char *list = s->kind == COMPARED ? options.choose : s->kind == CONTINUED ? options.one_of : NULL;
-    size_t n_kept = s->exemplars.n;
-    if (is_json) {
-        prompt = (Text){ NULL, 0 };
-        ok = parse_json(line.at, line.n, &base.pool, &base.value, wrong);
-        if (s->kind == EVALUATED) ok = ok && read_task(s, &base, &prompt, wrong);
-        else ok = ok && read_members(s, &base, &own, &prompt, wrong);
+    for (size_t i = 0; i < n; i++) {
+        if (!(p = add_passage(s, l, own, e))) return false;
+        const Value *c = &l->choices.items[i];
+        if (compares && !encode_prompt(s, prompt, (Text){ c->text, c->n }, &p->tokens, e)) return false;
+        for (size_t k = 0; !compares && k < tokens->n; k++) if (!emit(&p->tokens, tokens->ids[k], e)) return false;
+        for (size_t k = 0; k < common; k++)
+            if (k == p->tokens.n || p->tokens.ids[k] != tokens->ids[k]) common = k;
+        if (p->tokens.n > context)
+            return fail(e, NO_ROOM, "%zu tokens, the context has %zu; see -c", p->tokens.n, context);
+        p->c.last = p->tokens.ids[p->tokens.n - 1];
     }
-    base.stops = own.stops;
-    ok = ok && split_choices(&base, list, wrong);
-    base.c.limit = own.n_predict < 0 || list ? SIZE_MAX : (size_t)own.n_predict;
-    base.sampler = *s->sampler;
-    base.sampler.temperature = s->kind == EVALUATED ? 0 : (float)own.temperature;
-    base.sampler.top_k = (int)own.top_k;
-    base.sampler.top_p = (float)own.top_p;
-    base.sampler.min_p = (float)own.min_p;
-    int n = !prompt.at ? 0 : s->kind == CONTINUED ? (int)options.samples : 1;
-    bool compares = base.choices.n && n && s->kind != CONTINUED;
-    if (compares) ok = ok && add_choices(s, &base, prompt, wrong);
-    for (; ok && !compares && base.number < n; base.number++) {
-        base.out.seed = own.seed + (uint64_t)base.number;
-        base.sampler.random = first_state(base.out.seed);
-        ok = add_passage(s, &base, prompt, (Text){ "", 0 }, wrong) != NULL;
+    for (p = *first; p && (compares || s->kind == SCORED); p = p->next) {
+        p->scored = common;
+        if (compares && (common == 0 || common == p->tokens.n))
+            return refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
+        if (p->tokens.n < 2) return refuse(e, "a single token, with none before it to predict it from");
     }
-    if (prompt.at && s->kind == EVALUATED) s->exemplars.n = n_kept;
-    free(base.told.ids);
-    base.told = (Tokens){ 0 };
-    if (!ok) {
-        drop_passages(s, first);
-        base.done = true;
-        base.group = 1;
-        if (!(p = *first = allocate(1, sizeof *p, e))) {
-            free_pool(&base.pool);
-            return false;
-        }
-        *p = base;
-        s->end = &p->next;
-        s->n_held++;
-    }
-    for (p = *first; p && p->next;) p = p->next;
-    if (p) p->pool = base.pool;
-    else free_pool(&base.pool);
     return true;
+}
+
+// Reads what a line asks for, and adds its texts. An exemplar has none.
+static bool open_texts(Script *s, Line *l, Text text, Error *e) {
+    Options own = options;
+    Buffer asked = { 0 };
+    Tokens tokens = { 0 };
+    const char *list = s->kind == COMPARED ? options.choose : s->kind == CONTINUED ? options.one_of : NULL;
+    bool is_task = s->kind == EVALUATED, is_json = !s->given && (is_task || (text.n && *text.at == '{'));
+    bool ok = !is_json || parse_json(text.at, text.n, &l->pool, &l->value, e);
+    if (is_json) text = (Text){ NULL, 0 };
+    if (ok && is_task) ok = read_task(s, l, &asked, e);
+    else if (ok && is_json) ok = read_members(s, l, &own, &text, &tokens, e);
+    if (is_task) text = (Text){ (const char *)asked.bytes, asked.n };
+    if (!list) l->stops = own.stops;  // what is one of some texts has no other end
+    ok = ok && split_choices(l, list, e);
+    for (size_t i = 0; ok && s->given && i < s->given->n; i++) ok = emit(&tokens, s->given->ids[i], e);
+    if (ok && text.at && !tokens.n) ok = encode_prompt(s, text, (Text){ "", 0 }, &tokens, e);
+    ok = ok && (!tokens.n || add_texts(s, l, &own, text, &tokens, e));
+    free(tokens.ids);
+    free(asked.bytes);
+    return ok;
+}
+
+static void free_line(Line *l) {
+    free_pool(&l->pool);
+    free(l);
+}
+
+// Adds a line to the queue. If something is wrong with it, each of its texts, or a single one, says what.
+static bool open_line(Script *s, Text text, Error *e) {
+    Line *l = allocate(1, sizeof *l, e);
+    if (!l) return false;
+    Passage **first = s->end;
+    Error wrong = { 0 };
+    l->number = ++s->n_lines;
+    bool ok = open_texts(s, l, text, &wrong), fits = ok || *first || add_passage(s, l, &options, e);
+    for (Passage *p = *first; p && !ok; p = p->next) {
+        p->error = wrong;
+        p->done = true;
+    }
+    if (l->n == 0) free_line(l);
+    return fits;
 }
 
 // ---- Results ----
@@ -5966,30 +5868,29 @@ static size_t last_number(Text t, double *number) {
 // is after #### and its steps are before.
 static bool is_right(Text got, Text wanted) {
     double x, y;
-    bool is_number = (wanted.n && last_number(wanted, &x) == wanted.n) || memmem(wanted.at, wanted.n, "####", 4);
-    if (is_number) return last_number(got, &y) > 0 && x == y;
+    size_t n = last_number(wanted, &x);
+    if (n > 0 && (n == wanted.n || memmem(wanted.at, wanted.n, "####", 4)))
+        return last_number(got, &y) > 0 && x == y;
     return got.n == wanted.n && !memcmp(got.at, wanted.at, got.n);
 }
 
 // A task's answer: the likeliest choice, or what was written.
 static void put_task(Script *s, const Passage *first) {
-    char room[32];
-    Text wanted = wanted_answer(first, room);
-    Span got = trimmed((const char *)first->out.text.bytes, first->out.text.n);
-    const Passage *p = first, *best = first;
-    for (size_t i = 0; i < first->choices.n; i++, p = p->next) {
-        if (total_logprob(&p->out) > total_logprob(&best->out)) best = p;
-        got = (Span){ first->choices.items[best->number].text, first->choices.items[best->number].n, false };
+    const Line *l = first->line;
+    Span got = trimmed((const char *)first->text.bytes, first->text.n);
+    const Passage *best = first;
+    for (const Passage *p = first; l->choices.n && p && p->line == l; p = p->next) {
+        if (p->logprob > best->logprob) best = p;
+        got = (Span){ l->choices.items[best->number].text, l->choices.items[best->number].n, false };
     }
-    bool right = is_right((Text){ got.text, got.n_bytes }, wanted);
+    bool right = is_right((Text){ got.text, got.n_bytes }, l->wanted);
     s->n_tasks++;
     s->n_right += right;
-    if (options.json) printf("\"line\": %zu, \"correct\": %s, \"got\": ", first->line, right ? "true" : "false");
-    else printf("%5zu  %s  got ", first->line, right ? "right" : "wrong");
+    if (options.json) printf("\"line\": %zu, \"correct\": %s, \"got\": ", l->number, right ? "true" : "false");
+    else printf("%5zu  %s  got ", l->number, right ? "right" : "wrong");
     put_json_string(stdout, got.text, got.n_bytes);
     printf(options.json ? ", \"want\": " : ", wanted ");
-    put_json_string(stdout, wanted.at, wanted.n);
-    if (!options.json) putchar('\n');
+    put_json_string(stdout, l->wanted.at, l->wanted.n);
 }
 
 static void put_accuracy(const Script *s) {
@@ -6002,35 +5903,65 @@ static void put_accuracy(const Script *s) {
 
 // The choices with their probabilities, of which each has its share of the sum.
 static void put_choices(const Passage *first) {
+    const Line *l = first->line;
     double best = -INFINITY, sum = 0;
-    const Passage *p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) best = fmax(best, total_logprob(&p->out));
-    p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) sum += exp(total_logprob(&p->out) - best);
-    if (options.json) printf("\"choices\": [");
-    p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) {
-        const Value *c = &first->choices.items[i];
-        double logprob = total_logprob(&p->out);
-        if (options.json) printf(i ? ", " : "");
+    for (const Passage *p = first; p && p->line == l; p = p->next) best = fmax(best, p->logprob);
+    for (const Passage *p = first; p && p->line == l; p = p->next) sum += exp(p->logprob - best);
+    for (const Passage *p = first; p && p->line == l; p = p->next) {
+        const Value *c = &l->choices.items[p->number];
+        if (options.json) printf(p->number ? "}, " : "\"choices\": [");
+        else if (p->number) putchar('\n');
         printf(options.json ? "{\"p\": %.9g, \"logprob\": %.9g, \"logprob_per_byte\": %.9g, \"text\": "
-                            : "%.6f %10.4f %10.4f per byte  ", exp(logprob - best) / sum, logprob,
-               logprob / (double)larger(c->n, 1));
+                            : "%.6f %10.4f %10.4f per byte  ", exp(p->logprob - best) / sum, p->logprob,
+               p->logprob / (double)larger(c->n, 1));
         put_json_string(stdout, c->text, c->n);
-        fputs(options.json ? "}" : "\n", stdout);
     }
-    if (options.json) putchar(']');
+    if (options.json) printf("}]");
+}
+
+// Prints a text's scores: members of a list in JSON, or lines.
+static void put_scores(const Model *m, const Passage *p) {
+    const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
+    size_t most = (size_t)options.logprobs, n_bytes;
+    const Score *s = (const void *)p->scores.bytes;
+    for (size_t i = 0; i < p->scores.n / sizeof *s; i++, s++) {
+        size_t k = i % (1 + most);  // its place among a token's
+        if (options.json) fputs(k == 1 ? ", \"top\": [" : i ? ", " : "", stdout);
+        else if (k) printf("    ");
+        printf(format, s->id, s->logprob, s->rank);
+        const char *text = piece(&m->tokenizer, s->id, &n_bytes);
+        put_json_string(stdout, text, n_bytes);
+        fputs(!options.json ? "\n" : k == most ? most ? "}]}" : "}" : k ? "}" : "", stdout);
+    }
 }
 
 static void put_scored_text(const Model *m, const Passage *p) {
-    double total = total_logprob(&p->out);
     size_t n_bytes = 0, n;
     for (size_t i = p->scored; i < p->tokens.n; i++, n_bytes += n)
         decode(&m->tokenizer, p->tokens.ids[i - 1], p->tokens.ids[i], &n);
     if (options.json) printf("\"scores\": [");
-    put_scores(m, &p->out);
-    printf(options.json ? "], \"total\": %.9g, \"bits_per_byte\": %.9g" : "total %.4f, %.4f bits per byte\n", total,
-           -total / log(2) / (double)larger(n_bytes, 1));
+    put_scores(m, p);
+    printf(options.json ? "], \"total\": %.9g, \"bits_per_byte\": %.9g" : "total %.4f, %.4f bits per byte",
+           p->logprob, -p->logprob / log(2) / (double)larger(n_bytes, 1));
+}
+
+// The JSON members that tell of a written text.
+static void put_record(const Model *m, const Passage *p) {
+    static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
+                                         [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
+                                         [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
+    printf("\"text\": ");
+    put_json_string(stdout, (const char *)p->text.bytes, p->text.n);
+    printf(", \"ids\": [");
+    for (size_t i = 0; i < p->ids.n; i++) printf("%s%d", i ? ", " : "", p->ids.ids[i]);
+    printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
+           "\"seconds\": %.9g", p->tokens.n, p->ids.n, stops[p->why], (unsigned long long)p->seed, p->prompt_seconds,
+           p->seconds);
+    if (p->c.stop_text) printf(", \"stop_text\": ");
+    if (p->c.stop_text) put_json_string(stdout, p->c.stop_text, strlen(p->c.stop_text));
+    if (options.logprobs) printf(", \"logprobs\": [");
+    if (options.logprobs) put_scores(m, p);
+    if (options.logprobs) printf("]");
 }
 
 // The prompt, unless it is not wanted, and what was written after it.
@@ -6039,22 +5970,37 @@ static void put_text(const Model *m, const Passage *p) {
     for (size_t i = 0; !options.no_echo && i < p->tokens.n; i++)
         print_token(m, &printer, i ? p->tokens.ids[i - 1] : -1, p->tokens.ids[i]);
     print_bytes(&printer, NULL, 0);
-    print_bytes(&printer, (const char *)p->out.text.bytes, p->out.text.n);
+    print_bytes(&printer, (const char *)p->text.bytes, p->text.n);
     print_bytes(&printer, NULL, 0);
-    putchar('\n');
 }
 
-// Prints what is at the head of the queue, if all of it is done, and drops it.
+// Takes the first text out of the queue.
+static void drop_first(Script *s) {
+    Passage *p = s->first;
+    s->first = p->next;
+    if (!s->first) s->end = &s->first;
+    s->n_held--;
+    s->n_written += p->ids.n;
+    if (--p->line->n_left == 0) free_line(p->line);
+    free(p->text.bytes);
+    free(p->ids.ids);
+    free(p->scores.bytes);
+    free(p->tokens.ids);
+    free(p);
+}
+
+// Prints the result at the head of the queue, if it is there: of one text or, where they are compared, of a line's.
 static bool put_first(Script *s) {
     Passage *first = s->first, *p = first;
     Error *error = NULL;
-    char room[32];
-    for (int i = 0; p && i < first->group; i++, p = p->next) {
+    int n = !first ? 0 : s->kind == CONTINUED ? 1 : first->line->n;
+    for (int i = 0; i < n; i++, p = p->next) {
         if (!p->done) return false;
-        if (!error && p->out.error.status) error = &p->out.error;
+        if (!error && p->error.status) error = &p->error;
     }
-    if (!first) return false;
-    Text id = value_text(find_member(&first->value, "id"), room);
+    if (n == 0) return false;
+    char room[32];
+    Text id = value_text(find_member(&first->line->value, "id"), room);
     if (options.json) putchar('{');
     if (options.json && id.at) {
         printf("\"id\": ");
@@ -6066,23 +6012,18 @@ static bool put_first(Script *s) {
     if (error) {
         disarm(error->text, strlen(error->text), "");
         if (s->n_failed++ == 0) s->failure = *error;
-        if (options.json) printf("\"line\": %zu, \"error\": ", first->line);
+        if (options.json) printf("\"line\": %zu, \"error\": ", first->line->number);
         if (options.json) put_json_string(stdout, error->text, strlen(error->text));
-        else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line, error->text);
+        else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line->number, error->text);
     } else if (s->kind == EVALUATED) put_task(s, first);
     else if (s->kind == COMPARED) put_choices(first);
     else if (s->kind == SCORED) put_scored_text(s->m, first);
-    else if (options.json) put_record(s->m, &first->out);
+    else if (options.json) put_record(s->m, first);
     else put_text(s->m, first);
-    if (options.json) puts("}");
+    if (options.json) putchar('}');
+    if (options.json || !error) putchar('\n');
     fflush(stdout);
-    for (int i = first->group; i > 0; i--) {
-        p = s->first;
-        s->first = p->next;
-        s->n_held--;
-        free_passage(p);
-    }
-    if (!s->first) s->end = &s->first;
+    while (n-- > 0) drop_first(s);
     return true;
 }
 
@@ -6098,23 +6039,23 @@ static int n_together(const Model *m, Settings settings) {
     return n > (size_t)settings.batch ? settings.batch : n > 1 ? (int)n : 1;
 }
 
-// Reads lines as there is room for their texts, from stdin only while there are some, and prints what is done.
+// Reads lines, from stdin only while there are some, and prints what is done.
 static bool run_lines(Script *s, Error *e) {
     Buffer line = { 0 };
     bool ok = true, more = s->given == NULL;
     if (s->given) ok = open_line(s, s->prompt, e);
     while (ok && (more || s->first) && !ferror(stdout)) {
-        while (ok && more && s->n_open < s->n_slots && s->n_held < MOST_HELD) {
+        while (ok && more && s->n_held < MOST_HELD) {
             struct pollfd input = { STDIN_FILENO, POLLIN, 0 };
             if (s->first && poll(&input, 1, 0) == 0) break;
             more = read_line(&line, e);
             if (more) ok = open_line(s, (Text){ (const char *)line.bytes, line.n }, e);
             else ok = e->status == DONE;
         }
-        if (ok && s->n_open) advance(s);
+        if (ok) advance(s);
         bool stops = interrupted;  // looked at once: Ctrl-C may come at any time
-        for (Passage *p = stops ? s->first : NULL; p; p = p->next)
-            if (!p->done && p->slot >= 0 && p->scored >= p->tokens.n) end_passage(s, p, AT_INTERRUPT);
+        for (int i = 0; i < s->n_slots && stops; i++)
+            if (s->users[i] && s->kind == CONTINUED) end_passage(s, s->users[i], AT_INTERRUPT, NULL);
         while (put_first(s)) continue;
         if (ok && stops) ok = fail(e, INTERRUPTED, "interrupted");
     }
@@ -6125,15 +6066,13 @@ static bool run_lines(Script *s, Error *e) {
 // Runs what a script asks for: a prompt, or the lines of a file.
 static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n, const Sampler *sampler,
                        ScriptKind kind, const Tokens *given, Text prompt, Error *e) {
-    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .sampler = sampler, .kind = kind, .given = given,
-                 .prompt = prompt };
+    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .n_free = n, .sampler = sampler, .kind = kind,
+                 .given = given, .prompt = prompt };
     const char *path = kind == EVALUATED ? options.file : options.prompts;
     if (options.logprobs > m->config.n_tokens) options.logprobs = m->config.n_tokens;
     s.end = &s.first;
-    s.users = allocate((size_t)n, sizeof *s.users, e);
-    s.used = allocate((size_t)n, sizeof *s.used, e);
     s.logits = allocate((size_t)m->config.n_tokens, sizeof *s.logits, e);
-    bool ok = s.users && s.used && s.logits;
+    bool ok = s.logits != NULL;
     if (ok && path && strcmp(path, "-") && !freopen(path, "rb", stdin))
         ok = fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (path && !strcmp(path, "-")) setvbuf(stdin, NULL, _IONBF, 0);  // so that poll() sees each line
@@ -6145,9 +6084,7 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed, the first: %s", s.n_failed, s.n_lines, s.failure.text);
-    drop_passages(&s, &s.first);
-    free(s.users);
-    free(s.used);
+    while (s.first) drop_first(&s);
     free(s.logits);
     free(s.exemplars.bytes);
     free(s.template_file.bytes);

@@ -308,6 +308,7 @@ static void test_evaluation(void) {
         { "10-3 = 7", "7", true }, { "6 of 5", "6", false }, { "five", "5", false }, { "", "5", false },
         { "The answer is 72", "3 + 69 = 72\n#### 72", true }, { "72 or 71", "#### 72", false }, { "B", "B", true },
         { "b", "B", false }, { "B 2", "B", false }, { "2.50", "2.5", true }, { "$12", "12", true },
+        { "0", "#### none", false }, { "#### none", "#### none", true }, { "0", "", false }, { "", "", true },
     };
     for (size_t i = 0; i < sizeof answers / sizeof *answers; i++) {
         Text got = { answers[i].got, strlen(answers[i].got) }, wanted = { answers[i].wanted,

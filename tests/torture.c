@@ -339,8 +339,8 @@ int main(int argc, char **argv) {
         for (int k = 0; wanted && k < 4; k++)
             if (models[k]) torture(&cases[i], models[k], quick);
     }
-    static const char *const names[] = { "stdin", "stdout", "stderr", "out", "text", "native", "template", "messages", "log",
-                                   "tasks" };
+    static const char *const names[] = { "stdin", "stdout", "stderr", "out", "text", "native", "template", "messages",
+                                         "log", "tasks" };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove_file(names[i]);
     if (rmdir(folder)) printf("FAILED: %s is not empty\n", folder), n_wrong++;
     printf("%d of %d points clean\n", n_points - n_wrong, n_points);
