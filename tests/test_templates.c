@@ -209,7 +209,7 @@ static void test_template_errors(void) {
         { "{% for x in [1] %}", "endfor is missing" },
         { "{{ 'a }}", "a string without an end" }, { "{{ 1 ", "a tag without }}" }, { "{# x", "a comment without #}" },
         { "{% endif %}", "the statement endif" }, { "{{ 1 + }}", "expected a value" },
-        { "{{ (1 }}", "a tag without }}" },
+        { "{{ (1 }}", "expected ), found }" },
         { "{{ }}", "expected a value" }, { "{% break %}", "break outside of a loop" },
         { "{{ 1 // 0 }}", "division by 0" },
         { "{{ 9223372036854775807 + 1 }}", "too large" }, { "{{ '\\N{DASH}' }}", "the escape \\N" },
