@@ -1601,25 +1601,26 @@ typedef enum { LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_CLOSE, LEX_END } 
 
 // What a node is, and what hangs on it. A list goes from its first node by `next`.
 typedef enum {
-    NODE_CONSTANT, NODE_VARIABLE,   // value: itself; the name
-    NODE_LIST, NODE_TUPLE, NODE_DICT,    // first: list of items, of keys and values in turn
-    NODE_MEMBER, NODE_ITEM,         // first.value; first[second]
-    NODE_SLICE,                // first[second], a list of three
-    NODE_FILTER, NODE_TEST, NODE_CALL,   // first|value(second)  first is value(second)  first(second), a list of arguments
-    NODE_NAMED,                // value=first: an argument, a parameter
-    NODE_NOT, NODE_AND, NODE_OR, NODE_SIGNED, NODE_COMPUTE,  // value: the sign; first and second: what it is between
-    NODE_COMPARE,              // first, then the list `second`, of which each node has a sign and the next operand `first`
-    NODE_CHOICE, NODE_IF,           // first: condition (NULL: always), then `body`, else `otherwise`: expressions, statements
-    NODE_CAPTURE, NODE_OUTPUT,      // the text of `body`; writes `first`
-    NODE_FOR,                  // first: targets; second: what it runs over, and next of it the condition; body, otherwise
-    NODE_SET,                  // first: targets; second
-    NODE_MACRO,                // value: the name; first: parameters; body
+    NODE_CONSTANT, NODE_VARIABLE,           // value: itself; its name
+    NODE_LIST, NODE_TUPLE, NODE_DICT,       // second: list of items; of keys and values in turn
+    NODE_MEMBER, NODE_ITEM,                 // first.value; first[second]
+    NODE_SLICE,                             // first[second], a list of three
+    NODE_FILTER, NODE_TEST, NODE_CALL,      // first|value(second); first is value(second); first(second), a list
+    NODE_NAMED,                             // value=second: an argument, a parameter
+    NODE_NOT, NODE_SIGN,                    // not first; value, + or -, before first
+    NODE_AND, NODE_OR, NODE_COMPUTE,        // value, the operator, between first and second
+    NODE_CAPTURE,                           // the text of `body`
+    NODE_OUTPUT,                            // {{ first }}
+    NODE_IF,                                // if first, then body, else otherwise: statements, or an expression
+    NODE_FOR,                               // body for second, targets, in first, or otherwise; next of first: condition
+    NODE_SET,                               // second, targets, become first
+    NODE_MACRO,                             // value: the name; second: parameters; body
     NODE_BREAK, NODE_CONTINUE
 } NodeKind;
 
 typedef struct Node {
     NodeKind kind;
-    size_t from;  // where it is in the source
+    size_t from;          // where it is in the source
     Value value;
     struct Node *first, *second, *body, *otherwise, *next;
 } Node;
@@ -1926,7 +1927,7 @@ static Node *parse_items(Template *j, const char *end) {
             x = x->next = parse_expression(j);
         } else if (*end == ')' && x->kind == NODE_VARIABLE && take_word(j, "=")) {
             x->kind = NODE_NAMED;
-            x->first = parse_expression(j);
+            x->second = parse_expression(j);
             named = true;
         } else if (named) stop(j, BAD_FILE, "an argument without a name after one with a name");
         last = &x->next;
@@ -1937,15 +1938,13 @@ static Node *parse_items(Template *j, const char *end) {
 }
 
 // a, b, c or one value alone; in brackets it may be empty.
-static Node *parse_tuple(Template *j, bool conditional) {
+static Node *parse_tuple(Template *j) {
     if (sees(j, ")")) return new_node(j, NODE_TUPLE, undefined, NULL, NULL);
-    Node *first = conditional ? parse_expression(j) : parse_binary(j, 0), **last = &first->next;
+    Node *first = parse_expression(j), **last = &first->next;
     if (!sees(j, ",")) return first;
-    while (take_word(j, ",") && j->lexeme != LEX_CLOSE && !sees(j, ")")) {
-        *last = conditional ? parse_expression(j) : parse_binary(j, 0);
-        last = &(*last)->next;
-    }
-    return new_node(j, NODE_TUPLE, undefined, first, NULL);
+    for (; take_word(j, ",") && j->lexeme != LEX_CLOSE && !sees(j, ")"); last = &(*last)->next)
+        *last = parse_expression(j);
+    return new_node(j, NODE_TUPLE, undefined, NULL, first);
 }
 
 // Whether a value begins here that is not in round brackets.
@@ -1959,7 +1958,7 @@ static Node *parse_primary(Template *j) {
     Value name = j->word;
     LexemeKind lexeme = j->lexeme;
     if (take_word(j, "(")) {
-        x = parse_tuple(j, true);
+        x = parse_tuple(j);
         expect(j, ")");
         return x;
     }
@@ -1967,7 +1966,7 @@ static Node *parse_primary(Template *j) {
     next_lexeme(j);
     if (lexeme == LEX_SIGN) {
         x->kind = *name.text == '[' ? NODE_LIST : NODE_DICT;
-        x->first = parse_items(j, *name.text == '[' ? "]" : "}");
+        x->second = parse_items(j, *name.text == '[' ? "]" : "}");
     } else if (lexeme == LEX_NAME) {
         x->value = name;
         if (has_word("true True false False", name)) x->value = boolean(*name.text == 't' || *name.text == 'T');
@@ -2030,7 +2029,7 @@ static Node *parse_unary(Template *j, bool filters) {
     Node *x = &j->spare;
     if (enter(j)) {
         bool is_signed = take_word(j, "-") || take_word(j, "+");
-        x = is_signed ? new_node(j, NODE_SIGNED, sign, parse_unary(j, false), NULL) : parse_primary(j);
+        x = is_signed ? new_node(j, NODE_SIGN, sign, parse_unary(j, false), NULL) : parse_primary(j);
         x = parse_postfix(j, x, filters);
     }
     j->depth--;
@@ -2048,35 +2047,23 @@ static int see_level(const Template *j) {
     return level;
 }
 
-// a < b <= c: each two neighbours are compared.
-static Node *parse_comparison(Template *j, Node *left) {
-    Node *x = new_node(j, NODE_COMPARE, undefined, left, NULL), **last = &x->second;
-    while (see_level(j) == LEVEL_COMPARE) {
-        Value sign = j->word;
-        next_lexeme(j);
-        if (same_text(sign, "not")) expect(j, "in");
-        *last = new_node(j, NODE_COMPARE, sign, parse_binary(j, LEVEL_ADD), NULL);
-        last = &(*last)->next;
-    }
-    return x;
-}
-
-// Operators that bind at least as tight as `least`: all take their left operand first.
+// Operators that bind at least as tight as `least`: all take their left operand first. a < b < c is a < b and b < c.
 static Node *parse_binary(Template *j, int least) {
-    Node *left = NULL;
+    Node *left, *middle = NULL;
     if (least <= LEVEL_NOT && take_word(j, "not")) {
-        if (enter(j)) left = parse_binary(j, LEVEL_NOT);
-        left = new_node(j, NODE_NOT, undefined, left, NULL);
+        left = new_node(j, NODE_NOT, undefined, enter(j) ? parse_binary(j, LEVEL_NOT) : NULL, NULL);
         j->depth--;
     } else left = parse_unary(j, true);
     for (int level; (level = see_level(j)) && level >= least;) {
         Value sign = j->word;
-        if (level == LEVEL_COMPARE) left = parse_comparison(j, left);
-        else {
-            next_lexeme(j);
-            NodeKind kind = level == LEVEL_OR ? NODE_OR : level == LEVEL_AND ? NODE_AND : NODE_COMPUTE;
-            left = new_node(j, kind, sign, left, parse_binary(j, level + 1));
-        }
+        NodeKind kind = level == LEVEL_OR ? NODE_OR : level == LEVEL_AND ? NODE_AND : NODE_COMPUTE;
+        next_lexeme(j);
+        if (same_text(sign, "not")) expect(j, "in");
+        Node *right = parse_binary(j, level + 1);
+        if (middle && level == LEVEL_COMPARE)
+            left = new_node(j, NODE_AND, sign, left, new_node(j, NODE_COMPUTE, sign, middle, right));
+        else left = new_node(j, kind, sign, left, right);
+        middle = level == LEVEL_COMPARE ? right : NULL;
     }
     return left;
 }
@@ -2085,7 +2072,7 @@ static Node *parse_binary(Template *j, int least) {
 static Node *parse_expression(Template *j) {
     Node *x = enter(j) ? parse_binary(j, 0) : &j->spare;
     while (take_word(j, "if")) {
-        Node *choice = new_node(j, NODE_CHOICE, undefined, parse_binary(j, 0), NULL);
+        Node *choice = new_node(j, NODE_IF, undefined, parse_binary(j, 0), NULL);
         choice->body = x;
         if (take_word(j, "else")) choice->otherwise = parse_expression(j);
         x = choice;
@@ -2114,7 +2101,7 @@ static Node *parse_body(Template *j, const char *ends) {
         char what = open_tag(j);
         if (what == '%' && j->lexeme == LEX_NAME && has_word(ends, j->word)) break;
         if (what == '%') *last = parse_statement(j);
-        if (what == '{') *last = new_node(j, NODE_OUTPUT, undefined, parse_tuple(j, true), NULL);
+        if (what == '{') *last = new_node(j, NODE_OUTPUT, undefined, parse_tuple(j), NULL);
         close_tag(j);
     }
     j->depth--;
@@ -2155,22 +2142,21 @@ static Node *parse_targets(Template *j) {
 
 static Node *parse_if(Template *j) {
     Node *first = NULL, **last = &first;
-    bool is_else = false;
     do {
-        Node *x = *last = new_node(j, NODE_IF, undefined, is_else ? NULL : parse_tuple(j, false), NULL);
-        x->body = parse_body(j, is_else ? "endif" : "elif else endif");
+        Node *x = *last = new_node(j, NODE_IF, undefined, parse_tuple(j), NULL);
+        x->body = parse_body(j, "elif else endif");
         last = &x->otherwise;
-        is_else = take_word(j, "else");
-    } while (is_else || take_word(j, "elif"));
+    } while (take_word(j, "elif"));
+    if (take_word(j, "else")) *last = parse_body(j, "endif");
     expect(j, "endif");
     return first;
 }
 
 static Node *parse_for(Template *j) {
-    Node *x = new_node(j, NODE_FOR, undefined, parse_targets(j), NULL);
+    Node *x = new_node(j, NODE_FOR, undefined, NULL, parse_targets(j));
     expect(j, "in");
-    x->second = parse_tuple(j, false);
-    if (take_word(j, "if")) x->second->next = parse_expression(j);
+    x->first = parse_binary(j, 0);
+    if (take_word(j, "if")) x->first->next = parse_expression(j);
     j->n_loops++;
     x->body = parse_body(j, "else endfor");
     j->n_loops--;
@@ -2180,17 +2166,16 @@ static Node *parse_for(Template *j) {
 }
 
 static Node *parse_set(Template *j) {
-    Node *targets = parse_targets(j);
-    bool is_value = take_word(j, "=");
-    return new_node(j, NODE_SET, undefined, targets,
-                    is_value ? parse_tuple(j, true) : parse_capture(j, "endset", take_word(j, "|")));
+    Node *targets = parse_targets(j), *v;
+    v = take_word(j, "=") ? parse_tuple(j) : parse_capture(j, "endset", take_word(j, "|"));
+    return new_node(j, NODE_SET, undefined, v, targets);
 }
 
 static Node *parse_macro(Template *j) {
     Node *x = new_node(j, NODE_MACRO, take_name(j), NULL, NULL);
     expect(j, "(");
-    x->first = parse_items(j, ")");
-    for (const Node *p = x->first; p && !j->failed; p = p->next)
+    x->second = parse_items(j, ")");
+    for (const Node *p = x->second; p && !j->failed; p = p->next)
         if (p->kind != NODE_VARIABLE && p->kind != NODE_NAMED) stop(j, BAD_FILE, "a parameter of a macro that is no name");
     x->body = parse_block(j, "endmacro");
     return x;
@@ -2397,6 +2382,40 @@ typedef enum {
     RAISE_EXCEPTION, STRFTIME_NOW, RANGE
 } Operation;
 
+// To add one: a row here, and what it does in one of the functions below. Kinds: | a filter, s a string's method, d a
+// dict's, f a function. A ! is before the names of parameters that must be given.
+typedef struct { const char *kinds, *name; Operation what; const char *parameters; } OperationRow;
+static const OperationRow operations[] = {
+    {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
+    {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
+    {"s", "strip", STRIP, "chars"}, {"s", "lstrip", LSTRIP, "chars"}, {"s", "rstrip", RSTRIP, "chars"},
+    {"s", "split", SPLIT, "sep maxsplit"}, {"s", "rsplit", RSPLIT, "sep maxsplit"},
+    {"|s", "replace", REPLACE, "!old !new count"}, {"s", "find", FIND, "!what"}, {"s", "count", COUNT_TEXT, "!what"},
+    {"s", "startswith", STARTS_WITH, "!what"}, {"s", "endswith", ENDS_WITH, "!what"},
+    {"|", "indent", INDENT, "width first"}, {"|", "string", TO_STRING, ""}, {"|", "safe", TO_STRING, ""},
+    {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
+    {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
+    {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
+    {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
+    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
+    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
+    {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
+    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
+    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
+    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
+    {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
+    {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
+    {"f", "range", RANGE, "!start stop step"},
+};
+enum { MAX_PARAMETERS = 3 };
+
+// The row of a name, or NULL.
+static const OperationRow *find_operation(char kind, Value name) {
+    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
+        if (strchr(operations[i].kinds, kind) && same_text(name, operations[i].name)) return &operations[i];
+    return NULL;
+}
+
 // Whether a character that is not ASCII is of a script without capital letters, or a sign.
 static bool has_one_case(uint32_t c) {
     return (c < 0xC0 && c != 0xAA && c != 0xB5 && c != 0xBA) || (c >= 0x590 && c < 0x10A0) ||
@@ -2581,29 +2600,18 @@ static Value loop_member(Template *j, Value loop, Value name) {
     return has_word("changed cycle depth depth0", name) ? lacks(j, "the loop's", name) : unknown(name);
 }
 
-// Whether Python has a method, or another member, of this name for values of this kind.
-static bool is_method(Value v, Value name) {
-    static const char of_dicts[] = "clear copy fromkeys get items keys pop popitem setdefault update values",
-                      of_others[] =
-        "as_integer_ratio bit_count bit_length capitalize casefold center conjugate copy count denominator encode "
-        "endswith expandtabs find format format_map from_bytes fromhex hex imag index is_integer isalnum isalpha "
-        "isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust "
-        "lower lstrip maketrans numerator partition real removeprefix removesuffix replace rfind rindex rjust "
-        "rpartition rsplit rstrip split splitlines startswith strip swapcase title to_bytes translate upper zfill";
-    bool has_methods = v.kind != IS_NONE && v.kind <= IS_TUPLE;
-    return name.kind == IS_STRING && has_methods && has_word(v.kind == IS_DICT ? of_dicts : of_others, name);
-}
+static char kind_of_methods(Value v) { return v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-'; }
 
 // value.key (dotted) or value[key]; undefined: there is none. Python's methods are values too; they are refused here.
 static Value member(Template *j, Value v, Value key, bool dotted) {
-    bool is_name = key.kind == IS_STRING, is_hidden = dotted && is_method(v, key);
+    bool is_name = key.kind == IS_STRING, is_method = is_name && find_operation(kind_of_methods(v), key);
     const Value *found = NULL;
     if (v.kind == IS_UNDEFINED) return complain(j, "a member", v);
-    if (v.kind == IS_DICT && !is_hidden) found = find_value(j, v, key);
+    if (v.kind == IS_DICT && !(is_method && dotted)) found = find_value(j, v, key);
     if (v.kind == IS_NAMESPACE) found = find_value(j, v.scope->variables, key);
     if (found) return *found;
     if (v.kind == IS_LOOP && is_name) return loop_member(j, v, key);
-    if (is_method(v, key)) return lacks(j, "without a call the method", key);
+    if (is_method) return lacks(j, "without a call the method", key);
     if (is_whole(key) && (is_list(v) || v.kind == IS_STRING)) {
         int64_t i = as_integer(key), n = v.kind == IS_STRING ? count_characters(v) : (int64_t)v.n;
         bool exists = i < n && i >= -n && spend(j, v.kind == IS_STRING ? v.n / 4 : 0);
@@ -2673,8 +2681,17 @@ static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
     return wraps ? stop(j, MISUSE, "an integer that is too large") : integer(result);
 }
 
+static bool compare(Template *j, Value sign, Value a, Value b) {
+    if (same_text(sign, "in") || same_text(sign, "not")) return contains(j, b, a) == (sign.text[0] == 'i');  // not in
+    if (same_text(sign, "==")) return is_equal(j, a, b);
+    if (same_text(sign, "!=")) return !is_equal(j, a, b);
+    bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
+    return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
+}
+
 static Value compute(Template *j, Value sign, Value a, Value b) {
     char op = same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
+    if (has_word("== != <= >= < > in not", sign)) return boolean(compare(j, sign, a, b));
     bool a_joins = a.kind == IS_STRING || is_list(a), b_joins = b.kind == IS_STRING || is_list(b);
     if (op == '~' || (op == '+' && a.kind == IS_STRING && b.kind == IS_STRING))
         return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
@@ -2694,14 +2711,6 @@ static Value compute(Template *j, Value sign, Value a, Value b) {
     Value list = {.kind = a.kind};
     for (size_t i = 0; i < a.n + b.n && !j->failed; i++) push(j, &list, i < a.n ? a.items[i] : b.items[i - a.n]);
     return list;
-}
-
-static bool compare(Template *j, Value sign, Value a, Value b) {
-    if (same_text(sign, "in") || same_text(sign, "not")) return contains(j, b, a) == (sign.text[0] == 'i');  // not in
-    if (same_text(sign, "==")) return is_equal(j, a, b);
-    if (same_text(sign, "!=")) return !is_equal(j, a, b);
-    bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
-    return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
 }
 
 // value is name(arguments)
@@ -2872,46 +2881,13 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
     }
 }
 
-// To add one: a row here, and what it does in one of the functions above. Kinds: | a filter, s a string's method, d a
-// dict's, f a function. A ! is before the names of parameters that must be given.
-static const struct { const char *kinds, *name; Operation what; const char *parameters; } operations[] = {
-    {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
-    {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
-    {"s", "strip", STRIP, "chars"}, {"s", "lstrip", LSTRIP, "chars"}, {"s", "rstrip", RSTRIP, "chars"},
-    {"s", "split", SPLIT, "sep maxsplit"}, {"s", "rsplit", RSPLIT, "sep maxsplit"},
-    {"|s", "replace", REPLACE, "!old !new count"}, {"s", "find", FIND, "!what"}, {"s", "count", COUNT_TEXT, "!what"},
-    {"s", "startswith", STARTS_WITH, "!what"}, {"s", "endswith", ENDS_WITH, "!what"},
-    {"|", "indent", INDENT, "width first"}, {"|", "string", TO_STRING, ""}, {"|", "safe", TO_STRING, ""},
-    {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
-    {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
-    {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
-    {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
-    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
-    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
-    {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
-    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
-    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
-    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
-    {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
-    {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
-    {"f", "range", RANGE, "!start stop step"},
-};
-enum { N_OPERATIONS = sizeof operations / sizeof *operations, MAX_PARAMETERS = 3 };
-
-// The row of a name, or N_OPERATIONS.
-static int find_operation(char kind, Value name) {
-    int i = 0;
-    while (i < N_OPERATIONS && !(strchr(operations[i].kinds, kind) && same_text(name, operations[i].name))) i++;
-    return i;
-}
-
 // A filter, method or function of this name, if there is one. The arguments go to the places of its parameters.
 static Value apply(Template *j, char kind, Value name, Value v, const Arguments *a) {
     const char *what = kind == '|' ? "the filter" : kind == 'f' ? "the function" : "the method";
-    int row = find_operation(kind, name);
-    if (row == N_OPERATIONS) return lacks(j, what, name);
+    const OperationRow *row = find_operation(kind, name);
+    if (!row) return lacks(j, what, name);
     Value bound[MAX_PARAMETERS];
-    const char *parameters = operations[row].parameters;
+    const char *parameters = row->parameters;
     size_t n_taken = 0;
     for (size_t i = 0; i < MAX_PARAMETERS; i++) {
         bool needed = *parameters == '!';
@@ -2924,13 +2900,13 @@ static Value apply(Template *j, char kind, Value name, Value v, const Arguments 
         parameters += parameter.n + (parameters[parameter.n] == ' ');
     }
     if (n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument of", name);
-    return j->failed ? undefined : perform(j, operations[row].what, v, bound);
+    return j->failed ? undefined : perform(j, row->what, v, bound);
 }
 
-/* ---- Chat templates: evaluating expressions ---- */
+/* ---- Chat templates: evaluation ---- */
 
 static Value evaluate(Template *j, const Node *x);
-static void execute(Template *j, const Node *x);
+static Value execute(Template *j, const Node *x);
 
 static Scope *new_scope(Template *j, Scope *outer, Value variables) {
     Scope *scope = get_memory(j, sizeof *scope);
@@ -2946,7 +2922,7 @@ static Value variable(Template *j, Value name) {
         found = find_value(j, scope->variables, name);
     if (found) return *found;
     Value v = unknown(name);
-    if (has_word("namespace dict", name) || find_operation('f', name) < N_OPERATIONS) v.kind = IS_FUNCTION;
+    if (has_word("namespace dict", name) || find_operation('f', name)) v.kind = IS_FUNCTION;
     else if (has_word("cycler joiner lipsum self varargs kwargs caller", name)) lacks(j, "the name", name);
     return v;
 }
@@ -2954,7 +2930,7 @@ static Value variable(Template *j, Value name) {
 static Arguments evaluate_list(Template *j, const Node *x) {
     Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
     for (; x && !j->failed; x = x->next) {
-        Value v = evaluate(j, x->kind == NODE_NAMED ? x->first : x);
+        Value v = evaluate(j, x->kind == NODE_NAMED ? x->second : x);
         if (x->kind == NODE_NAMED) set_member(j, &a.named, x->value, v);
         else push(j, &a.list, v);
     }
@@ -2974,9 +2950,9 @@ static Value call_macro(Template *j, Value macro, const Arguments *a) {
     size_t start = j->out->text.n, n = 0, n_taken = 0;
     Scope *outer = j->scope;
     j->scope = new_scope(j, macro.scope, (Value){.kind = IS_DICT});
-    for (const Node *x = macro.node->first; x && !j->failed; x = x->next, n++) {
+    for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++) {
         const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, x->value);
-        Value v = given ? *given : x->first ? evaluate(j, x->first) : unknown(x->value);
+        Value v = given ? *given : x->second ? evaluate(j, x->second) : unknown(x->value);
         set_member(j, &j->scope->variables, x->value, v);
         n_taken += given != NULL;
     }
@@ -2994,7 +2970,7 @@ static Value call(Template *j, const Node *called, const Node *arguments) {
     Value name = {.kind = IS_STRING, .text = v.text, .n = v.n};
     if (j->failed) return undefined;
     if (v.kind == IS_UNDEFINED) return complain(j, "a call", v);
-    if (is_method) return apply(j, v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-', called->value, v, &a);
+    if (is_method) return apply(j, kind_of_methods(v), called->value, v, &a);
     if (v.kind == IS_MACRO) return call_macro(j, v, &a);
     if (v.kind != IS_FUNCTION) return complain(j, "a call", v);
     if (!has_word("dict namespace", name)) return apply(j, 'f', name, undefined, &a);
@@ -3002,72 +2978,6 @@ static Value call(Template *j, const Node *called, const Node *arguments) {
     if (*name.text == 'd') return a.named;
     return (Value){.kind = IS_NAMESPACE, .scope = new_scope(j, NULL, a.named)};
 }
-
-static bool compare_all(Template *j, const Node *x) {
-    Value left = evaluate(j, x->first);
-    bool holds = true;
-    for (x = x->second; holds && x && !j->failed; x = x->next) {
-        Value right = evaluate(j, x->first);
-        holds = compare(j, x->value, left, right);
-        left = right;
-    }
-    return holds;
-}
-
-static Value evaluate_node(Template *j, const Node *x) {
-    enum { LATER = 1 << NODE_LIST | 1 << NODE_TUPLE | 1 << NODE_DICT | 1 << NODE_CALL | 1 << NODE_COMPARE };  // what looks at its `first` itself
-    size_t start = j->out->text.n;
-    Value first = undefined, list;
-    Scope *outer = j->scope;
-    Arguments a;
-    if (!(1 << x->kind & LATER)) first = evaluate(j, x->first);
-    switch (x->kind) {
-    case NODE_CONSTANT: return x->value;
-    case NODE_VARIABLE: return variable(j, x->value);
-    case NODE_LIST: case NODE_TUPLE:
-        list = evaluate_list(j, x->first).list;
-        list.kind = x->kind == NODE_LIST ? IS_LIST : IS_TUPLE;
-        return list;
-    case NODE_DICT: return make_dict(j, x->first);
-    case NODE_MEMBER: return member(j, first, x->value, true);
-    case NODE_ITEM: return member(j, first, evaluate(j, x->second), false);
-    case NODE_SLICE: return slice(j, first, evaluate_list(j, x->second).list.items);
-    case NODE_FILTER:
-        a = evaluate_list(j, x->second);
-        return apply(j, '|', x->value, first, &a);
-    case NODE_TEST:
-        a = evaluate_list(j, x->second);
-        return boolean(apply_test(j, x->value, first, &a));
-    case NODE_CALL: return call(j, x->first, x->second);
-    case NODE_NOT: return boolean(!is_true(first));
-    case NODE_AND: case NODE_OR: return is_true(first) == (x->kind == NODE_OR) ? first : evaluate(j, x->second);
-    case NODE_SIGNED: return first.kind == IS_FLOAT && *x->value.text == '-' ? real(-first.number) : compute(j, x->value, integer(0), first);
-    case NODE_COMPUTE: return compute(j, x->value, first, evaluate(j, x->second));
-    case NODE_COMPARE: return boolean(compare_all(j, x));
-    case NODE_CHOICE: return evaluate(j, is_true(first) ? x->body : x->otherwise);
-    case NODE_CAPTURE:
-        j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
-        execute(j, x->body);
-        j->scope = outer;
-        return take_string_from(j, start);
-    default: return undefined;
-    }
-}
-
-// The value of an expression; undefined if there is none.
-static Value evaluate(Template *j, const Node *x) {
-    size_t from = j->from;
-    Value v = undefined;
-    if (x && enter(j)) {
-        j->from = x->from;
-        v = evaluate_node(j, x);
-        j->from = from;
-    }
-    j->depth -= x != NULL;
-    return v;
-}
-
-/* ---- Chat templates: executing statements ---- */
 
 // Sets what is named, `a` or `space.a` or `a, b`, to a value or its items.
 static void assign(Template *j, const Node *x, Value v) {
@@ -3085,19 +2995,20 @@ static void assign(Template *j, const Node *x, Value v) {
     if (n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
 }
 
-static void run_loop(Template *j, const Node *x) {
+static void run_loop(Template *j, const Node *x, Value over) {
     Scope *outer = j->scope;
-    Value all = list_items(j, evaluate(j, x->second)), list = {.kind = IS_LIST};
-    for (size_t i = 0; x->second->next && i < all.n && !j->failed; i++) {
+    const Node *condition = x->first->next;
+    Value all = list_items(j, over), list = {.kind = IS_LIST};
+    for (size_t i = 0; condition && i < all.n && !j->failed; i++) {
         j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
-        assign(j, x->first, all.items[i]);
-        if (is_true(evaluate(j, x->second->next))) push(j, &list, all.items[i]);
+        assign(j, x->second, all.items[i]);
+        if (is_true(evaluate(j, condition))) push(j, &list, all.items[i]);
     }
-    if (!x->second->next) list = all;
+    if (!condition) list = all;
     for (size_t i = 0; i < list.n && j->leaves != BREAKS && !j->failed; i++) {
         j->leaves = STAYS;
         j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
-        assign(j, x->first, list.items[i]);
+        assign(j, x->second, list.items[i]);
         set_member(j, &j->scope->variables, string("loop"),
                    (Value){.kind = IS_LOOP, .n = list.n, .items = list.items, .at = i});
         execute(j, x->body);
@@ -3108,28 +3019,72 @@ static void run_loop(Template *j, const Node *x) {
     j->scope = outer;
 }
 
-// Executes a list of statements.
-static void execute(Template *j, const Node *x) {
-    for (bool ok = enter(j); ok && x && j->leaves == STAYS && !j->failed; x = x->next) {
-        const Node *taken = x;
-        j->from = x->from;
-        switch (x->kind) {
-        case NODE_OUTPUT: put_plain(j, evaluate(j, x->first)); break;
-        case NODE_SET: assign(j, x->first, evaluate(j, x->second)); break;
-        case NODE_FOR: run_loop(j, x); break;
-        case NODE_BREAK: j->leaves = BREAKS; break;
-        case NODE_CONTINUE: j->leaves = GOES_ON; break;
-        case NODE_MACRO:
-            set_member(j, &j->scope->variables, x->value, (Value){.kind = IS_MACRO, .node = x, .scope = j->scope});
-            break;
-        case NODE_IF:
-            while (taken && taken->first && !is_true(evaluate(j, taken->first))) taken = taken->otherwise;
-            if (taken) execute(j, taken->body);
-            break;
-        default: break;
-        }
+static Value evaluate_node(Template *j, const Node *x) {
+    size_t start = j->out->text.n;
+    Scope *outer = j->scope;
+    Value first = x->kind == NODE_CALL ? undefined : evaluate(j, x->first), items;
+    Arguments a;
+    switch (x->kind) {
+    case NODE_CONSTANT: return x->value;
+    case NODE_VARIABLE: return variable(j, x->value);
+    case NODE_LIST: case NODE_TUPLE:
+        items = evaluate_list(j, x->second).list;
+        items.kind = x->kind == NODE_LIST ? IS_LIST : IS_TUPLE;
+        return items;
+    case NODE_DICT: return make_dict(j, x->second);
+    case NODE_MEMBER: return member(j, first, x->value, true);
+    case NODE_ITEM: return member(j, first, evaluate(j, x->second), false);
+    case NODE_SLICE: 
+        items = evaluate_list(j, x->second).list;
+        return j->failed ? undefined : slice(j, first, items.items);
+    case NODE_CALL: return call(j, x->first, x->second);
+    case NODE_FILTER:
+        a = evaluate_list(j, x->second);
+        return j->failed ? undefined : apply(j, '|', x->value, first, &a);
+    case NODE_TEST:
+        a = evaluate_list(j, x->second);
+        return boolean(!j->failed && apply_test(j, x->value, first, &a));
+    case NODE_NOT: return boolean(!is_true(first));
+    case NODE_SIGN:
+        if (first.kind == IS_FLOAT) return real(*x->value.text == '-' ? -first.number : first.number);
+        return compute(j, x->value, integer(0), first);
+    case NODE_AND: case NODE_OR: return is_true(first) == (x->kind == NODE_OR) ? first : evaluate(j, x->second);
+    case NODE_COMPUTE: return compute(j, x->value, first, evaluate(j, x->second));
+    case NODE_IF: return execute(j, is_true(first) ? x->body : x->otherwise);
+    case NODE_CAPTURE:
+        j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
+        execute(j, x->body);
+        j->scope = outer;
+        return take_string_from(j, start);
+    case NODE_OUTPUT: put_plain(j, first); break;
+    case NODE_SET: assign(j, x->second, first); break;
+    case NODE_FOR: run_loop(j, x, first); break;
+    case NODE_BREAK: j->leaves = BREAKS; break;
+    case NODE_CONTINUE: j->leaves = GOES_ON; break;
+    case NODE_MACRO:
+        set_member(j, &j->scope->variables, x->value, (Value){.kind = IS_MACRO, .node = x, .scope = j->scope});
+        break;
+    case NODE_NAMED: break;
     }
+    return undefined;
+}
+
+// The value of an expression; undefined where there is none, and of statements.
+static Value evaluate(Template *j, const Node *x) {
+    if (!x) return undefined;
+    size_t from = j->from;
+    j->from = x->from;
+    Value v = enter(j) ? evaluate_node(j, x) : undefined;
+    j->from = from;
     j->depth--;
+    return v;
+}
+
+// Evaluates a list of statements, or an expression, whose value it returns.
+static Value execute(Template *j, const Node *x) {
+    Value v = undefined;
+    for (; x && j->leaves == STAYS && !j->failed; x = x->next) v = evaluate(j, x);
+    return v;
 }
 
 // Renders a chat template with the variables that it is given, and at most so much work.
