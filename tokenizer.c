@@ -1457,20 +1457,18 @@ static uint32_t read_digits(const char *s, size_t n) {
     return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
 }
 
-// The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.
-static bool read_escape(JsonReader *r, uint32_t *code) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *at = r->at, *letter = r->end - at > 1 ? memchr(letters, at[1], sizeof letters - 1) : NULL;
-    r->at += letter ? 2 : 6;
-    *code = letter ? (unsigned char)meanings[letter - letters] : NOT_UTF8;
-    if (!letter && r->end - at > 5 && at[1] == 'u') *code = read_digits(at + 2, 4);
-    if (*code == NOT_UTF8) return json_error(r, at, "an unknown escape");
-    if (*code < 0xD800 || *code > 0xDFFF) return true;
-    uint32_t low = r->end - at > 11 && at[6] == '\\' && at[7] == 'u' ? read_digits(at + 8, 4) : 0;
-    if (*code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return json_error(r, at, "half of a surrogate pair");
-    *code = 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00);
-    r->at += 6;
-    return true;
+// The character that the escape at s stands for: a backslash with one of `letters`, or \u and four digits, twice above
+// U+FFFF. Returns its length, 0 if it is unknown; the character is NOT_UTF8 if it is half of such a pair.
+static size_t read_escape(const char *s, size_t left, const char *letters, const char *meanings, uint32_t *code) {
+    const char *letter = left > 1 && s[1] ? strchr(letters, s[1]) : NULL;
+    if (letter) return *code = (unsigned char)meanings[letter - letters], 2;
+    *code = left > 5 && s[1] == 'u' ? read_digits(s + 2, 4) : NOT_UTF8;
+    if (*code == NOT_UTF8) return 0;
+    if (*code < 0xD800 || *code > 0xDFFF) return 6;
+    uint32_t low = left > 11 && s[6] == '\\' && s[7] == 'u' ? read_digits(s + 8, 4) : 0;
+    bool is_pair = *code < 0xDC00 && low > 0xDBFF && low < 0xE000;
+    *code = is_pair ? 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00) : NOT_UTF8;
+    return 12;
 }
 
 static bool read_json_string(JsonReader *r, Value *v) {
@@ -1485,8 +1483,11 @@ static bool read_json_string(JsonReader *r, Value *v) {
         int length = read_character(r->at, (size_t)(end - r->at), &code);
         if (length <= 0) return json_error(r, r->at, "bytes that are not UTF-8");
         if (code < 32) return json_error(r, r->at, "a control character in a string");
-        if (code != '\\') r->at += length;
-        else if (!read_escape(r, &code)) return false;
+        if (code == '\\')
+            length = (int)read_escape(r->at, (size_t)(r->end - r->at), "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &code);
+        if (!length) return json_error(r, r->at, "an unknown escape");
+        if (code == NOT_UTF8) return json_error(r, r->at, "half of a surrogate pair");
+        r->at += length;
         v->n += write_character(code, to + v->n);
     }
     r->at = end + 1;
@@ -1779,28 +1780,23 @@ static Value spelled(const Template *j, size_t from, size_t to) {
     return (Value){.kind = IS_STRING, .text = j->source + from, .n = to - from, .marks = j->ones};
 }
 
-// Reads the string whose quote is at `at`, with Python's escapes. Returns its length.
-static size_t read_string(Template *j, size_t at) {
-    static const char letters[] = "\\'\"abfnrtv", meanings[] = "\\'\"\a\b\f\n\r\t\v";
-    size_t start = at, end = at + 1, n = 0;
-    while (end < j->n_source && j->source[end] != j->source[at]) end += j->source[end] == '\\' ? 2 : 1;
-    if (end >= j->n_source) return stop(j, BAD_FILE, "a string without an end"), 1;
-    char *to = get_memory(j, end - at);
-    for (at++; to && at < end; at++) {
-        char c = to[n] = j->source[at], escaped = j->source[at + 1];
-        if (c != '\\') n++;
-        if (c != '\\') continue;
-        const char *letter = memchr(letters, escaped, sizeof letters - 1);
-        size_t n_digits = escaped == 'x' ? 2 : escaped == 'u' ? 4 : escaped == 'U' ? 8 : 0;
-        uint32_t code = letter ? (uint32_t)meanings[letter - letters] : '\\';  // of unknown ones the backslash stays
-        if (n_digits) code = end - at > n_digits + 1 ? read_digits(j->source + at + 2, n_digits) : NOT_UTF8;
-        if (memchr("01234567N\n", escaped, 10) || code >= NOT_UTF8 || code >> 11 == 27)
-            return stop(j, BAD_FILE, "the escape \\%c is not supported", escaped), 1;
-        n += write_character(code, to + n);
-        at += letter ? 1 : n_digits ? 1 + n_digits : 0;
+// Reads the string whose quote is at s, with Python's escapes. Returns its length.
+static size_t read_string(Template *j, const char *s) {
+    const char *end = s + 1, *past = j->source + j->n_source;
+    while (end < past && *end != *s) end += *end == '\\' ? 2 : 1;
+    char *to = end < past ? get_memory(j, (size_t)(end - s)) : NULL;
+    if (!to) return stop(j, BAD_FILE, "a string without an end"), 1;
+    j->constant = (Value){.kind = IS_STRING, .text = to, .marks = j->ones};
+    for (const char *at = s + 1; at < end;) {
+        uint32_t code;
+        size_t n = *at != '\\' ? 0 : read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
+        if (*at == '\\' && (n ? code == NOT_UTF8 : memchr("01234567NUux\n", at[1], 13) != NULL))
+            return stop(j, BAD_FILE, "the escape \\%c is not supported", at[1]), 1;
+        if (n) j->constant.n += write_character(code, to + j->constant.n);
+        else to[j->constant.n++] = *at;  // the backslash of an unknown escape stays
+        at += n ? n : 1;
     }
-    j->constant = (Value){.kind = IS_STRING, .text = to, .n = n, .marks = j->ones};
-    return end + 1 - start;
+    return (size_t)(end - s) + 1;
 }
 
 // Goes on to the next lexeme of a tag.
@@ -1817,7 +1813,7 @@ static void next_lexeme(Template *j) {
     for (n = 0; isalnum((unsigned char)s[n]) || s[n] == '_' || s[n] & 0x80; n++) {}
     if (j->n_open <= 0 && s[sign] == *j->closing && s[sign + 1] == '}') j->lexeme = LEX_CLOSE, n = sign + 2;
     else if (left == 0) stop(j, BAD_FILE, "a tag without %s", j->closing);
-    else if (*s == '\'' || *s == '"') j->lexeme = LEX_STRING, n = read_string(j, j->from);
+    else if (*s == '\'' || *s == '"') j->lexeme = LEX_STRING, n = read_string(j, s);
     else if (isdigit((unsigned char)*s)) {
         size_t length = scan_number(s, left, &j->constant);
         if (!length || s[length] == '_' || isalnum((unsigned char)s[length]))
@@ -2363,23 +2359,16 @@ static Value list_items(Template *j, Value v) {
     return list;
 }
 
-// The keys and values of a dict, in tuples.
-static Value list_pairs(Template *j, Value dict) {
-    Value pairs = {.kind = IS_LIST};
-    for (size_t i = 0; dict.kind == IS_DICT && i < dict.n && !j->failed; i += 2)
-        push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
-    return pairs;
-}
-
 /* ---- Chat templates: texts ---- */
 
-// What is done to values: to texts up to TO_STRING.
+// What is done to texts, up to TO_STRING, to lists, up to MAXIMUM (to what is false, up to REJECT_ATTR, nothing), ...
 typedef enum {
     LOWER, UPPER, CAPITALIZE, TITLE, TITLE_WORDS, STRIP, LSTRIP, RSTRIP, SPLIT, RSPLIT, REPLACE, FIND, COUNT_TEXT,
     STARTS_WITH, ENDS_WITH, INDENT, TO_STRING,
-    TO_JSON, DEFAULT, LENGTH, FIRST, LAST, MAKE_LIST, ITEMS, KEYS, VALUES, GET, REVERSE, JOIN, MAP, SELECT,
-    REJECT, SELECT_ATTR, REJECT_ATTR, UNIQUE, SORT, DICT_SORT, MINIMUM, MAXIMUM, TO_INTEGER, TO_FLOAT, ROUND,
-    RAISE_EXCEPTION, STRFTIME_NOW, RANGE
+    MAP, SELECT, REJECT, SELECT_ATTR, REJECT_ATTR,
+    UNIQUE, SORT, REVERSE, JOIN, MAKE_LIST, FIRST, LAST, MINIMUM, MAXIMUM,
+    VALUES, ITEMS, DICT_SORT, GET, LENGTH, DEFAULT, TO_JSON, TO_INTEGER, TO_FLOAT, ROUND, STRFTIME_NOW, RANGE,
+    RAISE_EXCEPTION
 } Operation;
 
 // To add one: a row here, and what it does in one of the functions below. Kinds: | a filter, s a string's method, d a
@@ -2396,7 +2385,7 @@ static const OperationRow operations[] = {
     {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
     {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
     {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
-    {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
+    {"d", "keys", MAKE_LIST, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
     {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
     {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
     {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
@@ -2815,60 +2804,49 @@ static Value choose_items(Template *j, Operation what, Value list, const Value *
     return chosen;
 }
 
-// A filter or method of a value that has items.
-static Value apply_to_items(Template *j, Operation what, Value v, const Value *a) {
-    Value list = {.kind = IS_LIST}, by = {.kind = IS_NONE};
-    if ((what == ITEMS || what == DICT_SORT) && v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT))
-        return complain(j, "the items", v);
-    if (what == ITEMS) return list_pairs(j, v);
-    if (what == KEYS || what == VALUES) {
-        for (size_t i = what == VALUES; i < v.n; i += 2) push(j, &list, v.items[i]);
-        return list;
-    }
-    if (what == DICT_SORT) return sort_items(j, list_pairs(j, v), integer(0), is_true(a[0]));
-    if (what < MAP || what > REJECT_ATTR || is_true(v)) list = list_items(j, v);
-    size_t n = list.n;
+// A filter, method or function. Most work on texts or lists; other values become such.
+static Value perform(Template *j, Operation what, Value v, const Value *a) {
+    size_t start = j->out->text.n;
+    Value list = {.kind = IS_LIST};
+    const Value *found;
+    int64_t width;
+    if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
+    if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
+    if (what <= MAXIMUM && (is_true(v) || what >= UNIQUE)) list = list_items(j, v);
     switch (what) {
-    case FIRST: return n ? list.items[0] : undefined;
-    case LAST: return n ? list.items[n - 1] : undefined;
-    case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
-    case JOIN: return join_items(j, list, to_string(j, a[0]));
     case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
         return choose_items(j, what, list, a);
     case SORT: return sort_items(j, list, a[1], is_true(a[0]));
-    case MINIMUM: case MAXIMUM:
-        list = sort_items(j, list, by, what == MAXIMUM);
-        return list.n ? list.items[0] : undefined;
-    default: return list;
-    }
-}
-
-// A filter, method or function.
-static Value perform(Template *j, Operation what, Value v, const Value *a) {
-    size_t start = j->out->text.n;
-    int64_t width;
-    const Value *found;
-    if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
-    if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
-    switch (what) {
+    case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
+    case JOIN: return join_items(j, list, to_string(j, a[0]));
+    case MINIMUM: case MAXIMUM: list = sort_items(j, list, undefined, what == MAXIMUM);  // fall through
+    case FIRST: return list.n ? list.items[0] : undefined;
+    case LAST: return list.n ? list.items[list.n - 1] : undefined;
+    case VALUES:
+        for (size_t i = 1; i < v.n && !j->failed; i += 2) push(j, &list, v.items[i]);
+        return list;
+    case ITEMS: case DICT_SORT:
+        if (v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT)) return complain(j, "the items", v);
+        for (size_t i = 0; v.kind == IS_DICT && i < v.n && !j->failed; i += 2)
+            push(j, &list, (Value){.kind = IS_TUPLE, .n = 2, .items = v.items + i});
+        return what == ITEMS ? list : sort_items(j, list, integer(0), is_true(a[0]));
+    case GET:
+        check_key(j, a[0]);
+        found = find_value(j, v, a[0]);
+        return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
+    case LENGTH:
+        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
+        if (!is_list(v) && v.kind != IS_DICT && v.kind != IS_UNDEFINED) return complain(j, "the length", v);
+        return integer((int64_t)(v.kind == IS_DICT ? v.n / 2 : is_list(v) ? v.n : 0));
+    case DEFAULT:
+        if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
+        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
     case TO_JSON:
         width = need_count(j, a[1], 0);
         if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
         if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
         put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
         return take_string_from(j, start);
-    case DEFAULT:
-        if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
-        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
-    case LENGTH:
-        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
-        if (v.kind == IS_UNDEFINED) return integer(0);
-        if (v.kind == IS_DICT) return integer((int64_t)v.n / 2);
-        return is_list(v) ? integer((int64_t)v.n) : complain(j, "the length", v);
-    case GET:
-        check_key(j, a[0]);
-        found = find_value(j, v, a[0]);
-        return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
     case TO_INTEGER: return convert_number(j, v, true, is_missing(a[0]) ? integer(0) : a[0]);
     case TO_FLOAT: return convert_number(j, v, false, is_missing(a[0]) ? real(0) : a[0]);
     case ROUND: return round_number(j, v, need_count(j, a[0], 0));
@@ -2877,7 +2855,7 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
     case RAISE_EXCEPTION:
         v = to_string(j, a[0]);
         return stop(j, MISUSE, "%.*s", (int)(v.n < 200 ? v.n : 200), v.text);
-    default: return apply_to_items(j, what, v, a);
+    default: return list;
     }
 }
 
