@@ -2469,8 +2469,8 @@ static Value slice(Template *j, Value v, const Value bounds[3]) {
     if (!is_string && !is_list(v)) return complain(j, "a slice", v);
     for (int i = 0; i < 3; i++)
         if (bounds[i].kind > IS_INTEGER) return complain(j, "a bound", bounds[i]);
-    int64_t n = is_string ? count_characters(v) : (int64_t)v.n, by = 1;
-    if (bounds[2].kind != IS_NONE) by = as_integer(bounds[2]);
+    int64_t n = is_string ? count_characters(v) : (int64_t)v.n;
+    int64_t by = bounds[2].kind == IS_NONE ? 1 : as_integer(bounds[2]);
     if (by == 0) return stop(j, MISUSE, "a slice with a step of 0");
     int64_t low = by > 0 ? 0 : -1, high = low + n, ends[2] = {by > 0 ? low : high, by > 0 ? high : low};
     for (int i = 0; i < 2; i++) {
@@ -2495,11 +2495,9 @@ static Value slice(Template *j, Value v, const Value bounds[3]) {
 static Value split_words(Template *j, Value s) {
     Value words = {.kind = IS_LIST};
     uint32_t c;
-    for (size_t i = 0, n, begin = 0; i <= s.n && !j->failed; i += n) {
-        n = i < s.n ? character(s.text + i, s.n - i, &c) : 1;
-        if (i < s.n && !is_white(c)) continue;
-        if (begin < i) push(j, &words, part_of(s, begin, i));
-        begin = i + n;
+    for (size_t i, n; (s = strip(s, true, false, NULL)).n && !j->failed; s = part_of(s, i, s.n)) {
+        for (i = 0; i < s.n && (n = character(s.text + i, s.n - i, &c), !is_white(c)); i += n) {}
+        push(j, &words, part_of(s, 0, i));
     }
     return words;
 }
@@ -2702,30 +2700,24 @@ static Value compute(Template *j, Value sign, Value a, Value b) {
     return list;
 }
 
-// value is name(arguments)
+// value is name(arguments): whether the value is of one of some kinds, or how it compares with the argument.
 static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
     enum { NUMBERS = 1 << IS_BOOLEAN | 1 << IS_INTEGER | 1 << IS_FLOAT,
            SEQUENCES = 1 << IS_STRING | 1 << IS_DICT | 1 << IS_LIST | 1 << IS_TUPLE | 1 << IS_UNDEFINED };
-    static const struct { const char *name; int kinds; } kinds[] = {
-        {"defined", ~(1 << IS_UNDEFINED)}, {"undefined", 1 << IS_UNDEFINED}, {"none", 1 << IS_NONE},
-        {"string", 1 << IS_STRING}, {"number", NUMBERS}, {"integer", 1 << IS_INTEGER}, {"float", 1 << IS_FLOAT},
-        {"boolean", 1 << IS_BOOLEAN}, {"true", 1 << IS_BOOLEAN}, {"false", 1 << IS_BOOLEAN}, {"mapping", 1 << IS_DICT},
-        {"sequence", SEQUENCES}, {"iterable", SEQUENCES | 1 << IS_LOOP},
+    static const struct { const char *names; int kinds; const char *sign; } tests[] = {
+        {"defined", ~(1 << IS_UNDEFINED), NULL}, {"undefined", 1 << IS_UNDEFINED, NULL}, {"none", 1 << IS_NONE, NULL},
+        {"string", 1 << IS_STRING, NULL}, {"number", NUMBERS, NULL}, {"integer", 1 << IS_INTEGER, NULL},
+        {"float", 1 << IS_FLOAT, NULL}, {"boolean true false", 1 << IS_BOOLEAN, NULL},
+        {"mapping", 1 << IS_DICT, NULL}, {"sequence", SEQUENCES, NULL}, {"iterable", SEQUENCES | 1 << IS_LOOP, NULL},
+        {"eq equalto", 0, "=="}, {"ne", 0, "!="}, {"lt lessthan", 0, "<"}, {"le", 0, "<="}, {"gt greaterthan", 0, ">"},
+        {"ge", 0, ">="}, {"== != < <= > >= in", 0, ""},  // those are signs themselves, for select("==", 1)
     };
-    static const struct { const char *names, *sign; } comparisons[] = {
-        {"eq equalto ==", "=="}, {"ne !=", "!="}, {"lt lessthan <", "<"}, {"le <=", "<="}, {"gt greaterthan >", ">"},
-        {"ge >=", ">="}, {"in", "in"},
-    };
-    for (size_t i = 0; i < sizeof comparisons / sizeof *comparisons; i++) {
-        if (!has_word(comparisons[i].names, name)) continue;
-        if (a->list.n != 1) return stop(j, MISUSE, "a test needs one argument"), false;
-        return compare(j, string(comparisons[i].sign), v, a->list.items[0]);
-    }
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        if (!same_text(name, kinds[i].name)) continue;
-        bool holds = kinds[i].kinds >> v.kind & 1;
-        if (a->list.n || a->named.n) return stop(j, MISUSE, "an argument of a test that has none"), false;
-        return holds && (!has_word("true false", name) || v.truth == (name.text[0] == 't'));
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        const char *sign = tests[i].sign;
+        if (!has_word(tests[i].names, name)) continue;
+        if (a->list.n != (sign != NULL) || a->named.n) return stop(j, MISUSE, "a test with wrong arguments"), false;
+        if (sign) return compare(j, *sign ? string(sign) : name, v, a->list.items[0]);
+        return tests[i].kinds >> v.kind & 1 && (!has_word("true false", name) || v.truth == (*name.text == 't'));
     }
     lacks(j, "the test", name);
     return false;
@@ -2738,7 +2730,8 @@ static Value convert_number(Template *j, Value v, bool whole, Value otherwise) {
         Value s = strip(v, true, true, NULL);
         bool plus = s.n && s.text[0] == '+';
         size_t length = scan_number(s.text + plus, s.n - plus, &v) + plus;
-        if (length != s.n && s.n && (strchr("0123456789+-.iInN", *s.text) || *s.text & 0x80)) return lacks(j, "the number", s);
+        bool may_be = s.n && (strchr("0123456789+-.iInN", *s.text) || *s.text & 0x80);  // for Python: inf, 1_000
+        if (length != s.n && may_be) return lacks(j, "the number", s);
         if (length != s.n || !s.n) return otherwise;
     }
     if (!is_number(v)) return otherwise;
@@ -2771,7 +2764,8 @@ static Value strftime_now(Template *j, Value format) {
 static Value range(Template *j, const Value *a) {
     Value list = {.kind = IS_LIST};
     bool has_start = !is_missing(a[1]);
-    int64_t i = has_start ? need_count(j, a[0], 0) : 0, end = need_count(j, a[has_start], 0), step = need_count(j, a[2], 1);
+    int64_t i = has_start ? need_count(j, a[0], 0) : 0, end = need_count(j, a[has_start], 0);
+    int64_t step = need_count(j, a[2], 1);
     if (step == 0 || is_missing(a[0])) return stop(j, MISUSE, "range() without an end or with a step of 0");
     while ((step > 0 ? i < end : i > end) && !j->failed) {
         if (list.n == MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
@@ -2819,7 +2813,9 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
     case SORT: return sort_items(j, list, a[1], is_true(a[0]));
     case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
     case JOIN: return join_items(j, list, to_string(j, a[0]));
-    case MINIMUM: case MAXIMUM: list = sort_items(j, list, undefined, what == MAXIMUM);  // fall through
+    case MINIMUM: case MAXIMUM:
+        list = sort_items(j, list, undefined, what == MAXIMUM);
+        return list.n ? list.items[0] : undefined;
     case FIRST: return list.n ? list.items[0] : undefined;
     case LAST: return list.n ? list.items[list.n - 1] : undefined;
     case VALUES:
@@ -2998,30 +2994,24 @@ static void run_loop(Template *j, const Node *x, Value over) {
 }
 
 static Value evaluate_node(Template *j, const Node *x) {
+    enum { LISTS = 1 << NODE_LIST | 1 << NODE_TUPLE | 1 << NODE_SLICE | 1 << NODE_FILTER | 1 << NODE_TEST };
     size_t start = j->out->text.n;
     Scope *outer = j->scope;
-    Value first = x->kind == NODE_CALL ? undefined : evaluate(j, x->first), items;
-    Arguments a;
+    Value first = x->kind == NODE_CALL ? undefined : evaluate(j, x->first);
+    Arguments a = evaluate_list(j, LISTS >> x->kind & 1 ? x->second : NULL);
+    if (j->failed) return undefined;
     switch (x->kind) {
     case NODE_CONSTANT: return x->value;
     case NODE_VARIABLE: return variable(j, x->value);
-    case NODE_LIST: case NODE_TUPLE:
-        items = evaluate_list(j, x->second).list;
-        items.kind = x->kind == NODE_LIST ? IS_LIST : IS_TUPLE;
-        return items;
+    case NODE_LIST: return a.list;
+    case NODE_TUPLE: return (Value){.kind = IS_TUPLE, .n = a.list.n, .items = a.list.items};
     case NODE_DICT: return make_dict(j, x->second);
     case NODE_MEMBER: return member(j, first, x->value, true);
     case NODE_ITEM: return member(j, first, evaluate(j, x->second), false);
-    case NODE_SLICE: 
-        items = evaluate_list(j, x->second).list;
-        return j->failed ? undefined : slice(j, first, items.items);
+    case NODE_SLICE: return slice(j, first, a.list.items);
+    case NODE_FILTER: return apply(j, '|', x->value, first, &a);
+    case NODE_TEST: return boolean(apply_test(j, x->value, first, &a));
     case NODE_CALL: return call(j, x->first, x->second);
-    case NODE_FILTER:
-        a = evaluate_list(j, x->second);
-        return j->failed ? undefined : apply(j, '|', x->value, first, &a);
-    case NODE_TEST:
-        a = evaluate_list(j, x->second);
-        return boolean(!j->failed && apply_test(j, x->value, first, &a));
     case NODE_NOT: return boolean(!is_true(first));
     case NODE_SIGN:
         if (first.kind == IS_FLOAT) return real(*x->value.text == '-' ? -first.number : first.number);
