@@ -1613,8 +1613,8 @@ typedef enum {
     NODE_CAPTURE,                           // the text of `body`
     NODE_OUTPUT,                            // {{ first }}
     NODE_IF,                                // if first, then body, else otherwise: statements, or an expression
-    NODE_FOR,                               // body for second, targets, in first, or otherwise; next of first: condition
-    NODE_SET,                               // second, targets, become first
+    NODE_FOR,                               // body for second (targets) in first, whose next is the condition; otherwise
+    NODE_SET,                               // second (targets) = first
     NODE_MACRO,                             // value: the name; second: parameters; body
     NODE_BREAK, NODE_CONTINUE
 } NodeKind;
@@ -1789,7 +1789,8 @@ static size_t read_string(Template *j, const char *s) {
     j->constant = (Value){.kind = IS_STRING, .text = to, .marks = j->ones};
     for (const char *at = s + 1; at < end;) {
         uint32_t code;
-        size_t n = *at != '\\' ? 0 : read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
+        size_t n = 0;
+        if (*at == '\\') n = read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
         if (*at == '\\' && (n ? code == NOT_UTF8 : memchr("01234567NUux\n", at[1], 13) != NULL))
             return stop(j, BAD_FILE, "the escape \\%c is not supported", at[1]), 1;
         if (n) j->constant.n += write_character(code, to + j->constant.n);
@@ -2153,6 +2154,7 @@ static Node *parse_for(Template *j) {
     expect(j, "in");
     x->first = parse_binary(j, 0);
     if (take_word(j, "if")) x->first->next = parse_expression(j);
+    if (sees(j, "recursive")) lacks(j, "the loop that is", j->word);
     j->n_loops++;
     x->body = parse_body(j, "else endfor");
     j->n_loops--;
@@ -2172,7 +2174,7 @@ static Node *parse_macro(Template *j) {
     expect(j, "(");
     x->second = parse_items(j, ")");
     for (const Node *p = x->second; p && !j->failed; p = p->next)
-        if (p->kind != NODE_VARIABLE && p->kind != NODE_NAMED) stop(j, BAD_FILE, "a parameter of a macro that is no name");
+        if (p->kind != NODE_VARIABLE && p->kind != NODE_NAMED) stop(j, BAD_FILE, "a parameter that is no name");
     x->body = parse_block(j, "endmacro");
     return x;
 }
@@ -2183,9 +2185,11 @@ static Node *parse_statement(Template *j) {
     if (same_text(name, "for")) return parse_for(j);
     if (same_text(name, "set")) return parse_set(j);
     if (same_text(name, "macro")) return parse_macro(j);
-    if (same_text(name, "filter")) return new_node(j, NODE_OUTPUT, undefined, parse_capture(j, "endfilter", true), NULL);
-    if (same_text(name, "generation"))  // noted for training
-        return new_node(j, NODE_OUTPUT, undefined, parse_capture(j, "endgeneration", false), NULL);
+    bool is_filter = same_text(name, "filter");
+    if (is_filter || same_text(name, "generation")) {  // the latter is noted for training
+        Node *x = parse_capture(j, is_filter ? "endfilter" : "endgeneration", is_filter);
+        return new_node(j, NODE_OUTPUT, undefined, x, NULL);
+    }
     if (!has_word("break continue", name)) lacks(j, "the statement", name);
     else if (j->n_loops == 0) stop(j, BAD_FILE, "%.*s outside of a loop", (int)name.n, name.text);
     return new_node(j, *name.text == 'b' ? NODE_BREAK : NODE_CONTINUE, undefined, NULL, NULL);
@@ -2506,7 +2510,6 @@ static Value split_words(Template *j, Value s) {
 static Value split_text(Template *j, Value s, Value separator, int64_t most, bool right) {
     Value parts = {.kind = IS_LIST};
     size_t from = 0, to = s.n, at;
-    if (separator.n == 0) return stop(j, MISUSE, "a separator without characters");
     for (; most != 0 && (at = find_text(j, s, from, to, separator, right)) != SIZE_MAX; most--) {
         push(j, &parts, right ? part_of(s, at + separator.n, to) : part_of(s, from, at));
         if (right) to = at;
@@ -2669,9 +2672,8 @@ static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
 }
 
 static bool compare(Template *j, Value sign, Value a, Value b) {
-    if (same_text(sign, "in") || same_text(sign, "not")) return contains(j, b, a) == (sign.text[0] == 'i');  // not in
-    if (same_text(sign, "==")) return is_equal(j, a, b);
-    if (same_text(sign, "!=")) return !is_equal(j, a, b);
+    if (has_word("in not", sign)) return contains(j, b, a) == (*sign.text == 'i');  // not: of `not in`
+    if (has_word("== !=", sign)) return is_equal(j, a, b) == (*sign.text == '=');
     bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
     return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
 }
@@ -2807,16 +2809,14 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
     if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
     if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
     if (what <= MAXIMUM && (is_true(v) || what >= UNIQUE)) list = list_items(j, v);
+    if (what == MINIMUM || what == MAXIMUM) list = sort_items(j, list, undefined, what == MAXIMUM);
     switch (what) {
     case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
         return choose_items(j, what, list, a);
     case SORT: return sort_items(j, list, a[1], is_true(a[0]));
     case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
     case JOIN: return join_items(j, list, to_string(j, a[0]));
-    case MINIMUM: case MAXIMUM:
-        list = sort_items(j, list, undefined, what == MAXIMUM);
-        return list.n ? list.items[0] : undefined;
-    case FIRST: return list.n ? list.items[0] : undefined;
+    case FIRST: case MINIMUM: case MAXIMUM: return list.n ? list.items[0] : undefined;
     case LAST: return list.n ? list.items[list.n - 1] : undefined;
     case VALUES:
         for (size_t i = 1; i < v.n && !j->failed; i += 2) push(j, &list, v.items[i]);
