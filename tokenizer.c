@@ -1613,7 +1613,7 @@ typedef enum {
     NODE_CAPTURE,                           // the text of `body`
     NODE_OUTPUT,                            // {{ first }}
     NODE_IF,                                // if first, then body, else otherwise: statements, or an expression
-    NODE_FOR,                               // body for second (targets) in first, whose next is the condition; otherwise
+    NODE_FOR,                               // body for second (targets) in first, whose `next` is the condition
     NODE_SET,                               // second (targets) = first
     NODE_MACRO,                             // value: the name; second: parameters; body
     NODE_BREAK, NODE_CONTINUE
@@ -1977,16 +1977,13 @@ static Node *parse_primary(Template *j) {
 
 // [index] or [from:to:step]
 static Node *parse_subscript(Template *j, Node *of) {
-    Node *bounds[3], *x = new_node(j, NODE_ITEM, undefined, of, NULL);
+    Node *x = new_node(j, NODE_ITEM, undefined, of, NULL), **last = &x->second;
     if (sees(j, "]")) expect(j, "an index");
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++, last = &(*last)->next) {
         bool given = !sees(j, ":") && !sees(j, "]");
-        bounds[i] = given ? parse_expression(j) : new_node(j, NODE_CONSTANT, (Value){.kind = IS_NONE}, NULL, NULL);
+        *last = given ? parse_expression(j) : new_node(j, NODE_CONSTANT, (Value){.kind = IS_NONE}, NULL, NULL);
         if (i < 2 && take_word(j, ":")) x->kind = NODE_SLICE;
     }
-    bounds[0]->next = bounds[1];
-    bounds[1]->next = bounds[2];
-    x->second = bounds[0];
     expect(j, "]");
     return x;
 }
