@@ -7171,10 +7171,11 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 #define HEADING(text) { 0, "", NULL, FLAG, 0, 0, 0, text }
 #define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
+static const char mode_help[] = "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, "
+                                "eval, inspect, export, bench, matmul";
 static const Option option_table[] = {
-    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, "
-      "bench, matmul" },
+    HEADING("Task"),
+    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0, mode_help },
     { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
     HEADING("Prompt (generate, chat, logits, perplexity, score, eval, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
@@ -7214,12 +7215,9 @@ static const Option option_table[] = {
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
     HEADING("Memory (" RUNNERS ")"),
     { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
-    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
-      "prompt tokens per step (default 128); changes speed and memory, never the text" },
-    { 0, "session", "FILE", TEXT, OF(session), 0, 0,
-      "generate, chat: keep the text's cache in FILE; what the next text has in common with it is not read again" },
-    { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
-      "generate, chat: check up to N tokens in one pass, guessed from the text so far: the same text, sooner" },
+    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096, "prompt tokens per step (default 128): speed and memory only" },
+    { 0, "session", "FILE", TEXT, OF(session), 0, 0, "generate, chat: keep the cache in FILE for texts that begin so" },
+    { 0, "lookup", "N", INT, OF(lookup), 0, 1024, "generate, chat: guess and check N tokens at once; the same text" },
     HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
@@ -7233,8 +7231,7 @@ static const Option option_table[] = {
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
     HEADING("Measurement"),
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20,
-      "bench, matmul: prompt tokens (default 512), vectors at once (default 1,256)" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench, matmul: prompt tokens (default 512), vectors (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
     { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: tokens before those (default 0)" },
     { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: texts generated together (default 1)" },
@@ -7264,24 +7261,22 @@ static const Option option_table[] = {
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
-// The same by other names: those of llama.cpp. A value after = is part of what it stands for.
-static const struct { const char *habit, *ours; } habits[] = {
-    { "-sys", "--system" }, { "--system-prompt", "--system" }, { "--chat-template", "--template" },
-    { "--no-display-prompt", "--no-echo" }, { "--predict", "--n-predict" }, { "--temperature", "--temp" },
-    { "-cnv", "--mode=chat" }, { "--conversation", "--mode=chat" },
-    { "-no-cnv", "--mode=generate" }, { "--no-conversation", "--mode=generate" },
+// Words of llama.cpp: an option of ours by another name, with its value after = if the name stands for one; or, where
+// `ours` is NULL, what changes no text here, with the values that may follow it ("": any; NULL: none).
+typedef struct { const char *words, *ours, *values; } Habit;
+static const Habit habits[] = {
+    { "-sys --system-prompt", "--system", NULL }, { "--chat-template", "--template", NULL },
+    { "--no-display-prompt", "--no-echo", NULL }, { "-st", "--single-turn", NULL },
+    { "--predict", "--n-predict", NULL }, { "--temperature", "--temp", NULL },
+    { "-cnv --conversation", "--mode=chat", NULL }, { "-no-cnv --no-conversation", "--mode=generate", NULL },
+    { "--mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
+      "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload",
+      NULL, NULL },
+    { "-ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
+      "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
+      "--reasoning-format --log-colors", NULL, "" },
+    { "-fa --flash-attn -co --color", NULL, "on off auto" },
 };
-
-// Options of llama.cpp that change no text here: without a value, with one, and with on, off, auto or none.
-static const char *const ignored[] = {
-    " --mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
-    "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload ",
-    " -ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
-    "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
-    "--reasoning-format --log-colors ",
-    " -fa --flash-attn -co --color ",
-};
-static const char repeatable[] = " file stop logit-bias template-arg ";
 
 static void print_help(void) {
     printf("usage: %s MODEL [PROMPT] [options]\n", options.program);
@@ -7298,65 +7293,71 @@ static void print_help(void) {
 
 static bool mode_uses(const char *mode, const Option *o) {
     char list[160], word[32];
-    const char *text = o->help;
-    size_t n = strspn(text, "abcdefghijklmnopqrstuvwxyz, ");
-    if (text[n] != ':') {
-        while (o > option_table && *o->name) o--;
-        text = *o->name ? NULL : strchr(o->help, '(');
-        if (!text) return true;
-        n = strcspn(++text, ")");
+    const char *modes = o->help;
+    size_t n = strspn(modes, "abcdefghijklmnopqrstuvwxyz, ");
+    if (modes[n] != ':') {
+        while (*o->name) o--;
+        if (!(modes = strchr(o->help, '('))) return true;
+        n = strcspn(++modes, ")");
     }
-    snprintf(list, sizeof list, ", %.*s,", (int)n, text);
+    snprintf(list, sizeof list, ", %.*s,", (int)n, modes);
     snprintf(word, sizeof word, ", %s,", mode);
     return strstr(list, word) != NULL;
 }
 
-// The option that a word is, whole or up to its =.
-static const Option *find_option(const char *word) {
-    if (!strcmp(word, "-st")) word = "--single-turn";
-    size_t n = strcspn(word, "=");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
-        if (word[1] == '-' ? n > 2 && !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
-                           : o->letter && word[1] == o->letter && !word[2]) return o;
-    }
+static const Habit *find_habit(const char *word) {
+    Value name = part_of(string(word), 0, strcspn(word, "="));
+    for (const Habit *h = habits; h < habits + sizeof habits / sizeof *habits; h++)
+        if (has_word(h->words, name)) return h;
     return NULL;
 }
 
-// How many letters must be changed, added or left out to make a of b; only up to `most` is it counted.
-static int edit_distance(const char *a, const char *b, int most) {
+// The option that a word is. *glued: the value that the word has too, as in --temp=1 and -n5; or NULL.
+static const Option *find_option(const char *word, const char **glued) {
+    bool is_long = word[1] == '-';
+    const char *name = word + (is_long ? 2 : 1);
+    size_t n = is_long ? strcspn(name, "=") : *name != 0;
+    *glued = is_long && name[n] ? name + n + 1 : isdigit((unsigned char)name[n]) ? name + n : NULL;
+    if (!n || (name[n] && !*glued)) return NULL;
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+        if (is_long ? !strncmp(name, o->name, n) && !o->name[n] : o->letter == *name) return o;
+    return NULL;
+}
+
+// Whether b is a with up to `most` letters changed, added or left out.
+static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
-    if (most == 0 || !*a || !*b) return (int)(strlen(a) + strlen(b));
-    int changed = edit_distance(a + 1, b + 1, most - 1), added = edit_distance(a, b + 1, most - 1);
-    int left_out = edit_distance(a + 1, b, most - 1);
-    return 1 + (changed < added ? changed < left_out ? changed : left_out : added < left_out ? added : left_out);
+    if (*a == *b || most == 0) return *a == *b;
+    return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
+           (*a && *b && resembles(a + 1, b + 1, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
-    snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
-    name[strcspn(name, "=")] = 0;
+    const char *start = word + strspn(word, "-");
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
     int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
-        for (int i = 0; i < N_OPTIONS; i++)
-            if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)
-                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, option_table[i].name);
+        for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+            if (*o->name && resembles(name, o->name, wrong))
+                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, o->name);
     return fail(e, MISUSE, "there is no option %s; %s --help lists them", word, options.program);
 }
 
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     static const char *const kinds[] = { [INT] = "an integer", [SEED] = "an integer", [REAL] = "a number",
                                          [LIST] = "integers, as in 1,2," };
-    char most[32] = "18446744073709551615";  // the largest seed: no double holds it
     const char *starts = o->min < 0 ? "0123456789.-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
-    char *end;
+    Texts *texts = place;
+    char *end, most[32] = "18446744073709551615";  // the largest seed: no double holds it
     if (o->type == FLAG) return *(bool *)place = true;
     if (o->type == TEXT) return *(const char **)place = value, true;
-    if (o->type == TEXTS && (!*value || strlen(value) > MAX_STOP || ((Texts *)place)->n == MAX_TEXTS))
+    if (o->type == TEXTS && *value && strlen(value) <= MAX_STOP && texts->n < MAX_TEXTS)
+        return texts->at[texts->n++] = value, true;
+    if (o->type == TEXTS)
         return fail(e, MISUSE, "--%s: expected up to %d texts of 1 to %d bytes", o->name, MAX_TEXTS, MAX_STOP);
-    if (o->type == TEXTS) return ((Texts *)place)->at[((Texts *)place)->n++] = value, true;
     if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
@@ -7366,7 +7367,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         else if (o->type == REAL) x = *(double *)place = strtod(at, &end);
         else if (o->type == INT) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
         else x = (double)strtol(at, &end, 10);
-        if (errno || !(x >= o->min && x <= o->max)) break;
+        if ((o->type == SEED && errno) || !(x >= o->min && x <= o->max)) break;  // others that overflow are too large
         if (o->type == LIST) list->at[list->n++] = (int)x;
         if (!*end) return true;
         if (o->type != LIST || *end != ',' || list->n == 16) break;
@@ -7378,30 +7379,15 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
 
 // Sets an option for one line of --prompts: one of those that may differ from text to text.
 static bool set_own(Text key, Text value, Options *to, Error *e) {
-    static const char *const names[] = { "n_predict", "temp", "top_p", "top_k", "min_p", "seed" };
-    char word[16] = "", text[32];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (is_text(key, names[i])) snprintf(word, sizeof word, "--%s", names[i]);
-    for (char *p = word; *p; p++) if (*p == '_') *p = '-';
-    if (!*word || !value.at || value.n >= sizeof text)
+    char name[16] = "--", text[32] = "";
+    const char *unused;
+    Value word = { .kind = IS_STRING, .n = key.n, .text = key.at };
+    bool is_known = has_word("n_predict temp top_p top_k min_p seed", word);
+    if (!is_known || !value.at || value.n >= sizeof text || memchr(value.at, 0, value.n))
         return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
-    snprintf(text, sizeof text, "%.*s", (int)value.n, value.at);
-    return set_option(find_option(word), text, to, e);
-}
-
-static bool is_listed_word(const char *list, const char *word, size_t n) {
-    char padded[40];
-    snprintf(padded, sizeof padded, " %.*s ", (int)n, word);
-    return strstr(list, padded) != NULL;
-}
-
-// How many words an ignored option takes, with its value; 0: the word is none.
-static int count_ignored(const char *word, const char *next) {
-    size_t n = strcspn(word, "=");
-    bool takes[] = { false, true, next && is_listed_word(" on off auto ", next, strlen(next)) };
-    for (int i = 0; i < 3; i++)
-        if (is_listed_word(ignored[i], word, n)) return 1 + (takes[i] && next && !word[n]);
-    return 0;
+    for (size_t i = 0; i < key.n; i++) name[2 + i] = key.at[i] == '_' ? '-' : key.at[i];
+    memcpy(text, value.at, value.n);
+    return set_option(find_option(name, &unused), text, to, e);
 }
 
 // Adds to the prompt's parts. Of several -i the last one counts.
@@ -7414,38 +7400,30 @@ static bool add_prompt(Options *to, const char *text, bool is_file, Error *e) {
     return true;
 }
 
-// The option that a word is, also by another name or with its value glued to it: then *glued.
-static const Option *recognise_option(const char *word, const char **glued) {
-    size_t n = strcspn(word, "=");
-    const char *name = word, letter[] = { '-', word[1], 0 };
-    for (size_t i = 0; i < sizeof habits / sizeof *habits; i++)
-        if (!strncmp(word, habits[i].habit, n) && !habits[i].habit[n]) name = habits[i].ours;
-    *glued = name[1] != '-' ? NULL : strchr(name, '=') ? strchr(name, '=') : strchr(word, '=');
-    const Option *o = find_option(name);
-    if (o || word[1] == '-' || !isdigit((unsigned char)word[word[1] ? 2 : 1])) return o;
-    *glued = word + 1;
-    return find_option(letter);
-}
-
 // Reads what begins at word i: an option, the model, or the prompt. Returns where the next begins, or 0.
 static int parse_word(char **argv, int i, Options *to, int *given, bool quiet, Error *e) {
-    const char *word = argv[i], *next = argv[i + 1], *glued = NULL;
+    const char *word = argv[i], *next = argv[i + 1], *glued, *unused;
+    size_t n = strcspn(word, "=");
     char *end = NULL;
     bool is_option = word[0] == '-';
-    const Option *o = is_option ? recognise_option(word, &glued) : find_option(to->checkpoint ? "-i" : "--model");
-    int n = o ? 0 : count_ignored(word, next);
-    if (n && !quiet) fprintf(stderr, "%.*s has no effect here\n", (int)strcspn(word, "="), word);
-    if (n) return i + n;
+    const Habit *h = find_habit(word);
+    if (h && !h->ours) {
+        if (!quiet) fprintf(stderr, "%.*s has no effect here\n", (int)n, word);
+        return i + 1 + (next && !word[n] && h->values && (!*h->values || has_word(h->values, string(next))));
+    }
+    const Option *o = find_option(h ? h->ours : is_option ? word : to->checkpoint ? "-i" : "--model", &glued);
+    if (h && !glued && word[n]) glued = word + n + 1;
     if (!o || (glued && o->type == FLAG)) return refuse_option(word, e);
-    const char *value = !is_option ? word : glued ? glued + 1 : next;
+    const char *value = !is_option ? word : glued ? glued : next;
     if (o->type != FLAG && !value) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-    if (!strcmp(word, "-p") && !strchr("+-.0123456789", *value) && (strtod(value, &end), *end)) o = find_option("-i");
-    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model");
+    bool is_number = value && (strchr("+-.0123456789", *value) || (strtod(value, &end), !*end));
+    if (!strcmp(word, "-p") && !is_number) o = find_option("-i", &unused);
+    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model", &unused);
     bool is_file = o->offset == OF(file), is_model = o->offset == OF(checkpoint);
     if ((is_model && to->checkpoint) || (!is_option && to->prompt && !is_model))
         return fail(e, MISUSE, "two %ss: \"%.99s\" and \"%.99s\"; put one in quotes", o->name,
                     is_model ? to->checkpoint : to->prompt, value);
-    if (given[o - option_table]++ && !quiet && !is_listed_word(repeatable, o->name, strlen(o->name)))
+    if (given[o - option_table]++ && !quiet && o->type != TEXTS && !is_file)
         fprintf(stderr, "--%s is given again: the last one counts\n", o->name);
     if ((is_file || o->offset == OF(prompt)) && !add_prompt(to, value, is_file, e)) return 0;
     return set_option(o, value, to, e) ? i + 1 + (o->type != FLAG && is_option && !glued) : 0;
@@ -7468,7 +7446,7 @@ static const char *const mode_names[N_MODES] = { "render", "tokenize", "detokeni
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
-    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, find_option("-m")->help);
+    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, mode_help);
 }
 
 // Reads token ids from n bytes of text, after which there is a NUL.
