@@ -6488,40 +6488,34 @@ static int largest(List list) {
 
 // ---- Results ----
 
-// How fast it was, and how fast it could be.
-typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
-
 typedef struct {
     char test[64];
-    int threads, n_tokens;
-    Load load, ceiling;       // of a run; in a nanosecond
-    Load steps[N_STEPS];      // the load's parts
-    double ns[MAX_RUNS];      // nanoseconds of each run
-    double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
-    Rate memory, arithmetic;  // reading; this mix of operations
-    const Rate *bound;        // the one that is nearer to its ceiling, and
-    double percent;           // how near
+    int threads, n_tokens, parallel;  // parallel: texts that get their tokens together, one by one; 0: others
+    Load load, ceiling;      // of a run; in a nanosecond
+    Load steps[N_STEPS];     // the load's parts
+    double ns[MAX_RUNS];     // nanoseconds of each run
+    double per_s, spread;    // tokens per second: the median, and half the distance from the least to the most
+    double gb, gop, most_gop;  // GB/s and Gop/s; the ceiling of this mix of operations
+    const char *bound;         // what is nearer to its ceiling, memory or arithmetic, and
+    double percent;            // how near
 } Measured;
 
-// A list of tests and their results. prepare() gives test `number` its name, load and number of tokens (0: it is left
-// out); run() does it once.
+// What is tested, and the results.
 typedef struct Bench {
     char title[64];
-    int n_tests, n_results;
-    bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
-    bool (*run)(struct Bench *b, const Measured *r, Error *e);
+    bool (*run)(struct Bench *b, const Measured *r, Error *e);  // does a test once
+    Buffer results;    // Measured
     uint64_t *memory;  // (MEMORY_BYTES)  bytes of 0x31, also read as matrices: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens after `depth` others, as a prompt (parallel 0) or one by one in so many texts
+    // bench: tokens after `depth` others
     const Model *m;
     Workspace *workspace;
-    Sequence *sequences;
-    int *tokens, depth, parallel;  // tokens (S)
+    Sequence *texts;
+    int *tokens, depth;  // tokens (S)
     // matmul: products, without a model
     Tensor w;
     size_t n_products;
     Activations x;
     float *y;  // (n, MOST_ROWS)
-    Measured *results;
 } Bench;
 
 static int by_size(const void *a, const void *b) {
@@ -6529,7 +6523,8 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The nanoseconds that a run's operations would take at the ceilings.
+// The nanoseconds that a run's reading, and its operations, would take at the ceilings.
+static double reading_time(const Measured *r) { return r->load.bytes / r->ceiling.bytes; }
 static double multiplying_time(const Measured *r) {
     return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
@@ -6543,10 +6538,11 @@ static void conclude(Measured *r, int n_runs) {
     double ns = (r->ns[n_runs / 2] + r->ns[(n_runs - 1) / 2]) / 2, ops = r->load.int8 + r->load.f32;
     r->per_s = 1e9 * r->n_tokens / ns;
     r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
-    r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
-    r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
-    r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
-    r->percent = 100 * r->bound->reached / r->bound->ceiling;
+    r->gb = r->load.bytes / ns;
+    r->gop = ops / ns;
+    r->most_gop = ops / multiplying_time(r);
+    r->bound = reading_time(r) > multiplying_time(r) ? "memory" : "arithmetic";
+    r->percent = 100 * fmax(reading_time(r), multiplying_time(r)) / ns;
     if (n_runs >= 4 && best[1] > 1.05 * best[0] && !options.quiet)
         fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * (best[1] / best[0] - 1));
 }
@@ -6565,14 +6561,14 @@ static const char *const step_names[N_STEPS] = {
 // A step in one run: its calls, the time of the average thread that takes part, and how much of it the thread waits.
 static StepTime step_time(int step, int threads) {
     StepTime sum = { 0, 0, 0 };
+    size_t calls = profile[0][step].calls, reps = (size_t)options.reps;
     for (int i = 0; i < threads; i++) {
         sum.calls += profile[i][step].calls;
         sum.seconds += profile[i][step].seconds;
         sum.waiting += profile[i][step].waiting;
     }
-    size_t calls = profile[0][step].calls;
-    double n = calls ? (double)options.reps * (double)sum.calls / (double)calls : 1;
-    return (StepTime){ calls / (size_t)options.reps, sum.seconds / n, sum.waiting / n };
+    double n = calls ? (double)(reps * sum.calls) / (double)calls : 1;
+    return (StepTime){ calls / reps, sum.seconds / n, sum.waiting / n };
 }
 
 // n per second in billions, as text.
@@ -6584,27 +6580,28 @@ static const char *rate_text(char text[32], double n, double seconds) {
 
 // The steps of a test. Those of attention, ATTEND to MIX, share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
-    char gb[32], gop[32];
-    const char *before = "";
-    double total = 0, attending = 0;
-    for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
-    for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
+    const char *format = options.json
+        ? "\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"percent\": %.9g, \"gb_per_s\": %s, "
+          "\"gop_per_s\": %s, \"waiting_seconds\": %.9g}"
+        : "  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n";
+    double total = 0, attending = 0, unit = options.json ? 1 : 1e-3;
+    for (int i = 0; i < N_STEPS; i++) {
+        double seconds = step_time(i, r->threads).seconds;
+        total += seconds;
+        if (i >= ATTEND && i <= MIX) attending += seconds;
+    }
     printf(options.json ? ",\n   \"profile\": [" :
            "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
-    for (int i = 0; i < N_STEPS; i++) {
+    for (int i = 0, n = 0; i < N_STEPS; i++) {
         StepTime t = step_time(i, r->threads);
         bool attends = i >= ATTEND && i <= MIX;
         const Load *load = &r->steps[attends ? ATTEND : i];
-        const char *bytes = rate_text(gb, load->bytes, attends ? attending : t.seconds);
-        const char *ops = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        double seconds = attends ? attending : t.seconds;
+        char gb[32], gop[32];
         if (!t.calls) continue;
-        if (options.json)
-            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
-                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, bytes, ops, t.waiting);
-        else
-            printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
-                   total > 0 ? 100 * t.seconds / total : 0, bytes, ops, t.waiting * 1e3);
-        before = ",";
+        if (n++ && options.json) putchar(',');
+        printf(format, step_names[i], t.calls, t.seconds / unit, total > 0 ? 100 * t.seconds / total : 0,
+               rate_text(gb, load->bytes, seconds), rate_text(gop, load->int8 + load->f32, seconds), t.waiting / unit);
     }
     if (options.json) putchar(']');
 }
@@ -6612,28 +6609,26 @@ static void put_profile(const Measured *r) {
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Bench *b, const Measured *r) {
     static const char head[] = "| model                  | backend  | threads | test                  "
-                               "|              t/s |   GB/s |   Gop/s | of limit |\n";
-    bool first = r == b->results;
+                               "|              t/s |   GB/s |   Gop/s |            of limit |\n";
+    const char *first = b->results.n == 0 ? head : "";
     if (options.json) {
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
-               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
-               first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
-               r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
-               r->percent);
-        if (b->parallel) printf(",\n   \"parallel\": %d", b->parallel);
         time_t now = time(NULL);
         char date[32] = "";
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
+               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
+               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
+               *first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
+               r->gb, r->gop, r->bound, r->ceiling.bytes, r->most_gop, r->percent);
+        if (r->parallel) printf(",\n   \"parallel\": %d", r->parallel);
         put_word("cpu", cpu_name());
         put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
         put_word("date", date);
     } else {
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", b->title,
-               kernels->name, r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached,
-               r->percent);
+        fputs(first, stdout);
+        for (const char *p = first; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
+        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n", b->title,
+               kernels->name, r->threads, r->test, r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     }
     if (profile) put_profile(r);
     if (options.json) putchar('}');
@@ -6656,9 +6651,9 @@ static void draw_roof(FILE *f, double gb, double gop, const char *style, const c
 // The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
 // and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
-    const Load *c = &b->results[0].ceiling;
-    const Measured *end = b->results + b->n_results;
-    for (const Measured *r = b->results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
+    const Measured *results = (const void *)b->results.bytes, *end = results + b->results.n / sizeof *results;
+    const Load *c = &results->ceiling;
+    for (const Measured *r = results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">\n"
                "<style>text { fill: #7d8590; font-size: 13px } .end { text-anchor: end }\n"
                "path { stroke: #7d8590; fill: none } .grid { opacity: 0.3 } .roof { stroke-width: 2 }\n"
@@ -6674,11 +6669,11 @@ static void draw_roofline(const Bench *b, FILE *f) {
     }
     draw_roof(f, c->bytes, c->int8, "", "multiply-adds in 8 bits");
     draw_roof(f, c->bytes, c->f32, " dash", "in float");
-    for (const Measured *r = b->results; r < end; r++) {
-        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->arithmetic.reached);
+    for (const Measured *r = results; r < end; r++) {
+        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
         bool left = x > 550;  // the name must not leave the picture
-        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound->what, x, y);
-        if (b->n_results > 8) continue;
+        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound, x, y);
+        if (end - results > 8) continue;
         fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
                 left ? x - 9 : x + 9, y + 4, left ? "end" : "", r->test, r->threads, r->percent);
     }
@@ -6697,93 +6692,87 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     }
     conclude(r, (int)options.reps);
     put_result(b, r);
-    b->n_results++;
-    return true;
+    return append(&b->results, r, sizeof *r, e);
 }
 
-// Every test with every number of threads. The ceilings are measured beside, since machines are shared and throttle.
-static bool time_tests(Bench *b, Error *e) {
-    for (int j = 0; j < options.threads.n; j++) {
-        int threads = options.threads.at[j];
-        Load ceiling = { best_rate(threads, b->memory, false), best_rate(threads, NULL, true),
-                         best_rate(threads, NULL, false) };
-        for (int i = 0; i < b->n_tests; i++) {
-            Measured *r = &b->results[b->n_results];
-            *r = (Measured){ .threads = threads, .ceiling = ceiling };
-            if (!b->prepare(b, i, r, e) || (r->n_tokens && !time_test(b, r, e))) return false;
-        }
-    }
-    return true;
-}
-
-// All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
-static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
+// All tests with each set of kernels that this machine can run, and every number of threads; then the picture. The
+// ceilings are measured beside, since machines are shared and throttle.
+static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), const char *const *sets, int n_sets,
+                      Error *e) {
     Error cannot;
     Output out = { NULL, NULL, NULL };
-    size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
-    b->results = allocate(most, sizeof *b->results, e);
-    b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
-    bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
+    if (options.svg && !open_output(&out, options.svg, e)) return false;
+    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
-    for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
+    for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
+        Measured r = { .threads = options.threads.at[i % options.threads.n] };
+        if (!choose_kernels(sets[i / options.threads.n], &cannot)) continue;
+        r.ceiling = (Load){ best_rate(r.threads, b->memory, false), best_rate(r.threads, NULL, true),
+                            best_rate(r.threads, NULL, false) };
+        ok = test(b, &r, e);
+    }
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
-    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences than that nobody reads
-    for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
-        printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
-               r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
-               r->bound->unit, r->percent);
+    if (ok && !b->results.n) ok = fail(e, MISUSE, "nothing to measure; see --pp, --tg and --kernel");
     if (ok && options.svg) draw_roofline(b, out.stream);
     if (options.svg) ok = close_output(&out, ok, e);
-    free(b->results);
+    free(b->results.bytes);
     return ok;
 }
 
 // ---- bench: a model ----
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
-    Sequence *s = b->sequences;
-    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);
-    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
-    for (int n = 0; n < r->n_tokens / b->parallel; n++) {
+    Sequence *s = b->texts;
+    for (int i = 0; i == 0 || i < r->parallel; i++) rewind_sequence(&s[i], b->depth);
+    if (!r->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
+    for (int n = 0; n < r->n_tokens / r->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
-        if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
-        for (int i = 0; i < b->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
+        for (int i = 0; i < r->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
+        if (!forward(b->m, b->workspace, s, b->workspace->room, r->parallel, e)) return false;
+        for (int i = 0; i < r->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
     }
     return true;
 }
 
-// At each depth: each length of prompt, then each number of tokens in each number of texts.
-static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
-    int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
-    b->depth = options.depth.at[number / n_at_depth];
-    b->parallel = t < 0 ? 0 : options.parallel.at[t % options.parallel.n];
-    b->workspace->settings.threads = r->threads;
-    int n = t < 0 ? options.pp.at[i] : options.tg.at[t / options.parallel.n];
-    r->n_tokens = t < 0 ? n : n * b->parallel;
-    r->load = load_of(b->m, b->workspace, b->depth, n, b->parallel, r->steps);
-    int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
-    if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
+// Tests n tokens: as a prompt (parallel 0), or one by one in each of so many texts. 0 tokens: there is nothing to test.
+static bool test_tokens(Bench *b, Measured *r, int n, int parallel, Error *e) {
+    r->n_tokens = parallel ? n * parallel : n;
+    r->parallel = parallel;
+    r->load = load_of(b->m, b->workspace, b->depth, n, parallel, r->steps);
+    int length = snprintf(r->test, sizeof r->test, "%s%d", parallel ? "tg" : "pp", n);
+    if (parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    if (i > 0) return true;  // the texts have their `depth` tokens already
-    for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
-    bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
-    for (int k = largest(options.parallel); ok && k-- > 1;) fork_sequence(&b->sequences[k], b->sequences, b->depth);
-    return ok;
+    return n == 0 || time_test(b, r, e);
+}
+
+// At each depth: each length of prompt, then each number of tokens in each number of texts.
+static bool test_model(Bench *b, Measured *r, Error *e) {
+    const List *tg = &options.tg, *together = &options.parallel;
+    int most = largest(*together);
+    b->workspace->settings.threads = r->threads;
+    for (int d = 0; d < options.depth.n; d++) {
+        b->depth = options.depth.at[d];
+        for (int k = 0; k < most; k++) rewind_sequence(&b->texts[k], 0);
+        if (b->depth && !prefill(b->m, b->workspace, b->texts, b->tokens, (size_t)b->depth, NULL, e)) return false;
+        for (int k = 1; k < most; k++) fork_sequence(&b->texts[k], b->texts, b->depth);
+        for (int i = 0; i < options.pp.n; i++) if (!test_tokens(b, r, options.pp.at[i], 0, e)) return false;
+        for (int i = 0; i < tg->n * together->n; i++)
+            if (!test_tokens(b, r, tg->at[i / together->n], together->at[i % together->n], e)) return false;
+    }
+    return true;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
-    int context = w->settings.context, n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
-    Bench b = { .n_tests = n_tests, .prepare = prepare_model, .run = run_model, .m = m, .workspace = w,
-                .sequences = texts };
-    if (!(b.tokens = allocate((size_t)context, sizeof *b.tokens, e))) return false;
-    for (int i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    Bench b = { .run = run_model, .m = m, .workspace = w, .texts = texts };
+    size_t context = (size_t)w->settings.context;
+    if (!(b.tokens = allocate(context, sizeof *b.tokens, e))) return false;
+    for (size_t i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
     snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
     bool ok = !options.profile || (profile = allocate((size_t)w->settings.threads, sizeof *profile, e));
-    ok = ok && run_tests(&b, &kernels->name, 1, e);
+    ok = ok && run_tests(&b, test_model, &kernels->name, 1, e);
     free(profile);
     profile = NULL;
     free(b.tokens);
@@ -6808,31 +6797,32 @@ static bool run_products(Bench *b, const Measured *r, Error *e) {
     return !interrupted || fail(e, INTERRUPTED, "interrupted");
 }
 
-enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
+enum { MOST_ROWS = 5632, MOST_COLS = 2048 };
 
-// Each shape, type and number of tokens. A test is as many products as would take 5 ms at the ceilings.
-static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
-    static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
-    const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
-    (void)e;
-    b->w = (Tensor){ (Type)(number / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
-    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
-    for (b->n_products = 0; fmax(r->load.bytes / r->ceiling.bytes, multiplying_time(r)) < 5e6; b->n_products++) {
-        add_product(&r->load, &b->w, 1, n, false);
-        r->n_tokens += n;
+// Each type with each number of vectors, in two shapes. A test is as many products as would take 5 ms at the ceilings.
+static bool test_products(Bench *b, Measured *r, Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
+    for (int i = 0; i < 2 * N_TYPES * options.pp.n; i++) {
+        const int *shape = shapes[i / options.pp.n / N_TYPES], n = options.pp.at[i % options.pp.n];
+        b->w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+        b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
+        snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
+        for (r->load = (Load){ 0 }, b->n_products = 0;
+             fmax(reading_time(r), multiplying_time(r)) < 5e6; b->n_products++)
+            add_product(&r->load, &b->w, 1, n, false);
+        r->n_tokens = n * (int)b->n_products;
+        if (n && !time_test(b, r, e)) return false;
     }
     return true;
 }
 
 static bool run_matmul(Error *e) {
     static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
-    Bench b = { .title = "matrix products", .n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n,
-                .prepare = prepare_products, .run = run_products };
+    Bench b = { .title = "matrix products", .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
     if (!(b.y = allocate((size_t)n * MOST_ROWS, sizeof *b.y, e))) return false;
-    bool ok = options.kernel ? run_tests(&b, &options.kernel, 1, e) : run_tests(&b, sets, 5, e);
+    bool ok = run_tests(&b, test_products, options.kernel ? &options.kernel : sets, options.kernel ? 1 : 5, e);
     free(b.y);
     return ok;
 }
