@@ -7426,7 +7426,7 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
     return true;
 }
 
-// Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
+// Up to DETOKENIZE, a vocabulary is enough. Up to CHAT, they read a prompt. Up to BENCH, they need an Engine.
 typedef enum {
     RENDER, TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL,
     N_MODES
@@ -7441,78 +7441,71 @@ static bool find_mode(const char *name, Mode *mode, Error *e) {
 
 // Reads token ids from n bytes of text, after which there is a NUL.
 static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, Error *e) {
-    for (const char *p = text;;) {
-        p += strspn(p, " \t\r\n,");
-        if (!*p) return p == text + n || fail(e, MISUSE, "a NUL among the token ids");
-        char *end;
+    static const char gaps[] = " \t\r\n,";
+    char *end;
+    if (strlen(text) != n) return fail(e, MISUSE, "a NUL among the token ids");
+    for (const char *p = text + strspn(text, gaps); *p; p = end + strspn(end, gaps)) {
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
         if (id < 0 || id >= n_tokens)
-            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, " \t\r\n,"), p, n_tokens);
+            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, gaps), p, n_tokens);
         if (!emit(tokens, (int)id, e)) return false;
-        p = end;
     }
+    return true;
 }
 
 // The most bytes that n_tokens can stand for: 8 for each byte of a piece, as 4 characters of 4 bytes may compose to one
 // of 2. But there is no limit if some bytes have no token.
 static size_t most_bytes(const Tokenizer *t, int n_tokens) {
-    size_t longest = 0, n;
+    size_t longest = 0;
     for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
-    for (int id = 0; id < t->n_tokens; id++) {
-        piece(t, id, &n);
-        if (n > longest) longest = n;
-    }
-    n = times((size_t)n_tokens, 8 * longest);
+    for (int id = 0; id < t->n_tokens; id++) longest = larger(longest, t->text_start[id + 1] - t->text_start[id]);
+    size_t n = times((size_t)n_tokens, 8 * longest);
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
 // Whether a text asks for an answer rather than for its continuation: it is a question, or begins like an order.
 static bool is_instruction(Span text) {
-    static const char *const words[] = {
-        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
-        "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
-    };
     Span t = trimmed(text.text, text.n_bytes);
-    bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
-    for (size_t i = 0, n; i < sizeof words / sizeof *words; i++)
-        found |= (n = strlen(words[i])) < t.n_bytes && !strncasecmp(t.text, words[i], n) && t.text[n] == ' ';
-    return found;
+    char first[16] = "";
+    size_t n = 0;
+    for (; n < t.n_bytes && n + 1 < sizeof first && t.text[n] != ' '; n++)
+        first[n] = (char)tolower((unsigned char)t.text[n]);
+    return (t.n_bytes && t.text[t.n_bytes - 1] == '?') || (n < t.n_bytes &&
+           has_word("write explain describe summarise summarize translate list give tell name create compare rewrite "
+                    "answer classify what who how why when where", string(first)));
 }
 
-// Reads the prompt's text, with a NUL after it: from --ids, from -i and -f, or from stdin.
-static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *text, Error *e) {
-    bool is_limited = (mode >= GENERATE && mode <= LOGITS) || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
-    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
-    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
-    bool ok = options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
-                          : read_parts(most, mode == GENERATE || mode == CHAT, mode != CHAT, text, e);
-    if (ok && text->n > plus(most, 1))
-        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
-    if (ok && mode != CHAT && (options.ids || options.n_parts) && !options.quiet && has_unread_input())
-        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
-    return ok;
-}
-
-// Reads the prompt, as text and as tokens.
+// Reads the prompt from --ids, from -i and -f, or from stdin: as text, which a NUL follows, and as tokens. In a chat it
+// is the first message, and only text.
 static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
-    bool are_ids = options.ids || mode == DETOKENIZE;
-    bool ok = read_prompt_text(m, mode, context, text, e);
-    Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
+    bool are_ids = options.ids || mode == DETOKENIZE, is_chat = mode == CHAT;
+    bool is_limited = is_chat || (mode >= GENERATE && mode <= LOGITS && !are_ids);
+    size_t most = is_limited ? most_bytes(t, context) : MAX_TEXT;
+    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
+    if (!(options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
+                      : read_parts(most, is_chat || mode == GENERATE, !is_chat, text, e))) return false;
+    if (text->n > plus(most, 1))
+        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
+    Span span = { (const char *)text->bytes, text->n - 1, options.special };
+    if (is_chat) return strlen(span.text) == span.n_bytes || fail(e, MISUSE, "a NUL in the first message");
+    if ((options.ids || options.n_parts) && !options.quiet && has_unread_input())
+        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
+    if (are_ids) return read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
+        (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->add_eos;
-    if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
-                      (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
-    else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
-              (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
-              fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
-    if (ok && tokens->n_dropped)
+    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+        return false;
+    if (!tokens->n && mode != TOKENIZE)
+        return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
+    if (tokens->n_dropped)
         fprintf(stderr, "%zu bytes of the text were left out: this model has no token for them\n", tokens->n_dropped);
-    bool hints = ok && mode == GENERATE && !are_ids && m->chat_template.n && !options.quiet && is_instruction(span);
+    bool hints = mode == GENERATE && m->chat_template.n && !options.quiet && is_instruction(span);
     if (hints && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO))
         fprintf(stderr, "this text is continued; -m chat lets the model answer it\n");
-    return ok;
+    return true;
 }
 
 // Whether it is chapter 12a's to do.
@@ -7542,17 +7535,14 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
 }
 
 static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
-    if (mode == BENCH) {
-        int pp = largest(options.pp), tg = largest(options.tg);
-        usual = largest(options.depth) + (pp > tg ? pp : tg);
-        if (usual > own) return fail(e, NO_ROOM, "needs %d positions; the model was trained for %d", usual, own);
-    }
-    s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, needed = 0;
+    int pp = largest(options.pp), tg = largest(options.tg);
+    if (mode == BENCH) usual = needed = largest(options.depth) + (pp > tg ? pp : tg);
+    s->context = options.context > 0 ? (int)options.context : options.context == 0 || own < usual ? own : usual;
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
-    if (mode == BENCH && s->context < usual)
-        return fail(e, NO_ROOM, "needs %d positions, -c has %d", usual, s->context);
+    if (s->context < needed)
+        return fail(e, NO_ROOM, "needs %d positions, the context has %d of the model's %d", needed, s->context, own);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
     if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
@@ -7620,28 +7610,23 @@ static void on_interrupt(int number) {
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
     Buffer text = { 0 };
+    Workspace *w = &g->workspace;
+    bool scripted = is_script(mode), reads_lines = mode == EVAL || (options.prompts && scripted);
+    bool keeps = options.session && !scripted && (mode == GENERATE || mode == CHAT);
+    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
     if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
     if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
-    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
-    Workspace *w = &g->workspace;
-    Sequence *s = g->texts;
-    bool reads_lines = options.prompts && is_script(mode);
-    bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
-    if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
+    if (options.session && scripted && mode == GENERATE && !options.quiet)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
-    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
-    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
-    if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
-        ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
-    if (mode == CHAT && options.n_parts) {
-        ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
-        if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
-        options.prompt = (char *)text.bytes;
-    }
+    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
+    Sequence *s = g->texts;
+    ok = ok && (!keeps || open_session(m, w, s, NULL, e)) && (mode == RENDER || mode > CHAT || reads_lines ||
+               read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    if (mode == CHAT && options.n_parts) options.prompt = (char *)text.bytes;
     heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
-    if (ok && is_script(mode))
-        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines || mode == EVAL ? NULL : &tokens,
+    if (ok && scripted)
+        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
     else switch (ok ? mode : N_MODES) {
     case RENDER: ok = run_render(m, e); break;
@@ -7657,9 +7642,9 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     case MATMUL: ok = run_matmul(e); break;
     default: break;
     }
+    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     keeps = keeps && s && s->n > 0 && (ok || e->status == INTERRUPTED || e->status == NO_ROOM);
     if (keeps) ok = write_session(m, w, s, ok ? e : &(Error){ 0 }) && ok;
-    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
     free(text.bytes);
     return ok;

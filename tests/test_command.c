@@ -271,8 +271,8 @@ static const Case cases[] = {
     { "$tied -t 0 -f /dev/zero", 5, NULL, "; see -c" }, { "$qwen2 -t 0 -f /dev/zero", 5, NULL, "; see -c" },
     { "$tied -m logits -o $T/x -f /dev/zero", 5, NULL, "; see -c" },
     { "$tied -m bench -q --reps 1 -j 1 --pp 4 --tg 0 --svg $T/none/x", 3, NULL, "/none/x: " },
-    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "65 positions; the model was trained for 64" },
-    { "$tied -m bench -c 20 --pp 30 --tg 2", 5, NULL, "needs 30 positions, -c has 20" },
+    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "needs 65 positions, the context has 64 of the model's 64" },
+    { "$tied -m bench -c 20 --pp 30 --tg 2", 5, NULL, "needs 30 positions, the context has 20 of" },
     { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
     // texts; stdout has nothing else
     { "$tied -t 0 -n 0 -i 'Once upon'", 0, "=Once upon\n", "stopped at -n tokens" },
