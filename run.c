@@ -6378,10 +6378,10 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
     double ppl = exp(fmin(mean, 600));  // so that it stays finite
     double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
-    if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
-               n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
+    printf(options.json ? "{\"chunks\": %zu, \"tokens_per_chunk\": %zu, \"tokens_scored\": %zu, "
+                          "\"perplexity\": %.6f, \"error\": %.6f}\n"
+                        : "%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored,
+           ppl, error);
     return true;
 }
 
@@ -6608,27 +6608,29 @@ static void put_profile(const Measured *r) {
 
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Bench *b, const Measured *r) {
-    static const char head[] = "| model                  | backend  | threads | test                  "
-                               "|              t/s |   GB/s |   Gop/s |            of limit |\n";
-    const char *first = b->results.n == 0 ? head : "";
+    static const char head[] =
+        "| model                  | backend  | threads | test                  "
+        "|              t/s |   GB/s |   Gop/s |            of limit |\n"
+        "|------------------------|----------|---------|-----------------------"
+        "|------------------|--------|---------|---------------------|\n";
+    bool first = b->results.n == 0;
+    printf(options.json ? "%s{\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", "
+                          "\"tok_per_s\": %.6g, \"spread\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
+                          "\"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\""
+                        : "%s| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n",
+           options.json ? first ? "\n" : ",\n" : first ? head : "", b->title, kernels->name, r->threads, r->test,
+           r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     if (options.json) {
         time_t now = time(NULL);
         char date[32] = "";
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
-               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
-               *first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
-               r->gb, r->gop, r->bound, r->ceiling.bytes, r->most_gop, r->percent);
-        if (r->parallel) printf(",\n   \"parallel\": %d", r->parallel);
+        put_figure("runs", (double)options.reps, "");
+        put_figure("ceiling_gb_per_s", r->ceiling.bytes, "");
+        put_figure("ceiling_gop_per_s", r->most_gop, "");
+        if (r->parallel) put_figure("parallel", r->parallel, "");
         put_word("cpu", cpu_name());
         put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
         put_word("date", date);
-    } else {
-        fputs(first, stdout);
-        for (const char *p = first; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n", b->title,
-               kernels->name, r->threads, r->test, r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     }
     if (profile) put_profile(r);
     if (options.json) putchar('}');
@@ -6639,14 +6641,6 @@ static void put_result(const Bench *b, const Measured *r) {
 // logarithmic: operations per byte from 0.1 to 10,000, and Gop/s from 1 to 10,000.
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
 static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
-
-// A roof rises with what can be read, up to the most operations per second.
-static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
-    double start = fmax(0.1, 1 / gb), top = plot_y(gop);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
-               "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", style, plot_x(start), plot_y(start * gb),
-            plot_x(gop / gb), top, top - 7, what, gop);
-}
 
 // The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
 // and dark pages.
@@ -6667,8 +6661,13 @@ static void draw_roofline(const Bench *b, FILE *f) {
                 x - 6, gop / 10);
         if (gop < 2e4) fprintf(f, "<text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n", y + 4, gop);
     }
-    draw_roof(f, c->bytes, c->int8, "", "multiply-adds in 8 bits");
-    draw_roof(f, c->bytes, c->f32, " dash", "in float");
+    for (int i = 0; i < 2; i++) {  // a roof rises with what can be read, up to the most operations per second
+        double most = i ? c->f32 : c->int8, start = fmax(0.1, 1 / c->bytes), top = plot_y(most);
+        fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
+                   "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", i ? " dash" : "", plot_x(start),
+                plot_y(start * c->bytes), plot_x(most / c->bytes), top, top - 7,
+                i ? "in float" : "multiply-adds in 8 bits", most);
+    }
     for (const Measured *r = results; r < end; r++) {
         double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
         bool left = x > 550;  // the name must not leave the picture
