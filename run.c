@@ -6608,17 +6608,16 @@ static void put_profile(const Measured *r) {
 
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Bench *b, const Measured *r) {
-    static const char head[] =
-        "| model                  | backend  | threads | test                  "
-        "|              t/s |   GB/s |   Gop/s |            of limit |\n"
-        "|------------------------|----------|---------|-----------------------"
-        "|------------------|--------|---------|---------------------|\n";
-    bool first = b->results.n == 0;
+    static const char head[] = "| model                  | backend  | threads | test                  "
+                               "|              t/s |   GB/s |   Gop/s |            of limit |\n";
+    bool first = b->results.n == 0, heads = first && !options.json;
+    if (heads) fputs(head, stdout);
+    for (const char *p = head; heads && *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
     printf(options.json ? "%s{\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", "
                           "\"tok_per_s\": %.6g, \"spread\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
                           "\"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\""
                         : "%s| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n",
-           options.json ? first ? "\n" : ",\n" : first ? head : "", b->title, kernels->name, r->threads, r->test,
+           !options.json ? "" : first ? "\n" : ",\n", b->title, kernels->name, r->threads, r->test,
            r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     if (options.json) {
         time_t now = time(NULL);
@@ -7596,14 +7595,32 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
+static const Model *in_use;  // for the handler
+
 // The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
-static void on_interrupt(int number) {
-    bool ends = interrupted || (at_prompt && !options.session);
-    if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
-    if (ends && unfinished) unlink(unfinished);
-    if (ends && terminal_use) use_terminal(USUAL);
-    if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
-    interrupted = number;
+// Before any signal ends it, the unfinished file is removed. SIGBUS may mean that a mapped file became shorter or its
+// disk failed: then the first thread that gets it says so.
+static void on_signal(int number, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    bool ends = number != SIGINT || interrupted || (at_prompt && !options.session);
+    (void)context;
+    if (number == SIGINT && at_prompt && options.session) close(STDIN_FILENO);  // reading ends, the session is written
+    if (!ends) {
+        interrupted = number;
+        return;
+    }
+    if (unfinished) unlink(unfinished);
+    if (terminal_use) use_terminal(USUAL);
+    if (number == SIGINT) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
+    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
+        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
+        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
+        while (atomic_flag_test_and_set(&said)) pause();
+        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
+        _exit(tell_error(map->path, &e));
+    }
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
@@ -7623,7 +7640,8 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     ok = ok && (!keeps || open_session(m, w, s, NULL, e)) && (mode == RENDER || mode > CHAT || reads_lines ||
                read_prompt(m, mode, w->settings.context, &text, &tokens, e));
     if (mode == CHAT && options.n_parts) options.prompt = (char *)text.bytes;
-    heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
+    // SA_RESTART: no write is cut short
+    heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
     if (ok && scripted)
         ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
@@ -7687,31 +7705,11 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
            make_shaper(sampler, &m->tokenizer, m->config.n_tokens, e) && run_mode(m, mode, g, sampler, e);
 }
 
-static const Model *in_use;  // for the handler
-
-// Before a signal ends the program, removes the unfinished file. SIGBUS may mean that a mapped file became shorter or
-// its disk failed: then the first thread that gets it says so.
-static void on_end(int number, siginfo_t *info, void *context) {
-    static atomic_flag said = ATOMIC_FLAG_INIT;
-    (void)context;
-    if (unfinished) unlink(unfinished);
-    if (terminal_use) use_terminal(USUAL);
-    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
-        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
-        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
-        while (atomic_flag_test_and_set(&said)) pause();
-        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
-        _exit(tell_error(map->path, &e));
-    }
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
 // Sets up signals, and fills the descriptors 0 to 2 that are closed: otherwise a file could get one of them, and be
 // written to as stdout. Reading from or writing to their substitutes fails.
 static void prepare_process(const Model *m) {
     static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
-    struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
+    struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
     in_use = m;
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
     signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails

@@ -1728,7 +1728,7 @@ static void test_last_interrupt(void) {
             unfinished = (char *)temporary("unfinished");
             interrupted = i == 1 ? SIGINT : 0;
             at_prompt = i == 2;
-            on_interrupt(SIGINT);
+            on_signal(SIGINT, NULL, NULL);
             _exit(interrupted == SIGINT ? 0 : 1);
         }
         int status = -1;
