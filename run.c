@@ -6585,11 +6585,8 @@ static void put_profile(const Measured *r) {
           "\"gop_per_s\": %s, \"waiting_seconds\": %.9g}"
         : "  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n";
     double total = 0, attending = 0, unit = options.json ? 1 : 1e-3;
-    for (int i = 0; i < N_STEPS; i++) {
-        double seconds = step_time(i, r->threads).seconds;
-        total += seconds;
-        if (i >= ATTEND && i <= MIX) attending += seconds;
-    }
+    for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
+    for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
     printf(options.json ? ",\n   \"profile\": [" :
            "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
     for (int i = 0, n = 0; i < N_STEPS; i++) {

@@ -620,6 +620,8 @@ static void test_warnings(void) {
         { "--color auto -e", "--color has no effect here\n-e has no effect here\n" },
         { "-t 0", "--temp is given again: the last one counts\n" }, { "-f $T/prompt -f $T/once", "" },
         { "-j 1 -c 0 -b 3", "" },
+        { "--dry-sequence-breaker a --dry-sequence-breaker b", "" },
+        { "-s 1 -s -1", "--seed is given again: the last one counts\n" },
         { "--pp 3", "-m generate does not use --pp\n" }, { "-y a", "-m generate does not use --system\n" },
         { "-m tokenize", "-m tokenize does not use --n-predict\n-m tokenize does not use --temp\n" },
         { "-q -ngl 99 -t 0 --pp 3", "" }, { "-ngl 99 -t 0 --pp 3 --quiet", "" },
