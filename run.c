@@ -6313,10 +6313,10 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
     double ppl = exp(fmin(mean, 600));  // so that it stays finite
     double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
-    if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
-               n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
+    printf(options.json ? "{\"chunks\": %zu, \"tokens_per_chunk\": %zu, \"tokens_scored\": %zu, "
+                          "\"perplexity\": %.6f, \"error\": %.6f}\n"
+                        : "%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored,
+           ppl, error);
     return true;
 }
 
@@ -6423,40 +6423,34 @@ static int largest(List list) {
 
 // ---- Results ----
 
-// How fast it was, and how fast it could be.
-typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
-
 typedef struct {
     char test[64];
-    int threads, n_tokens;
-    Load load, ceiling;       // of a run; in a nanosecond
-    Load steps[N_STEPS];      // the load's parts
-    double ns[MAX_RUNS];      // nanoseconds of each run
-    double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
-    Rate memory, arithmetic;  // reading; this mix of operations
-    const Rate *bound;        // the one that is nearer to its ceiling, and
-    double percent;           // how near
+    int threads, n_tokens, parallel;  // parallel: texts that get their tokens together, one by one; 0: others
+    Load load, ceiling;      // of a run; in a nanosecond
+    Load steps[N_STEPS];     // the load's parts
+    double ns[MAX_RUNS];     // nanoseconds of each run
+    double per_s, spread;    // tokens per second: the median, and half the distance from the least to the most
+    double gb, gop, most_gop;  // GB/s and Gop/s; the ceiling of this mix of operations
+    const char *bound;         // what is nearer to its ceiling, memory or arithmetic, and
+    double percent;            // how near
 } Measured;
 
-// A list of tests and their results. prepare() gives test `number` its name, load and number of tokens (0: it is left
-// out); run() does it once.
+// What is tested, and the results.
 typedef struct Bench {
     char title[64];
-    int n_tests, n_results;
-    bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
-    bool (*run)(struct Bench *b, const Measured *r, Error *e);
+    bool (*run)(struct Bench *b, const Measured *r, Error *e);  // does a test once
+    Buffer results;    // Measured
     uint64_t *memory;  // (MEMORY_BYTES)  bytes of 0x31, also read as matrices: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens after `depth` others, as a prompt (parallel 0) or one by one in so many texts
+    // bench: tokens after `depth` others
     const Model *m;
     Workspace *workspace;
-    Sequence *sequences;
-    int *tokens, depth, parallel;  // tokens (S)
+    Sequence *texts;
+    int *tokens, depth;  // tokens (S)
     // matmul: products, without a model
     Tensor w;
     size_t n_products;
     Activations x;
     float *y;  // (n, MOST_ROWS)
-    Measured *results;
 } Bench;
 
 static int by_size(const void *a, const void *b) {
@@ -6464,7 +6458,8 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The nanoseconds that a run's operations would take at the ceilings.
+// The nanoseconds that a run's reading, and its operations, would take at the ceilings.
+static double reading_time(const Measured *r) { return r->load.bytes / r->ceiling.bytes; }
 static double multiplying_time(const Measured *r) {
     return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
@@ -6478,10 +6473,11 @@ static void conclude(Measured *r, int n_runs) {
     double ns = (r->ns[n_runs / 2] + r->ns[(n_runs - 1) / 2]) / 2, ops = r->load.int8 + r->load.f32;
     r->per_s = 1e9 * r->n_tokens / ns;
     r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
-    r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
-    r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
-    r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
-    r->percent = 100 * r->bound->reached / r->bound->ceiling;
+    r->gb = r->load.bytes / ns;
+    r->gop = ops / ns;
+    r->most_gop = ops / multiplying_time(r);
+    r->bound = reading_time(r) > multiplying_time(r) ? "memory" : "arithmetic";
+    r->percent = 100 * fmax(reading_time(r), multiplying_time(r)) / ns;
     if (n_runs >= 4 && best[1] > 1.05 * best[0] && !options.quiet)
         fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * (best[1] / best[0] - 1));
 }
@@ -6500,14 +6496,14 @@ static const char *const step_names[N_STEPS] = {
 // A step in one run: its calls, the time of the average thread that takes part, and how much of it the thread waits.
 static StepTime step_time(int step, int threads) {
     StepTime sum = { 0, 0, 0 };
+    size_t calls = profile[0][step].calls, reps = (size_t)options.reps;
     for (int i = 0; i < threads; i++) {
         sum.calls += profile[i][step].calls;
         sum.seconds += profile[i][step].seconds;
         sum.waiting += profile[i][step].waiting;
     }
-    size_t calls = profile[0][step].calls;
-    double n = calls ? (double)options.reps * (double)sum.calls / (double)calls : 1;
-    return (StepTime){ calls / (size_t)options.reps, sum.seconds / n, sum.waiting / n };
+    double n = calls ? (double)(reps * sum.calls) / (double)calls : 1;
+    return (StepTime){ calls / reps, sum.seconds / n, sum.waiting / n };
 }
 
 // n per second in billions, as text.
@@ -6519,27 +6515,25 @@ static const char *rate_text(char text[32], double n, double seconds) {
 
 // The steps of a test. Those of attention, ATTEND to MIX, share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
-    char gb[32], gop[32];
-    const char *before = "";
-    double total = 0, attending = 0;
+    const char *format = options.json
+        ? "\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"percent\": %.9g, \"gb_per_s\": %s, "
+          "\"gop_per_s\": %s, \"waiting_seconds\": %.9g}"
+        : "  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n";
+    double total = 0, attending = 0, unit = options.json ? 1 : 1e-3;
     for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
     for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
     printf(options.json ? ",\n   \"profile\": [" :
            "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
-    for (int i = 0; i < N_STEPS; i++) {
+    for (int i = 0, n = 0; i < N_STEPS; i++) {
         StepTime t = step_time(i, r->threads);
         bool attends = i >= ATTEND && i <= MIX;
         const Load *load = &r->steps[attends ? ATTEND : i];
-        const char *bytes = rate_text(gb, load->bytes, attends ? attending : t.seconds);
-        const char *ops = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        double seconds = attends ? attending : t.seconds;
+        char gb[32], gop[32];
         if (!t.calls) continue;
-        if (options.json)
-            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
-                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, bytes, ops, t.waiting);
-        else
-            printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
-                   total > 0 ? 100 * t.seconds / total : 0, bytes, ops, t.waiting * 1e3);
-        before = ",";
+        if (n++ && options.json) putchar(',');
+        printf(format, step_names[i], t.calls, t.seconds / unit, total > 0 ? 100 * t.seconds / total : 0,
+               rate_text(gb, load->bytes, seconds), rate_text(gop, load->int8 + load->f32, seconds), t.waiting / unit);
     }
     if (options.json) putchar(']');
 }
@@ -6547,28 +6541,27 @@ static void put_profile(const Measured *r) {
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Bench *b, const Measured *r) {
     static const char head[] = "| model                  | backend  | threads | test                  "
-                               "|              t/s |   GB/s |   Gop/s | of limit |\n";
-    bool first = r == b->results;
+                               "|              t/s |   GB/s |   Gop/s |            of limit |\n";
+    bool first = b->results.n == 0, heads = first && !options.json;
+    if (heads) fputs(head, stdout);
+    for (const char *p = head; heads && *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
+    printf(options.json ? "%s{\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", "
+                          "\"tok_per_s\": %.6g, \"spread\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
+                          "\"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\""
+                        : "%s| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n",
+           !options.json ? "" : first ? "\n" : ",\n", b->title, kernels->name, r->threads, r->test,
+           r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     if (options.json) {
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
-               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
-               first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
-               r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
-               r->percent);
-        if (b->parallel) printf(",\n   \"parallel\": %d", b->parallel);
         time_t now = time(NULL);
         char date[32] = "";
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+        put_figure("runs", (double)options.reps, "");
+        put_figure("ceiling_gb_per_s", r->ceiling.bytes, "");
+        put_figure("ceiling_gop_per_s", r->most_gop, "");
+        if (r->parallel) put_figure("parallel", r->parallel, "");
         put_word("cpu", cpu_name());
         put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
         put_word("date", date);
-    } else {
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", b->title,
-               kernels->name, r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached,
-               r->percent);
     }
     if (profile) put_profile(r);
     if (options.json) putchar('}');
@@ -6580,20 +6573,12 @@ static void put_result(const Bench *b, const Measured *r) {
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
 static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
 
-// A roof rises with what can be read, up to the most operations per second.
-static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
-    double start = fmax(0.1, 1 / gb), top = plot_y(gop);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
-               "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", style, plot_x(start), plot_y(start * gb),
-            plot_x(gop / gb), top, top - 7, what, gop);
-}
-
 // The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
 // and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
-    const Load *c = &b->results[0].ceiling;
-    const Measured *end = b->results + b->n_results;
-    for (const Measured *r = b->results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
+    const Measured *results = (const void *)b->results.bytes, *end = results + b->results.n / sizeof *results;
+    const Load *c = &results->ceiling;
+    for (const Measured *r = results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">\n"
                "<style>text { fill: #7d8590; font-size: 13px } .end { text-anchor: end }\n"
                "path { stroke: #7d8590; fill: none } .grid { opacity: 0.3 } .roof { stroke-width: 2 }\n"
@@ -6607,13 +6592,18 @@ static void draw_roofline(const Bench *b, FILE *f) {
                 x - 6, gop / 10);
         if (gop < 2e4) fprintf(f, "<text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n", y + 4, gop);
     }
-    draw_roof(f, c->bytes, c->int8, "", "multiply-adds in 8 bits");
-    draw_roof(f, c->bytes, c->f32, " dash", "in float");
-    for (const Measured *r = b->results; r < end; r++) {
-        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->arithmetic.reached);
+    for (int i = 0; i < 2; i++) {  // a roof rises with what can be read, up to the most operations per second
+        double most = i ? c->f32 : c->int8, start = fmax(0.1, 1 / c->bytes), top = plot_y(most);
+        fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
+                   "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", i ? " dash" : "", plot_x(start),
+                plot_y(start * c->bytes), plot_x(most / c->bytes), top, top - 7,
+                i ? "in float" : "multiply-adds in 8 bits", most);
+    }
+    for (const Measured *r = results; r < end; r++) {
+        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
         bool left = x > 550;  // the name must not leave the picture
-        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound->what, x, y);
-        if (b->n_results > 8) continue;
+        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound, x, y);
+        if (end - results > 8) continue;
         fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
                 left ? x - 9 : x + 9, y + 4, left ? "end" : "", r->test, r->threads, r->percent);
     }
@@ -6632,93 +6622,87 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     }
     conclude(r, (int)options.reps);
     put_result(b, r);
-    b->n_results++;
-    return true;
+    return append(&b->results, r, sizeof *r, e);
 }
 
-// Every test with every number of threads. The ceilings are measured beside, since machines are shared and throttle.
-static bool time_tests(Bench *b, Error *e) {
-    for (int j = 0; j < options.threads.n; j++) {
-        int threads = options.threads.at[j];
-        Load ceiling = { best_rate(threads, b->memory, false), best_rate(threads, NULL, true),
-                         best_rate(threads, NULL, false) };
-        for (int i = 0; i < b->n_tests; i++) {
-            Measured *r = &b->results[b->n_results];
-            *r = (Measured){ .threads = threads, .ceiling = ceiling };
-            if (!b->prepare(b, i, r, e) || (r->n_tokens && !time_test(b, r, e))) return false;
-        }
-    }
-    return true;
-}
-
-// All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
-static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
+// All tests with each set of kernels that this machine can run, and every number of threads; then the picture. The
+// ceilings are measured beside, since machines are shared and throttle.
+static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), const char *const *sets, int n_sets,
+                      Error *e) {
     Error cannot;
     Output out = { .stream = NULL };
-    size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
-    b->results = allocate(most, sizeof *b->results, e);
-    b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
-    bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
+    if (options.svg && !open_output(&out, options.svg, e)) return false;
+    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
-    for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
+    for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
+        Measured r = { .threads = options.threads.at[i % options.threads.n] };
+        if (!choose_kernels(sets[i / options.threads.n], &cannot)) continue;
+        r.ceiling = (Load){ best_rate(r.threads, b->memory, false), best_rate(r.threads, NULL, true),
+                            best_rate(r.threads, NULL, false) };
+        ok = test(b, &r, e);
+    }
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
-    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences than that nobody reads
-    for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
-        printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
-               r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
-               r->bound->unit, r->percent);
+    if (ok && !b->results.n) ok = fail(e, MISUSE, "nothing to measure; see --pp, --tg and --kernel");
     if (ok && options.svg) draw_roofline(b, out.stream);
     if (options.svg) ok = close_output(&out, ok, e);
-    free(b->results);
+    free(b->results.bytes);
     return ok;
 }
 
 // ---- bench: a model ----
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
-    Sequence *s = b->sequences;
-    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);
-    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
-    for (int n = 0; n < r->n_tokens / b->parallel; n++) {
+    Sequence *s = b->texts;
+    for (int i = 0; i == 0 || i < r->parallel; i++) rewind_sequence(&s[i], b->depth);
+    if (!r->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
+    for (int n = 0; n < r->n_tokens / r->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
-        if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
-        for (int i = 0; i < b->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
+        for (int i = 0; i < r->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
+        if (!forward(b->m, b->workspace, s, b->workspace->room, r->parallel, e)) return false;
+        for (int i = 0; i < r->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
     }
     return true;
 }
 
-// At each depth: each length of prompt, then each number of tokens in each number of texts.
-static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
-    int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
-    b->depth = options.depth.at[number / n_at_depth];
-    b->parallel = t < 0 ? 0 : options.parallel.at[t % options.parallel.n];
-    b->workspace->settings.threads = r->threads;
-    int n = t < 0 ? options.pp.at[i] : options.tg.at[t / options.parallel.n];
-    r->n_tokens = t < 0 ? n : n * b->parallel;
-    r->load = load_of(b->m, b->workspace, b->depth, n, b->parallel, r->steps);
-    int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
-    if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
+// Tests n tokens: as a prompt (parallel 0), or one by one in each of so many texts. 0 tokens: there is nothing to test.
+static bool test_tokens(Bench *b, Measured *r, int n, int parallel, Error *e) {
+    r->n_tokens = parallel ? n * parallel : n;
+    r->parallel = parallel;
+    r->load = load_of(b->m, b->workspace, b->depth, n, parallel, r->steps);
+    int length = snprintf(r->test, sizeof r->test, "%s%d", parallel ? "tg" : "pp", n);
+    if (parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    if (i > 0) return true;  // the texts have their `depth` tokens already
-    for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
-    bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
-    for (int k = largest(options.parallel); ok && k-- > 1;) fork_sequence(&b->sequences[k], b->sequences, b->depth);
-    return ok;
+    return n == 0 || time_test(b, r, e);
+}
+
+// At each depth: each length of prompt, then each number of tokens in each number of texts.
+static bool test_model(Bench *b, Measured *r, Error *e) {
+    const List *tg = &options.tg, *together = &options.parallel;
+    int most = largest(*together);
+    b->workspace->settings.threads = r->threads;
+    for (int d = 0; d < options.depth.n; d++) {
+        b->depth = options.depth.at[d];
+        for (int k = 0; k < most; k++) rewind_sequence(&b->texts[k], 0);
+        if (b->depth && !prefill(b->m, b->workspace, b->texts, b->tokens, (size_t)b->depth, NULL, e)) return false;
+        for (int k = 1; k < most; k++) fork_sequence(&b->texts[k], b->texts, b->depth);
+        for (int i = 0; i < options.pp.n; i++) if (!test_tokens(b, r, options.pp.at[i], 0, e)) return false;
+        for (int i = 0; i < tg->n * together->n; i++)
+            if (!test_tokens(b, r, tg->at[i / together->n], together->at[i % together->n], e)) return false;
+    }
+    return true;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
-    int context = w->settings.context, n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
-    Bench b = { .n_tests = n_tests, .prepare = prepare_model, .run = run_model, .m = m, .workspace = w,
-                .sequences = texts };
-    if (!(b.tokens = allocate((size_t)context, sizeof *b.tokens, e))) return false;
-    for (int i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    Bench b = { .run = run_model, .m = m, .workspace = w, .texts = texts };
+    size_t context = (size_t)w->settings.context;
+    if (!(b.tokens = allocate(context, sizeof *b.tokens, e))) return false;
+    for (size_t i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
     snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
     bool ok = !options.profile || (profile = allocate((size_t)w->settings.threads, sizeof *profile, e));
-    ok = ok && run_tests(&b, &kernels->name, 1, e);
+    ok = ok && run_tests(&b, test_model, &kernels->name, 1, e);
     free(profile);
     profile = NULL;
     free(b.tokens);
@@ -6743,31 +6727,32 @@ static bool run_products(Bench *b, const Measured *r, Error *e) {
     return !interrupted || fail(e, INTERRUPTED, "interrupted");
 }
 
-enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
+enum { MOST_ROWS = 5632, MOST_COLS = 2048 };
 
-// Each shape, type and number of tokens. A test is as many products as would take 5 ms at the ceilings.
-static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
-    static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
-    const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
-    (void)e;
-    b->w = (Tensor){ (Type)(number / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
-    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
-    for (b->n_products = 0; fmax(r->load.bytes / r->ceiling.bytes, multiplying_time(r)) < 5e6; b->n_products++) {
-        add_product(&r->load, &b->w, 1, n, false);
-        r->n_tokens += n;
+// Each type with each number of vectors, in two shapes. A test is as many products as would take 5 ms at the ceilings.
+static bool test_products(Bench *b, Measured *r, Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
+    for (int i = 0; i < 2 * N_TYPES * options.pp.n; i++) {
+        const int *shape = shapes[i / options.pp.n / N_TYPES], n = options.pp.at[i % options.pp.n];
+        b->w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+        b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
+        snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
+        for (r->load = (Load){ 0 }, b->n_products = 0;
+             fmax(reading_time(r), multiplying_time(r)) < 5e6; b->n_products++)
+            add_product(&r->load, &b->w, 1, n, false);
+        r->n_tokens = n * (int)b->n_products;
+        if (n && !time_test(b, r, e)) return false;
     }
     return true;
 }
 
 static bool run_matmul(Error *e) {
     static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
-    Bench b = { .title = "matrix products", .n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n,
-                .prepare = prepare_products, .run = run_products };
+    Bench b = { .title = "matrix products", .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
     if (!(b.y = allocate((size_t)n * MOST_ROWS, sizeof *b.y, e))) return false;
-    bool ok = options.kernel ? run_tests(&b, &options.kernel, 1, e) : run_tests(&b, sets, 5, e);
+    bool ok = run_tests(&b, test_products, options.kernel ? &options.kernel : sets, options.kernel ? 1 : 5, e);
     free(b.y);
     return ok;
 }
@@ -7106,10 +7091,11 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 #define HEADING(text) { 0, "", NULL, FLAG, 0, 0, 0, text }
 #define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
+static const char mode_help[] = "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, "
+                                "eval, inspect, export, bench, matmul";
 static const Option option_table[] = {
-    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, "
-      "bench, matmul" },
+    HEADING("Task"),
+    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0, mode_help },
     { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
     HEADING("Prompt (generate, chat, logits, perplexity, score, eval, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
@@ -7149,12 +7135,9 @@ static const Option option_table[] = {
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
     HEADING("Memory (" RUNNERS ")"),
     { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
-    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
-      "prompt tokens per step (default 128); changes speed and memory, never the text" },
-    { 0, "session", "FILE", TEXT, OF(session), 0, 0,
-      "generate, chat: keep the text's cache in FILE; what the next text has in common with it is not read again" },
-    { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
-      "generate, chat: check up to N tokens in one pass, guessed from the text so far: the same text, sooner" },
+    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096, "prompt tokens per step (default 128): speed and memory only" },
+    { 0, "session", "FILE", TEXT, OF(session), 0, 0, "generate, chat: keep the cache in FILE for texts that begin so" },
+    { 0, "lookup", "N", INT, OF(lookup), 0, 1024, "generate, chat: guess and check N tokens at once; the same text" },
     HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
@@ -7168,8 +7151,7 @@ static const Option option_table[] = {
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
     HEADING("Measurement"),
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20,
-      "bench, matmul: prompt tokens (default 512), vectors at once (default 1,256)" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench, matmul: prompt tokens (default 512), vectors (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
     { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: tokens before those (default 0)" },
     { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: texts generated together (default 1)" },
@@ -7199,24 +7181,22 @@ static const Option option_table[] = {
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
-// The same by other names: those of llama.cpp. A value after = is part of what it stands for.
-static const struct { const char *habit, *ours; } habits[] = {
-    { "-sys", "--system" }, { "--system-prompt", "--system" }, { "--chat-template", "--template" },
-    { "--no-display-prompt", "--no-echo" }, { "--predict", "--n-predict" }, { "--temperature", "--temp" },
-    { "-cnv", "--mode=chat" }, { "--conversation", "--mode=chat" },
-    { "-no-cnv", "--mode=generate" }, { "--no-conversation", "--mode=generate" },
+// Words of llama.cpp: an option of ours by another name, with its value after = if the name stands for one; or, where
+// `ours` is NULL, what changes no text here, with the values that may follow it ("": any; NULL: none).
+typedef struct { const char *words, *ours, *values; } Habit;
+static const Habit habits[] = {
+    { "-sys --system-prompt", "--system", NULL }, { "--chat-template", "--template", NULL },
+    { "--no-display-prompt", "--no-echo", NULL }, { "-st", "--single-turn", NULL },
+    { "--predict", "--n-predict", NULL }, { "--temperature", "--temp", NULL },
+    { "-cnv --conversation", "--mode=chat", NULL }, { "-no-cnv --no-conversation", "--mode=generate", NULL },
+    { "--mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
+      "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload",
+      NULL, NULL },
+    { "-ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
+      "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
+      "--reasoning-format --log-colors", NULL, "" },
+    { "-fa --flash-attn -co --color", NULL, "on off auto" },
 };
-
-// Options of llama.cpp that change no text here: without a value, with one, and with on, off, auto or none.
-static const char *const ignored[] = {
-    " --mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
-    "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload ",
-    " -ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
-    "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
-    "--reasoning-format --log-colors ",
-    " -fa --flash-attn -co --color ",
-};
-static const char repeatable[] = " file stop logit-bias template-arg ";
 
 static void print_help(void) {
     printf("usage: %s MODEL [PROMPT] [options]\n", options.program);
@@ -7233,65 +7213,71 @@ static void print_help(void) {
 
 static bool mode_uses(const char *mode, const Option *o) {
     char list[160], word[32];
-    const char *text = o->help;
-    size_t n = strspn(text, "abcdefghijklmnopqrstuvwxyz, ");
-    if (text[n] != ':') {
-        while (o > option_table && *o->name) o--;
-        text = *o->name ? NULL : strchr(o->help, '(');
-        if (!text) return true;
-        n = strcspn(++text, ")");
+    const char *modes = o->help;
+    size_t n = strspn(modes, "abcdefghijklmnopqrstuvwxyz, ");
+    if (modes[n] != ':') {
+        while (*o->name) o--;
+        if (!(modes = strchr(o->help, '('))) return true;
+        n = strcspn(++modes, ")");
     }
-    snprintf(list, sizeof list, ", %.*s,", (int)n, text);
+    snprintf(list, sizeof list, ", %.*s,", (int)n, modes);
     snprintf(word, sizeof word, ", %s,", mode);
     return strstr(list, word) != NULL;
 }
 
-// The option that a word is, whole or up to its =.
-static const Option *find_option(const char *word) {
-    if (!strcmp(word, "-st")) word = "--single-turn";
-    size_t n = strcspn(word, "=");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
-        if (word[1] == '-' ? n > 2 && !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
-                           : o->letter && word[1] == o->letter && !word[2]) return o;
-    }
+static const Habit *find_habit(const char *word) {
+    Value name = part_of(string(word), 0, strcspn(word, "="));
+    for (const Habit *h = habits; h < habits + sizeof habits / sizeof *habits; h++)
+        if (has_word(h->words, name)) return h;
     return NULL;
 }
 
-// How many letters must be changed, added or left out to make a of b; only up to `most` is it counted.
-static int edit_distance(const char *a, const char *b, int most) {
+// The option that a word is. *glued: the value that the word has too, as in --temp=1 and -n5; or NULL.
+static const Option *find_option(const char *word, const char **glued) {
+    bool is_long = word[1] == '-';
+    const char *name = word + (is_long ? 2 : 1);
+    size_t n = is_long ? strcspn(name, "=") : *name != 0;
+    *glued = is_long && name[n] ? name + n + 1 : isdigit((unsigned char)name[n]) ? name + n : NULL;
+    if (!n || (name[n] && !*glued)) return NULL;
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+        if (is_long ? !strncmp(name, o->name, n) && !o->name[n] : o->letter == *name) return o;
+    return NULL;
+}
+
+// Whether b is a with up to `most` letters changed, added or left out.
+static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
-    if (most == 0 || !*a || !*b) return (int)(strlen(a) + strlen(b));
-    int changed = edit_distance(a + 1, b + 1, most - 1), added = edit_distance(a, b + 1, most - 1);
-    int left_out = edit_distance(a + 1, b, most - 1);
-    return 1 + (changed < added ? changed < left_out ? changed : left_out : added < left_out ? added : left_out);
+    if (*a == *b || most == 0) return *a == *b;
+    return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
+           (*a && *b && resembles(a + 1, b + 1, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
-    snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
-    name[strcspn(name, "=")] = 0;
+    const char *start = word + strspn(word, "-");
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
     int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
-        for (int i = 0; i < N_OPTIONS; i++)
-            if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)
-                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, option_table[i].name);
+        for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+            if (*o->name && resembles(name, o->name, wrong))
+                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, o->name);
     return fail(e, MISUSE, "there is no option %s; %s --help lists them", word, options.program);
 }
 
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     static const char *const kinds[] = { [INT] = "an integer", [SEED] = "an integer", [REAL] = "a number",
                                          [LIST] = "integers, as in 1,2," };
-    char most[32] = "18446744073709551615";  // the largest seed: no double holds it
     const char *starts = o->min < 0 ? "0123456789.-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
-    char *end;
+    Texts *texts = place;
+    char *end, most[32] = "18446744073709551615";  // the largest seed: no double holds it
     if (o->type == FLAG) return *(bool *)place = true;
     if (o->type == TEXT) return *(const char **)place = value, true;
-    if (o->type == TEXTS && (!*value || strlen(value) > MAX_STOP || ((Texts *)place)->n == MAX_TEXTS))
+    if (o->type == TEXTS && *value && strlen(value) <= MAX_STOP && texts->n < MAX_TEXTS)
+        return texts->at[texts->n++] = value, true;
+    if (o->type == TEXTS)
         return fail(e, MISUSE, "--%s: expected up to %d texts of 1 to %d bytes", o->name, MAX_TEXTS, MAX_STOP);
-    if (o->type == TEXTS) return ((Texts *)place)->at[((Texts *)place)->n++] = value, true;
     if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
@@ -7301,7 +7287,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         else if (o->type == REAL) x = *(double *)place = strtod(at, &end);
         else if (o->type == INT) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
         else x = (double)strtol(at, &end, 10);
-        if (errno || !(x >= o->min && x <= o->max)) break;
+        if ((o->type == SEED && errno) || !(x >= o->min && x <= o->max)) break;  // others that overflow are too large
         if (o->type == LIST) list->at[list->n++] = (int)x;
         if (!*end) return true;
         if (o->type != LIST || *end != ',' || list->n == 16) break;
@@ -7313,30 +7299,15 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
 
 // Sets an option for one line of --prompts: one of those that may differ from text to text.
 static bool set_own(Text key, Text value, Options *to, Error *e) {
-    static const char *const names[] = { "n_predict", "temp", "top_p", "top_k", "min_p", "seed" };
-    char word[16] = "", text[32];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (is_text(key, names[i])) snprintf(word, sizeof word, "--%s", names[i]);
-    for (char *p = word; *p; p++) if (*p == '_') *p = '-';
-    if (!*word || !value.at || value.n >= sizeof text)
+    char name[16] = "--", text[32] = "";
+    const char *unused;
+    Value word = { .kind = IS_STRING, .n = key.n, .text = key.at };
+    bool is_known = has_word("n_predict temp top_p top_k min_p seed", word);
+    if (!is_known || !value.at || value.n >= sizeof text || memchr(value.at, 0, value.n))
         return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
-    snprintf(text, sizeof text, "%.*s", (int)value.n, value.at);
-    return set_option(find_option(word), text, to, e);
-}
-
-static bool is_listed_word(const char *list, const char *word, size_t n) {
-    char padded[40];
-    snprintf(padded, sizeof padded, " %.*s ", (int)n, word);
-    return strstr(list, padded) != NULL;
-}
-
-// How many words an ignored option takes, with its value; 0: the word is none.
-static int count_ignored(const char *word, const char *next) {
-    size_t n = strcspn(word, "=");
-    bool takes[] = { false, true, next && is_listed_word(" on off auto ", next, strlen(next)) };
-    for (int i = 0; i < 3; i++)
-        if (is_listed_word(ignored[i], word, n)) return 1 + (takes[i] && next && !word[n]);
-    return 0;
+    for (size_t i = 0; i < key.n; i++) name[2 + i] = key.at[i] == '_' ? '-' : key.at[i];
+    memcpy(text, value.at, value.n);
+    return set_option(find_option(name, &unused), text, to, e);
 }
 
 // Adds to the prompt's parts. Of several -i the last one counts.
@@ -7349,38 +7320,30 @@ static bool add_prompt(Options *to, const char *text, bool is_file, Error *e) {
     return true;
 }
 
-// The option that a word is, also by another name or with its value glued to it: then *glued.
-static const Option *recognise_option(const char *word, const char **glued) {
-    size_t n = strcspn(word, "=");
-    const char *name = word, letter[] = { '-', word[1], 0 };
-    for (size_t i = 0; i < sizeof habits / sizeof *habits; i++)
-        if (!strncmp(word, habits[i].habit, n) && !habits[i].habit[n]) name = habits[i].ours;
-    *glued = name[1] != '-' ? NULL : strchr(name, '=') ? strchr(name, '=') : strchr(word, '=');
-    const Option *o = find_option(name);
-    if (o || word[1] == '-' || !isdigit((unsigned char)word[word[1] ? 2 : 1])) return o;
-    *glued = word + 1;
-    return find_option(letter);
-}
-
 // Reads what begins at word i: an option, the model, or the prompt. Returns where the next begins, or 0.
 static int parse_word(char **argv, int i, Options *to, int *given, bool quiet, Error *e) {
-    const char *word = argv[i], *next = argv[i + 1], *glued = NULL;
+    const char *word = argv[i], *next = argv[i + 1], *glued, *unused;
+    size_t n = strcspn(word, "=");
     char *end = NULL;
     bool is_option = word[0] == '-';
-    const Option *o = is_option ? recognise_option(word, &glued) : find_option(to->checkpoint ? "-i" : "--model");
-    int n = o ? 0 : count_ignored(word, next);
-    if (n && !quiet) fprintf(stderr, "%.*s has no effect here\n", (int)strcspn(word, "="), word);
-    if (n) return i + n;
+    const Habit *h = find_habit(word);
+    if (h && !h->ours) {
+        if (!quiet) fprintf(stderr, "%.*s has no effect here\n", (int)n, word);
+        return i + 1 + (next && !word[n] && h->values && (!*h->values || has_word(h->values, string(next))));
+    }
+    const Option *o = find_option(h ? h->ours : is_option ? word : to->checkpoint ? "-i" : "--model", &glued);
+    if (h && !glued && word[n]) glued = word + n + 1;
     if (!o || (glued && o->type == FLAG)) return refuse_option(word, e);
-    const char *value = !is_option ? word : glued ? glued + 1 : next;
+    const char *value = !is_option ? word : glued ? glued : next;
     if (o->type != FLAG && !value) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-    if (!strcmp(word, "-p") && !strchr("+-.0123456789", *value) && (strtod(value, &end), *end)) o = find_option("-i");
-    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model");
+    bool is_number = value && (strchr("+-.0123456789", *value) || (strtod(value, &end), !*end));
+    if (!strcmp(word, "-p") && !is_number) o = find_option("-i", &unused);
+    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model", &unused);
     bool is_file = o->offset == OF(file), is_model = o->offset == OF(checkpoint);
     if ((is_model && to->checkpoint) || (!is_option && to->prompt && !is_model))
         return fail(e, MISUSE, "two %ss: \"%.99s\" and \"%.99s\"; put one in quotes", o->name,
                     is_model ? to->checkpoint : to->prompt, value);
-    if (given[o - option_table]++ && !quiet && !is_listed_word(repeatable, o->name, strlen(o->name)))
+    if (given[o - option_table]++ && !quiet && o->type != TEXTS && !is_file)
         fprintf(stderr, "--%s is given again: the last one counts\n", o->name);
     if ((is_file || o->offset == OF(prompt)) && !add_prompt(to, value, is_file, e)) return 0;
     return set_option(o, value, to, e) ? i + 1 + (o->type != FLAG && is_option && !glued) : 0;
@@ -7393,7 +7356,7 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
     return true;
 }
 
-// Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
+// Up to DETOKENIZE, a vocabulary is enough. Up to CHAT, they read a prompt. Up to BENCH, they need an Engine.
 typedef enum {
     RENDER, TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL,
     N_MODES
@@ -7403,83 +7366,76 @@ static const char *const mode_names[N_MODES] = { "render", "tokenize", "detokeni
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
-    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, find_option("-m")->help);
+    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, mode_help);
 }
 
 // Reads token ids from n bytes of text, after which there is a NUL.
 static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, Error *e) {
-    for (const char *p = text;;) {
-        p += strspn(p, " \t\r\n,");
-        if (!*p) return p == text + n || fail(e, MISUSE, "a NUL among the token ids");
-        char *end;
+    static const char gaps[] = " \t\r\n,";
+    char *end;
+    if (strlen(text) != n) return fail(e, MISUSE, "a NUL among the token ids");
+    for (const char *p = text + strspn(text, gaps); *p; p = end + strspn(end, gaps)) {
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
         if (id < 0 || id >= n_tokens)
-            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, " \t\r\n,"), p, n_tokens);
+            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, gaps), p, n_tokens);
         if (!emit(tokens, (int)id, e)) return false;
-        p = end;
     }
+    return true;
 }
 
 // The most bytes that n_tokens can stand for: 8 for each byte of a piece, as 4 characters of 4 bytes may compose to one
 // of 2. But there is no limit if some bytes have no token.
 static size_t most_bytes(const Tokenizer *t, int n_tokens) {
-    size_t longest = 0, n;
+    size_t longest = 0;
     for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
-    for (int id = 0; id < t->n_tokens; id++) {
-        piece(t, id, &n);
-        if (n > longest) longest = n;
-    }
-    n = times((size_t)n_tokens, 8 * longest);
+    for (int id = 0; id < t->n_tokens; id++) longest = larger(longest, t->text_start[id + 1] - t->text_start[id]);
+    size_t n = times((size_t)n_tokens, 8 * longest);
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
 // Whether a text asks for an answer rather than for its continuation: it is a question, or begins like an order.
 static bool is_instruction(Span text) {
-    static const char *const words[] = {
-        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
-        "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
-    };
     Span t = trimmed(text.text, text.n_bytes);
-    bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
-    for (size_t i = 0, n; i < sizeof words / sizeof *words; i++)
-        found |= (n = strlen(words[i])) < t.n_bytes && !strncasecmp(t.text, words[i], n) && t.text[n] == ' ';
-    return found;
+    char first[16] = "";
+    size_t n = 0;
+    for (; n < t.n_bytes && n + 1 < sizeof first && t.text[n] != ' '; n++)
+        first[n] = (char)tolower((unsigned char)t.text[n]);
+    return (t.n_bytes && t.text[t.n_bytes - 1] == '?') || (n < t.n_bytes &&
+           has_word("write explain describe summarise summarize translate list give tell name create compare rewrite "
+                    "answer classify what who how why when where", string(first)));
 }
 
-// Reads the prompt's text, with a NUL after it: from --ids, from -i and -f, or from stdin.
-static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *text, Error *e) {
-    bool is_limited = (mode >= GENERATE && mode <= LOGITS) || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
-    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
-    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
-    bool ok = options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
-                          : read_parts(most, mode == GENERATE || mode == CHAT, mode != CHAT, text, e);
-    if (ok && text->n > plus(most, 1))
-        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
-    if (ok && mode != CHAT && (options.ids || options.n_parts) && !options.quiet && has_unread_input())
-        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
-    return ok;
-}
-
-// Reads the prompt, as text and as tokens.
+// Reads the prompt from --ids, from -i and -f, or from stdin: as text, which a NUL follows, and as tokens. In a chat it
+// is the first message, and only text.
 static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
-    bool are_ids = options.ids || mode == DETOKENIZE;
-    bool ok = read_prompt_text(m, mode, context, text, e);
-    Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
+    bool are_ids = options.ids || mode == DETOKENIZE, is_chat = mode == CHAT;
+    bool is_limited = is_chat || (mode >= GENERATE && mode <= LOGITS && !are_ids);
+    size_t most = is_limited ? most_bytes(t, context) : MAX_TEXT;
+    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
+    if (!(options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
+                      : read_parts(most, is_chat || mode == GENERATE, !is_chat, text, e))) return false;
+    if (text->n > plus(most, 1))
+        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
+    Span span = { (const char *)text->bytes, text->n - 1, options.special };
+    if (is_chat) return strlen(span.text) == span.n_bytes || fail(e, MISUSE, "a NUL in the first message");
+    if ((options.ids || options.n_parts) && !options.quiet && has_unread_input())
+        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
+    if (are_ids) return read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
+        (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
-    if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
-                      (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
-    else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
-              (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
-              fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
-    if (ok && tokens->n_dropped)
+    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+        return false;
+    if (!tokens->n && mode != TOKENIZE)
+        return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
+    if (tokens->n_dropped)
         fprintf(stderr, "%zu bytes of the text were left out: this model has no token for them\n", tokens->n_dropped);
-    bool hints = ok && mode == GENERATE && !are_ids && m->chat_template.n && !options.quiet && is_instruction(span);
+    bool hints = mode == GENERATE && m->chat_template.n && !options.quiet && is_instruction(span);
     if (hints && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO))
         fprintf(stderr, "this text is continued; -m chat lets the model answer it\n");
-    return ok;
+    return true;
 }
 
 // Whether it is chapter 12a's to do.
@@ -7509,17 +7465,14 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
 }
 
 static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
-    if (mode == BENCH) {
-        int pp = largest(options.pp), tg = largest(options.tg);
-        usual = largest(options.depth) + (pp > tg ? pp : tg);
-        if (usual > own) return fail(e, NO_ROOM, "needs %d positions; the model was trained for %d", usual, own);
-    }
-    s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, needed = 0;
+    int pp = largest(options.pp), tg = largest(options.tg);
+    if (mode == BENCH) usual = needed = largest(options.depth) + (pp > tg ? pp : tg);
+    s->context = options.context > 0 ? (int)options.context : options.context == 0 || own < usual ? own : usual;
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
-    if (mode == BENCH && s->context < usual)
-        return fail(e, NO_ROOM, "needs %d positions, -c has %d", usual, s->context);
+    if (s->context < needed)
+        return fail(e, NO_ROOM, "needs %d positions, the context has %d of the model's %d", needed, s->context, own);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
     if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
@@ -7574,41 +7527,56 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
+static const Model *in_use;  // for the handler
+
 // The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
-static void on_interrupt(int number) {
-    bool ends = interrupted || (at_prompt && !options.session);
-    if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
-    if (ends && unfinished) unlink(unfinished);
-    if (ends && terminal_use) use_terminal(USUAL);
-    if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
-    interrupted = number;
+// Before any signal ends it, the unfinished file is removed. SIGBUS may mean that a mapped file became shorter or its
+// disk failed: then the first thread that gets it says so.
+static void on_signal(int number, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    bool ends = number != SIGINT || interrupted || (at_prompt && !options.session);
+    (void)context;
+    if (number == SIGINT && at_prompt && options.session) close(STDIN_FILENO);  // reading ends, the session is written
+    if (!ends) {
+        interrupted = number;
+        return;
+    }
+    if (unfinished) unlink(unfinished);
+    if (terminal_use) use_terminal(USUAL);
+    if (number == SIGINT) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
+    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
+        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
+        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
+        while (atomic_flag_test_and_set(&said)) pause();
+        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
+        _exit(tell_error(map->path, &e));
+    }
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
     Buffer text = { 0 };
+    Workspace *w = &g->workspace;
+    bool scripted = is_script(mode), reads_lines = mode == EVAL || (options.prompts && scripted);
+    bool keeps = options.session && !scripted && (mode == GENERATE || mode == CHAT);
+    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
     if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
     if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
-    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
-    Workspace *w = &g->workspace;
-    Sequence *s = g->texts;
-    bool reads_lines = options.prompts && is_script(mode);
-    bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
-    if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
+    if (options.session && scripted && mode == GENERATE && !options.quiet)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
-    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
-    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
-    if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
-        ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
-    if (mode == CHAT && options.n_parts) {
-        ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
-        if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
-        options.prompt = (char *)text.bytes;
-    }
-    heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
-    if (ok && is_script(mode))
-        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines || mode == EVAL ? NULL : &tokens,
+    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
+    Sequence *s = g->texts;
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
+         (mode == RENDER || mode > CHAT || reads_lines ||
+          read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    if (mode == CHAT && options.n_parts) options.prompt = (char *)text.bytes;
+    // SA_RESTART: no write is cut short
+    heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
+    if (ok && scripted)
+        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
     else switch (ok ? mode : N_MODES) {
     case RENDER: ok = run_render(m, e); break;
@@ -7624,9 +7592,9 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     case MATMUL: ok = run_matmul(e); break;
     default: break;
     }
+    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     keeps = keeps && s && s->n > 0 && (ok || e->status == INTERRUPTED || e->status == NO_ROOM);
     if (keeps) ok = write_session(m, w, s, ok ? e : &(Error){ 0 }) && ok;
-    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
     free(text.bytes);
     return ok;
@@ -7670,31 +7638,11 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
            make_shaper(sampler, &m->tokenizer, m->config.n_tokens, e) && run_mode(m, mode, g, sampler, e);
 }
 
-static const Model *in_use;  // for the handler
-
-// Before a signal ends the program, removes the unfinished file. SIGBUS may mean that a mapped file became shorter or
-// its disk failed: then the first thread that gets it says so.
-static void on_end(int number, siginfo_t *info, void *context) {
-    static atomic_flag said = ATOMIC_FLAG_INIT;
-    (void)context;
-    if (unfinished) unlink(unfinished);
-    if (terminal_use) use_terminal(USUAL);
-    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
-        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
-        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
-        while (atomic_flag_test_and_set(&said)) pause();
-        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
-        _exit(tell_error(map->path, &e));
-    }
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
 // Sets up signals, and fills the descriptors 0 to 2 that are closed: otherwise a file could get one of them, and be
 // written to as stdout. Reading from or writing to their substitutes fails.
 static void prepare_process(const Model *m) {
     static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
-    struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
+    struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
     in_use = m;
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
     signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails

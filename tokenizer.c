@@ -2747,7 +2747,7 @@ static Value strftime_now(Template *j, Value format) {
     char text[512], pattern[256] = "";
     if (format.n < sizeof pattern) memcpy(pattern, format.text, format.n);
     size_t start = j->out->text.n, n = strftime(text, sizeof text, pattern, j->now);
-    if (n == 0 && format.n) return lacks(j, "the date", format);
+    if (strlen(pattern) != format.n || (n == 0 && format.n)) return lacks(j, "the date", format);  // a NUL ends it
     add_bytes(j, text, n, NULL);
     return take_string_from(j, start);
 }

@@ -1428,7 +1428,7 @@ static void check_shrunk_part(const char *path, const Map *map, const Model *m) 
     if (child == 0) {
         close(2);
         in_use = m;
-        sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_end, .sa_flags = SA_SIGINFO }, NULL);
+        sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO }, NULL);
         _exit(truncate(path, 0) ? 98 : 90 + *(const volatile unsigned char *)map->bytes % 2);
     }
     waitpid(child, &status, 0);
