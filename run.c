@@ -4102,15 +4102,15 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 /* A session is a text's tokens and their part of the cache in a file, so that the next run need not read them again. It
    takes as much of it as its own text begins with, and gets the same bits as if it had read that itself.
 
-       | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
+       | header, 128 bytes | i32 id of each token | page 0, its u64 checksum | page 1, its checksum | ...     no padding
 
    The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
    between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
 typedef struct {
     unsigned char magic[8];
-    uint64_t head_sum, n, file_bytes;  // n: tokens
-    uint64_t model, settings;          // hashes of what the cache's bits depend on beside the tokens
-    char name[80];                     // of the checkpoint, for people
+    uint64_t head_sum, n;      // n: tokens
+    uint64_t model, settings;  // hashes of what the cache's bits depend on beside the tokens
+    char name[88];             // of the checkpoint, for people
 } SessionHeader;
 _Static_assert(sizeof(SessionHeader) == 128, "no padding");
 
@@ -4125,12 +4125,14 @@ static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
     return sum;
 }
 
-static uint64_t sum_head(const Buffer *head) { return add_sum(0, head->bytes + 16, head->n - 16); }
+static uint64_t sum_head(const SessionHeader *h, const int *ids) {
+    return add_sum(add_sum(0, &h->n, sizeof *h - offsetof(SessionHeader, n)), ids, h->n * sizeof *ids);
+}
 
 // The header for a model (hashed: configuration, vocabulary, and each tensor's name, type, shape and 64 bytes) and for
 // settings (rounding, the cache's type, and the angles, which hold what a scaled rotation makes of -c).
 static SessionHeader session_header(const Model *m, const Workspace *w) {
-    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 1 } };
+    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 2 } };
     h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < n_values(m, f); l++)
@@ -4148,58 +4150,44 @@ static SessionHeader session_header(const Model *m, const Workspace *w) {
     return h;
 }
 
-// Reads a page of the cache from a file or writes it to one, and adds it to a checksum. Returns its bytes; 0: failed.
-static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
-    size_t total = 0;
-    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
-        unsigned char *parts[] = { keys_at(y, page, 0), values_at(y, page, 0) };
-        for (int i = 0; i < 2; i++) {
-            size_t n = y->n_heads * (i ? y->value_bytes : y->key_bytes);
-            if (from && fread(parts[i], 1, n, from) != n) return 0;
-            if (to && fwrite(parts[i], 1, n, to) != n) return 0;
-            *sum = add_sum(*sum, parts[i], n);
-            total += n;
-        }
-    }
-    return total;
+static bool move_bytes(FILE *f, bool writes, void *bytes, size_t n) {
+    return (writes ? fwrite(bytes, 1, n, f) : fread(bytes, 1, n, f)) == n;
 }
 
-// Reads what is before the pages into `head`.
-static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, Buffer *head, Error *e) {
-    SessionHeader h;
-    if (n_bytes < sizeof h || fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted->magic, sizeof h.magic))
-        return refuse(e, "--session: the file is no session of this version, and only those are written over");
-    size_t most = h.n < MAX_CONTEXT ? h.n : MAX_CONTEXT;
-    size_t rest = n_pages((int)most) * sizeof(uint64_t) + most * sizeof(int32_t);
-    if (h.file_bytes != n_bytes || h.n != most || rest > n_bytes - sizeof h)
-        return refuse(e, "--session: the file is damaged: its header tells of more or fewer than %zu bytes", n_bytes);
-    if (!append(head, &h, sizeof h, e) || !append(head, NULL, rest, e)) return false;
-    if (fread(head->bytes + sizeof h, 1, rest, f) != rest || sum_head(head) != h.head_sum)
-        return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
-    if (h.model != wanted->model)
-        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h.name, wanted->name);
-    return h.settings == wanted->settings ||
-           refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+// Writes a page of the cache and its checksum to a file, or reads both. False if that fails or the sum is wrong.
+static bool move_page(FILE *f, bool writes, const Cache *c, int page) {
+    uint64_t sum = 0, stored;
+    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
+        size_t n_key = y->n_heads * y->key_bytes, n_value = y->n_heads * y->value_bytes;
+        void *keys = keys_at(y, page, 0), *values = values_at(y, page, 0);
+        if (!move_bytes(f, writes, keys, n_key) || !move_bytes(f, writes, values, n_value)) return false;
+        sum = add_sum(add_sum(sum, keys, n_key), values, n_value);
+    }
+    stored = sum;
+    return move_bytes(f, writes, &stored, sizeof stored) && stored == sum;
 }
 
 // Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
 // make logits. NULL: only checks the session's beginning.
-static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes,
-                         const Tokens *tokens, Error *e) {
-    SessionHeader wanted = session_header(m, w);
-    Buffer head = { 0 };
-    bool ok = read_head(&wanted, f, n_bytes, &head, e);
-    size_t n = ok ? (size_t)((SessionHeader *)(void *)head.bytes)->n : 0;
-    const uint64_t *sums = n ? (const void *)(head.bytes + sizeof wanted) : NULL;
-    const int32_t *ids = n ? (const void *)(sums + n_pages((int)n)) : NULL;
-    for (size_t i = 0; tokens && i < n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++) append_token(s, ids[i]);
-    for (size_t i = 0; ok && i < n_pages(s->n); i++) {
-        uint64_t sum = 0;
-        if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
-            ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
-    }
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, const Tokens *tokens, Error *e) {
+    SessionHeader h, wanted = session_header(m, w);
+    if (fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted.magic, sizeof h.magic))
+        return refuse(e, "--session: the file is no session of this version, and only those are written over");
+    int *ids = allocate(h.n <= MAX_CONTEXT ? h.n : 0, sizeof *ids, e);
+    if (!ids) return false;
+    bool ok = h.n <= MAX_CONTEXT && fread(ids, sizeof *ids, h.n, f) == h.n && sum_head(&h, ids) == h.head_sum;
+    if (!ok) refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
+    else if (h.model != wanted.model)
+        ok = refuse(e, "--session: the file is of another model: %.87s, and not %.87s", h.name, wanted.name);
+    else if (h.settings != wanted.settings)
+        ok = refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+    for (size_t i = 0; ok && tokens && i < h.n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++)
+        append_token(s, ids[i]);
+    for (size_t i = 0; ok && i < n_pages(s->n); i++)
+        ok = move_page(f, false, s->cache, s->pages[i]) ||
+             refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
     if (!ok) rewind_sequence(s, 0);
-    free(head.bytes);
+    free(ids);
     return ok;
 }
 
@@ -4209,7 +4197,7 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
     if (stat(options.session, &info) && errno == ENOENT) return true;
     FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
     if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
-    bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
+    bool ok = read_session(m, w, s, f, tokens, e);
     fclose(f);
     return ok;
 }
@@ -4217,22 +4205,13 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
 // Writes the text to the file, in place of the session that may be there.
 static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
     SessionHeader h = session_header(m, w);
-    size_t pages = n_pages(s->n), at = sizeof h;
-    uint64_t ignored = 0;
-    Buffer head = { 0 };
     Output out = { 0 };
     h.n = (uint64_t)s->n;
-    bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
-              append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
-    h.file_bytes = head.n;
-    for (size_t i = 0; ok && i < pages; i++)
-        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)(head.bytes + at) + i);
-    if (ok) memcpy(head.bytes, &h, sizeof h), ((SessionHeader *)(void *)head.bytes)->head_sum = sum_head(&head);
-    if (ok) fwrite(head.bytes, 1, head.n, out.stream);
-    for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
-        transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
-    free(head.bytes);
-    return close_output(&out, ok, e);
+    h.head_sum = sum_head(&h, s->ids);
+    bool ok = open_output(&out, options.session, e);
+    bool written = ok && fwrite(&h, sizeof h, 1, out.stream) && fwrite(s->ids, sizeof *s->ids, h.n, out.stream);
+    for (size_t i = 0; written && i < n_pages(s->n); i++) written = move_page(out.stream, true, s->cache, s->pages[i]);
+    return close_output(&out, ok, e);  // which finds out whether all was written
 }
 
 /* ==== 12. Writing, chatting =========================================================================================
