@@ -2302,18 +2302,15 @@ static int usable_threads(int threads) {
 #endif
 
 // A thread whose core another program uses makes all others wait. So after two slow passes in a row, in which threads
-// had to sleep, the next one is tried with a thread less. If that is faster than both, the thread rests for some
-// passes, each time for more; if not, the next trial waits for some passes, each time for more.
+// had to sleep, the next one is tried with a thread less, which rests if that is faster than both. Then nothing changes
+// for some passes, each time for more. After them a thread that rests is tried again.
 typedef struct {
-    int threads, rows;         // of the pass before
-    int n_resting, rest_left;  // threads that rest; passes until one is tried again
-    int rest, pause;           // passes of the last rest; of the last wait after a trial in vain
-    int pause_left, n_slow;    // passes until the next trial; slow passes in a row
+    int threads, rows;     // of the pass before
+    int n_resting, n_slow; // threads that rest; slow passes in a row
+    int wait, left;        // passes for which nothing changes: of the last such time, and still to come
     bool on_trial;
-    double seconds;            // of the faster of the slow passes
+    double seconds;        // of the faster of the slow passes
 } Rest;
-
-static int longer(int passes, int least) { return passes < 128 ? 2 * passes + least : 256; }
 
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     bool is_slow = slept > seconds / 8, is_like_last = rows == r->rows;
@@ -2322,16 +2319,17 @@ static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     if (r->on_trial) {
         r->on_trial = false;
         r->n_slow = 0;
-        if (is_faster) r->rest_left = r->rest = longer(r->rest, 16);
-        else r->n_resting--, r->pause_left = r->pause = longer(r->pause, 4);
+        r->left = r->wait = r->wait < 128 ? 2 * r->wait + 8 : 256;
+        if (!is_faster) r->n_resting--;
         return;
     }
     r->n_slow = !is_slow ? 0 : is_like_last ? r->n_slow + 1 : 1;
     if (r->n_slow <= 1 || is_faster) r->seconds = seconds;
-    if (r->pause_left) r->pause_left--;
-    else if (r->n_slow >= 2 && r->n_resting < r->threads - 1) r->n_resting++, r->on_trial = true;
-    if (r->n_resting && !r->on_trial && --r->rest_left <= 0) r->n_resting--;
-    if (!r->n_resting && !is_slow) r->rest -= r->rest > 0, r->pause -= r->pause > 0;
+    r->on_trial = !r->left && r->n_slow >= 2 && r->n_resting < r->threads - 1;
+    if (r->left) r->left--;
+    else if (r->on_trial) r->n_resting++;
+    else if (r->n_resting) r->n_resting--;
+    else if (!is_slow && r->wait) r->wait--;
 }
 
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {

@@ -100,25 +100,27 @@ static void test_resting(void) {
         check(n[threads] == 300, "%d threads, the other program has ended: %d of 300 passes by all", threads,
               n[threads]);
     }
-    // By hand: rows of a pass, its seconds, those slept, and how many threads of 3 then rest.
-    static const struct { int rows; double seconds, slept; int n_resting; } passes[] = {
-        { 1, 1.0, 0.0, 0 }, { 1, 1.0, 0.12, 0 },               // others were waited for, but not for an eighth
-        { 1, 1.0, 0.13, 0 }, { 1, 1.0, 0.12, 0 },              // one slow pass is a hiccup
-        { 1, 1.0, 0.13, 0 }, { 2, 1.9, 0.5, 0 },               // two slow passes that cannot be compared
-        { 2, 1.8, 0.5, 1 }, { 2, 1.85, 0.0, 0 },               // a trial that is faster than the slower one only
-        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },  // so no trial for 4 passes
-        { 1, 1.1, 0.5, 1 }, { 2, 0.9, 0.0, 0 },                // a trial that cannot be compared: 12 passes
-        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
-        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
-        { 1, 1.0, 0.5, 0 }, { 1, 1.0, 0.5, 0 },
-        { 1, 1.0, 0.5, 1 }, { 1, 0.9, 0.5, 1 },                // faster: one thread rests,
-        { 1, 0.9, 0.5, 1 }, { 1, 0.9, 0.5, 2 }, { 1, 0.95, 0.0, 1 },  // a second one tries to, in vain
+    // By hand: rows of a pass, its seconds, those slept, how many threads of 3 then rest, and how many such passes.
+    static const struct { int rows; double seconds, slept; int n_resting, times; } passes[] = {
+        { 1, 1.0, 0.0, 0, 1 }, { 1, 1.0, 0.12, 0, 1 },    // others were waited for, but not for an eighth
+        { 1, 1.0, 0.13, 0, 1 }, { 1, 1.0, 0.12, 0, 1 },   // one slow pass is a hiccup
+        { 1, 1.0, 0.13, 0, 1 }, { 2, 1.9, 0.5, 0, 1 },    // two slow passes that cannot be compared
+        { 2, 1.8, 0.5, 1, 1 }, { 2, 1.85, 0.0, 0, 1 },    // a trial that is faster than the slower one only,
+        { 1, 1.0, 0.5, 0, 8 },                            // so that no other follows for 8 passes
+        { 1, 1.1, 0.5, 1, 1 }, { 2, 0.9, 0.0, 0, 1 },     // one that cannot be compared: 24
+        { 1, 1.0, 0.5, 0, 24 },
+        { 1, 1.0, 0.5, 1, 1 }, { 1, 0.9, 0.5, 1, 1 },     // faster: one thread rests for 56
+        { 1, 0.9, 0.5, 1, 56 },
+        { 1, 0.9, 0.5, 2, 1 }, { 1, 0.95, 0.0, 1, 1 },    // a second one tries to, in vain
+        { 1, 0.9, 0.0, 1, 120 }, { 1, 0.9, 0.0, 0, 1 },   // and the first is tried again
     };
     Rest r = { .threads = 3 };
     for (size_t i = 0; i < sizeof passes / sizeof *passes; i++) {
-        judge_pass(&r, passes[i].rows, passes[i].seconds, passes[i].slept);
-        check(r.n_resting == passes[i].n_resting, "pass %zu: %d threads rest, wanted %d", i, r.n_resting,
-              passes[i].n_resting);
+        for (int k = 0; k < passes[i].times; k++) {
+            judge_pass(&r, passes[i].rows, passes[i].seconds, passes[i].slept);
+            check(r.n_resting == passes[i].n_resting, "row %zu, pass %d: %d threads rest, wanted %d", i, k, r.n_resting,
+                  passes[i].n_resting);
+        }
     }
     // Each time that a rest has turned out well it lasts longer, but not for ever.
     r = (Rest){ .threads = 2 };

@@ -163,7 +163,8 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
             SessionHeader h;
             memcpy(copy.bytes + at, &numbers[i], 8);
             memcpy(&h, copy.bytes, sizeof h);
-            if (h.n <= (b.n - sizeof h) / sizeof(int)) h.head_sum = sum_head(&h, (int *)(void *)(copy.bytes + sizeof h));
+            const int *in_file = (void *)(copy.bytes + sizeof h);
+            if (h.n <= (b.n - sizeof h) / sizeof *in_file) h.head_sum = sum_head(&h, in_file);
             memcpy(copy.bytes, &h, sizeof h);
             bool ok = read_damaged(m, r, copy, SESSION_TOKENS, &e);
             check((ok || (e.status == BAD_FILE && e.text[0])) && r->text.n == 0,  // nothing is of this text
