@@ -2022,13 +2022,21 @@ static bool has_unread_input(void) {
 enum { MAX_THREADS = 4096 };
 
 #ifdef __linux__
-// The number in a file of the system, or `otherwise`.
-static long read_number(const char *path, long otherwise) {
-    long n;
+// Reads the one or two numbers at the beginning of a file of the system. Returns how many there are.
+static int read_numbers(const char *path, double *first, double *second) {
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &n) != 1) n = otherwise;
+    int n = f ? fscanf(f, "%lf %lf", first, second) : 0;
     if (f) fclose(f);
     return n;
+}
+
+// The number in such a file of a processor, or `otherwise`.
+static double cpu_number(int cpu, const char *name, double otherwise) {
+    char path[96];
+    double unused;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/%s", cpu, name);
+    read_numbers(path, &otherwise, &unused);
+    return otherwise;
 }
 
 // Whether the list of processors in a file, "0-3,8" for example, has this one; true where there is no such file.
@@ -2048,7 +2056,7 @@ static bool is_listed(const char *path, int cpu) {
 // processors that it may use at a time, or bytes of memory. INFINITY: they set no limit.
 static double group_limit(bool of_memory) {
     char line[512], path[700];
-    double least = INFINITY, quota, period;
+    double least = INFINITY, quota, period, unused;
     FILE *groups = fopen("/proc/self/cgroup", "r");  // number:controllers:path
     while (groups && fgets(line, sizeof line, groups)) {
         char *name = strchr(line, ':'), *group = name ? strchr(name + 1, ':') : NULL;
@@ -2063,21 +2071,15 @@ static double group_limit(bool of_memory) {
             const char *folder = of_memory ? "/memory" : "/cpu", *first = of_memory ? "limit_in_bytes" : "cfs_quota_us";
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s.%s", second ? "" : folder, group, folder + 1,
                      second ? "max" : first);
-            FILE *f = fopen(path, "r");
-            int n = f ? fscanf(f, "%lf %lf", &quota, &period) : 0;
-            if (f) fclose(f);
-            if (n == 1 && of_memory) n = 2, period = 1;
-            if (n == 1) snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us"), period = (double)read_number(path, 0);
+            period = of_memory;  // of version 2, a file has both
+            int n = read_numbers(path, &quota, &period);
+            snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us");
+            if (n == 1 && !of_memory) read_numbers(path, &period, &unused);
             if (n > 0 && quota > 0 && period > 0) least = fmin(least, quota / period);
         }
     }
     if (groups) fclose(groups);
     return least;
-}
-
-static long cpu_quota(void) {
-    double least = group_limit(false);
-    return least < 1 ? 1 : least < MAX_THREADS ? (long)least : MAX_THREADS;
 }
 #endif
 
@@ -2102,24 +2104,19 @@ static int count_cores(bool by_default) {
 #ifdef __linux__
     enum { MOST_CPUS = 1 << 16 };
     static cpu_set_t allowed[MOST_CPUS / CPU_SETSIZE];
-    long largest = 0;
-    char path[96];
+    double largest = 0;  // core's capacity
     if (sched_getaffinity(0, sizeof allowed, allowed)) memset(allowed, 0, sizeof allowed);
-    for (int round = 0; round < 2; round++) {  // the first finds the largest core's capacity
-        for (int cpu = 0; cpu < MOST_CPUS; cpu++) {
-            if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
-            long capacity = by_default ? read_number(path, 0) : 0;
-            if (round == 0) largest = capacity > largest ? capacity : largest;
-            if (round == 0) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            int first = by_default ? (int)read_number(path, cpu) : cpu;
-            bool counts = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
-            n += counts && 2 * capacity >= largest && (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));
-        }
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++)
+        if (CPU_ISSET_S(cpu, sizeof allowed, allowed)) largest = fmax(largest, cpu_number(cpu, "cpu_capacity", 0));
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++) {
+        if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
+        int first = (int)cpu_number(cpu, "topology/thread_siblings_list", cpu);
+        bool is_first = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
+        bool is_large = 2 * cpu_number(cpu, "cpu_capacity", 0) >= largest;
+        n += is_first && is_large && is_listed("/sys/devices/cpu_core/cpus", cpu);
     }
-    if (n == 0 && by_default) n = count_cores(false);  // only small cores are allowed
-    if (by_default && n > cpu_quota()) n = cpu_quota();
+    if (n == 0) n = CPU_COUNT_S(sizeof allowed, allowed);  // of small cores too, if no others are allowed
+    if (by_default) n = (long)fmin((double)n, fmax(group_limit(false), 1));
 #elif defined(__APPLE__)
     int cores = 0;
     size_t size = sizeof cores;
@@ -2132,17 +2129,13 @@ static int count_cores(bool by_default) {
 
 // ---- Threads ----
 
-// A thread's place at the gate. What different threads write lies in different lines of the cache.
-typedef struct {
-    _Alignas(64) atomic_size_t taken[2];  // chunks of its share that are taken, in even and in odd steps
-} Seat;
-
-// Where the threads of a team wait for each other: the last one to come opens it.
+// Where the threads of a team wait for each other: the last one to come opens it. What different threads write lies in
+// different lines of the cache.
 typedef struct Gate {
     _Alignas(64) atomic_uint arrived;
     _Alignas(64) atomic_uint round;
     _Alignas(64) atomic_uint microseconds;  // that threads slept
-    Seat seats[MAX_THREADS];
+    struct { _Alignas(64) atomic_size_t taken[2]; } seats[MAX_THREADS];  // chunks of a share, in even and in odd steps
 } Gate;
 
 // This thread's part of n, by index: for work that takes every thread the same time.
@@ -3652,12 +3645,11 @@ static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int
 
 // ---- One token far down a text ----
 
-// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
-static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
+// Unit i of those that attend_deep() shares. After its totals is room for the largest score of each query and page.
+static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
     Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.padded + a.score_stride + 1 + n_pages);
-    *largest = place_scratch(&a, w->scratch + i * each);
+    place_scratch(&a, w->scratch + i * (size_t)a.group * (2 * a.padded + a.score_stride + 1 + n_pages));
     return a;
 }
 
@@ -3669,16 +3661,11 @@ static Range seen_in_page(const Attention *a, size_t page) {
     return seen;
 }
 
-// The largest score of each query, from those of its pages.      max (group)
-static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
+// The largest score of query q, from those of its pages.
+static float largest_score(const Attention *a, size_t q, size_t n_pages) {
     Range seen = all_seen(a);
-    for (int q = 0; q < a->group; q++) {
-        max[q] = -INFINITY;
-        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
-            float of_page = largest[(size_t)q * n_pages + page];
-            max[q] = of_page > max[q] ? of_page : max[q];
-        }
-    }
+    const float *of_page = a->totals + a->group + q * n_pages + seen.from / PAGE;
+    return of_page[likeliest(of_page, (int)((seen.to - 1) / PAGE - seen.from / PAGE) + 1)];
 }
 
 // totals[q] = the sum of weights scores[q], position p in lane p mod 16
@@ -3698,26 +3685,27 @@ static void add_weights(const Attention *a) {
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
     size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
     size_t n_columns = round_up((size_t)m->config.head_dim, 16);
-    float *largest, max[MAX_HEADS], lane[16] = { 0 };
+    float max[MAX_HEADS], lane[16] = { 0 };
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
             size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
             if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++) {
                 float *scores = a.scores + q * a.score_stride + p.from;
-                float max_of_page = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
-                largest[q * n_pages + i % n_pages] = max_of_page;
+                float largest = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
+                a.totals[(size_t)a.group + q * n_pages + i % n_pages] = largest;
             }
         }
     }
     end_step(team, SCORE, l);
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
-            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
+            bool is_next_unit = i == r.from || i % n_pages == 0;
+            for (size_t q = 0; q < (size_t)a.group && is_next_unit; q++) max[q] = largest_score(&a, q, n_pages);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
                 kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
         }
@@ -3725,7 +3713,7 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
     end_step(team, SOFTMAX, l);
     for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages);
             Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
             a.totals = max;  // each thread makes its own
             add_weights(&a);

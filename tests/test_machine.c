@@ -192,31 +192,31 @@ static void test_lists(void) {
 }
 
 static void test_quotas(void) {
-    static const struct { const char *groups, *files[3][2]; long wanted; } cases[] = {
-        { "0::/\n", { { "cpu.max", "max 100000\n" } }, MAX_THREADS },
-        { "0::/\n", { { "cpu.max", "350000 100000\n" } }, 3 },
-        { "0::/\n", { { "cpu.max", "20000 100000\n" } }, 1 },
+    static const struct { const char *groups, *files[3][2]; double wanted; } cases[] = {
+        { "0::/\n", { { "cpu.max", "max 100000\n" } }, INFINITY },
+        { "0::/\n", { { "cpu.max", "350000 100000\n" } }, 3.5 },
+        { "0::/\n", { { "cpu.max", "20000 100000\n" } }, 0.2 },
         { "0::/a/b\n", { { "a/b/cpu.max", "max 100000\n" }, { "a/cpu.max", "200000 50000\n" } }, 4 },
         { "0::/a/b\n", { { "a/b/cpu.max", "500000 100000\n" }, { "a/cpu.max", "700000 100000\n" } }, 5 },
         { "0::/a/b\n", { { "a/b/cpu.max", "700000 100000\n" }, { "a/cpu.max", "500000 100000\n" } }, 5 },
-        { "0::/a/b\n", { { "a/c/cpu.max", "100000 100000\n" } }, MAX_THREADS },
-        { "0::/a\n", { { "a/cpu.max", "9000000000 100000\n" } }, MAX_THREADS },
+        { "0::/a/b\n", { { "a/c/cpu.max", "100000 100000\n" } }, INFINITY },
+        { "0::/a\n", { { "a/cpu.max", "9000000000 100000\n" } }, 90000 },
         { "12:pids:/a\n4:cpu,cpuacct:/a\n0::/b\n",
-          { { "cpu/a/cpu.cfs_quota_us", "250000\n" }, { "cpu/a/cpu.cfs_period_us", "100000\n" } }, 2 },
+          { { "cpu/a/cpu.cfs_quota_us", "250000\n" }, { "cpu/a/cpu.cfs_period_us", "100000\n" } }, 2.5 },
         { "4:cpuacct,cpu:/a\n",
           { { "cpu/a/cpu.cfs_quota_us", "250000\n" }, { "cpu/a/cpu.cfs_period_us", "50000\n" } }, 5 },
         { "4:cpu:/a\n", { { "cpu/a/cpu.cfs_quota_us", "-1\n" }, { "cpu/a/cpu.cfs_period_us", "100000\n" } },
-          MAX_THREADS },
-        { "4:cpu:/a\n", { { "cpu/a/cpu.cfs_quota_us", "250000\n" } }, MAX_THREADS },
+          INFINITY },
+        { "4:cpu:/a\n", { { "cpu/a/cpu.cfs_quota_us", "250000\n" } }, INFINITY },
         { "4:cpu:/a/b/c\n",
           { { "cpu/cpu.cfs_quota_us", "600000\n" }, { "cpu/cpu.cfs_period_us", "100000\n" } }, 6 },
         { "4:cpuset:/a\n",
-          { { "cpu/a/cpu.cfs_quota_us", "250000\n" }, { "cpu/a/cpu.cfs_period_us", "100000\n" } }, MAX_THREADS },
+          { { "cpu/a/cpu.cfs_quota_us", "250000\n" }, { "cpu/a/cpu.cfs_period_us", "100000\n" } }, INFINITY },
         { "4:cpu,memory:/a\n0::/b\n", { { "cpu/a/cpu.cfs_quota_us", "400000\n" },
           { "cpu/a/cpu.cfs_period_us", "100000\n" }, { "b/cpu.max", "300000 100000\n" } }, 3 },
         { "nonsense\n:\n0::\n", { { "cpu.max", "200000 100000\n" } }, 2 },
-        { "0::/a\n", { { "a/cpu.max", "0 100000\n" } }, MAX_THREADS },
-        { "0::/a\n", { { "a/cpu.max", "100000 0\n" } }, MAX_THREADS },
+        { "0::/a\n", { { "a/cpu.max", "0 100000\n" } }, INFINITY },
+        { "0::/a\n", { { "a/cpu.max", "100000 0\n" } }, INFINITY },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         begin_system();
@@ -226,12 +226,12 @@ static void test_quotas(void) {
             snprintf(path, sizeof path, "/sys/fs/cgroup/%s", cases[i].files[k][0]);
             place_file(path, cases[i].files[k][1]);
         }
-        long got = cpu_quota();
-        check(got == cases[i].wanted, "case %zu, %.30s: got %ld processors, wanted %ld", i, cases[i].groups, got,
+        double got = group_limit(false);
+        check(got == cases[i].wanted, "case %zu, %.30s: got %g processors, wanted %g", i, cases[i].groups, got,
               cases[i].wanted);
     }
     begin_system();
-    check(cpu_quota() == MAX_THREADS, "no control groups: got %ld processors", cpu_quota());
+    check(group_limit(false) == INFINITY, "no control groups: got %g processors", group_limit(false));
 }
 
 static void test_memory(void) {
@@ -281,6 +281,8 @@ static void test_processors(void) {
     place_file("/proc/self/cgroup", "0::/\n");
     place_file("/sys/fs/cgroup/cpu.max", "250000 100000\n");
     check_cores("the same with a quota", 2, 8);
+    place_file("/sys/fs/cgroup/cpu.max", "20000 100000\n");
+    check_cores("the same with a fifth of a core", 1, 8);
     begin_system();
     allow(0, 9);
     place_file("/sys/devices/cpu_core/cpus", "0-3\n");
