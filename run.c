@@ -1985,9 +1985,9 @@ static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
     if (!f) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     char chunk[4096];
     bool ok = true;
-    while (ok && !feof(f) && !ferror(f) && b->n <= most) {  // a terminal's end comes only once
-        size_t n = fread(chunk, 1, sizeof chunk, f);
-        ok = n == 0 || append(b, chunk, n, e);
+    for (size_t n = sizeof chunk; ok && n == sizeof chunk && b->n <= most;) {  // less: the end, or a failure
+        n = fread(chunk, 1, sizeof chunk, f);
+        ok = append(b, chunk, n, e);
     }
     if (ok && ferror(f)) ok = fail(e, BROKEN_IO, "%s: reading failed: %s", path, strerror(errno));
     if (f != stdin) fclose(f);

@@ -260,7 +260,7 @@ MACHINE = [
      "unit_of(m, w, l, 0, 1, i % n_kv_heads)"),
     ("units of all heads", "unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads)",
      "unit_of(m, w, l, (int)(i / n_kv_heads), 1, 0)"),
-    ("units have room of their own", "w->scratch + i * each)", "w->scratch)"),
+    ("units have room of their own", "w->scratch + i * (size_t)a.group * (", "w->scratch + 0 * ("),
     ("all columns", "i * 16 % n_columns + 16 };", "i * 16 % n_columns + 8 };"),
     # chunks
     ("chunks of whole units", "(n < CHUNKS * threads), multiple)", "(n < CHUNKS * threads), 1)"),
