@@ -616,10 +616,10 @@ enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a te
 
 // A layer's part of the KV cache. Of keys, sixteen positions lie side by side: a SIMD lane is a position.
 typedef struct {
-    unsigned char *keys;             // (pages, G, 64/16, K, 16): number d of position p at [p % 64 / 16][d][p % 16]
-    unsigned char *values;           // (pages, G, K/16, 64, 16): at [d / 16][p % 64][d % 16]; K is rounded up to 16
-    size_t n_heads;                  // G
+    unsigned char *keys;             // (G, 64/16, K, 16) in a page: number d of position p at [p % 64 / 16][d][p % 16]
+    unsigned char *values;           // (G, K/16, 64, 16) after them: at [d / 16][p % 64][d % 16]; K is rounded up to 16
     size_t key_bytes, value_bytes;   // of one head in one page
+    size_t page_bytes;               // from a page to the next: of all layers
 } CachedLayer;
 
 // The KV cache: the keys and values of all texts, in pages from one pool. A page costs no memory before it is used.
@@ -630,8 +630,9 @@ typedef struct {
     int *users;             // (pages)  how many sequences hold the page
     int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
     int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
+    unsigned char *pool;    // (pages, page_bytes)  a page has of each layer the keys, then the values
     void *arena;            // all of these
-    size_t arena_bytes;
+    size_t arena_bytes, page_bytes;
 } Cache;
 
 // One text, and what the model keeps of it.
@@ -644,13 +645,15 @@ typedef struct {
 
 static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
 
+static unsigned char *page_at(const Cache *c, int page) { return c->pool + (size_t)page * c->page_bytes; }
+
 // Where the keys, or values, of one head begin in a page.
 static unsigned char *keys_at(const CachedLayer *y, int page, size_t head) {
-    return y->keys + ((size_t)page * y->n_heads + head) * y->key_bytes;
+    return y->keys + (size_t)page * y->page_bytes + head * y->key_bytes;
 }
 
 static unsigned char *values_at(const CachedLayer *y, int page, size_t head) {
-    return y->values + ((size_t)page * y->n_heads + head) * y->value_bytes;
+    return y->values + (size_t)page * y->page_bytes + head * y->value_bytes;
 }
 
 // Puts one head's key and value of a position into the cache.      key, value (K)
@@ -689,10 +692,7 @@ static void append_token(Sequence *s, int token) {
     bool is_new = s->n % PAGE == 0, is_shared = !is_new && c->users[old] > 1;
     if (is_new || is_shared) c->users[*page = c->spare[--c->n_spare]] = 1;
     if (is_shared) c->users[old]--;
-    for (CachedLayer *y = c->layers; is_shared && y < c->layers + c->n_layers; y++) {
-        memcpy(keys_at(y, *page, 0), keys_at(y, old, 0), y->n_heads * y->key_bytes);
-        memcpy(values_at(y, *page, 0), values_at(y, old, 0), y->n_heads * y->value_bytes);
-    }
+    if (is_shared) memcpy(page_at(c, *page), page_at(c, old), c->page_bytes);
     s->ids[s->n++] = token;
 }
 
@@ -2071,7 +2071,7 @@ static double group_limit(bool of_memory) {
             const char *folder = of_memory ? "/memory" : "/cpu", *first = of_memory ? "limit_in_bytes" : "cfs_quota_us";
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s.%s", second ? "" : folder, group, folder + 1,
                      second ? "max" : first);
-            period = of_memory;  // of version 2, a file has both
+            period = of_memory;  // 1 byte; of processors, version 2 has it in the same file
             int n = read_numbers(path, &quota, &period);
             snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us");
             if (n == 1 && !of_memory) read_numbers(path, &period, &unused);
@@ -3772,19 +3772,19 @@ static void sink(Candidate *c, size_t i, size_t n) {
     }
 }
 
-// Moves the top of *n candidates to *to.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
+// Takes the top of *n candidates.
+static Candidate take_likeliest(Candidate *heap, size_t *n) {
     Candidate top = heap[0];
     heap[0] = heap[--*n];
     sink(heap, 0, *n);
-    *to = top;
+    return top;
 }
 
 // Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
 // part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14), put in by run().
 static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    float cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
     size_t n_heap = 0, n_sorted = 0;
     for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
         if (c[i].p >= cutoff) c[n_heap++] = c[i];
@@ -3792,12 +3792,11 @@ static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
     if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
     for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
     size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
-    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
-        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
+    float total = s->top_k ? 0.0f : 1.0f;  // top-p is of what top-k has left
+    for (; s->top_k && n_sorted < limit; total += c[n - n_sorted].p) c[n - ++n_sorted] = take_likeliest(c, &n_heap);
     *sum = 0.0f;
     for (size_t i = 1; i <= limit; i++) {
-        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
+        if (i > n_sorted) c[n - i] = take_likeliest(c, &n_heap);
         if (c[n - i].p <= 0.0f || c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
         *sum += c[n - i].p;
         if (has_top_p && *sum > s->top_p * total) return i;
@@ -3829,7 +3828,7 @@ static size_t keep_typical(const Sampler *s, Candidate *c, size_t n) {
     for (size_t i = 0; i < n; i++) c[i].p = -(float)fabs(log((double)p[c[i].id]) + entropy);
     for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
     for (; left > 0 && total <= (double)s->typical; total += (double)p[c[n - kept].id])
-        take_likeliest(&c[n - ++kept], c, &left);
+        c[n - ++kept] = take_likeliest(c, &left);
     for (size_t i = 1; i <= kept; i++) c[n - i].p = (float)((double)p[c[n - i].id] / total);
     return kept;
 }
@@ -4043,19 +4042,22 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
 static void lay_out_cache(const Model *m, Cache *c, size_t n_texts) {
     Arena a = { c->arena, 0 };
     size_t head_dim = (size_t)m->config.head_dim, pages = times(n_texts, n_pages(c->context));
-    size_t page_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
+    size_t item_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
     c->layers = place(&a, (size_t)c->n_layers, sizeof *c->layers);
     c->users = place(&a, pages, sizeof *c->users);
     c->spare = place(&a, pages, sizeof *c->spare);
     c->ids = place(&a, times(n_texts, (size_t)c->context), sizeof *c->ids);
     c->pages = place(&a, pages, sizeof *c->pages);
+    Arena page = { c->pool = place(&a, 0, 0), 0 };  // the first one
     for (int l = 0; l < c->n_layers; l++) {
-        CachedLayer y = { NULL, NULL, (size_t)m->layers[l].n_kv_heads, head_dim * page_bytes,
-                          round_up(head_dim, 16) * page_bytes };
-        y.keys = place(&a, pages, y.n_heads * y.key_bytes);
-        y.values = place(&a, pages, y.n_heads * y.value_bytes);
+        size_t n_heads = (size_t)m->layers[l].n_kv_heads;
+        CachedLayer y = { NULL, NULL, head_dim * item_bytes, round_up(head_dim, 16) * item_bytes, 0 };
+        y.keys = place(&page, n_heads, y.key_bytes);
+        y.values = place(&page, n_heads, y.value_bytes);
+        y.page_bytes = c->page_bytes;  // counted in the first run
         if (c->arena) c->layers[l] = y;
     }
+    place(&a, pages, c->page_bytes = page.n);
     for (c->n_spare = 0; c->arena && (size_t)c->n_spare < pages; c->n_spare++)  // the first pages are taken first
         c->spare[c->n_spare] = (int)(pages - 1) - c->n_spare;
     c->arena_bytes = a.n;
@@ -4091,7 +4093,7 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
        | header, 128 bytes | i32 id of each token | page 0, its u64 checksum | page 1, its checksum | ...     no padding
 
    The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
-   between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
+   between it and the pages. */
 typedef struct {
     unsigned char magic[8];
     uint64_t head_sum, n;      // n: tokens
@@ -4142,14 +4144,8 @@ static bool move_bytes(FILE *f, bool writes, void *bytes, size_t n) {
 
 // Writes a page of the cache and its checksum to a file, or reads both. False if that fails or the sum is wrong.
 static bool move_page(FILE *f, bool writes, const Cache *c, int page) {
-    uint64_t sum = 0, stored;
-    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
-        size_t n_key = y->n_heads * y->key_bytes, n_value = y->n_heads * y->value_bytes;
-        void *keys = keys_at(y, page, 0), *values = values_at(y, page, 0);
-        if (!move_bytes(f, writes, keys, n_key) || !move_bytes(f, writes, values, n_value)) return false;
-        sum = add_sum(add_sum(sum, keys, n_key), values, n_value);
-    }
-    stored = sum;
+    if (!move_bytes(f, writes, page_at(c, page), c->page_bytes)) return false;
+    uint64_t sum = add_sum(0, page_at(c, page), c->page_bytes), stored = sum;
     return move_bytes(f, writes, &stored, sizeof stored) && stored == sum;
 }
 
