@@ -2371,6 +2371,8 @@ static void heed(int number, const struct sigaction *action) {
    it must be there once, with its shape and an allowed type, inside the file, and overlap no other. Only there do bytes
    of the file become a Tensor. */
 
+enum { PATH_BYTES = 4096 };  // of the longest path that systems know (PATH_MAX)
+
 // Adds to an error in which part of a split GGUF it is.
 static bool in_part(size_t part, Error *e) {
     Error told = *e;
@@ -2381,19 +2383,17 @@ static bool in_part(size_t part, Error *e) {
 static bool map_parts(const char *path, Model *m, Error *e) {
     size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
     unsigned part = 0, parts = 0;
-    char again[32];
+    char again[32], name[PATH_BYTES];
     sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
     snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
     if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
-    char *name = allocate(n + 1, 1, e);
-    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
+    bool ok = (m->parts = allocate(parts, sizeof *m->parts, e)) != NULL;
     for (part = 1; ok && part <= parts; part++) {
-        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
+        snprintf(name, sizeof name, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
         Map *map = part == 1 ? &m->file : &m->parts[part - 2];
         ok = map_file(name, map, e) || in_part(part, e);
         if (ok) m->n_parts = part - 1, map->path = path;
     }
-    free(name);
     return ok;
 }
 
@@ -2408,11 +2408,11 @@ _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is a
 // in chapter 5. A number also takes a row in config_fields[] (then LAYOUT is one more), a tensor a row in model_rules[]
 // or layer_rules[]. If not every family may have it, it takes a feature here, the next power of two.
 enum {
-    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must or may be there; one for each expert
-    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
-    SCALES = 512,  // of embedding, residual and logits
-    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
-    CAPS = 2048,   // defaults: 50 for scores, 30 for logits
+    ALWAYS = 1, OPTIONAL = 2,  // in a tensor's rule: it must or may be there
+    BIASES = 4, HEAD_NORMS = 8, WIDE_HEAD_NORMS = 16, PRE_NORMS = 32, POST_NORMS = 64, LAYER_NORMS = 128,
+    SCALES = 256,  // of embedding, residual and logits
+    GEMMA = 512,   // GELU, and embeddings times sqrt(D)
+    CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
 typedef struct {
     const char *name;
@@ -2465,11 +2465,12 @@ static const ConfigField config_fields[] = {
     { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
-    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
+    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT,
+      ".rope.scaling.original_context_length", 0, 0 },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20f, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
-    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
+    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, ".rope.scaling.attn_factor", 0, 0 },
     { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
     { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
@@ -2513,15 +2514,16 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// A tensor that models must or may have, named as in GGUF: a vector of floats if `rows` is ONE, else a matrix. It may
-// also be part of the rows of the tensor `fused`, which holds all that name it, in the order of the table.
+// A tensor that models must or may have, named as in GGUF: %d is its layer, %s "_exps" if it has a matrix for each
+// expert. It is a vector of floats if `rows` is ONE, else a matrix. It may also be part of the rows of the tensor
+// `fused`, which holds all that name it, in the order of the table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL; and BY_EXPERT
+    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL
     const char *fused;
 } TensorRule;
 
@@ -2535,29 +2537,29 @@ static const TensorRule model_rules[] = {
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
 };
 static const TensorRule layer_rules[] = {
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
-    { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // with 0 rows it is not needed
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS | BY_EXPERT, NULL },
-    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
+    { "blk.%d.attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // or 0 rows, and none
+    { "blk.%d.ffn_gate%s.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_gate%s.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_up%s.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_up%s.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_down%s.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
+    { "blk.%d.ffn_down%s.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
 enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
@@ -2573,7 +2575,7 @@ typedef struct Slot {
     Source *source;          // the file's tensor, or NULL
     size_t first_row;        // in the source
     Type type;               // of a matrix
-    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
+    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it (yet)
 } Slot;
 
 // Makes the model's slots from its configuration, in the order in which native files have the tensors.
@@ -2591,16 +2593,12 @@ static bool make_slots(Model *m, Error *e) {
             [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
             [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
         };
-        char prefix[16] = "";
-        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
         for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
-            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-            int stem = (int)strcspn(rule->name, ".");
+            bool by_expert = strstr(rule->name, "%s") && layer->n_experts > 0;
             *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
                             .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
             if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
-            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
-                     rule->name + stem);
+            snprintf(slot->name, NAME_BYTES, rule->name, l, by_expert ? "_exps" : "");
         }
     }
     return slot;
@@ -2648,7 +2646,7 @@ static bool is_multiplied(const Model *m, const Slot *s) {
     return s->data && !s->is_vector && (s != m->slots || m->head.tiles == s->data);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // a Source begins with its name
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // Source and Key begin with their names
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Source *)a)->data, *y = ((const Source *)b)->data;
@@ -2678,45 +2676,43 @@ static Source *find_source(const Model *m, const char *name) {
 // The file's tensor for a slot: its own, or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES] = "";
-    if (slot->rule->fused) snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    if (slot->rule->fused) snprintf(name, sizeof name, slot->rule->fused, slot->layer);
     Source *own = find_source(m, slot->name), *fused = find_source(m, name);
     return own ? own : fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
 static void give_back(const Source *s, Range tiles) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
     size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
-    uintptr_t begin = round_up((uintptr_t)s->data + tiles.from * TILE_ROWS * row_bytes, page);
-    uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = (uintptr_t)source_block(s, last, 0) / page * page;
+    uintptr_t begin = round_up((uintptr_t)source_block(s, tiles.from * TILE_ROWS, 0), page);
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
-// Packs all tensors of a file that has no tiles into one block.
+// Packs all tensors of a file that has no tiles into the places that their slots have.
 typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
     const Model *m = job->m;
-    unsigned char *to = m->packed;
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+    for (size_t i = 0; i < m->n_slots; i++) {
+        const Slot *slot = &m->slots[i];
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
+        unsigned char *to = (unsigned char *)slot->data;
         part.rows = (uint32_t)slot->rows;
         part.data = source_block(&part, slot->first_row, 0);
+        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
-        for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
-            unsigned char *begin = to + k * tensor_bytes(&matrix);
+        for (size_t k = 0; k < slot->n; k++, part.data += source_bytes(&part), to += tensor_bytes(&matrix)) {
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(begin, &part, (Range){ row, row + 1 });
-                if (broken_row(&matrix, begin + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
+                pack_rows(to, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, to + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
-        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
-        if (team->thread == 0) show_progress("packing tensor", job->start, (size_t)(slot - m->slots) + 1, m->n_slots);
-        to += round_up(slot_bytes(slot), 64);
+        if (team->thread == 0) show_progress("packing tensor", job->start, i + 1, m->n_slots);
     }
 }
 
@@ -2742,15 +2738,15 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
         return refuse(e, "%s is %u x %u x %u, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
-    if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
-        return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
-    slot->type = s->type ? s->type->tile : (Type)s->tiles;
+    if (slot->is_vector ? s->tiles != (s->type ? F32 : VECTOR) : s->tiles >= N_TYPES)
+        return refuse(e, "%s is of type %s, which no %s has", s->name,
+                      s->type ? s->type->name : s->tiles < N_TYPES ? types[s->tiles].name : "unknown",
+                      slot->is_vector ? "vector" : "matrix");
+    slot->type = slot->is_vector ? F32 : (Type)s->tiles;
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
     if (!s->type && slot_bytes(slot) != s->n_bytes)
         return refuse(e, "%s has %zu bytes, expected %zu", s->name, (size_t)s->n_bytes, slot_bytes(slot));
-    if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
-        return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
     for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
         float x;
         memcpy(&x, s->data + i * sizeof x, sizeof x);
@@ -2769,14 +2765,12 @@ static bool bind_model(Model *m, int threads, Error *e) {
         int need = slot->rows ? slot->rule->need : 0;
         if (need & (features | OPTIONAL)) slot->source = find_for_slot(m, slot);
         if (slot->source && !bind_slot(m, slot, e)) return false;
+        const Slot *before = slot->layer > 0 && need & OPTIONAL ? slot - N_LAYER_RULES : slot;
+        const Slot *lost = slot->source ? before : slot;  // if one layer has what is optional, all must
         bool apart = slot->n > 1 && find_source(m, "blk.0.ffn_gate.0.weight");
-        if (!slot->source && need & features)
-            return refuse(e, "tensor %s is missing%s", slot->name,
+        if (!lost->source && (need & features || slot->source || before->source))
+            return refuse(e, "tensor %s is missing%s", lost->name,
                           apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
-        if (slot->layer < 1 || !(need & OPTIONAL)) continue;
-        const Slot *before = slot - N_LAYER_RULES;  // if one layer has it, all must: else a tensor was lost
-        if (!before->source != !slot->source)
-            return refuse(e, "tensor %s is missing", slot->source ? before->name : slot->name);
     }
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
@@ -2788,12 +2782,11 @@ static bool bind_model(Model *m, int threads, Error *e) {
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
+        unsigned char *to = m->packed;
+        for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+            if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, 0, pack_team, &job);
-    }
-    unsigned char *to = m->packed;
-    for (Slot *slot = m->slots; to && slot < m->slots + m->n_slots; slot++) {
-        if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
     }
     if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
@@ -2845,7 +2838,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
        q4k, q5k        f16 d[16], f16 m[16], u8 s[8][16], u8 t[8][16]  (d * s) * x - m * t
        iq4xs           f16 d[16], i8 s[8][16]                          (d * s) * curve[x] */
 enum { LAYOUT = 2 };
-static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
+static const char native_magic[] = "\x89" "cria\r\n\x1a";
 
 typedef struct { uint64_t at, n_bytes; } Section;
 enum { CONFIG, TENSORS, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, N_SECTIONS };
@@ -2877,15 +2870,14 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
         if (!to) take_into(&from, &found, sizeof found);
         if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
             return refuse(e, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
-                        found.name, record.count, record.name);
+                          found.name, record.count, record.name);
         for (int l = 0; l < (int)record.count; l++) {
             double value = to ? get_field(m, f, l) : 0;
             if (!to) take_into(&from, &value, sizeof value);
             if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
     }
-    int n = from.left < 28 ? (int)from.left : 28;
-    return n == 0 || refuse(e, "the configuration asks for \"%.*s\", which is not known", n, (const char *)from.at);
+    return from.left == 0 || refuse(e, "the configuration has %zu bytes more than expected", from.left);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *e) {
@@ -2897,8 +2889,6 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
         take_into(&c, s, RECORD_BYTES);
         s->name[NAME_BYTES - 1] = 0;
         s->at -= h->weights.at;
-        if (s->tiles >= N_TYPES && s->tiles != VECTOR)
-            return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
     return true;
 }
@@ -2933,27 +2923,26 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
 // file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
 typedef struct {
     FILE *stream;
-    char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
+    char path[PATH_BYTES], temporary[PATH_BYTES + 32];  // without symbolic links; "": there is no other name
 } Output;
 
 static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 14
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info, out;
-    *o = (Output){ NULL, NULL, NULL };
+    o->stream = NULL;
+    o->temporary[0] = 0;
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
     bool is_stdout = exists && !fstat(1, &out) && out.st_dev == info.st_dev && out.st_ino == info.st_ino;
-    o->path = is_file ? realpath(path, NULL) : strdup(path);
-    if (!o->path) return fail(e, io_status(), "%s: %s", path, strerror(errno));
+    snprintf(o->path, sizeof o->path, "%s", path);
+    if (exists ? access(path, W_OK) || (is_file && !realpath(path, o->path)) : errno != ENOENT)
+        return fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
-    if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
     if (is_stdout || (exists && !is_file)) {
-        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(o->path, "wb");
+        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(path, "wb");
     } else {
-        size_t length = strlen(o->path) + 32;
-        if (!(o->temporary = allocate(length, 1, e))) return false;
-        snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
+        snprintf(o->temporary, sizeof o->temporary, "%s.%ld.tmp", o->path, (long)getpid());
         unlink(unfinished = o->temporary);  // left by a process of the same number that was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
@@ -2966,14 +2955,12 @@ static bool open_output(Output *o, const char *path, Error *e) {
 // Completes the file if all went well so far (ok), else removes it and returns false.
 static bool close_output(Output *o, bool ok, Error *e) {
     bool written = o->stream && !ferror(o->stream) && fflush(o->stream) == 0;
-    written = written && (!o->temporary || fsync(fileno(o->stream)) == 0);
+    written = written && (!*o->temporary || fsync(fileno(o->stream)) == 0);
     if (o->stream) written = fclose(o->stream) == 0 && written;
-    written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
+    written = written && ok && (!*o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
-    if (!written && o->temporary) unlink(o->temporary);
+    if (!written) unlink(o->temporary);
     unfinished = NULL;
-    free(o->path);
-    free(o->temporary);
     return written;
 }
 
@@ -3013,7 +3000,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
               append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     ok = ok && open_output(&out, path, e);
     if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
     for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
@@ -3039,15 +3026,16 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
 };
 
 typedef struct {
-    Text name;
-    GgufType type;  // of its items
+    char name[128];  // cut where it is longer, which no key is that anything asks for
+    GgufType type;   // of its items
     bool is_array, used;
     size_t count;
-    Cursor value;  // its items
+    Cursor value;    // its items
 } Key;
 
 typedef struct {
-    Cursor rest;  // what has not been read
+    Cursor rest;  // what has not been read ...
+    size_t n_bytes;  // ... of so many bytes
     Key *keys;    // sorted by name
     size_t n_keys, n_tensors;
     char family[16];
@@ -3058,41 +3046,28 @@ typedef struct {
 // How many bytes of a text a message shows.
 static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
-static bool is_text(Text t, const char *expected) {
-    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
-}
-
 static bool read_key(Cursor *c, Key *k, Error *e) {
-    k->name = take_string(c);
+    Text name = take_string(c);
     uint32_t type = take_u32(c);
     k->is_array = type == G_ARRAY;
     if (k->is_array) type = take_u32(c);
-    uint64_t count = k->is_array ? take_u64(c) : 1;
+    k->count = k->is_array ? (size_t)take_u64(c) : 1;
     if (c->bad) return refuse(e, "the file ends within its keys");
-    if (type >= N_G || type == G_ARRAY)
-        return refuse(e, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
+    memcpy(k->name, name.at, name.n < sizeof k->name ? name.n : sizeof k->name - 1);
+    if (type >= N_G || type == G_ARRAY) return refuse(e, "key %s has type %u, which is not known", k->name, type);
     k->type = (GgufType)type;
-    k->count = (size_t)count;
     k->value = *c;
-    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes;
-    c->bad = count > c->left / least;  // there cannot be more, and strings are walked one by one
-    if (type != G_STRING) take(c, k->count * least);
+    if (type != G_STRING) take(c, times(k->count, gguf_types[type].n_bytes));
     for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
-    if (c->bad) return refuse(e, "key %.*s is longer than the file", shown(k->name), k->name.at);
     k->value.left -= c->left;
-    return true;
-}
-
-static int by_key_name(const void *a, const void *b) {
-    const Text *x = a, *y = b;  // a Key begins with its name
-    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
+    return !c->bad || refuse(e, "key %s is longer than the file", k->name);
 }
 
 // The key of that name, or NULL. A name that begins with a dot follows the family's name.
 static Key *find_key(Gguf *g, const char *name) {
     char full[128];
-    int n = snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
-    Key *k = bsearch(&(Text){ full, (size_t)n }, g->keys, g->n_keys, sizeof *k, by_key_name);
+    snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
+    Key *k = bsearch(full, g->keys, g->n_keys, sizeof *k, by_name);
     if (k) k->used = true;
     return k;
 }
@@ -3114,8 +3089,8 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
     bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
-                         k->is_array ? "an array of " : "", gguf_types[k->type].name,
+        g->bad = !refuse(g->error, "key %s is %s%s, expected %s %s", k->name, k->is_array ? "an array of " : "",
+                         gguf_types[k->type].name,
                          is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
@@ -3126,7 +3101,7 @@ static double get_value(Gguf *g, const char *name, GgufType type, double min, do
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     bool fits = !k.value.at || (x >= min && x <= max);
     if (!fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min, max);
+        g->bad = !refuse(g->error, "key %s is %.10g, expected %g to %g", k.name, x, min, max);
     return fits ? x : otherwise;
 }
 
@@ -3152,12 +3127,8 @@ static Text get_text(Gguf *g, const char *name) {
     return take_string(&k.value);
 }
 
-static bool refuse_key(const Key *k, Error *e) {
-    return refuse(e, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
-}
-
-// A key of the family that no code has asked for may change what the model computes. So it is refused, unless its value
-// switches its feature off: 0 or false, if this table does not name another value (NAN: any).
+// A key that no code has asked for may change what the model computes, if it is the family's or one of this table. So
+// it is refused, unless its value switches its feature off: 0 or false, if the table has no other value (NAN: any).
 static const struct { const char *key; double harmless; } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
@@ -3165,16 +3136,17 @@ static const struct { const char *key; double harmless; } other_keys[] = {
     { "stablelm.use_parallel_residual", NAN },  // often set; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // no code asks for it if there are no experts
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
+    { "tokenizer.ggml.precompiled_charsmap", 0 }, { "tokenizer.ggml.remove_extra_whitespaces", 0 },
 };
 
-static bool is_harmless(const Gguf *g, const Key *k) {
+static bool is_harmless(const Gguf *g, const Key *k, bool whole) {
     size_t n = strlen(g->family);
-    if (k->used || k->name.n <= n || memcmp(k->name.at, g->family, n) || k->name.at[n] != '.') return true;
-    double harmless = 0;
+    bool is_ours = whole && !strncmp(k->name, g->family, n) && k->name[n] == '.';
+    double harmless = is_ours ? 0 : NAN;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
-        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key) || is_text(k->name, other_keys[i].key))
+        if (!strcmp(k->name, other_keys[i].key) || (is_ours && !strcmp(k->name + n, other_keys[i].key)))
             harmless = other_keys[i].harmless;
-    if (isnan(harmless)) return true;
+    if (k->used || isnan(harmless)) return true;
     if (k->type == G_STRING) return false;
     for (size_t i = 0; i < k->count; i++) if (key_number(k, i) != harmless) return false;
     return true;
@@ -3188,8 +3160,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
     if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
     if (!found && f->otherwise == 0) return true;
-    GgufType type = f->type == INTEGER ? G_INTEGER : G_NUMBER;
-    Key k = found ? get_key(g, name, type, f->per_layer && found->is_array) : (Key){ 0 };
+    Key k = { .count = 0 };
+    if (found) k = get_key(g, name, f->type == INTEGER ? G_INTEGER : G_NUMBER, f->per_layer && found->is_array);
     if (g->bad) return false;
     if (k.is_array && k.count != (size_t)n)
         return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
@@ -3203,6 +3175,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
 static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
+    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
+    if (!c->rope_dim) c->rope_dim = c->head_dim;
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
     if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim), c->activation = GELU;
     if (f->features & CAPS && c->attention_cap == 0) c->attention_cap = 50;
@@ -3224,9 +3198,8 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    double original = get_integer(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    double original = c->original_context, magnitude = 1;
     c->rope_scale = factor == 0 || none ? 1 : factor;
-    c->original_context = (int)original;
     if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
         double x = 0.1 * log(fmax(factor, 1)), all = get_number(g, ".rope.scaling.yarn_log_multiplier", 0, 1e6, 0);
         magnitude = (1 + x) / (1 + all * x);
@@ -3235,13 +3208,12 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
         get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
     }
     double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
-    c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
+    c->rope_magnitude = magnitude * (c->rope_magnitude > 0 ? c->rope_magnitude : usual);
     return !type.at || none || yarn || (longrope && has_factors) || is_text(type, "linear") ||
            refuse(e, "rope scaling \"%.*s\" %s", shown(type), type.at,
                   longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
-// The configuration. Refuses every key of the family that asks for something else.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
@@ -3249,7 +3221,6 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
-    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %u rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
@@ -3257,25 +3228,22 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
         if (y->n_experts) y->ffn_dim = get_integer(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
-    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
-    if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Family *family = find_family(c->family, e);
     const char *name = ".attention.sliding_window_pattern";
     const Key *found = find_key(g, name), *pattern = found && found->is_array ? found : NULL;
     int every = pattern ? 0 : get_integer(g, name, 0, MAX_CONTEXT, family->global_every);
     if (pattern) get_key(g, name, pattern->type == G_BOOL ? G_BOOL : G_INTEGER, true);
     if (g->bad) return false;
-    if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
+    if (pattern && pattern->count != (size_t)c->n_layers)
+        return refuse(e, "key %s has %zu values, expected %d", pattern->name, pattern->count, c->n_layers);
     complete_config(m, family, every, pattern);
     get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
-    m->chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
-    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
-    return true;
+    return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
-static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
+static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
+    m->chat_template = get_text(g, "tokenizer.chat_template");
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
     Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true), scores = { 0 };
@@ -3293,21 +3261,16 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .add_bos = get_flag(g, "tokenizer.ggml.add_bos_token"),
-        .add_eos = get_flag(g, "tokenizer.ggml.add_eos_token"),
-        .ignore_merges = get_flag(g, "tokenizer.ggml.ignore_merges"),
-        .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
-        .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
+        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
+                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
+                  get_flag(g, "tokenizer.ggml.normalizer.nfc") },
     };
-    get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
-    return pack_vocabulary(&v, section, e);
+    return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
 
 // Reads a tensor's name, shape, type and offset. place_sources() finds its data, bind_slot() checks its shape.
@@ -3322,11 +3285,11 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(s->name, name.at, name.n);
-    if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
-    for (int i = 0; i < 3; i++)
-        if (dims[i] > UINT32_MAX) return refuse(e, "%s has a dimension of %llu", s->name, (unsigned long long)dims[i]);
+    if (n_dims > 4 || dims[3] != 1 || (dims[0] | dims[1] | dims[2]) > UINT32_MAX)
+        return refuse(e, "%s has %u dimensions, expected 1 to 3 of at most 32 bits", s->name, n_dims);
     for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
     if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
+    s->tiles = s->type->tile;
     s->cols = (uint32_t)dims[0];
     s->rows = (uint32_t)dims[1];
     s->n = (uint32_t)dims[2];
@@ -3334,17 +3297,14 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     return true;
 }
 
-// Adds the tensors of a file of n_bytes, or of a part of a split one, to the model's sources.
-static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Error *e) {
+// Adds the tensors of a file, or of a part of a split one, to the model's sources.
+static bool read_gguf_tensors(Gguf *g, Model *m, Error *e) {
     Cursor *c = &g->rest;
     size_t n = g->n_tensors, before = m->n_sources, parts = m->n_parts + 1;
-    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
-    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
+    size_t count = (size_t)get_integer(g, "split.count", 1, 65535, 1);
     size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad) return false;
-    if (number != part || (count ? count : 1) != parts)
-        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
-                      part, parts);
+    if (count != parts) return refuse(e, "one of %zu parts of a split GGUF, but of %zu by its name", count, parts);
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - before || n > c->left / 24)  // 24: a tensor's bytes without its name and dimensions
         return refuse(e, "claims to have %zu tensors; %zu bytes are left", n, c->left);
@@ -3353,7 +3313,7 @@ static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Er
     m->sources = (void *)all.bytes;
     for (; m->n_sources < before + n; m->n_sources++)
         if (!read_gguf_tensor(c, &m->sources[m->n_sources], e)) return false;
-    size_t n_read = n_bytes - c->left;
+    size_t n_read = g->n_bytes - c->left;
     take(c, round_up(n_read, step) - n_read);
     return place_sources(m->sources + before, n, *c, step, e);
 }
@@ -3370,9 +3330,10 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
         return refuse(e, "claims to have %zu keys; %zu bytes are left", n_keys, c->left);
     if (!(g->keys = allocate(n_keys, sizeof *g->keys, e))) return false;
     for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
-    qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
+    qsort(g->keys, g->n_keys, sizeof *g->keys, by_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
-        if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
+        if (by_name(k, k + 1) == 0 && strlen(k->name) < sizeof k->name - 1)
+            return refuse(e, "key %s is there twice", k->name);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
@@ -3380,21 +3341,19 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
 }
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
-    Gguf g = { .rest = file, .error = e };
-    bool ok = read_gguf_keys(&g, e);
-    if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
-    if (ok && !whole) m->chat_template = get_text(&g, "tokenizer.chat_template");
-    if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
+    Gguf g = { .rest = file, .n_bytes = file.left, .error = e };
+    bool ok = read_gguf_keys(&g, e) && (!whole || (find_family(g.family, e) && read_gguf_tensors(&g, m, e)));
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
-        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .error = e };
-        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, n_bytes, i + 2, m, e)) || in_part(i + 2, e);
+        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .n_bytes = n_bytes, .error = e };
+        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, m, e)) || in_part(i + 2, e);
         free(part.keys);
     }
-    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
-    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
-    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
-         (!whole || check_config(m, e));
+    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, m, e);
+    for (const Key *k = g.keys; ok && k < g.keys + g.n_keys; k++)
+        if (!is_harmless(&g, k, whole))
+            ok = refuse(e, "key %s asks for something that is not implemented", k->name);
+    ok = ok && (!whole || check_config(m, e));
     free(g.keys);
     return ok;
 }
@@ -3405,8 +3364,9 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
-    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
+    "token_embd.weight", "blk.%d.attn_norm.weight", "blk.%d.attn_q.weight", "blk.%d.attn_k.weight",
+    "blk.%d.attn_v.weight", "blk.%d.attn_output.weight", "blk.%d.ffn_norm.weight", "blk.%d.ffn_gate%s.weight",
+    "blk.%d.ffn_down%s.weight", "blk.%d.ffn_up%s.weight", "output_norm.weight", "", "output.weight",
 };
 enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
@@ -3422,8 +3382,8 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
             if (grouped && (slot->cols % group || group % 32))
                 return refuse(e, "%s: groups of %zu do not fit %zu columns", slot->name, group, slot->cols);
             Source *s = &m->sources[m->n_sources++];
-            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
-                           .cols = slot->cols, .data = c->at, .group = group };
+            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .rows = slot->rows,
+                           .cols = slot->cols, .n = 1, .tiles = grouped ? Q8F : F32, .data = c->at, .group = group };
             memcpy(s->name, slot->name, NAME_BYTES);
             s->n_bytes = source_bytes(s);
             take(c, s->n_bytes);
@@ -3451,11 +3411,9 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     if (version) take(&c, 256 - (size_t)(c.at - file.at));  // a file that ends before has no heads, or no tensors
     if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
-    int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
-                          .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .rope_magnitude = 1,
-                          .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
+                          .context = h.context, .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1,
+                          .rope_magnitude = 1, .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
@@ -3465,59 +3423,62 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
 
 // ---- Any of them ----
 
-// What people take for a checkpoint, and the bytes by which it is recognised.
-static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
-    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin" },
-    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin" },
-    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
-    { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
+typedef enum { LLAMA2C, NATIVE, GGUF } Container;
+typedef bool Parser(Cursor file, Model *m, bool whole, Error *e);
+
+// Kinds of files, by what they have at a place: those that can be opened, then what people take for a checkpoint. The
+// first kind has no sign: it is what no other row fits.
+static const struct { size_t at; const char *sign, *thing; Parser *parse; } file_kinds[] = {
+    [LLAMA2C] = { 0, "", "llama2.c", parse_llama2c },
+    [NATIVE] = { 0, native_magic, "cria", parse_native },
+    [GGUF] = { 0, "GGUF", "GGUF", parse_gguf },
+    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)", NULL },
+    { 0, "<!", "a web page: was it the right link?", NULL }, { 0, "<h", "a web page: was it the right link?", NULL },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported", NULL }, { 0, "\177ELF", "a program", NULL },
 };
 
-typedef enum { NATIVE, GGUF, LLAMA2C } Container;
-
-static Container recognise(const unsigned char *bytes, size_t n) {
-    if (n >= 8 && !memcmp(bytes, native_magic, 8)) return NATIVE;
-    return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
+// The file's kind: a Container or, of a mistake, another row.
+static size_t recognise(const unsigned char *bytes, size_t n) {
+    size_t kind = sizeof file_kinds / sizeof *file_kinds - 1;
+    for (; kind > 0; kind--) {
+        size_t at = file_kinds[kind].at, length = strlen(file_kinds[kind].sign);
+        if (n >= at + length && !memcmp(bytes + at, file_kinds[kind].sign, length)) break;
+    }
+    return kind;
 }
 
-// Parses the file and opens its vocabulary, which replaces the model's.
+// Parses the file and opens its vocabulary, which replaces the model's. The model must have as many tokens, if it has
+// weights; of the whole model, the vocabulary may be missing.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
-    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
-        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
-        if (file.left >= at + length && !memcmp(file.at + at, mistakes[i].sign, length))
-            return refuse(e, "is %s", mistakes[i].thing);
-    }
-    Container container = recognise(file.at, file.left);
+    size_t kind = recognise(file.at, file.left);
     const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
-    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // in these 64 bytes llama2.c's files have zeros
-    while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
-    if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
+    if (!file_kinds[kind].parse) return refuse(e, "is %s", file_kinds[kind].thing);
+    if (kind == LLAMA2C && !memchr(file.at, 0, file.left < 64 ? file.left : 64))  // small numbers have bytes of 0
+        return refuse(e, "not a model; if it is a text, as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
     m->vocabulary_bytes = m->packed_vocabulary.n = 0;
-    bool ok = container == NATIVE ? parse_native(file, m, whole, e) : container == GGUF ? parse_gguf(file, m, whole, e)
-                                                                    : parse_llama2c(file, m, whole, e);
+    if (!file_kinds[kind].parse(file, m, whole, e)) return false;
     if (made->n) m->vocabulary = made->bytes, m->vocabulary_bytes = made->n;
-    return ok && (!m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e));
+    if (m->vocabulary && !open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e)) return false;
+    int n = m->tokenizer.n_tokens, wanted = m->config.n_tokens;
+    if (!wanted) m->config.n_tokens = n;
+    return !wanted || n == wanted || (whole && n == 0) ||
+           refuse(e, "the tokenizer has %d tokens, the model has %d", n, wanted);
 }
 
 // Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    Cursor file = { bytes, n_bytes, false };
-    bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
-    int n = m->tokenizer.n_tokens;
-    return ok && (n == 0 || n == m->config.n_tokens ||
-                  refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
 
 // Opens the tokenizer of any file that has one. It must have n_tokens tokens; -1: any number.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
-    int n = m->tokenizer.n_tokens;
-    if (n_tokens < 0) n_tokens = m->config.n_tokens = n;
-    return n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
+    m->config.n_tokens = n_tokens < 0 ? 0 : n_tokens;
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, false, e);
 }
 
 static void close_model(Model *m) {
@@ -4187,13 +4148,21 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
 // Writes the text to the file, in place of the session that may be there.
 static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
     SessionHeader h = session_header(m, w);
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     h.n = (uint64_t)s->n;
     h.head_sum = sum_head(&h, s->ids);
     bool ok = open_output(&out, options.session, e);
     bool written = ok && fwrite(&h, sizeof h, 1, out.stream) && fwrite(s->ids, sizeof *s->ids, h.n, out.stream);
     for (size_t i = 0; written && i < n_pages(s->n); i++) written = move_page(out.stream, true, s->cache, s->pages[i]);
     return close_output(&out, ok, e);  // which finds out whether all was written
+}
+
+// Finds out before a text is made whether its session can be written; nothing is changed.
+static bool check_session_path(Error *e) {
+    Output out;
+    bool ok = open_output(&out, options.session, e);
+    close_output(&out, false, e);
+    return ok;
 }
 
 /* ==== 12. Writing, chatting =========================================================================================
@@ -4240,7 +4209,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     int context = s->cache->context, most = m->config.context;
     if (total > (size_t)context)
         return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
-                    s->n ? "this conversation" : "the prompt", total, context, most,
+                    s->n ? "this conversation is full: it" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
     bool reads = options.session && s->n == 0;
@@ -4265,7 +4234,22 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-static void keep_bytes(struct Record *o, const char *bytes, size_t n);  // chapter 12a
+// What came of a text.
+typedef struct Record {
+    Buffer text;    // what was written
+    Tokens ids;     // likewise
+    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
+    size_t n_prompt;
+    Stop why;
+    const char *stop_text;  // that ended it, or NULL
+    uint64_t seed;
+    double prompt_seconds, seconds;
+    Error error;    // status DONE: none
+} Record;
+
+static void keep_bytes(Record *o, const char *bytes, size_t n) {
+    if (n) append(&o->text, bytes, n, &o->error);
+}
 
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
@@ -4278,17 +4262,24 @@ static void put_held(Printer *p, size_t n) {
     memmove(p->held, p->held + n, p->n_held);
 }
 
+// How many of the last bytes that are held are the beginning of a text, or all of it.
+static size_t n_begun(const Printer *p, const char *text) {
+    size_t n = strlen(text);
+    if (n > p->n_held) n = p->n_held;
+    while (n > 0 && memcmp(p->held + p->n_held - n, text, n)) n--;
+    return n;
+}
+
 // The stop text that the held bytes end with, the longest of several; or NULL. *n: how many of the last bytes are it,
 // or may be its beginning.
 static const char *find_stop(const Printer *p, size_t *n) {
     const char *found = NULL;
     *n = 0;
     for (int i = 0; p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];
-        size_t length = strlen(stop), k = length < p->n_held ? length : p->n_held;
-        while (k > 0 && memcmp(p->held + p->n_held - k, stop, k)) k--;
-        if (k == length && (!found || k > *n)) found = stop, *n = k;
-        if (!found && k > *n) *n = k;
+        size_t begun = n_begun(p, p->stops->at[i]);
+        bool whole = begun == strlen(p->stops->at[i]);
+        if (whole && (!found || begun > *n)) found = p->stops->at[i], *n = begun;
+        if (!found && begun > *n) *n = begun;
     }
     return found;
 }
@@ -4296,29 +4287,29 @@ static const char *find_stop(const Printer *p, size_t *n) {
 // What the printer does with thoughts: it prints them; looks for one; is in one; looks for the text after one.
 enum { PRINTED, WATCHED, HIDDEN, OVER };
 
-// Removes a thought from the bytes that are held. Returns how many of them to print: not what may begin a mark.
-static size_t hide_thought(Printer *p) {
-    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0;
+// Whether the last byte that is held is a thought's, or ends the mark before or after one; such bytes are dropped.
+static bool hide_thought(Printer *p) {
+    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0, true;
     if (p->thought == OVER) p->thought = WATCHED;
     const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
-    size_t length = strlen(mark), n = p->n_held < length ? p->n_held : length;
-    while (n > 0 && memcmp(p->held + p->n_held - n, mark, n)) n--;
-    if (p->thought == WATCHED && n < length) return n ? p->n_held - n : whole_characters(p->held, p->n_held);
+    size_t n = n_begun(p, mark);
+    bool whole = n == strlen(mark);
+    if (p->thought == WATCHED && !whole) return false;
     if (p->thought == WATCHED) put_held(p, p->n_held - n);  // what was kept as the beginning of a stop text
     memmove(p->held, p->held + p->n_held - n, n);
-    p->n_held = n < length ? n : 0;
-    if (n == length) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
-    return 0;
+    p->n_held = whole ? 0 : n;
+    if (whole) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
+    return true;
 }
 
 static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     for (size_t i = 0, kept; bytes && i < n; i++) {
         p->held[p->n_held++] = bytes[i];
-        size_t most = p->thought ? hide_thought(p) : p->n_held;
-        const char *stop = p->thought > WATCHED ? NULL : find_stop(p, &kept);
-        if (stop) most = p->n_held - kept;
-        else if (p->thought <= WATCHED && most > p->n_held - kept) most = p->n_held - kept;
-        put_held(p, stop || p->thought ? most : whole_characters(p->held, most));
+        if (p->thought && hide_thought(p)) continue;
+        const char *stop = find_stop(p, &kept);
+        size_t begun = p->thought && !stop ? n_begun(p, "<think>") : 0;
+        size_t most = p->n_held - (begun > kept ? begun : kept);
+        put_held(p, stop ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
@@ -4327,20 +4318,20 @@ static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     return NULL;
 }
 
+static bool is_control(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
+}
+
+// A control token is not printed, but it may be a stop text or, by its name, the mark before or after a thought.
 static const char *print_token(const Model *m, Printer *p, int before, int token) {
-    const Tokenizer *t = &m->tokenizer;
-    size_t n;
-    const char *bytes = decode(t, before, token, &n);
-    if (p->thought && token >= 0 && token < t->n_tokens && t->type[token] == PIECE_CONTROL) {  // is it a thought's end?
-        const char *mark = p->thought == HIDDEN ? "</think>" : "<think>", *name = piece(t, token, &n);
-        if (n != strlen(mark) || memcmp(name, mark, n)) n = 0;
-        if (n) return print_bytes(p, name, n);
-    }
-    for (int i = 0; n == 0 && p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];  // which may be a control token's name
-        if (lookup(t, stop, strlen(stop), 1 << PIECE_CONTROL) == token) return stop;
-    }
-    return print_bytes(p, bytes, n);
+    size_t n, n_name;
+    const char *bytes = decode(&m->tokenizer, before, token, &n), *name = piece(&m->tokenizer, token, &n_name);
+    if (!is_control(&m->tokenizer, token)) return print_bytes(p, bytes, n);
+    const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
+    if (p->thought && n_name == strlen(mark) && !memcmp(name, mark, n_name)) return print_bytes(p, name, n_name);
+    for (int i = 0; p->stops && i < p->stops->n; i++)
+        if (n_name == strlen(p->stops->at[i]) && !memcmp(name, p->stops->at[i], n_name)) return p->stops->at[i];
+    return NULL;
 }
 
 // Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
@@ -4353,8 +4344,10 @@ static size_t bytes_per_token(const Model *m) {
 
 // With the clock's seed, which is printed, the same text can be had again.
 static void tell_seed(const Sampler *s) {
-    if (s->from_clock && s->temperature > 0 && !options.quiet)
+    static bool told;  // a chat would come here again
+    if (s->from_clock && s->temperature > 0 && !options.quiet && !told)
         fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
+    told = true;
 }
 
 static void tell_speed(const Model *m, const Speed *v) {
@@ -4581,68 +4574,76 @@ static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
 // The day that the template sees: 2024-07-26.
 static bool find_now(struct tm *now, Error *e) {
     time_t today = time(NULL);
-    int n = 0;
     if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
     *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
-    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
-              !options.now[n];
-    now->tm_year -= 1900;
-    now->tm_mon--;
-    struct tm asked = *now;
-    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
-    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+    const char *end = strptime(options.now, "%Y-%m-%d", now);
+    int day = now->tm_mday;  // mktime() makes March 1 of February 30
+    return (end && !*end && mktime(now) != -1 && now->tm_mday == day) ||
+           fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+}
+
+static const char template_marks[MAX_PIECE] = { [0 ... MAX_PIECE - 1] = 1 };  // of what counts as a template's own
+
+// A named token's text; undefined if the model has no such token.
+static Value token_text(const Tokenizer *t, int id) {
+    Value v = { .kind = id < 0 ? IS_UNDEFINED : IS_STRING, .marks = template_marks };
+    v.text = piece(t, id, &v.n);
+    return v;
+}
+
+// Copies a conversation for a template: the usual roles count as the template's own words, and members that are none
+// are left out, as transformers does, since many templates would print None. *work grows: each byte may be copied some
+// times.
+static bool prepare_messages(Pool *pool, const Value *messages, Value *list, size_t *work, Error *e) {
+    static const char own_roles[] = "system user assistant tool";
+    *list = (Value){ .kind = IS_LIST };
+    for (size_t i = 0; i < messages->n; i++) {
+        Value message = messages->items[i], copy = { .kind = IS_DICT };
+        if (message.kind != IS_DICT || !find_member(&message, "role"))
+            return refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
+        for (size_t k = 0; k < message.n; k += 2) {
+            Value key = message.items[k], v = message.items[k + 1];
+            bool is_role = v.kind == IS_STRING && same_text(key, "role") && has_word(own_roles, v);
+            if (v.kind == IS_STRING) *work = plus(*work, times(v.n, 32));
+            if (is_role) v.marks = template_marks;
+            if (v.kind != IS_NONE && (!push_value(pool, &copy, key, e) || !push_value(pool, &copy, v, e))) return false;
+        }
+        if (!push_value(pool, list, copy, e)) return false;
+    }
+    return true;
+}
+
+// Sets the variable that --template-arg NAME=JSON names.
+static bool give_argument(Pool *pool, Value *given, const char *name, Error *e) {
+    const char *equals = strchr(name, '=');
+    Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
+    Error why;
+    if (!key.n) return fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
+    if (!parse_json(equals + 1, strlen(equals + 1), pool, &v, &why))
+        return fail(e, MISUSE, "--template-arg %.60s: %.199s", name, why.text);
+    return give(pool, given, key, v, e);
 }
 
 // Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
 // asks for one. What the template is given beside it are the named tokens and --template-arg.
 static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
-    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
     const Tokenizer *t = &m->tokenizer;
-    const struct { const char *name; int id; } tokens[] = {
-        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
+    size_t work = MAX_TEMPLATE_WORK;
     Pool pool = { 0 };
     struct tm now;
-    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
-    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
-    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
-    size_t work = MAX_TEMPLATE_WORK;  // and of each byte of a message, which is ours, as much as some copies of it take
-    ok = marks != NULL;
-    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
-    for (size_t i = 0; ok && i < messages->n; i++) {
-        Value message = messages->items[i], copy = { .kind = IS_DICT };
-        if (message.kind != IS_DICT || !find_member(&message, "role"))
-            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
-        for (size_t k = 0; ok && k < message.n; k += 2) {
-            Value key = message.items[k], v = message.items[k + 1];
-            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
-            if (v.kind == IS_STRING) work = plus(work, times(v.n, 32));
-            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
-            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
-        }
-        ok = ok && push_value(&pool, &list, copy, e);
-    }
-    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
-         give(&pool, &given, string("documents"), none, e) &&
-         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
-    for (size_t i = 0; ok && i < 3; i++) {
-        Value v = { .kind = IS_STRING, .marks = marks };
-        if (tokens[i].id < 0) continue;
-        v.text = piece(t, tokens[i].id, &v.n);
-        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
-    }
-    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
-    for (int i = 0; ok && i < options.template_args.n; i++) {
-        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
-        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
-        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
-        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
-            char why[200];
-            snprintf(why, sizeof why, "%.199s", e->text);
-            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
-        } else {
-            ok = give(&pool, &given, key, v, e);
-        }
-    }
+    Value given = { .kind = IS_DICT }, list, none = { .kind = IS_NONE }, undefined = { .kind = IS_UNDEFINED };
+    bool ok = find_now(&now, e) && prepare_messages(&pool, messages, &list, &work, e);
+    const struct { const char *name; Value v; } usual[] = {
+        { "messages", ok ? list : none }, { "tools", none }, { "documents", none },
+        { "add_generation_prompt", boolean(asks) },
+        { "bos_token", token_text(t, t->bos) }, { "eos_token", token_text(t, t->eos) },
+        { "unk_token", token_text(t, t->unk) },
+        { "enable_thinking", options.think ? boolean(strcmp(options.think, "off")) : undefined },
+    };
+    for (size_t i = 0; ok && i < sizeof usual / sizeof *usual; i++)
+        ok = usual[i].v.kind == IS_UNDEFINED || give(&pool, &given, string(usual[i].name), usual[i].v, e);
+    for (int i = 0; ok && i < options.template_args.n; i++)
+        ok = give_argument(&pool, &given, options.template_args.at[i], e);
     ok = ok && render_template(template, &given, &now, work, out, e);
     free_pool(&pool);
     return ok;
@@ -4661,7 +4662,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -4670,7 +4671,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
 // A conversation from a JSON file: a list, or a dict that has it as "messages".
 static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
     Buffer file = { 0 };
-    Error why = { 0 };
+    Error why;
     bool ok = read_all(path, MAX_MESSAGES, &file, e);
     if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
     if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
@@ -4685,11 +4686,6 @@ static bool has_role(const Value *message, const char *role) {
     return v && v->kind == IS_STRING && same_text(*v, role);
 }
 
-static Span content_of(const Value *message) {
-    const Value *v = find_member(message, "content");
-    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
-}
-
 // The first message that is not the system's.
 static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
 
@@ -4697,6 +4693,9 @@ static size_t first_turn(const Value *messages) { return messages->n && has_role
 static bool ends_with(const Value *messages, const char *role) {
     return messages->n && has_role(&messages->items[messages->n - 1], role);
 }
+
+// The content of the last message, of those that a chat has made or loaded.
+static Value last_content(const Value *messages) { return *find_member(&messages->items[messages->n - 1], "content"); }
 
 static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
 
@@ -4749,25 +4748,13 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// ---- Columns of characters ----
-
-// How many columns of a screen characters have, from U+0000 on: a number of characters (no digits: 1) and a letter. w:
-// two, as East Asian ones and emoji; m: none, as marks; _: one. From Unicode 14.0, without marks of rare scripts.
-static const char widths[] =
-    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m588_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m"
-    "26_5m1070_m2_7m12_8m98_m2_9m11_6m562_96w160m2224_80m704_64m523_5m26_5m49_16m96_33m553_2w13_2w190_4w3_w2_w521_2w"
-    "21_2w50_12w43_w19_w13_w8_2w17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w810_"
-    "426w4m17w2_86w2_2m429w8_7024w64_22215w1177_29w643_11172w8540_474w806_16m10w6_16m60w147_m_96w127_7w28665_4w12_"
-    "17164w15624_w202_w190_w2_10w101_289w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w"
-    "48_70w6_w3_3w2_11w11_2w7_9w227_17w283_47w_10w_185w112_135w1289_131070w655363_495m";
-
 // The columns of the character at s, and its bytes. disarm() turns each byte of a harmful one into a question mark.
 static int columns_of(const char *s, size_t n, size_t *n_bytes) {
     uint32_t code, end = 0, count;
     int length = read_character(s, n, &code);
     *n_bytes = length > 0 ? (size_t)length : 1;
     if (length <= 0 || code < 160) return *s == '\n' ? 0 : (int)*n_bytes;
-    for (const char *p = widths; *p; p++) {
+    for (const char *p = unicode_widths; *p; p++) {
         for (count = 0; isdigit((unsigned char)*p); p++) count = count * 10 + (uint32_t)(*p - '0');
         end += count ? count : 1;
         if (code < end) return *p == 'm' ? 0 : *p == 'w' ? 2 : 1;
@@ -4792,46 +4779,43 @@ typedef struct {
 } Editor;
 
 static struct termios usual_terminal;  // as it was before the chat
-static volatile sig_atomic_t terminal_use, screen_changed;
+static volatile sig_atomic_t terminal_use;
 static int screen;                     // the descriptor to draw on
 
-// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key.
+// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key; Ctrl-Z is
+// always a key, which waits for the next prompt.
 static void use_terminal(int use) {
     struct termios t = usual_terminal;
     if (use) t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | (use == EDITING ? ISIG : 0));
+    if (use) t.c_cc[VSUSP] = _POSIX_VDISABLE;
     terminal_use = use;
     while (tcsetattr(STDIN_FILENO, TCSADRAIN, &t) && errno == EINTR) {}
     while (write(screen, use ? "\033[?2004h" : "\033[?2004l", 8) < 0 && errno == EINTR) {}
 }
 
-static void on_screen(int number);
-
-static void watch_screen(int number) {
-    int flags = SA_RESTART | SA_NODEFER | SA_RESETHAND;
-    heed(number, &(struct sigaction){ .sa_handler = on_screen, .sa_flags = flags });
-}
-
-// The window has another size; or Ctrl-Z: then the shell has the terminal until it lets the chat go on.
-static void on_screen(int number) {
-    int use = terminal_use, error = errno;
-    screen_changed = number;
-    if (number == SIGTSTP) {
-        use_terminal(USUAL);
-        raise(number);  // this time without a handler: it stops here
-        use_terminal(use);
-    }
-    watch_screen(number);
-    errno = error;
-}
+static void on_resize(int number) { (void)number; }  // but it ends poll() in next_byte()
 
 // Whether there are a terminal to type in and one to draw on.
 static bool start_editor(void) {
     screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
     if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
     use_terminal(ANSWERING);
-    watch_screen(SIGTSTP);
-    watch_screen(SIGWINCH);
+    heed(SIGWINCH, &(struct sigaction){ .sa_handler = on_resize, .sa_flags = SA_RESTART });
     return true;
+}
+
+// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column: the
+// cursor's, if it is in this row.
+static size_t row_end(const Editor *d, size_t from, int width, int *column) {
+    const char *s = (const char *)d->line.bytes;
+    int used = from ? 0 : 2;  // the prompt
+    for (size_t i = from, n = 1;; i += n) {
+        int columns = i < d->line.n ? columns_of(s + i, d->line.n - i, &n) : 0;
+        if (used + (columns ? columns : i == d->at) > width) return i;  // the cursor needs a column, too
+        if (i == d->at) *column = used;
+        if (i >= d->line.n || s[i] == '\n') return i + 1;
+        used += columns;
+    }
 }
 
 // Draws the line in place of what was drawn before: of a long one as many rows as the screen has.
@@ -4840,31 +4824,23 @@ static bool draw_line(Editor *d, const char *prompt, Error *e) {
     Buffer out = { 0 };
     ioctl(screen, TIOCGWINSZ, &size);
     int width = size.ws_col > 3 ? size.ws_col : 80, height = size.ws_row ? size.ws_row : 24;
-    int row = 0, column = 2, top = 0, cursor_row = 0, cursor_column = 2;
-    if (screen_changed == SIGTSTP) d->n_above = 0;
-    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
-    screen_changed = 0;
-    bool ok = append(&out, prompt, 2, e);
-    size_t start = 0, n = 0;
-    for (size_t i = 0; ok && i <= d->line.n; i += n) {
-        const char *s = i < d->line.n ? (const char *)d->line.bytes + i : "\n";
-        int columns = columns_of(s, i < d->line.n ? d->line.n - i : 1, &n);
-        if (column + (columns ? columns : i == d->at) > width) {  // the cursor needs a column, too
-            if (i > d->at && row - top + 1 == height) break;
-            ok = append(&out, "\r\n", 2, e);
-            column = 0;
-            if (++row - top == height) top++;
-        }
-        if (i == d->at) cursor_row = row, cursor_column = column;
-        column = *s == '\n' ? width + 1 : column + columns;
-        ok = ok && (*s == '\n' || append(&out, *s == '\t' ? " " : s, n, e));
-        if (ok && *s != '\n') disarm((char *)out.bytes + out.n - n, n, "");
+    int column = -1, cursor_row = -1, row = 0;
+    for (size_t from = 0; column < 0; cursor_row++) from = row_end(d, from, width, &column);
+    int top = cursor_row < height ? 0 : cursor_row - height + 1;
+    bool ok = top > 0 || append(&out, prompt, 2, e);
+    for (size_t from = 0, end; ok && from <= d->line.n && row < top + height; from = end, row++) {
+        end = row_end(d, from, width, &column);
+        size_t n = (end < d->line.n ? end : d->line.n) - from;
+        if (n > 0 && d->line.bytes[from + n - 1] == '\n') n--;
+        if (row >= top) ok = append(&out, "\r\n", row > top ? 2 : 0, e) && append(&out, d->line.bytes + from, n, e);
+        if (row >= top && ok) disarm((char *)out.bytes + out.n - n, n, "\t");
     }
-    for (int i = 0; ok && i < top; start++) i += out.bytes[start] == '\n';
+    for (size_t i = 0; ok && i < out.n; i++) if (out.bytes[i] == '\t') out.bytes[i] = ' ';
+    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
     dprintf(screen, d->n_above ? "\r\033[%dA\033[J" : "\r\033[J", d->n_above);
-    if (ok) dprintf(screen, "%.*s", (int)(out.n - start), (char *)out.bytes + start);
-    dprintf(screen, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    if (cursor_column) dprintf(screen, "\033[%dC", cursor_column);
+    if (ok) dprintf(screen, "%.*s", (int)out.n, (char *)out.bytes);
+    dprintf(screen, row > cursor_row + 1 ? "\r\033[%dA" : "\r", row - 1 - cursor_row);
+    if (column) dprintf(screen, "\033[%dC", column);
     d->n_above = cursor_row - top;
     d->width = width;
     free(out.bytes);
@@ -4962,7 +4938,12 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
         case 16: ok = show_past(d, -1, e); break;
         case 21: ok = put_bytes(d, 0, "", 0, e); break;
         case 23: ok = put_bytes(d, place_beside(d, -1, true), "", 0, e); break;
-        case 26: kill(0, SIGTSTP); break;
+        case 26:
+            use_terminal(USUAL);
+            kill(0, SIGTSTP);  // the shell has the terminal until it lets the chat go on
+            use_terminal(EDITING);
+            d->n_above = 0;
+            break;
         case PASTE_BEGINS: case PASTE_ENDS: pastes = key == PASTE_BEGINS; break;
         }
     }
@@ -4977,45 +4958,37 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
 
 // ---- A conversation ----
 
-// The text that tokens make, byte by byte.
-typedef struct {
-    const Tokenizer *t;
-    const Tokens *tokens;
-    size_t at, left;    // tokens that have been begun, and bytes of the last one that are left
-    const char *bytes;  // these
-} Spelling;
-
-static bool is_control(const Tokenizer *t, int id) {
-    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
-}
-
-// The next byte, or 256 + a control token; -1: there are no more.
-static int next_unit(Spelling *s) {
-    while (s->left == 0 && s->at < s->tokens->n) {
-        const int *id = &s->tokens->ids[s->at++];
-        s->bytes = decode(s->t, s->at > 1 ? id[-1] : -1, *id, &s->left);
-        if (is_control(s->t, *id)) return 256 + *id;
+// The next of the tokens that has a text, which is no control token; false if there is none.
+static bool next_text(const Tokenizer *t, const Tokens *tokens, size_t *at, Text *text) {
+    while (text->n == 0) {
+        if (*at == tokens->n || is_control(t, tokens->ids[*at])) return false;
+        text->at = decode(t, *at ? tokens->ids[*at - 1] : -1, tokens->ids[*at], &text->n);
+        ++*at;
     }
-    if (s->left == 0) return -1;
-    s->left--;
-    return (unsigned char)*s->bytes++;
+    return true;
 }
 
 // How many of the `old` tokens can stay where a text becomes that of the `new` ones: up to there both make the same
 // text, and a control token is beside the place, so that nothing joins there; or no token differs since such a place.
 // *from: the next new token.
 static size_t count_kept(const Tokenizer *t, const Tokens *old, const Tokens *new, size_t *from) {
-    Spelling a = { .t = t, .tokens = old }, b = { .t = t, .tokens = new };
-    size_t kept = *from = 0;
-    for (int unit = 0; unit >= 0;) {
-        bool both_end = a.left == 0 && b.left == 0, at_end = b.at == new->n;
-        bool same = a.at == kept + 1 && b.at == *from + 1 && old->ids[kept] == new->ids[*from];
-        bool is_safe = at_end || is_control(t, new->ids[b.at]) || (b.at && is_control(t, new->ids[b.at - 1]));
-        if (both_end && (same || is_safe)) kept = a.at, *from = b.at;
-        unit = next_unit(&a);
-        if (unit != next_unit(&b)) unit = -1;
+    Text a = { NULL, 0 }, b = { NULL, 0 };  // what is left of the token before old->ids[i], and before new->ids[j]
+    size_t kept = *from = 0, i = 0, j = 0;
+    while (true) {
+        bool both_end = a.n == 0 && b.n == 0, ends = j == new->n, is_mark = !ends && is_control(t, new->ids[j]);
+        bool same = i == kept + 1 && j == *from + 1 && old->ids[kept] == new->ids[*from];
+        bool is_safe = ends || is_mark || (j && is_control(t, new->ids[j - 1]));
+        if (both_end && (same || is_safe)) kept = i, *from = j;
+        if (both_end && is_mark && i < old->n && old->ids[i] == new->ids[j]) {
+            i++, j++;
+            continue;
+        }
+        if (!next_text(t, old, &i, &a) || !next_text(t, new, &j, &b)) return kept;
+        size_t n = a.n < b.n ? a.n : b.n;
+        if (memcmp(a.at, b.at, n)) return kept;
+        a = (Text){ a.at + n, a.n - n };
+        b = (Text){ b.at + n, b.n - n };
     }
-    return kept;
 }
 
 // A chat: what was said, what the model has read of it, and where messages come from.
@@ -5026,8 +4999,9 @@ typedef struct {
     Sampler *sampler;
     Text template;
     Buffer template_file;           // what it points into, if --template names a file
-    Value messages;                 // dicts with a role and a content
+    Value messages, before;         // dicts with a role and a content; as they were before this turn, if it fails
     Tokens told;                    // what the model was told and has said; s has read the first of them
+    Value opened;                   // the template's last words, if they open a thought that the answer goes on with
     bool has_terminal, has_editor;  // messages are typed: then there are commands; the editor can be used
     bool is_thinking;               // the next answer begins within a thought
     Editor editor;
@@ -5036,44 +5010,74 @@ typedef struct {
     Speed speed;
 } Chat;
 
-// Adds a message.
-static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+static bool ends_in(const char *s, size_t n, const char *end) {
+    size_t length = strlen(end);
+    return n >= length && !memcmp(s + n - length, end, length);
+}
+
+static bool copy_marked(Pool *pool, const void *text, const void *marks, size_t n, Value *to, Error *e) {
+    Value copy;
+    if (!copy_text(pool, text, n, to, e) || !copy_text(pool, marks, n, &copy, e)) return false;
+    to->marks = copy.text;
+    return true;
+}
+
+// Adds a message: a dict of a role, which is a constant, and a content.
+static bool add_message(Chat *c, const char *role, const void *text, const void *marks, size_t n, Error *e) {
     Pool *pool = &c->editor.pool;
-    Value *parts = reserve(pool, 4 * sizeof *parts, e);
-    if (!parts || !copy_text(pool, "role", 4, &parts[0], e) || !copy_text(pool, role, strlen(role), &parts[1], e) ||
-        !copy_text(pool, "content", 7, &parts[2], e) || !copy_text(pool, text, n, &parts[3], e) ||
-        !push_value(pool, &c->messages, (Value){ .kind = IS_DICT, .n = 4, .items = parts }, e)) return false;
+    Value message = { .kind = IS_DICT }, content;
+    return (marks ? copy_marked(pool, text, marks, n, &content, e) : copy_text(pool, text, n, &content, e)) &&
+           give(pool, &message, string("role"), string(role), e) &&
+           give(pool, &message, string("content"), content, e) && push_value(pool, &c->messages, message, e);
+}
+
+// Adds messages of a list from `from` on up to `to`.
+static bool add_messages(Chat *c, const Value *list, size_t from, size_t to, Error *e) {
+    while (from < to && push_value(&c->editor.pool, &c->messages, list->items[from], e)) from++;
+    return from >= to;
+}
+
+static bool log_words(const Chat *c, const char *role, const char *text, size_t n, Error *e) {
     if (!c->log) return true;
     fprintf(c->log, "%s: ", role);
-    fwrite(parts[3].text, 1, n, c->log);
+    fwrite(text, 1, n, c->log);
     fputs("\n\n", c->log);
     return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
 }
 
-// Whether a text ends within a thought, which it opens or in which it begins.
-static bool ends_in_thought(const char *text, size_t n, bool within) {
-    for (size_t i = 0; i < n; i++) {
-        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) within = true;
-        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) within = false;
-    }
-    return within;
+static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+    return add_message(c, role, text, NULL, n, e) && log_words(c, role, text, n, e);
 }
 
-// Whether the template's last words open a thought, in which the answer begins.
-static bool opens_thought(const Rendered *r) {
-    size_t i = r->text.n;
-    while (i > 0 && r->marks.bytes[i - 1]) i--;
-    return i < r->text.n && ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
+// Where a text opens the thought in which it ends; n: it ends in none.
+static size_t find_thought(const char *text, size_t n) {
+    size_t found = n;
+    for (size_t i = 0; i < n; i++) {
+        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) found = i;
+        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) found = n;
+    }
+    return found;
+}
+
+// Keeps the template's last words from where they open a thought on. The answer is stored with them.
+static bool keep_thought(Chat *c, const Rendered *r, Error *e) {
+    const char *text = (const char *)r->text.bytes;
+    size_t n = r->text.n, from = n;
+    while (from > 0 && r->marks.bytes[from - 1]) from--;
+    from += find_thought(text + from, n - from);
+    c->is_thinking = from < n;
+    return from == n || copy_marked(&c->editor.pool, text + from, r->marks.bytes + from, n - from, &c->opened, e);
 }
 
 // Cuts what the template writes after an answer, with which the model may go on. `asked` is what asked for it: where
-// the template shows nothing of the answer (a thought that is over, white space), it is all that remains.
-static void cut_end(Rendered *r, Rendered *asked) {
+// the template shows nothing of the answer (a thought that is over, white space), it is all that remains; then true.
+static bool cut_end(Rendered *r, Rendered *asked) {
     while (r->text.n > 0 && r->marks.bytes[r->text.n - 1]) r->text.n--;
-    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return;
+    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return false;
     Rendered swap = *r;
     *r = *asked;
     *asked = swap;
+    return true;
 }
 
 // The tokens of the conversation. An answer at its end is not over: the model may go on with it.
@@ -5081,19 +5085,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
     Rendered r = { 0 }, asked = { 0 };
     Value before = c->messages;
     Error ignored = { 0 };
-    bool continues = ends_with(&before, "assistant");
-    before.n -= continues;
-    bool ok = !c->messages.n || render_chat(c->m, c->template, &c->messages, !continues, &r, e);
-    if (continues && !(before.n && render_chat(c->m, c->template, &before, true, &asked, &ignored))) asked.text.n = 0;
-    c->is_thinking = ok && opens_thought(continues ? &asked : &r);
-    if (ok && continues) {
-        Span said = content_of(&c->messages.items[before.n]);
-        c->is_thinking = ends_in_thought(said.text, said.n_bytes, c->is_thinking);
-        cut_end(&r, &asked);
-    }
-    if (ok && c->messages.n && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    bool continues = ends_with(&before, "assistant"), begins = !continues;
     tokens->n = 0;
-    ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
+    c->opened = (Value){ .kind = IS_STRING };
+    if (!before.n) return true;
+    before.n -= continues;
+    bool ok = render_chat(c->m, c->template, &c->messages, !continues, &r, e);
+    if (ok && continues) {
+        Value said = last_content(&c->messages);
+        c->is_thinking = find_thought(said.text, said.n) < said.n;
+        if (!before.n || !render_chat(c->m, c->template, &before, true, &asked, &ignored)) asked.text.n = 0;
+        begins = cut_end(&r, &asked);
+    }
+    ok = ok && (!begins || keep_thought(c, &r, e));
+    if (ok && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    ok = ok && encode_rendered(&c->m->tokenizer, &r, tokens, e);
     free_rendered(&r);
     free_rendered(&asked);
     return ok;
@@ -5102,25 +5108,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
 // Encodes the conversation. If the answer would not fit, the oldest turns are dropped until half of the context is
 // free, but neither the system's text nor the last turn.
 static bool make_room(Chat *c, Tokens *tokens, Error *e) {
-    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), n_dropped = 0, end;
+    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), end;
     size_t wanted = options.n_predict < 0 ? context / 4 : most < half ? most : half, first = first_turn(&c->messages);
-    Value *list = &c->messages;
+    size_t n_before = c->messages.n;
     bool ok = encode_conversation(c, tokens, e);
-    if (ok && options.no_shift && tokens->n > context && c->told.n) {
-        char more[32] = "";
-        if (c->m->config.context > (int)context) snprintf(more, sizeof more, " with -c 0 for %d", c->m->config.context);
-        return fail(e, NO_ROOM, "this conversation is full (%zu tokens); start again%s", context, more);
-    }
     for (bool drops = tokens->n + wanted > context && !options.no_shift; ok && drops && tokens->n > half;) {
-        for (end = first + 1; end < list->n; end++)  // an eighth of them at once, since each time all are encoded
-            if (has_role(&list->items[end], "user") && (end - first) * 8 >= list->n - first) break;
-        if (end >= list->n) break;
-        memmove(&list->items[first], &list->items[end], (list->n - end) * sizeof *list->items);
-        list->n -= end - first;
-        n_dropped += end - first;
-        ok = encode_conversation(c, tokens, e);
+        Value old = c->messages;
+        for (end = first + 1; end < old.n; end++)  // an eighth of them at once, since each time all are encoded
+            if (has_role(&old.items[end], "user") && (end - first) * 8 >= old.n - first) break;
+        if (end >= old.n) break;
+        c->messages = (Value){ .kind = IS_LIST };
+        ok = add_messages(c, &old, 0, first, e) && add_messages(c, &old, end, old.n, e) &&
+             encode_conversation(c, tokens, e);
     }
-    if (n_dropped) fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_dropped);
+    if (n_before > c->messages.n)
+        fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_before - c->messages.n);
     return ok;
 }
 
@@ -5136,79 +5138,96 @@ static bool catch_up(Chat *c, const Tokens *now, Error *e) {
     return ok && take_prompt(c->m, c->w, c->s, &unread, &c->speed, e);
 }
 
-// Adds what the model has said to the conversation; or to its last message, which it has continued.
+static bool append_marked(Rendered *r, const char *text, const char *marks, size_t n, Error *e) {
+    return append(&r->text, text, n, e) && append(&r->marks, marks, n, e);
+}
+
+// Adds what the model has said to the conversation; or to its last message, which it has continued. Control tokens are
+// spelled and marked: templates look for </think>.
 static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e) {
     const Tokenizer *v = &c->m->tokenizer;
-    Buffer text = { 0 }, marks = { 0 };  // control tokens are spelled and marked: templates look for </think>
-    Tokens now = { 0 };
-    size_t from;
-    const Value *old = continued ? find_member(&c->messages.items[c->messages.n - 1], "content") : NULL;
-    bool ok = !old || (append(&text, old->text, old->n, e) && append(&marks, old->marks, old->n, e));
+    Value old = { 0 };
+    if (continued) old = last_content(&c->messages);
+    Rendered said = { 0 };
+    bool ok = append_marked(&said, old.text, old.marks, old.n, e) &&
+              append_marked(&said, c->opened.text, c->opened.marks, c->opened.n, e);
     for (size_t i = 0, n; ok && i < t->n_made; i++) {
         int before = c->told.ids[c->told.n - 1], id = c->told.n < (size_t)c->s->n ? c->s->ids[c->told.n] : t->last;
         const char *bytes = is_control(v, id) ? piece(v, id, &n) : decode(v, before, id, &n);
-        ok = append(&text, bytes, n, e) && append(&marks, NULL, n, e) && emit(&c->told, id, e);
-        if (ok && n) memset(marks.bytes + marks.n - n, is_control(v, id), n);
+        ok = append_marked(&said, bytes, is_control(v, id) ? template_marks : NULL, n, e) && emit(&c->told, id, e);
     }
-    size_t n_stop = t->stop_text ? strlen(t->stop_text) : 0;  // not said; its last token may say more
-    while (text.n > n_stop && n_stop && memcmp(text.bytes + text.n - n_stop, t->stop_text, n_stop)) text.n--;
-    text.n -= n_stop < text.n ? n_stop : text.n;
+    const char *text = (const char *)said.text.bytes, *stop = t->stop_text ? t->stop_text : "";
+    size_t n = said.text.n;
+    while (*stop && n > 0 && !ends_in(text, n, stop)) n--;  // after the stop text, its last token may say more
+    n -= n > 0 ? strlen(stop) : 0;
     c->messages.n -= continued;
-    Value *content = NULL, copy;
-    ok = ok && say(c, "assistant", text.bytes, text.n, e) && copy_text(&c->editor.pool, marks.bytes, text.n, &copy, e);
-    if (ok) content = &c->messages.items[c->messages.n - 1].items[3], content->marks = copy.text;
-    if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
+    ok = ok && add_message(c, "assistant", text, (const char *)said.marks.bytes, n, e);
+    free_rendered(&said);
+    if (!ok) return false;
+    Value *content = &c->messages.items[c->messages.n - 1].items[3];
+    if (v->flags & DUMMY_PREFIX && !continued && content->n && *content->text == ' ') {  // is it the template's?
+        Tokens now = { 0 };
+        size_t from;
         bool made = encode_conversation(c, &now, e);  // a template that refuses answers says so when it is asked again
         if (made && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
-        ok = e->status != NO_MEMORY;
-        if (ok) e->status = DONE;
+        free(now.ids);
+        if (e->status == NO_MEMORY) return false;
+        e->status = DONE;
     }
-    free(text.bytes);
-    free(marks.bytes);
-    free(now.ids);
-    return ok;
+    size_t n_old = old.n < content->n ? old.n : content->n;
+    return log_words(c, "assistant", content->text + n_old, content->n - n_old, e);
 }
 
-// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if the
-// last n_said messages had not been said.
-static bool answer(Chat *c, size_t n_said, Error *e) {
+static void put_record(const Model *m, const Record *o);  // chapter 12a
+
+// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if this
+// turn had not been.
+static bool answer(Chat *c, Error *e) {
     bool continues = ends_with(&c->messages, "assistant"), hides = options.think && !strcmp(options.think, "hide");
     Tokens now = { 0 };
+    Record o = { .why = AT_INTERRUPT, .seed = options.seed };
     Continuation t = { c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
-    Stop why = AT_INTERRUPT;
+    if (options.json) t.printer.record = &o;
+    double start = clock_seconds();
     bool ok = make_room(c, &now, e) && catch_up(c, &now, e);
     free(now.ids);
-    if (!ok) c->messages.n -= n_said;
+    o.prompt_seconds = clock_seconds() - start;
+    o.n_prompt = c->told.n;
+    if (!ok) c->messages = c->before;
     if (ok && continues) t.last = c->told.ids[c->told.n - 1];
     if (hides) t.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
-    double start = clock_seconds();
-    ok = ok && generate_ahead(c->m, c->w, &t, &why, &c->speed, e);
+    if (ok) tell_seed(c->sampler);
+    start = clock_seconds();
+    ok = ok && generate_ahead(c->m, c->w, &t, &o.why, &c->speed, e);
+    o.seconds = clock_seconds() - start;
     if (ok) count_made(&c->speed, &t, start);
-    if (ok ? !note_answer(c, &t, continues, e) : e->status != INTERRUPTED) return false;
-    e->status = DONE;
-    putchar('\n');
+    ok = ok ? note_answer(c, &t, continues, e) : e->status == INTERRUPTED;
+    if (o.error.status) ok = false, *e = o.error;
+    if (ok) o.ids = (Tokens){ .ids = c->told.ids + o.n_prompt, .n = t.n_made };
+    o.stop_text = t.stop_text;
+    if (ok && options.json) putchar('{'), put_record(c->m, &o);
+    if (ok) puts(options.json ? "}" : "");
     fflush(stdout);
-    if (why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
-    if (why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
-    if (why == AT_INTERRUPT) interrupted = 0;
+    free(o.text.bytes);
+    if (!ok) return false;
+    e->status = DONE;
+    if (o.why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[o.why]);
+    if (o.why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
+    if (o.why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
 
 // Reads a conversation in place of this one: a list of messages, or an object with `messages`.
 static bool load_messages(Chat *c, const char *path, Error *e) {
-    Value list, before = c->messages;
-    bool ok = read_messages(path, &c->editor.pool, &list, e);
-    if (ok) c->messages = (Value){ .kind = IS_LIST };
-    for (size_t i = 0; ok && i < list.n; i++) {
+    Value list;
+    if (!read_messages(path, &c->editor.pool, &list, e)) return false;
+    for (size_t i = 0; i < list.n; i++) {
         const Value *role = find_member(&list.items[i], "role"), *content = find_member(&list.items[i], "content");
-        ok = role && content && role->kind == IS_STRING && content->kind == IS_STRING && role->n < 32;
-        char name[32] = "";
-        if (ok) memcpy(name, role->text, role->n);
-        ok = ok ? say(c, name, content->text, content->n, e)
-                : refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
+        if (!role || !content || role->kind != IS_STRING || content->kind != IS_STRING)
+            return refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
     }
-    if (!ok) c->messages = before;
-    return ok;
+    c->messages = list;
+    return true;
 }
 
 static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
@@ -5216,15 +5235,17 @@ static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
 static bool save_messages(const Value *messages, const char *path, Error *e) {
     Output o;
     bool ok = open_output(&o, path, e);
+    if (ok) fputs("{\"messages\": [", o.stream);
     for (size_t i = 0; ok && i < messages->n; i++) {
-        const Value *pair = messages->items[i].items;
-        fputs(i ? ",\n  {\"role\": " : "{\"messages\": [\n  {\"role\": ", o.stream);
-        put_json_string(o.stream, pair[1].text, pair[1].n);
+        const Value *message = &messages->items[i], *role = find_member(message, "role");
+        const Value *content = find_member(message, "content");
+        fputs(i ? ",\n  {\"role\": " : "\n  {\"role\": ", o.stream);
+        put_json_string(o.stream, role->text, role->n);
         fputs(", \"content\": ", o.stream);
-        put_json_string(o.stream, pair[3].text, pair[3].n);
+        put_json_string(o.stream, content->text, content->n);
         fputc('}', o.stream);
     }
-    if (ok) fputs(messages->n ? "\n]}\n" : "{\"messages\": []}\n", o.stream);
+    if (ok) fputs("\n]}\n", o.stream);
     return close_output(&o, ok, e);
 }
 
@@ -5232,10 +5253,7 @@ static bool save_messages(const Value *messages, const char *path, Error *e) {
 static bool set_system(Chat *c, const char *text, Error *e) {
     Value old = c->messages;
     c->messages = (Value){ .kind = IS_LIST };
-    bool ok = !text || say(c, "system", text, strlen(text), e);
-    for (size_t i = first_turn(&old); ok && i < old.n; i++)
-        ok = push_value(&c->editor.pool, &c->messages, old.items[i], e);
-    return ok;
+    return (!text || say(c, "system", text, strlen(text), e)) && add_messages(c, &old, first_turn(&old), old.n, e);
 }
 
 // Says the text of a file, or of stdin, without a newline at its end.
@@ -5248,41 +5266,25 @@ static bool say_file(Chat *c, const char *path, Error *e) {
     return ok;
 }
 
-// Forgets what was said after the last message of the user's, and that too if `all`.
-static bool forget_turn(Value *messages, bool all, Error *e) {
-    size_t n = messages->n;
-    while (n > 0 && !has_role(&messages->items[n - 1], "user")) n--;
-    if (n > 0) messages->n = n - all;
-    return n > 0 || fail(e, MISUSE, "nothing has been said yet");
-}
-
 // Commands of a chat at a terminal.
 enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, N_COMMANDS };
-static const struct { const char *name, *argument, *help; } commands[N_COMMANDS] = {
-    { "help", "", "this list" },
-    { "clear", "", "forget the conversation, but not the system's text" },
-    { "undo", "", "forget the last message and its answer" },
-    { "regen", "", "answer the last message again" },
-    { "continue", "", "go on with the last answer" },
-    { "save", " FILE", "write the conversation to a file, as JSON" },
-    { "load", " FILE", "go on with the conversation in a file" },
-    { "read", " FILE", "say the text of a file" },
-    { "system", " TEXT", "change the system's text; without TEXT: to the template's" },
-    { "tokens", "", "count the tokens of the conversation" },
-    { "bye", "", "end the chat, as Ctrl-D" },
+static const struct { const char *name, *argument, *help; bool asks; } commands[N_COMMANDS] = {
+    { "help", "", "this list", false },
+    { "clear", "", "forget the conversation, but not the system's text", false },
+    { "undo", "", "forget the last message and its answer", false },
+    { "regen", "", "answer the last message again", true },
+    { "continue", "", "go on with the last answer", true },
+    { "save", " FILE", "write the conversation to a file, as JSON; special tokens become plain text", false },
+    { "load", " FILE", "go on with the conversation in a file", false },
+    { "read", " FILE", "say the text of a file", true },
+    { "system", " TEXT", "change the system's text; without TEXT: to the template's", false },
+    { "tokens", "", "count the tokens of the conversation", false },
+    { "bye", "", "end the chat, as Ctrl-D", false },
 };
 
-static void print_commands(void) {
-    for (int i = 0; i < N_COMMANDS; i++) {
-        int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
-        fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
-    }
-    fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
-}
-
-// Does what the command in c->heard says. *n_said: as answer() wants it; -1: nothing is to be answered. False without
-// an error: the chat ends.
-static bool do_command(Chat *c, int *n_said, Error *e) {
+// Does what the command in c->heard says. *asks: whether there is something to be answered then. False without an
+// error: the chat ends.
+static bool do_command(Chat *c, bool *asks, Error *e) {
     char *name = (char *)c->heard.bytes + 1, *argument = name + strcspn(name, " \t");
     int which = 0, length = (int)(argument - name);
     while (c->heard.bytes[c->heard.n - 1] == ' ') c->heard.bytes[--c->heard.n] = 0;
@@ -5292,91 +5294,103 @@ static bool do_command(Chat *c, int *n_said, Error *e) {
     if (which == N_COMMANDS) return fail(e, MISUSE, "there is no command /%.*s; see /help", length, name);
     if (which != SYSTEM && !*argument != !*commands[which].argument)
         return fail(e, MISUSE, "usage: /%s%s", commands[which].name, commands[which].argument);
-    *n_said = which == READ ? 1 : which == REGEN || which == CONTINUE ? 0 : -1;
+    *asks = commands[which].asks;
+    Value *list = &c->messages;
+    size_t n = list->n;
     Tokens tokens = { 0 };
-    bool ok = true;
+    bool ok = which != BYE;
     switch (which) {
-    case HELP: print_commands(); break;
-    case CLEAR: c->messages.n = first_turn(&c->messages); break;
-    case UNDO: case REGEN: ok = forget_turn(&c->messages, which == UNDO, e); break;
-    case CONTINUE:
-        ok = ends_with(&c->messages, "assistant") || fail(e, MISUSE, "there is no answer to continue");
-        if (ok) c->messages.n -= content_of(&c->messages.items[c->messages.n - 1]).n_bytes == 0;
+    case HELP:
+        for (int i = 0; i < N_COMMANDS; i++) {
+            int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
+            fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
+        }
+        fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
         break;
-    case SAVE: ok = save_messages(&c->messages, argument, e); break;
-    case LOAD: ok = load_messages(c, argument, e); break;
-    case READ: ok = say_file(c, argument, e); break;
-    case SYSTEM: ok = set_system(c, *argument ? argument : NULL, e); break;
+    case CLEAR: list->n = first_turn(list); break;
+    case UNDO: case REGEN:
+        while (n > 0 && !has_role(&list->items[n - 1], "user")) n--;
+        if (n == 0) return fail(e, MISUSE, "nothing has been said yet");
+        list->n = which == UNDO ? n - 1 : n;
+        break;
+    case CONTINUE:
+        if (!ends_with(list, "assistant")) return fail(e, MISUSE, "there is no answer to continue");
+        list->n -= last_content(list).n == 0;
+        break;
+    case SAVE: return save_messages(list, argument, e);
+    case LOAD: return load_messages(c, argument, e);
+    case READ: return say_file(c, argument, e);
+    case SYSTEM: return set_system(c, *argument ? argument : NULL, e);
     case COUNT:
         ok = encode_conversation(c, &tokens, e);
         if (ok) fprintf(stderr, "[%zu tokens of %d]\n", tokens.n, c->s->cache->context);
-        break;
-    case BYE: ok = false;
+        free(tokens.ids);
     }
-    free(tokens.ids);
     return ok;
 }
 
 // Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
 // what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, at Ctrl-C.
 static bool hear(Chat *c, bool *is_command, Error *e) {
-    static const char quotes[] = "\"\"\"";
     Editor *d = &c->editor;
-    bool quoted = false, begun = false;
-    c->heard.n = 0;
+    Buffer *heard = &c->heard;
+    bool quoted = false;
+    heard->n = 0;
     for (bool more = true; more;) {
-        int key = c->has_editor ? edit_line(d, begun ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
-        if (key == CTRL_C && !begun && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
+        int key = c->has_editor ? edit_line(d, heard->n ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
+        if (key == CTRL_C && heard->n == 0 && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
         if (key == NO_KEY || key == INPUT_ENDS) return false;
         const char *s = (const char *)d->line.bytes;
         size_t n = d->line.n;
         while (c->has_editor && n > 0 && s[n - 1] == '\n') n--;
-        bool as_it_is = !c->has_terminal || memchr(s, '\n', n), opens = n >= 3 && !memcmp(s, quotes, 3);
-        begun = begun && key != CTRL_C;
-        if (!begun) c->heard.n = 0, quoted = opens && !as_it_is;
-        if (key == CTRL_C || (c->has_editor && !begun && n == 0)) continue;
-        if (!begun && quoted) s += 3, n -= 3;
-        bool closes = quoted && n >= 3 && !memcmp(s + n - 3, quotes, 3);
-        bool goes_on = !quoted && !as_it_is && n > 0 && s[n - 1] == '\\';
-        begun = more = quoted ? !closes : goes_on;
-        n -= closes ? 3 : goes_on;
-        if (!append(&c->heard, s, n, e) || !append(&c->heard, "\n", 1, e)) return false;
+        if (key == CTRL_C) heard->n = 0;
+        if (key == CTRL_C || (c->has_editor && heard->n == 0 && n == 0)) continue;
+        bool as_it_is = !c->has_terminal || memchr(s, '\n', n);
+        if (heard->n == 0) quoted = !as_it_is && n >= 3 && ends_in(s, 3, "\"\"\"");
+        if (!append(heard, s, n, e)) return false;
+        const char *end = quoted ? "\"\"\"" : "\\";
+        bool ends = (quoted ? heard->n >= 6 : !as_it_is) && ends_in((char *)heard->bytes, heard->n, end);
+        more = quoted != ends;
+        heard->n -= ends ? strlen(end) : 0;
+        if (!append(heard, "\n", 1, e)) return false;
     }
-    const char *text = (const char *)c->heard.bytes;
-    c->heard.bytes[--c->heard.n] = 0;  // in place of the last \n
+    if (quoted) memmove(heard->bytes, heard->bytes + 3, heard->n -= 3);
+    const char *text = (const char *)heard->bytes;
+    heard->bytes[--heard->n] = 0;  // in place of the last \n
     *is_command = c->has_terminal && !quoted && text[0] == '/' && isalpha((unsigned char)text[1]) &&
-                  !memchr(text, '\n', c->heard.n);
+                  !memchr(text, '\n', heard->n);
     Value past;
-    return !c->has_editor || (copy_text(&d->pool, text, c->heard.n, &past, e) &&
+    return !c->has_editor || (copy_text(&d->pool, text, heard->n, &past, e) &&
                               push_value(&d->pool, &d->past, past, e));
 }
 
-// Opens what a chat needs and says what is said before it begins. *n_said: as answer() wants it.
-static bool begin_chat(Chat *c, int *n_said, Error *e) {
-    const char *said = options.prompt;
+// Opens what a chat needs and says what is said before it begins. *asks: whether something is to be answered.
+static bool begin_chat(Chat *c, bool *asks, Error *e) {
     if (!find_template(c->m, options.template_name, &c->template_file, &c->template, e)) return false;
     if (options.log && !(c->log = fopen(options.log, "a")))
         return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
     if (options.messages && !load_messages(c, options.messages, e)) return false;
     if (options.system && !set_system(c, options.system, e)) return false;
-    tell_seed(c->sampler);
-    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
-    *n_said = said || (options.single && !is_asked) ? 1 : is_asked ? 0 : -1;
+    c->before = c->messages;
     c->has_terminal = !options.single && isatty(STDIN_FILENO);
     c->has_editor = c->has_terminal && start_editor();
-    if (said || *n_said < 1) return !said || say(c, "user", said, strlen(said), e);
-    return say_file(c, "-", e) && (content_of(&c->messages.items[c->messages.n - 1]).n_bytes > 0 ||
+    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
+    *asks = options.prompt || options.single || is_asked;
+    if (options.prompt) return say(c, "user", options.prompt, strlen(options.prompt), e);
+    if (!options.single || is_asked) return true;
+    return say_file(c, "-", e) && (last_content(&c->messages).n > 0 ||
                                    fail(e, MISUSE, "nothing to answer: stdin is empty, and there is no -i TEXT"));
 }
 
 // Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it. At
 // a terminal, neither a command that fails nor a message that does not fit ends the chat.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
-    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = { .kind = IS_LIST } };
-    int n_said = -1;
-    c.editor.past = c.messages;
-    for (bool is_command, ok = begin_chat(&c, &n_said, e);;) {
-        ok = ok && (n_said < 0 || answer(&c, (size_t)n_said, e));
+    Value none = { .kind = IS_LIST };
+    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = none, .before = none, .editor.past = none };
+    bool asks = false, is_command, ok = begin_chat(&c, &asks, e);
+    for (;;) {
+        ok = ok && (!asks || answer(&c, e));
+        if (!ok) c.messages = c.before;
         bool is_last = e->status == NO_MEMORY || e->status == INTERRUPTED || (e->status == NO_ROOM && options.no_shift);
         if (e->status && c.has_terminal && !is_last) {
             disarm(e->text, strlen(e->text), "");
@@ -5384,9 +5398,11 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
             e->status = DONE;
             ok = true;
         }
-        if (!ok || ferror(stdout) || options.single || !hear(&c, &is_command, e)) break;
-        n_said = 1;
-        ok = is_command ? do_command(&c, &n_said, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
+        if (!ok || ferror(stdout) || options.single) break;
+        c.before = c.messages;
+        if (!hear(&c, &is_command, e)) break;
+        asks = true;
+        ok = is_command ? do_command(&c, &asks, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
     }
     if (terminal_use) use_terminal(USUAL);
     if (c.log && fclose(c.log) && !e->status) fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
@@ -5395,7 +5411,7 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
     free(c.told.ids);
     free(c.template_file.bytes);
     free_pool(&c.editor.pool);
-    bool ok = e->status == DONE;
+    ok = e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
     return ok;
 }
@@ -5413,23 +5429,6 @@ enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in 
 
 // How likely a token was, and its place among all, from 1 on.
 typedef struct { int id, rank; double logprob; } Score;
-
-// What came of a text.
-typedef struct Record {
-    Buffer text;    // what was written
-    Tokens ids;     // likewise
-    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
-    size_t n_prompt;
-    Stop why;
-    const char *stop_text;  // that ended it, or NULL
-    uint64_t seed;
-    double prompt_seconds, seconds;
-    Error error;    // status DONE: none
-} Record;
-
-static void keep_bytes(Record *o, const char *bytes, size_t n) {
-    if (n) append(&o->text, bytes, n, &o->error);
-}
 
 // Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
 static void add_scores(const Model *m, Record *o, const float *logits, int token) {
@@ -5794,7 +5793,7 @@ static bool encode_prompt(const Script *s, const Tokens *told, Text prompt, Text
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
     const Tokens *given = told->n ? told : s->kind != COMPARED ? s->given : NULL;
-    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0);
+    bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
     for (size_t i = 0; given && i < given->n; i++) if (!emit(out, given->ids[i], e)) return false;
     if (!given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -6249,13 +6248,12 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
         if (!slot->is_vector) by_type[slot->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
-    const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     if (options.check && !check_weights(m, e)) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
-    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
+    put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -6315,7 +6313,7 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+    for (size_t chunk = 0; m->tokenizer.flags & ADD_BOS && chunk < n_chunks; chunk++)
         tokens->ids[chunk * size] = m->tokenizer.bos;
     for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // a chunk's last token predicts nothing
         int n = 0;
@@ -6680,7 +6678,7 @@ static bool time_tests(Bench *b, Error *e) {
 // All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
 static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
     Error cannot;
-    Output out = { NULL, NULL, NULL };
+    Output out = { .stream = NULL };
     size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
     b->results = allocate(most, sizeof *b->results, e);
     b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
@@ -7205,7 +7203,7 @@ static const Option option_table[] = {
     HEADING("Output"),
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics, notes and warnings" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0,
-      "generate, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
+      "generate, chat, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
     HEADING("Arithmetic (" RUNNERS ")"),
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
@@ -7493,8 +7491,8 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     bool ok = read_prompt_text(m, mode, context, text, e);
     Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
-    bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
-    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
+    bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
+    bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
     if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
                       (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
@@ -7624,7 +7622,7 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
-    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
     if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
         ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
     if (mode == CHAT && options.n_parts) {
@@ -7685,7 +7683,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
-    if (options.no_bos) m->tokenizer.add_bos = false;
+    if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == options.clock_seed, .temperature = (float)options.temperature,
                           .typical = options.typical < 1 ? (float)options.typical : 0,

@@ -16,16 +16,10 @@ enum { SPM = 1, BPE = 2 };
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
-enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
+enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, N_FLAGS = 5 };
+enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX, BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
-
-typedef struct {
-    uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
-    int32_t bos, eos, unk;      // ids, or -1
-    uint32_t n_end, n_tokens, n_merges, text_bytes;
-} TokenizerHeader;
-_Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
 // How characters compose: an entry of a hash table.
 typedef struct {
@@ -35,8 +29,10 @@ typedef struct {
 } Composition;
 
 typedef struct {
-    int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
-    bool add_bos, add_eos, dummy_prefix, ignore_merges, composes;
+    uint32_t kind, pre, flags;   // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
+    int32_t bos, eos, unk;       // ids, or -1
+    int32_t n_end, n_tokens, n_merges;
+    uint32_t text_bytes;         // up to here this is the section's header
     const float *score;          // (n_tokens)        the arrays up to text lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
@@ -52,9 +48,11 @@ typedef struct {
     int byte_id[256];            // the token of a single byte, or -1
     uint8_t *specials;           // (1 << 16)  by the upper bits of a hash. Bit 0: it is that of a special piece's
                                  // prefix; bit `type`: that of a whole special piece
-    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // bit `type`: some special piece has this length
     bool space_leads;            // SPM: a space is only at the beginning of pieces, so words are encoded one by one
 } Tokenizer;
+
+enum { HEADER_BYTES = offsetof(Tokenizer, text_bytes) + sizeof(uint32_t) };
+_Static_assert(HEADER_BYTES == 40, "the header as drawn");
 
 // A token's bytes; of a control token, its name.
 static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
@@ -120,16 +118,16 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// How many slots a lookup may visit. Published vocabularies need at most 38; one that needs more is refused.
-enum { MAX_PROBES = 128 };
+// How many slots a lookup may visit. In tables that are at most a quarter full the longest run of a million entries has
+// about 25. A vocabulary that needs more is refused: special pieces are looked up at every byte of a text.
+enum { MAX_PROBES = 48 };
 
 // The slot where a lookup begins. Mixing all bits spreads the pairs of merges, whose ids form a grid.
 static size_t first_slot(uint64_t hash) { return (size_t)((hash ^ hash >> 32) * 0xD6E8FEB86659FD93u >> 32); }
 
 // The slot of the piece with these bytes and one of these types, or an empty slot for it; NULL: there is neither.
 static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // special: tried at every byte
-    for (size_t slot = first_slot(hash), i = 0; i < n_probes; slot++, i++) {
+    for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
         if (*id < 0) return id;
@@ -147,9 +145,6 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
-// The lowest id of a piece that plain text with these bytes can become, or -1.
-static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
-
 // The longest piece of this type that is a prefix of the n bytes at s; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
@@ -158,8 +153,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
         if (!t->specials[hash >> 48]) break;
-        if (!(t->specials[hash >> 48] & t->types_of_length[length] & 1 << type)) continue;
-        int id = at_slot(piece_slot(t, s, length, hash, 1u << type));
+        int id = t->specials[hash >> 48] >> type & 1 ? at_slot(piece_slot(t, s, length, hash, 1u << type)) : -1;
         if (id < 0) continue;
         found = id;
         *n_bytes = length;
@@ -177,10 +171,10 @@ static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     return NULL;
 }
 
-// A table for n entries, empty (-1): a power of two of slots, of which at most half will be used.
+// A table for n entries, empty (-1): a power of two of slots, of which at most a quarter will be used.
 static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
-    while (slots < 2 * n) slots *= 2;
+    while (slots < 4 * n) slots *= 2;
     int *table = allocate(slots, sizeof *table, e);
     if (table) memset(table, 0xFF, slots * sizeof *table);
     *mask = slots - 1;
@@ -188,20 +182,18 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
 }
 
 // Fills the table for lookup(), and those for single bytes and special pieces; looks where spaces are. Of pieces with
-// equal bytes and equal type only the first has an entry. Special pieces are put into the table first.
+// equal bytes and equal type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
-    size_t n_slots = (size_t)t->n_tokens, n;
-    for (int id = 0; id < t->n_tokens; id++) n_slots += SPECIAL_TYPES >> t->type[id] & 1 ? 3 : 0;  // no long runs
-    t->piece_slots = make_table(n_slots, &t->piece_mask, e);
+    t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     t->specials = allocate(1 << 16, 1, e);
     if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
-    for (int round = 0; round < 2 * t->n_tokens; round++) {
-        int id = round % t->n_tokens, type = t->type[id];
+    for (int id = 0; id < t->n_tokens; id++) {
+        size_t n;
         const char *s = piece(t, id, &n);
+        int type = t->type[id];
         bool is_text = TEXT_TYPES >> type & 1, is_special = SPECIAL_TYPES >> type & 1;
-        if (is_special != (round < t->n_tokens)) continue;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[(unsigned char)s[0]] < 0)
             t->byte_id[(unsigned char)s[0]] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
@@ -211,7 +203,6 @@ static bool index_pieces(Tokenizer *t, Error *e) {
             if (is_special) t->specials[hash >> 48] |= (uint8_t)(1 | (i + 1 == n) << type);
             if (is_text && i > 0 && s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
         }
-        if (is_special && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
         int *slot = piece_slot(t, s, n, hash, 1u << type);
         if (!slot) return refuse(e, "the vocabulary's pieces are made to collide");
         if (*slot < 0) *slot = id;
@@ -562,6 +553,29 @@ static const char unicode_data[] =
     "19406=170800=39698=40000=40189=19662=19693=40295=172238=19704=172293=172558=172689=40635=19798=40697=40702="
     "40709=40719=40726=40763=173568=";
 
+// How many columns of a screen the characters from U+0000 to U+E01EF have, written likewise: w two (East Asian, emoji),
+// m none (marks), _ one. From Unicode 14.0.
+static const char unicode_widths[] =
+    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m33_m_m30_27m91_11m58_9m9_m24_4m_9m_3m_5m"
+    "43_3m52_2m6_8m42_57m55_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m26_m2_2m57_m4_2m4_2m2_3m3_m30_2m3_m11_2m57_m4_5m"
+    "_2m4_m20_2m22_6m_m58_m2_m_4m8_m7_2m11_2m30_m61_m12_m50_m3_m55_m_3m5_3m_4m7_2m11_2m29_m58_m2_m6_m5_2m20_2m28_2m"
+    "57_2m4_4m8_m20_2m29_m72_m7_3m_m90_m2_7m12_8m98_m2_9m11_6m74_2m27_m_m_m55_14m_5m_2m5_11m_36m9_m102_4m_6m_2m2_2m"
+    "25_2m4_3m16_4m13_m2_2m6_m15_m98_96w160m349_3m946_3m29_2m30_2m30_2m64_2m_7m8_m2_11m9_m45_5m117_2m34_m118_3m4_2m"
+    "9_m6_3m219_2m2_m58_m_7m_m_m2_8m6_10m2_m48_31m49_4m48_m_5m_m5_m40_9m12_2m32_4m2_2m_3m56_m_2m3_m_3m58_8m2_2m152_"
+    "3m_13m_7m4_m6_m3_2m198_64m523_5m26_5m49_5m_10m96_33m553_2w13_2w190_4w3_w2_w521_2w21_2w50_12w43_w19_w13_w8_2w"
+    "17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w409_3m141_m96_32m128_26w_89w"
+    "12_214w26_12w4_42w4m17w2_86w2_2m101w5_43w_94w_84w12_47w_40w8_7024w64_22157w3_55w424_4m_10m32_2m80_2m272_m3_m4_"
+    "m25_2m5_m151_2m26_18m13_m38_8m25_11m14_29w3_3m48_m2_4m2_2m39_m67_6m2_2m2_2m12_m8_m47_m51_m_3m2_2m5_2m_m42_2m8_"
+    "m238_m2_m4_m18_11172w8540_366w2_106w68_m737_16m10w6_16m35w_19w_4w147_m_96w127_7w18_3m513_m226_m149_5m1670_3m_"
+    "2m5_4m40_3m4_m165_2m573_4m387_2m153_11m49_4m123_m54_15m41_m2_2m10_3m49_4m2_2m2_m4_m10_m50_3m36_5m_8m62_m12_2m"
+    "52_9m10_4m2_m95_3m2_m_2m6_m160_m3_8m21_2m57_2m3_m37_7m3_5m195_8m2_3m_m23_m84_6m_m4_2m_2m238_4m6_2m_2m27_2m85_"
+    "8m2_m_2m106_m_m2_6m_m101_3m2_4m_5m259_9m_2m256_2m_m4_m144_4m2_2m4_m32_10m40_6m2_4m8_m9_6m2_3m46_13m_2m406_7m_"
+    "6m_m82_22m2_7m_2m_2m122_6m3_m_2m_7m_m72_2m3_m_m347_2m5435_9m14007_5m59_7m1048_m63_4m77_4wm11_2w14_6136w8_1238w"
+    "42_9w8935_4w_7w_2w_291w45_3w17_4w8_396w2465_2m_4m4700_46m2_23m544_3m9_16m2_7m30_4m148_3m1979_55m4_50m8_m14_m"
+    "22_5m_15m1360_7m_17m2_7m_2m_5m261_7m375_m61_4m1504_7m109_7m1721_w202_w190_w2_10w101_3w13_44w4_9w7_2w14_6w154_"
+    "33w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w48_70w6_w3_3w2_3w5_3w11_2w7_9w"
+    "227_12w4_w283_47w_10w_185w112_5w3_5w3_7w9_29w3_11w5_6w10_10w6_8w8_7w1289_65534w2_65534w655363_m30_96m128_240m";
+
 // The sets that rules name, as the kinds of their members; set_ranges has those that are no kinds.
 static const char *const sets[128] = {
     [' '] = "b", ['r'] = "r", ['/'] = "rh", ['s'] = "rbs",        // the space, [\r\n], [\r\n/], \s
@@ -805,9 +819,11 @@ static uint32_t score_order(float score) {
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
-    bool is_pair = (size_t)a->next < c->n_symbols, is_spm = t->kind == SPM;
-    int found = !is_pair ? -1 : is_spm ? find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what))
-                                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
+    bool is_spm = t->kind == SPM;
+    int found = -1;
+    if ((size_t)a->next < c->n_symbols)
+        found = is_spm ? lookup(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what), TEXT_TYPES)
+                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
     set_rank(c, left, is_spm && found >= 0 ? score_order(t->score[found]) : (uint32_t)found);
 }
 
@@ -857,17 +873,17 @@ static bool reserve_symbols(Encoder *c, size_t n) {
 // Encodes a word: nothing joins with what is outside of it.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
-    int whole = t->ignore_merges ? find_piece(t, s, n) : -1;
+    int whole = t->flags & IGNORE_MERGES ? lookup(t, s, n, TEXT_TYPES) : -1;
     if (whole >= 0) return emit(c->out, whole, c->e);
     if (!reserve_symbols(c, n)) return false;
     c->n_symbols = 0;
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t code;
-        int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
-        length = of_character > 0 ? (size_t)of_character : 1;
-        int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
-        if (id < 0 && t->kind == BPE) c->out->n_dropped++;
-        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
+        int read = t->kind == SPM ? read_character(s + i, n - i, &code) : 1, at = (int)c->n_symbols;
+        int what = t->kind == SPM ? (int)i : t->byte_id[(unsigned char)s[i]];
+        length = read > 0 ? (size_t)read : 1;
+        if (what < 0) c->out->n_dropped++;
+        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, what};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols].what = (int)n;
@@ -875,7 +891,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     for (size_t i = 0; i < c->n_symbols; i = (size_t)c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
         size_t length = (size_t)(c->symbols[a->next].what - a->what);  // SPM's
-        int id = t->kind == SPM ? find_piece(t, s + a->what, length) : a->what;
+        int id = t->kind == SPM ? lookup(t, s + a->what, length, TEXT_TYPES) : a->what;
         if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->what, length)) return false;
     }
     return true;
@@ -885,7 +901,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
-    if (c->t->composes && !compose_text(c->t, &s, &n, &c->composed, c->e)) return false;
+    if (c->t->flags & COMPOSE && !compose_text(c->t, &s, &n, &c->composed, c->e)) return false;
     if (bpe) cut_words(c->t, s, n, c->scratch);
     for (size_t at = 0, end; at < n; at = end) {
         end = at + 1;
@@ -925,38 +941,32 @@ static bool encode_plain(Encoder *c, const char *s, size_t n) {
     c->first = c->out->n;
     if (c->t->kind == SPM) {
         char *normal = (char *)c->scratch;
-        if (c->t->dummy_prefix) *normal++ = ' ';
-        n = normalise(s, n, normal) + c->t->dummy_prefix;
+        if (c->t->flags & DUMMY_PREFIX) *normal++ = ' ';
+        n = normalise(s, n, normal) + (size_t)(normal - (char *)c->scratch);
         s = (const char *)c->scratch;
     }
     size_t begin = 0;
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
 }
 
-// Encodes the joined text of the spans. A control token must be in special spans as a whole.
-static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
-    size_t begin = 0, at = 0, end = 0;
-    for (int i = 0; i < n_spans; i++) {
-        end += spans[i].n_bytes;
-        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
-        if (spans[i].special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
-        at = end;
-    }
-    return encode_plain(c, text + begin, n - begin);
-}
-
-// Appends the tokens of the spans' joined text. The caller adds the model's begin and end tokens.
+// Appends the tokens of the spans' joined text. A control token must lie in special spans as a whole. The caller adds
+// the model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
-    size_t n = 0;
+    size_t n = 0, begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
     Encoder c = {.t = t, .out = out, .e = e};
-    c.scratch = allocate((t->composes ? 3 : 1) * n + 1, sizeof *c.scratch, e);
+    c.scratch = allocate((t->flags & COMPOSE ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
-    for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
-        if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
-    ok = ok && encode_spans(&c, text, n, spans, n_spans);
+    for (int i = 0; ok && i < n_spans; i++) {
+        if (spans[i].n_bytes) memcpy(text + end, spans[i].text, spans[i].n_bytes);
+        end += spans[i].n_bytes;
+        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
+        if (spans[i].special) ok = encode_around(&c, PIECE_CONTROL, text, &begin, at, end, encode_plain);
+        at = end;
+    }
+    ok = ok && encode_plain(&c, text + begin, n - begin);
     free(text);
     free(c.scratch);
     free(c.composed);
@@ -978,7 +988,7 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
     if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
     bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
-    if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
+    if (!starts || !(t->flags & DUMMY_PREFIX) || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
 }
@@ -1030,6 +1040,27 @@ static uint64_t take_u64(Cursor *c) {
     return x;
 }
 
+// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
+typedef struct { const char *at; size_t n; } Text;
+
+// A string as in GGUF: 64 bits of length, then bytes.
+static Text take_string(Cursor *c) {
+    uint64_t n = take_u64(c);
+    if (n > c->left) c->bad = true;
+    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
+}
+
+static bool is_text(Text t, const char *expected) {
+    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
+}
+
+// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
+static uint32_t read_digits(const char *s, size_t n) {
+    char digits[9] = {0};
+    memcpy(digits, s, n);
+    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
+}
+
 // Bytes that grow: a text being read, a section of a file being made.
 typedef struct {
     unsigned char *bytes;
@@ -1063,25 +1094,25 @@ static void close_tokenizer(Tokenizer *t) {
     *t = (Tokenizer){0};
 }
 
-static bool check_header(const TokenizerHeader *h, Error *e) {
-    if ((h->kind != SPM && h->kind != BPE) || h->pre >= N_PRE_TOKENIZERS || h->flags > ALL_TOKENIZER_FLAGS)
-        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
-    if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
-        return refuse(e, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
-    if (h->n_merges > (h->kind == BPE ? MAX_MERGES : 0) || h->n_end > h->n_tokens)
-        return refuse(e, "vocabulary with %u merges and %u end tokens", h->n_merges, h->n_end);
-    const int32_t ids[] = {h->bos, h->eos, h->unk};
+static bool check_header(const Tokenizer *t, Error *e) {
+    if ((t->kind != SPM && t->kind != BPE) || t->pre >= N_PRE_TOKENIZERS || t->flags >> N_FLAGS)
+        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", t->kind, t->pre, t->flags);
+    if (t->n_tokens < 1 || t->n_tokens > MAX_TOKENS)
+        return refuse(e, "vocabulary of %d tokens, expected 1 to %d", t->n_tokens, MAX_TOKENS);
+    if (t->n_merges < 0 || t->n_merges > (t->kind == BPE ? MAX_MERGES : 0) || t->n_end < 0 || t->n_end > t->n_tokens)
+        return refuse(e, "vocabulary with %d merges and %d end tokens", t->n_merges, t->n_end);
+    const int32_t ids[] = {t->bos, t->eos, t->unk};
     for (int i = 0; i < 3; i++)
-        if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
-            return refuse(e, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
-    if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
+        if (ids[i] < -1 || ids[i] >= t->n_tokens)
+            return refuse(e, "special token %d in a vocabulary of %d", ids[i], t->n_tokens);
+    if ((t->flags & ADD_BOS && t->bos < 0) || (t->flags & ADD_EOS && t->eos < 0))
         return refuse(e, "the vocabulary adds a begin or end token, but has none");
     return true;
 }
 
-static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
-    if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != text_bytes)
-        return refuse(e, "the pieces do not fill the vocabulary's text of %u bytes", text_bytes);
+static bool check_pieces(const Tokenizer *t, Error *e) {
+    if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != t->text_bytes)
+        return refuse(e, "the pieces do not fill the vocabulary's text of %u bytes", t->text_bytes);
     for (int id = 0; id < t->n_tokens; id++) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
@@ -1100,41 +1131,33 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
 // Opens a section in place: it must be aligned to 4 bytes and outlive the tokenizer. After a failure, close it as well.
 static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
     Cursor c = {.at = section, .left = n_bytes};
-    TokenizerHeader h;
-    take_into(&c, &h, sizeof h);
+    *t = (Tokenizer){0};
+    take_into(&c, t, HEADER_BYTES);
     if (c.bad) return refuse(e, "the vocabulary is cut short");
-    if (!check_header(&h, e)) return false;
-    size_t n = h.n_tokens;
-    *t = (Tokenizer){.kind = (int)h.kind, .pre = (int)h.pre, .bos = h.bos, .eos = h.eos, .unk = h.unk,
-                     .n_tokens = (int)h.n_tokens, .n_merges = (int)h.n_merges, .n_end = (int)h.n_end,
-                     .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
-                     .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
-                     .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES,
-                     .composes = h.kind == BPE && h.flags & COMPOSE};
+    if (!check_header(t, e)) return false;
+    t->flags &= t->kind == SPM ? SPM_FLAGS : BPE_FLAGS;
+    size_t n = (size_t)t->n_tokens;
     t->score = (const void *)take(&c, times(n, sizeof *t->score));
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
-    t->merge = (const void *)take(&c, times(h.n_merges, sizeof *t->merge));
-    t->end_id = (const void *)take(&c, times(h.n_end, sizeof *t->end_id));
+    t->merge = (const void *)take(&c, times((size_t)t->n_merges, sizeof *t->merge));
+    t->end_id = (const void *)take(&c, times((size_t)t->n_end, sizeof *t->end_id));
     t->type = take(&c, n);
-    t->text = (const void *)take(&c, h.text_bytes);
+    t->text = (const void *)take(&c, t->text_bytes);
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
     while (c.left > 0) if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
-    return check_pieces(t, h.text_bytes, e) && index_pieces(t, e) && index_merges(t, e) &&
+    return check_pieces(t, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_unicode(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
-
-// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
-typedef struct { const char *at; size_t n; } Text;
 
 // A vocabulary as files have it. Arrays may be unaligned, strings are known to end in the file; -1: the file is silent.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score
+    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score, up to the file's end
     Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
@@ -1142,7 +1165,7 @@ typedef struct {
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
     int bos, eos, eot, eom, unk;
-    int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
+    int says[N_FLAGS];  // the flags, from ADD_BOS to COMPOSE
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
@@ -1159,26 +1182,17 @@ enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
 
 // Some files mark such a token as normal text. Only </s> may well be text: it is in HTML.
 static bool is_unmarked_control(Text s) {
-    bool found = false;
-    for (size_t i = 0; i < N_END_NAMES; i++)
-        found |= s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n) && strcmp(end_names[i], "</s>");
-    return found;
-}
-
-// <0xAB> -> its byte, or -1
-static int spelled_byte(const char *s, size_t n) {
-    static const char digits[] = "0123456789ABCDEF0123456789abcdef";
-    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>') return -1;
-    const char *high = memchr(digits, s[3], 32), *low = memchr(digits, s[4], 32);
-    return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
+    for (size_t i = 0; i < N_END_NAMES; i++) if (is_text(s, end_names[i])) return !is_text(s, "</s>");
+    return false;
 }
 
 // Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
-        int byte = spelled_byte(s.at, s.n);
+        bool is_spelled = s.n == 6 && !memcmp(s.at, "<0x", 3) && s.at[5] == '>';
+        uint32_t byte = is_spelled ? read_digits(s.at + 3, 2) : NOT_UTF8;
         to[0] = (char)byte;
-        return byte >= 0;
+        return byte != NOT_UTF8;
     }
     if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s.at, s.n, to);
     if (kind == BPE && *type == PIECE_NORMAL) {
@@ -1190,19 +1204,13 @@ static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     return s.n;
 }
 
-// A string as in GGUF: 64 bits of length, then bytes.
-static Text take_string(Cursor *c) {
-    uint64_t n = take_u64(c);
-    if (n > c->left) c->bad = true;
-    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
-}
-
 // A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. A space is a space. Ids 0, 1, 2 are <unk>,
 // <s>, </s> (the last two with newlines around them); 3 to 258 are the bytes, as <0xAB> or as U+00AB.
 static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type, char *spelled) {
     take_into(c, score, sizeof *score);
     size_t n = take_u32(c);
     const char *s = (const char *)take(c, n);
+    if (!s) return (Text){NULL, 0};
     *type = id == 0 ? PIECE_UNKNOWN : id < 3 ? PIECE_CONTROL : id < 259 ? PIECE_BYTE : PIECE_NORMAL;
     if (*type == PIECE_CONTROL && n > 2 && s[0] == '\n' && s[n - 1] == '\n') return (Text){s + 1, n - 2};
     if (*type != PIECE_BYTE) return (Text){s, n};
@@ -1211,11 +1219,13 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
 
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
-    for (size_t id = 0; id < v->n_tokens; id++) {
+    for (size_t id = 0; v->llama2c ? c.left > 0 : id < v->n_tokens; id++) {
         char bytes[MAX_PIECE], spelled[8];
         int32_t type = PIECE_NORMAL;
         float score = 0;
+        if (id == MAX_TOKENS) return refuse(e, "a vocabulary of more than %d tokens", MAX_TOKENS);
         Text s = v->llama2c ? take_llama2c_piece(&c, id, &score, &type, spelled) : take_string(&c);
+        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", id);
         if (s.n > MAX_PIECE) return refuse(e, "token %zu has more than %d bytes", id, MAX_PIECE);
         if (v->types) memcpy(&type, v->types + 4 * id, 4);
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
@@ -1246,8 +1256,8 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
         if (!space) continue;
         size_t n_left = unspell_bytes(s.at, (size_t)(space - s.at), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s.at + s.n - space - 1), bytes + n_left);
-        int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
-                      find_piece(t, bytes, n_left + n_right)};
+        int ids[3] = {lookup(t, bytes, n_left, TEXT_TYPES), lookup(t, bytes + n_left, n_right, TEXT_TYPES),
+                      lookup(t, bytes, n_left + n_right, TEXT_TYPES)};
         if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
     }
     return true;
@@ -1255,8 +1265,8 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
 
 // The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|> or
 // <|flush|> exists, <|end|> ends only one of several messages.
-static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
-    const int ids[] = {eos, v->eot, v->eom};
+static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, Buffer *end_ids, Error *e) {
+    const int ids[] = {t->eos, v->eot, v->eom};
     bool goes_on = lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0 || lookup(t, "<|flush|>", 9, SPECIAL_TYPES) >= 0;
     for (size_t i = 0, n = N_END_NAMES; i < 3 + n + v->n_ends; i++) {
         const char *name = i < 3 || i >= 3 + n || (i == 2 + n && goes_on) ? "" : end_names[i - 3];
@@ -1276,49 +1286,44 @@ static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
         const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
         snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
-        for (; *names; names += length + strspn(names + length, " ")) {
-            length = strcspn(names, " ");
+        for (; *names; names += length + strspn(names + length, " "), length = strcspn(names, " "))
             if (name.at && length == name.n && memcmp(names, name.at, name.n) == 0) return true;
-        }
     }
     return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
                   (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
 }
 
 // Sets ids and flags: the file's, or else those usual for SentencePiece or for the pre-tokenizer.
-static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h) {
-    bool spm = v->kind == SPM;
-    h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
-    h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
-    h->unk = v->unk;
-    for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
-    unsigned usual = spm ? ADD_BOS : pre_tokenizers[h->pre].flags;
-    if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;
-    if (v->composes < 0 ? usual & COMPOSE : (unsigned)v->composes) h->flags |= COMPOSE;
-    if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
-    if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
-    if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
+static void complete_header(const Vocabulary *v, Tokenizer *t) {
+    bool spm = t->kind == SPM;
+    t->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
+    t->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
+    t->unk = v->unk;
+    for (int id = 0; spm && t->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) t->unk = id;
+    unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[t->pre].flags;
+    for (int i = 0; i < N_FLAGS; i++) if (v->says[i] < 0 ? usual >> i & 1 : (unsigned)v->says[i]) t->flags |= 1u << i;
+    if (t->bos < 0) t->flags &= ~(unsigned)ADD_BOS;
+    if (t->eos < 0) t->flags &= ~(unsigned)ADD_EOS;
 }
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return refuse(e, "a vocabulary of %zu tokens and %zu merges; at most %d and %d", v->n_tokens, v->n_merges,
-                      MAX_TOKENS, MAX_MERGES);
-    TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
-    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
+    if (v->n_merges > MAX_MERGES) return refuse(e, "%zu merges, expected at most %d", v->n_merges, MAX_MERGES);
+    Tokenizer t = {.kind = (uint32_t)v->kind};
+    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &t.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
     bool ok = pack_pieces(v, part, e);
-    Tokenizer t = {.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                   .text_start = (const void *)part[STARTS].bytes,
-                   .text = part[PIECE_TEXT].n ? (const void *)part[PIECE_TEXT].bytes : ""};
+    t.n_tokens = (int)part[PIECE_TYPES].n;
+    t.text_start = (const void *)part[STARTS].bytes;
+    t.type = part[PIECE_TYPES].bytes;
+    t.text = part[PIECE_TEXT].n ? (const char *)part[PIECE_TEXT].bytes : "";
+    t.text_bytes = (uint32_t)part[PIECE_TEXT].n;
     ok = ok && index_pieces(&t, e);
-    if (ok) pack_header(v, &t, &h);
-    ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, h.eos, &part[END_IDS], e);
-    h.n_merges = (uint32_t)(part[MERGES].n / 12);
-    h.n_end = (uint32_t)(part[END_IDS].n / 4);
-    h.text_bytes = (uint32_t)part[PIECE_TEXT].n;
-    ok = ok && append(section, &h, sizeof h, e);
+    if (ok) complete_header(v, &t);
+    ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, &part[END_IDS], e);
+    t.n_merges = (int)(part[MERGES].n / 12);
+    t.n_end = (int)(part[END_IDS].n / 4);
+    ok = ok && append(section, &t, HEADER_BYTES, e);
     for (size_t i = 0; i < N_PARTS; i++) {
         if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
         free(part[i].bytes);
@@ -1332,13 +1337,7 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     take_u32(&c);
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
                     .eot = 1,  // a begin token begins the next story, so it ends this one
-                    .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
-    for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
-        take_u32(&c);
-        take(&c, take_u32(&c));
-        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", v.n_tokens);
-    }
-    if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
+                    .says = {1, 0, 1, -1, -1}};
     return pack_vocabulary(&v, section, e);
 }
 
@@ -1447,13 +1446,6 @@ static bool json_error(JsonReader *r, const char *at, const char *what) {
 static char next_json(JsonReader *r) {
     while (r->at < r->end && memchr(" \t\r\n", *r->at, 4)) r->at++;
     return r->at < r->end ? *r->at : 0;
-}
-
-// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
-static uint32_t read_digits(const char *s, size_t n) {
-    char digits[9] = {0};
-    memcpy(digits, s, n);
-    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
 }
 
 // The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.

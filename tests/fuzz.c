@@ -247,11 +247,11 @@ PLAIN static char *reference_compose(Reference *r, const char **s, size_t *n) {
 PLAIN static void reference_words(Reference *r, const char *s, size_t n) {
     const Tokenizer *t = r->x->t;
     static uint16_t class[MAX_COMPOSED];
-    char *composed = t->composes ? reference_compose(r, &s, &n) : NULL;
+    char *composed = t->flags & COMPOSE ? reference_compose(r, &s, &n) : NULL;
     if (n && t->kind == BPE) cut_words(t, s, n, class);
     for (size_t at = 0, end; at < n; at = end) {
         for (end = at + 1; end < n && !(t->kind == BPE && class[end] & CUT);) end++;
-        int whole = t->ignore_merges ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
+        int whole = t->flags & IGNORE_MERGES ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
         if (whole >= 0) r->ids[r->n++] = whole;
         else reference_join(r, s + at, end - at);
     }
@@ -274,7 +274,7 @@ PLAIN static void reference_plain(Reference *r, const char *text, size_t n_text)
     size_t n = 0, begin = 0;
     if (n_text == 0) return;
     r->first = r->n;
-    if (t->dummy_prefix) s[n++] = ' ';
+    if (t->flags & DUMMY_PREFIX) s[n++] = ' ';
     for (size_t i = 0; i < n_text; i++) {
         bool bar = t->kind == SPM && n_text - i >= 3 && !memcmp(text + i, "\xE2\x96\x81", 3);
         s[n++] = bar ? ' ' : text[i];
@@ -487,7 +487,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
             exit(1);
         }
         options.pre = NULL;
-        if (which == N_FILES - 1) models[which].tokenizer.composes = false;
+        if (which == N_FILES - 1) models[which].tokenizer.flags &= ~(unsigned)COMPOSE;
         free(file.bytes);
         lexicons[which] = make_lexicon(&models[which].tokenizer);
     }
@@ -570,10 +570,11 @@ static void note_text(Layout *l, size_t at, size_t n) { note_part(l->texts, &l->
 
 static void lay_out_key(Layout *l, const unsigned char *bytes, const Cursor *before, const Cursor *after,
                         const Key *k) {
-    size_t at = (size_t)(before->at - bytes), type = at + 8 + k->name.n, value = (size_t)(k->value.at - bytes);
+    size_t at = (size_t)(before->at - bytes), value = (size_t)(k->value.at - bytes);
+    size_t n_name = (size_t)take_u64(&(Cursor){ before->at, 8, false }), type = at + 8 + n_name;
     note_part(l->keys, &l->n_keys, 128, at, (size_t)(after->at - before->at));
     note_number(l, at, 8);
-    note_text(l, at, k->name.n);
+    note_text(l, at, n_name);
     note_number(l, type, 4);
     if (k->is_array) note_number(l, type + 4, 4);
     if (k->is_array) note_number(l, type + 8, 8);
@@ -594,7 +595,7 @@ static bool lay_out_gguf(Layout *l, const unsigned char *bytes, size_t n) {
     for (size_t at = 4; at < 24; at += at == 4 ? 4 : 8) note_number(l, at, at == 4 ? 4 : 8);
     for (uint64_t i = 0; i < n_keys && !c.bad; i++) {
         Cursor before = c;
-        Key k;
+        Key k = { .count = 0 };
         if (!read_key(&c, &k, &e)) return false;
         lay_out_key(l, bytes, &before, &c, &k);
     }
@@ -803,8 +804,8 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
     size_t length = p.n < 128 ? p.n : 128;
     memcpy(text, bytes + p.at + 8, length);
     if (one_in(2)) length = LLVMFuzzerMutate(text, length, sizeof text);
-    else length = (size_t)snprintf((char *)text, sizeof text, "%s%s", one_in(2) ? "blk.0." : "",
-                                   layer_rules[below(N_LAYER_RULES)].name);
+    else length = (size_t)snprintf((char *)text, sizeof text, layer_rules[below(N_LAYER_RULES)].name, 0,
+                                   one_in(2) ? "_exps" : "");
     uint64_t n_text = length;
     draft(d, bytes, p.at);
     draft(d, &n_text, 8);

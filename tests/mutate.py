@@ -180,7 +180,6 @@ FEATURES = [
     ("scaling none", "factor == 0 || none ? 1", "factor == 0 ? 1"),
     ("scaling by 0", "factor == 0 || none ? 1", "none ? 1"),
     ("the older key of linear scaling", 'get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1)', "1"),
-    ("the original context", "c->original_context = (int)original;", ""),
     ("YaRN's magnitude", "magnitude = (1 + x) / (1 + all * x)", "magnitude = 1"),
     ("YaRN's multiplier of the logarithm", "/ (1 + all * x)", ""),
     ("YaRN's magnitude of less than 1", "0.1 * log(fmax(factor, 1))", "0.1 * log(factor)"),
@@ -192,8 +191,7 @@ FEATURES = [
     ("LongRoPE's magnitude is LongRoPE's", "original > 0 && has_factors ? sqrt", "original > 0 ? sqrt"),
     ("LongRoPE's magnitude of an unscaled context", "log(fmax(c->context / original, 1))",
      "log(c->context / original)"),
-    ("the file's magnitude", 'get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual)',
-     '(get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual), usual)'),
+    ("the file's magnitude", "c->rope_magnitude > 0 ? c->rope_magnitude : usual", "usual"),
     ("the width of an expert", "if (y->n_experts) y->ffn_dim =", "if (0) y->ffn_dim ="),
     ("as many key heads as heads", "if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;", ""),
     ("the usual width of a head", "if (!c->head_dim) c->head_dim =", "if (0) c->head_dim ="),
@@ -360,8 +358,8 @@ CHECKS = [
     ("run.c", "__builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product", "a * b + 0 * (product = 0)"),
     ("run.c", "a > SIZE_MAX - b ? SIZE_MAX : a + b", "a + b"),
     ("run.c", "up == SIZE_MAX ? up : up / step * step", "up / step * step"),
-    ("run.c", "c->bad = count > c->left / least;", "c->bad = false;"),
-    ("run.c", "if (type != G_STRING) take(c, k->count * least);", "if (type != G_STRING) take(c, 0);"),
+    ("run.c", "i < k->count && !c->bad;", "i < k->count;"),
+    ("run.c", "if (type != G_STRING) take(c, times(k->count,", "if (type != G_STRING) take(c, times(0,"),
     ("run.c", "if (k && !fits && !g->bad)", "if (0)"), ("run.c", "if (k && !fits && !g->bad)", "if (k && !fits)"),
     ("run.c", "if (!fits && !g->bad)", "if (!fits)"), ("run.c", "k && k->is_array == is_array &&", "k &&"),
     ("run.c", "(k->type == type || strchr(kinds, gguf_types[k->type].name[0]))", "true"),
@@ -371,15 +369,15 @@ CHECKS = [
     ("run.c", "get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1)", "get_value(g, name, G_INTEGER, -9, UINT32_MAX, -1)"),
     ("run.c", "get_value(g, name, G_INTEGER, -1, UINT32_MAX, -1)", "get_value(g, name, G_INTEGER, -1, 1e18, -1)"),
     ("run.c", "id < fmin((double)n_tokens, MAX_TOKENS)", "id < 1e9"),
-    ("run.c", "if (isnan(harmless)) return true;", "return true;"),
+    ("run.c", "if (k->used || isnan(harmless)) return true;", "return true;"),
     ("run.c", "if (k->type == G_STRING) return false;", "if (k->type == G_STRING) return true;"),
     ("run.c", "if (key_number(k, i) != harmless) return false;", "if (key_number(k, i) != harmless) return true;"),
     ("run.c", "if (!set_field(m, f, l, get_field(m, f, l), e)) return false;", ";"),
     ("run.c", "if (g->bad) return false;\n    if (v.kind", "if (v.kind"),
-    ("run.c", "if (g->bad) return false;\n    if (number", "if (number"),
+    ("run.c", "if (g->bad) return false;\n    if (count", "if (count"),
     ("run.c", "return !g->bad;", "return true;"),
     ("run.c", "find_family(g.family, e) && read_gguf", "read_gguf"),
-    ("run.c", "if (broken_row(&matrix, begin", "if (0 && broken_row(&matrix, begin"),
+    ("run.c", "if (broken_row(&matrix, to", "if (0 && broken_row(&matrix, to"),
     ("run.c", "if (job.broken) return check_weights(m, e);", ""),
     ("run.c", "if (!finite && (n > 1 || team->thread == 0) && !w->broken[row])", "if (0)"),
     ("run.c", "return sum < INFINITY;", "return true;"),
@@ -394,9 +392,8 @@ CHECKS = [
     ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[1] >= 0 && ids[2] >= 0 &&"),
     ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[0] >= 0 && ids[2] >= 0 &&"),
     ("tokenizer.c", "ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 &&", "ids[0] >= 0 && ids[1] >= 0 &&"),
-    ("tokenizer.c", "n != 6 || ", ""), ("tokenizer.c", 'memcmp(s, "<0x", 3) || ', ""),
-    ("tokenizer.c", " || s[5] != '>'", ""), ("tokenizer.c", "return high && low ?", "return high ?"),
-    ("tokenizer.c", "return high && low ?", "return low ?"),
+    ("tokenizer.c", "s.n == 6 && ", ""), ("tokenizer.c", '!memcmp(s.at, "<0x", 3) && ', ""),
+    ("tokenizer.c", " && s.at[5] == '>'", ""), ("tokenizer.c", "return byte != NOT_UTF8;", "return true;"),
     ("tokenizer.c", "n_character <= 0 || code < 33", "code < 33"), ("tokenizer.c", "|| code < 33 ||", "||"),
     ("tokenizer.c", "|| (code > 126 && code < 161) ", ""), ("tokenizer.c", "|| code == 173 ", ""),
     ("tokenizer.c", "|| code > 323)", ")"),
@@ -501,7 +498,7 @@ def ranges(text: str) -> list[Mutant]:
     for m in re.finditer(r'get_(?:number|integer)\(g, ("[^"]+"), ([^,]+), ([^,]+),', text):
         mutant(*m.span(2), "-1e300", f"{m[1]} may be less than {m[2]}")
         mutant(*m.span(3), "1e300", f"{m[1]} may be more than {m[3]}")
-    for m in re.finditer(r'\{ ("[\w.]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
+    for m in re.finditer(r'\{ ("[\w.%]+"), offsetof\(\w+, \w+\), \w+, \w+, ([\w |]+), ', text):
         needed = [word for word in m[2].split(" | ") if word != "OPTIONAL"]
         if needed:
             mutant(*m.span(2), "OPTIONAL", f"{m[1]} is not needed")

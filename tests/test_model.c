@@ -528,7 +528,7 @@ static void check_same_tokens(const Tokenizer *a, const Tokenizer *b, const char
     bool ok = encode(a, &span, 1, &x, &e) && encode(b, &span, 1, &y, &e);
     check(ok && x.n == y.n && !memcmp(x.ids, y.ids, x.n * sizeof *x.ids),
           "%s exported: its tokenizer gives other tokens", name);
-    check(a->bos == b->bos && a->eos == b->eos && a->add_bos == b->add_bos && a->n_end == b->n_end,
+    check(a->bos == b->bos && a->eos == b->eos && a->flags == b->flags && a->n_end == b->n_end,
           "%s exported: other special tokens", name);
     free(x.ids), free(y.ids);
 }

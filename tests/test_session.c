@@ -252,8 +252,8 @@ static void test_session_commands(void) {
                                       "test $? = 1 && grep -q 'no session' $T/err && cmp $T/p $T/prompt" },
         { "a folder", "$EMULATOR ./run $tied -q -i a --session $T 2>$T/err; test $? = 1 && grep -q 'expected a file' "
                       "$T/err" },
-        { "a folder that is not there", "$EMULATOR ./run $tied -q -n 1 -i a --session $T/no/s 2>$T/err >/dev/null; "
-                                        "test $? = 3 && test $(wc -l <$T/err) = 1" },
+        { "a folder that is not there", "$EMULATOR ./run $tied -q -n 1 -i a --session $T/no/s 2>$T/err >$T/out; "
+                                        "test $? = 3 && test $(wc -l <$T/err) = 1 && test ! -s $T/out" },
         { "too large for the file system", "cp $T/s $T/old; (trap '' XFSZ; ulimit -f 8; $EMULATOR ./run $tied -q -n 40 "
                                            "-i a --session $T/s) >/dev/null 2>$T/err; test $? = 3 && cmp $T/s $T/old" },
         { "damaged in its pages", "cp $T/s $T/d; printf X | dd of=$T/d bs=1 seek=$(($(wc -c <$T/d) - 3000)) "
