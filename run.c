@@ -616,10 +616,10 @@ enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a te
 
 // A layer's part of the KV cache. Of keys, sixteen positions lie side by side: a SIMD lane is a position.
 typedef struct {
-    unsigned char *keys;             // (pages, G, 64/16, K, 16): number d of position p at [p % 64 / 16][d][p % 16]
-    unsigned char *values;           // (pages, G, K/16, 64, 16): at [d / 16][p % 64][d % 16]; K is rounded up to 16
-    size_t n_heads;                  // G
+    unsigned char *keys;             // (G, 64/16, K, 16) in a page: number d of position p at [p % 64 / 16][d][p % 16]
+    unsigned char *values;           // (G, K/16, 64, 16) after them: at [d / 16][p % 64][d % 16]; K is rounded up to 16
     size_t key_bytes, value_bytes;   // of one head in one page
+    size_t page_bytes;               // from a page to the next: of all layers
 } CachedLayer;
 
 // The KV cache: the keys and values of all texts, in pages from one pool. A page costs no memory before it is used.
@@ -630,8 +630,9 @@ typedef struct {
     int *users;             // (pages)  how many sequences hold the page
     int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
     int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
+    unsigned char *pool;    // (pages, page_bytes)  a page has of each layer the keys, then the values
     void *arena;            // all of these
-    size_t arena_bytes;
+    size_t arena_bytes, page_bytes;
 } Cache;
 
 // One text, and what the model keeps of it.
@@ -644,13 +645,15 @@ typedef struct {
 
 static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
 
+static unsigned char *page_at(const Cache *c, int page) { return c->pool + (size_t)page * c->page_bytes; }
+
 // Where the keys, or values, of one head begin in a page.
 static unsigned char *keys_at(const CachedLayer *y, int page, size_t head) {
-    return y->keys + ((size_t)page * y->n_heads + head) * y->key_bytes;
+    return y->keys + (size_t)page * y->page_bytes + head * y->key_bytes;
 }
 
 static unsigned char *values_at(const CachedLayer *y, int page, size_t head) {
-    return y->values + ((size_t)page * y->n_heads + head) * y->value_bytes;
+    return y->values + (size_t)page * y->page_bytes + head * y->value_bytes;
 }
 
 // Puts one head's key and value of a position into the cache.      key, value (K)
@@ -689,10 +692,7 @@ static void append_token(Sequence *s, int token) {
     bool is_new = s->n % PAGE == 0, is_shared = !is_new && c->users[old] > 1;
     if (is_new || is_shared) c->users[*page = c->spare[--c->n_spare]] = 1;
     if (is_shared) c->users[old]--;
-    for (CachedLayer *y = c->layers; is_shared && y < c->layers + c->n_layers; y++) {
-        memcpy(keys_at(y, *page, 0), keys_at(y, old, 0), y->n_heads * y->key_bytes);
-        memcpy(values_at(y, *page, 0), values_at(y, old, 0), y->n_heads * y->value_bytes);
-    }
+    if (is_shared) memcpy(page_at(c, *page), page_at(c, old), c->page_bytes);
     s->ids[s->n++] = token;
 }
 
@@ -1984,9 +1984,9 @@ static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
     if (!f) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     char chunk[4096];
     bool ok = true;
-    while (ok && !feof(f) && !ferror(f) && b->n <= most) {  // a terminal's end comes only once
-        size_t n = fread(chunk, 1, sizeof chunk, f);
-        ok = n == 0 || append(b, chunk, n, e);
+    for (size_t n = sizeof chunk; ok && n == sizeof chunk && b->n <= most;) {  // less: the end, or a failure
+        n = fread(chunk, 1, sizeof chunk, f);
+        ok = append(b, chunk, n, e);
     }
     if (ok && ferror(f)) ok = fail(e, BROKEN_IO, "%s: reading failed: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
@@ -2021,13 +2021,21 @@ static bool has_unread_input(void) {
 enum { MAX_THREADS = 4096 };
 
 #ifdef __linux__
-// The number in a file of the system, or `otherwise`.
-static long read_number(const char *path, long otherwise) {
-    long n;
+// Reads the one or two numbers at the beginning of a file of the system. Returns how many there are.
+static int read_numbers(const char *path, double *first, double *second) {
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &n) != 1) n = otherwise;
+    int n = f ? fscanf(f, "%lf %lf", first, second) : 0;
     if (f) fclose(f);
     return n;
+}
+
+// The number in such a file of a processor, or `otherwise`.
+static double cpu_number(int cpu, const char *name, double otherwise) {
+    char path[96];
+    double unused;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/%s", cpu, name);
+    read_numbers(path, &otherwise, &unused);
+    return otherwise;
 }
 
 // Whether the list of processors in a file, "0-3,8" for example, has this one; true where there is no such file.
@@ -2047,7 +2055,7 @@ static bool is_listed(const char *path, int cpu) {
 // processors that it may use at a time, or bytes of memory. INFINITY: they set no limit.
 static double group_limit(bool of_memory) {
     char line[512], path[700];
-    double least = INFINITY, quota, period;
+    double least = INFINITY, quota, period, unused;
     FILE *groups = fopen("/proc/self/cgroup", "r");  // number:controllers:path
     while (groups && fgets(line, sizeof line, groups)) {
         char *name = strchr(line, ':'), *group = name ? strchr(name + 1, ':') : NULL;
@@ -2062,21 +2070,15 @@ static double group_limit(bool of_memory) {
             const char *folder = of_memory ? "/memory" : "/cpu", *first = of_memory ? "limit_in_bytes" : "cfs_quota_us";
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s.%s", second ? "" : folder, group, folder + 1,
                      second ? "max" : first);
-            FILE *f = fopen(path, "r");
-            int n = f ? fscanf(f, "%lf %lf", &quota, &period) : 0;
-            if (f) fclose(f);
-            if (n == 1 && of_memory) n = 2, period = 1;
-            if (n == 1) snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us"), period = (double)read_number(path, 0);
+            period = of_memory;  // 1 byte; of processors, version 2 has it in the same file
+            int n = read_numbers(path, &quota, &period);
+            snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us");
+            if (n == 1 && !of_memory) read_numbers(path, &period, &unused);
             if (n > 0 && quota > 0 && period > 0) least = fmin(least, quota / period);
         }
     }
     if (groups) fclose(groups);
     return least;
-}
-
-static long cpu_quota(void) {
-    double least = group_limit(false);
-    return least < 1 ? 1 : least < MAX_THREADS ? (long)least : MAX_THREADS;
 }
 #endif
 
@@ -2101,24 +2103,19 @@ static int count_cores(bool by_default) {
 #ifdef __linux__
     enum { MOST_CPUS = 1 << 16 };
     static cpu_set_t allowed[MOST_CPUS / CPU_SETSIZE];
-    long largest = 0;
-    char path[96];
+    double largest = 0;  // core's capacity
     if (sched_getaffinity(0, sizeof allowed, allowed)) memset(allowed, 0, sizeof allowed);
-    for (int round = 0; round < 2; round++) {  // the first finds the largest core's capacity
-        for (int cpu = 0; cpu < MOST_CPUS; cpu++) {
-            if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
-            long capacity = by_default ? read_number(path, 0) : 0;
-            if (round == 0) largest = capacity > largest ? capacity : largest;
-            if (round == 0) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            int first = by_default ? (int)read_number(path, cpu) : cpu;
-            bool counts = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
-            n += counts && 2 * capacity >= largest && (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));
-        }
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++)
+        if (CPU_ISSET_S(cpu, sizeof allowed, allowed)) largest = fmax(largest, cpu_number(cpu, "cpu_capacity", 0));
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++) {
+        if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
+        int first = (int)cpu_number(cpu, "topology/thread_siblings_list", cpu);
+        bool is_first = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
+        bool is_large = 2 * cpu_number(cpu, "cpu_capacity", 0) >= largest;
+        n += is_first && is_large && is_listed("/sys/devices/cpu_core/cpus", cpu);
     }
-    if (n == 0 && by_default) n = count_cores(false);  // only small cores are allowed
-    if (by_default && n > cpu_quota()) n = cpu_quota();
+    if (n == 0) n = CPU_COUNT_S(sizeof allowed, allowed);  // of small cores too, if no others are allowed
+    if (by_default) n = (long)fmin((double)n, fmax(group_limit(false), 1));
 #elif defined(__APPLE__)
     int cores = 0;
     size_t size = sizeof cores;
@@ -2131,17 +2128,13 @@ static int count_cores(bool by_default) {
 
 // ---- Threads ----
 
-// A thread's place at the gate. What different threads write lies in different lines of the cache.
-typedef struct {
-    _Alignas(64) atomic_size_t taken[2];  // chunks of its share that are taken, in even and in odd steps
-} Seat;
-
-// Where the threads of a team wait for each other: the last one to come opens it.
+// Where the threads of a team wait for each other: the last one to come opens it. What different threads write lies in
+// different lines of the cache.
 typedef struct Gate {
     _Alignas(64) atomic_uint arrived;
     _Alignas(64) atomic_uint round;
     _Alignas(64) atomic_uint microseconds;  // that threads slept
-    Seat seats[MAX_THREADS];
+    struct { _Alignas(64) atomic_size_t taken[2]; } seats[MAX_THREADS];  // chunks of a share, in even and in odd steps
 } Gate;
 
 // This thread's part of n, by index: for work that takes every thread the same time.
@@ -2301,18 +2294,15 @@ static int usable_threads(int threads) {
 #endif
 
 // A thread whose core another program uses makes all others wait. So after two slow passes in a row, in which threads
-// had to sleep, the next one is tried with a thread less. If that is faster than both, the thread rests for some
-// passes, each time for more; if not, the next trial waits for some passes, each time for more.
+// had to sleep, the next one is tried with a thread less, which rests if that is faster than both. Then nothing changes
+// for some passes, each time for more. After them a thread that rests is tried again.
 typedef struct {
-    int threads, rows;         // of the pass before
-    int n_resting, rest_left;  // threads that rest; passes until one is tried again
-    int rest, pause;           // passes of the last rest; of the last wait after a trial in vain
-    int pause_left, n_slow;    // passes until the next trial; slow passes in a row
+    int threads, rows;     // of the pass before
+    int n_resting, n_slow; // threads that rest; slow passes in a row
+    int wait, left;        // passes for which nothing changes: of the last such time, and still to come
     bool on_trial;
-    double seconds;            // of the faster of the slow passes
+    double seconds;        // of the faster of the slow passes
 } Rest;
-
-static int longer(int passes, int least) { return passes < 128 ? 2 * passes + least : 256; }
 
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     bool is_slow = slept > seconds / 8, is_like_last = rows == r->rows;
@@ -2321,16 +2311,17 @@ static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     if (r->on_trial) {
         r->on_trial = false;
         r->n_slow = 0;
-        if (is_faster) r->rest_left = r->rest = longer(r->rest, 16);
-        else r->n_resting--, r->pause_left = r->pause = longer(r->pause, 4);
+        r->left = r->wait = r->wait < 128 ? 2 * r->wait + 8 : 256;
+        if (!is_faster) r->n_resting--;
         return;
     }
     r->n_slow = !is_slow ? 0 : is_like_last ? r->n_slow + 1 : 1;
     if (r->n_slow <= 1 || is_faster) r->seconds = seconds;
-    if (r->pause_left) r->pause_left--;
-    else if (r->n_slow >= 2 && r->n_resting < r->threads - 1) r->n_resting++, r->on_trial = true;
-    if (r->n_resting && !r->on_trial && --r->rest_left <= 0) r->n_resting--;
-    if (!r->n_resting && !is_slow) r->rest -= r->rest > 0, r->pause -= r->pause > 0;
+    r->on_trial = !r->left && r->n_slow >= 2 && r->n_resting < r->threads - 1;
+    if (r->left) r->left--;
+    else if (r->on_trial) r->n_resting++;
+    else if (r->n_resting) r->n_resting--;
+    else if (!is_slow && r->wait) r->wait--;
 }
 
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {
@@ -3614,12 +3605,11 @@ static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int
 
 // ---- One token far down a text ----
 
-// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
-static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
+// Unit i of those that attend_deep() shares. After its totals is room for the largest score of each query and page.
+static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
     Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.padded + a.score_stride + 1 + n_pages);
-    *largest = place_scratch(&a, w->scratch + i * each);
+    place_scratch(&a, w->scratch + i * (size_t)a.group * (2 * a.padded + a.score_stride + 1 + n_pages));
     return a;
 }
 
@@ -3631,16 +3621,11 @@ static Range seen_in_page(const Attention *a, size_t page) {
     return seen;
 }
 
-// The largest score of each query, from those of its pages.      max (group)
-static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
+// The largest score of query q, from those of its pages.
+static float largest_score(const Attention *a, size_t q, size_t n_pages) {
     Range seen = all_seen(a);
-    for (int q = 0; q < a->group; q++) {
-        max[q] = -INFINITY;
-        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
-            float of_page = largest[(size_t)q * n_pages + page];
-            max[q] = of_page > max[q] ? of_page : max[q];
-        }
-    }
+    const float *of_page = a->totals + a->group + q * n_pages + seen.from / PAGE;
+    return of_page[likeliest(of_page, (int)((seen.to - 1) / PAGE - seen.from / PAGE) + 1)];
 }
 
 // totals[q] = the sum of weights scores[q], position p in lane p mod 16
@@ -3660,26 +3645,27 @@ static void add_weights(const Attention *a) {
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
     size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
     size_t n_columns = round_up((size_t)m->config.head_dim, 16);
-    float *largest, max[MAX_HEADS], lane[16] = { 0 };
+    float max[MAX_HEADS], lane[16] = { 0 };
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
             size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
             if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++) {
                 float *scores = a.scores + q * a.score_stride + p.from;
-                float max_of_page = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
-                largest[q * n_pages + i % n_pages] = max_of_page;
+                float largest = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
+                a.totals[(size_t)a.group + q * n_pages + i % n_pages] = largest;
             }
         }
     }
     end_step(team, SCORE, l);
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
-            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
+            bool is_next_unit = i == r.from || i % n_pages == 0;
+            for (size_t q = 0; q < (size_t)a.group && is_next_unit; q++) max[q] = largest_score(&a, q, n_pages);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
                 kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
         }
@@ -3687,7 +3673,7 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
     end_step(team, SOFTMAX, l);
     for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages);
             Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
             a.totals = max;  // each thread makes its own
             add_weights(&a);
@@ -4013,19 +3999,22 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
 static void lay_out_cache(const Model *m, Cache *c, size_t n_texts) {
     Arena a = { c->arena, 0 };
     size_t head_dim = (size_t)m->config.head_dim, pages = times(n_texts, n_pages(c->context));
-    size_t page_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
+    size_t item_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
     c->layers = place(&a, (size_t)c->n_layers, sizeof *c->layers);
     c->users = place(&a, pages, sizeof *c->users);
     c->spare = place(&a, pages, sizeof *c->spare);
     c->ids = place(&a, times(n_texts, (size_t)c->context), sizeof *c->ids);
     c->pages = place(&a, pages, sizeof *c->pages);
+    Arena page = { c->pool = place(&a, 0, 0), 0 };  // the first one
     for (int l = 0; l < c->n_layers; l++) {
-        CachedLayer y = { NULL, NULL, (size_t)m->layers[l].n_kv_heads, head_dim * page_bytes,
-                          round_up(head_dim, 16) * page_bytes };
-        y.keys = place(&a, pages, y.n_heads * y.key_bytes);
-        y.values = place(&a, pages, y.n_heads * y.value_bytes);
+        size_t n_heads = (size_t)m->layers[l].n_kv_heads;
+        CachedLayer y = { NULL, NULL, head_dim * item_bytes, round_up(head_dim, 16) * item_bytes, 0 };
+        y.keys = place(&page, n_heads, y.key_bytes);
+        y.values = place(&page, n_heads, y.value_bytes);
+        y.page_bytes = c->page_bytes;  // counted in the first run
         if (c->arena) c->layers[l] = y;
     }
+    place(&a, pages, c->page_bytes = page.n);
     for (c->n_spare = 0; c->arena && (size_t)c->n_spare < pages; c->n_spare++)  // the first pages are taken first
         c->spare[c->n_spare] = (int)(pages - 1) - c->n_spare;
     c->arena_bytes = a.n;
@@ -4058,15 +4047,15 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 /* A session is a text's tokens and their part of the cache in a file, so that the next run need not read them again. It
    takes as much of it as its own text begins with, and gets the same bits as if it had read that itself.
 
-       | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
+       | header, 128 bytes | i32 id of each token | page 0, its u64 checksum | page 1, its checksum | ...     no padding
 
    The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
-   between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
+   between it and the pages. */
 typedef struct {
     unsigned char magic[8];
-    uint64_t head_sum, n, file_bytes;  // n: tokens
-    uint64_t model, settings;          // hashes of what the cache's bits depend on beside the tokens
-    char name[80];                     // of the checkpoint, for people
+    uint64_t head_sum, n;      // n: tokens
+    uint64_t model, settings;  // hashes of what the cache's bits depend on beside the tokens
+    char name[88];             // of the checkpoint, for people
 } SessionHeader;
 _Static_assert(sizeof(SessionHeader) == 128, "no padding");
 
@@ -4081,12 +4070,14 @@ static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
     return sum;
 }
 
-static uint64_t sum_head(const Buffer *head) { return add_sum(0, head->bytes + 16, head->n - 16); }
+static uint64_t sum_head(const SessionHeader *h, const int *ids) {
+    return add_sum(add_sum(0, &h->n, sizeof *h - offsetof(SessionHeader, n)), ids, h->n * sizeof *ids);
+}
 
 // The header for a model (hashed: configuration, vocabulary, and each tensor's name, type, shape and 64 bytes) and for
 // settings (rounding, the cache's type, and the angles, which hold what a scaled rotation makes of -c).
 static SessionHeader session_header(const Model *m, const Workspace *w) {
-    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 1 } };
+    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 2 } };
     h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < n_values(m, f); l++)
@@ -4104,58 +4095,38 @@ static SessionHeader session_header(const Model *m, const Workspace *w) {
     return h;
 }
 
-// Reads a page of the cache from a file or writes it to one, and adds it to a checksum. Returns its bytes; 0: failed.
-static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
-    size_t total = 0;
-    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
-        unsigned char *parts[] = { keys_at(y, page, 0), values_at(y, page, 0) };
-        for (int i = 0; i < 2; i++) {
-            size_t n = y->n_heads * (i ? y->value_bytes : y->key_bytes);
-            if (from && fread(parts[i], 1, n, from) != n) return 0;
-            if (to && fwrite(parts[i], 1, n, to) != n) return 0;
-            *sum = add_sum(*sum, parts[i], n);
-            total += n;
-        }
-    }
-    return total;
+static bool move_bytes(FILE *f, bool writes, void *bytes, size_t n) {
+    return (writes ? fwrite(bytes, 1, n, f) : fread(bytes, 1, n, f)) == n;
 }
 
-// Reads what is before the pages into `head`.
-static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, Buffer *head, Error *e) {
-    SessionHeader h;
-    if (n_bytes < sizeof h || fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted->magic, sizeof h.magic))
-        return refuse(e, "--session: the file is no session of this version, and only those are written over");
-    size_t most = h.n < MAX_CONTEXT ? h.n : MAX_CONTEXT;
-    size_t rest = n_pages((int)most) * sizeof(uint64_t) + most * sizeof(int32_t);
-    if (h.file_bytes != n_bytes || h.n != most || rest > n_bytes - sizeof h)
-        return refuse(e, "--session: the file is damaged: its header tells of more or fewer than %zu bytes", n_bytes);
-    if (!append(head, &h, sizeof h, e) || !append(head, NULL, rest, e)) return false;
-    if (fread(head->bytes + sizeof h, 1, rest, f) != rest || sum_head(head) != h.head_sum)
-        return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
-    if (h.model != wanted->model)
-        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h.name, wanted->name);
-    return h.settings == wanted->settings ||
-           refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+// Writes a page of the cache and its checksum to a file, or reads both. False if that fails or the sum is wrong.
+static bool move_page(FILE *f, bool writes, const Cache *c, int page) {
+    if (!move_bytes(f, writes, page_at(c, page), c->page_bytes)) return false;
+    uint64_t sum = add_sum(0, page_at(c, page), c->page_bytes), stored = sum;
+    return move_bytes(f, writes, &stored, sizeof stored) && stored == sum;
 }
 
 // Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
 // make logits. NULL: only checks the session's beginning.
-static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes,
-                         const Tokens *tokens, Error *e) {
-    SessionHeader wanted = session_header(m, w);
-    Buffer head = { 0 };
-    bool ok = read_head(&wanted, f, n_bytes, &head, e);
-    size_t n = ok ? (size_t)((SessionHeader *)(void *)head.bytes)->n : 0;
-    const uint64_t *sums = n ? (const void *)(head.bytes + sizeof wanted) : NULL;
-    const int32_t *ids = n ? (const void *)(sums + n_pages((int)n)) : NULL;
-    for (size_t i = 0; tokens && i < n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++) append_token(s, ids[i]);
-    for (size_t i = 0; ok && i < n_pages(s->n); i++) {
-        uint64_t sum = 0;
-        if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
-            ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
-    }
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, const Tokens *tokens, Error *e) {
+    SessionHeader h, wanted = session_header(m, w);
+    if (fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted.magic, sizeof h.magic))
+        return refuse(e, "--session: the file is no session of this version, and only those are written over");
+    int *ids = allocate(h.n <= MAX_CONTEXT ? h.n : 0, sizeof *ids, e);
+    if (!ids) return false;
+    bool ok = h.n <= MAX_CONTEXT && fread(ids, sizeof *ids, h.n, f) == h.n && sum_head(&h, ids) == h.head_sum;
+    if (!ok) refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
+    else if (h.model != wanted.model)
+        ok = refuse(e, "--session: the file is of another model: %.87s, and not %.87s", h.name, wanted.name);
+    else if (h.settings != wanted.settings)
+        ok = refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+    for (size_t i = 0; ok && tokens && i < h.n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++)
+        append_token(s, ids[i]);
+    for (size_t i = 0; ok && i < n_pages(s->n); i++)
+        ok = move_page(f, false, s->cache, s->pages[i]) ||
+             refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
     if (!ok) rewind_sequence(s, 0);
-    free(head.bytes);
+    free(ids);
     return ok;
 }
 
@@ -4165,7 +4136,7 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
     if (stat(options.session, &info) && errno == ENOENT) return true;
     FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
     if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
-    bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
+    bool ok = read_session(m, w, s, f, tokens, e);
     fclose(f);
     return ok;
 }
@@ -4173,22 +4144,13 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
 // Writes the text to the file, in place of the session that may be there.
 static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
     SessionHeader h = session_header(m, w);
-    size_t pages = n_pages(s->n), at = sizeof h;
-    uint64_t ignored = 0;
-    Buffer head = { 0 };
     Output out = { .stream = NULL };
     h.n = (uint64_t)s->n;
-    bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
-              append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
-    h.file_bytes = head.n;
-    for (size_t i = 0; ok && i < pages; i++)
-        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)(head.bytes + at) + i);
-    if (ok) memcpy(head.bytes, &h, sizeof h), ((SessionHeader *)(void *)head.bytes)->head_sum = sum_head(&head);
-    if (ok) fwrite(head.bytes, 1, head.n, out.stream);
-    for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
-        transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
-    free(head.bytes);
-    return close_output(&out, ok, e);
+    h.head_sum = sum_head(&h, s->ids);
+    bool ok = open_output(&out, options.session, e);
+    bool written = ok && fwrite(&h, sizeof h, 1, out.stream) && fwrite(s->ids, sizeof *s->ids, h.n, out.stream);
+    for (size_t i = 0; written && i < n_pages(s->n); i++) written = move_page(out.stream, true, s->cache, s->pages[i]);
+    return close_output(&out, ok, e);  // which finds out whether all was written
 }
 
 // Finds out before a text is made whether its session can be written; nothing is changed.

@@ -518,7 +518,7 @@ static const char *try_session(const unsigned char *bytes, size_t n) {
     FILE *f = n ? fmemopen((void *)bytes, n, "rb") : NULL;
     if (!f) return NULL;
     Tokens tokens = { .ids = ids, .n = N };
-    bool ok = read_session(&m, &r.w, &r.text, f, n, &tokens, &e);
+    bool ok = read_session(&m, &r.w, &r.text, f, &tokens, &e);
     const char *wrong = !is_clean(ok, &e) ? "it was neither taken nor refused" : NULL;
     fclose(f);
     int kept = r.text.n;
@@ -900,20 +900,20 @@ static size_t double_session(uint8_t *data, size_t size, size_t max_size) {
     static uint8_t made[1 << 16];
     SessionHeader h;
     memcpy(&h, data, sizeof h);
-    size_t before = sizeof h + 8 + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + 16 + n * 4;
+    size_t before = sizeof h + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + n * 4;
     if (h.n == 0 || h.n > PAGE || size <= before) return size;
     size_t n_page = size - before;
     if (at + 2 * n_page > max_size || at + 2 * n_page > sizeof made) return size;
     h.n = n;
     memcpy(made, &h, sizeof h);
-    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 16 + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
+    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
     memcpy(made + at, data + before, n_page);
     memcpy(made + at + n_page, data + before, n_page);
     memcpy(data, made, at + 2 * n_page);
     return at + 2 * n_page;
 }
 
-// Mostly with the right length, hash and checksums, which else would be all that is ever looked at.
+// Mostly with the right hash and checksums, which else would be all that is ever looked at.
 static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
     SessionHeader h;
     if (size >= sizeof h && one_in(2)) set_number(data + 8 * below(sizeof h / 8), 8, size);
@@ -924,19 +924,19 @@ static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
     memcpy(&h, data, sizeof h);
     if (!model) model = h.model, settings = h.settings;
     h.model = model, h.settings = settings;
-    if (!one_in(4)) h.file_bytes = size;
     if (!one_in(4)) h.n %= 130;
-    memcpy(data, &h, sizeof h);
-    size_t pages = h.n < 1000 ? n_pages((int)h.n) : 0, at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
-    for (size_t i = 0; i < pages && at < size && sizeof h + 8 * i + 8 <= size; i++) {
+    size_t pages = h.n < 1000 ? n_pages((int)h.n) : 0, at = sizeof h + (size_t)(h.n % 1000) * 4;
+    for (size_t i = 0; i < pages && at < size; i++) {
         size_t n = (size - at) / (pages - i);
-        uint64_t sum = add_sum(0, data + at, n);
-        if (!one_in(8)) memcpy(data + sizeof h + 8 * i, &sum, 8);
+        uint64_t sum = n > 8 ? add_sum(0, data + at, n - 8) : 0;
+        if (n > 8 && !one_in(8)) memcpy(data + at + n - 8, &sum, 8);
         at += n;
     }
-    at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
-    Buffer head = { data, at < size ? at : size, 0 };
-    h.head_sum = sum_head(&head);
+    static int ids[1000];
+    if (h.n < 1000 && h.n * 4 <= size - sizeof h) {
+        memcpy(ids, data + sizeof h, h.n * 4);
+        h.head_sum = sum_head(&h, ids);
+    }
     memcpy(data, &h, sizeof h);
     return size;
 }

@@ -367,16 +367,11 @@ static void check_depth(const Model *m, const char *name) {
     free(wanted);
 }
 
-// What is in a page of the first layer: its first byte of keys, and its last of values; or puts it there.
+// What is in a page: its first byte, and its last; or puts it there.
 static int page_mark(const Cache *c, int page, int mark) {
-    int found = -1;
-    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
-        unsigned char *first = keys_at(y, page, 0), *last = values_at(y, page, y->n_heads - 1) + y->value_bytes - 1;
-        if (mark >= 0) *first = *last = (unsigned char)mark;
-        if (*first != *last || (found >= 0 && *first != found)) return -1;
-        found = *first;
-    }
-    return found;
+    unsigned char *first = page_at(c, page), *last = first + c->page_bytes - 1;
+    if (mark >= 0) *first = *last = (unsigned char)mark;
+    return *first == *last ? *first : -1;
 }
 
 // Rewinding and forking, page by page, as by hand: what is shared, what is copied, what is free again.
