@@ -4598,7 +4598,8 @@ static bool prepare_messages(Pool *pool, const Value *messages, Value *list, siz
     *list = (Value){ .kind = IS_LIST };
     for (size_t i = 0; i < messages->n; i++) {
         Value message = messages->items[i], copy = { .kind = IS_DICT };
-        if (message.kind != IS_DICT || !find_member(&message, "role"))
+        const Value *role = find_member(&message, "role");
+        if (!role || role->kind != IS_STRING)
             return refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
         for (size_t k = 0; k < message.n; k += 2) {
             Value key = message.items[k], v = message.items[k + 1];

@@ -223,7 +223,8 @@ static void test_template_errors(void) {
         { "{% macro f(a) %}{% endmacro %}{{ f(1, 2) }}", "an argument" },
         { "{{ x.__class__ }}", "'x' is undefined" }, { "{{ ] }}", "found ]" },
         { "{{ 'a'.format() }}", "the method format" }, { "{{ 2 ** 3 }}", "the operator **" },
-        { "{{ ; }}", "an unexpected character" }, { "{{ strftime_now('%Y\\x00%d') }}", "the date %Y is not supported" },
+        { "{{ ; }}", "an unexpected character" },
+        { "{{ strftime_now('%Y\\u0000%d') }}", "the date %Y is not supported" },
     };
     Value given = { .kind = IS_DICT };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
