@@ -5666,7 +5666,8 @@ static bool read_conversation(Script *s, const Value *messages, Tokens *tokens, 
 
 // Reads a line that is a JSON object: its prompt or the tokens of its messages, and what it has in place of options.
 static bool read_members(Script *s, Line *l, Options *own, Text *prompt, Tokens *told, Error *e) {
-    for (const Value *key = l->value.items, *end = key + l->value.n; key < end; key += 2) {
+    for (size_t i = 0; i < l->value.n; i += 2) {
+        const Value *key = &l->value.items[i];
         char room[32];
         Text name = { key->text, key->n }, text = value_text(key + 1, room);
         bool ok = true;
@@ -5751,7 +5752,7 @@ static bool add_texts(Script *s, Line *l, const Options *own, Text prompt, const
     Passage **first = s->end, *p;
     for (size_t i = 0; i < n; i++) {
         if (!(p = add_passage(s, l, own, e))) return false;
-        const Value *c = &l->choices.items[i];
+        const Value *c = compares ? &l->choices.items[i] : NULL;
         if (compares && !encode_prompt(s, prompt, (Text){ c->text, c->n }, &p->tokens, e)) return false;
         for (size_t k = 0; !compares && k < tokens->n; k++) if (!emit(&p->tokens, tokens->ids[k], e)) return false;
         for (size_t k = 0; k < common; k++)
@@ -7262,13 +7263,14 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
 
 // Sets an option for one line of --prompts: one of those that may differ from text to text.
 static bool set_own(Text key, Text value, Options *to, Error *e) {
-    char name[16] = "--", text[32] = "";
+    char name[16], text[32] = "";
     const char *unused;
     Value word = { .kind = IS_STRING, .n = key.n, .text = key.at };
     bool is_known = has_word("n_predict temp top_p top_k min_p seed", word);
     if (!is_known || !value.at || value.n >= sizeof text || memchr(value.at, 0, value.n))
         return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
-    for (size_t i = 0; i < key.n; i++) name[2 + i] = key.at[i] == '_' ? '-' : key.at[i];
+    snprintf(name, sizeof name, "--%.*s", (int)key.n, key.at);
+    for (char *c = name; *c; c++) if (*c == '_') *c = '-';
     memcpy(text, value.at, value.n);
     return set_option(find_option(name, &unused), text, to, e);
 }

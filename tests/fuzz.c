@@ -1,6 +1,6 @@
 /* Fuzzing: bytes that nobody thought of.
 
-   make fuzz        builds four programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
+   make fuzz        builds six programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
 
      FILES   any bytes as a checkpoint and as a tokenizer file: they open, or are refused with one line
      STRINGS any text in small vocabularies of every kind, or in one that the input brings along: the tokens are those
@@ -10,12 +10,13 @@
      SESSIONS  any bytes as a session of a small model: taken, and the text goes on, or refused, and nothing is left
 
      TEMPLATES  any bytes as a chat template, or, after a 0, as JSON: text whose bytes have origins, or one line
+     LINES   any bytes as the lines of --prompts and of -m eval, messages among them: a JSON object for each line
 
    test.c includes this file too and replays tests/corpus with the same functions, which return what is wrong, or NULL.
    In the fuzzers every map is a block of its exact size, so that ASan sees who leaves it, and allocations are added up:
    the bytes of a file have to justify them. */
 
-#ifdef FUZZ  // 1 FILES, 2 STRINGS, 3 MODELS, 4 SESSIONS or 5 TEMPLATES; else this is a part of test.c
+#ifdef FUZZ  // 1 FILES, 2 STRINGS, 3 MODELS, 4 SESSIONS, 5 TEMPLATES or 6 LINES; else this is a part of test.c
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
 #pragma clang diagnostic ignored "-Wunused-function"
@@ -530,8 +531,59 @@ static const char *try_session(const unsigned char *bytes, size_t n) {
     return wrong;
 }
 
+// | what is done with them | lines |: they are continued, scored, compared with choices, or tasks of -m eval.
+static const char *try_lines(const unsigned char *bytes, size_t n) {
+    static Model m;
+    static Engine g;
+    static Sampler sampler = { .temperature = 1, .top_p = 0.9f };
+    Error e = { 0 };
+    if (!g.texts) {
+        Buffer file = { 0 };
+        void *copy = NULL;
+        options.threads = (List){ 1, { 1 } };
+        options.quiet = options.json = true;
+        options.n_predict = 2, options.samples = 1;
+        options.template_name = "chatml";
+        options.prompts = options.file = "-";
+        bool ok = read_all("tests/golden/llama_mqa.gguf", MAX_TEXT, &file, &e) && !posix_memalign(&copy, 64, file.n);
+        if (ok) memcpy(copy, file.bytes, file.n);
+        free(file.bytes);
+        if (!ok || !open_model(copy, file.n, 1, &m, &e) || !set_up_engine(&m, GENERATE, &g, &e) ||
+            !make_sampler(&sampler, m.config.n_tokens, 1, &e) ||
+            !make_shaper(&sampler, &m.tokenizer, m.config.n_tokens, &e)) {
+            printf("tests/golden/llama_mqa.gguf: %s\n", e.text);
+            exit(1);
+        }
+    }
+    if (n < 2) return NULL;
+    ScriptKind kind = bytes[0] % 4;
+    options.choose = kind == COMPARED ? "a|b" : NULL;
+    options.shots = kind == EVALUATED ? bytes[0] / 4 % 4 : 0;
+    char *out = NULL;
+    size_t n_out, n_lines = bytes[n - 1] != '\n', n_objects = 0;
+    for (size_t i = 1; i < n; i++) n_lines += bytes[i] == '\n';
+    FILE *usual_out = stdout, *usual_in = stdin;
+    stdin = fmemopen((void *)(bytes + 1), n - 1, "rb");
+    stdout = open_memstream(&out, &n_out);
+    if (!stdin || !stdout) abort();
+    bool ok = run_script(&m, &g.workspace, g.texts, g.n_texts, &sampler, kind, NULL, (Text){ "", 0 }, &e);
+    fclose(stdin), fclose(stdout);
+    stdin = usual_in, stdout = usual_out;
+    const char *wrong = !ok && !e.text[0] ? "neither done nor refused" : NULL;
+    for (char *line = out, *end; !wrong && (end = strchr(line, '\n')); line = end + 1, n_objects++) {
+        Pool pool = { 0 };
+        Value v;
+        if (!parse_json(line, (size_t)(end - line), &pool, &v, &e) || v.kind != IS_DICT) wrong = "a line is no object";
+        free_pool(&pool);
+    }
+    if (!wrong && kind != EVALUATED && n_objects != n_lines) wrong = "not an object for each line";
+    free(out);
+    for (int i = 0; i < g.n_texts; i++) rewind_sequence(&g.texts[i], 0);
+    return wrong;
+}
+
 #ifdef FUZZ
-enum { FILES = 1, STRINGS, MODELS, SESSIONS, TEMPLATES };
+enum { FILES = 1, STRINGS, MODELS, SESSIONS, TEMPLATES, LINES };
 
 #ifndef FUZZ_WITHOUT_MUTATOR  // AFL++ has its own
 
@@ -945,7 +997,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
     mutation_state = seed;
     if (FUZZ == SESSIONS) return change_session(data, size, max_size);
     if (FUZZ == STRINGS) return change_text_input(data, size, max_size);
-    if (FUZZ == TEMPLATES) return LLVMFuzzerMutate(data, size, max_size);
+    if (FUZZ >= TEMPLATES) return LLVMFuzzerMutate(data, size, max_size);
     return (FUZZ == MODELS ? change_model : change_file)(data, size, max_size);
 }
 #endif
@@ -962,7 +1014,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     options.quiet = true;
     if (FUZZ == MODELS) atexit(tell_forward);
-    return FUZZ == MODELS && !choose_kernels(NULL, &e);
+    return (FUZZ == MODELS || FUZZ == LINES) && !choose_kernels(NULL, &e);
 }
 
 #ifndef FUZZ_WITHOUT_MUTATOR
@@ -985,7 +1037,7 @@ static void forget_coverage(void) {}
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t before = n_forward;
     n_allocated = 0;
-    const char *wrong = FUZZ == TEMPLATES ? try_template(data, size)
+    const char *wrong = FUZZ == LINES ? try_lines(data, size) : FUZZ == TEMPLATES ? try_template(data, size)
                       : FUZZ == STRINGS ? try_text_input(data, size)
                       : FUZZ == SESSIONS ? try_session(data, size) : try_file(data, size, FUZZ == MODELS);
     if (!wrong && n_allocated > (4u << 20) + 64 * size) wrong = "more memory than the file's size justifies";
