@@ -93,7 +93,7 @@ enum { DONE = 0, BAD_FILE = 1, MISUSE = 2, BROKEN_IO = 3, NO_MEMORY = 4, NO_ROOM
 // What went wrong, in one line. Functions that can fail return false and leave it here; only main prints and exits.
 typedef struct {
     int status;      // one of the exit statuses above
-    char text[320];  // what was found, what was expected
+    char text[440];  // what was found, what was expected
 } Error;
 
 // Always false, so that a parser can say `return fail(e, BAD_FILE, "...")`.
@@ -4549,7 +4549,7 @@ static bool find_template(const Model *m, const char *name, Buffer *file, Text *
         *template = (Text){ built_in_templates[i].text, strlen(built_in_templates[i].text) };
         return true;
     }
-    char names[280] = "";
+    char names[360] = "";
     for (int i = 0; i < N_BUILT_IN; i++) {
         size_t n = strlen(names);
         snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
@@ -5121,7 +5121,7 @@ static bool make_room(Chat *c, Tokens *tokens, Error *e) {
         ok = add_messages(c, &old, 0, first, e) && add_messages(c, &old, end, old.n, e) &&
              encode_conversation(c, tokens, e);
     }
-    if (n_before > c->messages.n)
+    if (n_before > c->messages.n && tokens->n < context)
         fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_before - c->messages.n);
     return ok;
 }
@@ -5233,6 +5233,11 @@ static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
 
 static bool save_messages(const Value *messages, const char *path, Error *e) {
     Output o;
+    Pool pool = { 0 };
+    Value old;
+    bool is_other = !access(path, F_OK) && !read_messages(path, &pool, &old, e);
+    free_pool(&pool);
+    if (is_other) return fail(e, MISUSE, "%.100s exists and is no conversation; take another name", path);
     bool ok = open_output(&o, path, e);
     if (ok) fputs("{\"messages\": [", o.stream);
     for (size_t i = 0; ok && i < messages->n; i++) {
@@ -5266,7 +5271,7 @@ static bool say_file(Chat *c, const char *path, Error *e) {
 }
 
 // Commands of a chat at a terminal.
-enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, N_COMMANDS };
+enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, EXIT, QUIT, N_COMMANDS };
 static const struct { const char *name, *argument, *help; bool asks; } commands[N_COMMANDS] = {
     { "help", "", "this list", false },
     { "clear", "", "forget the conversation, but not the system's text", false },
@@ -5279,6 +5284,8 @@ static const struct { const char *name, *argument, *help; bool asks; } commands[
     { "system", " TEXT", "change the system's text; without TEXT: to the template's", false },
     { "tokens", "", "count the tokens of the conversation", false },
     { "bye", "", "end the chat, as Ctrl-D", false },
+    { "exit", "", "likewise", false },
+    { "quit", "", "likewise", false },
 };
 
 // Does what the command in c->heard says. *asks: whether there is something to be answered then. False without an
@@ -5297,7 +5304,7 @@ static bool do_command(Chat *c, bool *asks, Error *e) {
     Value *list = &c->messages;
     size_t n = list->n;
     Tokens tokens = { 0 };
-    bool ok = which != BYE;
+    bool ok = which < BYE;
     switch (which) {
     case HELP:
         for (int i = 0; i < N_COMMANDS; i++) {
@@ -5316,15 +5323,17 @@ static bool do_command(Chat *c, bool *asks, Error *e) {
         if (!ends_with(list, "assistant")) return fail(e, MISUSE, "there is no answer to continue");
         list->n -= last_content(list).n == 0;
         break;
-    case SAVE: return save_messages(list, argument, e);
-    case LOAD: return load_messages(c, argument, e);
+    case SAVE: ok = save_messages(list, argument, e); break;
+    case LOAD: ok = load_messages(c, argument, e); break;
     case READ: return say_file(c, argument, e);
-    case SYSTEM: return set_system(c, *argument ? argument : NULL, e);
+    case SYSTEM: ok = set_system(c, *argument ? argument : NULL, e); break;
     case COUNT:
         ok = encode_conversation(c, &tokens, e);
         if (ok) fprintf(stderr, "[%zu tokens of %d]\n", tokens.n, c->s->cache->context);
         free(tokens.ids);
+        return ok;
     }
+    if (ok && !*asks && which != HELP) fprintf(stderr, "[%zu messages]\n", list->n);
     return ok;
 }
 
@@ -5333,11 +5342,15 @@ static bool do_command(Chat *c, bool *asks, Error *e) {
 static bool hear(Chat *c, bool *is_command, Error *e) {
     Editor *d = &c->editor;
     Buffer *heard = &c->heard;
-    bool quoted = false;
+    bool quoted = false, warned = false;
     heard->n = 0;
     for (bool more = true; more;) {
         int key = c->has_editor ? edit_line(d, heard->n ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
-        if (key == CTRL_C && heard->n == 0 && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
+        if (key == CTRL_C && heard->n == 0 && d->line.n == 0) {
+            if (warned) return fail(e, INTERRUPTED, "interrupted");
+            warned = true;
+            fprintf(stderr, "[Ctrl-C again, or Ctrl-D, ends the chat]\n");
+        }
         if (key == NO_KEY || key == INPUT_ENDS) return false;
         const char *s = (const char *)d->line.bytes;
         size_t n = d->line.n;
@@ -5454,7 +5467,7 @@ typedef struct {
     int n_slots, n_free;            // of these; those that no text needs
     Passage *users[MOST_TOGETHER];  // NULL: the text that a sequence was for is done
     Passage *first, **end;          // a queue, in the order of the input
-    size_t n_held, n_lines, n_failed, n_tasks, n_right, n_written;
+    size_t n_held, n_lines, n_failed, failed_line, n_tasks, n_right, n_written;
     float *logits;                  // (V)  without the tokens that may not come
     Buffer exemplars;               // of an evaluation
     Text template;                  // for lines with messages, once there was one; and the file that it is in
@@ -5931,7 +5944,8 @@ static void put_record(const Model *m, const Passage *p) {
 // The prompt, unless it is not wanted, and what was written after it.
 static void put_text(const Model *m, const Passage *p) {
     Printer printer = { .n_held = 0 };
-    for (size_t i = 0; !options.no_echo && i < p->tokens.n; i++)
+    bool echoes = !options.no_echo && !find_member(&p->line->value, "messages");
+    for (size_t i = 0; echoes && i < p->tokens.n; i++)
         print_token(m, &printer, i ? p->tokens.ids[i - 1] : -1, p->tokens.ids[i]);
     print_bytes(&printer, NULL, 0);
     print_bytes(&printer, (const char *)p->text.bytes, p->text.n);
@@ -5975,7 +5989,7 @@ static bool put_first(Script *s) {
     if (options.json && options.samples > 1) printf("\"sample\": %d, ", first->number);
     if (error) {
         disarm(error->text, strlen(error->text), "");
-        if (s->n_failed++ == 0) s->failure = *error;
+        if (s->n_failed++ == 0) s->failure = *error, s->failed_line = first->line->number;
         if (options.json) printf("\"line\": %zu, \"error\": ", first->line->number);
         if (options.json) put_json_string(stdout, error->text, strlen(error->text));
         else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line->number, error->text);
@@ -6043,11 +6057,14 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && kind == CONTINUED) tell_seed(sampler);
     double start = clock_seconds();
     ok = ok && run_lines(&s, e);
-    if (ok && kind == EVALUATED) put_accuracy(&s);
+    if (ok && kind == EVALUATED && s.n_tasks) put_accuracy(&s);
+    else if (ok && kind == EVALUATED && !s.n_failed) ok = fail(e, MISUSE, "no task is left after %d exemplars",
+                                                               (int)options.shots);
     if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
-        ok = fail(e, s.failure.status, "%zu of %zu lines failed, the first: %s", s.n_failed, s.n_lines, s.failure.text);
+        ok = fail(e, s.failure.status, "%zu of %zu lines failed; line %zu: %s", s.n_failed, s.n_lines, s.failed_line,
+                  s.failure.text);
     while (s.first) drop_first(&s);
     free(s.logits);
     free(s.exemplars.bytes);
@@ -7267,8 +7284,12 @@ static bool set_own(Text key, Text value, Options *to, Error *e) {
     const char *unused;
     Value word = { .kind = IS_STRING, .n = key.n, .text = key.at };
     bool is_known = has_word("n_predict temp top_p top_k min_p seed", word);
+    int n = key.n < 40 ? (int)key.n : 40;
+    if (!is_known && !is_text(key, "prompt") && !is_text(key, "id"))
+        return refuse(e, "a prompt has no key \"%.*s\", but prompt, messages, id, stop, n_predict, temp, top_k, top_p, "
+                      "min_p, seed", n, key.at);
     if (!is_known || !value.at || value.n >= sizeof text || memchr(value.at, 0, value.n))
-        return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
+        return refuse(e, "\"%.*s\" has a value of the wrong kind", n, key.at);
     snprintf(name, sizeof name, "--%.*s", (int)key.n, key.at);
     for (char *c = name; *c; c++) if (*c == '_') *c = '-';
     memcpy(text, value.at, value.n);
@@ -7299,6 +7320,8 @@ static int parse_word(char **argv, int i, Options *to, int *given, bool quiet, E
     const Option *o = find_option(h ? h->ours : is_option ? word : to->checkpoint ? "-i" : "--model", &glued);
     if (h && !glued && word[n]) glued = word + n + 1;
     if (!o || (glued && o->type == FLAG)) return refuse_option(word, e);
+    if (!is_option && to->checkpoint && !quiet && access(word, F_OK) == 0)
+        fprintf(stderr, "the word after the model is the prompt, though a file has this name; -f reads the file\n");
     const char *value = !is_option ? word : glued ? glued : next;
     if (o->type != FLAG && !value) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
     bool is_number = value && (strchr("+-.0123456789", *value) || (strtod(value, &end), !*end));
@@ -7378,14 +7401,15 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     bool is_limited = is_chat || (mode >= GENERATE && mode <= LOGITS && !are_ids);
     size_t most = is_limited ? most_bytes(t, context) : MAX_TEXT;
     if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
+    bool trims = is_chat || mode == GENERATE || options.choose;
     if (!(options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
-                      : read_parts(most, is_chat || mode == GENERATE, !is_chat, text, e))) return false;
+                      : read_parts(most, trims, !is_chat, text, e))) return false;
     if (text->n > plus(most, 1))
         return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
     Span span = { (const char *)text->bytes, text->n - 1, options.special };
-    if (is_chat) return strlen(span.text) == span.n_bytes || fail(e, MISUSE, "a NUL in the first message");
     if ((options.ids || options.n_parts) && !options.quiet && has_unread_input())
         fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
+    if (is_chat) return strlen(span.text) == span.n_bytes || fail(e, MISUSE, "a NUL in the first message");
     if (are_ids) return read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
         (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
@@ -7405,7 +7429,7 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
 
 // Whether it is chapter 12a's to do.
 static bool is_script(Mode mode) {
-    bool more = options.prompts || options.choose || options.one_of || options.samples > 1 || options.json;
+    bool more = options.prompts || options.one_of || options.samples > 1 || options.json;
     return mode == SCORING || mode == EVAL || (mode == GENERATE && more);
 }
 
@@ -7526,8 +7550,13 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     Workspace *w = &g->workspace;
     bool scripted = is_script(mode), reads_lines = mode == EVAL || (options.prompts && scripted);
     bool keeps = options.session && !scripted && (mode == GENERATE || mode == CHAT);
-    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
+    ScriptKind kind = mode == EVAL ? EVALUATED : mode != SCORING ? CONTINUED : options.choose ? COMPARED : SCORED;
     if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
+    if (mode == CHAT && options.logprobs) return fail(e, MISUSE, "-m chat has no --logprobs; -m score and --json have");
+    if (options.logprobs && mode == GENERATE && !options.json && !options.quiet)
+        fprintf(stderr, "--logprobs needs --json here\n");
+    if (options.prompts && options.n_parts && mode != EVAL && scripted)
+        return fail(e, MISUSE, "two sources of prompts: --prompts, and -i or -f");
     if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
     if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
     if (options.session && scripted && mode == GENERATE && !options.quiet)
@@ -7537,7 +7566,10 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
          (mode == RENDER || mode > CHAT || reads_lines ||
           read_prompt(m, mode, w->settings.context, &text, &tokens, e));
-    if (mode == CHAT && options.n_parts) options.prompt = (char *)text.bytes;
+    if (mode == CHAT && options.n_parts) {
+        options.prompt = (char *)text.bytes;
+        options.single = options.single || !isatty(STDIN_FILENO);  // so a loop over lines keeps its input
+    }
     // SA_RESTART: no write is cut short
     heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
     if (ok && scripted)
@@ -7588,7 +7620,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
     if (!options.checkpoint && mode != MATMUL)
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
-    if (options.temperature >= 4 && options.temperature == floor(options.temperature))
+    if (options.temperature >= 2 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;

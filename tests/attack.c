@@ -51,7 +51,7 @@ typedef struct {
 
 typedef struct {
     size_t n_cases, n_opened, n_refused, n_wrong;
-    char first[600];  // of what was wrong
+    char first[800];  // of what was wrong
 } Count;
 
 static char case_now[160];  // which one it is, for whoever reads a crash

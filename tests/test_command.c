@@ -1197,12 +1197,10 @@ static void test_chats(void) {
     static const char *const said[] = { "Hi there", "Who are you?", "\xC3\xA4 </s>" };
     static const char *const how[] = {
         "$long -m chat -t 0 -q -n %d <$T/said",
-        "$long -m chat -t 0 -q -n %d -i 'Hi there' <$T/said2",
         "$long -m chat -t 0 -q -n %d -b 3 -j 3 -c 1000 <$T/said3",
         "$long -m chat -t 0 -q -n %d --template mistral <$T/said",
     };
     write_text("said", "Hi there\nWho are you?\n\xC3\xA4 </s>\n");
-    write_text("said2", "Who are you?\n\xC3\xA4 </s>\n");
     write_text("said3", "Hi there\r\nWho are you?\r\n\xC3\xA4 </s>");
     for (int limit = 1; limit <= 30; limit += 29) {
         Buffer wanted = { 0 };
@@ -1484,7 +1482,7 @@ static void test_typing(void) {
     const char *const turns[] = { "a\r", "b\r", "/undo\r", "/system S\r", "/regen\r", "/continue\r", saves, "/clear\r",
                                   "c\r", loads, "/tokens\r", "/save\r", "/read nowhere\r", "/system\r", saves,
                                   "/help\r",
-                                  "\3", NULL };
+                                  "\3", "\3", NULL };
     check_typed(turns, 130, 0, NULL, CHAT(SAID("a")));
     for (size_t size = 600; size <= LONG; size += LONG - 600) {
         size_t n = (size_t)sprintf(paste, "\033[200~"), m = 0;
@@ -1797,15 +1795,17 @@ static void test_interrupts(void) {
           "%s, Ctrl-C: got status %d, %zu bytes and \"%s\", wanted 130", endless, r.status, r.n_out, r.err);
     free_result(&r);
 
-    c = start_command("exec $EMULATOR ./run $long -m chat -t 0 -n 3 -i Hi", true, -1);
-    begun = wait_for(&c, c.err, 1, "[stopped at -n tokens]");
+    c = start_command("exec $EMULATOR ./run $long -m chat -t 0 -n 3", true, -1);
+    begun = write(c.to_stdin, "Hi\n", 3) == 3 && wait_for(&c, c.err, 1, "[stopped at -n tokens]");
     r = interrupt(&c);
     check(begun && r.status == 130 && r.n_out > 1, "a chat, Ctrl-C at its prompt: got status %d, \"%s\" and \"%s\"",
           r.status, r.out, r.err);
     free_result(&r);
 
+    char *first = strstr(chat, " -i "), asked[2] = { first[4], '\n' };  // this message comes by the pipe, as others do
+    *first = 0;
     c = start_command(chat, true, -1);
-    begun = wait_for(&c, c.out, 50, NULL);
+    begun = write(c.to_stdin, asked, 2) == 2 && wait_for(&c, c.out, 50, NULL);
     kill(c.pid, SIGINT);
     bool cut = wait_for(&c, c.err, 1, "[stopped by Ctrl-C]\n");
     struct stat info;
@@ -1930,7 +1930,7 @@ static void test_command_line(void) {
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 10500 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 10600 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;

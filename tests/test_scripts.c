@@ -85,22 +85,22 @@ static void test_many_lines(void) {
 static void test_wrong_lines(void) {
     static const struct { const char *line, *wanted; } lines[] = {
         { "Once", "\"text\": " }, { "{\"prompt\": \"a\", \"temperature\": 1}",
-        "\"error\": \"\\\"temperature\\\" is no key" },
+        "no key \\\"temperature\\\"" },
         { "{\"prompt\": \"a\", \"n_predict\": 2, \"id\": \"x\\ny\"}", "{\"id\": \"x\\u000ay\", \"text\": \"" },
         { "{\"prompt\": \"a\"", "\"error\": \"line 1, column 15 is not JSON" },
-        { "{\"prompt\": 1}", "\"prompt\\\" is no key" }, { "{\"id\": 1.5}",
+        { "{\"prompt\": 1}", "prompt\\\" has a value of the wrong kind" }, { "{\"id\": 1.5}",
         "{\"id\": 1.5, \"line\": 6, \"error\": \"no \\\"prompt" },
         { "{\"prompt\": \"a\", \"temp\": 1e9}", "--temp 1000000000" }, { "{\"prompt\": \"a\", \"seed\": -7}",
         "--seed -7" },
         { "{\"prompt\": \"\\ud800\"}", "surrogate" }, { "{\"prompt\": \"a\", \"seed\": 9, \"n_predict\": 0}",
         "\"seed\": 9" },
-        { "{\"prompt\": \"a\", \"seed\": \"1\\u00002\"}", "\\\"seed\\\" is no key of a prompt, or has a wrong value" },
-        { "{\"prompt\": \"a\", \"seed\\u0000\": 1}", "is no key of a prompt" },
+        { "{\"prompt\": \"a\", \"seed\": \"1\\u00002\"}", "\\\"seed\\\" has a value of the wrong kind" },
+        { "{\"prompt\": \"a\", \"seed\\u0000\": 1}", "a prompt has no key" },
         { "{\"prompt\": \"a\", \"seed\": \"18446744073709551615\"}", "\"seed\": 18446744073709551615" },
         { "{\"prompt\": \"a\", \"seed\": \"18446744073709551616\"}", "--seed 18446744073709551616: expected" },
         { "{\"prompt\": \"a\", \"seed\": 18446744073709551616}", "a number, or one that is too large" },
         { "{\"prompt\": \"a\", \"seed\": -1, \"temp\": 1e-320}", "\"text\": " },
-        { "{\"prompt\": \"a\", \"top_k\": true}", "wrong value" }, { "[1]", "\"text\": " },
+        { "{\"prompt\": \"a\", \"top_k\": true}", "wrong kind" }, { "[1]", "\"text\": " },
         { "{\"prompt\": \"a\", \"stop\": []}", "\"text\": " },
         { "{\"prompt\": \"a\", \"stop\": [\"\"]}", "\\\"stop\\\": expected up to 64 texts" },
         { "the of on the of on the of on the of on the of on the of on the of on the of on the of on",
@@ -123,7 +123,7 @@ static void test_wrong_lines(void) {
                 lines[i].wanted);
         at = end + 1;
     }
-    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "14 of 21 lines failed, the first: "),
+    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "14 of 21 lines failed; line 2: "),
           "wrong lines: got status %d and \"%s\"", r.status, r.err);
     free_result(&r);
     r = run_with("$T/rows.bin -t 0 -n 1 --no-bos -q --json --prompts $T/rows");  // most embeddings are NaN

@@ -285,8 +285,8 @@ static void test_session_commands(void) {
     check(r.status == 0 && strstr(r.err, "tokens of the session"), "after Ctrl-C: got status %d and \"%s\"", r.status,
           r.err);
     free_result(&r);
-    Command c = start_command("exec $EMULATOR ./run $long -m chat -t 0 -n 3 -i Hi --session $T/chat", true, -1);
-    bool begun = wait_for(&c, c.err, 1, "[stopped at -n tokens]");
+    Command c = start_command("exec $EMULATOR ./run $long -m chat -t 0 -n 3 --session $T/chat", true, -1);
+    bool begun = write(c.to_stdin, "Hi\n", 3) == 3 && wait_for(&c, c.err, 1, "[stopped at -n tokens]");
     usleep(20000);
     r = interrupt(&c);
     check(begun && r.status == 130 && file_exists(temporary("chat")),
