@@ -3052,6 +3052,7 @@ static bool read_key(Cursor *c, Key *k, Error *e) {
     if (k->is_array) type = take_u32(c);
     k->count = k->is_array ? (size_t)take_u64(c) : 1;
     if (c->bad) return refuse(e, "the file ends within its keys");
+    if (memchr(name.at, 0, name.n)) return refuse(e, "a key's name has a NUL in it");
     memcpy(k->name, name.at, name.n < sizeof k->name ? name.n : sizeof k->name - 1);
     if (type >= N_G || type == G_ARRAY) return refuse(e, "key %s has type %u, which is not known", k->name, type);
     k->type = (GgufType)type;
@@ -3341,13 +3342,16 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
     Gguf g = { .rest = file, .n_bytes = file.left, .error = e };
-    bool ok = read_gguf_keys(&g, e) && (!whole || (find_family(g.family, e) && read_gguf_tensors(&g, m, e)));
+    bool ok = read_gguf_keys(&g, e) && (*g.family || refuse(e, "key general.architecture is missing, or empty")) &&
+              (!whole || (find_family(g.family, e) && read_gguf_tensors(&g, m, e)));
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
         Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .n_bytes = n_bytes, .error = e };
         ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, m, e)) || in_part(i + 2, e);
         free(part.keys);
     }
+    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
+    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
     ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, m, e);
     for (const Key *k = g.keys; ok && k < g.keys + g.n_keys; k++)
         if (!is_harmless(&g, k, whole))
@@ -4805,14 +4809,14 @@ static bool start_editor(void) {
 }
 
 // Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column: the
-// cursor's, if it is in this row.
+// cursor's, if it is in this row and was negative.
 static size_t row_end(const Editor *d, size_t from, int width, int *column) {
     const char *s = (const char *)d->line.bytes;
     int used = from ? 0 : 2;  // the prompt
     for (size_t i = from, n = 1;; i += n) {
         int columns = i < d->line.n ? columns_of(s + i, d->line.n - i, &n) : 0;
         if (used + (columns ? columns : i == d->at) > width) return i;  // the cursor needs a column, too
-        if (i == d->at) *column = used;
+        if (i >= d->at && *column < 0) *column = used;  // > where a stray byte and the next are a character
         if (i >= d->line.n || s[i] == '\n') return i + 1;
         used += columns;
     }

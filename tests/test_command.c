@@ -1475,6 +1475,8 @@ static void test_typing(void) {
     check_typed(edits, 0, 0, NULL, CHAT(SAID("abc") "," SAID("xabcy") "," SAID("one three") ","
                                         SAID("\xE4\xB8\x96qze\xCC\x81")
                                   "," SAID("de") "," SAID("x") "," SAID("drafted")));
+    const char *const stray[] = { "\x80\001\xC3", NULL };  // a byte before a stray one makes a character with it
+    check_typed(stray, 128 + SIGTERM, SIGTERM, "\xC3\x80", NULL);
     const char *const lines[] = { "\"\"\"a\r", "/undo\"\"\"\r", "b\\\r", "c\r", "not this\3", "\r", "\"\"\"\"\"\"\r",
                                   "/nothing\r",
                                   "/* no\r", saves, "/bye\r", NULL };

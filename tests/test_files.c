@@ -308,7 +308,7 @@ static const DamageCase gguf_cases[] = {
     { H_TENSORS, NULL, 0, NULL, "no tensors, only a vocabulary: enough for -m tokenize and" },
     { H_KEYS, NULL, 0x1p32, NULL, "keys" }, { H_KEYS, NULL, 0, NULL, "" },
     // keys that are needed
-    { K_DROP, "general.architecture", 0, NULL, "family \"\"" },
+    { K_DROP, "general.architecture", 0, NULL, "key general.architecture is missing" },
     { K_NUL, "general.architecture", 0, NULL, "has a NUL in it" },
     { K_DROP, "llama.embedding_length", 0, NULL, "llama.embedding_length" },
     { K_DROP, "llama.context_length", 0, NULL, "llama.context_length" },
@@ -362,7 +362,7 @@ static const DamageCase gguf_cases[] = {
     { K_F32, "tokenizer.ggml.add_space_prefix", 1, NULL, "add_space_prefix is f32, expected a bool" },
     { K_U32, "tokenizer.ggml.remove_extra_whitespaces", 1, NULL, "remove_extra_whitespaces asks for" },
     // with values that can be
-    { K_TEXT, "general.architecture", 0, "gemma9", "gemma9" }, { K_TEXT, "general.architecture", 0, "", "family" },
+    { K_TEXT, "general.architecture", 0, "gemma9", "gemma9" }, { K_TEXT, "general.architecture", 0, "", "or empty" },
     { K_TEXT, "general.architecture", 0, "llama-with-a-very-long-name-that-fits-nowhere", "llama-with-a-ve" },
     { K_TEXT, "general.architecture", 0, "qwen2", "qwen2." },
     { K_TEXT, "llama.rope.scaling.type", 0, "dynamic", "dynamic" },
@@ -1368,6 +1368,7 @@ static Bytes make_part(const char *golden, int part) {
         k->value = copy_bytes(whole.key[i].value.bytes, whole.key[i].value.n);
     }
     set_number(g, "split.count", 2, N_SPLIT, 2);
+    set_number(g, "split.tensors.count", 5, whole.n_tensors, 4);
     Buffer data = { 0 };
     int from = whole.tensors * (part - 1) / N_SPLIT, to = whole.tensors * part / N_SPLIT;
     for (int i = from; i < to; i++) {
@@ -1528,10 +1529,12 @@ static void test_parts(void) {
         { 3, { K_DROP, "split.count", 0, NULL, NULL }, "part 3: one of 1 parts" },
         { 1, { K_U32, "split.count", 2, NULL, NULL }, "one of 2 parts" },
         { 2, { K_TEXT, "split.count", 0, "3", NULL }, "part 2: key split.count" },
-        { 1, { K_DROP, "general.architecture", 0, NULL, NULL }, "family \"\"" },
+        { 1, { K_DROP, "general.architecture", 0, NULL, NULL }, "general.architecture is missing" },
+        { 1, { K_U32, "split.tensors.count", 21, NULL, NULL }, "says 21" },
+        { 1, { K_TEXT, "split.tensors.count", 0, "20", NULL }, "split.tensors.count" },
         { 2, { K_U32, "general.alignment", 24, NULL, NULL }, "part 2: key general.alignment" },
         { 2, { K_TEXT, "general.alignment", 0, "32", NULL }, "part 2: key general.alignment" },
-        { 2, { T_DROP, "blk.0.ffn_up.weight", 0, NULL, NULL }, "tensor blk.0.ffn_up.weight is missing" },
+        { 2, { T_DROP, "blk.0.ffn_up.weight", 0, NULL, NULL }, "key split.tensors.count says" },
         { 2, { T_RENAME, "blk.0.ffn_up.weight", 0, "token_embd.weight", NULL }, "" },  // twice in all
         { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0x1p40, NULL, NULL }, "part 3: blk.1.ffn_up.weight ends after" },
         { 3, { T_OFFSET, "blk.1.ffn_up.weight", 0, NULL, NULL }, "part 3: tensors" },
