@@ -2099,7 +2099,7 @@ def _():
             export(python, hf_folder(f"{name}-{to}", change), "-o", FOLDER / f"112-out-{name}.{to}", "--to", to,
                    status=1, word=word)
     for name, setting in (("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-                          ("window", {"use_sliding_window": True}),
+                          ("bias", {"attention_bias": True}),
                           ("act", {"hidden_act": "relu"}), ("unknown", {"something_new": 7}),
                           ("kind", {"model_type": "mamba"}),
                           ("heads", {"num_attention_heads": 3}), ("layers", {"num_hidden_layers": 2}),
