@@ -31,10 +31,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -42,7 +45,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -390,7 +392,8 @@ def open_pickle(path: Path) -> dict[str, Any]:
 def of_torch(name: str, t: Any) -> Tensor:
     types = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
     if str(getattr(t, "dtype", "")) not in types or str(t.layout) != "torch.strided":
-        raise Refusal(f"{name} has dtype {getattr(t, 'dtype', type(t).__name__)}, expected float32, float16 or bfloat16")
+        found = getattr(t, "dtype", type(t).__name__)
+        raise Refusal(f"{name} has dtype {found}, expected float32, float16 or bfloat16")
     type_name = types[str(t.dtype)]
 
     def read() -> np.ndarray:
@@ -458,7 +461,7 @@ class Model:
     keys: dict[str, Value]
     tensors: dict[str, Tensor]
     hf_config: dict = field(default_factory=dict)  # the source's config.json, if it has one
-    vocabulary: Path | None = None                 # a folder whose tokenizer is used in place of the source's
+    vocabulary: Path | None = None                 # where its tokenizer is: a folder, or a file of its own
 
     @property
     def arch(self) -> str:
@@ -1027,10 +1030,10 @@ GEMMA_READS = ("attention_bias hidden_activation query_pre_attn_scalar sliding_w
 EXPERTS = "num_local_experts num_experts num_experts_per_tok "
 FAMILIES = {f.model_type: f for f in (
     Family("llama", "llama", pairs=True, reads="attention_bias mlp_bias"),
-    Family("mistral", "llama", pairs=True, reads="sliding_window",
+    Family("mistral", "llama", pairs=True, reads="sliding_window layer_types",
            defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
                      "sliding_window": 4096}),
-    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe", reads=EXPERTS + "sliding_window",
+    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe", reads=EXPERTS + "sliding_window layer_types",
            defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
                      "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
     Family("qwen2", "qwen2", reads=WINDOWS + "max_window_layers layer_types", defaults=QWEN),
@@ -1041,11 +1044,12 @@ FAMILIES = {f.model_type: f for f in (
                                      "mlp_only_layers",
            defaults=QWEN | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
                             "num_key_value_heads": 4, "moe_intermediate_size": 768}),
-    Family("phi3", "phi3", windows=True, reads="sliding_window partial_rotary_factor",
+    Family("phi3", "phi3", windows=True, reads="sliding_window layer_types partial_rotary_factor",
            defaults={"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "rms_norm_eps": 1e-5,
                      "max_position_embeddings": 4096}),
     Family("granite", "granite", pairs=True,
-           reads="attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier logits_scaling"),
+           reads="attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier "
+                 "logits_scaling"),
     Family("smollm3", "smollm3", pairs=True,
            reads=WINDOWS + "attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types",
            defaults={"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
@@ -1412,6 +1416,9 @@ def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, 
     if kinds is not None and (len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}):
         raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} is not supported")
     layers = [kind == "sliding_attention" for kind in kinds] if kinds else usual
+    if f.model_type in ("mistral", "mixtral", "phi3") and size and not all(layers):
+        raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} beside sliding_window = {size} is not supported: "
+                      f"{f.model_type} has one window for all layers")
     if not f.windows and (size == 0 or size >= context or not any(layers)):
         return {}
     keys = {"attention.sliding_window": u32(size)}
@@ -1719,11 +1726,16 @@ def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[dict]:
 
 
 def check_edges(added: list[dict], size: int, where: Path) -> None:
-    """Refuses tokens that take the white space beside them, or are found as whole words only."""
+    """Refuses tokens that take the white space beside them, are found as whole words only, or in another order."""
     for t in added:
         if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) and t["id"] < size]:
             raise Refusal(f"{where}: added token {t['content']} has {flags[0]} = true, which the C program does not "
                           "obey yet")
+    first = [t["content"] for t in added if not t.get("normalized") and t["content"]]
+    for t in added:
+        if t.get("normalized") and (within := [s for s in first if s in t["content"]]):
+            raise Refusal(f"{where}: added token {t['content']} (normalized = true) is never found, for {within[0]} is "
+                          "found before, which is not supported")
 
 
 def steps_of(part: dict | None, name: str) -> list[dict]:
@@ -1740,8 +1752,10 @@ def composes(tokenizer: dict, added: list[dict], where: Path) -> bool:
     if other := [step for step in steps if step != {"type": "NFC"}]:
         raise Refusal(f"{where}: normalizer {json.dumps(other[0])[:200]} is not supported")
     for t in added if steps else []:
-        if t.get("normalized") and unicodedata.normalize("NFC", t["content"]) != t["content"]:
-            raise Refusal(f"{where}: added token {t['content']} is looked for in NFC, in which it never is")
+        composing = not t["content"].isascii() or t["content"][-1:].isalpha()
+        if t.get("normalized") and composing:  # its end with a mark after it, or a text that becomes it
+            raise Refusal(f"{where}: added token {t['content']} is looked for in NFC (normalized = true), which is not "
+                          "supported")
     return bool(steps)
 
 
@@ -1813,8 +1827,8 @@ CUTS_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "Merg
 PREFIX_KEYS = {"always": ("unless_space",), "first": ("unless_space", "first")}
 
 
-def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, bool]:
-    """Added tokens as (id, text, special), and whether the others are found before a text gets its prefix. Those with
+def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, str]:
+    """Added tokens as (id, text, special), and one that is found before a text gets its prefix, if any is. Those with
     `normalized` are found after the normalizer, which has gone over their own text, too."""
     normalizes = bool(steps_of(tokenizer.get("normalizer"), "normalizers"))
     entries, raw, late = [], [], []
@@ -1837,7 +1851,7 @@ def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) ->
     if raw and late and prefix:
         raise Refusal(f"{where}: added token {raw[0]} is found before the normalizer, {late[0]} after it "
                       "(normalized = true), which is not supported")
-    return entries, bool(raw and prefix)
+    return entries, raw[0] if raw and prefix else ""
 
 
 def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
@@ -1851,6 +1865,12 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
     check_edges(added, size, where)
     check_decoder(tokenizer, ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"), where)
     entries, raw = place_added(tokenizer, added, prefix, where)
+    if prefix in PREFIX_KEYS:
+        raise Refusal(f"{where}: Metaspace with prepend_scheme = {json.dumps(prefix)}, which the C program does not "
+                      "obey yet")
+    if raw:
+        raise Refusal(f"{where}: added token {raw} is found before the normalizer, which the C program does not obey "
+                      "yet")
     first: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
@@ -2107,6 +2127,8 @@ def added_ends(tokenizer: dict, where: Path) -> tuple[list[tuple[int, str]], lis
             before, after = ends
         elif kind != "ByteLevel":
             raise Refusal(f"{where}: post_processor {kind} is not supported")
+        if (before or after) and (first or last):
+            raise Refusal(f"{where}: several steps of its post_processor add tokens, which is not supported")
         first, last = before + first, last + after
     return first, last
 
@@ -2153,16 +2175,14 @@ def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: 
     sides = added_ends(tokenizer, where)
     for name, side, ends in zip(("bos", "eos"), ("before", "after"), sides):
         key = f"tokenizer.ggml.{name}_token_id"
-        if explicit and tokenizer and bool(ends) != explicit.get(name, False):  # as in transformers
-            warn(f"{folder / 'tokenizer_config.json'}: add_{name}_token counts, not the post_processor of {where.name}")
-            ends = []
-        if not explicit or explicit.get(name):
-            found = only_one(ends, side, where)
-            if found and key not in keys and found[0] < vocabulary.size:  # no other file names it
-                keys[key] = u32(found[0])
-            if found and keys.get(key) != u32(found[0]):
-                raise Refusal(f"{where}: its post_processor adds {found[1]}, which is not {name}_token")
-        adds[name] = explicit.get(name, False) if explicit else bool(ends)
+        if tokenizer and name in explicit and bool(ends) != explicit[name]:  # as in transformers
+            warn(f"{folder / 'tokenizer_config.json'}: add_{name}_token has no effect: what {where.name} says counts")
+        found = only_one(ends, side, where)
+        if found and key not in keys and found[0] < vocabulary.size:  # no other file names it
+            keys[key] = u32(found[0])
+        if found and keys.get(key) != u32(found[0]):
+            raise Refusal(f"{where}: its post_processor adds {found[1]}, which is not {name}_token")
+        adds[name] = bool(ends) if tokenizer else explicit.get(name, False)
     if not tokenizer and "bos" not in explicit:
         adds["bos"] = bool(spm)  # as SentencePiece's users do, where nothing says otherwise
     return keys | {f"tokenizer.ggml.add_{name}_token": boolean(add) for name, add in adds.items()}
@@ -2171,7 +2191,8 @@ def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: 
 def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | None) -> dict[str, Value]:
     """The keys tokenizer.* of a Hugging Face folder. tokenizer.json counts, where there is one, as in transformers."""
     config, more = read_json(folder / "tokenizer_config.json"), read_json(folder / "added_tokens.json")
-    config = read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    if "added_tokens_decoder" not in config:  # else the other file is not read, as in transformers
+        config |= {k: v for k, v in read_json(folder / "special_tokens_map.json").items() if v is not None}
     path, spm_path = folder / "tokenizer.json", folder / "tokenizer.model"
     tokenizer = read_json(path)
     kind = (tokenizer.get("model") or {}).get("type", "BPE" if tokenizer else None)
@@ -2437,7 +2458,7 @@ def open_hf(folder: Path, choices: Choices) -> Model:
     named = map_tensors(f, n_layers, sizes, tied, tensors, folder) | extra
     keys |= folder_tokenizer_keys(folder, values, sizes.V, choices.pre)
     keys["general.name"] = text(folder.resolve().name)
-    return Model(folder, keys, named, values)
+    return Model(folder, keys, named, values, folder)
 
 
 # -- Meta's folder, and llama2.c's .pt, which has the same names. Rows of q and k lie as in GGUF. --
@@ -2540,6 +2561,7 @@ def open_meta(folder: Path, choices: Choices) -> Model:
     model = meta_model(folder, p, parts, choices.context)
     path = choices.tokenizer or next(filter(Path.is_file, (folder / "tekken.json",)), folder / "tokenizer.model")
     model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
+    model.vocabulary = path
     model.keys["general.name"] = text(folder.resolve().name)
     return model
 
@@ -2558,6 +2580,7 @@ def open_llama2c(path: Path, choices: Choices) -> Model:
     tokenizer = choices.tokenizer or next((p for name in ("tokenizer.model", "tokenizer.bin")
                                            if (p := path.parent / name).is_file()), path.parent / "tokenizer.model")
     model.keys |= loose_tokenizer_keys(tokenizer, model, False)
+    model.vocabulary = tokenizer
     return model
 
 
@@ -2676,8 +2699,7 @@ def merge_by_peft(model: Model, adapter: Adapter) -> None:
         raise Refusal(f"{what}: is merged by PEFT: python3 -m pip install peft torch transformers") from None
     if 6 * model.n_parameters() > available_memory():
         raise Refusal(f"{what}: is merged in memory, which needs {6 * model.n_parameters() >> 20} MiB")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with tempfile.TemporaryDirectory() as folder, quiet(transformers) as said:
         base = Path(folder) / "base"
         write_hf(model, "keep", base, False)
         try:
@@ -2705,7 +2727,7 @@ def merge_by_peft(model: Model, adapter: Adapter) -> None:
         raise Refusal(f"{what}: the merged model has {next(iter(tensors))}, which has no place in a GGUF file")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -2739,7 +2761,8 @@ def resize_vocabulary(model: Model, adapter: Adapter) -> None:
     usual = {f"{name}_token_id": model.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     model.keys |= folder_tokenizer_keys(adapter.folder, usual, n, None) | {f"{model.arch}.vocab_size": u32(n)}
     if model.hf_config:
-        model.hf_config["vocab_size"], model.vocabulary = n, adapter.folder
+        model.hf_config["vocab_size"] = n
+    model.vocabulary = adapter.folder
     for name in ("token_embd.weight", "output.weight"):
         tensor = model.tensors[name]
         model.tensors[name] = replace(tensor, shape=(n, tensor.shape[1]))  # which new ones take the place of
@@ -2747,7 +2770,7 @@ def resize_vocabulary(model: Model, adapter: Adapter) -> None:
 
 def merge_adapter(model: Model, adapter: Adapter) -> None:
     """Into the model's tensors, in the source's order of rows."""
-    if "output.weight" not in model.tensors and "lm_head" in adapter.modules and "lm_head.weight" not in adapter.whole:
+    if "output.weight" not in model.tensors and "lm_head" in adapter.modules:
         adapter = replace(adapter, by_peft="target_modules = lm_head, of a model whose head is its embedding")
     if adapter.by_peft:
         return merge_by_peft(model, adapter)
@@ -3408,7 +3431,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def write_tokenizer(model: Model, folder: Path) -> None:
     """The source's files, or new ones."""
     if model.hf_config:
-        source = model.vocabulary or model.source
+        source = model.vocabulary
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -3464,6 +3487,60 @@ def result_logits(path: Path, ids: np.ndarray, n_tokens: int, o: argparse.Namesp
         return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)
 
 
+def sample_ids(model: Model) -> np.ndarray:
+    """The tokens that a model is verified on."""
+    n = min(N_VERIFIED, model.value("context_length", N_VERIFIED))
+    return np.random.default_rng(1).integers(0, sizes_of(model).V, n)
+
+
+def judge(model: Model) -> None:
+    """Where transformers is installed, it says what a Hugging Face folder computes: its classes know which keys of
+    config.json count, and the pass above must find its logits. The whole model is in memory, in float32."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return warn("computed by this program's own reading of config.json; with torch and transformers installed, "
+                    "transformers is the judge")
+    if 6 * model.n_parameters() > available_memory():
+        return warn(f"transformers needs {6 * model.n_parameters() >> 20} MiB to be the judge: not asked")
+    with quiet(transformers):
+        try:
+            network, found = transformers.AutoModelForCausalLM.from_pretrained(
+                model.source, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                output_loading_info=True)
+            if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
+                return warn(f"transformers does not find {missing[0]} in {model.source}, so it is not the judge")
+            ids, network = sample_ids(model), network.eval()
+            with torch.no_grad():
+                wanted = network(torch.tensor(ids[None])).logits[0].float().numpy()
+        except Exception as error:  # transformers raises many kinds
+            return warn(f"transformers does not open {model.source}, so it is not the judge: {first_line(error)}")
+    if np.isfinite(wanted).all():  # else a weight is not, which the writer will name
+        compare_logits(Network(model).logits(ids), wanted, "what transformers computes from the same folder")
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[list]:
+    """What libraries would print is caught. Gives their warnings."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("always")
+        yield said
+
+
+def compare_logits(made: np.ndarray, wanted: np.ndarray, what: str) -> float:
+    """The greatest difference. Raises Refusal where it is more than rounding."""
+    if made.shape != wanted.shape or not np.isfinite(made).all():
+        raise Refusal("verification failed: the result has logits that are not finite, or of another number")
+    off, scale = float(np.abs(made - wanted).max()), max(1.0, float(np.abs(wanted).max()))
+    if off > TOLERANCE * scale:
+        raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}, compared "
+                      f"with {what}")
+    return off
+
+
 def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
     """Compares the file that was written with the source: its logits must be those of the source's weights, rounded to
     the types that they were written in. Raises Refusal if they are not, and if --verify asks for what cannot be."""
@@ -3474,19 +3551,172 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
         if o.verify:
             raise Refusal(f"cannot be verified: {refusal}") from None
         return warn(f"not verified: {refusal}")
-    ids = np.random.default_rng(1).integers(0, network.s.V, min(N_VERIFIED, model.value("context_length", N_VERIFIED)))
+    ids = sample_ids(model)
     source = network.logits(ids)
     exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
     rounded = source if exact else Network(model, types).logits(ids)
     made = result_logits(path, ids, source.shape[1], o, run)
-    if made.shape != rounded.shape or not np.isfinite(made).all():
-        raise Refusal("verification failed: the result has logits that are not finite, or of another number")
-    off, scale = float(np.abs(made - rounded).max()), max(1.0, float(np.abs(rounded).max()))
+    off = compare_logits(made, rounded, "the source's weights, rounded as they were written")
     change = float(np.abs(made - source).max())
-    if off > TOLERANCE * scale:
-        raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}")
     print(f"verified on {len(ids)} tokens: computed as written within {off:.2g}; to the source, greatest difference "
           f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
+
+
+# -- Tokens: the C program's, and those of the library that made the vocabulary --
+
+N_TEXTS, N_ALONE = 2000, 40  # texts; of these, the ones that are a call each, for what holds at a text's beginning only
+SAMPLES = (
+    "don't you'LL it's I'M", "  two  spaces\n\nlines\t\tand tabs ", "1234567890 3.14 1,000 \u0661\u0662 \u00bd",
+    "Z\u00fcrich na\u00efve \u0130stanbul \u1e9e \u01c5", "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b \uc548\ub155",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u03b3\u03b5\u03b9\u03ac",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a", "\u2764\ufe0f \U0001f1e8\U0001f1ed \ufb01 \uff21",
+    "\U0001f469\u200d\U0001f4bb\U0001f44d\U0001f3fd \U0001d400", "e\u0301 q\u0307\u0323 \u212b \u1100\u1161",
+    "x=1;y+=2//z\r\n\tif(a->b){}", "\u00a0\u2003\u3000\u2028\x0b\x0c\x01\x7f", "\u2581bar \u2581\u2581", "<0x41>",
+    "_snake_caseCamelCase", "http://a.b/c?d=e&f#g", "...!!??--''\"\"", "a", " ", "\n", " a", "  a", "\ta", "a ", "a  ",
+    "a" * 40)
+
+
+def sample_texts(tokens: list[str], added: list[str], n: int) -> list[str]:
+    """Texts of all kinds: samples, pieces of the vocabulary, added tokens between this and that, characters at random.
+    The same for the same vocabulary."""
+    rng = random.Random(1)
+    beside = ["", "", " ", "  ", "\n", "\n\n", "a", "B ", " c", "9", ".", "\u00e9", "\t"]
+    letters = [*"abcdefghijklmnopqrstuvwxyzETAOIN0123456789    \n\t.,'-_/(){}", *"".join(SAMPLES)]
+    texts = [*SAMPLES, *(token + " x" for token in added), *(f"a {token}" for token in added)]
+    while len(texts) < n:
+        kind = rng.randrange(4)
+        if kind == 0 and added:
+            parts = [rng.choice(beside) + rng.choice(added) + rng.choice(beside) for _ in range(rng.randint(1, 3))]
+        elif kind == 1:
+            parts = [rng.choice(letters) for _ in range(rng.randint(1, 30))]
+        elif kind == 2:
+            parts = [rng.choice(SAMPLES) for _ in range(2)]
+        else:
+            parts = [rng.choice(("", "", " ")) + rng.choice(tokens) for _ in range(rng.randint(1, 8))]
+        texts.append("".join(parts))
+    rng.shuffle(texts)
+    return texts
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """What a library raises, as a Refusal; those in Rust raise what is no Exception."""
+    try:
+        yield
+    except (Refusal, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise Refusal(f"{what} cannot use it: {first_line(error)}") from None
+
+
+def library_tokenizer(model: Model) -> tuple[str, Callable[[str], list[int]], list[str]] | None:
+    """Of the vocabulary's own library: its name, text -> ids with what is added, and the tokens that it finds in texts;
+    None if it is not installed, or there is none. Of a folder, tokenizer.json counts; else tokenizer.model."""
+    folder = model.vocabulary if model.vocabulary.is_dir() else None
+    path = folder / "tokenizer.json" if folder else model.vocabulary
+    get = model.get
+    if path.is_file() and path.suffix == ".json" and path.name != "tekken.json":
+        try:
+            import tokenizers
+        except ImportError:
+            return warn("its tokens are not compared: python3 -m pip install tokenizers")
+        with library_errors(f"{path}: tokenizers"):
+            theirs = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = read_json(path)
+        config = read_json(folder / "tokenizer_config.json")
+        added = added_tokens(tokenizer, config, read_json(folder / "added_tokens.json"))
+        for t in added:
+            if theirs.token_to_id(t["content"]) is None:
+                flags = {key: t[key] for key in ("normalized", "lstrip", "rstrip", "single_word") if key in t}
+                theirs.add_tokens([tokenizers.AddedToken(t["content"], special=t["special"], **flags)])
+            if (i := theirs.token_to_id(t["content"])) != t["id"]:
+                raise Refusal(f"{folder}: token {t['content']} has id {t['id']} there, tokenizers gives it {i}")
+        return "tokenizers", lambda s: theirs.encode(s).ids, [t["content"] for t in added]
+    path = folder / "tokenizer.model" if folder else path
+    if not path.is_file() or path.suffix != ".model" or is_tiktoken(path):
+        return None
+    try:
+        import sentencepiece
+    except ImportError:
+        return warn("its tokens are not compared: python3 -m pip install sentencepiece")
+    no_prefix = b"\x1a\x02\x18\x00" if get("tokenizer.ggml.add_space_prefix") is False else b""  # the last one counts
+    with library_errors(f"{path}: sentencepiece"):
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + no_prefix)
+    bos = [get("tokenizer.ggml.bos_token_id")] if get("tokenizer.ggml.add_bos_token") else []
+    return "sentencepiece", lambda s: bos + pieces.encode(s), []
+
+
+def compare_tokens(model: Model, made: Path, o: argparse.Namespace, run: Path | None) -> None:
+    """The C program's tokens of many texts must be those of the vocabulary's own library. Raises Refusal with the first
+    text that differs. Most texts go in one call, with a special token between them."""
+    if not run or not model.vocabulary or "tokenizer.ggml.tokens" not in model.keys:
+        return
+    if not (found := library_tokenizer(model)):
+        return
+    library, encode, added = found
+    tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")
+    control = {token for token, kind in zip(tokens, types) if kind == CONTROL}
+    outside = set(added) - set(tokens) | (control if library == "sentencepiece" else set()) | {
+        token for token, kind in zip(tokens, types) if kind == UNKNOWN}  # which is no text here
+    spm = model.get("tokenizer.ggml.model") == "llama"
+    spelled = [piece_text(token, spm) for token, kind in zip(tokens, types) if kind == NORMAL]
+    findable = [t for t in added if t not in outside]
+    texts = sample_texts([s for s in spelled if s] or ["a"], findable, N_TEXTS)
+    texts = [s for s in texts if not any(t in s for t in outside)]
+    with tempfile.TemporaryDirectory() as folder:
+        path, vocabulary = Path(folder) / "text", Path(folder) / "vocabulary.gguf"
+        with vocabulary.open("wb") as file:
+            file.write(gguf_header(replace(model, tensors={}), {}))
+        opened = made if o.to in ("native", "gguf") and not call(run, made.resolve(), "-m", "inspect").returncode \
+            else vocabulary
+
+        def program(s: str) -> list[int]:
+            path.write_bytes(s.encode())
+            done = call(run, opened.resolve(), "-m", "tokenize", "--ends", "--special", "-f", path)
+            if done.returncode:
+                raise Refusal(f"the C program cannot tokenise: {last_line(done.stderr)}")
+            return [int(i) for i in done.stdout.split()]
+
+        def compare(s: str) -> None:
+            if (got := program(s)) != (wanted := encode(s)):
+                at = next((i for i, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)))
+                message = f"the tokens of {json.dumps(s)} differ from {at} on: by {library} {wanted[at:at + 8]}, by " \
+                          f"the C program {got[at:at + 8]}"
+                if not o.pre:
+                    raise Refusal(message)
+                warn(f"{message} (--pre {o.pre})")
+        for s in texts[:N_ALONE]:
+            compare(s)
+        between = next((t for t in added if t in control), "\n")
+        whole = between.join(texts[N_ALONE:])
+        if library == "sentencepiece" and control:
+            same = compare_parts(model, texts[N_ALONE:], program, encode)
+        else:
+            same = program(whole) == encode(whole)
+        for s in [] if same else [*texts[N_ALONE:], whole]:
+            compare(s)
+
+
+def compare_parts(model: Model, texts: list[str], program: Callable, encode: Callable) -> bool:
+    """Whether all texts have the same tokens, where the library knows no special ones: one call, with one between."""
+    tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")
+    i = next(i for i, kind in enumerate(types) if kind == CONTROL)
+    ends = len(encode(""))
+    ids, parts = program(tokens[i].join(["", *texts, ""])), [[]]
+    for token in ids[ends:]:
+        parts.append([]) if token == i else parts[-1].append(token)
+    return parts[1:-1] == [encode(s)[ends:] for s in texts]
+
+
+def piece_text(token: str, spm: bool) -> str:
+    """The text that a piece stands for; "" if it is no whole characters."""
+    if spm:
+        return token.replace("\u2581", " ")
+    try:
+        return bytes(map(BYTE_CHARACTERS.index, token)).decode()
+    except ValueError:
+        return ""
 
 
 # -- Calibration: how far a text's predictions are from the source's --
@@ -3661,18 +3891,22 @@ def export(o: argparse.Namespace) -> None:
     check_choices(o)
     run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
+    wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    if wanted and model.hf_config:
+        judge(model)
     if o.lora:
         merge_adapter(model, open_adapter(o.lora))
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)
-    wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
     wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
         beside = Path(folder) / f"{o.output.name}.calibration"
         calibration = prepare_calibration(model, o, beside, run) if o.calibrate else None
         write(model, o, types, made, run)
+        with library_errors(f"{model.vocabulary}: the library of its tokenizer"):
+            compare_tokens(model, made, o, run)
         if wanted:
             verify(model, types, made, o, run)
         if calibration:
