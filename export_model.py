@@ -874,6 +874,7 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     if spm:
         keys["tokenizer.ggml.scores"] = array(F32, scores)
         keys["tokenizer.ggml.add_space_prefix"] = boolean(flags & 4)
+        keys |= {key: boolean(True) for i, key in enumerate(SPM_FLAGS) if flags >> 5 + i & 1}
     else:
         pairs = [f"{pieces[a]} {pieces[b]}" for a, b, _ in merges.reshape(-1, 3)]
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
@@ -1824,11 +1825,14 @@ def spm_prefix(tokenizer: dict, where: Path) -> str:
 
 CUTS_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 # How a text is prefixed and added tokens are found, where it is not as SentencePiece does it.
-PREFIX_KEYS = {"always": ("unless_space",), "first": ("unless_space", "first")}
+# These keys are cria's own, in the order of the flags of a native file.
+SPM_FLAGS = tuple(f"tokenizer.ggml.{name}" for name in ("space_prefix.first", "space_prefix.unless_space",
+                                                        "added_tokens_first"))
+SCHEME_KEYS = {"always": SPM_FLAGS[1:2], "first": SPM_FLAGS[:2]}
 
 
-def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, str]:
-    """Added tokens as (id, text, special), and one that is found before a text gets its prefix, if any is. Those with
+def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, bool]:
+    """Added tokens as (id, text, special), and whether the others are found before a text gets its prefix. Those with
     `normalized` are found after the normalizer, which has gone over their own text, too."""
     normalizes = bool(steps_of(tokenizer.get("normalizer"), "normalizers"))
     entries, raw, late = [], [], []
@@ -1851,7 +1855,7 @@ def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) ->
     if raw and late and prefix:
         raise Refusal(f"{where}: added token {raw[0]} is found before the normalizer, {late[0]} after it "
                       "(normalized = true), which is not supported")
-    return entries, raw[0] if raw and prefix else ""
+    return entries, bool(raw and prefix)
 
 
 def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
@@ -1865,12 +1869,6 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
     check_edges(added, size, where)
     check_decoder(tokenizer, ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"), where)
     entries, raw = place_added(tokenizer, added, prefix, where)
-    if prefix in PREFIX_KEYS:
-        raise Refusal(f"{where}: Metaspace with prepend_scheme = {json.dumps(prefix)}, which the C program does not "
-                      "obey yet")
-    if raw:
-        raise Refusal(f"{where}: added token {raw} is found before the normalizer, which the C program does not obey "
-                      "yet")
     first: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
@@ -1879,8 +1877,7 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
         kind = UNKNOWN if token == model.get("unk_token") else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
     vocabulary.add([entry for entry in entries if entry[1] != model.get("unk_token")])
-    keys = {f"tokenizer.ggml.space_prefix.{name}": boolean(True) for name in PREFIX_KEYS.get(prefix, ())}
-    keys |= {"tokenizer.ggml.added_tokens_first": boolean(True)} if raw else {}
+    keys = {key: boolean(True) for key in (*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ()))}
     return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
         | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(prefix)} | keys, vocabulary
 
@@ -2276,12 +2273,23 @@ def tokenizer_json(model: Model) -> dict:
     bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
     bpe["merges"] = merges_of_scores(tokens, model.get("tokenizer.ggml.scores", np.zeros(len(tokens))), types)
     space = bool(model.get("tokenizer.ggml.add_space_prefix", True))
+    first, unless_space, raw = (bool(model.get(key)) for key in SPM_FLAGS)
+    if first and not unless_space:
+        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[0]} alone")
     prepend, strip = {"type": "Prepend", "prepend": "\u2581"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     replace_back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    return made | {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]},
-                   "decoder": {"type": "Sequence", "decoders": [replace_back, {"type": "ByteFallback"},
-                                                                {"type": "Fuse"}] + [strip] * space}}
+    scheme = {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]}}
+    if unless_space:
+        scheme = {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False,
+                                    "prepend_scheme": "first" if first else "always"}}
+    for t in added:  # what is found after the prefix was put
+        if space and not unless_space and not raw and not t["special"] and t["content"][0] in " \u2581":
+            del bpe["vocab"][t["content"]]
+            t |= {"content": t["content"][1:], "normalized": True}
+            bpe["vocab"][t["content"]] = t["id"]
+    return made | scheme | {"decoder": {"type": "Sequence", "decoders": [
+        replace_back, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * space}}
 
 
 def template_json(model: Model, tokens: list[str]) -> dict | None:
@@ -3650,9 +3658,10 @@ def library_tokenizer(model: Model) -> tuple[str, Callable[[str], list[int]], li
 def compare_tokens(model: Model, made: Path, o: argparse.Namespace, run: Path | None) -> None:
     """The C program's tokens of many texts must be those of the vocabulary's own library. Raises Refusal with the first
     text that differs. Most texts go in one call, with a special token between them."""
-    if not run or not model.vocabulary or "tokenizer.ggml.tokens" not in model.keys:
-        return
-    if not (found := library_tokenizer(model)):
+    if o.to == "hf" and not model.vocabulary:
+        model = replace(model, vocabulary=made)  # of which the source knows better
+    if not run or not model.vocabulary or "tokenizer.ggml.tokens" not in model.keys \
+            or not (found := library_tokenizer(model)):
         return
     library, encode, added = found
     tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")

@@ -3308,6 +3308,9 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
         .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
     };
+    if (get_flag(g, "tokenizer.ggml.space_prefix.first") > 0) v.spm_flags |= PREFIX_FIRST;
+    if (get_flag(g, "tokenizer.ggml.space_prefix.unless_space") > 0) v.spm_flags |= PREFIX_UNLESS_SPACE;
+    if (get_flag(g, "tokenizer.ggml.added_tokens_first") > 0) v.spm_flags |= ADDED_FIRST;
     get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))

@@ -16,7 +16,10 @@ enum { SPM = 1, BPE = 2 };
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
-enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, ALL_TOKENIZER_FLAGS = 31 };
+enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16 };
+// SPM as tokenizer.json may have it: the prefix only where the text begins, or only where there is no space yet; and
+// user-defined pieces found before any prefix is put.
+enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128, ALL_TOKENIZER_FLAGS = 255 };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
@@ -36,7 +39,7 @@ typedef struct {
 
 typedef struct {
     int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
-    bool add_bos, add_eos, dummy_prefix, ignore_merges, composes;
+    bool add_bos, add_eos, dummy_prefix, ignore_merges, composes, prefix_first, prefix_unless_space, added_first;
     const float *score;          // (n_tokens)        the arrays up to text lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
@@ -767,6 +770,7 @@ typedef struct {
     uint16_t *scratch;   // BPE: the bytes' classes; SPM: the text with its dummy prefix
     char *composed;      // (3 * n)  text in NFC
     size_t first;        // where in out->ids this plain text begins
+    const char *text;    // all of it
     Tokens *out;
     Error *e;
 } Encoder;
@@ -919,18 +923,32 @@ static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, si
     return true;
 }
 
-// Encodes plain text between two control tokens. User-defined pieces are found first, whatever the words.
-static bool encode_plain(Encoder *c, const char *s, size_t n) {
+// Whether a space is put before this part of the text.
+static bool wants_prefix(const Encoder *c, const char *s, size_t n) {
+    bool spaced = *s == ' ' || (n >= 3 && memcmp(s, "\xE2\x96\x81", 3) == 0);
+    return c->t->dummy_prefix && (s == c->text || !c->t->prefix_first) && !(spaced && c->t->prefix_unless_space);
+}
+
+// Encodes a part that gets a prefix of its own. User-defined pieces are found first, whatever the words.
+static bool encode_part(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     c->first = c->out->n;
     if (c->t->kind == SPM) {
+        bool prefix = wants_prefix(c, s, n);
         char *normal = (char *)c->scratch;
-        if (c->t->dummy_prefix) *normal++ = ' ';
-        n = normalise(s, n, normal) + c->t->dummy_prefix;
+        if (prefix) *normal++ = ' ';
+        n = normalise(s, n, normal) + prefix;
         s = (const char *)c->scratch;
     }
-    size_t begin = 0;
-    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
+    size_t begin = 0, end = c->t->added_first ? 0 : n;
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_words) &&
+           encode_words(c, s + begin, n - begin);
+}
+
+// Encodes plain text between two control tokens.
+static bool encode_plain(Encoder *c, const char *s, size_t n) {
+    size_t begin = 0, end = c->t->added_first ? n : 0;
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_part) && encode_part(c, s + begin, n - begin);
 }
 
 // Encodes the joined text of the spans. A control token must be in special spans as a whole.
@@ -951,7 +969,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
-    Encoder c = {.t = t, .out = out, .e = e};
+    Encoder c = {.t = t, .out = out, .e = e, .text = text};
     c.scratch = allocate((t->composes ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
     for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
@@ -977,7 +995,7 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     // Padding prints nothing. A misspelled piece of BPE is PIECE_UNUSED, too: its bytes are as they were in the file.
     bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
     if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
-    bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
+    bool starts = previous < 0 || (t->type[previous] == PIECE_CONTROL && (!t->prefix_first || previous == t->bos));
     if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
@@ -1110,7 +1128,8 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
                      .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
                      .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
                      .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES,
-                     .composes = h.kind == BPE && h.flags & COMPOSE};
+                     .composes = h.kind == BPE && h.flags & COMPOSE, .prefix_first = h.flags & PREFIX_FIRST,
+                     .prefix_unless_space = h.flags & PREFIX_UNLESS_SPACE, .added_first = h.flags & ADDED_FIRST};
     t->score = (const void *)take(&c, times(n, sizeof *t->score));
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
     t->merge = (const void *)take(&c, times(h.n_merges, sizeof *t->merge));
@@ -1143,6 +1162,7 @@ typedef struct {
     size_t n_ends;
     int bos, eos, eot, eom, unk;
     int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
+    unsigned spm_flags;           // PREFIX_FIRST, ...
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
@@ -1298,6 +1318,7 @@ static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader
     if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
     if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
     if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
+    if (spm) h->flags |= v->spm_flags;
 }
 
 // Appends the section of a vocabulary.

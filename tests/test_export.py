@@ -1383,10 +1383,10 @@ def template(*pieces: str, **ids) -> dict:
 SPM_CASES = {
     "legacy": ({}, [], ""), "no prefix": ({"normalizer": BARS}, [], ""),
     "Metaspace never": ({"normalizer": None, "pre_tokenizer": metaspace("never")}, [], ""),
-    "Metaspace always": ({"normalizer": None, "pre_tokenizer": metaspace("always")}, [], "METASPACE"),
-    "Metaspace first": ({"normalizer": None, "pre_tokenizer": metaspace("first")}, [], "METASPACE"),
+    "Metaspace always": ({"normalizer": None, "pre_tokenizer": metaspace("always")}, [], ""),
+    "Metaspace first": ({"normalizer": None, "pre_tokenizer": metaspace("first")}, [], ""),
     "Metaspace of old": ({"normalizer": None, "pre_tokenizer": {
-        "type": "Metaspace", "replacement": BAR, "add_prefix_space": True, "split": False}}, [], "METASPACE"),
+        "type": "Metaspace", "replacement": BAR, "add_prefix_space": True, "split": False}}, [], ""),
     "Metaspace split": ({"normalizer": None, "pre_tokenizer": metaspace("never", True)}, [], ""),
     "split, inner bars": ({"normalizer": None, "pre_tokenizer": metaspace("never", True), "model.vocab": lambda v: v | {
         f"a{BAR}b": 650}}, [], "split = true"),
@@ -1402,7 +1402,7 @@ SPM_CASES = {
     "raw, no prefix": ({"normalizer": BARS}, [token("<tool>")], ""),
     "raw, Metaspace never": ({"normalizer": None, "pre_tokenizer": metaspace("never")}, [token("<tool>")], ""),
     "normalized, no prefix": ({"normalizer": BARS}, [token("two words", normalized=True)], ""),
-    "raw, prefix": ({}, [token("<tool>")], "ADDED"),
+    "raw, prefix": ({}, [token("<tool>")], ""),
     "raw and normalized": ({}, [token("<tool>"), token("hello", normalized=True)], "normalized"),
     "lstrip": ({}, [token("<m>", special=True, lstrip=True)], "lstrip"),
     "rstrip": ({}, [token("<m>", special=True, rstrip=True)], "rstrip"),
@@ -1458,6 +1458,9 @@ def check_tokens(what: str, source: Path, made: Path, word: str, vocabulary: int
     if word:
         return check(f"{what}: is refused", status == 1 and word in stderr and stderr.count("\n") == 1, stderr)
     check(f"{what}: is exported", status == 0, stderr)
+    if "normal" in what or "prefix" in what or "Metaspace" in what:  # and a tokenizer.json of it, made anew
+        again = made.parent / f"again {what}".replace("/", " ")
+        exported(made, "-o", again, "--to", "hf", "--no-verify")
     own = Tokenizer.from_file(str(source / "tokenizer.json"))
     added = [t.content for i, t in own.get_added_tokens_decoder().items() if i < vocabulary and t.content != "<unk>"]
     around = [s for t in added for s in (t, f"a{t}b", f"a {t} b", f" {t}  {t}\n{t}")]
@@ -1481,7 +1484,7 @@ def put_tokenizer(source: Path, base: dict, change: dict, added: list[dict]) -> 
 
 
 # What the C program does not obey yet; the word by which it is refused.
-NOT_YET = {"METASPACE": "prepend_scheme", "ADDED": "before the normalizer", "TWO": "before a text"}
+NOT_YET = {"TWO": "before a text"}
 
 
 def test_parts_of_tokenizers(folder: Path) -> None:
