@@ -3901,10 +3901,11 @@ def export(o: argparse.Namespace) -> None:
     run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    adapter = open_adapter(o.lora) if o.lora else None
     if wanted and model.hf_config:
         judge(model)
-    if o.lora:
-        merge_adapter(model, open_adapter(o.lora))
+    if adapter:
+        merge_adapter(model, adapter)
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)

@@ -2013,7 +2013,7 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre, "post_processor": None,
-        "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
+        "decoder": pre, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
                                                     "unk_token": None, "byte_fallback": False,
                                                     "ignore_merges": False}}))
     file = "model-00001-of-00002.safetensors" if shard else "model.safetensors"
@@ -2025,6 +2025,7 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
 
 
 def export(python: str, *words, status: int, word: str = "", **how) -> Outcome:
+    how.setdefault("timeout", 120)  # transformers, the judge where it is installed, takes long to load
     o = run(ROOT / "export_model.py", *words, program=Path(python), **how)
     lines = o.err.decode(errors="replace").splitlines()
     found = o.status != status or (status and len(lines) != 1) or word not in o.err.decode(errors="replace") or \
