@@ -1918,7 +1918,8 @@ def proto_fields(data: bytes, where: Path) -> Iterator[tuple[int, Any]]:
         raise Refusal(f"{where}: not a SentencePiece model, or cut short") from None
 
 
-def spm_model_keys(path: Path, added: list[dict], size: int, config: dict) -> tuple[dict[str, Value], Vocabulary]:
+def spm_model_keys(path: Path, added: list[dict], size: int,
+                   config: dict | None = None) -> tuple[dict[str, Value], Vocabulary]:
     """ModelProto: pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2 (model_type = 3,
     treat_whitespace_as_suffix = 24), normalizer_spec = 3 (precompiled_charsmap = 2, add_dummy_prefix = 3,
     remove_extra_whitespaces = 4, escape_whitespaces = 5), denormalizer_spec = 5
@@ -1935,7 +1936,7 @@ def spm_model_keys(path: Path, added: list[dict], size: int, config: dict) -> tu
     if normalizer.get(2) or specs[5].get(2):
         raise Refusal(f"{path}: it normalises characters (precompiled_charsmap), which is not supported")
     prefix = bool(normalizer.get(3, 1))
-    if config.get("add_prefix_space") is False and prefix:
+    if config and config.get("add_prefix_space") is False and prefix:
         warn(f"{path.parent / 'tokenizer_config.json'}: add_prefix_space is false, so no space is put before a text, "
              f"whatever {path.name} says")
         prefix = False
@@ -2603,7 +2604,7 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
         return tekken_keys(path, size)[0]
     if is_tiktoken(path):
         return tiktoken_keys(path, size, with_tools)[0]
-    keys, vocabulary = spm_model_keys(path, [], size, {})
+    keys, vocabulary = spm_model_keys(path, [], size)
     return keys | special_keys(vocabulary, "<s>", "</s>", []) | {"tokenizer.ggml.add_bos_token": boolean(True)}
 
 

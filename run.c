@@ -616,10 +616,10 @@ enum { PAGE = 64 };  // positions of a page of the cache: few are unused at a te
 
 // A layer's part of the KV cache. Of keys, sixteen positions lie side by side: a SIMD lane is a position.
 typedef struct {
-    unsigned char *keys;             // (pages, G, 64/16, K, 16): number d of position p at [p % 64 / 16][d][p % 16]
-    unsigned char *values;           // (pages, G, K/16, 64, 16): at [d / 16][p % 64][d % 16]; K is rounded up to 16
-    size_t n_heads;                  // G
+    unsigned char *keys;             // (G, 64/16, K, 16) in a page: number d of position p at [p % 64 / 16][d][p % 16]
+    unsigned char *values;           // (G, K/16, 64, 16) after them: at [d / 16][p % 64][d % 16]; K is rounded up to 16
     size_t key_bytes, value_bytes;   // of one head in one page
+    size_t page_bytes;               // from a page to the next: of all layers
 } CachedLayer;
 
 // The KV cache: the keys and values of all texts, in pages from one pool. A page costs no memory before it is used.
@@ -630,8 +630,9 @@ typedef struct {
     int *users;             // (pages)  how many sequences hold the page
     int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
     int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
+    unsigned char *pool;    // (pages, page_bytes)  a page has of each layer the keys, then the values
     void *arena;            // all of these
-    size_t arena_bytes;
+    size_t arena_bytes, page_bytes;
 } Cache;
 
 // One text, and what the model keeps of it.
@@ -644,13 +645,15 @@ typedef struct {
 
 static size_t n_pages(int n) { return ((size_t)n + PAGE - 1) / PAGE; }
 
+static unsigned char *page_at(const Cache *c, int page) { return c->pool + (size_t)page * c->page_bytes; }
+
 // Where the keys, or values, of one head begin in a page.
 static unsigned char *keys_at(const CachedLayer *y, int page, size_t head) {
-    return y->keys + ((size_t)page * y->n_heads + head) * y->key_bytes;
+    return y->keys + (size_t)page * y->page_bytes + head * y->key_bytes;
 }
 
 static unsigned char *values_at(const CachedLayer *y, int page, size_t head) {
-    return y->values + ((size_t)page * y->n_heads + head) * y->value_bytes;
+    return y->values + (size_t)page * y->page_bytes + head * y->value_bytes;
 }
 
 // Puts one head's key and value of a position into the cache.      key, value (K)
@@ -689,10 +692,7 @@ static void append_token(Sequence *s, int token) {
     bool is_new = s->n % PAGE == 0, is_shared = !is_new && c->users[old] > 1;
     if (is_new || is_shared) c->users[*page = c->spare[--c->n_spare]] = 1;
     if (is_shared) c->users[old]--;
-    for (CachedLayer *y = c->layers; is_shared && y < c->layers + c->n_layers; y++) {
-        memcpy(keys_at(y, *page, 0), keys_at(y, old, 0), y->n_heads * y->key_bytes);
-        memcpy(values_at(y, *page, 0), values_at(y, old, 0), y->n_heads * y->value_bytes);
-    }
+    if (is_shared) memcpy(page_at(c, *page), page_at(c, old), c->page_bytes);
     s->ids[s->n++] = token;
 }
 
@@ -1218,8 +1218,8 @@ INLINE void make_probabilities(Candidate *c, const float *logits, int n, float t
     for (int i = 0; i < n; i++) c[i].p /= sum;
 }
 
-// Cuts the tail off: returns how many of the n candidates are left and puts them, likeliest first, at the END of c,
-// from its last place down, with their sum in *sum (chapter 11).
+// Moves the candidates that may be chosen to the front of c, likeliest first, unless all n may. Returns how many they
+// are; *sum: of their probabilities (chapter 11).
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum);
 
 // The logits as penalties for repeats, biases and n-sigma change them (chapter 11).      ids (n_ids), logits (n)
@@ -1233,12 +1233,10 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
     Candidate *c = s->candidates;
     kernels->make_probabilities(c, logits, n, s->temperature, logits[best] / s->temperature);
     float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
-    bool cuts = s->top_k > 0 || s->min_p > 0 || s->typical > 0 || s->xtc > 0 || (s->top_p > 0 && s->top_p < 1);
-    size_t n_left = cuts ? cut(s, c, (size_t)n, &sum) : (size_t)n;
-    for (size_t i = 1;; i++) {
-        const Candidate *next = cuts ? &c[(size_t)n - i] : &c[i - 1];
-        running += next->p;  // rounding may leave their sum below the coin
-        if (i == n_left || coin * sum < running) return next->p > 0 ? next->id : best;
+    size_t n_left = cut(s, c, (size_t)n, &sum);
+    for (size_t i = 0;; i++) {
+        running += c[i].p;  // rounding may leave their sum below the coin
+        if (i + 1 == n_left || coin * sum < running) return c[i].p > 0 ? c[i].id : best;
     }
 }
 
@@ -1250,7 +1248,8 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
 typedef struct {
     char held[260];             // an incomplete character, or what may begin a stop text or <think>
     size_t n_held, thought;     // chat, --think hide: a state of chapter 12
-    const struct Texts *stops; struct Record *record;  // texts that end this one; where it goes instead (12a). Or NULL
+    const struct Texts *stops;  // texts that end this one, or NULL
+    Buffer *to; Error *error;   // where it goes in place of stdout, or NULL; what fails there (12a)
 } Printer;
 
 // Prints whole characters and keeps the bytes of an incomplete one. NULL ends the text: it prints these bytes too.
@@ -1985,9 +1984,9 @@ static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
     if (!f) return fail(e, io_status(), "%s: %s", path, strerror(errno));
     char chunk[4096];
     bool ok = true;
-    while (ok && !feof(f) && !ferror(f) && b->n <= most) {  // a terminal's end comes only once
-        size_t n = fread(chunk, 1, sizeof chunk, f);
-        ok = n == 0 || append(b, chunk, n, e);
+    for (size_t n = sizeof chunk; ok && n == sizeof chunk && b->n <= most;) {  // less: the end, or a failure
+        n = fread(chunk, 1, sizeof chunk, f);
+        ok = append(b, chunk, n, e);
     }
     if (ok && ferror(f)) ok = fail(e, BROKEN_IO, "%s: reading failed: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
@@ -2022,13 +2021,21 @@ static bool has_unread_input(void) {
 enum { MAX_THREADS = 4096 };
 
 #ifdef __linux__
-// The number in a file of the system, or `otherwise`.
-static long read_number(const char *path, long otherwise) {
-    long n;
+// Reads the one or two numbers at the beginning of a file of the system. Returns how many there are.
+static int read_numbers(const char *path, double *first, double *second) {
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &n) != 1) n = otherwise;
+    int n = f ? fscanf(f, "%lf %lf", first, second) : 0;
     if (f) fclose(f);
     return n;
+}
+
+// The number in such a file of a processor, or `otherwise`.
+static double cpu_number(int cpu, const char *name, double otherwise) {
+    char path[96];
+    double unused;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/%s", cpu, name);
+    read_numbers(path, &otherwise, &unused);
+    return otherwise;
 }
 
 // Whether the list of processors in a file, "0-3,8" for example, has this one; true where there is no such file.
@@ -2048,7 +2055,7 @@ static bool is_listed(const char *path, int cpu) {
 // processors that it may use at a time, or bytes of memory. INFINITY: they set no limit.
 static double group_limit(bool of_memory) {
     char line[512], path[700];
-    double least = INFINITY, quota, period;
+    double least = INFINITY, quota, period, unused;
     FILE *groups = fopen("/proc/self/cgroup", "r");  // number:controllers:path
     while (groups && fgets(line, sizeof line, groups)) {
         char *name = strchr(line, ':'), *group = name ? strchr(name + 1, ':') : NULL;
@@ -2063,21 +2070,15 @@ static double group_limit(bool of_memory) {
             const char *folder = of_memory ? "/memory" : "/cpu", *first = of_memory ? "limit_in_bytes" : "cfs_quota_us";
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/%s.%s", second ? "" : folder, group, folder + 1,
                      second ? "max" : first);
-            FILE *f = fopen(path, "r");
-            int n = f ? fscanf(f, "%lf %lf", &quota, &period) : 0;
-            if (f) fclose(f);
-            if (n == 1 && of_memory) n = 2, period = 1;
-            if (n == 1) snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us"), period = (double)read_number(path, 0);
+            period = of_memory;  // 1 byte; of processors, version 2 has it in the same file
+            int n = read_numbers(path, &quota, &period);
+            snprintf(strrchr(path, '/'), 20, "/cpu.cfs_period_us");
+            if (n == 1 && !of_memory) read_numbers(path, &period, &unused);
             if (n > 0 && quota > 0 && period > 0) least = fmin(least, quota / period);
         }
     }
     if (groups) fclose(groups);
     return least;
-}
-
-static long cpu_quota(void) {
-    double least = group_limit(false);
-    return least < 1 ? 1 : least < MAX_THREADS ? (long)least : MAX_THREADS;
 }
 #endif
 
@@ -2102,24 +2103,19 @@ static int count_cores(bool by_default) {
 #ifdef __linux__
     enum { MOST_CPUS = 1 << 16 };
     static cpu_set_t allowed[MOST_CPUS / CPU_SETSIZE];
-    long largest = 0;
-    char path[96];
+    double largest = 0;  // core's capacity
     if (sched_getaffinity(0, sizeof allowed, allowed)) memset(allowed, 0, sizeof allowed);
-    for (int round = 0; round < 2; round++) {  // the first finds the largest core's capacity
-        for (int cpu = 0; cpu < MOST_CPUS; cpu++) {
-            if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
-            long capacity = by_default ? read_number(path, 0) : 0;
-            if (round == 0) largest = capacity > largest ? capacity : largest;
-            if (round == 0) continue;
-            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-            int first = by_default ? (int)read_number(path, cpu) : cpu;
-            bool counts = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
-            n += counts && 2 * capacity >= largest && (!by_default || is_listed("/sys/devices/cpu_core/cpus", cpu));
-        }
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++)
+        if (CPU_ISSET_S(cpu, sizeof allowed, allowed)) largest = fmax(largest, cpu_number(cpu, "cpu_capacity", 0));
+    for (int cpu = 0; by_default && cpu < MOST_CPUS; cpu++) {
+        if (!CPU_ISSET_S(cpu, sizeof allowed, allowed)) continue;
+        int first = (int)cpu_number(cpu, "topology/thread_siblings_list", cpu);
+        bool is_first = first == cpu || first < 0 || !CPU_ISSET_S(first, sizeof allowed, allowed);
+        bool is_large = 2 * cpu_number(cpu, "cpu_capacity", 0) >= largest;
+        n += is_first && is_large && is_listed("/sys/devices/cpu_core/cpus", cpu);
     }
-    if (n == 0 && by_default) n = count_cores(false);  // only small cores are allowed
-    if (by_default && n > cpu_quota()) n = cpu_quota();
+    if (n == 0) n = CPU_COUNT_S(sizeof allowed, allowed);  // of small cores too, if no others are allowed
+    if (by_default) n = (long)fmin((double)n, fmax(group_limit(false), 1));
 #elif defined(__APPLE__)
     int cores = 0;
     size_t size = sizeof cores;
@@ -2132,17 +2128,13 @@ static int count_cores(bool by_default) {
 
 // ---- Threads ----
 
-// A thread's place at the gate. What different threads write lies in different lines of the cache.
-typedef struct {
-    _Alignas(64) atomic_size_t taken[2];  // chunks of its share that are taken, in even and in odd steps
-} Seat;
-
-// Where the threads of a team wait for each other: the last one to come opens it.
+// Where the threads of a team wait for each other: the last one to come opens it. What different threads write lies in
+// different lines of the cache.
 typedef struct Gate {
     _Alignas(64) atomic_uint arrived;
     _Alignas(64) atomic_uint round;
     _Alignas(64) atomic_uint microseconds;  // that threads slept
-    Seat seats[MAX_THREADS];
+    struct { _Alignas(64) atomic_size_t taken[2]; } seats[MAX_THREADS];  // chunks of a share, in even and in odd steps
 } Gate;
 
 // This thread's part of n, by index: for work that takes every thread the same time.
@@ -2302,18 +2294,15 @@ static int usable_threads(int threads) {
 #endif
 
 // A thread whose core another program uses makes all others wait. So after two slow passes in a row, in which threads
-// had to sleep, the next one is tried with a thread less. If that is faster than both, the thread rests for some
-// passes, each time for more; if not, the next trial waits for some passes, each time for more.
+// had to sleep, the next one is tried with a thread less, which rests if that is faster than both. Then nothing changes
+// for some passes, each time for more. After them a thread that rests is tried again.
 typedef struct {
-    int threads, rows;         // of the pass before
-    int n_resting, rest_left;  // threads that rest; passes until one is tried again
-    int rest, pause;           // passes of the last rest; of the last wait after a trial in vain
-    int pause_left, n_slow;    // passes until the next trial; slow passes in a row
+    int threads, rows;     // of the pass before
+    int n_resting, n_slow; // threads that rest; slow passes in a row
+    int wait, left;        // passes for which nothing changes: of the last such time, and still to come
     bool on_trial;
-    double seconds;            // of the faster of the slow passes
+    double seconds;        // of the faster of the slow passes
 } Rest;
-
-static int longer(int passes, int least) { return passes < 128 ? 2 * passes + least : 256; }
 
 static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     bool is_slow = slept > seconds / 8, is_like_last = rows == r->rows;
@@ -2322,16 +2311,17 @@ static void judge_pass(Rest *r, int rows, double seconds, double slept) {
     if (r->on_trial) {
         r->on_trial = false;
         r->n_slow = 0;
-        if (is_faster) r->rest_left = r->rest = longer(r->rest, 16);
-        else r->n_resting--, r->pause_left = r->pause = longer(r->pause, 4);
+        r->left = r->wait = r->wait < 128 ? 2 * r->wait + 8 : 256;
+        if (!is_faster) r->n_resting--;
         return;
     }
     r->n_slow = !is_slow ? 0 : is_like_last ? r->n_slow + 1 : 1;
     if (r->n_slow <= 1 || is_faster) r->seconds = seconds;
-    if (r->pause_left) r->pause_left--;
-    else if (r->n_slow >= 2 && r->n_resting < r->threads - 1) r->n_resting++, r->on_trial = true;
-    if (r->n_resting && !r->on_trial && --r->rest_left <= 0) r->n_resting--;
-    if (!r->n_resting && !is_slow) r->rest -= r->rest > 0, r->pause -= r->pause > 0;
+    r->on_trial = !r->left && r->n_slow >= 2 && r->n_resting < r->threads - 1;
+    if (r->left) r->left--;
+    else if (r->on_trial) r->n_resting++;
+    else if (r->n_resting) r->n_resting--;
+    else if (!is_slow && r->wait) r->wait--;
 }
 
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job) {
@@ -2380,6 +2370,8 @@ static void heed(int number, const struct sigaction *action) {
    it must be there once, with its shape and an allowed type, inside the file, and overlap no other. Only there do bytes
    of the file become a Tensor. */
 
+enum { PATH_BYTES = 4096 };  // of the longest path that systems know (PATH_MAX)
+
 // Adds to an error in which part of a split GGUF it is.
 static bool in_part(size_t part, Error *e) {
     Error told = *e;
@@ -2390,19 +2382,17 @@ static bool in_part(size_t part, Error *e) {
 static bool map_parts(const char *path, Model *m, Error *e) {
     size_t n = strlen(path), prefix = n > 20 ? n - 20 : 0;
     unsigned part = 0, parts = 0;
-    char again[32];
+    char again[32], name[PATH_BYTES];
     sscanf(path + prefix, "-%5u-of-%5u.gguf", &part, &parts);
     snprintf(again, sizeof again, "-%05u-of-%05u.gguf", part, parts);
     if (strcmp(path + prefix, again) || part - 1 >= parts) return map_file(path, &m->file, e);
-    char *name = allocate(n + 1, 1, e);
-    bool ok = name && (m->parts = allocate(parts, sizeof *m->parts, e));
+    bool ok = (m->parts = allocate(parts, sizeof *m->parts, e)) != NULL;
     for (part = 1; ok && part <= parts; part++) {
-        snprintf(name, n + 1, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
+        snprintf(name, sizeof name, "%.*s-%05u-of-%05u.gguf", (int)prefix, path, part, parts);
         Map *map = part == 1 ? &m->file : &m->parts[part - 2];
         ok = map_file(name, map, e) || in_part(part, e);
         if (ok) m->n_parts = part - 1, map->path = path;
     }
-    free(name);
     return ok;
 }
 
@@ -2417,11 +2407,11 @@ _Static_assert(MAX_HEADS * MAX_HEAD_DIM <= MAX_FFN_DIM, "no wider than what is a
 // in chapter 5. A number also takes a row in config_fields[] (then LAYOUT is one more), a tensor a row in model_rules[]
 // or layer_rules[]. If not every family may have it, it takes a feature here, the next power of two.
 enum {
-    ALWAYS = 1, OPTIONAL = 2, BY_EXPERT = 4,  // in a tensor's rule: it must or may be there; one for each expert
-    BIASES = 8, HEAD_NORMS = 16, WIDE_HEAD_NORMS = 32, PRE_NORMS = 64, POST_NORMS = 128, LAYER_NORMS = 256,
-    SCALES = 512,  // of embedding, residual and logits
-    GEMMA = 1024,  // GELU, and embeddings times sqrt(D)
-    CAPS = 2048,   // defaults: 50 for scores, 30 for logits
+    ALWAYS = 1, OPTIONAL = 2,  // in a tensor's rule: it must or may be there
+    BIASES = 4, HEAD_NORMS = 8, WIDE_HEAD_NORMS = 16, PRE_NORMS = 32, POST_NORMS = 64, LAYER_NORMS = 128,
+    SCALES = 256,  // of embedding, residual and logits
+    GEMMA = 512,   // GELU, and embeddings times sqrt(D)
+    CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
 typedef struct {
     const char *name;
@@ -2474,11 +2464,12 @@ static const ConfigField config_fields[] = {
     { "head_dim", INTEGER, false, offsetof(Config, head_dim), 1, MAX_HEAD_DIM, ".attention.key_length", 0, 0 },
     { "rope_dim", INTEGER, false, offsetof(Config, rope_dim), 2, MAX_HEAD_DIM, ".rope.dimension_count", 0, 0 },
     { "context", INTEGER, false, offsetof(Config, context), 1, MAX_CONTEXT, ".context_length", NAN, 0 },
-    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT, NULL, 0, 0 },
+    { "original_context", INTEGER, false, offsetof(Config, original_context), 0, MAX_CONTEXT,
+      ".rope.scaling.original_context_length", 0, 0 },
     { "norm_eps", SINGLE, false, offsetof(Config, norm_eps), 1e-20f, 1, ".attention.layer_norm_rms_epsilon", NAN, 0 },
     { "rope_theta", DOUBLE, false, offsetof(Config, rope_theta), 1, 1e15, ".rope.freq_base", 10000, 0 },
     { "rope_scale", DOUBLE, false, offsetof(Config, rope_scale), 1e-6, 1e6, NULL, 0, 0 },
-    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, NULL, 0, 0 },
+    { "rope_magnitude", DOUBLE, false, offsetof(Config, rope_magnitude), 1e-6, 1e6, ".rope.scaling.attn_factor", 0, 0 },
     { "yarn_fast", DOUBLE, false, offsetof(Config, yarn_fast), 0, 1e6, NULL, 0, 0 },
     { "yarn_slow", DOUBLE, false, offsetof(Config, yarn_slow), 0, 1e6, NULL, 0, 0 },
     { "local_theta", DOUBLE, false, offsetof(Config, local_theta), 0, 1e15, ".rope.freq_base_swa", 0, 0 },
@@ -2522,15 +2513,16 @@ static bool set_field(Model *m, const ConfigField *f, int layer, double value, E
     return m->layers != NULL;
 }
 
-// A tensor that models must or may have, named as in GGUF: a vector of floats if `rows` is ONE, else a matrix. It may
-// also be part of the rows of the tensor `fused`, which holds all that name it, in the order of the table.
+// A tensor that models must or may have, named as in GGUF: %d is its layer, %s "_exps" if it has a matrix for each
+// expert. It is a vector of floats if `rows` is ONE, else a matrix. It may also be part of the rows of the tensor
+// `fused`, which holds all that name it, in the order of the table.
 typedef enum { ONE, DIM, Q_DIM, KV_DIM, FFN_DIM, N_TOKENS, PAIRS, Q_NORM, K_NORM, N_EXPERTS } Size;
 
 typedef struct {
     const char *name;
     size_t offset;  // of the Tensor or the const float * in Model or in Layer
     Size rows, cols;
-    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL; and BY_EXPERT
+    int need;  // the features of a family that make it needed, or ALWAYS, or OPTIONAL
     const char *fused;
 } TensorRule;
 
@@ -2544,29 +2536,29 @@ static const TensorRule model_rules[] = {
     { "rope_factors_short.weight", offsetof(Model, short_factors), ONE, PAIRS, OPTIONAL, NULL },
 };
 static const TensorRule layer_rules[] = {
-    { "attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "attn_qkv.weight" },
-    { "attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
-    { "attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
-    { "attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
-    { "attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
-    { "post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
-    { "ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
-    { "ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
-    { "ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // with 0 rows it is not needed
-    { "ffn_gate.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_gate.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_up.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS | BY_EXPERT, "ffn_up.weight" },
-    { "ffn_up.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "ffn_down.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS | BY_EXPERT, NULL },
-    { "ffn_down.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL | BY_EXPERT, NULL },
-    { "post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.attn_norm.weight", offsetof(Layer, attention_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.attn_norm.bias", offsetof(Layer, attention_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.attn_q.weight", offsetof(Layer, query), Q_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_k.weight", offsetof(Layer, key), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_v.weight", offsetof(Layer, value), KV_DIM, DIM, ALWAYS, "blk.%d.attn_qkv.weight" },
+    { "blk.%d.attn_q.bias", offsetof(Layer, query_bias), ONE, Q_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_k.bias", offsetof(Layer, key_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_v.bias", offsetof(Layer, value_bias), ONE, KV_DIM, BIASES | OPTIONAL, NULL },
+    { "blk.%d.attn_q_norm.weight", offsetof(Layer, query_norm), ONE, Q_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_k_norm.weight", offsetof(Layer, key_norm), ONE, K_NORM, HEAD_NORMS | WIDE_HEAD_NORMS, NULL },
+    { "blk.%d.attn_output.weight", offsetof(Layer, attention_out), DIM, Q_DIM, ALWAYS, NULL },
+    { "blk.%d.attn_output.bias", offsetof(Layer, attention_out_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_attention_norm.weight", offsetof(Layer, attention_post_norm), ONE, DIM, POST_NORMS, NULL },
+    { "blk.%d.ffn_norm.weight", offsetof(Layer, ffn_norm), ONE, DIM, PRE_NORMS, NULL },
+    { "blk.%d.ffn_norm.bias", offsetof(Layer, ffn_norm_bias), ONE, DIM, LAYER_NORMS, NULL },
+    { "blk.%d.ffn_gate_inp.weight", offsetof(Layer, router), N_EXPERTS, DIM, ALWAYS, NULL },  // or 0 rows, and none
+    { "blk.%d.ffn_gate%s.weight", offsetof(Layer, gate), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_gate%s.bias", offsetof(Layer, gate_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_up%s.weight", offsetof(Layer, up), FFN_DIM, DIM, ALWAYS, "blk.%d.ffn_up.weight" },
+    { "blk.%d.ffn_up%s.bias", offsetof(Layer, up_bias), ONE, FFN_DIM, OPTIONAL, NULL },
+    { "blk.%d.ffn_down%s.weight", offsetof(Layer, down), DIM, FFN_DIM, ALWAYS, NULL },
+    { "blk.%d.ffn_down%s.bias", offsetof(Layer, down_bias), ONE, DIM, OPTIONAL, NULL },
+    { "blk.%d.post_ffw_norm.weight", offsetof(Layer, ffn_post_norm), ONE, DIM, POST_NORMS, NULL },
 };
 enum { N_MODEL_RULES = sizeof model_rules / sizeof *model_rules };
 enum { N_LAYER_RULES = sizeof layer_rules / sizeof *layer_rules };
@@ -2582,7 +2574,7 @@ typedef struct Slot {
     Source *source;          // the file's tensor, or NULL
     size_t first_row;        // in the source
     Type type;               // of a matrix
-    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it
+    const unsigned char *data;  // its tiles or floats; NULL: the model does not have it (yet)
 } Slot;
 
 // Makes the model's slots from its configuration, in the order in which native files have the tensors.
@@ -2600,16 +2592,12 @@ static bool make_slots(Model *m, Error *e) {
             [Q_NORM] = (c->wide_head_norms ? heads : 1) * head_dim, [N_EXPERTS] = (size_t)layer->n_experts,
             [K_NORM] = (c->wide_head_norms ? groups : 1) * head_dim,
         };
-        char prefix[16] = "";
-        if (l >= 0) snprintf(prefix, sizeof prefix, "blk.%d.", l);
         for (const TensorRule *end = rule + (l < 0 ? N_MODEL_RULES : N_LAYER_RULES); rule < end; rule++, slot++) {
-            bool by_expert = rule->need & BY_EXPERT && layer->n_experts > 0;
-            int stem = (int)strcspn(rule->name, ".");
+            bool by_expert = strstr(rule->name, "%s") && layer->n_experts > 0;
             *slot = (Slot){ .rule = rule, .layer = l, .is_vector = rule->rows == ONE, .n = 1, .n_used = 1,
                             .rows = sizes[rule->rows], .cols = sizes[rule->cols] };
             if (by_expert) slot->n = (size_t)layer->n_experts, slot->n_used = (size_t)layer->n_experts_used;
-            snprintf(slot->name, NAME_BYTES, "%s%.*s%s%s", prefix, stem, rule->name, by_expert ? "_exps" : "",
-                     rule->name + stem);
+            snprintf(slot->name, NAME_BYTES, rule->name, l, by_expert ? "_exps" : "");
         }
     }
     return slot;
@@ -2657,7 +2645,7 @@ static bool is_multiplied(const Model *m, const Slot *s) {
     return s->data && !s->is_vector && (s != m->slots || m->head.tiles == s->data);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // a Source begins with its name
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }  // Source and Key begin with their names
 
 static int by_place(const void *a, const void *b) {
     const unsigned char *x = ((const Source *)a)->data, *y = ((const Source *)b)->data;
@@ -2687,45 +2675,43 @@ static Source *find_source(const Model *m, const char *name) {
 // The file's tensor for a slot: its own, or a fused one (which native files may not have); or NULL.
 static Source *find_for_slot(const Model *m, const Slot *slot) {
     char name[NAME_BYTES] = "";
-    if (slot->rule->fused) snprintf(name, sizeof name, "blk.%d.%s", slot->layer, slot->rule->fused);
+    if (slot->rule->fused) snprintf(name, sizeof name, slot->rule->fused, slot->layer);
     Source *own = find_source(m, slot->name), *fused = find_source(m, name);
     return own ? own : fused && fused->type && fused->rows > slot->rows ? fused : NULL;
 }
 
 // Gives back the file's pages of these row tiles, which are packed now: memory need not hold the model twice.
 static void give_back(const Source *s, Range tiles) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), row_bytes = source_bytes(s) / s->rows;
     size_t last = tiles.to * TILE_ROWS < s->rows ? tiles.to * TILE_ROWS : s->rows;
-    uintptr_t begin = round_up((uintptr_t)s->data + tiles.from * TILE_ROWS * row_bytes, page);
-    uintptr_t end = ((uintptr_t)s->data + last * row_bytes) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = (uintptr_t)source_block(s, last, 0) / page * page;
+    uintptr_t begin = round_up((uintptr_t)source_block(s, tiles.from * TILE_ROWS, 0), page);
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
-// Packs all tensors of a file that has no tiles into one block.
+// Packs all tensors of a file that has no tiles into the places that their slots have.
 typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
 static void pack_team(void *p, Team *team) {
     PackJob *job = p;
     const Model *m = job->m;
-    unsigned char *to = m->packed;
-    for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
+    for (size_t i = 0; i < m->n_slots; i++) {
+        const Slot *slot = &m->slots[i];
         if (!slot->source) continue;
         Source part = *slot->source;
         Tensor matrix = slot_matrix(slot);
+        unsigned char *to = (unsigned char *)slot->data;
         part.rows = (uint32_t)slot->rows;
         part.data = source_block(&part, slot->first_row, 0);
+        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
-        for (size_t k = 0; k < slot->n && tiles.to > tiles.from; k++, part.data += source_bytes(&part)) {
-            unsigned char *begin = to + k * tensor_bytes(&matrix);
+        for (size_t k = 0; k < slot->n; k++, part.data += source_bytes(&part), to += tensor_bytes(&matrix)) {
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(begin, &part, (Range){ row, row + 1 });
-                if (broken_row(&matrix, begin + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
+                pack_rows(to, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, to + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
-        if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
-        if (team->thread == 0) show_progress("packing tensor", job->start, (size_t)(slot - m->slots) + 1, m->n_slots);
-        to += round_up(slot_bytes(slot), 64);
+        if (team->thread == 0) show_progress("packing tensor", job->start, i + 1, m->n_slots);
     }
 }
 
@@ -2751,15 +2737,15 @@ static bool bind_slot(Model *m, Slot *slot, Error *e) {
     if (!rows_fit || s->cols != slot->cols || s->n != slot->n)
         return refuse(e, "%s is %u x %u x %u, expected %zu x %zu x %zu", s->name, s->n, s->rows, s->cols, slot->n,
                       s->rows_used, slot->cols);
-    if (!s->type && (s->tiles == VECTOR) != slot->is_vector)
-        return refuse(e, "%s is a %s", s->name, slot->is_vector ? "matrix" : "vector");
-    slot->type = s->type ? s->type->tile : (Type)s->tiles;
+    if (slot->is_vector ? s->tiles != (s->type ? F32 : VECTOR) : s->tiles >= N_TYPES)
+        return refuse(e, "%s is of type %s, which no %s has", s->name,
+                      s->type ? s->type->name : s->tiles < N_TYPES ? types[s->tiles].name : "unknown",
+                      slot->is_vector ? "vector" : "matrix");
+    slot->type = slot->is_vector ? F32 : (Type)s->tiles;
     if (!slot->is_vector && is_quantised(slot->type) && slot->cols % (size_t)types[slot->type].cols)
         return refuse(e, "%s has %zu columns, which %s cannot have", s->name, slot->cols, types[slot->type].name);
     if (!s->type && slot_bytes(slot) != s->n_bytes)
         return refuse(e, "%s has %zu bytes, expected %zu", s->name, (size_t)s->n_bytes, slot_bytes(slot));
-    if (slot->is_vector && s->type && s->type != &source_types[SOURCE_F32])
-        return refuse(e, "%s is of type %s, expected F32", s->name, s->type->name);
     for (size_t i = 0; slot->is_vector && i < slot->cols; i++) {
         float x;
         memcpy(&x, s->data + i * sizeof x, sizeof x);
@@ -2778,14 +2764,12 @@ static bool bind_model(Model *m, int threads, Error *e) {
         int need = slot->rows ? slot->rule->need : 0;
         if (need & (features | OPTIONAL)) slot->source = find_for_slot(m, slot);
         if (slot->source && !bind_slot(m, slot, e)) return false;
+        const Slot *before = slot->layer > 0 && need & OPTIONAL ? slot - N_LAYER_RULES : slot;
+        const Slot *lost = slot->source ? before : slot;  // if one layer has what is optional, all must
         bool apart = slot->n > 1 && find_source(m, "blk.0.ffn_gate.0.weight");
-        if (!slot->source && need & features)
-            return refuse(e, "tensor %s is missing%s", slot->name,
+        if (!lost->source && (need & features || slot->source || before->source))
+            return refuse(e, "tensor %s is missing%s", lost->name,
                           apart ? ": experts are single tensors; join them: export_model.py FILE -o NEW" : "");
-        if (slot->layer < 1 || !(need & OPTIONAL)) continue;
-        const Slot *before = slot - N_LAYER_RULES;  // if one layer has it, all must: else a tensor was lost
-        if (!before->source != !slot->source)
-            return refuse(e, "tensor %s is missing", slot->source ? before->name : slot->name);
     }
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
@@ -2797,12 +2781,11 @@ static bool bind_model(Model *m, int threads, Error *e) {
     PackJob job = { m, clock_seconds(), false };
     if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
+        unsigned char *to = m->packed;
+        for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
+            if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
         use_large_pages(m->packed, m->packed_bytes);
         run_team(threads, 0, pack_team, &job);
-    }
-    unsigned char *to = m->packed;
-    for (Slot *slot = m->slots; to && slot < m->slots + m->n_slots; slot++) {
-        if (slot->source) set_slot(m, slot, to), to += round_up(slot_bytes(slot), 64);
     }
     if (job.broken) return check_weights(m, e);
     if (!m->head.tiles) m->head = m->embedding;
@@ -2854,7 +2837,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
        q4k, q5k        f16 d[16], f16 m[16], u8 s[8][16], u8 t[8][16]  (d * s) * x - m * t
        iq4xs           f16 d[16], i8 s[8][16]                          (d * s) * curve[x] */
 enum { LAYOUT = 2 };
-static const unsigned char native_magic[8] = { 0x89, 'c', 'r', 'i', 'a', '\r', '\n', 0x1a };
+static const char native_magic[] = "\x89" "cria\r\n\x1a";
 
 typedef struct { uint64_t at, n_bytes; } Section;
 enum { CONFIG, TENSORS, TOKENIZER, CHAT_TEMPLATE, WEIGHTS, N_SECTIONS };
@@ -2886,15 +2869,14 @@ static bool transfer_config(Model *m, Cursor from, Buffer *to, Error *e) {
         if (!to) take_into(&from, &found, sizeof found);
         if (!to && (strncmp(found.name, record.name, sizeof found.name) || found.count != record.count))
             return refuse(e, "the configuration has %u values of \"%.28s\", expected %u of %s", found.count,
-                        found.name, record.count, record.name);
+                          found.name, record.count, record.name);
         for (int l = 0; l < (int)record.count; l++) {
             double value = to ? get_field(m, f, l) : 0;
             if (!to) take_into(&from, &value, sizeof value);
             if (to ? !append(to, &value, sizeof value, e) : !set_field(m, f, l, value, e)) return false;
         }
     }
-    int n = from.left < 28 ? (int)from.left : 28;
-    return n == 0 || refuse(e, "the configuration asks for \"%.*s\", which is not known", n, (const char *)from.at);
+    return from.left == 0 || refuse(e, "the configuration has %zu bytes more than expected", from.left);
 }
 
 static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *e) {
@@ -2906,8 +2888,6 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
         take_into(&c, s, RECORD_BYTES);
         s->name[NAME_BYTES - 1] = 0;
         s->at -= h->weights.at;
-        if (s->tiles >= N_TYPES && s->tiles != VECTOR)
-            return refuse(e, "%s is of type %u, which is not known", s->name, s->tiles);
     }
     return true;
 }
@@ -2942,27 +2922,26 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
 // file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
 typedef struct {
     FILE *stream;
-    char *path, *temporary;  // the path without symbolic links; NULL: there is no other name
+    char path[PATH_BYTES], temporary[PATH_BYTES + 32];  // without symbolic links; "": there is no other name
 } Output;
 
 static char *volatile unfinished;  // the temporary file that there is now, for the signals of chapter 14
 
 static bool open_output(Output *o, const char *path, Error *e) {
     struct stat info, out;
-    *o = (Output){ NULL, NULL, NULL };
+    o->stream = NULL;
+    o->temporary[0] = 0;
     if (!path) return fail(e, MISUSE, "-m %s needs -o FILE to write to", options.mode);
     bool exists = stat(path, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
     bool is_stdout = exists && !fstat(1, &out) && out.st_dev == info.st_dev && out.st_ino == info.st_ino;
-    o->path = is_file ? realpath(path, NULL) : strdup(path);
-    if (!o->path) return fail(e, io_status(), "%s: %s", path, strerror(errno));
+    snprintf(o->path, sizeof o->path, "%s", path);
+    if (exists ? access(path, W_OK) || (is_file && !realpath(path, o->path)) : errno != ENOENT)
+        return fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (!exists && lstat(path, &info) == 0) return fail(e, BROKEN_IO, "%s: a symbolic link to nothing", path);
-    if (exists && access(path, W_OK)) return fail(e, BROKEN_IO, "%s: %s", path, strerror(errno));
     if (is_stdout || (exists && !is_file)) {
-        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(o->path, "wb");
+        o->stream = is_stdout ? fdopen(dup(1), "wb") : fopen(path, "wb");
     } else {
-        size_t length = strlen(o->path) + 32;
-        if (!(o->temporary = allocate(length, 1, e))) return false;
-        snprintf(o->temporary, length, "%s.%ld.tmp", o->path, (long)getpid());
+        snprintf(o->temporary, sizeof o->temporary, "%s.%ld.tmp", o->path, (long)getpid());
         unlink(unfinished = o->temporary);  // left by a process of the same number that was killed
         int file = open(o->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         bool same_mode = file >= 0 && (!is_file || fchmod(file, info.st_mode & 0777) == 0);
@@ -2975,14 +2954,12 @@ static bool open_output(Output *o, const char *path, Error *e) {
 // Completes the file if all went well so far (ok), else removes it and returns false.
 static bool close_output(Output *o, bool ok, Error *e) {
     bool written = o->stream && !ferror(o->stream) && fflush(o->stream) == 0;
-    written = written && (!o->temporary || fsync(fileno(o->stream)) == 0);
+    written = written && (!*o->temporary || fsync(fileno(o->stream)) == 0);
     if (o->stream) written = fclose(o->stream) == 0 && written;
-    written = written && ok && (!o->temporary || rename(o->temporary, o->path) == 0);
+    written = written && ok && (!*o->temporary || rename(o->temporary, o->path) == 0);
     if (ok && !written) fail(e, BROKEN_IO, "%s: cannot be written: %s", o->path, strerror(errno));
-    if (!written && o->temporary) unlink(o->temporary);
+    if (!written) unlink(o->temporary);
     unfinished = NULL;
-    free(o->path);
-    free(o->temporary);
     return written;
 }
 
@@ -3022,7 +2999,7 @@ static bool export_model(Model *m, const char *path, Error *e) {
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
               append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     ok = ok && open_output(&out, path, e);
     if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
     for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
@@ -3048,15 +3025,16 @@ static const struct { const char *name; unsigned char n_bytes; } gguf_types[] = 
 };
 
 typedef struct {
-    Text name;
-    GgufType type;  // of its items
+    char name[128];  // cut where it is longer, which no key is that anything asks for
+    GgufType type;   // of its items
     bool is_array, used;
     size_t count;
-    Cursor value;  // its items
+    Cursor value;    // its items
 } Key;
 
 typedef struct {
-    Cursor rest;  // what has not been read
+    Cursor rest;  // what has not been read ...
+    size_t n_bytes;  // ... of so many bytes
     Key *keys;    // sorted by name
     size_t n_keys, n_tensors;
     char family[16];
@@ -3067,41 +3045,28 @@ typedef struct {
 // How many bytes of a text a message shows.
 static int shown(Text t) { return t.n < 64 ? (int)t.n : 64; }
 
-static bool is_text(Text t, const char *expected) {
-    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
-}
-
 static bool read_key(Cursor *c, Key *k, Error *e) {
-    k->name = take_string(c);
+    Text name = take_string(c);
     uint32_t type = take_u32(c);
     k->is_array = type == G_ARRAY;
     if (k->is_array) type = take_u32(c);
-    uint64_t count = k->is_array ? take_u64(c) : 1;
+    k->count = k->is_array ? (size_t)take_u64(c) : 1;
     if (c->bad) return refuse(e, "the file ends within its keys");
-    if (type >= N_G || type == G_ARRAY)
-        return refuse(e, "key %.*s has type %u, which is not known", shown(k->name), k->name.at, type);
+    memcpy(k->name, name.at, name.n < sizeof k->name ? name.n : sizeof k->name - 1);
+    if (type >= N_G || type == G_ARRAY) return refuse(e, "key %s has type %u, which is not known", k->name, type);
     k->type = (GgufType)type;
-    k->count = (size_t)count;
     k->value = *c;
-    size_t least = type == G_STRING ? sizeof(uint64_t) : gguf_types[type].n_bytes;
-    c->bad = count > c->left / least;  // there cannot be more, and strings are walked one by one
-    if (type != G_STRING) take(c, k->count * least);
+    if (type != G_STRING) take(c, times(k->count, gguf_types[type].n_bytes));
     for (size_t i = 0; type == G_STRING && i < k->count && !c->bad; i++) take_string(c);
-    if (c->bad) return refuse(e, "key %.*s is longer than the file", shown(k->name), k->name.at);
     k->value.left -= c->left;
-    return true;
-}
-
-static int by_key_name(const void *a, const void *b) {
-    const Text *x = a, *y = b;  // a Key begins with its name
-    return x->n == y->n ? memcmp(x->at, y->at, x->n) : x->n < y->n ? -1 : 1;
+    return !c->bad || refuse(e, "key %s is longer than the file", k->name);
 }
 
 // The key of that name, or NULL. A name that begins with a dot follows the family's name.
 static Key *find_key(Gguf *g, const char *name) {
     char full[128];
-    int n = snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
-    Key *k = bsearch(&(Text){ full, (size_t)n }, g->keys, g->n_keys, sizeof *k, by_key_name);
+    snprintf(full, sizeof full, "%s%s", name[0] == '.' ? g->family : "", name);
+    Key *k = bsearch(full, g->keys, g->n_keys, sizeof *k, by_name);
     if (k) k->used = true;
     return k;
 }
@@ -3123,8 +3088,8 @@ static Key get_key(Gguf *g, const char *name, GgufType type, bool is_array) {
     const char *kinds = type == G_INTEGER ? "ui" : type == G_NUMBER ? "uif" : "";
     bool fits = k && k->is_array == is_array && (k->type == type || strchr(kinds, gguf_types[k->type].name[0]));
     if (k && !fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %s%s, expected %s %s", shown(k->name), k->name.at,
-                         k->is_array ? "an array of " : "", gguf_types[k->type].name,
+        g->bad = !refuse(g->error, "key %s is %s%s, expected %s %s", k->name, k->is_array ? "an array of " : "",
+                         gguf_types[k->type].name,
                          is_array ? "an array of type" : type == G_INTEGER ? "an" : "a", gguf_types[type].name);
     return fits ? *k : (Key){ 0 };
 }
@@ -3135,7 +3100,7 @@ static double get_value(Gguf *g, const char *name, GgufType type, double min, do
     double x = k.value.at ? key_number(&k, 0) : otherwise;
     bool fits = !k.value.at || (x >= min && x <= max);
     if (!fits && !g->bad)
-        g->bad = !refuse(g->error, "key %.*s is %.10g, expected %g to %g", shown(k.name), k.name.at, x, min, max);
+        g->bad = !refuse(g->error, "key %s is %.10g, expected %g to %g", k.name, x, min, max);
     return fits ? x : otherwise;
 }
 
@@ -3161,12 +3126,8 @@ static Text get_text(Gguf *g, const char *name) {
     return take_string(&k.value);
 }
 
-static bool refuse_key(const Key *k, Error *e) {
-    return refuse(e, "key %.*s asks for something that is not implemented", shown(k->name), k->name.at);
-}
-
-// A key of the family that no code has asked for may change what the model computes. So it is refused, unless its value
-// switches its feature off: 0 or false, if this table does not name another value (NAN: any).
+// A key that no code has asked for may change what the model computes, if it is the family's or one of this table. So
+// it is refused, unless its value switches its feature off: 0 or false, if the table has no other value (NAN: any).
 static const struct { const char *key; double harmless; } other_keys[] = {
     { ".attention.causal", 1 }, { ".logit_scale", 1 }, { ".residual_scale", 1 }, { ".embedding_scale", 1 },
     { ".rope.scaling.finetuned", NAN }, { ".tensor_data_layout", NAN }, { ".rope.scaling.yarn_ext_factor", 1 },
@@ -3174,16 +3135,17 @@ static const struct { const char *key; double harmless; } other_keys[] = {
     { "stablelm.use_parallel_residual", NAN },  // often set; the files that mean it have no ffn_norm.weight
     { ".expert_feed_forward_length", NAN },  // no code asks for it if there are no experts
     { ".expert_weights_norm", 1 }, { ".expert_weights_scale", 1 }, { ".expert_gating_func", 1 },  // 1: softmax
+    { "tokenizer.ggml.precompiled_charsmap", 0 }, { "tokenizer.ggml.remove_extra_whitespaces", 0 },
 };
 
-static bool is_harmless(const Gguf *g, const Key *k) {
+static bool is_harmless(const Gguf *g, const Key *k, bool whole) {
     size_t n = strlen(g->family);
-    if (k->used || k->name.n <= n || memcmp(k->name.at, g->family, n) || k->name.at[n] != '.') return true;
-    double harmless = 0;
+    bool is_ours = whole && !strncmp(k->name, g->family, n) && k->name[n] == '.';
+    double harmless = is_ours ? 0 : NAN;
     for (size_t i = 0; i < sizeof other_keys / sizeof *other_keys; i++)
-        if (is_text((Text){ k->name.at + n, k->name.n - n }, other_keys[i].key) || is_text(k->name, other_keys[i].key))
+        if (!strcmp(k->name, other_keys[i].key) || (is_ours && !strcmp(k->name + n, other_keys[i].key)))
             harmless = other_keys[i].harmless;
-    if (isnan(harmless)) return true;
+    if (k->used || isnan(harmless)) return true;
     if (k->type == G_STRING) return false;
     for (size_t i = 0; i < k->count; i++) if (key_number(k, i) != harmless) return false;
     return true;
@@ -3197,8 +3159,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
     const Key *found = !f->feature || features & f->feature ? find_key(g, name) : NULL;
     if (!found && isnan(f->otherwise)) return refuse(e, "key %s%s is missing", g->family, name);
     if (!found && f->otherwise == 0) return true;
-    GgufType type = f->type == INTEGER ? G_INTEGER : G_NUMBER;
-    Key k = found ? get_key(g, name, type, f->per_layer && found->is_array) : (Key){ 0 };
+    Key k = { .count = 0 };
+    if (found) k = get_key(g, name, f->type == INTEGER ? G_INTEGER : G_NUMBER, f->per_layer && found->is_array);
     if (g->bad) return false;
     if (k.is_array && k.count != (size_t)n)
         return refuse(e, "key %s%s has %zu values, expected one or %d", g->family, name, k.count, n);
@@ -3212,6 +3174,8 @@ static bool get_field_of_key(Gguf *g, Model *m, const ConfigField *f, Error *e) 
 static void complete_config(Model *m, const Family *f, int every, const Key *pattern) {
     Config *c = &m->config;
     bool largest_gemma = f->features & GEMMA && (c->n_layers == 46 || c->n_layers == 62);
+    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
+    if (!c->rope_dim) c->rope_dim = c->head_dim;
     c->logit_scale = 1 / c->logit_scale;  // Granite divides by it
     if (f->features & GEMMA) c->embedding_scale = sqrtf((float)c->dim), c->activation = GELU;
     if (f->features & CAPS && c->attention_cap == 0) c->attention_cap = 50;
@@ -3233,9 +3197,8 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
     Text type = get_text(g, ".rope.scaling.type");
     bool none = is_text(type, "none"), yarn = is_text(type, "yarn"), longrope = is_text(type, "longrope");
     double factor = get_number(g, ".rope.scaling.factor", 0, 1e6, get_number(g, ".rope.scale_linear", 1e-6, 1e6, 1));
-    double original = get_integer(g, ".rope.scaling.original_context_length", 0, MAX_CONTEXT, 0), magnitude = 1;
+    double original = c->original_context, magnitude = 1;
     c->rope_scale = factor == 0 || none ? 1 : factor;
-    c->original_context = (int)original;
     if (yarn) {  // the magnitude is 1 + 0.1 ln(factor), or that over the same with a multiplier of the logarithm
         double x = 0.1 * log(fmax(factor, 1)), all = get_number(g, ".rope.scaling.yarn_log_multiplier", 0, 1e6, 0);
         magnitude = (1 + x) / (1 + all * x);
@@ -3244,13 +3207,12 @@ static bool read_gguf_scaling(Gguf *g, Config *c, bool has_factors, Error *e) {
         get_number(g, ".rope.scaling.yarn_attn_factor", magnitude * 0.9999, magnitude * 1.0001, 1);
     }
     double usual = original > 0 && has_factors ? sqrt(1 + log(fmax(c->context / original, 1)) / log(original)) : 1;
-    c->rope_magnitude = magnitude * get_number(g, ".rope.scaling.attn_factor", 1e-6, 1e6, usual);
+    c->rope_magnitude = magnitude * (c->rope_magnitude > 0 ? c->rope_magnitude : usual);
     return !type.at || none || yarn || (longrope && has_factors) || is_text(type, "linear") ||
            refuse(e, "rope scaling \"%.*s\" %s", shown(type), type.at,
                   longrope ? "needs rope_factors_long.weight" : "is not implemented");
 }
 
-// The configuration. Refuses every key of the family that asks for something else.
 static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     Config *c = &m->config;
     snprintf(c->family, sizeof c->family, "%s", g->family);
@@ -3258,7 +3220,6 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     const Source *embedding = find_source(m, "token_embd.weight");
     if (!m->n_sources) return refuse(e, "no tensors, only a vocabulary: enough for -m tokenize and -m detokenize");
     if (!embedding) return refuse(e, "token_embd.weight is missing");
-    if (embedding->rows - 1 >= MAX_TOKENS) return refuse(e, "%s has %u rows", embedding->name, embedding->rows);
     c->n_tokens = (int)embedding->rows;
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         if (f->key && !get_field_of_key(g, m, f, e)) return false;
@@ -3266,25 +3227,22 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
         if (!y->n_kv_heads) y->n_kv_heads = y->n_heads;
         if (y->n_experts) y->ffn_dim = get_integer(g, ".expert_feed_forward_length", 1, MAX_FFN_DIM, y->ffn_dim);
     }
-    if (!c->head_dim) c->head_dim = c->dim / m->layers->n_heads;
-    if (!c->rope_dim) c->rope_dim = c->head_dim;
     const Family *family = find_family(c->family, e);
     const char *name = ".attention.sliding_window_pattern";
     const Key *found = find_key(g, name), *pattern = found && found->is_array ? found : NULL;
     int every = pattern ? 0 : get_integer(g, name, 0, MAX_CONTEXT, family->global_every);
     if (pattern) get_key(g, name, pattern->type == G_BOOL ? G_BOOL : G_INTEGER, true);
     if (g->bad) return false;
-    if (pattern && pattern->count != (size_t)c->n_layers) return refuse_key(pattern, e);
+    if (pattern && pattern->count != (size_t)c->n_layers)
+        return refuse(e, "key %s has %zu values, expected %d", pattern->name, pattern->count, c->n_layers);
     complete_config(m, family, every, pattern);
     get_integer(g, ".attention.value_length", c->head_dim, c->head_dim, 0);
-    m->chat_template = get_text(g, "tokenizer.chat_template");
-    if (!read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e)) return false;
-    for (const Key *k = g->keys; k < g->keys + g->n_keys; k++) if (!is_harmless(g, k)) return refuse_key(k, e);
-    return true;
+    return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
-static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
+static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
+    m->chat_template = get_text(g, "tokenizer.chat_template");
     Text model = get_text(g, "tokenizer.ggml.model"), pre = get_text(g, "tokenizer.ggml.pre");
     bool spm = is_text(model, "llama");  // nothing else has a use for scores
     Key pieces = get_key(g, "tokenizer.ggml.tokens", G_STRING, true), scores = { 0 };
@@ -3302,24 +3260,18 @@ static bool read_gguf_vocabulary(Gguf *g, Buffer *section, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .add_bos = get_flag(g, "tokenizer.ggml.add_bos_token"),
-        .add_eos = get_flag(g, "tokenizer.ggml.add_eos_token"),
-        .ignore_merges = get_flag(g, "tokenizer.ggml.ignore_merges"),
-        .composes = get_flag(g, "tokenizer.ggml.normalizer.nfc"),
-        .dummy_prefix = get_flag(g, "tokenizer.ggml.add_space_prefix"),
+        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
+                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
+                  get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
+                  get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
+                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
     };
-    if (get_flag(g, "tokenizer.ggml.space_prefix.first") > 0) v.spm_flags |= PREFIX_FIRST;
-    if (get_flag(g, "tokenizer.ggml.space_prefix.unless_space") > 0) v.spm_flags |= PREFIX_UNLESS_SPACE;
-    if (get_flag(g, "tokenizer.ggml.added_tokens_first") > 0) v.spm_flags |= ADDED_FIRST;
-    get_value(g, "tokenizer.ggml.remove_extra_whitespaces", G_BOOL, 0, 0, 0);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    const Key *map = find_key(g, "tokenizer.ggml.precompiled_charsmap");
-    if (map && map->count > 0) return refuse_key(map, e);
     if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
-    return pack_vocabulary(&v, section, e);
+    return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
 
 // Reads a tensor's name, shape, type and offset. place_sources() finds its data, bind_slot() checks its shape.
@@ -3334,11 +3286,11 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     if (name.n == 0 || name.n >= NAME_BYTES || memchr(name.at, 0, name.n))
         return refuse(e, "a tensor's name has %zu bytes or a NUL", name.n);
     memcpy(s->name, name.at, name.n);
-    if (n_dims > 4 || dims[3] != 1) return refuse(e, "%s has %u dimensions, expected 1 to 3", s->name, n_dims);
-    for (int i = 0; i < 3; i++)
-        if (dims[i] > UINT32_MAX) return refuse(e, "%s has a dimension of %llu", s->name, (unsigned long long)dims[i]);
+    if (n_dims > 4 || dims[3] != 1 || (dims[0] | dims[1] | dims[2]) > UINT32_MAX)
+        return refuse(e, "%s has %u dimensions, expected 1 to 3 of at most 32 bits", s->name, n_dims);
     for (int i = 0; i < N_SOURCE_TYPES; i++) if (source_types[i].gguf_id == (int64_t)type) s->type = &source_types[i];
     if (!s->type) return refuse(e, "%s is of GGUF type %u, which is not supported", s->name, type);
+    s->tiles = s->type->tile;
     s->cols = (uint32_t)dims[0];
     s->rows = (uint32_t)dims[1];
     s->n = (uint32_t)dims[2];
@@ -3346,17 +3298,14 @@ static bool read_gguf_tensor(Cursor *c, Source *s, Error *e) {
     return true;
 }
 
-// Adds the tensors of a file of n_bytes, or of a part of a split one, to the model's sources.
-static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Error *e) {
+// Adds the tensors of a file, or of a part of a split one, to the model's sources.
+static bool read_gguf_tensors(Gguf *g, Model *m, Error *e) {
     Cursor *c = &g->rest;
     size_t n = g->n_tensors, before = m->n_sources, parts = m->n_parts + 1;
-    size_t number = (size_t)get_integer(g, "split.no", 0, 65535, 0) + 1;
-    size_t count = (size_t)get_integer(g, "split.count", 0, 65535, 0);
+    size_t count = (size_t)get_integer(g, "split.count", 1, 65535, 1);
     size_t step = (size_t)get_integer(g, "general.alignment", 8, 1 << 20, 32);
     if (g->bad) return false;
-    if (number != part || (count ? count : 1) != parts)
-        return refuse(e, "says that it is part %zu of %zu of a split GGUF, its name says %zu of %zu", number, count,
-                      part, parts);
+    if (count != parts) return refuse(e, "one of %zu parts of a split GGUF, but of %zu by its name", count, parts);
     if (step & (step - 1)) return refuse(e, "key general.alignment is %zu, expected a power of two", step);
     if (n > MAX_TENSORS - before || n > c->left / 24)  // 24: a tensor's bytes without its name and dimensions
         return refuse(e, "claims to have %zu tensors; %zu bytes are left", n, c->left);
@@ -3365,7 +3314,7 @@ static bool read_gguf_tensors(Gguf *g, size_t n_bytes, size_t part, Model *m, Er
     m->sources = (void *)all.bytes;
     for (; m->n_sources < before + n; m->n_sources++)
         if (!read_gguf_tensor(c, &m->sources[m->n_sources], e)) return false;
-    size_t n_read = n_bytes - c->left;
+    size_t n_read = g->n_bytes - c->left;
     take(c, round_up(n_read, step) - n_read);
     return place_sources(m->sources + before, n, *c, step, e);
 }
@@ -3382,9 +3331,10 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
         return refuse(e, "claims to have %zu keys; %zu bytes are left", n_keys, c->left);
     if (!(g->keys = allocate(n_keys, sizeof *g->keys, e))) return false;
     for (; g->n_keys < n_keys; g->n_keys++) if (!read_key(c, &g->keys[g->n_keys], e)) return false;
-    qsort(g->keys, g->n_keys, sizeof *g->keys, by_key_name);
+    qsort(g->keys, g->n_keys, sizeof *g->keys, by_name);
     for (const Key *k = g->keys; k + 1 < g->keys + g->n_keys; k++)
-        if (by_key_name(k, k + 1) == 0) return refuse(e, "key %.*s is there twice", shown(k->name), k->name.at);
+        if (by_name(k, k + 1) == 0 && strlen(k->name) < sizeof k->name - 1)
+            return refuse(e, "key %s is there twice", k->name);
     Text family = get_text(g, "general.architecture");
     snprintf(g->family, sizeof g->family, "%.*s", shown(family), family.at ? family.at : "");
     if (family.at && memchr(family.at, 0, family.n)) return refuse(e, "key general.architecture has a NUL in it");
@@ -3392,21 +3342,19 @@ static bool read_gguf_keys(Gguf *g, Error *e) {
 }
 
 static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
-    Gguf g = { .rest = file, .error = e };
-    bool ok = read_gguf_keys(&g, e);
-    if (ok && !find_key(&g, "general.architecture")) ok = refuse(e, "key general.architecture is missing");
-    if (ok && !whole) m->chat_template = get_text(&g, "tokenizer.chat_template");
-    if (whole) ok = ok && find_family(g.family, e) && read_gguf_tensors(&g, file.left, 1, m, e);
+    Gguf g = { .rest = file, .n_bytes = file.left, .error = e };
+    bool ok = read_gguf_keys(&g, e) && (!whole || (find_family(g.family, e) && read_gguf_tensors(&g, m, e)));
     for (size_t i = 0; whole && ok && i < m->n_parts; i++) {
         size_t n_bytes = m->parts[i].n_bytes;
-        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .error = e };
-        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, n_bytes, i + 2, m, e)) || in_part(i + 2, e);
+        Gguf part = { .rest = { m->parts[i].bytes, n_bytes, false }, .n_bytes = n_bytes, .error = e };
+        ok = (read_gguf_keys(&part, e) && read_gguf_tensors(&part, m, e)) || in_part(i + 2, e);
         free(part.keys);
     }
-    int has = (int)m->n_sources, n = whole && ok ? get_integer(&g, "split.tensors.count", 0, MAX_TENSORS, has) : 0;
-    if (whole && ok && n != has) ok = refuse(e, "has %d tensors, key split.tensors.count says %d", has, n);
-    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, &m->packed_vocabulary, e) &&
-         (!whole || check_config(m, e));
+    ok = ok && (!whole || read_gguf_config(&g, m, e)) && read_gguf_vocabulary(&g, m, e);
+    for (const Key *k = g.keys; ok && k < g.keys + g.n_keys; k++)
+        if (!is_harmless(&g, k, whole))
+            ok = refuse(e, "key %s asks for something that is not implemented", k->name);
+    ok = ok && (!whole || check_config(m, e));
     free(g.keys);
     return ok;
 }
@@ -3417,8 +3365,9 @@ static bool parse_gguf(Cursor file, Model *m, bool whole, Error *e) {
 // matrices of int8 in groups. The tensors come in this order, those of one name by layer; from v1 on, all vectors come
 // before all matrices. "" stands for v0's table of angles.
 static const char *const llama2c_order[] = {
-    "token_embd.weight", "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight",
-    "ffn_norm.weight", "ffn_gate.weight", "ffn_down.weight", "ffn_up.weight", "output_norm.weight", "", "output.weight",
+    "token_embd.weight", "blk.%d.attn_norm.weight", "blk.%d.attn_q.weight", "blk.%d.attn_k.weight",
+    "blk.%d.attn_v.weight", "blk.%d.attn_output.weight", "blk.%d.ffn_norm.weight", "blk.%d.ffn_gate%s.weight",
+    "blk.%d.ffn_down%s.weight", "blk.%d.ffn_up%s.weight", "output_norm.weight", "", "output.weight",
 };
 enum { N_LLAMA2C = sizeof llama2c_order / sizeof *llama2c_order };
 
@@ -3434,8 +3383,8 @@ static bool read_llama2c_tensors(Model *m, Cursor *c, int version, bool shared, 
             if (grouped && (slot->cols % group || group % 32))
                 return refuse(e, "%s: groups of %zu do not fit %zu columns", slot->name, group, slot->cols);
             Source *s = &m->sources[m->n_sources++];
-            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .n = 1, .rows = slot->rows,
-                           .cols = slot->cols, .data = c->at, .group = group };
+            *s = (Source){ .type = &source_types[grouped ? SOURCE_GROUPS : SOURCE_F32], .rows = slot->rows,
+                           .cols = slot->cols, .n = 1, .tiles = grouped ? Q8F : F32, .data = c->at, .group = group };
             memcpy(s->name, slot->name, NAME_BYTES);
             s->n_bytes = source_bytes(s);
             take(c, s->n_bytes);
@@ -3463,11 +3412,9 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
     if (version) take(&c, 256 - (size_t)(c.at - file.at));  // a file that ends before has no heads, or no tensors
     if (h.n_heads < 1 || h.dim % h.n_heads || (version == 2 && group < 1))
         return refuse(e, "is no checkpoint that cria knows: GGUF, its own, or llama2.c's");
-    int head_dim = h.dim / h.n_heads;
     m->config = (Config){ .family = "llama", .n_layers = h.n_layers, .dim = h.dim, .n_tokens = h.n_tokens,
-                          .head_dim = head_dim, .rope_dim = head_dim, .context = h.context,
-                          .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1, .rope_magnitude = 1,
-                          .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
+                          .context = h.context, .norm_eps = 1e-5f, .rope_theta = 10000, .rope_scale = 1,
+                          .rope_magnitude = 1, .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1 };
     if (!set_field(m, &config_fields[0], 0, h.n_layers, e)) return false;
     for (int l = 0; l < h.n_layers; l++)
         m->layers[l] = (Layer){ .n_heads = h.n_heads, .n_kv_heads = h.n_kv_heads, .ffn_dim = h.ffn_dim };
@@ -3477,59 +3424,62 @@ static bool parse_llama2c(Cursor file, Model *m, bool whole, Error *e) {
 
 // ---- Any of them ----
 
-// What people take for a checkpoint, and the bytes by which it is recognised.
-static const struct { size_t at; const char *sign, *thing; } mistakes[] = {
-    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin" },
-    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin" },
-    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)" },
-    { 0, "<!", "a web page: was it the right link?" }, { 0, "<h", "a web page: was it the right link?" },
-    { 0, "FUGG", "a big-endian GGUF, which is not supported" }, { 0, "\177ELF", "a program" },
+typedef enum { LLAMA2C, NATIVE, GGUF } Container;
+typedef bool Parser(Cursor file, Model *m, bool whole, Error *e);
+
+// Kinds of files, by what they have at a place: those that can be opened, then what people take for a checkpoint. The
+// first kind has no sign: it is what no other row fits.
+static const struct { size_t at; const char *sign, *thing; Parser *parse; } file_kinds[] = {
+    [LLAMA2C] = { 0, "", "llama2.c", parse_llama2c },
+    [NATIVE] = { 0, native_magic, "cria", parse_native },
+    [GGUF] = { 0, "GGUF", "GGUF", parse_gguf },
+    { 0, "PK\3\4", "a zip archive or PyTorch file; for a model: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 8, "{\"", "a safetensors file; convert its folder: python3 export_model.py FOLDER -o model.bin", NULL },
+    { 0, "version ", "a Git LFS pointer: the file itself was not fetched (git lfs pull)", NULL },
+    { 0, "<!", "a web page: was it the right link?", NULL }, { 0, "<h", "a web page: was it the right link?", NULL },
+    { 0, "FUGG", "a big-endian GGUF, which is not supported", NULL }, { 0, "\177ELF", "a program", NULL },
 };
 
-typedef enum { NATIVE, GGUF, LLAMA2C } Container;
-
-static Container recognise(const unsigned char *bytes, size_t n) {
-    if (n >= 8 && !memcmp(bytes, native_magic, 8)) return NATIVE;
-    return n >= 4 && !memcmp(bytes, "GGUF", 4) ? GGUF : LLAMA2C;
+// The file's kind: a Container or, of a mistake, another row.
+static size_t recognise(const unsigned char *bytes, size_t n) {
+    size_t kind = sizeof file_kinds / sizeof *file_kinds - 1;
+    for (; kind > 0; kind--) {
+        size_t at = file_kinds[kind].at, length = strlen(file_kinds[kind].sign);
+        if (n >= at + length && !memcmp(bytes + at, file_kinds[kind].sign, length)) break;
+    }
+    return kind;
 }
 
-// Parses the file and opens its vocabulary, which replaces the model's.
+// Parses the file and opens its vocabulary, which replaces the model's. The model must have as many tokens, if it has
+// weights; of the whole model, the vocabulary may be missing.
 static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
-    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
-        size_t at = mistakes[i].at, length = strlen(mistakes[i].sign);
-        if (file.left >= at + length && !memcmp(file.at + at, mistakes[i].sign, length))
-            return refuse(e, "is %s", mistakes[i].thing);
-    }
-    Container container = recognise(file.at, file.left);
+    size_t kind = recognise(file.at, file.left);
     const char *path = file.at == m->file.bytes ? m->file.path : "FILE";
-    size_t n = file.left < 64 ? file.left : 64, n_text = 0;  // in these 64 bytes llama2.c's files have zeros
-    while (n_text < n && (file.at[n_text] >= ' ' || (file.at[n_text] >= '\t' && file.at[n_text] <= '\r'))) n_text++;
-    if (container == LLAMA2C && n_text == n) return refuse(e, "a text file, not a model; as a prompt: -f %s", path);
+    if (!file_kinds[kind].parse) return refuse(e, "is %s", file_kinds[kind].thing);
+    if (kind == LLAMA2C && !memchr(file.at, 0, file.left < 64 ? file.left : 64))  // small numbers have bytes of 0
+        return refuse(e, "not a model; if it is a text, as a prompt: -f %s", path);
     const Buffer *made = &m->packed_vocabulary;
     close_tokenizer(&m->tokenizer);
     m->vocabulary = NULL;
     m->vocabulary_bytes = m->packed_vocabulary.n = 0;
-    bool ok = container == NATIVE ? parse_native(file, m, whole, e) : container == GGUF ? parse_gguf(file, m, whole, e)
-                                                                    : parse_llama2c(file, m, whole, e);
+    if (!file_kinds[kind].parse(file, m, whole, e)) return false;
     if (made->n) m->vocabulary = made->bytes, m->vocabulary_bytes = made->n;
-    return ok && (!m->vocabulary || open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e));
+    if (m->vocabulary && !open_tokenizer(m->vocabulary, m->vocabulary_bytes, &m->tokenizer, e)) return false;
+    int n = m->tokenizer.n_tokens, wanted = m->config.n_tokens;
+    if (!wanted) m->config.n_tokens = n;
+    return !wanted || n == wanted || (whole && n == 0) ||
+           refuse(e, "the tokenizer has %d tokens, the model has %d", n, wanted);
 }
 
 // Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
-    Cursor file = { bytes, n_bytes, false };
-    bool ok = parse_file(file, m, true, e) && (threads == 0 || bind_model(m, threads, e));
-    int n = m->tokenizer.n_tokens;
-    return ok && (n == 0 || n == m->config.n_tokens ||
-                  refuse(e, "its tokenizer has %d tokens, its weights %d", n, m->config.n_tokens));
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
 
 // Opens the tokenizer of any file that has one. It must have n_tokens tokens; -1: any number.
 static bool open_vocabulary(const unsigned char *bytes, size_t n_bytes, int n_tokens, Model *m, Error *e) {
-    if (!parse_file((Cursor){ bytes, n_bytes, false }, m, false, e)) return false;
-    int n = m->tokenizer.n_tokens;
-    if (n_tokens < 0) n_tokens = m->config.n_tokens = n;
-    return n == n_tokens || refuse(e, "the tokenizer has %d tokens, the model has %d", n, n_tokens);
+    m->config.n_tokens = n_tokens < 0 ? 0 : n_tokens;
+    return parse_file((Cursor){ bytes, n_bytes, false }, m, false, e);
 }
 
 static void close_model(Model *m) {
@@ -3657,12 +3607,11 @@ static void normalise_wide(const Model *m, Workspace *w, const Layer *layer, int
 
 // ---- One token far down a text ----
 
-// Unit i of those that attend_deep() shares, and room for the largest score of each query and page.
-static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages, float **largest) {
+// Unit i of those that attend_deep() shares. After its totals is room for the largest score of each query and page.
+static Attention deep_unit(const Model *m, const Workspace *w, int l, size_t i, size_t n_pages) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads;
     Attention a = unit_of(m, w, l, (int)(i / n_kv_heads), 1, i % n_kv_heads);
-    size_t each = (size_t)a.n_queries * (2 * a.padded + a.score_stride + 1 + n_pages);
-    *largest = place_scratch(&a, w->scratch + i * each);
+    place_scratch(&a, w->scratch + i * (size_t)a.group * (2 * a.padded + a.score_stride + 1 + n_pages));
     return a;
 }
 
@@ -3674,16 +3623,11 @@ static Range seen_in_page(const Attention *a, size_t page) {
     return seen;
 }
 
-// The largest score of each query, from those of its pages.      max (group)
-static void find_largest(const Attention *a, const float *largest, size_t n_pages, float *max) {
+// The largest score of query q, from those of its pages.
+static float largest_score(const Attention *a, size_t q, size_t n_pages) {
     Range seen = all_seen(a);
-    for (int q = 0; q < a->group; q++) {
-        max[q] = -INFINITY;
-        for (size_t page = seen.from / PAGE; page * PAGE < seen.to; page++) {
-            float of_page = largest[(size_t)q * n_pages + page];
-            max[q] = of_page > max[q] ? of_page : max[q];
-        }
-    }
+    const float *of_page = a->totals + a->group + q * n_pages + seen.from / PAGE;
+    return of_page[likeliest(of_page, (int)((seen.to - 1) / PAGE - seen.from / PAGE) + 1)];
 }
 
 // totals[q] = the sum of weights scores[q], position p in lane p mod 16
@@ -3703,26 +3647,27 @@ static void add_weights(const Attention *a) {
 static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Team *team) {
     size_t n_units = (size_t)w->n * (size_t)m->layers[l].n_kv_heads;
     size_t n_columns = round_up((size_t)m->config.head_dim, 16);
-    float *largest, max[MAX_HEADS], lane[16] = { 0 };
+    float max[MAX_HEADS], lane[16] = { 0 };
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
             size_t first = seen_from(&a, 0) > p.from ? seen_from(&a, 0) - p.from : 0;
             if (p.from < p.to) score_keys(&a, a.query, a.head_dim, p);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++) {
                 float *scores = a.scores + q * a.score_stride + p.from;
-                float max_of_page = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
-                largest[q * n_pages + i % n_pages] = max_of_page;
+                float largest = kernels->scale_scores(scores, first, p.to - p.from, a.scale, a.cap);
+                a.totals[(size_t)a.group + q * n_pages + i % n_pages] = largest;
             }
         }
     }
     end_step(team, SCORE, l);
     for (Range r; take_chunk(team, n_units * n_pages, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i / n_pages, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i / n_pages, n_pages);
             Range p = seen_in_page(&a, i % n_pages);
-            if (i == r.from || i % n_pages == 0) find_largest(&a, largest, n_pages, max);
+            bool is_next_unit = i == r.from || i % n_pages == 0;
+            for (size_t q = 0; q < (size_t)a.group && is_next_unit; q++) max[q] = largest_score(&a, q, n_pages);
             for (size_t q = 0; q < (size_t)a.group && p.from < p.to; q++)
                 kernels->exponentiate(lane, a.scores + q * a.score_stride + p.from, p.to - p.from, max[q]);
         }
@@ -3730,7 +3675,7 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
     end_step(team, SOFTMAX, l);
     for (Range r; take_chunk(team, n_units * n_columns / 16, 1, &r);) {
         for (size_t i = r.from; i < r.to; i++) {
-            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages, &largest);
+            Attention a = deep_unit(m, w, l, i * 16 / n_columns, n_pages);
             Range columns = { i * 16 % n_columns, i * 16 % n_columns + 16 };
             a.totals = max;  // each thread makes its own
             add_weights(&a);
@@ -3772,99 +3717,102 @@ static void make_turns(const Model *m, Rotation *a, int context) {
     }
 }
 
-// ---- Top-k, top-p, min-p ----
+// ---- Top-k, typical, top-p, min-p, XTC ----
 
-// Candidates as a heap, the likeliest on top: c[i] sinks to where none below it is likelier.
+// What changes the logits before a token is chosen.
+typedef struct Shaper {
+    const Tokenizer *tokenizer;
+    float *logits;  // (V)  the changed ones
+    float *bias;    // (V)  what is added to them
+    int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
+} Shaper;
+
 static bool is_likelier(Candidate a, Candidate b) {
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
+static void swap(Candidate *a, Candidate *b) {
+    Candidate old = *a;
+    *a = *b;
+    *b = old;
+}
+
+// In a heap, c[i] sinks to where none below it is likelier.
 static void sink(Candidate *c, size_t i, size_t n) {
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
         if (child + 1 < n && is_likelier(c[child + 1], c[child])) child++;
         if (!is_likelier(c[child], c[i])) return;
-        Candidate above = c[i];
-        c[i] = c[child];
-        c[child] = above;
+        swap(&c[i], &c[child]);
     }
 }
 
-// Moves the top of *n candidates to *to.
-static void take_likeliest(Candidate *to, Candidate *heap, size_t *n) {
-    Candidate top = heap[0];
-    heap[0] = heap[--*n];
-    sink(heap, 0, *n);
-    *to = top;
+static void make_heap(Candidate *c, size_t n) {
+    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
 }
 
-// Only candidates that can be chosen are sorted; the rest stays in the heap. To add a filter: a member of Sampler, its
-// part in `cuts` (choose_token(), chapter 6), its cut here, and an option (chapter 14), put in by run().
-static size_t cut_tail(const Sampler *s, Candidate *c, size_t n, float *sum) {
-    bool has_top_p = s->top_p > 0.0f && s->top_p < 1.0f;
-    float total, cutoff = has_top_p && !s->top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
-    size_t n_heap = 0, n_sorted = 0;
-    for (size_t i = 0; i < n; i++) {  // a token below the cutoff cannot be among those that make up top_p
-        if (c[i].p >= cutoff) c[n_heap++] = c[i];
-    }
-    if (n_heap == 0) n_heap = n;  // where top_p is below 1/n, no token may reach the cutoff
-    for (size_t i = n_heap / 2; i-- > 0;) sink(c, i, n_heap);
-    size_t limit = s->top_k && (size_t)s->top_k < n_heap ? (size_t)s->top_k : n_heap;
-    bool both = has_top_p && s->top_k;  // then top-p is of what top-k has left
-    for (total = both ? 0.0f : 1.0f; both && n_sorted < limit; total += c[n - n_sorted].p)
-        take_likeliest(&c[n - ++n_sorted], c, &n_heap);
-    *sum = 0.0f;
-    for (size_t i = 1; i <= limit; i++) {
-        if (i > n_sorted) take_likeliest(&c[n - i], c, &n_heap);
-        if (c[n - i].p <= 0.0f || c[n - i].p < s->min_p * c[n - 1].p) return i - 1;
-        *sum += c[n - i].p;
-        if (has_top_p && *sum > s->top_p * total) return i;
-    }
-    return limit;
+// Takes the top of the heap's *n candidates out of it: to the place that becomes free after the heap.
+static Candidate *take_likeliest(Candidate *c, size_t *n) {
+    swap(&c[0], &c[--*n]);
+    sink(c, 0, *n);
+    return &c[*n];
 }
 
-// ---- Other ways to choose ----
-
-typedef struct Shaper {
-    const Tokenizer *tokenizer;
-    struct { int id; float x; } bias[MAX_TEXTS];
-    float *logits;  // (V)  the changed ones
-    int *seen;      // (V)  how often, or in how long a sequence, a token was seen; 0 between two calls
-} Shaper;
+// Keeps the likeliest: at most so many, until their sum is above `mass`, none below min_p times the first. They come to
+// the front in order; the others, which cannot be chosen, are never sorted. Returns how many are kept, and their sum.
+static size_t keep_likeliest(Candidate *c, size_t n, size_t most, float mass, float min_p, float *sum) {
+    size_t left = n;
+    make_heap(c, n);
+    float least = min_p * c[0].p;
+    for (*sum = 0.0f; left > 0 && n - left < most && c[0].p > 0 && c[0].p >= least && *sum <= mass;)
+        *sum += take_likeliest(c, &left)->p;
+    for (size_t i = 0; i < n - left && i < n - 1 - i; i++) swap(&c[i], &c[n - 1 - i]);
+    return n - left;
+}
 
 // Keeps the tokens whose surprise, -ln p, is nearest to the entropy, until their sum is above s->typical (Meister et
-// al., "Locally Typical Sampling"). Before comes top-k. They go to the end of c; their sum is 1 again.
-static size_t keep_typical(const Sampler *s, Candidate *c, size_t n) {
-    float sum = 1.0f, *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
-    size_t left = s->top_k > 0 ? cut_tail(&(Sampler){ .top_k = s->top_k }, c, n, &sum) : n, kept = 0;
+// al., "Locally Typical Sampling"). Before, the sum of all is *sum; then it is 1.
+static size_t keep_typical(const Sampler *s, Candidate *c, size_t n, float *sum) {
+    float *p = s->shaper->logits;  // (V)  by id: the logits are not needed any more
     double entropy = 0, total = 0;
-    c += n - left;
-    n = left;
+    size_t left = n;
     for (size_t i = 0; i < n; i++) {
-        p[c[i].id] = c[i].p / sum;
+        p[c[i].id] = c[i].p / *sum;
         if (c[i].p > 0) entropy -= (double)p[c[i].id] * log((double)p[c[i].id]);
     }
     for (size_t i = 0; i < n; i++) c[i].p = -(float)fabs(log((double)p[c[i].id]) + entropy);
-    for (size_t i = n / 2; i-- > 0;) sink(c, i, n);
-    for (; left > 0 && total <= (double)s->typical; total += (double)p[c[n - kept].id])
-        take_likeliest(&c[n - ++kept], c, &left);
-    for (size_t i = 1; i <= kept; i++) c[n - i].p = (float)((double)p[c[n - i].id] / total);
-    return kept;
+    make_heap(c, n);
+    while (left > 0 && total <= (double)s->typical) total += (double)p[take_likeliest(c, &left)->id];
+    memmove(c, c + left, (n - left) * sizeof *c);
+    for (size_t i = 0; i < n - left; i++) c[i].p = (float)((double)p[c[i].id] / total);
+    *sum = 1.0f;
+    return n - left;
 }
 
-// All that is cut off. Last, with probability s->xtc, all but the last of the tokens that reach the threshold (XTC,
-// "exclude top choices"); this takes a second coin for each token.
+// To add a filter: a member of Sampler, its part in `cuts`, its cut before the sum is made, and an option (chapter 14),
+// put in by run().
 static size_t cut(Sampler *s, Candidate *c, size_t n, float *sum) {
-    size_t kept = s->typical > 0 ? keep_typical(s, c, n) : n;
-    size_t n_left = cut_tail(s, c + (n - kept), kept, sum), n_top = 0;
+    bool has_top_p = s->top_p > 0 && s->top_p < 1, has_top_k = s->top_k > 0;
+    bool cuts = has_top_k || has_top_p || s->min_p > 0 || s->typical > 0 || s->xtc > 0;
+    if (!cuts) return n;
+    size_t n_above = 0, n_top = 0;
+    if (has_top_k) n = keep_likeliest(c, n, (size_t)s->top_k, INFINITY, 0, sum);
+    if (s->typical > 0) n = keep_typical(s, c, n, sum);
+    // Without top-k, a token below this cannot be among those that make up top_p.
+    float cutoff = has_top_p && !has_top_k && n > 1 ? (1.0f - s->top_p) / (float)(n - 1) : 0.0f;
+    for (size_t i = 0; i < n; i++) if (c[i].p >= cutoff) c[n_above++] = c[i];
+    if (n_above > 0) n = n_above;  // where top_p is below 1/n, none may reach it
+    n = keep_likeliest(c, n, n, has_top_p ? s->top_p * *sum : INFINITY, s->min_p, sum);
+    // XTC, "exclude top choices": with probability s->xtc, all but the last of the tokens that reach the threshold.
     bool excludes = s->xtc > 0 && flip_coin(&s->random) < s->xtc;
-    while (excludes && n_top < n_left && c[n - 1 - n_top].p >= s->xtc_threshold * *sum) n_top++;
-    if (n_top < 2) return n_left;
-    n_left -= n_top - 1;
-    memmove(c + n - n_left, c + n - n_left - (n_top - 1), n_left * sizeof *c);
+    while (excludes && n_top < n && c[n_top].p >= s->xtc_threshold * *sum) n_top++;
+    if (n_top > 1) n -= n_top - 1;
+    if (n_top > 1) memmove(c, c + n_top - 1, n * sizeof *c);
     *sum = 0.0f;
-    for (size_t i = 1; i <= n_left; i++) *sum += c[n - i].p;
-    return n_left;
+    for (size_t i = 0; i < n; i++) *sum += c[i].p;
+    return n;
 }
+
+// ---- Penalties, biases, DRY, n-sigma ----
 
 // How many of the last n tokens an option asks for.
 static int last_of(int64_t asked, int n) { return asked < 0 || asked > n ? n : (int)asked; }
@@ -3926,13 +3874,12 @@ static void penalise_sequences(const Shaper *h, const int *ids, int n) {
 
 // Excludes what is more than so many standard deviations below the largest (Tang et al., "Top-n-sigma").
 static void exclude_below_sigmas(float *logits, int n, double sigmas) {
-    double sum = 0, squares = 0, count = 0, max = -INFINITY;
+    double sum = 0, squares = 0, count = 0, max = (double)logits[likeliest(logits, n)];
     for (int i = 0; i < n; i++) {
         double x = (double)logits[i];
         if (x <= -INFINITY) continue;
         sum += x;
         squares += x * x;
-        max = fmax(max, x);
         count++;
     }
     double least = max - sigmas * sqrt(fmax(squares / count - sum / count * (sum / count), 0));
@@ -3940,26 +3887,21 @@ static void exclude_below_sigmas(float *logits, int n, double sigmas) {
 }
 
 static const float *shape_logits(const Shaper *h, const int *ids, int n_ids, const float *logits, int n) {
-    const Tokenizer *t = h->tokenizer;
-    memcpy(h->logits, logits, (size_t)n * sizeof *logits);
-    for (int i = 0; i < options.biases.n; i++) h->logits[h->bias[i].id] += h->bias[i].x;
-    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->logits[t->end_id[i]] = -INFINITY;
+    for (int i = 0; i < n; i++) h->logits[i] = logits[i] + h->bias[i];
     penalise_repeats(h, ids, n_ids);
     if (options.dry_multiplier > 0) penalise_sequences(h, ids, n_ids);
     if (options.nsigma > 0) exclude_below_sigmas(h->logits, n, options.nsigma);
     return h->logits;
 }
 
-// Makes what shape_logits() and keep_typical() need, if they are asked for, in one block.
+// Makes what shape_logits() and keep_typical() need, in one block.
 static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) {
-    bool needed = options.repeat_penalty != 1 || options.presence_penalty != 0 || options.frequency_penalty != 0 ||
-                  options.dry_multiplier > 0 || options.nsigma > 0 || options.ignore_eos || options.biases.n ||
-                  s->typical > 0;
-    if (!needed) return true;
     size_t n = (size_t)n_tokens;
-    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (sizeof *h->logits + sizeof *h->seen), e);
+    Shaper *h = s->shaper = allocate(1, sizeof *h + n * (2 * sizeof *h->logits + sizeof *h->seen), e);
     if (!h) return false;
-    *h = (Shaper){ .tokenizer = t, .logits = (float *)(h + 1), .seen = (int *)((float *)(h + 1) + n) };
+    float *logits = (float *)(h + 1);
+    *h = (Shaper){ t, logits, logits + n, (int *)(logits + 2 * n) };
+    for (int i = 0; options.ignore_eos && i < t->n_end; i++) h->bias[t->end_id[i]] = -INFINITY;
     for (int i = 0; i < options.biases.n; i++) {
         const char *text = options.biases.at[i];
         int id = -1, end = 0;
@@ -3968,8 +3910,7 @@ static bool make_shaper(Sampler *s, const Tokenizer *t, int n_tokens, Error *e) 
         if (sscanf(text, "%9d%1[+-]%f%n", &id, sign, &x, &end) == 3 && *sign == '-') x = -x;
         if (id < 0 || id >= n_tokens || !(x < INFINITY) || text[end])
             return fail(e, MISUSE, "--logit-bias %.99s: expected ID+X or ID-X, the id below %d", text, n_tokens);
-        h->bias[i].id = id;
-        h->bias[i].x = x;
+        h->bias[id] += x;
     }
     return true;
 }
@@ -4060,19 +4001,22 @@ static bool make_workspace(const Model *m, Workspace *w, Settings settings, Erro
 static void lay_out_cache(const Model *m, Cache *c, size_t n_texts) {
     Arena a = { c->arena, 0 };
     size_t head_dim = (size_t)m->config.head_dim, pages = times(n_texts, n_pages(c->context));
-    size_t page_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
+    size_t item_bytes = PAGE * (c->f32 ? sizeof(float) : sizeof(uint16_t));  // of one number of each position
     c->layers = place(&a, (size_t)c->n_layers, sizeof *c->layers);
     c->users = place(&a, pages, sizeof *c->users);
     c->spare = place(&a, pages, sizeof *c->spare);
     c->ids = place(&a, times(n_texts, (size_t)c->context), sizeof *c->ids);
     c->pages = place(&a, pages, sizeof *c->pages);
+    Arena page = { c->pool = place(&a, 0, 0), 0 };  // the first one
     for (int l = 0; l < c->n_layers; l++) {
-        CachedLayer y = { NULL, NULL, (size_t)m->layers[l].n_kv_heads, head_dim * page_bytes,
-                          round_up(head_dim, 16) * page_bytes };
-        y.keys = place(&a, pages, y.n_heads * y.key_bytes);
-        y.values = place(&a, pages, y.n_heads * y.value_bytes);
+        size_t n_heads = (size_t)m->layers[l].n_kv_heads;
+        CachedLayer y = { NULL, NULL, head_dim * item_bytes, round_up(head_dim, 16) * item_bytes, 0 };
+        y.keys = place(&page, n_heads, y.key_bytes);
+        y.values = place(&page, n_heads, y.value_bytes);
+        y.page_bytes = c->page_bytes;  // counted in the first run
         if (c->arena) c->layers[l] = y;
     }
+    place(&a, pages, c->page_bytes = page.n);
     for (c->n_spare = 0; c->arena && (size_t)c->n_spare < pages; c->n_spare++)  // the first pages are taken first
         c->spare[c->n_spare] = (int)(pages - 1) - c->n_spare;
     c->arena_bytes = a.n;
@@ -4105,15 +4049,15 @@ static void fork_sequence(Sequence *to, const Sequence *from, int n) {
 /* A session is a text's tokens and their part of the cache in a file, so that the next run need not read them again. It
    takes as much of it as its own text begins with, and gets the same bits as if it had read that itself.
 
-       | header, 128 bytes | u64 checksum of each page | i32 id of each token | page 0 | page 1 | ...      no padding
+       | header, 128 bytes | i32 id of each token | page 0, its u64 checksum | page 1, its checksum | ...     no padding
 
    The last byte of `magic` changes whenever anything here or the arithmetic does. `head_sum` is the checksum of all
-   between it and the pages. A page has of each layer the keys, then the values, as a CachedLayer has them. */
+   between it and the pages. */
 typedef struct {
     unsigned char magic[8];
-    uint64_t head_sum, n, file_bytes;  // n: tokens
-    uint64_t model, settings;          // hashes of what the cache's bits depend on beside the tokens
-    char name[80];                     // of the checkpoint, for people
+    uint64_t head_sum, n;      // n: tokens
+    uint64_t model, settings;  // hashes of what the cache's bits depend on beside the tokens
+    char name[88];             // of the checkpoint, for people
 } SessionHeader;
 _Static_assert(sizeof(SessionHeader) == 128, "no padding");
 
@@ -4128,12 +4072,14 @@ static uint64_t add_sum(uint64_t sum, const void *bytes, size_t n) {
     return sum;
 }
 
-static uint64_t sum_head(const Buffer *head) { return add_sum(0, head->bytes + 16, head->n - 16); }
+static uint64_t sum_head(const SessionHeader *h, const int *ids) {
+    return add_sum(add_sum(0, &h->n, sizeof *h - offsetof(SessionHeader, n)), ids, h->n * sizeof *ids);
+}
 
 // The header for a model (hashed: configuration, vocabulary, and each tensor's name, type, shape and 64 bytes) and for
 // settings (rounding, the cache's type, and the angles, which hold what a scaled rotation makes of -c).
 static SessionHeader session_header(const Model *m, const Workspace *w) {
-    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 1 } };
+    SessionHeader h = { .magic = { 0x89, 'c', 'r', 's', '\r', '\n', 0x1a, 2 } };
     h.model = add_sum(add_sum(0, m->config.family, strlen(m->config.family)), m->vocabulary, m->vocabulary_bytes);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++)
         for (int l = 0; l < n_values(m, f); l++)
@@ -4151,58 +4097,38 @@ static SessionHeader session_header(const Model *m, const Workspace *w) {
     return h;
 }
 
-// Reads a page of the cache from a file or writes it to one, and adds it to a checksum. Returns its bytes; 0: failed.
-static size_t transfer_page(const Cache *c, int page, FILE *from, FILE *to, uint64_t *sum) {
-    size_t total = 0;
-    for (const CachedLayer *y = c->layers; y < c->layers + c->n_layers; y++) {
-        unsigned char *parts[] = { keys_at(y, page, 0), values_at(y, page, 0) };
-        for (int i = 0; i < 2; i++) {
-            size_t n = y->n_heads * (i ? y->value_bytes : y->key_bytes);
-            if (from && fread(parts[i], 1, n, from) != n) return 0;
-            if (to && fwrite(parts[i], 1, n, to) != n) return 0;
-            *sum = add_sum(*sum, parts[i], n);
-            total += n;
-        }
-    }
-    return total;
+static bool move_bytes(FILE *f, bool writes, void *bytes, size_t n) {
+    return (writes ? fwrite(bytes, 1, n, f) : fread(bytes, 1, n, f)) == n;
 }
 
-// Reads what is before the pages into `head`.
-static bool read_head(const SessionHeader *wanted, FILE *f, size_t n_bytes, Buffer *head, Error *e) {
-    SessionHeader h;
-    if (n_bytes < sizeof h || fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted->magic, sizeof h.magic))
-        return refuse(e, "--session: the file is no session of this version, and only those are written over");
-    size_t most = h.n < MAX_CONTEXT ? h.n : MAX_CONTEXT;
-    size_t rest = n_pages((int)most) * sizeof(uint64_t) + most * sizeof(int32_t);
-    if (h.file_bytes != n_bytes || h.n != most || rest > n_bytes - sizeof h)
-        return refuse(e, "--session: the file is damaged: its header tells of more or fewer than %zu bytes", n_bytes);
-    if (!append(head, &h, sizeof h, e) || !append(head, NULL, rest, e)) return false;
-    if (fread(head->bytes + sizeof h, 1, rest, f) != rest || sum_head(head) != h.head_sum)
-        return refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
-    if (h.model != wanted->model)
-        return refuse(e, "--session: the file is of another model: %.79s, and not %.79s", h.name, wanted->name);
-    return h.settings == wanted->settings ||
-           refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+// Writes a page of the cache and its checksum to a file, or reads both. False if that fails or the sum is wrong.
+static bool move_page(FILE *f, bool writes, const Cache *c, int page) {
+    if (!move_bytes(f, writes, page_at(c, page), c->page_bytes)) return false;
+    uint64_t sum = add_sum(0, page_at(c, page), c->page_bytes), stored = sum;
+    return move_bytes(f, writes, &stored, sizeof stored) && stored == sum;
 }
 
 // Begins an empty text with what a session has of these tokens: the common prefix, without the last token, which has to
 // make logits. NULL: only checks the session's beginning.
-static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, size_t n_bytes,
-                         const Tokens *tokens, Error *e) {
-    SessionHeader wanted = session_header(m, w);
-    Buffer head = { 0 };
-    bool ok = read_head(&wanted, f, n_bytes, &head, e);
-    size_t n = ok ? (size_t)((SessionHeader *)(void *)head.bytes)->n : 0;
-    const uint64_t *sums = n ? (const void *)(head.bytes + sizeof wanted) : NULL;
-    const int32_t *ids = n ? (const void *)(sums + n_pages((int)n)) : NULL;
-    for (size_t i = 0; tokens && i < n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++) append_token(s, ids[i]);
-    for (size_t i = 0; ok && i < n_pages(s->n); i++) {
-        uint64_t sum = 0;
-        if (!transfer_page(s->cache, s->pages[i], f, NULL, &sum) || sum != sums[i])
-            ok = refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
-    }
+static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *f, const Tokens *tokens, Error *e) {
+    SessionHeader h, wanted = session_header(m, w);
+    if (fread(&h, sizeof h, 1, f) != 1 || memcmp(h.magic, wanted.magic, sizeof h.magic))
+        return refuse(e, "--session: the file is no session of this version, and only those are written over");
+    int *ids = allocate(h.n <= MAX_CONTEXT ? h.n : 0, sizeof *ids, e);
+    if (!ids) return false;
+    bool ok = h.n <= MAX_CONTEXT && fread(ids, sizeof *ids, h.n, f) == h.n && sum_head(&h, ids) == h.head_sum;
+    if (!ok) refuse(e, "--session: the file is damaged: a wrong checksum of its beginning");
+    else if (h.model != wanted.model)
+        ok = refuse(e, "--session: the file is of another model: %.87s, and not %.87s", h.name, wanted.name);
+    else if (h.settings != wanted.settings)
+        ok = refuse(e, "--session: the file is of another --kv or --exact, or a -c that changes this model's angles");
+    for (size_t i = 0; ok && tokens && i < h.n && i + 1 < tokens->n && ids[i] == tokens->ids[i]; i++)
+        append_token(s, ids[i]);
+    for (size_t i = 0; ok && i < n_pages(s->n); i++)
+        ok = move_page(f, false, s->cache, s->pages[i]) ||
+             refuse(e, "--session: the file is damaged: a wrong checksum of page %zu", i);
     if (!ok) rewind_sequence(s, 0);
-    free(head.bytes);
+    free(ids);
     return ok;
 }
 
@@ -4212,7 +4138,7 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
     if (stat(options.session, &info) && errno == ENOENT) return true;
     FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
     if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
-    bool ok = read_session(m, w, s, f, (size_t)info.st_size, tokens, e);
+    bool ok = read_session(m, w, s, f, tokens, e);
     fclose(f);
     return ok;
 }
@@ -4220,22 +4146,21 @@ static bool open_session(const Model *m, const Workspace *w, Sequence *s, const 
 // Writes the text to the file, in place of the session that may be there.
 static bool write_session(const Model *m, const Workspace *w, const Sequence *s, Error *e) {
     SessionHeader h = session_header(m, w);
-    size_t pages = n_pages(s->n), at = sizeof h;
-    uint64_t ignored = 0;
-    Buffer head = { 0 };
-    Output out = { 0 };
+    Output out = { .stream = NULL };
     h.n = (uint64_t)s->n;
-    bool ok = append(&head, &h, sizeof h, e) && append(&head, NULL, pages * sizeof(uint64_t), e) &&
-              append(&head, s->ids, h.n * sizeof(int32_t), e) && open_output(&out, options.session, e);
-    h.file_bytes = head.n;
-    for (size_t i = 0; ok && i < pages; i++)
-        h.file_bytes += transfer_page(s->cache, s->pages[i], NULL, NULL, (uint64_t *)(void *)(head.bytes + at) + i);
-    if (ok) memcpy(head.bytes, &h, sizeof h), ((SessionHeader *)(void *)head.bytes)->head_sum = sum_head(&head);
-    if (ok) fwrite(head.bytes, 1, head.n, out.stream);
-    for (size_t i = 0; ok && i < pages && !ferror(out.stream); i++)
-        transfer_page(s->cache, s->pages[i], NULL, out.stream, &ignored);
-    free(head.bytes);
-    return close_output(&out, ok, e);
+    h.head_sum = sum_head(&h, s->ids);
+    bool ok = open_output(&out, options.session, e);
+    bool written = ok && fwrite(&h, sizeof h, 1, out.stream) && fwrite(s->ids, sizeof *s->ids, h.n, out.stream);
+    for (size_t i = 0; written && i < n_pages(s->n); i++) written = move_page(out.stream, true, s->cache, s->pages[i]);
+    return close_output(&out, ok, e);  // which finds out whether all was written
+}
+
+// Finds out before a text is made whether its session can be written; nothing is changed.
+static bool check_session_path(Error *e) {
+    Output out;
+    bool ok = open_output(&out, options.session, e);
+    close_output(&out, false, e);
+    return ok;
 }
 
 /* ==== 12. Writing, chatting =========================================================================================
@@ -4282,7 +4207,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
     int context = s->cache->context, most = m->config.context;
     if (total > (size_t)context)
         return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
-                    s->n ? "this conversation" : "the prompt", total, context, most,
+                    s->n ? "this conversation is full: it" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
     if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
     bool reads = options.session && s->n == 0;
@@ -4307,17 +4232,43 @@ static void disarm(char *s, size_t n, const char *kept) {
     }
 }
 
-static void keep_bytes(struct Record *o, const char *bytes, size_t n);  // chapter 12a
+// A text on its way through the model: it is continued, or some of its tokens are scored.
+typedef struct Passage {
+    struct Line *line;  // chapter 12a; of a chat it is NULL
+    int number;        // which of the line's, from 0 on
+    Tokens tokens;     // what is given
+    size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
+    Sampler sampler;
+    Continuation c;    // its sequence is NULL before it begins
+    bool done;
+    Buffer text;       // what was written
+    Tokens ids;        // likewise
+    Buffer scores;     // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
+    double logprob;    // the sum of the tokens' own
+    Stop why;
+    uint64_t seed;
+    double began, prompt_seconds, seconds;
+    Error error;       // status DONE: none
+    struct Passage *next;
+} Passage;
 
 // Prints the first n of the bytes that are held: as they are, unless stdout is a terminal.
 static void put_held(Printer *p, size_t n) {
     static int is_terminal = -1;  // the system is asked once
     if (is_terminal < 0) is_terminal = isatty(STDOUT_FILENO);
-    if (is_terminal && !p->record) disarm(p->held, n, "\n\t");
-    if (p->record) keep_bytes(p->record, p->held, n);
+    if (is_terminal && !p->to) disarm(p->held, n, "\n\t");
+    if (p->to) append(p->to, p->held, n, p->error);
     else fwrite(p->held, 1, n, stdout);
     p->n_held -= n;
     memmove(p->held, p->held + n, p->n_held);
+}
+
+// How many of the last bytes that are held are the beginning of a text, or all of it.
+static size_t n_begun(const Printer *p, const char *text) {
+    size_t n = strlen(text);
+    if (n > p->n_held) n = p->n_held;
+    while (n > 0 && memcmp(p->held + p->n_held - n, text, n)) n--;
+    return n;
 }
 
 // The stop text that the held bytes end with, the longest of several; or NULL. *n: how many of the last bytes are it,
@@ -4326,11 +4277,10 @@ static const char *find_stop(const Printer *p, size_t *n) {
     const char *found = NULL;
     *n = 0;
     for (int i = 0; p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];
-        size_t length = strlen(stop), k = length < p->n_held ? length : p->n_held;
-        while (k > 0 && memcmp(p->held + p->n_held - k, stop, k)) k--;
-        if (k == length && (!found || k > *n)) found = stop, *n = k;
-        if (!found && k > *n) *n = k;
+        size_t begun = n_begun(p, p->stops->at[i]);
+        bool whole = begun == strlen(p->stops->at[i]);
+        if (whole && (!found || begun > *n)) found = p->stops->at[i], *n = begun;
+        if (!found && begun > *n) *n = begun;
     }
     return found;
 }
@@ -4338,29 +4288,29 @@ static const char *find_stop(const Printer *p, size_t *n) {
 // What the printer does with thoughts: it prints them; looks for one; is in one; looks for the text after one.
 enum { PRINTED, WATCHED, HIDDEN, OVER };
 
-// Removes a thought from the bytes that are held. Returns how many of them to print: not what may begin a mark.
-static size_t hide_thought(Printer *p) {
-    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0;
+// Whether the last byte that is held is a thought's, or ends the mark before or after one; such bytes are dropped.
+static bool hide_thought(Printer *p) {
+    if (p->thought == OVER && isspace((unsigned char)p->held[0])) return p->n_held = 0, true;
     if (p->thought == OVER) p->thought = WATCHED;
     const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
-    size_t length = strlen(mark), n = p->n_held < length ? p->n_held : length;
-    while (n > 0 && memcmp(p->held + p->n_held - n, mark, n)) n--;
-    if (p->thought == WATCHED && n < length) return n ? p->n_held - n : whole_characters(p->held, p->n_held);
+    size_t n = n_begun(p, mark);
+    bool whole = n == strlen(mark);
+    if (p->thought == WATCHED && !whole) return false;
     if (p->thought == WATCHED) put_held(p, p->n_held - n);  // what was kept as the beginning of a stop text
     memmove(p->held, p->held + p->n_held - n, n);
-    p->n_held = n < length ? n : 0;
-    if (n == length) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
-    return 0;
+    p->n_held = whole ? 0 : n;
+    if (whole) p->thought = p->thought == WATCHED ? HIDDEN : OVER;
+    return true;
 }
 
 static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     for (size_t i = 0, kept; bytes && i < n; i++) {
         p->held[p->n_held++] = bytes[i];
-        size_t most = p->thought ? hide_thought(p) : p->n_held;
-        const char *stop = p->thought > WATCHED ? NULL : find_stop(p, &kept);
-        if (stop) most = p->n_held - kept;
-        else if (p->thought <= WATCHED && most > p->n_held - kept) most = p->n_held - kept;
-        put_held(p, stop || p->thought ? most : whole_characters(p->held, most));
+        if (p->thought && hide_thought(p)) continue;
+        const char *stop = find_stop(p, &kept);
+        size_t begun = p->thought && !stop ? n_begun(p, "<think>") : 0;
+        size_t most = p->n_held - (begun > kept ? begun : kept);
+        put_held(p, stop || p->to ? most : whole_characters(p->held, most));
         if (stop) return p->n_held = 0, stop;
     }
     if (bytes) return NULL;
@@ -4369,20 +4319,20 @@ static const char *print_bytes(Printer *p, const char *bytes, size_t n) {
     return NULL;
 }
 
+static bool is_control(const Tokenizer *t, int id) {
+    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
+}
+
+// A control token is not printed, but it may be a stop text or, by its name, the mark before or after a thought.
 static const char *print_token(const Model *m, Printer *p, int before, int token) {
-    const Tokenizer *t = &m->tokenizer;
-    size_t n;
-    const char *bytes = decode(t, before, token, &n);
-    if (p->thought && token >= 0 && token < t->n_tokens && t->type[token] == PIECE_CONTROL) {  // is it a thought's end?
-        const char *mark = p->thought == HIDDEN ? "</think>" : "<think>", *name = piece(t, token, &n);
-        if (n != strlen(mark) || memcmp(name, mark, n)) n = 0;
-        if (n) return print_bytes(p, name, n);
-    }
-    for (int i = 0; n == 0 && p->stops && i < p->stops->n; i++) {
-        const char *stop = p->stops->at[i];  // which may be a control token's name
-        if (lookup(t, stop, strlen(stop), 1 << PIECE_CONTROL) == token) return stop;
-    }
-    return print_bytes(p, bytes, n);
+    size_t n, n_name;
+    const char *bytes = decode(&m->tokenizer, before, token, &n), *name = piece(&m->tokenizer, token, &n_name);
+    if (!is_control(&m->tokenizer, token)) return print_bytes(p, bytes, n);
+    const char *mark = p->thought == HIDDEN ? "</think>" : "<think>";
+    if (p->thought && n_name == strlen(mark) && !memcmp(name, mark, n_name)) return print_bytes(p, name, n_name);
+    for (int i = 0; p->stops && i < p->stops->n; i++)
+        if (n_name == strlen(p->stops->at[i]) && !memcmp(name, p->stops->at[i], n_name)) return p->stops->at[i];
+    return NULL;
 }
 
 // Bytes of weights that a token needs: of all that are multiplied, and of the experts that it visits.
@@ -4395,8 +4345,10 @@ static size_t bytes_per_token(const Model *m) {
 
 // With the clock's seed, which is printed, the same text can be had again.
 static void tell_seed(const Sampler *s) {
-    if (s->from_clock && s->temperature > 0 && !options.quiet)
+    static bool told;  // a chat would come here again
+    if (s->from_clock && s->temperature > 0 && !options.quiet && !told)
         fprintf(stderr, "seed %llu\n", (unsigned long long)s->random);
+    told = true;
 }
 
 static void tell_speed(const Model *m, const Speed *v) {
@@ -4623,68 +4575,77 @@ static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
 // The day that the template sees: 2024-07-26.
 static bool find_now(struct tm *now, Error *e) {
     time_t today = time(NULL);
-    int n = 0;
     if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
     *now = (struct tm){ .tm_hour = 12, .tm_isdst = -1 };
-    bool ok = sscanf(options.now, "%4d-%2d-%2d%n", &now->tm_year, &now->tm_mon, &now->tm_mday, &n) == 3 &&
-              !options.now[n];
-    now->tm_year -= 1900;
-    now->tm_mon--;
-    struct tm asked = *now;
-    ok = ok && mktime(now) != -1 && now->tm_mday == asked.tm_mday && now->tm_mon == asked.tm_mon;
-    return ok || fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+    const char *end = strptime(options.now, "%Y-%m-%d", now);
+    int day = now->tm_mday;  // mktime() makes March 1 of February 30
+    return (end && !*end && mktime(now) != -1 && now->tm_mday == day) ||
+           fail(e, MISUSE, "--now %.40s: expected a date as in 2024-07-26", options.now);
+}
+
+static const char template_marks[MAX_PIECE] = { [0 ... MAX_PIECE - 1] = 1 };  // of what counts as a template's own
+
+// A named token's text; undefined if the model has no such token.
+static Value token_text(const Tokenizer *t, int id) {
+    Value v = { .kind = id < 0 ? IS_UNDEFINED : IS_STRING, .marks = template_marks };
+    v.text = piece(t, id, &v.n);
+    return v;
+}
+
+// Copies a conversation for a template: the usual roles count as the template's own words, and members that are none
+// are left out, as transformers does, since many templates would print None. *work grows: each byte may be copied some
+// times.
+static bool prepare_messages(Pool *pool, const Value *messages, Value *list, size_t *work, Error *e) {
+    static const char own_roles[] = "system user assistant tool";
+    *list = (Value){ .kind = IS_LIST };
+    for (size_t i = 0; i < messages->n; i++) {
+        Value message = messages->items[i], copy = { .kind = IS_DICT };
+        const Value *role = find_member(&message, "role");
+        if (!role || role->kind != IS_STRING)
+            return refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
+        for (size_t k = 0; k < message.n; k += 2) {
+            Value key = message.items[k], v = message.items[k + 1];
+            bool is_role = v.kind == IS_STRING && same_text(key, "role") && has_word(own_roles, v);
+            if (v.kind == IS_STRING) *work = plus(*work, times(v.n, 32));
+            if (is_role) v.marks = template_marks;
+            if (v.kind != IS_NONE && (!push_value(pool, &copy, key, e) || !push_value(pool, &copy, v, e))) return false;
+        }
+        if (!push_value(pool, list, copy, e)) return false;
+    }
+    return true;
+}
+
+// Sets the variable that --template-arg NAME=JSON names.
+static bool give_argument(Pool *pool, Value *given, const char *name, Error *e) {
+    const char *equals = strchr(name, '=');
+    Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
+    Error why;
+    if (!key.n) return fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
+    if (!parse_json(equals + 1, strlen(equals + 1), pool, &v, &why))
+        return fail(e, MISUSE, "--template-arg %.60s: %.199s", name, why.text);
+    return give(pool, given, key, v, e);
 }
 
 // Renders a conversation, a list of dicts with a role and a content, by a template; with what opens an answer, if it
 // asks for one. What the template is given beside it are the named tokens and --template-arg.
 static bool render_chat(const Model *m, Text template, const Value *messages, bool asks, Rendered *out, Error *e) {
-    static const char ones[] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }, own_roles[] = "system user assistant tool";
     const Tokenizer *t = &m->tokenizer;
-    const struct { const char *name; int id; } tokens[] = {
-        { "bos_token", t->bos }, { "eos_token", t->eos }, { "unk_token", t->unk } };
+    size_t work = MAX_TEMPLATE_WORK;
     Pool pool = { 0 };
     struct tm now;
-    Value given = { .kind = IS_DICT }, list = { .kind = IS_LIST }, none = { .kind = IS_NONE };
-    bool ok = find_now(&now, e), thinks = options.think && strcmp(options.think, "off");
-    char *marks = ok ? reserve(&pool, MAX_SPECIAL_PIECE, e) : NULL;
-    size_t work = MAX_TEMPLATE_WORK;  // and of each byte of a message, which is ours, as much as some copies of it take
-    ok = marks != NULL;
-    if (ok) memset(marks, 1, MAX_SPECIAL_PIECE);
-    for (size_t i = 0; ok && i < messages->n; i++) {
-        Value message = messages->items[i], copy = { .kind = IS_DICT };
-        if (message.kind != IS_DICT || !find_member(&message, "role"))
-            ok = refuse(e, "message %zu is not {\"role\": ..., \"content\": ...}", i + 1);
-        for (size_t k = 0; ok && k < message.n; k += 2) {
-            Value key = message.items[k], v = message.items[k + 1];
-            if (v.kind == IS_NONE) continue;  // as transformers does: many templates would print None
-            if (v.kind == IS_STRING) work = plus(work, times(v.n, 32));
-            if (same_text(key, "role") && v.kind == IS_STRING && has_word(own_roles, v)) v.marks = ones;
-            ok = push_value(&pool, &copy, key, e) && push_value(&pool, &copy, v, e);
-        }
-        ok = ok && push_value(&pool, &list, copy, e);
-    }
-    ok = ok && give(&pool, &given, string("messages"), list, e) && give(&pool, &given, string("tools"), none, e) &&
-         give(&pool, &given, string("documents"), none, e) &&
-         give(&pool, &given, string("add_generation_prompt"), boolean(asks), e);
-    for (size_t i = 0; ok && i < 3; i++) {
-        Value v = { .kind = IS_STRING, .marks = marks };
-        if (tokens[i].id < 0) continue;
-        v.text = piece(t, tokens[i].id, &v.n);
-        ok = v.n <= MAX_SPECIAL_PIECE && give(&pool, &given, string(tokens[i].name), v, e);
-    }
-    if (options.think) ok = ok && give(&pool, &given, string("enable_thinking"), boolean(thinks), e);
-    for (int i = 0; ok && i < options.template_args.n; i++) {
-        const char *name = options.template_args.at[i], *equals = strchr(name, '=');
-        Value key = { .kind = IS_STRING, .text = name, .n = equals ? (size_t)(equals - name) : 0 }, v;
-        if (!key.n) ok = fail(e, MISUSE, "--template-arg %.80s: expected NAME=JSON", name);
-        else if (!parse_json(equals + 1, strlen(equals + 1), &pool, &v, e)) {
-            char why[200];
-            snprintf(why, sizeof why, "%.199s", e->text);
-            ok = fail(e, MISUSE, "--template-arg %.60s: %s", name, why);
-        } else {
-            ok = give(&pool, &given, key, v, e);
-        }
-    }
+    Value given = { .kind = IS_DICT }, list, none = { .kind = IS_NONE }, undefined = { .kind = IS_UNDEFINED };
+    bool ok = find_now(&now, e) && prepare_messages(&pool, messages, &list, &work, e);
+    const struct { const char *name; Value v; } usual[] = {
+        { "messages", ok ? list : none }, { "tools", none }, { "documents", none },
+        { "add_generation_prompt", boolean(asks) },
+        { "bos_token", token_text(t, t->bos) }, { "eos_token", token_text(t, t->eos) },
+        { "unk_token", token_text(t, t->unk) },
+        { "enable_thinking", options.think ? boolean(strcmp(options.think, "off")) : undefined },
+    };
+    for (size_t i = 0; ok && i < sizeof usual / sizeof *usual; i++)
+        ok = usual[i].v.kind == IS_UNDEFINED || give(&pool, &given, string(usual[i].name), usual[i].v, e);
+    for (int i = 0; ok && i < options.template_args.n; i++)
+        ok = give_argument(&pool, &given, options.template_args.at[i], e);
     ok = ok && render_template(template, &given, &now, work, out, e);
     free_pool(&pool);
     return ok;
@@ -4703,7 +4664,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!t->add_bos || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -4712,7 +4673,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
 // A conversation from a JSON file: a list, or a dict that has it as "messages".
 static bool read_messages(const char *path, Pool *pool, Value *messages, Error *e) {
     Buffer file = { 0 };
-    Error why = { 0 };
+    Error why;
     bool ok = read_all(path, MAX_MESSAGES, &file, e);
     if (ok && file.n > MAX_MESSAGES) ok = fail(e, NO_ROOM, "%.100s: more than %d bytes", path, MAX_MESSAGES);
     if (ok && !parse_json((const char *)file.bytes, file.n, pool, messages, &why))
@@ -4727,11 +4688,6 @@ static bool has_role(const Value *message, const char *role) {
     return v && v->kind == IS_STRING && same_text(*v, role);
 }
 
-static Span content_of(const Value *message) {
-    const Value *v = find_member(message, "content");
-    return v ? (Span){ v->text, v->n, false } : (Span){ "", 0, false };
-}
-
 // The first message that is not the system's.
 static size_t first_turn(const Value *messages) { return messages->n && has_role(messages->items, "system"); }
 
@@ -4739,6 +4695,9 @@ static size_t first_turn(const Value *messages) { return messages->n && has_role
 static bool ends_with(const Value *messages, const char *role) {
     return messages->n && has_role(&messages->items[messages->n - 1], role);
 }
+
+// The content of the last message, of those that a chat has made or loaded.
+static Value last_content(const Value *messages) { return *find_member(&messages->items[messages->n - 1], "content"); }
 
 static void print_tokens(const Tokenizer *t, const Tokens *tokens);  // chapter 13
 
@@ -4791,25 +4750,13 @@ static bool read_line(Buffer *line, Error *e) {
     return true;
 }
 
-// ---- Columns of characters ----
-
-// How many columns of a screen characters have, from U+0000 on: a number of characters (no digits: 1) and a letter. w:
-// two, as East Asian ones and emoji; m: none, as marks; _: one. From Unicode 14.0, without marks of rare scripts.
-static const char widths[] =
-    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m588_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m"
-    "26_5m1070_m2_7m12_8m98_m2_9m11_6m562_96w160m2224_80m704_64m523_5m26_5m49_16m96_33m553_2w13_2w190_4w3_w2_w521_2w"
-    "21_2w50_12w43_w19_w13_w8_2w17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w810_"
-    "426w4m17w2_86w2_2m429w8_7024w64_22215w1177_29w643_11172w8540_474w806_16m10w6_16m60w147_m_96w127_7w28665_4w12_"
-    "17164w15624_w202_w190_w2_10w101_289w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w"
-    "48_70w6_w3_3w2_11w11_2w7_9w227_17w283_47w_10w_185w112_135w1289_131070w655363_495m";
-
 // The columns of the character at s, and its bytes. disarm() turns each byte of a harmful one into a question mark.
 static int columns_of(const char *s, size_t n, size_t *n_bytes) {
     uint32_t code, end = 0, count;
     int length = read_character(s, n, &code);
     *n_bytes = length > 0 ? (size_t)length : 1;
     if (length <= 0 || code < 160) return *s == '\n' ? 0 : (int)*n_bytes;
-    for (const char *p = widths; *p; p++) {
+    for (const char *p = unicode_widths; *p; p++) {
         for (count = 0; isdigit((unsigned char)*p); p++) count = count * 10 + (uint32_t)(*p - '0');
         end += count ? count : 1;
         if (code < end) return *p == 'm' ? 0 : *p == 'w' ? 2 : 1;
@@ -4834,46 +4781,43 @@ typedef struct {
 } Editor;
 
 static struct termios usual_terminal;  // as it was before the chat
-static volatile sig_atomic_t terminal_use, screen_changed;
+static volatile sig_atomic_t terminal_use;
 static int screen;                     // the descriptor to draw on
 
-// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key.
+// Keys come at once and unseen, and pastes marked. In an answer Ctrl-C is a signal, at a prompt it is a key; Ctrl-Z is
+// always a key, which waits for the next prompt.
 static void use_terminal(int use) {
     struct termios t = usual_terminal;
     if (use) t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | (use == EDITING ? ISIG : 0));
+    if (use) t.c_cc[VSUSP] = _POSIX_VDISABLE;
     terminal_use = use;
     while (tcsetattr(STDIN_FILENO, TCSADRAIN, &t) && errno == EINTR) {}
     while (write(screen, use ? "\033[?2004h" : "\033[?2004l", 8) < 0 && errno == EINTR) {}
 }
 
-static void on_screen(int number);
-
-static void watch_screen(int number) {
-    int flags = SA_RESTART | SA_NODEFER | SA_RESETHAND;
-    heed(number, &(struct sigaction){ .sa_handler = on_screen, .sa_flags = flags });
-}
-
-// The window has another size; or Ctrl-Z: then the shell has the terminal until it lets the chat go on.
-static void on_screen(int number) {
-    int use = terminal_use, error = errno;
-    screen_changed = number;
-    if (number == SIGTSTP) {
-        use_terminal(USUAL);
-        raise(number);  // this time without a handler: it stops here
-        use_terminal(use);
-    }
-    watch_screen(number);
-    errno = error;
-}
+static void on_resize(int number) { (void)number; }  // but it ends poll() in next_byte()
 
 // Whether there are a terminal to type in and one to draw on.
 static bool start_editor(void) {
     screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
     if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
     use_terminal(ANSWERING);
-    watch_screen(SIGTSTP);
-    watch_screen(SIGWINCH);
+    heed(SIGWINCH, &(struct sigaction){ .sa_handler = on_resize, .sa_flags = SA_RESTART });
     return true;
+}
+
+// Where the row of the screen that begins at byte `from` ends: after a newline or at the right edge. *column: the
+// cursor's, if it is in this row.
+static size_t row_end(const Editor *d, size_t from, int width, int *column) {
+    const char *s = (const char *)d->line.bytes;
+    int used = from ? 0 : 2;  // the prompt
+    for (size_t i = from, n = 1;; i += n) {
+        int columns = i < d->line.n ? columns_of(s + i, d->line.n - i, &n) : 0;
+        if (used + (columns ? columns : i == d->at) > width) return i;  // the cursor needs a column, too
+        if (i == d->at) *column = used;
+        if (i >= d->line.n || s[i] == '\n') return i + 1;
+        used += columns;
+    }
 }
 
 // Draws the line in place of what was drawn before: of a long one as many rows as the screen has.
@@ -4882,31 +4826,23 @@ static bool draw_line(Editor *d, const char *prompt, Error *e) {
     Buffer out = { 0 };
     ioctl(screen, TIOCGWINSZ, &size);
     int width = size.ws_col > 3 ? size.ws_col : 80, height = size.ws_row ? size.ws_row : 24;
-    int row = 0, column = 2, top = 0, cursor_row = 0, cursor_column = 2;
-    if (screen_changed == SIGTSTP) d->n_above = 0;
-    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
-    screen_changed = 0;
-    bool ok = append(&out, prompt, 2, e);
-    size_t start = 0, n = 0;
-    for (size_t i = 0; ok && i <= d->line.n; i += n) {
-        const char *s = i < d->line.n ? (const char *)d->line.bytes + i : "\n";
-        int columns = columns_of(s, i < d->line.n ? d->line.n - i : 1, &n);
-        if (column + (columns ? columns : i == d->at) > width) {  // the cursor needs a column, too
-            if (i > d->at && row - top + 1 == height) break;
-            ok = append(&out, "\r\n", 2, e);
-            column = 0;
-            if (++row - top == height) top++;
-        }
-        if (i == d->at) cursor_row = row, cursor_column = column;
-        column = *s == '\n' ? width + 1 : column + columns;
-        ok = ok && (*s == '\n' || append(&out, *s == '\t' ? " " : s, n, e));
-        if (ok && *s != '\n') disarm((char *)out.bytes + out.n - n, n, "");
+    int column = -1, cursor_row = -1, row = 0;
+    for (size_t from = 0; column < 0; cursor_row++) from = row_end(d, from, width, &column);
+    int top = cursor_row < height ? 0 : cursor_row - height + 1;
+    bool ok = top > 0 || append(&out, prompt, 2, e);
+    for (size_t from = 0, end; ok && from <= d->line.n && row < top + height; from = end, row++) {
+        end = row_end(d, from, width, &column);
+        size_t n = (end < d->line.n ? end : d->line.n) - from;
+        if (n > 0 && d->line.bytes[from + n - 1] == '\n') n--;
+        if (row >= top) ok = append(&out, "\r\n", row > top ? 2 : 0, e) && append(&out, d->line.bytes + from, n, e);
+        if (row >= top && ok) disarm((char *)out.bytes + out.n - n, n, "\t");
     }
-    for (int i = 0; ok && i < top; start++) i += out.bytes[start] == '\n';
+    for (size_t i = 0; ok && i < out.n; i++) if (out.bytes[i] == '\t') out.bytes[i] = ' ';
+    if (width < d->width) d->n_above *= (d->width + width - 1) / width;  // the terminal has broken each row
     dprintf(screen, d->n_above ? "\r\033[%dA\033[J" : "\r\033[J", d->n_above);
-    if (ok) dprintf(screen, "%.*s", (int)(out.n - start), (char *)out.bytes + start);
-    dprintf(screen, row > cursor_row ? "\r\033[%dA" : "\r", row - cursor_row);
-    if (cursor_column) dprintf(screen, "\033[%dC", cursor_column);
+    if (ok) dprintf(screen, "%.*s", (int)out.n, (char *)out.bytes);
+    dprintf(screen, row > cursor_row + 1 ? "\r\033[%dA" : "\r", row - 1 - cursor_row);
+    if (column) dprintf(screen, "\033[%dC", column);
     d->n_above = cursor_row - top;
     d->width = width;
     free(out.bytes);
@@ -5004,7 +4940,12 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
         case 16: ok = show_past(d, -1, e); break;
         case 21: ok = put_bytes(d, 0, "", 0, e); break;
         case 23: ok = put_bytes(d, place_beside(d, -1, true), "", 0, e); break;
-        case 26: kill(0, SIGTSTP); break;
+        case 26:
+            use_terminal(USUAL);
+            kill(0, SIGTSTP);  // the shell has the terminal until it lets the chat go on
+            use_terminal(EDITING);
+            d->n_above = 0;
+            break;
         case PASTE_BEGINS: case PASTE_ENDS: pastes = key == PASTE_BEGINS; break;
         }
     }
@@ -5019,45 +4960,37 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
 
 // ---- A conversation ----
 
-// The text that tokens make, byte by byte.
-typedef struct {
-    const Tokenizer *t;
-    const Tokens *tokens;
-    size_t at, left;    // tokens that have been begun, and bytes of the last one that are left
-    const char *bytes;  // these
-} Spelling;
-
-static bool is_control(const Tokenizer *t, int id) {
-    return id >= 0 && id < t->n_tokens && t->type[id] == PIECE_CONTROL;
-}
-
-// The next byte, or 256 + a control token; -1: there are no more.
-static int next_unit(Spelling *s) {
-    while (s->left == 0 && s->at < s->tokens->n) {
-        const int *id = &s->tokens->ids[s->at++];
-        s->bytes = decode(s->t, s->at > 1 ? id[-1] : -1, *id, &s->left);
-        if (is_control(s->t, *id)) return 256 + *id;
+// The next of the tokens that has a text, which is no control token; false if there is none.
+static bool next_text(const Tokenizer *t, const Tokens *tokens, size_t *at, Text *text) {
+    while (text->n == 0) {
+        if (*at == tokens->n || is_control(t, tokens->ids[*at])) return false;
+        text->at = decode(t, *at ? tokens->ids[*at - 1] : -1, tokens->ids[*at], &text->n);
+        ++*at;
     }
-    if (s->left == 0) return -1;
-    s->left--;
-    return (unsigned char)*s->bytes++;
+    return true;
 }
 
 // How many of the `old` tokens can stay where a text becomes that of the `new` ones: up to there both make the same
 // text, and a control token is beside the place, so that nothing joins there; or no token differs since such a place.
 // *from: the next new token.
 static size_t count_kept(const Tokenizer *t, const Tokens *old, const Tokens *new, size_t *from) {
-    Spelling a = { .t = t, .tokens = old }, b = { .t = t, .tokens = new };
-    size_t kept = *from = 0;
-    for (int unit = 0; unit >= 0;) {
-        bool both_end = a.left == 0 && b.left == 0, at_end = b.at == new->n;
-        bool same = a.at == kept + 1 && b.at == *from + 1 && old->ids[kept] == new->ids[*from];
-        bool is_safe = at_end || is_control(t, new->ids[b.at]) || (b.at && is_control(t, new->ids[b.at - 1]));
-        if (both_end && (same || is_safe)) kept = a.at, *from = b.at;
-        unit = next_unit(&a);
-        if (unit != next_unit(&b)) unit = -1;
+    Text a = { NULL, 0 }, b = { NULL, 0 };  // what is left of the token before old->ids[i], and before new->ids[j]
+    size_t kept = *from = 0, i = 0, j = 0;
+    while (true) {
+        bool both_end = a.n == 0 && b.n == 0, ends = j == new->n, is_mark = !ends && is_control(t, new->ids[j]);
+        bool same = i == kept + 1 && j == *from + 1 && old->ids[kept] == new->ids[*from];
+        bool is_safe = ends || is_mark || (j && is_control(t, new->ids[j - 1]));
+        if (both_end && (same || is_safe)) kept = i, *from = j;
+        if (both_end && is_mark && i < old->n && old->ids[i] == new->ids[j]) {
+            i++, j++;
+            continue;
+        }
+        if (!next_text(t, old, &i, &a) || !next_text(t, new, &j, &b)) return kept;
+        size_t n = a.n < b.n ? a.n : b.n;
+        if (memcmp(a.at, b.at, n)) return kept;
+        a = (Text){ a.at + n, a.n - n };
+        b = (Text){ b.at + n, b.n - n };
     }
-    return kept;
 }
 
 // A chat: what was said, what the model has read of it, and where messages come from.
@@ -5068,8 +5001,9 @@ typedef struct {
     Sampler *sampler;
     Text template;
     Buffer template_file;           // what it points into, if --template names a file
-    Value messages;                 // dicts with a role and a content
+    Value messages, before;         // dicts with a role and a content; as they were before this turn, if it fails
     Tokens told;                    // what the model was told and has said; s has read the first of them
+    Value opened;                   // the template's last words, if they open a thought that the answer goes on with
     bool has_terminal, has_editor;  // messages are typed: then there are commands; the editor can be used
     bool is_thinking;               // the next answer begins within a thought
     Editor editor;
@@ -5078,44 +5012,74 @@ typedef struct {
     Speed speed;
 } Chat;
 
-// Adds a message.
-static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+static bool ends_in(const char *s, size_t n, const char *end) {
+    size_t length = strlen(end);
+    return n >= length && !memcmp(s + n - length, end, length);
+}
+
+static bool copy_marked(Pool *pool, const void *text, const void *marks, size_t n, Value *to, Error *e) {
+    Value copy;
+    if (!copy_text(pool, text, n, to, e) || !copy_text(pool, marks, n, &copy, e)) return false;
+    to->marks = copy.text;
+    return true;
+}
+
+// Adds a message: a dict of a role, which is a constant, and a content.
+static bool add_message(Chat *c, const char *role, const void *text, const void *marks, size_t n, Error *e) {
     Pool *pool = &c->editor.pool;
-    Value *parts = reserve(pool, 4 * sizeof *parts, e);
-    if (!parts || !copy_text(pool, "role", 4, &parts[0], e) || !copy_text(pool, role, strlen(role), &parts[1], e) ||
-        !copy_text(pool, "content", 7, &parts[2], e) || !copy_text(pool, text, n, &parts[3], e) ||
-        !push_value(pool, &c->messages, (Value){ .kind = IS_DICT, .n = 4, .items = parts }, e)) return false;
+    Value message = { .kind = IS_DICT }, content;
+    return (marks ? copy_marked(pool, text, marks, n, &content, e) : copy_text(pool, text, n, &content, e)) &&
+           give(pool, &message, string("role"), string(role), e) &&
+           give(pool, &message, string("content"), content, e) && push_value(pool, &c->messages, message, e);
+}
+
+// Adds messages of a list from `from` on up to `to`.
+static bool add_messages(Chat *c, const Value *list, size_t from, size_t to, Error *e) {
+    while (from < to && push_value(&c->editor.pool, &c->messages, list->items[from], e)) from++;
+    return from >= to;
+}
+
+static bool log_words(const Chat *c, const char *role, const char *text, size_t n, Error *e) {
     if (!c->log) return true;
     fprintf(c->log, "%s: ", role);
-    fwrite(parts[3].text, 1, n, c->log);
+    fwrite(text, 1, n, c->log);
     fputs("\n\n", c->log);
     return fflush(c->log) == 0 || fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
 }
 
-// Whether a text ends within a thought, which it opens or in which it begins.
-static bool ends_in_thought(const char *text, size_t n, bool within) {
-    for (size_t i = 0; i < n; i++) {
-        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) within = true;
-        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) within = false;
-    }
-    return within;
+static bool say(Chat *c, const char *role, const void *text, size_t n, Error *e) {
+    return add_message(c, role, text, NULL, n, e) && log_words(c, role, text, n, e);
 }
 
-// Whether the template's last words open a thought, in which the answer begins.
-static bool opens_thought(const Rendered *r) {
-    size_t i = r->text.n;
-    while (i > 0 && r->marks.bytes[i - 1]) i--;
-    return i < r->text.n && ends_in_thought((const char *)r->text.bytes + i, r->text.n - i, false);
+// Where a text opens the thought in which it ends; n: it ends in none.
+static size_t find_thought(const char *text, size_t n) {
+    size_t found = n;
+    for (size_t i = 0; i < n; i++) {
+        if (n - i >= 7 && !memcmp(text + i, "<think>", 7)) found = i;
+        if (n - i >= 8 && !memcmp(text + i, "</think>", 8)) found = n;
+    }
+    return found;
+}
+
+// Keeps the template's last words from where they open a thought on. The answer is stored with them.
+static bool keep_thought(Chat *c, const Rendered *r, Error *e) {
+    const char *text = (const char *)r->text.bytes;
+    size_t n = r->text.n, from = n;
+    while (from > 0 && r->marks.bytes[from - 1]) from--;
+    from += find_thought(text + from, n - from);
+    c->is_thinking = from < n;
+    return from == n || copy_marked(&c->editor.pool, text + from, r->marks.bytes + from, n - from, &c->opened, e);
 }
 
 // Cuts what the template writes after an answer, with which the model may go on. `asked` is what asked for it: where
-// the template shows nothing of the answer (a thought that is over, white space), it is all that remains.
-static void cut_end(Rendered *r, Rendered *asked) {
+// the template shows nothing of the answer (a thought that is over, white space), it is all that remains; then true.
+static bool cut_end(Rendered *r, Rendered *asked) {
     while (r->text.n > 0 && r->marks.bytes[r->text.n - 1]) r->text.n--;
-    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return;
+    if (r->text.n >= asked->text.n || memcmp(r->text.bytes, asked->text.bytes, r->text.n)) return false;
     Rendered swap = *r;
     *r = *asked;
     *asked = swap;
+    return true;
 }
 
 // The tokens of the conversation. An answer at its end is not over: the model may go on with it.
@@ -5123,19 +5087,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
     Rendered r = { 0 }, asked = { 0 };
     Value before = c->messages;
     Error ignored = { 0 };
-    bool continues = ends_with(&before, "assistant");
-    before.n -= continues;
-    bool ok = !c->messages.n || render_chat(c->m, c->template, &c->messages, !continues, &r, e);
-    if (continues && !(before.n && render_chat(c->m, c->template, &before, true, &asked, &ignored))) asked.text.n = 0;
-    c->is_thinking = ok && opens_thought(continues ? &asked : &r);
-    if (ok && continues) {
-        Span said = content_of(&c->messages.items[before.n]);
-        c->is_thinking = ends_in_thought(said.text, said.n_bytes, c->is_thinking);
-        cut_end(&r, &asked);
-    }
-    if (ok && c->messages.n && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    bool continues = ends_with(&before, "assistant"), begins = !continues;
     tokens->n = 0;
-    ok = ok && (!c->messages.n || encode_rendered(&c->m->tokenizer, &r, tokens, e));
+    c->opened = (Value){ .kind = IS_STRING };
+    if (!before.n) return true;
+    before.n -= continues;
+    bool ok = render_chat(c->m, c->template, &c->messages, !continues, &r, e);
+    if (ok && continues) {
+        Value said = last_content(&c->messages);
+        c->is_thinking = find_thought(said.text, said.n) < said.n;
+        if (!before.n || !render_chat(c->m, c->template, &before, true, &asked, &ignored)) asked.text.n = 0;
+        begins = cut_end(&r, &asked);
+    }
+    ok = ok && (!begins || keep_thought(c, &r, e));
+    if (ok && r.text.n == 0) ok = fail(e, MISUSE, "the chat template makes no text of these messages");
+    ok = ok && encode_rendered(&c->m->tokenizer, &r, tokens, e);
     free_rendered(&r);
     free_rendered(&asked);
     return ok;
@@ -5144,25 +5110,21 @@ static bool encode_conversation(Chat *c, Tokens *tokens, Error *e) {
 // Encodes the conversation. If the answer would not fit, the oldest turns are dropped until half of the context is
 // free, but neither the system's text nor the last turn.
 static bool make_room(Chat *c, Tokens *tokens, Error *e) {
-    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), n_dropped = 0, end;
+    size_t context = (size_t)c->s->cache->context, half = context / 2, most = most_tokens(), end;
     size_t wanted = options.n_predict < 0 ? context / 4 : most < half ? most : half, first = first_turn(&c->messages);
-    Value *list = &c->messages;
+    size_t n_before = c->messages.n;
     bool ok = encode_conversation(c, tokens, e);
-    if (ok && options.no_shift && tokens->n > context && c->told.n) {
-        char more[32] = "";
-        if (c->m->config.context > (int)context) snprintf(more, sizeof more, " with -c 0 for %d", c->m->config.context);
-        return fail(e, NO_ROOM, "this conversation is full (%zu tokens); start again%s", context, more);
-    }
     for (bool drops = tokens->n + wanted > context && !options.no_shift; ok && drops && tokens->n > half;) {
-        for (end = first + 1; end < list->n; end++)  // an eighth of them at once, since each time all are encoded
-            if (has_role(&list->items[end], "user") && (end - first) * 8 >= list->n - first) break;
-        if (end >= list->n) break;
-        memmove(&list->items[first], &list->items[end], (list->n - end) * sizeof *list->items);
-        list->n -= end - first;
-        n_dropped += end - first;
-        ok = encode_conversation(c, tokens, e);
+        Value old = c->messages;
+        for (end = first + 1; end < old.n; end++)  // an eighth of them at once, since each time all are encoded
+            if (has_role(&old.items[end], "user") && (end - first) * 8 >= old.n - first) break;
+        if (end >= old.n) break;
+        c->messages = (Value){ .kind = IS_LIST };
+        ok = add_messages(c, &old, 0, first, e) && add_messages(c, &old, end, old.n, e) &&
+             encode_conversation(c, tokens, e);
     }
-    if (n_dropped) fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_dropped);
+    if (n_before > c->messages.n)
+        fprintf(stderr, "[the context is full: the oldest %zu messages are forgotten]\n", n_before - c->messages.n);
     return ok;
 }
 
@@ -5178,79 +5140,95 @@ static bool catch_up(Chat *c, const Tokens *now, Error *e) {
     return ok && take_prompt(c->m, c->w, c->s, &unread, &c->speed, e);
 }
 
-// Adds what the model has said to the conversation; or to its last message, which it has continued.
+static bool append_marked(Rendered *r, const char *text, const char *marks, size_t n, Error *e) {
+    return append(&r->text, text, n, e) && append(&r->marks, marks, n, e);
+}
+
+// Adds what the model has said to the conversation; or to its last message, which it has continued. Control tokens are
+// spelled and marked: templates look for </think>.
 static bool note_answer(Chat *c, const Continuation *t, bool continued, Error *e) {
     const Tokenizer *v = &c->m->tokenizer;
-    Buffer text = { 0 }, marks = { 0 };  // control tokens are spelled and marked: templates look for </think>
-    Tokens now = { 0 };
-    size_t from;
-    const Value *old = continued ? find_member(&c->messages.items[c->messages.n - 1], "content") : NULL;
-    bool ok = !old || (append(&text, old->text, old->n, e) && append(&marks, old->marks, old->n, e));
+    Value old = { 0 };
+    if (continued) old = last_content(&c->messages);
+    Rendered said = { 0 };
+    bool ok = append_marked(&said, old.text, old.marks, old.n, e) &&
+              append_marked(&said, c->opened.text, c->opened.marks, c->opened.n, e);
     for (size_t i = 0, n; ok && i < t->n_made; i++) {
         int before = c->told.ids[c->told.n - 1], id = c->told.n < (size_t)c->s->n ? c->s->ids[c->told.n] : t->last;
         const char *bytes = is_control(v, id) ? piece(v, id, &n) : decode(v, before, id, &n);
-        ok = append(&text, bytes, n, e) && append(&marks, NULL, n, e) && emit(&c->told, id, e);
-        if (ok && n) memset(marks.bytes + marks.n - n, is_control(v, id), n);
+        ok = append_marked(&said, bytes, is_control(v, id) ? template_marks : NULL, n, e) && emit(&c->told, id, e);
     }
-    size_t n_stop = t->stop_text ? strlen(t->stop_text) : 0;  // not said; its last token may say more
-    while (text.n > n_stop && n_stop && memcmp(text.bytes + text.n - n_stop, t->stop_text, n_stop)) text.n--;
-    text.n -= n_stop < text.n ? n_stop : text.n;
+    const char *text = (const char *)said.text.bytes, *stop = t->stop_text ? t->stop_text : "";
+    size_t n = said.text.n;
+    while (*stop && n > 0 && !ends_in(text, n, stop)) n--;  // after the stop text, its last token may say more
+    n -= n > 0 ? strlen(stop) : 0;
     c->messages.n -= continued;
-    Value *content = NULL, copy;
-    ok = ok && say(c, "assistant", text.bytes, text.n, e) && copy_text(&c->editor.pool, marks.bytes, text.n, &copy, e);
-    if (ok) content = &c->messages.items[c->messages.n - 1].items[3], content->marks = copy.text;
-    if (ok && v->dummy_prefix && !continued && text.n && *text.bytes == ' ') {  // is this space the template's?
+    ok = ok && add_message(c, "assistant", text, (const char *)said.marks.bytes, n, e);
+    free_rendered(&said);
+    if (!ok) return false;
+    Value *content = &c->messages.items[c->messages.n - 1].items[3];
+    if (v->flags & DUMMY_PREFIX && !continued && content->n && *content->text == ' ') {  // is it the template's?
+        Tokens now = { 0 };
+        size_t from;
         bool made = encode_conversation(c, &now, e);  // a template that refuses answers says so when it is asked again
         if (made && count_kept(v, &c->told, &now, &from) < c->told.n) content->text++, content->marks++, content->n--;
-        ok = e->status != NO_MEMORY;
-        if (ok) e->status = DONE;
+        free(now.ids);
+        if (e->status == NO_MEMORY) return false;
+        e->status = DONE;
     }
-    free(text.bytes);
-    free(marks.bytes);
-    free(now.ids);
-    return ok;
+    size_t n_old = old.n < content->n ? old.n : content->n;
+    return log_words(c, "assistant", content->text + n_old, content->n - n_old, e);
 }
 
-// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if the
-// last n_said messages had not been said.
-static bool answer(Chat *c, size_t n_said, Error *e) {
+static void put_record(const Model *m, const Passage *p);  // chapter 12a
+
+// Answers the last message, or continues the last answer. If Ctrl-C stops the model while it reads, it is as if this
+// turn had not been.
+static bool answer(Chat *c, Error *e) {
     bool continues = ends_with(&c->messages, "assistant"), hides = options.think && !strcmp(options.think, "hide");
     Tokens now = { 0 };
-    Continuation t = { c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
-    Stop why = AT_INTERRUPT;
+    Passage p = { .why = AT_INTERRUPT, .seed = options.seed };
+    p.c = (Continuation){ c->s, c->sampler, { .stops = &options.stops }, .limit = most_tokens(), .last = -1 };
+    if (options.json) p.c.printer.to = &p.text, p.c.printer.error = &p.error;
+    double start = clock_seconds();
     bool ok = make_room(c, &now, e) && catch_up(c, &now, e);
     free(now.ids);
-    if (!ok) c->messages.n -= n_said;
-    if (ok && continues) t.last = c->told.ids[c->told.n - 1];
-    if (hides) t.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
-    double start = clock_seconds();
-    ok = ok && generate_ahead(c->m, c->w, &t, &why, &c->speed, e);
-    if (ok) count_made(&c->speed, &t, start);
-    if (ok ? !note_answer(c, &t, continues, e) : e->status != INTERRUPTED) return false;
-    e->status = DONE;
-    putchar('\n');
+    p.prompt_seconds = clock_seconds() - start;
+    p.tokens.n = c->told.n;
+    if (!ok) c->messages = c->before;
+    if (ok && continues) p.c.last = c->told.ids[c->told.n - 1];
+    if (hides) p.c.printer.thought = c->is_thinking ? HIDDEN : WATCHED;
+    if (ok) tell_seed(c->sampler);
+    start = clock_seconds();
+    ok = ok && generate_ahead(c->m, c->w, &p.c, &p.why, &c->speed, e);
+    p.seconds = clock_seconds() - start;
+    if (ok) count_made(&c->speed, &p.c, start);
+    ok = ok ? note_answer(c, &p.c, continues, e) : e->status == INTERRUPTED;
+    if (p.error.status) ok = false, *e = p.error;
+    if (ok) p.ids = (Tokens){ .ids = c->told.ids + p.tokens.n, .n = p.c.n_made };
+    if (ok && options.json) putchar('{'), put_record(c->m, &p);
+    if (ok) puts(options.json ? "}" : "");
     fflush(stdout);
-    if (why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[why]);
-    if (why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
-    if (why == AT_INTERRUPT) interrupted = 0;
+    free(p.text.bytes);
+    if (!ok) return false;
+    e->status = DONE;
+    if (p.why > AT_STOP_TEXT && !options.quiet) fprintf(stderr, "[stopped %s]\n", stop_names[p.why]);
+    if (p.why == AT_INTERRUPT && options.single) return fail(e, INTERRUPTED, "interrupted");
+    if (p.why == AT_INTERRUPT) interrupted = 0;
     return true;
 }
 
 // Reads a conversation in place of this one: a list of messages, or an object with `messages`.
 static bool load_messages(Chat *c, const char *path, Error *e) {
-    Value list, before = c->messages;
-    bool ok = read_messages(path, &c->editor.pool, &list, e);
-    if (ok) c->messages = (Value){ .kind = IS_LIST };
-    for (size_t i = 0; ok && i < list.n; i++) {
+    Value list;
+    if (!read_messages(path, &c->editor.pool, &list, e)) return false;
+    for (size_t i = 0; i < list.n; i++) {
         const Value *role = find_member(&list.items[i], "role"), *content = find_member(&list.items[i], "content");
-        ok = role && content && role->kind == IS_STRING && content->kind == IS_STRING && role->n < 32;
-        char name[32] = "";
-        if (ok) memcpy(name, role->text, role->n);
-        ok = ok ? say(c, name, content->text, content->n, e)
-                : refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
+        if (!role || !content || role->kind != IS_STRING || content->kind != IS_STRING)
+            return refuse(e, "%.99s: message %zu needs a role and a content, both texts", path, i + 1);
     }
-    if (!ok) c->messages = before;
-    return ok;
+    c->messages = list;
+    return true;
 }
 
 static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
@@ -5258,15 +5236,17 @@ static void put_json_string(FILE *f, const char *text, size_t n);  // chapter 13
 static bool save_messages(const Value *messages, const char *path, Error *e) {
     Output o;
     bool ok = open_output(&o, path, e);
+    if (ok) fputs("{\"messages\": [", o.stream);
     for (size_t i = 0; ok && i < messages->n; i++) {
-        const Value *pair = messages->items[i].items;
-        fputs(i ? ",\n  {\"role\": " : "{\"messages\": [\n  {\"role\": ", o.stream);
-        put_json_string(o.stream, pair[1].text, pair[1].n);
+        const Value *message = &messages->items[i], *role = find_member(message, "role");
+        const Value *content = find_member(message, "content");
+        fputs(i ? ",\n  {\"role\": " : "\n  {\"role\": ", o.stream);
+        put_json_string(o.stream, role->text, role->n);
         fputs(", \"content\": ", o.stream);
-        put_json_string(o.stream, pair[3].text, pair[3].n);
+        put_json_string(o.stream, content->text, content->n);
         fputc('}', o.stream);
     }
-    if (ok) fputs(messages->n ? "\n]}\n" : "{\"messages\": []}\n", o.stream);
+    if (ok) fputs("\n]}\n", o.stream);
     return close_output(&o, ok, e);
 }
 
@@ -5274,10 +5254,7 @@ static bool save_messages(const Value *messages, const char *path, Error *e) {
 static bool set_system(Chat *c, const char *text, Error *e) {
     Value old = c->messages;
     c->messages = (Value){ .kind = IS_LIST };
-    bool ok = !text || say(c, "system", text, strlen(text), e);
-    for (size_t i = first_turn(&old); ok && i < old.n; i++)
-        ok = push_value(&c->editor.pool, &c->messages, old.items[i], e);
-    return ok;
+    return (!text || say(c, "system", text, strlen(text), e)) && add_messages(c, &old, first_turn(&old), old.n, e);
 }
 
 // Says the text of a file, or of stdin, without a newline at its end.
@@ -5290,41 +5267,25 @@ static bool say_file(Chat *c, const char *path, Error *e) {
     return ok;
 }
 
-// Forgets what was said after the last message of the user's, and that too if `all`.
-static bool forget_turn(Value *messages, bool all, Error *e) {
-    size_t n = messages->n;
-    while (n > 0 && !has_role(&messages->items[n - 1], "user")) n--;
-    if (n > 0) messages->n = n - all;
-    return n > 0 || fail(e, MISUSE, "nothing has been said yet");
-}
-
 // Commands of a chat at a terminal.
 enum { HELP, CLEAR, UNDO, REGEN, CONTINUE, SAVE, LOAD, READ, SYSTEM, COUNT, BYE, N_COMMANDS };
-static const struct { const char *name, *argument, *help; } commands[N_COMMANDS] = {
-    { "help", "", "this list" },
-    { "clear", "", "forget the conversation, but not the system's text" },
-    { "undo", "", "forget the last message and its answer" },
-    { "regen", "", "answer the last message again" },
-    { "continue", "", "go on with the last answer" },
-    { "save", " FILE", "write the conversation to a file, as JSON" },
-    { "load", " FILE", "go on with the conversation in a file" },
-    { "read", " FILE", "say the text of a file" },
-    { "system", " TEXT", "change the system's text; without TEXT: to the template's" },
-    { "tokens", "", "count the tokens of the conversation" },
-    { "bye", "", "end the chat, as Ctrl-D" },
+static const struct { const char *name, *argument, *help; bool asks; } commands[N_COMMANDS] = {
+    { "help", "", "this list", false },
+    { "clear", "", "forget the conversation, but not the system's text", false },
+    { "undo", "", "forget the last message and its answer", false },
+    { "regen", "", "answer the last message again", true },
+    { "continue", "", "go on with the last answer", true },
+    { "save", " FILE", "write the conversation to a file, as JSON; special tokens become plain text", false },
+    { "load", " FILE", "go on with the conversation in a file", false },
+    { "read", " FILE", "say the text of a file", true },
+    { "system", " TEXT", "change the system's text; without TEXT: to the template's", false },
+    { "tokens", "", "count the tokens of the conversation", false },
+    { "bye", "", "end the chat, as Ctrl-D", false },
 };
 
-static void print_commands(void) {
-    for (int i = 0; i < N_COMMANDS; i++) {
-        int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
-        fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
-    }
-    fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
-}
-
-// Does what the command in c->heard says. *n_said: as answer() wants it; -1: nothing is to be answered. False without
-// an error: the chat ends.
-static bool do_command(Chat *c, int *n_said, Error *e) {
+// Does what the command in c->heard says. *asks: whether there is something to be answered then. False without an
+// error: the chat ends.
+static bool do_command(Chat *c, bool *asks, Error *e) {
     char *name = (char *)c->heard.bytes + 1, *argument = name + strcspn(name, " \t");
     int which = 0, length = (int)(argument - name);
     while (c->heard.bytes[c->heard.n - 1] == ' ') c->heard.bytes[--c->heard.n] = 0;
@@ -5334,91 +5295,103 @@ static bool do_command(Chat *c, int *n_said, Error *e) {
     if (which == N_COMMANDS) return fail(e, MISUSE, "there is no command /%.*s; see /help", length, name);
     if (which != SYSTEM && !*argument != !*commands[which].argument)
         return fail(e, MISUSE, "usage: /%s%s", commands[which].name, commands[which].argument);
-    *n_said = which == READ ? 1 : which == REGEN || which == CONTINUE ? 0 : -1;
+    *asks = commands[which].asks;
+    Value *list = &c->messages;
+    size_t n = list->n;
     Tokens tokens = { 0 };
-    bool ok = true;
+    bool ok = which != BYE;
     switch (which) {
-    case HELP: print_commands(); break;
-    case CLEAR: c->messages.n = first_turn(&c->messages); break;
-    case UNDO: case REGEN: ok = forget_turn(&c->messages, which == UNDO, e); break;
-    case CONTINUE:
-        ok = ends_with(&c->messages, "assistant") || fail(e, MISUSE, "there is no answer to continue");
-        if (ok) c->messages.n -= content_of(&c->messages.items[c->messages.n - 1]).n_bytes == 0;
+    case HELP:
+        for (int i = 0; i < N_COMMANDS; i++) {
+            int width = fprintf(stderr, "  /%s%s", commands[i].name, commands[i].argument);
+            fprintf(stderr, "%*s%s\n", 18 - width, "", commands[i].help);
+        }
+        fprintf(stderr, "A message of several lines: between \"\"\" and \"\"\", or with \\ at the end of a line.\n");
         break;
-    case SAVE: ok = save_messages(&c->messages, argument, e); break;
-    case LOAD: ok = load_messages(c, argument, e); break;
-    case READ: ok = say_file(c, argument, e); break;
-    case SYSTEM: ok = set_system(c, *argument ? argument : NULL, e); break;
+    case CLEAR: list->n = first_turn(list); break;
+    case UNDO: case REGEN:
+        while (n > 0 && !has_role(&list->items[n - 1], "user")) n--;
+        if (n == 0) return fail(e, MISUSE, "nothing has been said yet");
+        list->n = which == UNDO ? n - 1 : n;
+        break;
+    case CONTINUE:
+        if (!ends_with(list, "assistant")) return fail(e, MISUSE, "there is no answer to continue");
+        list->n -= last_content(list).n == 0;
+        break;
+    case SAVE: return save_messages(list, argument, e);
+    case LOAD: return load_messages(c, argument, e);
+    case READ: return say_file(c, argument, e);
+    case SYSTEM: return set_system(c, *argument ? argument : NULL, e);
     case COUNT:
         ok = encode_conversation(c, &tokens, e);
         if (ok) fprintf(stderr, "[%zu tokens of %d]\n", tokens.n, c->s->cache->context);
-        break;
-    case BYE: ok = false;
+        free(tokens.ids);
     }
-    free(tokens.ids);
     return ok;
 }
 
 // Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
 // what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, at Ctrl-C.
 static bool hear(Chat *c, bool *is_command, Error *e) {
-    static const char quotes[] = "\"\"\"";
     Editor *d = &c->editor;
-    bool quoted = false, begun = false;
-    c->heard.n = 0;
+    Buffer *heard = &c->heard;
+    bool quoted = false;
+    heard->n = 0;
     for (bool more = true; more;) {
-        int key = c->has_editor ? edit_line(d, begun ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
-        if (key == CTRL_C && !begun && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
+        int key = c->has_editor ? edit_line(d, heard->n ? ". " : "> ", e) : read_line(&d->line, e) ? '\n' : INPUT_ENDS;
+        if (key == CTRL_C && heard->n == 0 && d->line.n == 0) return fail(e, INTERRUPTED, "interrupted");
         if (key == NO_KEY || key == INPUT_ENDS) return false;
         const char *s = (const char *)d->line.bytes;
         size_t n = d->line.n;
         while (c->has_editor && n > 0 && s[n - 1] == '\n') n--;
-        bool as_it_is = !c->has_terminal || memchr(s, '\n', n), opens = n >= 3 && !memcmp(s, quotes, 3);
-        begun = begun && key != CTRL_C;
-        if (!begun) c->heard.n = 0, quoted = opens && !as_it_is;
-        if (key == CTRL_C || (c->has_editor && !begun && n == 0)) continue;
-        if (!begun && quoted) s += 3, n -= 3;
-        bool closes = quoted && n >= 3 && !memcmp(s + n - 3, quotes, 3);
-        bool goes_on = !quoted && !as_it_is && n > 0 && s[n - 1] == '\\';
-        begun = more = quoted ? !closes : goes_on;
-        n -= closes ? 3 : goes_on;
-        if (!append(&c->heard, s, n, e) || !append(&c->heard, "\n", 1, e)) return false;
+        if (key == CTRL_C) heard->n = 0;
+        if (key == CTRL_C || (c->has_editor && heard->n == 0 && n == 0)) continue;
+        bool as_it_is = !c->has_terminal || memchr(s, '\n', n);
+        if (heard->n == 0) quoted = !as_it_is && n >= 3 && ends_in(s, 3, "\"\"\"");
+        if (!append(heard, s, n, e)) return false;
+        const char *end = quoted ? "\"\"\"" : "\\";
+        bool ends = (quoted ? heard->n >= 6 : !as_it_is) && ends_in((char *)heard->bytes, heard->n, end);
+        more = quoted != ends;
+        heard->n -= ends ? strlen(end) : 0;
+        if (!append(heard, "\n", 1, e)) return false;
     }
-    const char *text = (const char *)c->heard.bytes;
-    c->heard.bytes[--c->heard.n] = 0;  // in place of the last \n
+    if (quoted) memmove(heard->bytes, heard->bytes + 3, heard->n -= 3);
+    const char *text = (const char *)heard->bytes;
+    heard->bytes[--heard->n] = 0;  // in place of the last \n
     *is_command = c->has_terminal && !quoted && text[0] == '/' && isalpha((unsigned char)text[1]) &&
-                  !memchr(text, '\n', c->heard.n);
+                  !memchr(text, '\n', heard->n);
     Value past;
-    return !c->has_editor || (copy_text(&d->pool, text, c->heard.n, &past, e) &&
+    return !c->has_editor || (copy_text(&d->pool, text, heard->n, &past, e) &&
                               push_value(&d->pool, &d->past, past, e));
 }
 
-// Opens what a chat needs and says what is said before it begins. *n_said: as answer() wants it.
-static bool begin_chat(Chat *c, int *n_said, Error *e) {
-    const char *said = options.prompt;
+// Opens what a chat needs and says what is said before it begins. *asks: whether something is to be answered.
+static bool begin_chat(Chat *c, bool *asks, Error *e) {
     if (!find_template(c->m, options.template_name, &c->template_file, &c->template, e)) return false;
     if (options.log && !(c->log = fopen(options.log, "a")))
         return fail(e, io_status(), "--log %.99s: %s", options.log, strerror(errno));
     if (options.messages && !load_messages(c, options.messages, e)) return false;
     if (options.system && !set_system(c, options.system, e)) return false;
-    tell_seed(c->sampler);
-    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
-    *n_said = said || (options.single && !is_asked) ? 1 : is_asked ? 0 : -1;
+    c->before = c->messages;
     c->has_terminal = !options.single && isatty(STDIN_FILENO);
     c->has_editor = c->has_terminal && start_editor();
-    if (said || *n_said < 1) return !said || say(c, "user", said, strlen(said), e);
-    return say_file(c, "-", e) && (content_of(&c->messages.items[c->messages.n - 1]).n_bytes > 0 ||
+    bool is_asked = ends_with(&c->messages, "user");  // by the last message of the history
+    *asks = options.prompt || options.single || is_asked;
+    if (options.prompt) return say(c, "user", options.prompt, strlen(options.prompt), e);
+    if (!options.single || is_asked) return true;
+    return say_file(c, "-", e) && (last_content(&c->messages).n > 0 ||
                                    fail(e, MISUSE, "nothing to answer: stdin is empty, and there is no -i TEXT"));
 }
 
 // Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it. At
 // a terminal, neither a command that fails nor a message that does not fit ends the chat.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
-    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = { .kind = IS_LIST } };
-    int n_said = -1;
-    c.editor.past = c.messages;
-    for (bool is_command, ok = begin_chat(&c, &n_said, e);;) {
-        ok = ok && (n_said < 0 || answer(&c, (size_t)n_said, e));
+    Value none = { .kind = IS_LIST };
+    Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = none, .before = none, .editor.past = none };
+    bool asks = false, is_command, ok = begin_chat(&c, &asks, e);
+    for (;;) {
+        ok = ok && (!asks || answer(&c, e));
+        if (!ok) c.messages = c.before;
         bool is_last = e->status == NO_MEMORY || e->status == INTERRUPTED || (e->status == NO_ROOM && options.no_shift);
         if (e->status && c.has_terminal && !is_last) {
             disarm(e->text, strlen(e->text), "");
@@ -5426,9 +5399,11 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
             e->status = DONE;
             ok = true;
         }
-        if (!ok || ferror(stdout) || options.single || !hear(&c, &is_command, e)) break;
-        n_said = 1;
-        ok = is_command ? do_command(&c, &n_said, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
+        if (!ok || ferror(stdout) || options.single) break;
+        c.before = c.messages;
+        if (!hear(&c, &is_command, e)) break;
+        asks = true;
+        ok = is_command ? do_command(&c, &asks, e) : say(&c, "user", c.heard.bytes, c.heard.n, e);
     }
     if (terminal_use) use_terminal(USUAL);
     if (c.log && fclose(c.log) && !e->status) fail(e, BROKEN_IO, "--log %.99s: %s", options.log, strerror(errno));
@@ -5437,7 +5412,7 @@ static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler
     free(c.told.ids);
     free(c.template_file.bytes);
     free_pool(&c.editor.pool);
-    bool ok = e->status == DONE;
+    ok = e->status == DONE;
     if (ok || e->status == NO_ROOM) tell_speed(m, &c.speed);
     return ok;
 }
@@ -5453,196 +5428,79 @@ static bool set_own(Text key, Text value, Options *to, Error *e);   // chapter 1
 
 enum { MAX_LOGPROBS = 100, MOST_TOGETHER = 64, MOST_HELD = 1024 };  // texts in a pass; texts that wait to be printed
 
+typedef enum { CONTINUED, SCORED, COMPARED, EVALUATED } ScriptKind;
+
 // How likely a token was, and its place among all, from 1 on.
 typedef struct { int id, rank; double logprob; } Score;
 
-// What came of a text.
-typedef struct Record {
-    Buffer text;    // what was written
-    Tokens ids;     // likewise
-    Buffer scores;  // (tokens, 1 + --logprobs)  a token's own Score, then those of the likeliest
-    size_t n_prompt;
-    Stop why;
-    const char *stop_text;  // that ended it, or NULL
-    uint64_t seed;
-    double prompt_seconds, seconds;
-    Error error;    // status DONE: none
-} Record;
-
-static void keep_bytes(Record *o, const char *bytes, size_t n) {
-    if (n) append(&o->text, bytes, n, &o->error);
-}
-
-// Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
-static void add_scores(const Model *m, Record *o, const float *logits, int token) {
-    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, m->config.n_tokens, token) } };
-    int most = (int)options.logprobs, n = 0;
-    for (int i = 0; i < m->config.n_tokens; i++) {
-        scores[0].rank += logits[i] > logits[token] || (logits[i] == logits[token] && i < token);
-        if (n == most && (n == 0 || logits[i] <= logits[scores[n].id])) continue;
-        int k = n < most ? ++n : n;
-        for (; k > 1 && logits[i] > logits[scores[k - 1].id]; k--) scores[k].id = scores[k - 1].id;
-        scores[k].id = i;
-    }
-    for (int k = 1; k <= n; k++) {
-        double difference = (double)logits[scores[k].id] - logits[token];
-        scores[k] = (Score){ scores[k].id, k, scores[0].logprob + difference };
-    }
-    append(&o->scores, scores, (1 + (size_t)n) * sizeof *scores, &o->error);
-}
-
-static double total_logprob(const Record *o) {
-    const Score *scores = (const void *)o->scores.bytes;
-    double sum = 0;
-    for (size_t i = 0; i < o->scores.n / sizeof *scores; i += 1 + (size_t)options.logprobs) sum += scores[i].logprob;
-    return sum;
-}
-
-// Prints a text's scores: members of a list in JSON, or lines.
-static void put_scores(const Model *m, const Record *o) {
-    const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
-    size_t most = (size_t)options.logprobs, n_bytes;
-    const Score *s = (const void *)o->scores.bytes;
-    for (size_t i = 0; i < o->scores.n / sizeof *s; i++, s++) {
-        size_t k = i % (1 + most);  // its place among a token's
-        if (options.json) fputs(k == 1 ? ", \"top\": [" : i ? ", " : "", stdout);
-        else if (k) printf("    ");
-        printf(format, s->id, s->logprob, s->rank);
-        const char *text = piece(&m->tokenizer, s->id, &n_bytes);
-        put_json_string(stdout, text, n_bytes);
-        fputs(!options.json ? "\n" : k == most ? most ? "}]}" : "}" : k ? "}" : "", stdout);
-    }
-}
-
-// The JSON members that tell of a written text; the caller adds others and the brackets.
-static void put_record(const Model *m, const Record *o) {
-    static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
-                                         [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
-                                         [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
-    printf("\"text\": ");
-    put_json_string(stdout, (const char *)o->text.bytes, o->text.n);
-    printf(", \"ids\": [");
-    for (size_t i = 0; i < o->ids.n; i++) printf("%s%d", i ? ", " : "", o->ids.ids[i]);
-    printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
-           "\"seconds\": %.9g", o->n_prompt, o->ids.n, stops[o->why], (unsigned long long)o->seed, o->prompt_seconds,
-           o->seconds);
-    if (o->stop_text) printf(", \"stop_text\": ");
-    if (o->stop_text) put_json_string(stdout, o->stop_text, strlen(o->stop_text));
-    if (options.logprobs) printf(", \"logprobs\": [");
-    if (options.logprobs) put_scores(m, o);
-    if (options.logprobs) printf("]");
-}
-
-// ---- Passages ----
-
-// A text on its way through the model: it is continued, or some of its tokens are scored.
-typedef struct Passage {
-    size_t line;       // of the input, from 1 on
-    int number;        // which of the line's samples or choices, from 0 on
-    int group;         // of the first that are printed together: how many these are
-    Value value;       // the line, if it is JSON
-    Value choices;     // the texts that may be written, or are compared: strings; none: n is 0
-    Pool pool;         // what these point into: a line's last passage has it
-    Tokens tokens;     // what is given
-    Tokens told;       // likewise, if a line has messages; only while it is read
+// A line of the input, and what its texts have in common.
+typedef struct Line {
+    size_t number;  // from 1 on
+    int n, n_left;  // texts: samples, choices, or one; those that are not printed
+    Value value;    // the line, if it is JSON
+    Value choices;  // the texts that may be written, or are compared: strings; none: n is 0
+    Pool pool;      // what these point into
     Texts stops;
-    size_t scored;     // the first of these that is scored; SIZE_MAX: the text is continued
-    Sampler sampler;
-    Continuation c;
-    int slot;          // of its sequence; -1: none
-    double began;
-    bool done;
-    Record out;
-    struct Passage *next;
-} Passage;
-
-typedef enum { CONTINUED, SCORED, COMPARED, EVALUATED } ScriptKind;
+    Text wanted;    // a task's answer
+    char room[32];  // for it, if it is a number
+} Line;
 
 typedef struct {
     const Model *m;
     Workspace *w;
     const Sampler *sampler;
-    const Tokens *given;  // the only text, and
-    Text prompt;          // how it is spelled; NULL: texts come as lines
-    Sequence *sequences;
-    int n_slots, n_open;  // sequences; passages that are not done
-    Passage **users;      // (n_slots)  NULL: the passage that a sequence was for is done
-    size_t *used;         // (n_slots)  at which pass it was given away
-    size_t n_passes, n_held, n_lines, n_failed, n_tasks, n_right, n_written;
-    float *logits;        // (V)  without the tokens that may not come
-    Passage *first, **end;
-    Buffer exemplars;     // of an evaluation
-    Text template;        // for lines with messages, once there was one; and the file that it is in
-    Buffer template_file;
-    Error failure;        // the first
     ScriptKind kind;
+    const Tokens *given;            // the only text, and
+    Text prompt;                    // how it is spelled; NULL: texts come as lines
+    Sequence *sequences;
+    int n_slots, n_free;            // of these; those that no text needs
+    Passage *users[MOST_TOGETHER];  // NULL: the text that a sequence was for is done
+    Passage *first, **end;          // a queue, in the order of the input
+    size_t n_held, n_lines, n_failed, n_tasks, n_right, n_written;
+    float *logits;                  // (V)  without the tokens that may not come
+    Buffer exemplars;               // of an evaluation
+    Text template;                  // for lines with messages, once there was one; and the file that it is in
+    Buffer template_file;
+    Error failure;                  // the first
 } Script;
 
-static void free_passage(Passage *p) {
-    free(p->out.text.bytes);
-    free(p->out.ids.ids);
-    free(p->out.scores.bytes);
-    free(p->tokens.ids);
-    free_pool(&p->pool);
-    free(p);
-}
+// ---- The model's answers ----
 
-static void end_passage(Script *s, Passage *p, Stop why) {
-    print_bytes(&p->c.printer, NULL, 0);
-    if (p->slot >= 0) s->users[p->slot] = NULL;
-    p->out.why = why;
-    p->out.stop_text = p->c.stop_text;
-    p->out.seconds = clock_seconds() - p->began - p->out.prompt_seconds;
-    p->done = true;
-    s->n_open--;
-    s->n_written += p->out.ids.n;
-}
-
-static void fail_passage(Script *s, Passage *p, const Error *e) {
-    p->out.error = *e;
-    end_passage(s, p, GO_ON);
-}
-
-// How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
-static size_t n_common(const Passage *p, const int *ids, size_t n) {
-    size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
-    while (i < n && i < most && ids[i] == p->tokens.ids[i]) i++;
-    return i;
-}
-
-// Gives a passage a sequence, which begins with what it has in common with another. False if it has to wait: for a free
-// sequence, or because an earlier passage is about to read more of what both have in common.
-static bool start_passage(Script *s, Passage *p) {
-    size_t common = 0, planned = 0;
-    int from = -1, to = -1, n_free = 0;
-    for (int i = 0; i < s->n_slots; i++) n_free += !s->users[i];
-    for (int i = 0; i < s->n_slots && n_free; i++) {
-        size_t n = n_common(p, s->sequences[i].ids, (size_t)s->sequences[i].n);
-        size_t later = s->users[i] ? n_common(p, s->users[i]->tokens.ids, s->users[i]->tokens.n) : 0;
-        if (n > common) common = n, from = i;
-        if (later > planned) planned = later;
+// Adds the score of a token, and those of the likeliest; of equals, the lowest id comes first.      logits (V)
+static void add_scores(const Model *m, Passage *p, const float *logits, int token) {
+    size_t n = (size_t)m->config.n_tokens, most = (size_t)options.logprobs;
+    Score scores[1 + MAX_LOGPROBS] = { { token, 1, -surprise(logits, (int)n, token) } };
+    Candidate *c = p->sampler.candidates, own = { token, logits[token] };
+    for (size_t i = 0; i < n; i++) {
+        c[i] = (Candidate){ (int)i, logits[i] };
+        scores[0].rank += is_likelier(c[i], own);
     }
-    for (int i = 0; i < s->n_slots; i++)  // what was used last is kept longest, but first of all what is forked
-        if (!s->users[i] && (to < 0 || to == from || (i != from && s->used[i] < s->used[to]))) to = i;
-    if (to < 0 || planned > common) return false;
-    if (from >= 0 && from != to) fork_sequence(&s->sequences[to], &s->sequences[from], (int)common);
-    else rewind_sequence(&s->sequences[to], (int)common);
-    p->slot = to;
-    p->c.sequence = &s->sequences[to];
-    p->began = clock_seconds();
-    s->users[to] = p;
-    s->used[to] = s->n_passes;
-    return true;
+    if (most) make_heap(c, n);
+    for (size_t k = 1; k <= most; k++) {
+        const Candidate *next = take_likeliest(c, &n);
+        scores[k] = (Score){ next->id, (int)k, scores[0].logprob + ((double)next->p - own.p) };
+    }
+    p->logprob += scores[0].logprob;
+    append(&p->scores, scores, (1 + most) * sizeof *scores, &p->error);
+}
+
+// Ends a text; `wrong`, if it is not NULL, says what has failed.
+static void end_passage(Script *s, Passage *p, Stop why, const Error *wrong) {
+    if (wrong) p->error = *wrong;
+    print_bytes(&p->c.printer, NULL, 0);
+    s->users[p->c.sequence - s->sequences] = NULL;
+    s->n_free++;
+    p->why = why;
+    p->seconds = clock_seconds() - p->began - p->prompt_seconds;
+    p->done = true;
 }
 
 // Whether a choice begins with what is written so far and goes on with these bytes; or ends there, if there are none.
 static bool fits_choice(const Passage *p, const char *bytes, size_t n) {
-    const Printer *held = &p->c.printer;  // the bytes of an incomplete character
-    size_t n_text = p->out.text.n, made = n_text + held->n_held;
-    for (const Value *v = p->choices.items, *end = v + p->choices.n; v < end; v++)
+    size_t made = p->text.n;
+    for (const Value *v = p->line->choices.items, *end = v + p->line->choices.n; v < end; v++)
         if (v->n >= made + n && (n > 0 || v->n == made) && !memcmp(v->text + made, bytes, n) &&
-            !memcmp(v->text + n_text, held->held, held->n_held) &&
-            (n_text == 0 || !memcmp(v->text, p->out.text.bytes, n_text))) return true;
+            (made == 0 || !memcmp(v->text, p->text.bytes, made))) return true;
     return false;
 }
 
@@ -5672,36 +5530,68 @@ static bool is_answered(const Buffer *text) {
 
 // Takes what the model says after the token at a position: a score, or the next token.
 static void take_logits(Script *s, Passage *p, size_t position, const float *logits) {
-    Record *o = &p->out;
     size_t n_made = p->c.n_made;
+    bool is_free = s->kind != CONTINUED || p->line->choices.n == 0;
     Stop why = GO_ON;
-    if (o->prompt_seconds <= 0) o->prompt_seconds = clock_seconds() - p->began;
+    if (p->prompt_seconds <= 0) p->prompt_seconds = clock_seconds() - p->began;
     if (p->scored < p->tokens.n) {
-        add_scores(s->m, o, logits, p->tokens.ids[position + 1]);
+        add_scores(s->m, p, logits, p->tokens.ids[position + 1]);
         if (position + 2 == p->tokens.n) why = AT_LIMIT;
-    } else {
-        bool is_free = p->choices.n == 0;
-        if (!is_free && restrict_tokens(s, p, logits) == 0) why = AT_END_TOKEN;
-        if (why == GO_ON) why = next_token(s->m, &p->c, is_free ? logits : s->logits);
-        if (p->c.n_made > n_made && emit(&o->ids, p->c.last, &o->error) && options.logprobs)
-            add_scores(s->m, o, logits, p->c.last);
-        if (why == GO_ON && s->kind == EVALUATED && is_answered(&o->text)) why = AT_LIMIT;
-        if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
-            fail(&o->error, NO_ROOM, "the text could not become one of --one-of");
-    }
-    if (why != GO_ON || o->error.status) end_passage(s, p, why);
+    } else if (!is_free && restrict_tokens(s, p, logits) == 0) why = AT_END_TOKEN;
+    else why = next_token(s->m, &p->c, is_free ? logits : s->logits);
+    if (p->c.n_made > n_made && emit(&p->ids, p->c.last, &p->error) && options.logprobs)
+        add_scores(s->m, p, logits, p->c.last);
+    if (why == GO_ON && s->kind == EVALUATED && is_answered(&p->text)) why = AT_LIMIT;
+    if (!is_free && why != GO_ON && why != AT_INTERRUPT && !fits_choice(p, "", 0))
+        fail(&p->error, NO_ROOM, "the text could not become one of --one-of");
+    if (why != GO_ON || p->error.status) end_passage(s, p, why, NULL);
 }
 
-// Sends rows of some passages through the model. Those of a passage follow each other. If that fails, each passage has
-// a pass of its own, so that only the one whose numbers are not finite fails.
+// ---- Passes ----
+
+// How many of the n tokens are the passage's, from the first on. What needs logits is not counted.
+static size_t n_common(const Passage *p, const int *ids, size_t n) {
+    size_t i = 0, most = p->scored < p->tokens.n ? p->scored - 1 : p->tokens.n - 1;
+    while (i < n && i < most && ids[i] == p->tokens.ids[i]) i++;
+    return i;
+}
+
+// Gives a passage a free sequence, the one that has least in common with it; it begins with what another has in common.
+// False if the passage has to wait: for a free sequence, or because one is about to read more of what both have in
+// common.
+static bool start_passage(Script *s, Passage *p) {
+    size_t common = 0, planned = 0, least = 0;
+    Sequence *from = NULL, *to = NULL;
+    for (int i = 0; i < s->n_slots && s->n_free > 0; i++) {
+        Sequence *text = &s->sequences[i];
+        const Passage *user = s->users[i];
+        size_t n = n_common(p, text->ids, (size_t)text->n), later = 0;
+        if (user) later = n_common(p, user->tokens.ids, user->tokens.n);
+        if (later > planned) planned = later;
+        if (n > common) common = n, from = text;
+        if (!user && (!to || n < least || (n == least && text->n < to->n))) least = n, to = text;
+    }
+    if (!to || planned > common) return false;
+    if (from && from != to) fork_sequence(to, from, (int)common);
+    else rewind_sequence(to, (int)common);
+    s->users[to - s->sequences] = p;
+    s->n_free--;
+    p->c.sequence = to;
+    p->began = clock_seconds();
+    return true;
+}
+
+// Sends rows of some passages through the model. Those of a passage follow each other. If that fails, the first one has
+// a pass of its own, so that only a passage whose numbers are not finite fails.
 static void send_rows(Script *s, const Row *rows, int n) {
     Error e = { 0 };
+    int n_first = 1;
+    while (n_first < n && rows[n_first].sequence == rows[0].sequence) n_first++;
     bool ok = forward(s->m, s->w, s->sequences, rows, n, &e), together = true;
-    for (int i = 0, end; !ok && i < n; i = end) {
-        for (end = i + 1; end < n && rows[end].sequence == rows[i].sequence;) end++;
-        Passage *p = s->users[rows[i].sequence];
-        if (end - i < n) send_rows(s, rows + i, end - i);
-        else fail_passage(s, p, &e);
+    if (!ok && n_first == n) end_passage(s, s->users[rows[0].sequence], GO_ON, &e);
+    else if (!ok) {
+        send_rows(s, rows, n_first);
+        send_rows(s, rows + n_first, n - n_first);
     }
     for (int i = 0; ok && i < s->w->n_wanted; i++) {
         const Row *row = &rows[s->w->wanted[i]];
@@ -5710,27 +5600,23 @@ static void send_rows(Script *s, const Row *rows, int n) {
         together = logits != NULL;
         if (!together && make_logits(s->m, s->w, i, 1, &e)) logits = s->w->logits;
         if (p && logits) take_logits(s, p, (size_t)row->position, logits);
-        else if (p) fail_passage(s, p, &e);
+        else if (p) end_passage(s, p, GO_ON, &e);
     }
 }
 
-// One pass: the next token of each text that has begun, then given tokens, as many as there is room for.
+// One pass: of each text, in order, given tokens or the next one, as many as there is room for.
 static void advance(Script *s) {
     Row *rows = s->w->room;
     int n = 0, most = s->w->settings.batch;
-    s->n_passes++;
-    for (int i = 0; i < s->n_slots; i++) {
-        Passage *p = s->users[i];
-        size_t at = (size_t)s->sequences[i].n;
-        if (p && at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, i, true };
-    }
     for (Passage *p = s->first; p && n < most; p = p->next) {
-        if (p->done || (p->slot < 0 && !start_passage(s, p))) continue;
-        size_t end = p->tokens.n - (p->scored < p->tokens.n);  // the last one predicts nothing
-        for (size_t at = (size_t)p->c.sequence->n; at < end && n < most; at++)
-            rows[n++] = (Row){ p->tokens.ids[at], (int)at, p->slot, at + 1 >= p->scored || at + 1 == p->tokens.n };
+        if (p->done || (!p->c.sequence && !start_passage(s, p))) continue;
+        size_t at = (size_t)p->c.sequence->n, end = p->tokens.n - (p->scored < p->tokens.n);  // the last has no next
+        int slot = (int)(p->c.sequence - s->sequences);
+        if (at >= p->tokens.n) rows[n++] = (Row){ p->c.last, (int)at, slot, true };
+        for (; at < end && n < most; at++)
+            rows[n++] = (Row){ p->tokens.ids[at], (int)at, slot, at + 1 >= p->scored || at + 1 == p->tokens.n };
     }
-    send_rows(s, rows, n);
+    if (n > 0) send_rows(s, rows, n);
 }
 
 // ---- Lines of input ----
@@ -5745,16 +5631,16 @@ static Text value_text(const Value *v, char room[32]) {
 }
 
 // Takes the texts between the bars of --choose or --one-of.
-static bool split_choices(Passage *p, const char *at, Error *e) {
+static bool split_choices(Line *l, const char *at, Error *e) {
     for (size_t n; at; at = at[n] ? at + n + 1 : NULL) {
         n = strcspn(at, "|");
-        if (!push_value(&p->pool, &p->choices, (Value){ .kind = IS_STRING, .n = n, .text = at }, e)) return false;
+        if (!push_value(&l->pool, &l->choices, (Value){ .kind = IS_STRING, .n = n, .text = at }, e)) return false;
     }
     return true;
 }
 
 // Reads a text, or a list of them, at which a line's text ends.
-static bool read_stops(Passage *p, const Value *v, Texts *stops, Error *e) {
+static bool read_stops(Line *l, const Value *v, Texts *stops, Error *e) {
     const Value *list = v->kind == IS_LIST ? v->items : v;
     size_t n = v->kind == IS_LIST ? v->n : 1;
     stops->n = 0;
@@ -5763,192 +5649,170 @@ static bool read_stops(Passage *p, const Value *v, Texts *stops, Error *e) {
         Value copy;
         if (!fits || memchr(list[i].text, 0, list[i].n))
             return refuse(e, "\"stop\": expected up to %d texts of 1 to %d bytes", MAX_TEXTS, MAX_STOP);
-        if (!copy_text(&p->pool, list[i].text, list[i].n, &copy, e)) return false;
+        if (!copy_text(&l->pool, list[i].text, list[i].n, &copy, e)) return false;
         stops->at[stops->n++] = copy.text;
     }
     return true;
 }
 
-// Reads a conversation that a line has in place of a prompt: its tokens become p->told.
-static bool read_conversation(Script *s, Passage *p, const Value *messages, Error *e) {
+// Reads a conversation that a line has in place of a prompt.
+static bool read_conversation(Script *s, const Value *messages, Tokens *tokens, Error *e) {
     Rendered r = { 0 };
     if (messages->kind != IS_LIST) return refuse(e, "\"messages\" is no list");
     bool ok = (s->template.n || find_template(s->m, options.template_name, &s->template_file, &s->template, e)) &&
               render_chat(s->m, s->template, messages, true, &r, e) &&
-              encode_rendered(&s->m->tokenizer, &r, &p->told, e);
+              encode_rendered(&s->m->tokenizer, &r, tokens, e);
     free_rendered(&r);
-    return ok && (p->told.n || refuse(e, "the messages make no text"));
+    return ok && (tokens->n || refuse(e, "the messages make no text"));
 }
 
-// Reads a line that is a JSON object: its prompt or messages, and what it has in place of options.
-static bool read_members(Script *s, Passage *p, Options *own, Text *prompt, Error *e) {
-    for (const Value *key = p->value.items, *end = key + p->value.n; key < end; key += 2) {
+// Reads a line that is a JSON object: its prompt or the tokens of its messages, and what it has in place of options.
+static bool read_members(Script *s, Line *l, Options *own, Text *prompt, Tokens *told, Error *e) {
+    for (size_t i = 0; i < l->value.n; i += 2) {
+        const Value *key = &l->value.items[i];
         char room[32];
         Text name = { key->text, key->n }, text = value_text(key + 1, room);
-        bool is_prompt = is_text(name, "prompt") && key[1].kind == IS_STRING, is_id = is_text(name, "id") && text.at;
-        bool is_stop = is_text(name, "stop"), is_chat = is_text(name, "messages") && s->kind == CONTINUED, ok = true;
-        if (is_prompt) *prompt = text;
-        else if (is_stop) ok = read_stops(p, key + 1, &own->stops, e);
-        else if (is_chat) ok = read_conversation(s, p, key + 1, e);
-        else if (!is_id) ok = set_own(name, text, own, e);
+        bool ok = true;
+        if (is_text(name, "prompt") && key[1].kind == IS_STRING) *prompt = text;
+        else if (is_text(name, "stop")) ok = read_stops(l, key + 1, &own->stops, e);
+        else if (is_text(name, "messages") && s->kind == CONTINUED) ok = read_conversation(s, key + 1, told, e);
+        else if (!is_text(name, "id") || !text.at) ok = set_own(name, text, own, e);
         if (!ok) return false;
     }
-    if (p->told.n && prompt->at) return refuse(e, "a \"prompt\" beside \"messages\"");
-    if (p->told.n) *prompt = (Text){ "", 0 };
-    return prompt->at || refuse(e, "no \"prompt\"");
+    if (told->n && prompt->at) return refuse(e, "a \"prompt\" beside \"messages\"");
+    return told->n || prompt->at || refuse(e, "no \"prompt\"");
 }
 
-// The answer of a task. If there are choices, it is one of them or the index of one.
-static Text wanted_answer(const Passage *p, char room[32]) {
-    const Value *v = find_member(&p->value, "answer"), *c = p->choices.items;
-    Text answer = value_text(v, room);
-    for (size_t i = 0; answer.at && i < p->choices.n; i++, c++)
-        if (v->kind == IS_INTEGER ? v->integer == (int64_t)i : c->n == answer.n && !memcmp(c->text, answer.at, c->n))
-            return (Text){ c->text, c->n };
-    return p->choices.n ? (Text){ NULL, 0 } : answer;
-}
-
-// Reads a task: its question comes after the exemplars. These are the first lines, with their answers.
-static bool read_task(Script *s, Passage *p, Text *prompt, Error *e) {
-    char room[32];
-    const Value *question = find_member(&p->value, "question"), *steps = find_member(&p->value, "solution");
-    const Value *list = find_member(&p->value, "choices");
-    bool ok = !list || (list->kind == IS_LIST && list->n > 0);
-    for (size_t i = 0; ok && list && i < list->n; i++) ok = list->items[i].kind == IS_STRING;
-    if (ok && list) p->choices = *list;
-    Text answer = ok ? wanted_answer(p, room) : (Text){ NULL, 0 };
-    if (!question || question->kind != IS_STRING || !answer.at)
+// Reads a task. One of the first lines becomes an exemplar, with its answer; of others the exemplars and the question
+// are what the model reads. If there are choices, the answer is one of them or the index of one.
+static bool read_task(Script *s, Line *l, Buffer *asked, Error *e) {
+    const Value *question = find_member(&l->value, "question"), *steps = find_member(&l->value, "solution");
+    const Value *list = find_member(&l->value, "choices"), *answer = find_member(&l->value, "answer");
+    bool ok = question && question->kind == IS_STRING && (!list || list->kind == IS_LIST);
+    if (!list) l->wanted = value_text(answer, l->room);
+    for (size_t i = 0; ok && list && answer && i < list->n; i++) {
+        const Value *c = &list->items[i];
+        ok = c->kind == IS_STRING;
+        bool is_it = answer->kind == IS_INTEGER ? answer->integer == (int64_t)i
+                                                : ok && answer->kind == IS_STRING && !compare_strings(answer, c);
+        if (is_it) l->wanted = (Text){ c->text, c->n };
+    }
+    if (!ok || !l->wanted.at)
         return refuse(e, "expected \"question\" and \"answer\": of \"choices\", a list of texts, one or its index");
-    bool is_exemplar = p->line <= (size_t)options.shots, shows = options.cot && steps && steps->kind == IS_STRING;
+    if (list) l->choices = *list;
+    bool is_exemplar = l->number <= (size_t)options.shots, shows = options.cot && steps && steps->kind == IS_STRING;
     const char *opens = options.cot ? "\nAnswer: Let's think step by step." : "\nAnswer:";
     const Text parts[] = {
-        { "Question: ", 10 }, { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
-        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, answer,
+        { (const char *)s->exemplars.bytes, is_exemplar ? 0 : s->exemplars.n }, { "Question: ", 10 },
+        { question->text, question->n }, { opens, strlen(opens) }, { " ", is_exemplar || list },
+        { shows ? steps->text : "", shows ? steps->n : 0 }, { " The answer is ", shows ? 15 : 0 }, l->wanted,
         { "\n\n", 2 },
     };
-    for (int i = 0; i < (is_exemplar ? 8 : 4); i++)
-        if (!append(&s->exemplars, parts[i].at, parts[i].n, e)) return false;
-    if (!is_exemplar) *prompt = (Text){ (const char *)s->exemplars.bytes, s->exemplars.n };
-    return true;
-}
-
-static bool encode_prompt(const Script *s, const Tokens *told, Text prompt, Text more, Tokens *out, Error *e) {
-    const Tokenizer *t = &s->m->tokenizer;
-    const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
-    const Tokens *given = told->n ? told : s->kind != COMPARED ? s->given : NULL;
-    bool begins = t->add_bos || (prompt.n == 0 && t->bos >= 0);
-    for (size_t i = 0; given && i < given->n; i++) if (!emit(out, given->ids[i], e)) return false;
-    if (!given && ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e))) return false;
-    return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
-}
-
-// Appends a passage that begins like `base`: the tokens of a prompt and of what follows it.
-static Passage *add_passage(Script *s, const Passage *base, Text prompt, Text more, Error *e) {
-    Passage *p = allocate(1, sizeof *p, e);
-    if (!p) return NULL;
-    *p = *base;
-    p->pool.last = NULL;  // of a line's passages, the last one gets it
-    p->c.sampler = &p->sampler;
-    p->c.printer.record = &p->out;
-    p->c.printer.stops = &p->stops;
-    *s->end = p;
-    s->end = &p->next;
-    s->n_open++;
-    s->n_held++;
-    if (!encode_prompt(s, &base->told, prompt, more, &p->tokens, e)) return NULL;
-    if (p->tokens.n > (size_t)s->w->settings.context)
-        fail(e, NO_ROOM, "%zu tokens, the context has %d; see -c", p->tokens.n, s->w->settings.context);
-    if (s->kind == SCORED && p->tokens.n < 2) refuse(e, "a single token, with none before it to predict it from");
-    if (p->tokens.n_dropped)
-        fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", p->line, p->tokens.n_dropped);
-    p->c.last = p->tokens.ids[p->tokens.n - 1];
-    p->out.n_prompt = p->tokens.n;
-    return e->status ? NULL : p;
-}
-
-// Adds a passage for each choice. What is scored begins where their tokens are not all those of the prompt: its last
-// token may become another one together with what follows.
-static bool add_choices(Script *s, Passage *base, Text prompt, Error *e) {
-    Passage **first = s->end, *p = NULL;
-    Tokens alone = { 0 };
-    bool ok = encode_prompt(s, &base->told, prompt, (Text){ "", 0 }, &alone, e);
-    size_t common = alone.n;
-    base->group = (int)base->choices.n;
-    for (const Value *c = base->choices.items; ok && base->number < base->group; c++, base->number++) {
-        ok = (p = add_passage(s, base, prompt, (Text){ c->text, c->n }, e)) != NULL;
-        for (size_t i = 0; ok && i < common; i++)
-            if (i == p->tokens.n || p->tokens.ids[i] != alone.ids[i]) common = i;
-    }
-    free(alone.ids);
-    for (p = *first; ok && p; p = p->next) {
-        p->scored = common;
-        ok = (common > 0 && common < p->tokens.n) ||
-             refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
-    }
+    for (int i = 0; ok && i < (is_exemplar ? 9 : 5); i++)
+        ok = append(is_exemplar ? &s->exemplars : asked, parts[i].at, parts[i].n, e);
     return ok;
 }
 
-// Drops what is in the queue from *first on.
-static void drop_passages(Script *s, Passage **first) {
-    s->end = first;
-    for (Passage *p; (p = *first); free_passage(p)) {
-        *first = p->next;
-        s->n_held--;
-        s->n_open -= !p->done;
-    }
+// The tokens of a prompt and what follows it.
+static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, Error *e) {
+    const Tokenizer *t = &s->m->tokenizer;
+    const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
+    bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
+    if ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e)) return false;
+    if (out->n_dropped)
+        fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", s->n_lines, out->n_dropped);
+    return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
 }
 
-// Adds the passages of a line. If something is wrong with it, it has a single one, which says what.
-static bool open_line(Script *s, Text line, Error *e) {
-    Passage base = { .line = ++s->n_lines, .group = 1, .slot = -1, .scored = s->kind == SCORED ? 1 : SIZE_MAX };
+// Appends a text of a line to the queue; its tokens are missing yet.
+static Passage *add_passage(Script *s, Line *l, const Options *own, Error *e) {
+    Passage *p = allocate(1, sizeof *p, e);
+    if (!p) return NULL;
+    *p = (Passage){ .line = l, .number = l->n++, .scored = SIZE_MAX, .sampler = *s->sampler };
+    p->seed = own->seed + (uint64_t)p->number;
+    p->sampler.random = first_state(p->seed);
+    p->sampler.temperature = s->kind == EVALUATED ? 0 : (float)own->temperature;
+    p->sampler.top_k = (int)own->top_k;
+    p->sampler.top_p = (float)own->top_p;
+    p->sampler.min_p = (float)own->min_p;
+    p->c.sampler = &p->sampler;
+    p->c.limit = own->n_predict < 0 || l->choices.n ? SIZE_MAX : (size_t)own->n_predict;
+    p->c.printer = (Printer){ .stops = &l->stops, .to = &p->text, .error = &p->error };
+    *s->end = p;
+    s->end = &p->next;
+    s->n_held++;
+    l->n_left++;
+    return p;
+}
+
+// Adds the texts that a line asks for; all begin with these tokens of the prompt. Where choices are compared, what is
+// scored begins where not all have the prompt's tokens: its last one may become another together with what follows.
+static bool add_texts(Script *s, Line *l, const Options *own, Text prompt, const Tokens *tokens, Error *e) {
+    bool compares = l->choices.n > 0 && s->kind != CONTINUED;
+    size_t n = compares ? l->choices.n : s->kind == CONTINUED ? (size_t)options.samples : 1;
+    size_t context = (size_t)s->w->settings.context, common = compares ? tokens->n : 1;
     Passage **first = s->end, *p;
-    Error *wrong = &base.out.error;
-    Options own = options;
-    Text prompt = line;
-    bool ok = true, is_json = !s->given && (s->kind == EVALUATED || (line.n && *line.at == '{'));
-    const char *list = s->kind == COMPARED ? options.choose : s->kind == CONTINUED ? options.one_of : NULL;
-    size_t n_kept = s->exemplars.n;
-    if (is_json) {
-        prompt = (Text){ NULL, 0 };
-        ok = parse_json(line.at, line.n, &base.pool, &base.value, wrong);
-        if (s->kind == EVALUATED) ok = ok && read_task(s, &base, &prompt, wrong);
-        else ok = ok && read_members(s, &base, &own, &prompt, wrong);
+    for (size_t i = 0; i < n; i++) {
+        if (!(p = add_passage(s, l, own, e))) return false;
+        const Value *c = compares ? &l->choices.items[i] : NULL;
+        if (compares && !encode_prompt(s, prompt, (Text){ c->text, c->n }, &p->tokens, e)) return false;
+        for (size_t k = 0; !compares && k < tokens->n; k++) if (!emit(&p->tokens, tokens->ids[k], e)) return false;
+        for (size_t k = 0; k < common; k++)
+            if (k == p->tokens.n || p->tokens.ids[k] != tokens->ids[k]) common = k;
+        if (p->tokens.n > context)
+            return fail(e, NO_ROOM, "%zu tokens, the context has %zu; see -c", p->tokens.n, context);
+        p->c.last = p->tokens.ids[p->tokens.n - 1];
     }
-    base.stops = own.stops;
-    ok = ok && split_choices(&base, list, wrong);
-    base.c.limit = own.n_predict < 0 || list ? SIZE_MAX : (size_t)own.n_predict;
-    base.sampler = *s->sampler;
-    base.sampler.temperature = s->kind == EVALUATED ? 0 : (float)own.temperature;
-    base.sampler.top_k = (int)own.top_k;
-    base.sampler.top_p = (float)own.top_p;
-    base.sampler.min_p = (float)own.min_p;
-    int n = !prompt.at ? 0 : s->kind == CONTINUED ? (int)options.samples : 1;
-    bool compares = base.choices.n && n && s->kind != CONTINUED;
-    if (compares) ok = ok && add_choices(s, &base, prompt, wrong);
-    for (; ok && !compares && base.number < n; base.number++) {
-        base.out.seed = own.seed + (uint64_t)base.number;
-        base.sampler.random = first_state(base.out.seed);
-        ok = add_passage(s, &base, prompt, (Text){ "", 0 }, wrong) != NULL;
+    for (p = *first; p && (compares || s->kind == SCORED); p = p->next) {
+        p->scored = common;
+        if (compares && (common == 0 || common == p->tokens.n))
+            return refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
+        if (p->tokens.n < 2) return refuse(e, "a single token, with none before it to predict it from");
     }
-    if (prompt.at && s->kind == EVALUATED) s->exemplars.n = n_kept;
-    free(base.told.ids);
-    base.told = (Tokens){ 0 };
-    if (!ok) {
-        drop_passages(s, first);
-        base.done = true;
-        base.group = 1;
-        if (!(p = *first = allocate(1, sizeof *p, e))) {
-            free_pool(&base.pool);
-            return false;
-        }
-        *p = base;
-        s->end = &p->next;
-        s->n_held++;
-    }
-    for (p = *first; p && p->next;) p = p->next;
-    if (p) p->pool = base.pool;
-    else free_pool(&base.pool);
     return true;
+}
+
+// Reads what a line asks for, and adds its texts. An exemplar has none.
+static bool open_texts(Script *s, Line *l, Text text, Error *e) {
+    Options own = options;
+    Buffer asked = { 0 };
+    Tokens tokens = { 0 };
+    const char *list = s->kind == COMPARED ? options.choose : s->kind == CONTINUED ? options.one_of : NULL;
+    bool is_task = s->kind == EVALUATED, is_json = !s->given && (is_task || (text.n && *text.at == '{'));
+    bool ok = !is_json || parse_json(text.at, text.n, &l->pool, &l->value, e);
+    if (is_json) text = (Text){ NULL, 0 };
+    if (ok && is_task) ok = read_task(s, l, &asked, e);
+    else if (ok && is_json) ok = read_members(s, l, &own, &text, &tokens, e);
+    if (is_task) text = (Text){ (const char *)asked.bytes, asked.n };
+    if (!list) l->stops = own.stops;  // what is one of some texts has no other end
+    ok = ok && split_choices(l, list, e);
+    for (size_t i = 0; ok && s->given && i < s->given->n; i++) ok = emit(&tokens, s->given->ids[i], e);
+    if (ok && text.at && !tokens.n) ok = encode_prompt(s, text, (Text){ "", 0 }, &tokens, e);
+    ok = ok && (!tokens.n || add_texts(s, l, &own, text, &tokens, e));
+    free(tokens.ids);
+    free(asked.bytes);
+    return ok;
+}
+
+static void free_line(Line *l) {
+    free_pool(&l->pool);
+    free(l);
+}
+
+// Adds a line to the queue. If something is wrong with it, each of its texts, or a single one, says what.
+static bool open_line(Script *s, Text text, Error *e) {
+    Line *l = allocate(1, sizeof *l, e);
+    if (!l) return false;
+    Passage **first = s->end;
+    Error wrong = { 0 };
+    l->number = ++s->n_lines;
+    bool ok = open_texts(s, l, text, &wrong), fits = ok || *first || add_passage(s, l, &options, e);
+    for (Passage *p = *first; p && !ok; p = p->next) {
+        p->error = wrong;
+        p->done = true;
+    }
+    if (l->n == 0) free_line(l);
+    return fits;
 }
 
 // ---- Results ----
@@ -5970,30 +5834,29 @@ static size_t last_number(Text t, double *number) {
 // is after #### and its steps are before.
 static bool is_right(Text got, Text wanted) {
     double x, y;
-    bool is_number = (wanted.n && last_number(wanted, &x) == wanted.n) || memmem(wanted.at, wanted.n, "####", 4);
-    if (is_number) return last_number(got, &y) > 0 && x == y;
+    size_t n = last_number(wanted, &x);
+    if (n > 0 && (n == wanted.n || memmem(wanted.at, wanted.n, "####", 4)))
+        return last_number(got, &y) > 0 && x == y;
     return got.n == wanted.n && !memcmp(got.at, wanted.at, got.n);
 }
 
 // A task's answer: the likeliest choice, or what was written.
 static void put_task(Script *s, const Passage *first) {
-    char room[32];
-    Text wanted = wanted_answer(first, room);
-    Span got = trimmed((const char *)first->out.text.bytes, first->out.text.n);
-    const Passage *p = first, *best = first;
-    for (size_t i = 0; i < first->choices.n; i++, p = p->next) {
-        if (total_logprob(&p->out) > total_logprob(&best->out)) best = p;
-        got = (Span){ first->choices.items[best->number].text, first->choices.items[best->number].n, false };
+    const Line *l = first->line;
+    Span got = trimmed((const char *)first->text.bytes, first->text.n);
+    const Passage *best = first;
+    for (const Passage *p = first; l->choices.n && p && p->line == l; p = p->next) {
+        if (p->logprob > best->logprob) best = p;
+        got = (Span){ l->choices.items[best->number].text, l->choices.items[best->number].n, false };
     }
-    bool right = is_right((Text){ got.text, got.n_bytes }, wanted);
+    bool right = is_right((Text){ got.text, got.n_bytes }, l->wanted);
     s->n_tasks++;
     s->n_right += right;
-    if (options.json) printf("\"line\": %zu, \"correct\": %s, \"got\": ", first->line, right ? "true" : "false");
-    else printf("%5zu  %s  got ", first->line, right ? "right" : "wrong");
+    if (options.json) printf("\"line\": %zu, \"correct\": %s, \"got\": ", l->number, right ? "true" : "false");
+    else printf("%5zu  %s  got ", l->number, right ? "right" : "wrong");
     put_json_string(stdout, got.text, got.n_bytes);
     printf(options.json ? ", \"want\": " : ", wanted ");
-    put_json_string(stdout, wanted.at, wanted.n);
-    if (!options.json) putchar('\n');
+    put_json_string(stdout, l->wanted.at, l->wanted.n);
 }
 
 static void put_accuracy(const Script *s) {
@@ -6006,35 +5869,65 @@ static void put_accuracy(const Script *s) {
 
 // The choices with their probabilities, of which each has its share of the sum.
 static void put_choices(const Passage *first) {
+    const Line *l = first->line;
     double best = -INFINITY, sum = 0;
-    const Passage *p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) best = fmax(best, total_logprob(&p->out));
-    p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) sum += exp(total_logprob(&p->out) - best);
-    if (options.json) printf("\"choices\": [");
-    p = first;
-    for (int i = 0; i < first->group; i++, p = p->next) {
-        const Value *c = &first->choices.items[i];
-        double logprob = total_logprob(&p->out);
-        if (options.json) printf(i ? ", " : "");
+    for (const Passage *p = first; p && p->line == l; p = p->next) best = fmax(best, p->logprob);
+    for (const Passage *p = first; p && p->line == l; p = p->next) sum += exp(p->logprob - best);
+    for (const Passage *p = first; p && p->line == l; p = p->next) {
+        const Value *c = &l->choices.items[p->number];
+        if (options.json) printf(p->number ? "}, " : "\"choices\": [");
+        else if (p->number) putchar('\n');
         printf(options.json ? "{\"p\": %.9g, \"logprob\": %.9g, \"logprob_per_byte\": %.9g, \"text\": "
-                            : "%.6f %10.4f %10.4f per byte  ", exp(logprob - best) / sum, logprob,
-               logprob / (double)larger(c->n, 1));
+                            : "%.6f %10.4f %10.4f per byte  ", exp(p->logprob - best) / sum, p->logprob,
+               p->logprob / (double)larger(c->n, 1));
         put_json_string(stdout, c->text, c->n);
-        fputs(options.json ? "}" : "\n", stdout);
     }
-    if (options.json) putchar(']');
+    if (options.json) printf("}]");
+}
+
+// Prints a text's scores: members of a list in JSON, or lines.
+static void put_scores(const Model *m, const Passage *p) {
+    const char *format = options.json ? "{\"id\": %d, \"logprob\": %.9g, \"rank\": %d, \"text\": " : "%7d %10.4f %6d  ";
+    size_t most = (size_t)options.logprobs, n_bytes;
+    const Score *s = (const void *)p->scores.bytes;
+    for (size_t i = 0; i < p->scores.n / sizeof *s; i++, s++) {
+        size_t k = i % (1 + most);  // its place among a token's
+        if (options.json) fputs(k == 1 ? ", \"top\": [" : i ? ", " : "", stdout);
+        else if (k) printf("    ");
+        printf(format, s->id, s->logprob, s->rank);
+        const char *text = piece(&m->tokenizer, s->id, &n_bytes);
+        put_json_string(stdout, text, n_bytes);
+        fputs(!options.json ? "\n" : k == most ? most ? "}]}" : "}" : k ? "}" : "", stdout);
+    }
 }
 
 static void put_scored_text(const Model *m, const Passage *p) {
-    double total = total_logprob(&p->out);
     size_t n_bytes = 0, n;
     for (size_t i = p->scored; i < p->tokens.n; i++, n_bytes += n)
         decode(&m->tokenizer, p->tokens.ids[i - 1], p->tokens.ids[i], &n);
     if (options.json) printf("\"scores\": [");
-    put_scores(m, &p->out);
-    printf(options.json ? "], \"total\": %.9g, \"bits_per_byte\": %.9g" : "total %.4f, %.4f bits per byte\n", total,
-           -total / log(2) / (double)larger(n_bytes, 1));
+    put_scores(m, p);
+    printf(options.json ? "], \"total\": %.9g, \"bits_per_byte\": %.9g" : "total %.4f, %.4f bits per byte",
+           p->logprob, -p->logprob / log(2) / (double)larger(n_bytes, 1));
+}
+
+// The JSON members that tell of a written text.
+static void put_record(const Model *m, const Passage *p) {
+    static const char *const stops[] = { [GO_ON] = "", [AT_END_TOKEN] = "end", [AT_STOP_TEXT] = "stop_text",
+                                         [AT_LIMIT] = "limit", [AT_CONTEXT] = "context",
+                                         [AT_INTERRUPT] = "interrupted", [AT_BROKEN_OUTPUT] = "" };
+    printf("\"text\": ");
+    put_json_string(stdout, (const char *)p->text.bytes, p->text.n);
+    printf(", \"ids\": [");
+    for (size_t i = 0; i < p->ids.n; i++) printf("%s%d", i ? ", " : "", p->ids.ids[i]);
+    printf("], \"prompt_tokens\": %zu, \"tokens\": %zu, \"stop\": \"%s\", \"seed\": %llu, \"prompt_seconds\": %.9g, "
+           "\"seconds\": %.9g", p->tokens.n, p->ids.n, stops[p->why], (unsigned long long)p->seed, p->prompt_seconds,
+           p->seconds);
+    if (p->c.stop_text) printf(", \"stop_text\": ");
+    if (p->c.stop_text) put_json_string(stdout, p->c.stop_text, strlen(p->c.stop_text));
+    if (options.logprobs) printf(", \"logprobs\": [");
+    if (options.logprobs) put_scores(m, p);
+    if (options.logprobs) printf("]");
 }
 
 // The prompt, unless it is not wanted, and what was written after it.
@@ -6043,22 +5936,37 @@ static void put_text(const Model *m, const Passage *p) {
     for (size_t i = 0; !options.no_echo && i < p->tokens.n; i++)
         print_token(m, &printer, i ? p->tokens.ids[i - 1] : -1, p->tokens.ids[i]);
     print_bytes(&printer, NULL, 0);
-    print_bytes(&printer, (const char *)p->out.text.bytes, p->out.text.n);
+    print_bytes(&printer, (const char *)p->text.bytes, p->text.n);
     print_bytes(&printer, NULL, 0);
-    putchar('\n');
 }
 
-// Prints what is at the head of the queue, if all of it is done, and drops it.
+// Takes the first text out of the queue.
+static void drop_first(Script *s) {
+    Passage *p = s->first;
+    s->first = p->next;
+    if (!s->first) s->end = &s->first;
+    s->n_held--;
+    s->n_written += p->ids.n;
+    if (--p->line->n_left == 0) free_line(p->line);
+    free(p->text.bytes);
+    free(p->ids.ids);
+    free(p->scores.bytes);
+    free(p->tokens.ids);
+    free(p);
+}
+
+// Prints the result at the head of the queue, if it is there: of one text or, where they are compared, of a line's.
 static bool put_first(Script *s) {
     Passage *first = s->first, *p = first;
     Error *error = NULL;
-    char room[32];
-    for (int i = 0; p && i < first->group; i++, p = p->next) {
+    int n = !first ? 0 : s->kind == CONTINUED ? 1 : first->line->n;
+    for (int i = 0; i < n; i++, p = p->next) {
         if (!p->done) return false;
-        if (!error && p->out.error.status) error = &p->out.error;
+        if (!error && p->error.status) error = &p->error;
     }
-    if (!first) return false;
-    Text id = value_text(find_member(&first->value, "id"), room);
+    if (n == 0) return false;
+    char room[32];
+    Text id = value_text(find_member(&first->line->value, "id"), room);
     if (options.json) putchar('{');
     if (options.json && id.at) {
         printf("\"id\": ");
@@ -6070,23 +5978,18 @@ static bool put_first(Script *s) {
     if (error) {
         disarm(error->text, strlen(error->text), "");
         if (s->n_failed++ == 0) s->failure = *error;
-        if (options.json) printf("\"line\": %zu, \"error\": ", first->line);
+        if (options.json) printf("\"line\": %zu, \"error\": ", first->line->number);
         if (options.json) put_json_string(stdout, error->text, strlen(error->text));
-        else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line, error->text);
+        else if (!s->given) fprintf(stderr, "line %zu: %s\n", first->line->number, error->text);
     } else if (s->kind == EVALUATED) put_task(s, first);
     else if (s->kind == COMPARED) put_choices(first);
     else if (s->kind == SCORED) put_scored_text(s->m, first);
-    else if (options.json) put_record(s->m, &first->out);
+    else if (options.json) put_record(s->m, first);
     else put_text(s->m, first);
-    if (options.json) puts("}");
+    if (options.json) putchar('}');
+    if (options.json || !error) putchar('\n');
     fflush(stdout);
-    for (int i = first->group; i > 0; i--) {
-        p = s->first;
-        s->first = p->next;
-        s->n_held--;
-        free_passage(p);
-    }
-    if (!s->first) s->end = &s->first;
+    while (n-- > 0) drop_first(s);
     return true;
 }
 
@@ -6102,23 +6005,23 @@ static int n_together(const Model *m, Settings settings) {
     return n > (size_t)settings.batch ? settings.batch : n > 1 ? (int)n : 1;
 }
 
-// Reads lines as there is room for their texts, from stdin only while there are some, and prints what is done.
+// Reads lines, from stdin only while there are some, and prints what is done.
 static bool run_lines(Script *s, Error *e) {
     Buffer line = { 0 };
     bool ok = true, more = s->given == NULL;
     if (s->given) ok = open_line(s, s->prompt, e);
     while (ok && (more || s->first) && !ferror(stdout)) {
-        while (ok && more && s->n_open < s->n_slots && s->n_held < MOST_HELD) {
+        while (ok && more && s->n_held < MOST_HELD) {
             struct pollfd input = { STDIN_FILENO, POLLIN, 0 };
             if (s->first && poll(&input, 1, 0) == 0) break;
             more = read_line(&line, e);
             if (more) ok = open_line(s, (Text){ (const char *)line.bytes, line.n }, e);
             else ok = e->status == DONE;
         }
-        if (ok && s->n_open) advance(s);
+        if (ok) advance(s);
         bool stops = interrupted;  // looked at once: Ctrl-C may come at any time
-        for (Passage *p = stops ? s->first : NULL; p; p = p->next)
-            if (!p->done && p->slot >= 0 && p->scored >= p->tokens.n) end_passage(s, p, AT_INTERRUPT);
+        for (int i = 0; i < s->n_slots && stops; i++)
+            if (s->users[i] && s->kind == CONTINUED) end_passage(s, s->users[i], AT_INTERRUPT, NULL);
         while (put_first(s)) continue;
         if (ok && stops) ok = fail(e, INTERRUPTED, "interrupted");
     }
@@ -6129,15 +6032,13 @@ static bool run_lines(Script *s, Error *e) {
 // Runs what a script asks for: a prompt, or the lines of a file.
 static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n, const Sampler *sampler,
                        ScriptKind kind, const Tokens *given, Text prompt, Error *e) {
-    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .sampler = sampler, .kind = kind, .given = given,
-                 .prompt = prompt };
+    Script s = { .m = m, .w = w, .sequences = sequences, .n_slots = n, .n_free = n, .sampler = sampler, .kind = kind,
+                 .given = given, .prompt = prompt };
     const char *path = kind == EVALUATED ? options.file : options.prompts;
     if (options.logprobs > m->config.n_tokens) options.logprobs = m->config.n_tokens;
     s.end = &s.first;
-    s.users = allocate((size_t)n, sizeof *s.users, e);
-    s.used = allocate((size_t)n, sizeof *s.used, e);
     s.logits = allocate((size_t)m->config.n_tokens, sizeof *s.logits, e);
-    bool ok = s.users && s.used && s.logits;
+    bool ok = s.logits != NULL;
     if (ok && path && strcmp(path, "-") && !freopen(path, "rb", stdin))
         ok = fail(e, io_status(), "%s: %s", path, strerror(errno));
     if (path && !strcmp(path, "-")) setvbuf(stdin, NULL, _IONBF, 0);  // so that poll() sees each line
@@ -6149,9 +6050,7 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed, the first: %s", s.n_failed, s.n_lines, s.failure.text);
-    drop_passages(&s, &s.first);
-    free(s.users);
-    free(s.used);
+    while (s.first) drop_first(&s);
     free(s.logits);
     free(s.exemplars.bytes);
     free(s.template_file.bytes);
@@ -6291,13 +6190,12 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
         if (!slot->is_vector) by_type[slot->type] += size;
     }
     for (int l = 0; l < c->n_layers; l++) cache += 2.0 * m->layers[l].n_kv_heads * c->head_dim * (texts->f32 ? 4 : 2);
-    const char *containers[] = { [NATIVE] = "cria", [GGUF] = "GGUF", [LLAMA2C] = "llama2.c" };
     const char *tokenizers[] = { "none", [SPM] = "SentencePiece", [BPE] = "byte-level BPE" };
     if (options.check && !check_weights(m, e)) return false;
     if (options.json) printf("{\n  \"version\": \"%s\"", CRIA_VERSION);
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
-    put_word("container", containers[recognise(m->file.bytes, m->file.n_bytes)]);
+    put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -6357,7 +6255,7 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     if (n_chunks == 0)
         return fail(e, NO_ROOM, "the text has %zu tokens, less than one chunk of %zu (-c)", tokens->n, size);
     double sum = 0, sum_of_squares = 0, start = clock_seconds();
-    for (size_t chunk = 0; m->tokenizer.add_bos && chunk < n_chunks; chunk++)
+    for (size_t chunk = 0; m->tokenizer.flags & ADD_BOS && chunk < n_chunks; chunk++)
         tokens->ids[chunk * size] = m->tokenizer.bos;
     for (size_t done = 0, n_rows = n_chunks * (size - 1); done < n_rows;) {  // a chunk's last token predicts nothing
         int n = 0;
@@ -6381,10 +6279,10 @@ static bool run_perplexity(const Model *m, Workspace *w, Sequence *texts, int n_
     double n = (double)n_scored, mean = sum / n, variance = sum_of_squares / n - mean * mean;
     double ppl = exp(fmin(mean, 600));  // so that it stays finite
     double error = n > 1 && variance > 0 ? sqrt(variance / (n - 1)) * ppl : 0;
-    if (options.json)
-        printf("{\"perplexity\": %.6f, \"error\": %.6f, \"tokens_scored\": %zu, \"chunks\": %zu}\n", ppl, error,
-               n_scored, n_chunks);
-    else printf("%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored, ppl, error);
+    printf(options.json ? "{\"chunks\": %zu, \"tokens_per_chunk\": %zu, \"tokens_scored\": %zu, "
+                          "\"perplexity\": %.6f, \"error\": %.6f}\n"
+                        : "%zu chunks of %zu tokens, %zu scored\nPPL = %.4f +/- %.4f\n", n_chunks, size, n_scored,
+           ppl, error);
     return true;
 }
 
@@ -6491,40 +6389,34 @@ static int largest(List list) {
 
 // ---- Results ----
 
-// How fast it was, and how fast it could be.
-typedef struct { const char *what, *unit; double reached, ceiling; } Rate;
-
 typedef struct {
     char test[64];
-    int threads, n_tokens;
-    Load load, ceiling;       // of a run; in a nanosecond
-    Load steps[N_STEPS];      // the load's parts
-    double ns[MAX_RUNS];      // nanoseconds of each run
-    double per_s, spread;     // tokens per second: the median, and half the distance from the least to the most
-    Rate memory, arithmetic;  // reading; this mix of operations
-    const Rate *bound;        // the one that is nearer to its ceiling, and
-    double percent;           // how near
+    int threads, n_tokens, parallel;  // parallel: texts that get their tokens together, one by one; 0: others
+    Load load, ceiling;      // of a run; in a nanosecond
+    Load steps[N_STEPS];     // the load's parts
+    double ns[MAX_RUNS];     // nanoseconds of each run
+    double per_s, spread;    // tokens per second: the median, and half the distance from the least to the most
+    double gb, gop, most_gop;  // GB/s and Gop/s; the ceiling of this mix of operations
+    const char *bound;         // what is nearer to its ceiling, memory or arithmetic, and
+    double percent;            // how near
 } Measured;
 
-// A list of tests and their results. prepare() gives test `number` its name, load and number of tokens (0: it is left
-// out); run() does it once.
+// What is tested, and the results.
 typedef struct Bench {
     char title[64];
-    int n_tests, n_results;
-    bool (*prepare)(struct Bench *b, int number, Measured *r, Error *e);
-    bool (*run)(struct Bench *b, const Measured *r, Error *e);
+    bool (*run)(struct Bench *b, const Measured *r, Error *e);  // does a test once
+    Buffer results;    // Measured
     uint64_t *memory;  // (MEMORY_BYTES)  bytes of 0x31, also read as matrices: 0.16 in f16, 2.6e-9 in f32 and bf16
-    // bench: tokens after `depth` others, as a prompt (parallel 0) or one by one in so many texts
+    // bench: tokens after `depth` others
     const Model *m;
     Workspace *workspace;
-    Sequence *sequences;
-    int *tokens, depth, parallel;  // tokens (S)
+    Sequence *texts;
+    int *tokens, depth;  // tokens (S)
     // matmul: products, without a model
     Tensor w;
     size_t n_products;
     Activations x;
     float *y;  // (n, MOST_ROWS)
-    Measured *results;
 } Bench;
 
 static int by_size(const void *a, const void *b) {
@@ -6532,7 +6424,8 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The nanoseconds that a run's operations would take at the ceilings.
+// The nanoseconds that a run's reading, and its operations, would take at the ceilings.
+static double reading_time(const Measured *r) { return r->load.bytes / r->ceiling.bytes; }
 static double multiplying_time(const Measured *r) {
     return r->load.int8 / r->ceiling.int8 + r->load.f32 / r->ceiling.f32;
 }
@@ -6546,10 +6439,11 @@ static void conclude(Measured *r, int n_runs) {
     double ns = (r->ns[n_runs / 2] + r->ns[(n_runs - 1) / 2]) / 2, ops = r->load.int8 + r->load.f32;
     r->per_s = 1e9 * r->n_tokens / ns;
     r->spread = 1e9 * r->n_tokens * (1 / r->ns[0] - 1 / r->ns[n_runs - 1]) / 2;
-    r->memory = (Rate){ "memory", "GB/s", r->load.bytes / ns, r->ceiling.bytes };
-    r->arithmetic = (Rate){ "arithmetic", "Gop/s", ops / ns, ops / multiplying_time(r) };
-    r->bound = r->load.bytes / r->ceiling.bytes > multiplying_time(r) ? &r->memory : &r->arithmetic;
-    r->percent = 100 * r->bound->reached / r->bound->ceiling;
+    r->gb = r->load.bytes / ns;
+    r->gop = ops / ns;
+    r->most_gop = ops / multiplying_time(r);
+    r->bound = reading_time(r) > multiplying_time(r) ? "memory" : "arithmetic";
+    r->percent = 100 * fmax(reading_time(r), multiplying_time(r)) / ns;
     if (n_runs >= 4 && best[1] > 1.05 * best[0] && !options.quiet)
         fprintf(stderr, "%s: the machine got %.0f %% slower meanwhile\n", r->test, 100 * (best[1] / best[0] - 1));
 }
@@ -6568,14 +6462,14 @@ static const char *const step_names[N_STEPS] = {
 // A step in one run: its calls, the time of the average thread that takes part, and how much of it the thread waits.
 static StepTime step_time(int step, int threads) {
     StepTime sum = { 0, 0, 0 };
+    size_t calls = profile[0][step].calls, reps = (size_t)options.reps;
     for (int i = 0; i < threads; i++) {
         sum.calls += profile[i][step].calls;
         sum.seconds += profile[i][step].seconds;
         sum.waiting += profile[i][step].waiting;
     }
-    size_t calls = profile[0][step].calls;
-    double n = calls ? (double)options.reps * (double)sum.calls / (double)calls : 1;
-    return (StepTime){ calls / (size_t)options.reps, sum.seconds / n, sum.waiting / n };
+    double n = calls ? (double)(reps * sum.calls) / (double)calls : 1;
+    return (StepTime){ calls / reps, sum.seconds / n, sum.waiting / n };
 }
 
 // n per second in billions, as text.
@@ -6587,27 +6481,25 @@ static const char *rate_text(char text[32], double n, double seconds) {
 
 // The steps of a test. Those of attention, ATTEND to MIX, share a load, so they show the rate of all of them.
 static void put_profile(const Measured *r) {
-    char gb[32], gop[32];
-    const char *before = "";
-    double total = 0, attending = 0;
+    const char *format = options.json
+        ? "\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"percent\": %.9g, \"gb_per_s\": %s, "
+          "\"gop_per_s\": %s, \"waiting_seconds\": %.9g}"
+        : "  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n";
+    double total = 0, attending = 0, unit = options.json ? 1 : 1e-3;
     for (int i = 0; i < N_STEPS; i++) total += step_time(i, r->threads).seconds;
     for (int i = ATTEND; i <= MIX; i++) attending += step_time(i, r->threads).seconds;
     printf(options.json ? ",\n   \"profile\": [" :
            "  step                   calls         ms   share     GB/s    Gop/s   waiting ms\n");
-    for (int i = 0; i < N_STEPS; i++) {
+    for (int i = 0, n = 0; i < N_STEPS; i++) {
         StepTime t = step_time(i, r->threads);
         bool attends = i >= ATTEND && i <= MIX;
         const Load *load = &r->steps[attends ? ATTEND : i];
-        const char *bytes = rate_text(gb, load->bytes, attends ? attending : t.seconds);
-        const char *ops = rate_text(gop, load->int8 + load->f32, attends ? attending : t.seconds);
+        double seconds = attends ? attending : t.seconds;
+        char gb[32], gop[32];
         if (!t.calls) continue;
-        if (options.json)
-            printf("%s\n    {\"step\": \"%s\", \"calls\": %zu, \"seconds\": %.9g, \"gb_per_s\": %s, \"gop_per_s\": %s, "
-                   "\"waiting_seconds\": %.9g}", before, step_names[i], t.calls, t.seconds, bytes, ops, t.waiting);
-        else
-            printf("  %-20s %7zu %10.3f %6.1f %% %8s %8s %12.3f\n", step_names[i], t.calls, t.seconds * 1e3,
-                   total > 0 ? 100 * t.seconds / total : 0, bytes, ops, t.waiting * 1e3);
-        before = ",";
+        if (n++ && options.json) putchar(',');
+        printf(format, step_names[i], t.calls, t.seconds / unit, total > 0 ? 100 * t.seconds / total : 0,
+               rate_text(gb, load->bytes, seconds), rate_text(gop, load->int8 + load->f32, seconds), t.waiting / unit);
     }
     if (options.json) putchar(']');
 }
@@ -6615,28 +6507,27 @@ static void put_profile(const Measured *r) {
 // llama-bench's columns, then ours; or a member of a JSON list.
 static void put_result(const Bench *b, const Measured *r) {
     static const char head[] = "| model                  | backend  | threads | test                  "
-                               "|              t/s |   GB/s |   Gop/s | of limit |\n";
-    bool first = r == b->results;
+                               "|              t/s |   GB/s |   Gop/s |            of limit |\n";
+    bool first = b->results.n == 0, heads = first && !options.json;
+    if (heads) fputs(head, stdout);
+    for (const char *p = head; heads && *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
+    printf(options.json ? "%s{\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", "
+                          "\"tok_per_s\": %.6g, \"spread\": %.6g, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, "
+                          "\"percent_of_ceiling\": %.6g, \"bound_by\": \"%s\""
+                        : "%s| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% %10s |\n",
+           !options.json ? "" : first ? "\n" : ",\n", b->title, kernels->name, r->threads, r->test,
+           r->per_s, r->spread, r->gb, r->gop, r->percent, r->bound);
     if (options.json) {
-        printf("%s\n  {\"model\": \"%s\", \"kernel\": \"%s\", \"threads\": %d, \"test\": \"%s\", \"tok_per_s\": %.6g,\n"
-               "   \"spread\": %.6g, \"runs\": %d, \"gb_per_s\": %.6g, \"gop_per_s\": %.6g, \"bound_by\": \"%s\",\n"
-               "   \"ceiling_gb_per_s\": %.6g, \"ceiling_gop_per_s\": %.6g, \"percent_of_ceiling\": %.6g",
-               first ? "" : ",", b->title, kernels->name, r->threads, r->test, r->per_s, r->spread, (int)options.reps,
-               r->memory.reached, r->arithmetic.reached, r->bound->what, r->memory.ceiling, r->arithmetic.ceiling,
-               r->percent);
-        if (b->parallel) printf(",\n   \"parallel\": %d", b->parallel);
         time_t now = time(NULL);
         char date[32] = "";
         strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+        put_figure("runs", (double)options.reps, "");
+        put_figure("ceiling_gb_per_s", r->ceiling.bytes, "");
+        put_figure("ceiling_gop_per_s", r->most_gop, "");
+        if (r->parallel) put_figure("parallel", r->parallel, "");
         put_word("cpu", cpu_name());
         put_word("compiler", strstr(__VERSION__, "lang") ? __VERSION__ : "gcc " __VERSION__);
         put_word("date", date);
-    } else {
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p);
-        for (const char *p = first ? head : ""; *p; p++) putchar(*p == '|' || *p == '\n' ? *p : '-');
-        printf("| %-22s | %-8s | %7d | %-21s | %8.1f ± %5.1f | %6.1f | %7.1f | %6.1f %% |\n", b->title,
-               kernels->name, r->threads, r->test, r->per_s, r->spread, r->memory.reached, r->arithmetic.reached,
-               r->percent);
     }
     if (profile) put_profile(r);
     if (options.json) putchar('}');
@@ -6648,20 +6539,12 @@ static void put_result(const Bench *b, const Measured *r) {
 static double plot_x(double ops_per_byte) { return 70 + 138 * fmin(5, fmax(0, log10(ops_per_byte) + 1)); }
 static double plot_y(double gop) { return 460 - 100 * fmin(4, fmax(0, log10(gop))); }
 
-// A roof rises with what can be read, up to the most operations per second.
-static void draw_roof(FILE *f, double gb, double gop, const char *style, const char *what) {
-    double start = fmax(0.1, 1 / gb), top = plot_y(gop);
-    fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
-               "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", style, plot_x(start), plot_y(start * gb),
-            plot_x(gop / gb), top, top - 7, what, gop);
-}
-
 // The ceilings of the most threads, and a point for each result, with its name if there is room. The colours suit light
 // and dark pages.
 static void draw_roofline(const Bench *b, FILE *f) {
-    const Load *c = &b->results[0].ceiling;
-    const Measured *end = b->results + b->n_results;
-    for (const Measured *r = b->results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
+    const Measured *results = (const void *)b->results.bytes, *end = results + b->results.n / sizeof *results;
+    const Load *c = &results->ceiling;
+    for (const Measured *r = results; r < end; r++) c = r->ceiling.int8 > c->int8 ? &r->ceiling : c;
     fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 800 530\" font-family=\"sans-serif\">\n"
                "<style>text { fill: #7d8590; font-size: 13px } .end { text-anchor: end }\n"
                "path { stroke: #7d8590; fill: none } .grid { opacity: 0.3 } .roof { stroke-width: 2 }\n"
@@ -6675,13 +6558,18 @@ static void draw_roofline(const Bench *b, FILE *f) {
                 x - 6, gop / 10);
         if (gop < 2e4) fprintf(f, "<text x=\"62\" y=\"%.0f\" class=\"end\">%g</text>\n", y + 4, gop);
     }
-    draw_roof(f, c->bytes, c->int8, "", "multiply-adds in 8 bits");
-    draw_roof(f, c->bytes, c->f32, " dash", "in float");
-    for (const Measured *r = b->results; r < end; r++) {
-        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->arithmetic.reached);
+    for (int i = 0; i < 2; i++) {  // a roof rises with what can be read, up to the most operations per second
+        double most = i ? c->f32 : c->int8, start = fmax(0.1, 1 / c->bytes), top = plot_y(most);
+        fprintf(f, "<path class=\"roof%s\" d=\"M%.1f %.1fL%.1f %.1fH760\"/>"
+                   "<text x=\"756\" y=\"%.1f\" class=\"end\">%s: %.0f</text>\n", i ? " dash" : "", plot_x(start),
+                plot_y(start * c->bytes), plot_x(most / c->bytes), top, top - 7,
+                i ? "in float" : "multiply-adds in 8 bits", most);
+    }
+    for (const Measured *r = results; r < end; r++) {
+        double x = plot_x((r->load.int8 + r->load.f32) / r->load.bytes), y = plot_y(r->gop);
         bool left = x > 550;  // the name must not leave the picture
-        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound->what, x, y);
-        if (b->n_results > 8) continue;
+        fprintf(f, "<circle class=\"%s\" cx=\"%.1f\" cy=\"%.1f\" r=\"5\"/>\n", r->bound, x, y);
+        if (end - results > 8) continue;
         fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\">%s, -j %d: %.0f %%</text>\n",
                 left ? x - 9 : x + 9, y + 4, left ? "end" : "", r->test, r->threads, r->percent);
     }
@@ -6700,93 +6588,87 @@ static bool time_test(Bench *b, Measured *r, Error *e) {
     }
     conclude(r, (int)options.reps);
     put_result(b, r);
-    b->n_results++;
-    return true;
+    return append(&b->results, r, sizeof *r, e);
 }
 
-// Every test with every number of threads. The ceilings are measured beside, since machines are shared and throttle.
-static bool time_tests(Bench *b, Error *e) {
-    for (int j = 0; j < options.threads.n; j++) {
-        int threads = options.threads.at[j];
-        Load ceiling = { best_rate(threads, b->memory, false), best_rate(threads, NULL, true),
-                         best_rate(threads, NULL, false) };
-        for (int i = 0; i < b->n_tests; i++) {
-            Measured *r = &b->results[b->n_results];
-            *r = (Measured){ .threads = threads, .ceiling = ceiling };
-            if (!b->prepare(b, i, r, e) || (r->n_tokens && !time_test(b, r, e))) return false;
-        }
-    }
-    return true;
-}
-
-// All tests, with each set of kernels that this machine can run; then the results in words, and the picture.
-static bool run_tests(Bench *b, const char *const *sets, int n_sets, Error *e) {
+// All tests with each set of kernels that this machine can run, and every number of threads; then the picture. The
+// ceilings are measured beside, since machines are shared and throttle.
+static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), const char *const *sets, int n_sets,
+                      Error *e) {
     Error cannot;
-    Output out = { NULL, NULL, NULL };
-    size_t most = (size_t)n_sets * (size_t)options.threads.n * (size_t)b->n_tests;
-    b->results = allocate(most, sizeof *b->results, e);
-    b->memory = b->results ? map_memory(MEMORY_BYTES, true, e) : NULL;
-    bool ok = b->memory && (!options.svg || open_output(&out, options.svg, e));
+    Output out = { .stream = NULL };
+    if (options.svg && !open_output(&out, options.svg, e)) return false;
+    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
-    for (int i = 0; ok && i < n_sets; i++) if (choose_kernels(sets[i], &cannot)) ok = time_tests(b, e);
+    for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
+        Measured r = { .threads = options.threads.at[i % options.threads.n] };
+        if (!choose_kernels(sets[i / options.threads.n], &cannot)) continue;
+        r.ceiling = (Load){ best_rate(r.threads, b->memory, false), best_rate(r.threads, NULL, true),
+                            best_rate(r.threads, NULL, false) };
+        ok = test(b, &r, e);
+    }
     if (b->memory) munmap(b->memory, MEMORY_BYTES);
     if (ok && options.json) printf("\n]\n");
-    bool speaks = ok && !options.json && b->n_results <= 16;  // more sentences than that nobody reads
-    for (const Measured *r = b->results; speaks && r < b->results + b->n_results; r++)
-        printf("%s on %d thread%s, bound by %s: %.1f of the %.1f %s that are possible here, %.0f %%\n", r->test,
-               r->threads, r->threads > 1 ? "s" : "", r->bound->what, r->bound->reached, r->bound->ceiling,
-               r->bound->unit, r->percent);
+    if (ok && !b->results.n) ok = fail(e, MISUSE, "nothing to measure; see --pp, --tg and --kernel");
     if (ok && options.svg) draw_roofline(b, out.stream);
     if (options.svg) ok = close_output(&out, ok, e);
-    free(b->results);
+    free(b->results.bytes);
     return ok;
 }
 
 // ---- bench: a model ----
 
 static bool run_model(Bench *b, const Measured *r, Error *e) {
-    Sequence *s = b->sequences;
-    for (int i = 0; i == 0 || i < b->parallel; i++) rewind_sequence(&s[i], b->depth);
-    if (!b->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
-    for (int n = 0; n < r->n_tokens / b->parallel; n++) {
+    Sequence *s = b->texts;
+    for (int i = 0; i == 0 || i < r->parallel; i++) rewind_sequence(&s[i], b->depth);
+    if (!r->parallel) return prefill(b->m, b->workspace, s, b->tokens, (size_t)r->n_tokens, NULL, e);
+    for (int n = 0; n < r->n_tokens / r->parallel; n++) {
         if (interrupted) return fail(e, INTERRUPTED, "interrupted");
-        for (int i = 0; i < b->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
-        if (!forward(b->m, b->workspace, s, b->workspace->room, b->parallel, e)) return false;
-        for (int i = 0; i < b->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
+        for (int i = 0; i < r->parallel; i++) b->workspace->room[i] = (Row){ b->tokens[n], s[i].n, i, true };
+        if (!forward(b->m, b->workspace, s, b->workspace->room, r->parallel, e)) return false;
+        for (int i = 0; i < r->parallel; i++) if (!logits_of(b->m, b->workspace, i, e)) return false;
     }
     return true;
 }
 
-// At each depth: each length of prompt, then each number of tokens in each number of texts.
-static bool prepare_model(Bench *b, int number, Measured *r, Error *e) {
-    int n_at_depth = options.pp.n + options.tg.n * options.parallel.n, i = number % n_at_depth, t = i - options.pp.n;
-    b->depth = options.depth.at[number / n_at_depth];
-    b->parallel = t < 0 ? 0 : options.parallel.at[t % options.parallel.n];
-    b->workspace->settings.threads = r->threads;
-    int n = t < 0 ? options.pp.at[i] : options.tg.at[t / options.parallel.n];
-    r->n_tokens = t < 0 ? n : n * b->parallel;
-    r->load = load_of(b->m, b->workspace, b->depth, n, b->parallel, r->steps);
-    int length = snprintf(r->test, sizeof r->test, "%s%d", t < 0 ? "pp" : "tg", n);
-    if (b->parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", b->parallel);
+// Tests n tokens: as a prompt (parallel 0), or one by one in each of so many texts. 0 tokens: there is nothing to test.
+static bool test_tokens(Bench *b, Measured *r, int n, int parallel, Error *e) {
+    r->n_tokens = parallel ? n * parallel : n;
+    r->parallel = parallel;
+    r->load = load_of(b->m, b->workspace, b->depth, n, parallel, r->steps);
+    int length = snprintf(r->test, sizeof r->test, "%s%d", parallel ? "tg" : "pp", n);
+    if (parallel > 1) length += snprintf(r->test + length, sizeof r->test - (size_t)length, " x %d", parallel);
     if (b->depth) snprintf(r->test + length, sizeof r->test - (size_t)length, " @ d%d", b->depth);
-    if (i > 0) return true;  // the texts have their `depth` tokens already
-    for (int k = largest(options.parallel); k-- > 0;) rewind_sequence(&b->sequences[k], 0);
-    bool ok = !b->depth || prefill(b->m, b->workspace, b->sequences, b->tokens, (size_t)b->depth, NULL, e);
-    for (int k = largest(options.parallel); ok && k-- > 1;) fork_sequence(&b->sequences[k], b->sequences, b->depth);
-    return ok;
+    return n == 0 || time_test(b, r, e);
+}
+
+// At each depth: each length of prompt, then each number of tokens in each number of texts.
+static bool test_model(Bench *b, Measured *r, Error *e) {
+    const List *tg = &options.tg, *together = &options.parallel;
+    int most = largest(*together);
+    b->workspace->settings.threads = r->threads;
+    for (int d = 0; d < options.depth.n; d++) {
+        b->depth = options.depth.at[d];
+        for (int k = 0; k < most; k++) rewind_sequence(&b->texts[k], 0);
+        if (b->depth && !prefill(b->m, b->workspace, b->texts, b->tokens, (size_t)b->depth, NULL, e)) return false;
+        for (int k = 1; k < most; k++) fork_sequence(&b->texts[k], b->texts, b->depth);
+        for (int i = 0; i < options.pp.n; i++) if (!test_tokens(b, r, options.pp.at[i], 0, e)) return false;
+        for (int i = 0; i < tg->n * together->n; i++)
+            if (!test_tokens(b, r, tg->at[i / together->n], together->at[i % together->n], e)) return false;
+    }
+    return true;
 }
 
 static bool run_bench(const Model *m, Workspace *w, Sequence *texts, Error *e) {
-    int context = w->settings.context, n_tests = options.depth.n * (options.pp.n + options.tg.n * options.parallel.n);
-    Bench b = { .n_tests = n_tests, .prepare = prepare_model, .run = run_model, .m = m, .workspace = w,
-                .sequences = texts };
-    if (!(b.tokens = allocate((size_t)context, sizeof *b.tokens, e))) return false;
-    for (int i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
+    Bench b = { .run = run_model, .m = m, .workspace = w, .texts = texts };
+    size_t context = (size_t)w->settings.context;
+    if (!(b.tokens = allocate(context, sizeof *b.tokens, e))) return false;
+    for (size_t i = 0; i < context; i++) b.tokens[i] = (int)((uint32_t)i * 7919u % (uint32_t)m->config.n_tokens);
     snprintf(b.title, sizeof b.title, "%s %s, %zu MB", m->config.family, types[m->layers[0].gate.type].name,
              bytes_per_token(m) / 1000000);
     bool ok = !options.profile || (profile = allocate((size_t)w->settings.threads, sizeof *profile, e));
-    ok = ok && run_tests(&b, &kernels->name, 1, e);
+    ok = ok && run_tests(&b, test_model, &kernels->name, 1, e);
     free(profile);
     profile = NULL;
     free(b.tokens);
@@ -6811,31 +6693,32 @@ static bool run_products(Bench *b, const Measured *r, Error *e) {
     return !interrupted || fail(e, INTERRUPTED, "interrupted");
 }
 
-enum { MATMUL_SHAPES = 2, MOST_ROWS = 5632, MOST_COLS = 2048 };
+enum { MOST_ROWS = 5632, MOST_COLS = 2048 };
 
-// Each shape, type and number of tokens. A test is as many products as would take 5 ms at the ceilings.
-static bool prepare_products(Bench *b, int number, Measured *r, Error *e) {
-    static const int shapes[MATMUL_SHAPES][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
-    const int *shape = shapes[number / options.pp.n / N_TYPES], n = options.pp.at[number % options.pp.n];
-    (void)e;
-    b->w = (Tensor){ (Type)(number / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
-    b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
-    snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
-    for (b->n_products = 0; fmax(r->load.bytes / r->ceiling.bytes, multiplying_time(r)) < 5e6; b->n_products++) {
-        add_product(&r->load, &b->w, 1, n, false);
-        r->n_tokens += n;
+// Each type with each number of vectors, in two shapes. A test is as many products as would take 5 ms at the ceilings.
+static bool test_products(Bench *b, Measured *r, Error *e) {
+    static const int shapes[][2] = { { 1536, 576 }, { MOST_ROWS, MOST_COLS } };
+    for (int i = 0; i < 2 * N_TYPES * options.pp.n; i++) {
+        const int *shape = shapes[i / options.pp.n / N_TYPES], n = options.pp.at[i % options.pp.n];
+        b->w = (Tensor){ (Type)(i / options.pp.n % N_TYPES), shape[0], shape[1], NULL };
+        b->x = (Activations){ (const void *)b->memory, (const void *)b->memory, (size_t)n, 0, (size_t)n, 0 };
+        snprintf(r->test, sizeof r->test, "%dx%d %s x %d", shape[0], shape[1], types[b->w.type].name, n);
+        for (r->load = (Load){ 0 }, b->n_products = 0;
+             fmax(reading_time(r), multiplying_time(r)) < 5e6; b->n_products++)
+            add_product(&r->load, &b->w, 1, n, false);
+        r->n_tokens = n * (int)b->n_products;
+        if (n && !time_test(b, r, e)) return false;
     }
     return true;
 }
 
 static bool run_matmul(Error *e) {
     static const char *const sets[] = { "avx512", "avxvnni", "avx2", "neondot", "neon" };  // scalar would take minutes
-    Bench b = { .title = "matrix products", .n_tests = MATMUL_SHAPES * N_TYPES * options.pp.n,
-                .prepare = prepare_products, .run = run_products };
+    Bench b = { .title = "matrix products", .run = run_products };
     int n = largest(options.pp);
     if (n > 4096) return fail(e, MISUSE, "--pp %d: expected at most 4096 for -m matmul", n);
     if (!(b.y = allocate((size_t)n * MOST_ROWS, sizeof *b.y, e))) return false;
-    bool ok = options.kernel ? run_tests(&b, &options.kernel, 1, e) : run_tests(&b, sets, 5, e);
+    bool ok = run_tests(&b, test_products, options.kernel ? &options.kernel : sets, options.kernel ? 1 : 5, e);
     free(b.y);
     return ok;
 }
@@ -7174,10 +7057,11 @@ typedef struct {
 #define OF(member) offsetof(Options, member)
 #define HEADING(text) { 0, "", NULL, FLAG, 0, 0, 0, text }
 #define RUNNERS "generate, chat, logits, perplexity, inspect, bench"
+static const char mode_help[] = "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, "
+                                "eval, inspect, export, bench, matmul";
 static const Option option_table[] = {
-    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0,
-      "generate (default), chat, render, tokenize, detokenize, logits, perplexity, score, eval, inspect, export, "
-      "bench, matmul" },
+    HEADING("Task"),
+    { 'm', "mode", "MODE", TEXT, OF(mode), 0, 0, mode_help },
     { 0, "model", "FILE", TEXT, OF(checkpoint), 0, 0, "the model, which may also be the first word" },
     HEADING("Prompt (generate, chat, logits, perplexity, score, eval, tokenize, detokenize)"),
     { 'i', "prompt", "TEXT", TEXT, OF(prompt), 0, 0, "text to continue; in a chat, the first message" },
@@ -7217,12 +7101,9 @@ static const Option option_table[] = {
     { 'j', "threads", "N", LIST, OF(threads), 1, MAX_THREADS, "threads (default: the physical cores); bench: 1,2" },
     HEADING("Memory (" RUNNERS ")"),
     { 'c', "ctx-size", "N", INT, OF(context), 0, 1 << 20, "context (default: the model's, up to 4096); 0: all" },
-    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096,
-      "prompt tokens per step (default 128); changes speed and memory, never the text" },
-    { 0, "session", "FILE", TEXT, OF(session), 0, 0,
-      "generate, chat: keep the text's cache in FILE; what the next text has in common with it is not read again" },
-    { 0, "lookup", "N", INT, OF(lookup), 0, 1024,
-      "generate, chat: check up to N tokens in one pass, guessed from the text so far: the same text, sooner" },
+    { 'b', "batch-size", "N", INT, OF(batch), 1, 4096, "prompt tokens per step (default 128): speed and memory only" },
+    { 0, "session", "FILE", TEXT, OF(session), 0, 0, "generate, chat: keep the cache in FILE for texts that begin so" },
+    { 0, "lookup", "N", INT, OF(lookup), 0, 1024, "generate, chat: guess and check N tokens at once; the same text" },
     HEADING("Files and chats"),
     { 'z', "tokenizer", "FILE", TEXT, OF(tokenizer), 0, 0, "for llama2.c's files: tokenizer (default tokenizer.bin)" },
     { 'y', "system", "TEXT", TEXT, OF(system), 0, 0, "chat: system prompt (-sys too)" },
@@ -7236,8 +7117,7 @@ static const Option option_table[] = {
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
     HEADING("Measurement"),
-    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20,
-      "bench, matmul: prompt tokens (default 512), vectors at once (default 1,256)" },
+    { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench, matmul: prompt tokens (default 512), vectors (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
     { 0, "depth", "N", LIST, OF(depth), 0, 1 << 20, "bench: tokens before those (default 0)" },
     { 0, "parallel", "N", LIST, OF(parallel), 1, 64, "bench: texts generated together (default 1)" },
@@ -7247,7 +7127,7 @@ static const Option option_table[] = {
     HEADING("Output"),
     { 'q', "quiet", NULL, FLAG, OF(quiet), 0, 0, "no statistics, notes and warnings" },
     { 0, "json", NULL, FLAG, OF(json), 0, 0,
-      "generate, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
+      "generate, chat, tokenize, perplexity, score, eval, inspect, bench, matmul: print JSON" },
     HEADING("Arithmetic (" RUNNERS ")"),
     { 0, "exact", NULL, FLAG, OF(exact), 0, 0, "multiply in float with dequantised weights; slower" },
     { 0, "kv", "TYPE", TEXT, OF(cache), 0, 0, "KV cache: f16 (default) or f32 (default if all weights are)" },
@@ -7267,24 +7147,22 @@ static const Option option_table[] = {
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
-// The same by other names: those of llama.cpp. A value after = is part of what it stands for.
-static const struct { const char *habit, *ours; } habits[] = {
-    { "-sys", "--system" }, { "--system-prompt", "--system" }, { "--chat-template", "--template" },
-    { "--no-display-prompt", "--no-echo" }, { "--predict", "--n-predict" }, { "--temperature", "--temp" },
-    { "-cnv", "--mode=chat" }, { "--conversation", "--mode=chat" },
-    { "-no-cnv", "--mode=generate" }, { "--no-conversation", "--mode=generate" },
+// Words of llama.cpp: an option of ours by another name, with its value after = if the name stands for one; or, where
+// `ours` is NULL, what changes no text here, with the values that may follow it ("": any; NULL: none).
+typedef struct { const char *words, *ours, *values; } Habit;
+static const Habit habits[] = {
+    { "-sys --system-prompt", "--system", NULL }, { "--chat-template", "--template", NULL },
+    { "--no-display-prompt", "--no-echo", NULL }, { "-st", "--single-turn", NULL },
+    { "--predict", "--n-predict", NULL }, { "--temperature", "--temp", NULL },
+    { "-cnv --conversation", "--mode=chat", NULL }, { "-no-cnv --no-conversation", "--mode=generate", NULL },
+    { "--mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
+      "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload",
+      NULL, NULL },
+    { "-ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
+      "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
+      "--reasoning-format --log-colors", NULL, "" },
+    { "-fa --flash-attn -co --color", NULL, "on off auto" },
 };
-
-// Options of llama.cpp that change no text here: without a value, with one, and with on, off, auto or none.
-static const char *const ignored[] = {
-    " --mlock --mmap --no-mmap -e --escape --no-escape --simple-io --jinja --no-jinja -nkvo --no-kv-offload --warmup "
-    "--no-warmup --perf --no-perf --log-disable --verbose-prompt -v --verbose --swa-full --offline --no-op-offload ",
-    " -ngl --gpu-layers --n-gpu-layers -ub --ubatch-size -tb --threads-batch -mg --main-gpu -sm --split-mode -ts "
-    "--tensor-split -dev --device -ctk --cache-type-k -ctv --cache-type-v --prio --poll --numa --keep -lv "
-    "--reasoning-format --log-colors ",
-    " -fa --flash-attn -co --color ",
-};
-static const char repeatable[] = " file stop logit-bias template-arg ";
 
 static void print_help(void) {
     printf("usage: %s MODEL [PROMPT] [options]\n", options.program);
@@ -7301,65 +7179,71 @@ static void print_help(void) {
 
 static bool mode_uses(const char *mode, const Option *o) {
     char list[160], word[32];
-    const char *text = o->help;
-    size_t n = strspn(text, "abcdefghijklmnopqrstuvwxyz, ");
-    if (text[n] != ':') {
-        while (o > option_table && *o->name) o--;
-        text = *o->name ? NULL : strchr(o->help, '(');
-        if (!text) return true;
-        n = strcspn(++text, ")");
+    const char *modes = o->help;
+    size_t n = strspn(modes, "abcdefghijklmnopqrstuvwxyz, ");
+    if (modes[n] != ':') {
+        while (*o->name) o--;
+        if (!(modes = strchr(o->help, '('))) return true;
+        n = strcspn(++modes, ")");
     }
-    snprintf(list, sizeof list, ", %.*s,", (int)n, text);
+    snprintf(list, sizeof list, ", %.*s,", (int)n, modes);
     snprintf(word, sizeof word, ", %s,", mode);
     return strstr(list, word) != NULL;
 }
 
-// The option that a word is, whole or up to its =.
-static const Option *find_option(const char *word) {
-    if (!strcmp(word, "-st")) word = "--single-turn";
-    size_t n = strcspn(word, "=");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *o = &option_table[i];
-        if (word[1] == '-' ? n > 2 && !strncmp(word + 2, o->name, n - 2) && !o->name[n - 2]
-                           : o->letter && word[1] == o->letter && !word[2]) return o;
-    }
+static const Habit *find_habit(const char *word) {
+    Value name = part_of(string(word), 0, strcspn(word, "="));
+    for (const Habit *h = habits; h < habits + sizeof habits / sizeof *habits; h++)
+        if (has_word(h->words, name)) return h;
     return NULL;
 }
 
-// How many letters must be changed, added or left out to make a of b; only up to `most` is it counted.
-static int edit_distance(const char *a, const char *b, int most) {
+// The option that a word is. *glued: the value that the word has too, as in --temp=1 and -n5; or NULL.
+static const Option *find_option(const char *word, const char **glued) {
+    bool is_long = word[1] == '-';
+    const char *name = word + (is_long ? 2 : 1);
+    size_t n = is_long ? strcspn(name, "=") : *name != 0;
+    *glued = is_long && name[n] ? name + n + 1 : isdigit((unsigned char)name[n]) ? name + n : NULL;
+    if (!n || (name[n] && !*glued)) return NULL;
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+        if (is_long ? !strncmp(name, o->name, n) && !o->name[n] : o->letter == *name) return o;
+    return NULL;
+}
+
+// Whether b is a with up to `most` letters changed, added or left out.
+static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
-    if (most == 0 || !*a || !*b) return (int)(strlen(a) + strlen(b));
-    int changed = edit_distance(a + 1, b + 1, most - 1), added = edit_distance(a, b + 1, most - 1);
-    int left_out = edit_distance(a + 1, b, most - 1);
-    return 1 + (changed < added ? changed < left_out ? changed : left_out : added < left_out ? added : left_out);
+    if (*a == *b || most == 0) return *a == *b;
+    return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
+           (*a && *b && resembles(a + 1, b + 1, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
-    snprintf(name, sizeof name, "%s", word + strspn(word, "-"));
-    name[strcspn(name, "=")] = 0;
+    const char *start = word + strspn(word, "-");
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
     int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
-        for (int i = 0; i < N_OPTIONS; i++)
-            if (*option_table[i].name && edit_distance(name, option_table[i].name, wrong) <= wrong)
-                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, option_table[i].name);
+        for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
+            if (*o->name && resembles(name, o->name, wrong))
+                return fail(e, MISUSE, "there is no option %s; did you mean --%s?", word, o->name);
     return fail(e, MISUSE, "there is no option %s; %s --help lists them", word, options.program);
 }
 
 static bool set_option(const Option *o, const char *value, Options *to, Error *e) {
     static const char *const kinds[] = { [INT] = "an integer", [SEED] = "an integer", [REAL] = "a number",
                                          [LIST] = "integers, as in 1,2," };
-    char most[32] = "18446744073709551615";  // the largest seed: no double holds it
     const char *starts = o->min < 0 ? "0123456789.-" : "0123456789.";
     void *place = (char *)to + o->offset;
     List *list = place;
-    char *end;
+    Texts *texts = place;
+    char *end, most[32] = "18446744073709551615";  // the largest seed: no double holds it
     if (o->type == FLAG) return *(bool *)place = true;
     if (o->type == TEXT) return *(const char **)place = value, true;
-    if (o->type == TEXTS && (!*value || strlen(value) > MAX_STOP || ((Texts *)place)->n == MAX_TEXTS))
+    if (o->type == TEXTS && *value && strlen(value) <= MAX_STOP && texts->n < MAX_TEXTS)
+        return texts->at[texts->n++] = value, true;
+    if (o->type == TEXTS)
         return fail(e, MISUSE, "--%s: expected up to %d texts of 1 to %d bytes", o->name, MAX_TEXTS, MAX_STOP);
-    if (o->type == TEXTS) return ((Texts *)place)->at[((Texts *)place)->n++] = value, true;
     if (o->type == SEED && !strcmp(value, "-1")) return to->seed = to->clock_seed, true;
     if (o->type == LIST) list->n = 0;
     for (const char *at = value; *at && strchr(starts, *at); at = end + 1) {
@@ -7369,7 +7253,7 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
         else if (o->type == REAL) x = *(double *)place = strtod(at, &end);
         else if (o->type == INT) x = (double)(*(int64_t *)place = strtoll(at, &end, 10));
         else x = (double)strtol(at, &end, 10);
-        if (errno || !(x >= o->min && x <= o->max)) break;
+        if ((o->type == SEED && errno) || !(x >= o->min && x <= o->max)) break;  // others that overflow are too large
         if (o->type == LIST) list->at[list->n++] = (int)x;
         if (!*end) return true;
         if (o->type != LIST || *end != ',' || list->n == 16) break;
@@ -7381,30 +7265,16 @@ static bool set_option(const Option *o, const char *value, Options *to, Error *e
 
 // Sets an option for one line of --prompts: one of those that may differ from text to text.
 static bool set_own(Text key, Text value, Options *to, Error *e) {
-    static const char *const names[] = { "n_predict", "temp", "top_p", "top_k", "min_p", "seed" };
-    char word[16] = "", text[32];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (is_text(key, names[i])) snprintf(word, sizeof word, "--%s", names[i]);
-    for (char *p = word; *p; p++) if (*p == '_') *p = '-';
-    if (!*word || !value.at || value.n >= sizeof text)
+    char name[16], text[32] = "";
+    const char *unused;
+    Value word = { .kind = IS_STRING, .n = key.n, .text = key.at };
+    bool is_known = has_word("n_predict temp top_p top_k min_p seed", word);
+    if (!is_known || !value.at || value.n >= sizeof text || memchr(value.at, 0, value.n))
         return refuse(e, "\"%.*s\" is no key of a prompt, or has a wrong value", key.n < 40 ? (int)key.n : 40, key.at);
-    snprintf(text, sizeof text, "%.*s", (int)value.n, value.at);
-    return set_option(find_option(word), text, to, e);
-}
-
-static bool is_listed_word(const char *list, const char *word, size_t n) {
-    char padded[40];
-    snprintf(padded, sizeof padded, " %.*s ", (int)n, word);
-    return strstr(list, padded) != NULL;
-}
-
-// How many words an ignored option takes, with its value; 0: the word is none.
-static int count_ignored(const char *word, const char *next) {
-    size_t n = strcspn(word, "=");
-    bool takes[] = { false, true, next && is_listed_word(" on off auto ", next, strlen(next)) };
-    for (int i = 0; i < 3; i++)
-        if (is_listed_word(ignored[i], word, n)) return 1 + (takes[i] && next && !word[n]);
-    return 0;
+    snprintf(name, sizeof name, "--%.*s", (int)key.n, key.at);
+    for (char *c = name; *c; c++) if (*c == '_') *c = '-';
+    memcpy(text, value.at, value.n);
+    return set_option(find_option(name, &unused), text, to, e);
 }
 
 // Adds to the prompt's parts. Of several -i the last one counts.
@@ -7417,38 +7287,30 @@ static bool add_prompt(Options *to, const char *text, bool is_file, Error *e) {
     return true;
 }
 
-// The option that a word is, also by another name or with its value glued to it: then *glued.
-static const Option *recognise_option(const char *word, const char **glued) {
-    size_t n = strcspn(word, "=");
-    const char *name = word, letter[] = { '-', word[1], 0 };
-    for (size_t i = 0; i < sizeof habits / sizeof *habits; i++)
-        if (!strncmp(word, habits[i].habit, n) && !habits[i].habit[n]) name = habits[i].ours;
-    *glued = name[1] != '-' ? NULL : strchr(name, '=') ? strchr(name, '=') : strchr(word, '=');
-    const Option *o = find_option(name);
-    if (o || word[1] == '-' || !isdigit((unsigned char)word[word[1] ? 2 : 1])) return o;
-    *glued = word + 1;
-    return find_option(letter);
-}
-
 // Reads what begins at word i: an option, the model, or the prompt. Returns where the next begins, or 0.
 static int parse_word(char **argv, int i, Options *to, int *given, bool quiet, Error *e) {
-    const char *word = argv[i], *next = argv[i + 1], *glued = NULL;
+    const char *word = argv[i], *next = argv[i + 1], *glued, *unused;
+    size_t n = strcspn(word, "=");
     char *end = NULL;
     bool is_option = word[0] == '-';
-    const Option *o = is_option ? recognise_option(word, &glued) : find_option(to->checkpoint ? "-i" : "--model");
-    int n = o ? 0 : count_ignored(word, next);
-    if (n && !quiet) fprintf(stderr, "%.*s has no effect here\n", (int)strcspn(word, "="), word);
-    if (n) return i + n;
+    const Habit *h = find_habit(word);
+    if (h && !h->ours) {
+        if (!quiet) fprintf(stderr, "%.*s has no effect here\n", (int)n, word);
+        return i + 1 + (next && !word[n] && h->values && (!*h->values || has_word(h->values, string(next))));
+    }
+    const Option *o = find_option(h ? h->ours : is_option ? word : to->checkpoint ? "-i" : "--model", &glued);
+    if (h && !glued && word[n]) glued = word + n + 1;
     if (!o || (glued && o->type == FLAG)) return refuse_option(word, e);
-    const char *value = !is_option ? word : glued ? glued + 1 : next;
+    const char *value = !is_option ? word : glued ? glued : next;
     if (o->type != FLAG && !value) return fail(e, MISUSE, "%s needs a value: %s", word, o->argument);
-    if (!strcmp(word, "-p") && !strchr("+-.0123456789", *value) && (strtod(value, &end), *end)) o = find_option("-i");
-    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model");
+    bool is_number = value && (strchr("+-.0123456789", *value) || (strtod(value, &end), !*end));
+    if (!strcmp(word, "-p") && !is_number) o = find_option("-i", &unused);
+    if (!strcmp(word, "-m") && strpbrk(value, "./") && access(value, F_OK) == 0) o = find_option("--model", &unused);
     bool is_file = o->offset == OF(file), is_model = o->offset == OF(checkpoint);
     if ((is_model && to->checkpoint) || (!is_option && to->prompt && !is_model))
         return fail(e, MISUSE, "two %ss: \"%.99s\" and \"%.99s\"; put one in quotes", o->name,
                     is_model ? to->checkpoint : to->prompt, value);
-    if (given[o - option_table]++ && !quiet && !is_listed_word(repeatable, o->name, strlen(o->name)))
+    if (given[o - option_table]++ && !quiet && o->type != TEXTS && !is_file)
         fprintf(stderr, "--%s is given again: the last one counts\n", o->name);
     if ((is_file || o->offset == OF(prompt)) && !add_prompt(to, value, is_file, e)) return 0;
     return set_option(o, value, to, e) ? i + 1 + (o->type != FLAG && is_option && !glued) : 0;
@@ -7461,7 +7323,7 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
     return true;
 }
 
-// Up to DETOKENIZE, a vocabulary is enough. Up to PERPLEXITY, they read a prompt. Up to BENCH, they need an Engine.
+// Up to DETOKENIZE, a vocabulary is enough. Up to CHAT, they read a prompt. Up to BENCH, they need an Engine.
 typedef enum {
     RENDER, TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL,
     N_MODES
@@ -7471,83 +7333,76 @@ static const char *const mode_names[N_MODES] = { "render", "tokenize", "detokeni
 
 static bool find_mode(const char *name, Mode *mode, Error *e) {
     for (*mode = 0; *mode < N_MODES; ++*mode) if (!strcmp(mode_names[*mode], name)) return true;
-    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, find_option("-m")->help);
+    return fail(e, MISUSE, "-m %s: expected %s, or the file of a model", name, mode_help);
 }
 
 // Reads token ids from n bytes of text, after which there is a NUL.
 static bool read_ids(const char *text, size_t n, int n_tokens, Tokens *tokens, Error *e) {
-    for (const char *p = text;;) {
-        p += strspn(p, " \t\r\n,");
-        if (!*p) return p == text + n || fail(e, MISUSE, "a NUL among the token ids");
-        char *end;
+    static const char gaps[] = " \t\r\n,";
+    char *end;
+    if (strlen(text) != n) return fail(e, MISUSE, "a NUL among the token ids");
+    for (const char *p = text + strspn(text, gaps); *p; p = end + strspn(end, gaps)) {
         long id = isdigit((unsigned char)*p) ? strtol(p, &end, 10) : -1;
         if (id < 0 || id >= n_tokens)
-            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, " \t\r\n,"), p, n_tokens);
+            return fail(e, MISUSE, "\"%.*s\" is no token id below %d", (int)strcspn(p, gaps), p, n_tokens);
         if (!emit(tokens, (int)id, e)) return false;
-        p = end;
     }
+    return true;
 }
 
 // The most bytes that n_tokens can stand for: 8 for each byte of a piece, as 4 characters of 4 bytes may compose to one
 // of 2. But there is no limit if some bytes have no token.
 static size_t most_bytes(const Tokenizer *t, int n_tokens) {
-    size_t longest = 0, n;
+    size_t longest = 0;
     for (int byte = 0; byte < 256; byte++) if (t->byte_id[byte] < 0) return MAX_TEXT;
-    for (int id = 0; id < t->n_tokens; id++) {
-        piece(t, id, &n);
-        if (n > longest) longest = n;
-    }
-    n = times((size_t)n_tokens, 8 * longest);
+    for (int id = 0; id < t->n_tokens; id++) longest = larger(longest, t->text_start[id + 1] - t->text_start[id]);
+    size_t n = times((size_t)n_tokens, 8 * longest);
     return n < MAX_TEXT ? n : MAX_TEXT;
 }
 
 // Whether a text asks for an answer rather than for its continuation: it is a question, or begins like an order.
 static bool is_instruction(Span text) {
-    static const char *const words[] = {
-        "write", "explain", "describe", "summarise", "summarize", "translate", "list", "give", "tell", "name", "create",
-        "compare", "rewrite", "answer", "classify", "what", "who", "how", "why", "when", "where",
-    };
     Span t = trimmed(text.text, text.n_bytes);
-    bool found = t.n_bytes && t.text[t.n_bytes - 1] == '?';
-    for (size_t i = 0, n; i < sizeof words / sizeof *words; i++)
-        found |= (n = strlen(words[i])) < t.n_bytes && !strncasecmp(t.text, words[i], n) && t.text[n] == ' ';
-    return found;
+    char first[16] = "";
+    size_t n = 0;
+    for (; n < t.n_bytes && n + 1 < sizeof first && t.text[n] != ' '; n++)
+        first[n] = (char)tolower((unsigned char)t.text[n]);
+    return (t.n_bytes && t.text[t.n_bytes - 1] == '?') || (n < t.n_bytes &&
+           has_word("write explain describe summarise summarize translate list give tell name create compare rewrite "
+                    "answer classify what who how why when where", string(first)));
 }
 
-// Reads the prompt's text, with a NUL after it: from --ids, from -i and -f, or from stdin.
-static bool read_prompt_text(const Model *m, Mode mode, int context, Buffer *text, Error *e) {
-    bool is_limited = (mode >= GENERATE && mode <= LOGITS) || mode == CHAT, are_ids = options.ids || mode == DETOKENIZE;
-    size_t most = is_limited && !are_ids ? most_bytes(&m->tokenizer, context) : MAX_TEXT;
-    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
-    bool ok = options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
-                          : read_parts(most, mode == GENERATE || mode == CHAT, mode != CHAT, text, e);
-    if (ok && text->n > plus(most, 1))
-        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
-    if (ok && mode != CHAT && (options.ids || options.n_parts) && !options.quiet && has_unread_input())
-        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
-    return ok;
-}
-
-// Reads the prompt, as text and as tokens.
+// Reads the prompt from --ids, from -i and -f, or from stdin: as text, which a NUL follows, and as tokens. In a chat it
+// is the first message, and only text.
 static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, Tokens *tokens, Error *e) {
     const Tokenizer *t = &m->tokenizer;
-    bool are_ids = options.ids || mode == DETOKENIZE;
-    bool ok = read_prompt_text(m, mode, context, text, e);
-    Span span = { (const char *)text->bytes, ok ? text->n - 1 : 0, options.special };
+    bool are_ids = options.ids || mode == DETOKENIZE, is_chat = mode == CHAT;
+    bool is_limited = is_chat || (mode >= GENERATE && mode <= LOGITS && !are_ids);
+    size_t most = is_limited ? most_bytes(t, context) : MAX_TEXT;
+    if (options.ids && options.n_parts) return fail(e, MISUSE, "more than one prompt: --ids stands alone");
+    if (!(options.ids ? append(text, options.ids, strlen(options.ids) + 1, e)
+                      : read_parts(most, is_chat || mode == GENERATE, !is_chat, text, e))) return false;
+    if (text->n > plus(most, 1))
+        return fail(e, NO_ROOM, "the prompt has more than %zu bytes%s", most, is_limited ? "; see -c" : "");
+    Span span = { (const char *)text->bytes, text->n - 1, options.special };
+    if (is_chat) return strlen(span.text) == span.n_bytes || fail(e, MISUSE, "a NUL in the first message");
+    if ((options.ids || options.n_parts) && !options.quiet && has_unread_input())
+        fprintf(stderr, "stdin is not read, since there is a prompt; -f - would read it\n");
+    if (are_ids) return read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
+        (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
-    bool begins = t->add_bos || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
-    bool ends = mode == TOKENIZE && options.ends && t->add_eos;
-    if (are_ids) ok = ok && read_ids(span.text, span.n_bytes, m->config.n_tokens, tokens, e) &&
-                      (tokens->n > 0 || !(options.ids || options.prompt) || fail(e, MISUSE, "no token ids; see --ids"));
-    else ok = ok && (!begins || emit(tokens, t->bos, e)) && encode(t, &span, 1, tokens, e) &&
-              (!ends || emit(tokens, t->eos, e)) && (tokens->n > 0 || mode == TOKENIZE ||
-              fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i"));
-    if (ok && tokens->n_dropped)
+    bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
+    bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
+    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+        return false;
+    if (!tokens->n && mode != TOKENIZE)
+        return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
+    if (tokens->n_dropped)
         fprintf(stderr, "%zu bytes of the text were left out: this model has no token for them\n", tokens->n_dropped);
-    bool hints = ok && mode == GENERATE && !are_ids && m->chat_template.n && !options.quiet && is_instruction(span);
+    bool hints = mode == GENERATE && m->chat_template.n && !options.quiet && is_instruction(span);
     if (hints && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO))
         fprintf(stderr, "this text is continued; -m chat lets the model answer it\n");
-    return ok;
+    return true;
 }
 
 // Whether it is chapter 12a's to do.
@@ -7577,17 +7432,14 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
 }
 
 static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
-    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096;
-    if (mode == BENCH) {
-        int pp = largest(options.pp), tg = largest(options.tg);
-        usual = largest(options.depth) + (pp > tg ? pp : tg);
-        if (usual > own) return fail(e, NO_ROOM, "needs %d positions; the model was trained for %d", usual, own);
-    }
-    s->context = options.context > 0 ? (int)options.context : options.context == 0 ? own : own < usual ? own : usual;
+    int own = m->config.context, usual = mode == PERPLEXITY ? 512 : 4096, needed = 0;
+    int pp = largest(options.pp), tg = largest(options.tg);
+    if (mode == BENCH) usual = needed = largest(options.depth) + (pp > tg ? pp : tg);
+    s->context = options.context > 0 ? (int)options.context : options.context == 0 || own < usual ? own : usual;
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
-    if (mode == BENCH && s->context < usual)
-        return fail(e, NO_ROOM, "needs %d positions, -c has %d", usual, s->context);
+    if (s->context < needed)
+        return fail(e, NO_ROOM, "needs %d positions, the context has %d of the model's %d", needed, s->context, own);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
     if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
@@ -7642,41 +7494,56 @@ static int tell_error(const char *culprit, const Error *e) {
     return e->status;
 }
 
+static const Model *in_use;  // for the handler
+
 // The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
-static void on_interrupt(int number) {
-    bool ends = interrupted || (at_prompt && !options.session);
-    if (at_prompt && options.session) close(STDIN_FILENO);  // reading ends, and the session is written
-    if (ends && unfinished) unlink(unfinished);
-    if (ends && terminal_use) use_terminal(USUAL);
-    if (ends) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
-    interrupted = number;
+// Before any signal ends it, the unfinished file is removed. SIGBUS may mean that a mapped file became shorter or its
+// disk failed: then the first thread that gets it says so.
+static void on_signal(int number, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    bool ends = number != SIGINT || interrupted || (at_prompt && !options.session);
+    (void)context;
+    if (number == SIGINT && at_prompt && options.session) close(STDIN_FILENO);  // reading ends, the session is written
+    if (!ends) {
+        interrupted = number;
+        return;
+    }
+    if (unfinished) unlink(unfinished);
+    if (terminal_use) use_terminal(USUAL);
+    if (number == SIGINT) _exit(tell_error(NULL, &(Error){ INTERRUPTED, "" }));
+    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
+        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
+        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
+        while (atomic_flag_test_and_set(&said)) pause();
+        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
+        _exit(tell_error(map->path, &e));
+    }
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e) {
     Tokens tokens = { 0 };
     Buffer text = { 0 };
+    Workspace *w = &g->workspace;
+    bool scripted = is_script(mode), reads_lines = mode == EVAL || (options.prompts && scripted);
+    bool keeps = options.session && !scripted && (mode == GENERATE || mode == CHAT);
+    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
     if (mode == CHAT && options.ids) return fail(e, MISUSE, "-m chat takes texts, not --ids");
     if (mode == EVAL && !options.file) return fail(e, MISUSE, "-m eval needs the tasks: -f FILE");
     if (options.choose && options.ids) return fail(e, MISUSE, "--choose needs a prompt that is text, not --ids");
-    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
-    Workspace *w = &g->workspace;
-    Sequence *s = g->texts;
-    bool reads_lines = options.prompts && is_script(mode);
-    bool keeps = options.session && (mode == GENERATE || mode == CHAT) && !is_script(mode);
-    if (options.session && !keeps && !options.quiet && is_script(mode) && mode == GENERATE)
+    if (options.session && scripted && mode == GENERATE && !options.quiet)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
-    ScriptKind kind = mode == EVAL ? EVALUATED : options.choose ? COMPARED : mode == SCORING ? SCORED : CONTINUED;
-    ok = ok && (!keeps || open_session(m, w, s, NULL, e));
-    if (mode != RENDER && mode <= PERPLEXITY && !reads_lines)
-        ok = ok && read_prompt(m, mode, w->settings.context, &text, &tokens, e);
-    if (mode == CHAT && options.n_parts) {
-        ok = ok && read_prompt_text(m, mode, w->settings.context, &text, e);
-        if (ok && strlen((char *)text.bytes) + 1 != text.n) ok = fail(e, MISUSE, "a NUL in the first message");
-        options.prompt = (char *)text.bytes;
-    }
-    heed(SIGINT, &(struct sigaction){ .sa_handler = on_interrupt, .sa_flags = SA_RESTART });  // no write is cut short
-    if (ok && is_script(mode))
-        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines || mode == EVAL ? NULL : &tokens,
+    bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
+    Sequence *s = g->texts;
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
+         (mode == RENDER || mode > CHAT || reads_lines ||
+          read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    if (mode == CHAT && options.n_parts) options.prompt = (char *)text.bytes;
+    // SA_RESTART: no write is cut short
+    heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
+    if (ok && scripted)
+        ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
     else switch (ok ? mode : N_MODES) {
     case RENDER: ok = run_render(m, e); break;
@@ -7692,9 +7559,9 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
     case MATMUL: ok = run_matmul(e); break;
     default: break;
     }
+    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     keeps = keeps && s && s->n > 0 && (ok || e->status == INTERRUPTED || e->status == NO_ROOM);
     if (keeps) ok = write_session(m, w, s, ok ? e : &(Error){ 0 }) && ok;
-    if (mode <= DETOKENIZE) ok = ok && (!interrupted || fail(e, INTERRUPTED, "interrupted"));
     free(tokens.ids);
     free(text.bytes);
     return ok;
@@ -7727,7 +7594,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
     if (!choose_kernels(options.kernel, e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
-    if (options.no_bos) m->tokenizer.add_bos = false;
+    if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;
     *sampler = (Sampler){ .from_clock = options.seed == options.clock_seed, .temperature = (float)options.temperature,
                           .typical = options.typical < 1 ? (float)options.typical : 0,
@@ -7738,31 +7605,11 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
            make_shaper(sampler, &m->tokenizer, m->config.n_tokens, e) && run_mode(m, mode, g, sampler, e);
 }
 
-static const Model *in_use;  // for the handler
-
-// Before a signal ends the program, removes the unfinished file. SIGBUS may mean that a mapped file became shorter or
-// its disk failed: then the first thread that gets it says so.
-static void on_end(int number, siginfo_t *info, void *context) {
-    static atomic_flag said = ATOMIC_FLAG_INIT;
-    (void)context;
-    if (unfinished) unlink(unfinished);
-    if (terminal_use) use_terminal(USUAL);
-    for (size_t i = 0; number == SIGBUS && i < 2 + in_use->n_parts; i++) {
-        const Map *map = i > 1 ? &in_use->parts[i - 2] : i ? &in_use->tokenizer_file : &in_use->file;
-        if ((uintptr_t)info->si_addr - (uintptr_t)map->bytes >= map->n_bytes) continue;
-        while (atomic_flag_test_and_set(&said)) pause();
-        Error e = { BROKEN_IO, "became shorter while it was in use, or cannot be read any more" };
-        _exit(tell_error(map->path, &e));
-    }
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
 // Sets up signals, and fills the descriptors 0 to 2 that are closed: otherwise a file could get one of them, and be
 // written to as stdout. Reading from or writing to their substitutes fails.
 static void prepare_process(const Model *m) {
     static const int signals[] = { SIGBUS, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE };
-    struct sigaction action = { .sa_sigaction = on_end, .sa_flags = SA_SIGINFO };
+    struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
     in_use = m;
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) heed(signals[i], &action);
     signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is a write that fails

@@ -19,16 +19,11 @@ enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16 };
 // SPM as tokenizer.json may have it: the prefix only where the text begins, or only where there is no space yet; and
 // user-defined pieces found before any prefix is put.
-enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128, ALL_TOKENIZER_FLAGS = 255 };
+enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128, N_FLAGS = 8 };
+enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX | PREFIX_FIRST | PREFIX_UNLESS_SPACE | ADDED_FIRST };
+enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
-
-typedef struct {
-    uint32_t kind, pre, flags;  // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
-    int32_t bos, eos, unk;      // ids, or -1
-    uint32_t n_end, n_tokens, n_merges, text_bytes;
-} TokenizerHeader;
-_Static_assert(sizeof(TokenizerHeader) == 40, "the header as drawn");
 
 // How characters compose: an entry of a hash table.
 typedef struct {
@@ -38,8 +33,10 @@ typedef struct {
 } Composition;
 
 typedef struct {
-    int kind, pre, bos, eos, unk, n_tokens, n_merges, n_end;
-    bool add_bos, add_eos, dummy_prefix, ignore_merges, composes, prefix_first, prefix_unless_space, added_first;
+    uint32_t kind, pre, flags;   // SPM or BPE; a row of pre_tokenizers[]; a set of the flags above
+    int32_t bos, eos, unk;       // ids, or -1
+    int32_t n_end, n_tokens, n_merges;
+    uint32_t text_bytes;         // up to here this is the section's header
     const float *score;          // (n_tokens)        the arrays up to text lie in the section
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
@@ -55,9 +52,11 @@ typedef struct {
     int byte_id[256];            // the token of a single byte, or -1
     uint8_t *specials;           // (1 << 16)  by the upper bits of a hash. Bit 0: it is that of a special piece's
                                  // prefix; bit `type`: that of a whole special piece
-    uint8_t types_of_length[MAX_SPECIAL_PIECE + 1];  // bit `type`: some special piece has this length
     bool space_leads;            // SPM: a space is only at the beginning of pieces, so words are encoded one by one
 } Tokenizer;
+
+enum { HEADER_BYTES = offsetof(Tokenizer, text_bytes) + sizeof(uint32_t) };
+_Static_assert(HEADER_BYTES == 40, "the header as drawn");
 
 // A token's bytes; of a control token, its name.
 static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
@@ -123,16 +122,16 @@ static uint64_t hash_bytes(const char *s, size_t n) {
     return hash;
 }
 
-// How many slots a lookup may visit. Published vocabularies need at most 38; one that needs more is refused.
-enum { MAX_PROBES = 128 };
+// How many slots a lookup may visit. In tables that are at most a quarter full the longest run of a million entries has
+// about 25. A vocabulary that needs more is refused: special pieces are looked up at every byte of a text.
+enum { MAX_PROBES = 48 };
 
 // The slot where a lookup begins. Mixing all bits spreads the pairs of merges, whose ids form a grid.
 static size_t first_slot(uint64_t hash) { return (size_t)((hash ^ hash >> 32) * 0xD6E8FEB86659FD93u >> 32); }
 
 // The slot of the piece with these bytes and one of these types, or an empty slot for it; NULL: there is neither.
 static int *piece_slot(const Tokenizer *t, const char *s, size_t n, uint64_t hash, unsigned types) {
-    size_t n_probes = types & ~(unsigned)SPECIAL_TYPES ? MAX_PROBES : MAX_PROBES / 8;  // special: tried at every byte
-    for (size_t slot = first_slot(hash), i = 0; i < n_probes; slot++, i++) {
+    for (size_t slot = first_slot(hash), i = 0; i < MAX_PROBES; slot++, i++) {
         int *id = &t->piece_slots[slot & t->piece_mask];
         size_t n_bytes;
         if (*id < 0) return id;
@@ -150,9 +149,6 @@ static int lookup(const Tokenizer *t, const char *s, size_t n, unsigned types) {
     return at_slot(piece_slot(t, s, n, hash_bytes(s, n), types));
 }
 
-// The lowest id of a piece that plain text with these bytes can become, or -1.
-static int find_piece(const Tokenizer *t, const char *s, size_t n) { return lookup(t, s, n, TEXT_TYPES); }
-
 // The longest piece of this type that is a prefix of the n bytes at s; or -1, and a length of 1.
 static int longest_special(const Tokenizer *t, int type, const char *s, size_t n, size_t *n_bytes) {
     int found = -1;
@@ -161,8 +157,7 @@ static int longest_special(const Tokenizer *t, int type, const char *s, size_t n
     for (size_t length = 1; length <= n && length <= MAX_SPECIAL_PIECE; length++) {
         hash = hash_byte(hash, s[length - 1]);
         if (!t->specials[hash >> 48]) break;
-        if (!(t->specials[hash >> 48] & t->types_of_length[length] & 1 << type)) continue;
-        int id = at_slot(piece_slot(t, s, length, hash, 1u << type));
+        int id = t->specials[hash >> 48] >> type & 1 ? at_slot(piece_slot(t, s, length, hash, 1u << type)) : -1;
         if (id < 0) continue;
         found = id;
         *n_bytes = length;
@@ -180,10 +175,10 @@ static int *merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
     return NULL;
 }
 
-// A table for n entries, empty (-1): a power of two of slots, of which at most half will be used.
+// A table for n entries, empty (-1): a power of two of slots, of which at most a quarter will be used.
 static int *make_table(size_t n, size_t *mask, Error *e) {
     size_t slots = 16;
-    while (slots < 2 * n) slots *= 2;
+    while (slots < 4 * n) slots *= 2;
     int *table = allocate(slots, sizeof *table, e);
     if (table) memset(table, 0xFF, slots * sizeof *table);
     *mask = slots - 1;
@@ -191,20 +186,18 @@ static int *make_table(size_t n, size_t *mask, Error *e) {
 }
 
 // Fills the table for lookup(), and those for single bytes and special pieces; looks where spaces are. Of pieces with
-// equal bytes and equal type only the first has an entry. Special pieces are put into the table first.
+// equal bytes and equal type only the first has an entry.
 static bool index_pieces(Tokenizer *t, Error *e) {
-    size_t n_slots = (size_t)t->n_tokens, n;
-    for (int id = 0; id < t->n_tokens; id++) n_slots += SPECIAL_TYPES >> t->type[id] & 1 ? 3 : 0;  // no long runs
-    t->piece_slots = make_table(n_slots, &t->piece_mask, e);
+    t->piece_slots = make_table((size_t)t->n_tokens, &t->piece_mask, e);
     t->specials = allocate(1 << 16, 1, e);
     if (!t->piece_slots || !t->specials) return false;
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     t->space_leads = t->kind == SPM;
-    for (int round = 0; round < 2 * t->n_tokens; round++) {
-        int id = round % t->n_tokens, type = t->type[id];
+    for (int id = 0; id < t->n_tokens; id++) {
+        size_t n;
         const char *s = piece(t, id, &n);
+        int type = t->type[id];
         bool is_text = TEXT_TYPES >> type & 1, is_special = SPECIAL_TYPES >> type & 1;
-        if (is_special != (round < t->n_tokens)) continue;
         if (n == 1 && type == (t->kind == SPM ? PIECE_BYTE : PIECE_NORMAL) && t->byte_id[(unsigned char)s[0]] < 0)
             t->byte_id[(unsigned char)s[0]] = id;
         if (n == 0 || type == PIECE_BYTE) continue;
@@ -214,7 +207,6 @@ static bool index_pieces(Tokenizer *t, Error *e) {
             if (is_special) t->specials[hash >> 48] |= (uint8_t)(1 | (i + 1 == n) << type);
             if (is_text && i > 0 && s[i] == ' ' && s[i - 1] != ' ') t->space_leads = false;
         }
-        if (is_special && n <= MAX_SPECIAL_PIECE) t->types_of_length[n] |= (uint8_t)(1 << type);
         int *slot = piece_slot(t, s, n, hash, 1u << type);
         if (!slot) return refuse(e, "the vocabulary's pieces are made to collide");
         if (*slot < 0) *slot = id;
@@ -565,6 +557,29 @@ static const char unicode_data[] =
     "19406=170800=39698=40000=40189=19662=19693=40295=172238=19704=172293=172558=172689=40635=19798=40697=40702="
     "40709=40719=40726=40763=173568=";
 
+// How many columns of a screen the characters from U+0000 to U+E01EF have, written likewise: w two (East Asian, emoji),
+// m none (marks), _ one. From Unicode 14.0.
+static const char unicode_widths[] =
+    "768_112m275_7m263_45m_m_2m_2m_m56_6m10_11m_m46_21m16_m101_8m_6m2_2m_4m33_m_m30_27m91_11m58_9m9_m24_4m_9m_3m_5m"
+    "43_3m52_2m6_8m42_57m55_m_m4_8m4_m3_7m10_2m29_m58_m4_4m8_m20_2m26_m2_2m57_m4_2m4_2m2_3m3_m30_2m3_m11_2m57_m4_5m"
+    "_2m4_m20_2m22_6m_m58_m2_m_4m8_m7_2m11_2m30_m61_m12_m50_m3_m55_m_3m5_3m_4m7_2m11_2m29_m58_m2_m6_m5_2m20_2m28_2m"
+    "57_2m4_4m8_m20_2m29_m72_m7_3m_m90_m2_7m12_8m98_m2_9m11_6m74_2m27_m_m_m55_14m_5m_2m5_11m_36m9_m102_4m_6m_2m2_2m"
+    "25_2m4_3m16_4m13_m2_2m6_m15_m98_96w160m349_3m946_3m29_2m30_2m30_2m64_2m_7m8_m2_11m9_m45_5m117_2m34_m118_3m4_2m"
+    "9_m6_3m219_2m2_m58_m_7m_m_m2_8m6_10m2_m48_31m49_4m48_m_5m_m5_m40_9m12_2m32_4m2_2m_3m56_m_2m3_m_3m58_8m2_2m152_"
+    "3m_13m_7m4_m6_m3_2m198_64m523_5m26_5m49_5m_10m96_33m553_2w13_2w190_4w3_w2_w521_2w21_2w50_12w43_w19_w13_w8_2w"
+    "17_2w5_2w8_w5_w21_w7_2w_w4_w2_w7_w4_2w28_w35_w_w4_3w_w61_3w24_w14_w859_2w51_w4_w409_3m141_m96_32m128_26w_89w"
+    "12_214w26_12w4_42w4m17w2_86w2_2m101w5_43w_94w_84w12_47w_40w8_7024w64_22157w3_55w424_4m_10m32_2m80_2m272_m3_m4_"
+    "m25_2m5_m151_2m26_18m13_m38_8m25_11m14_29w3_3m48_m2_4m2_2m39_m67_6m2_2m2_2m12_m8_m47_m51_m_3m2_2m5_2m_m42_2m8_"
+    "m238_m2_m4_m18_11172w8540_366w2_106w68_m737_16m10w6_16m35w_19w_4w147_m_96w127_7w18_3m513_m226_m149_5m1670_3m_"
+    "2m5_4m40_3m4_m165_2m573_4m387_2m153_11m49_4m123_m54_15m41_m2_2m10_3m49_4m2_2m2_m4_m10_m50_3m36_5m_8m62_m12_2m"
+    "52_9m10_4m2_m95_3m2_m_2m6_m160_m3_8m21_2m57_2m3_m37_7m3_5m195_8m2_3m_m23_m84_6m_m4_2m_2m238_4m6_2m_2m27_2m85_"
+    "8m2_m_2m106_m_m2_6m_m101_3m2_4m_5m259_9m_2m256_2m_m4_m144_4m2_2m4_m32_10m40_6m2_4m8_m9_6m2_3m46_13m_2m406_7m_"
+    "6m_m82_22m2_7m_2m_2m122_6m3_m_2m_7m_m72_2m3_m_m347_2m5435_9m14007_5m59_7m1048_m63_4m77_4wm11_2w14_6136w8_1238w"
+    "42_9w8935_4w_7w_2w_291w45_3w17_4w8_396w2465_2m_4m4700_46m2_23m544_3m9_16m2_7m30_4m148_3m1979_55m4_50m8_m14_m"
+    "22_5m_15m1360_7m_17m2_7m_2m_5m261_7m375_m61_4m1504_7m109_7m1721_w202_w190_w2_10w101_3w13_44w4_9w7_2w14_6w154_"
+    "33w12_9w_70w_22w12_43w4_5w12_17w3_w3_71w_w_187w2_63w13_4w_24w18_w26_2w13_w86_85w48_70w6_w3_3w2_3w5_3w11_2w7_9w"
+    "227_12w4_w283_47w_10w_185w112_5w3_5w3_7w9_29w3_11w5_6w10_10w6_8w8_7w1289_65534w2_65534w655363_m30_96m128_240m";
+
 // The sets that rules name, as the kinds of their members; set_ranges has those that are no kinds.
 static const char *const sets[128] = {
     [' '] = "b", ['r'] = "r", ['/'] = "rh", ['s'] = "rbs",        // the space, [\r\n], [\r\n/], \s
@@ -809,9 +824,11 @@ static uint32_t score_order(float score) {
 static void rank_pair(Encoder *c, const char *s, size_t left) {
     const Tokenizer *t = c->t;
     const Symbol *a = &c->symbols[left], *b = &c->symbols[a->next];
-    bool is_pair = (size_t)a->next < c->n_symbols, is_spm = t->kind == SPM;
-    int found = !is_pair ? -1 : is_spm ? find_piece(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what))
-                                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
+    bool is_spm = t->kind == SPM;
+    int found = -1;
+    if ((size_t)a->next < c->n_symbols)
+        found = is_spm ? lookup(t, s + a->what, (size_t)(c->symbols[b->next].what - a->what), TEXT_TYPES)
+                       : at_slot(merge_slot(t, (uint32_t)a->what, (uint32_t)b->what));
     set_rank(c, left, is_spm && found >= 0 ? score_order(t->score[found]) : (uint32_t)found);
 }
 
@@ -861,17 +878,17 @@ static bool reserve_symbols(Encoder *c, size_t n) {
 // Encodes a word: nothing joins with what is outside of it.
 static bool encode_word(Encoder *c, const char *s, size_t n) {
     const Tokenizer *t = c->t;
-    int whole = t->ignore_merges ? find_piece(t, s, n) : -1;
+    int whole = t->flags & IGNORE_MERGES ? lookup(t, s, n, TEXT_TYPES) : -1;
     if (whole >= 0) return emit(c->out, whole, c->e);
     if (!reserve_symbols(c, n)) return false;
     c->n_symbols = 0;
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t code;
-        int of_character = t->kind == SPM ? read_character(s + i, n - i, &code) : 1;
-        length = of_character > 0 ? (size_t)of_character : 1;
-        int id = t->kind == SPM ? -1 : t->byte_id[(unsigned char)s[i]], at = (int)c->n_symbols;
-        if (id < 0 && t->kind == BPE) c->out->n_dropped++;
-        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, t->kind == SPM ? (int)i : id};
+        int read = t->kind == SPM ? read_character(s + i, n - i, &code) : 1, at = (int)c->n_symbols;
+        int what = t->kind == SPM ? (int)i : t->byte_id[(unsigned char)s[i]];
+        length = read > 0 ? (size_t)read : 1;
+        if (what < 0) c->out->n_dropped++;
+        else c->symbols[c->n_symbols++] = (Symbol){at - 1, at + 1, what};
     }
     if (c->n_symbols == 0) return true;
     c->symbols[c->n_symbols].what = (int)n;
@@ -879,7 +896,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
     for (size_t i = 0; i < c->n_symbols; i = (size_t)c->symbols[i].next) {
         const Symbol *a = &c->symbols[i];
         size_t length = (size_t)(c->symbols[a->next].what - a->what);  // SPM's
-        int id = t->kind == SPM ? find_piece(t, s + a->what, length) : a->what;
+        int id = t->kind == SPM ? lookup(t, s + a->what, length, TEXT_TYPES) : a->what;
         if (id >= 0 ? !emit(c->out, id, c->e) : !emit_unknown(c, s + a->what, length)) return false;
     }
     return true;
@@ -889,7 +906,7 @@ static bool encode_word(Encoder *c, const char *s, size_t n) {
 static bool encode_words(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
     bool bpe = c->t->kind == BPE, spaces_cut = c->t->space_leads;
-    if (c->t->composes && !compose_text(c->t, &s, &n, &c->composed, c->e)) return false;
+    if (c->t->flags & COMPOSE && !compose_text(c->t, &s, &n, &c->composed, c->e)) return false;
     if (bpe) cut_words(c->t, s, n, c->scratch);
     for (size_t at = 0, end; at < n; at = end) {
         end = at + 1;
@@ -923,58 +940,49 @@ static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, si
     return true;
 }
 
-// Whether a space is put before this part of the text.
-static bool wants_prefix(const Encoder *c, const char *s, size_t n) {
-    bool spaced = *s == ' ' || (n >= 3 && memcmp(s, "\xE2\x96\x81", 3) == 0);
-    return c->t->dummy_prefix && (s == c->text || !c->t->prefix_first) && !(spaced && c->t->prefix_unless_space);
-}
-
 // Encodes a part that gets a prefix of its own. User-defined pieces are found first, whatever the words.
 static bool encode_part(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
+    unsigned flags = c->t->flags;
     c->first = c->out->n;
     if (c->t->kind == SPM) {
-        bool prefix = wants_prefix(c, s, n);
-        char *normal = (char *)c->scratch;
-        if (prefix) *normal++ = ' ';
-        n = normalise(s, n, normal) + prefix;
-        s = (const char *)c->scratch;
+        bool prefix = flags & DUMMY_PREFIX && (s == c->text || !(flags & PREFIX_FIRST));
+        char *normal = (char *)c->scratch + 1;
+        n = normalise(s, n, normal);
+        if (*normal == ' ' && flags & PREFIX_UNLESS_SPACE) prefix = false;
+        if (prefix) *--normal = ' ';
+        n += prefix;
+        s = normal;
     }
-    size_t begin = 0, end = c->t->added_first ? 0 : n;
+    size_t begin = 0, end = flags & ADDED_FIRST ? 0 : n;
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_words) &&
            encode_words(c, s + begin, n - begin);
 }
 
 // Encodes plain text between two control tokens.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
-    size_t begin = 0, end = c->t->added_first ? n : 0;
+    size_t begin = 0, end = c->t->flags & ADDED_FIRST ? n : 0;
     return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_part) && encode_part(c, s + begin, n - begin);
 }
 
-// Encodes the joined text of the spans. A control token must be in special spans as a whole.
-static bool encode_spans(Encoder *c, const char *text, size_t n, const Span *spans, int n_spans) {
-    size_t begin = 0, at = 0, end = 0;
-    for (int i = 0; i < n_spans; i++) {
-        end += spans[i].n_bytes;
-        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
-        if (spans[i].special && !encode_around(c, PIECE_CONTROL, text, &begin, at, end, encode_plain)) return false;
-        at = end;
-    }
-    return encode_plain(c, text + begin, n - begin);
-}
-
-// Appends the tokens of the spans' joined text. The caller adds the model's begin and end tokens.
+// Appends the tokens of the spans' joined text. A control token must lie in special spans as a whole. The caller adds
+// the model's begin and end tokens.
 static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *out, Error *e) {
-    size_t n = 0;
+    size_t n = 0, begin = 0, at = 0, end = 0;
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
     Encoder c = {.t = t, .out = out, .e = e, .text = text};
-    c.scratch = allocate((t->composes ? 3 : 1) * n + 1, sizeof *c.scratch, e);
+    c.scratch = allocate((t->flags & COMPOSE ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
-    for (size_t i = 0, at = 0; ok && i < (size_t)n_spans; at += spans[i++].n_bytes)
-        if (spans[i].n_bytes) memcpy(text + at, spans[i].text, spans[i].n_bytes);
-    ok = ok && encode_spans(&c, text, n, spans, n_spans);
+    for (int i = 0; ok && i < n_spans; i++) {
+        if (spans[i].n_bytes) memcpy(text + end, spans[i].text, spans[i].n_bytes);
+        end += spans[i].n_bytes;
+        if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
+        if (spans[i].special) ok = encode_around(&c, PIECE_CONTROL, text, &begin, at, end, encode_plain);
+        at = end;
+    }
+    ok = ok && encode_plain(&c, text + begin, n - begin);
     free(text);
     free(c.scratch);
     free(c.composed);
@@ -985,7 +993,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
 
 // The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
 // text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
-// has all bytes (but in SPM U+2581 becomes a space).
+// has all bytes (but in SPM U+2581 becomes a space, and PREFIX_UNLESS_SPACE and ADDED_FIRST do not keep all spaces).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
     char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
@@ -995,8 +1003,9 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     // Padding prints nothing. A misspelled piece of BPE is PIECE_UNUSED, too: its bytes are as they were in the file.
     bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
     if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
-    bool starts = previous < 0 || (t->type[previous] == PIECE_CONTROL && (!t->prefix_first || previous == t->bos));
-    if (!starts || !t->dummy_prefix || *n_bytes == 0 || s[0] != ' ') return s;
+    bool again = previous == t->bos || !(t->flags & PREFIX_FIRST);  // after a control token
+    bool starts = previous < 0 || (t->type[previous] == PIECE_CONTROL && again);
+    if (!starts || !(t->flags & DUMMY_PREFIX) || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
 }
@@ -1048,6 +1057,27 @@ static uint64_t take_u64(Cursor *c) {
     return x;
 }
 
+// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
+typedef struct { const char *at; size_t n; } Text;
+
+// A string as in GGUF: 64 bits of length, then bytes.
+static Text take_string(Cursor *c) {
+    uint64_t n = take_u64(c);
+    if (n > c->left) c->bad = true;
+    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
+}
+
+static bool is_text(Text t, const char *expected) {
+    return t.at && strlen(expected) == t.n && !memcmp(t.at, expected, t.n);
+}
+
+// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
+static uint32_t read_digits(const char *s, size_t n) {
+    char digits[9] = {0};
+    memcpy(digits, s, n);
+    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
+}
+
 // Bytes that grow: a text being read, a section of a file being made.
 typedef struct {
     unsigned char *bytes;
@@ -1081,25 +1111,25 @@ static void close_tokenizer(Tokenizer *t) {
     *t = (Tokenizer){0};
 }
 
-static bool check_header(const TokenizerHeader *h, Error *e) {
-    if ((h->kind != SPM && h->kind != BPE) || h->pre >= N_PRE_TOKENIZERS || h->flags > ALL_TOKENIZER_FLAGS)
-        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", h->kind, h->pre, h->flags);
-    if (h->n_tokens == 0 || h->n_tokens > MAX_TOKENS)
-        return refuse(e, "vocabulary of %u tokens, expected 1 to %d", h->n_tokens, MAX_TOKENS);
-    if (h->n_merges > (h->kind == BPE ? MAX_MERGES : 0) || h->n_end > h->n_tokens)
-        return refuse(e, "vocabulary with %u merges and %u end tokens", h->n_merges, h->n_end);
-    const int32_t ids[] = {h->bos, h->eos, h->unk};
+static bool check_header(const Tokenizer *t, Error *e) {
+    if ((t->kind != SPM && t->kind != BPE) || t->pre >= N_PRE_TOKENIZERS || t->flags >> N_FLAGS)
+        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", t->kind, t->pre, t->flags);
+    if (t->n_tokens < 1 || t->n_tokens > MAX_TOKENS)
+        return refuse(e, "vocabulary of %d tokens, expected 1 to %d", t->n_tokens, MAX_TOKENS);
+    if (t->n_merges < 0 || t->n_merges > (t->kind == BPE ? MAX_MERGES : 0) || t->n_end < 0 || t->n_end > t->n_tokens)
+        return refuse(e, "vocabulary with %d merges and %d end tokens", t->n_merges, t->n_end);
+    const int32_t ids[] = {t->bos, t->eos, t->unk};
     for (int i = 0; i < 3; i++)
-        if (ids[i] < -1 || ids[i] >= (int32_t)h->n_tokens)
-            return refuse(e, "special token %d in a vocabulary of %u", ids[i], h->n_tokens);
-    if ((h->flags & ADD_BOS && h->bos < 0) || (h->flags & ADD_EOS && h->eos < 0))
+        if (ids[i] < -1 || ids[i] >= t->n_tokens)
+            return refuse(e, "special token %d in a vocabulary of %d", ids[i], t->n_tokens);
+    if ((t->flags & ADD_BOS && t->bos < 0) || (t->flags & ADD_EOS && t->eos < 0))
         return refuse(e, "the vocabulary adds a begin or end token, but has none");
     return true;
 }
 
-static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
-    if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != text_bytes)
-        return refuse(e, "the pieces do not fill the vocabulary's text of %u bytes", text_bytes);
+static bool check_pieces(const Tokenizer *t, Error *e) {
+    if (t->text_start[0] != 0 || t->text_start[t->n_tokens] != t->text_bytes)
+        return refuse(e, "the pieces do not fill the vocabulary's text of %u bytes", t->text_bytes);
     for (int id = 0; id < t->n_tokens; id++) {
         uint32_t start = t->text_start[id], end = t->text_start[id + 1];
         int type = t->type[id];
@@ -1118,42 +1148,33 @@ static bool check_pieces(const Tokenizer *t, uint32_t text_bytes, Error *e) {
 // Opens a section in place: it must be aligned to 4 bytes and outlive the tokenizer. After a failure, close it as well.
 static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokenizer *t, Error *e) {
     Cursor c = {.at = section, .left = n_bytes};
-    TokenizerHeader h;
-    take_into(&c, &h, sizeof h);
+    *t = (Tokenizer){0};
+    take_into(&c, t, HEADER_BYTES);
     if (c.bad) return refuse(e, "the vocabulary is cut short");
-    if (!check_header(&h, e)) return false;
-    size_t n = h.n_tokens;
-    *t = (Tokenizer){.kind = (int)h.kind, .pre = (int)h.pre, .bos = h.bos, .eos = h.eos, .unk = h.unk,
-                     .n_tokens = (int)h.n_tokens, .n_merges = (int)h.n_merges, .n_end = (int)h.n_end,
-                     .add_bos = h.flags & ADD_BOS, .add_eos = h.flags & ADD_EOS,
-                     .dummy_prefix = h.kind == SPM && h.flags & DUMMY_PREFIX,
-                     .ignore_merges = h.kind == BPE && h.flags & IGNORE_MERGES,
-                     .composes = h.kind == BPE && h.flags & COMPOSE, .prefix_first = h.flags & PREFIX_FIRST,
-                     .prefix_unless_space = h.flags & PREFIX_UNLESS_SPACE, .added_first = h.flags & ADDED_FIRST};
+    if (!check_header(t, e)) return false;
+    t->flags &= t->kind == SPM ? SPM_FLAGS : BPE_FLAGS;
+    size_t n = (size_t)t->n_tokens;
     t->score = (const void *)take(&c, times(n, sizeof *t->score));
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
-    t->merge = (const void *)take(&c, times(h.n_merges, sizeof *t->merge));
-    t->end_id = (const void *)take(&c, times(h.n_end, sizeof *t->end_id));
+    t->merge = (const void *)take(&c, times((size_t)t->n_merges, sizeof *t->merge));
+    t->end_id = (const void *)take(&c, times((size_t)t->n_end, sizeof *t->end_id));
     t->type = take(&c, n);
-    t->text = (const void *)take(&c, h.text_bytes);
+    t->text = (const void *)take(&c, t->text_bytes);
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
     while (c.left > 0) if (*take(&c, 1)) return refuse(e, "the vocabulary's last bytes are not zero");
-    return check_pieces(t, h.text_bytes, e) && index_pieces(t, e) && index_merges(t, e) &&
+    return check_pieces(t, e) && index_pieces(t, e) && index_merges(t, e) &&
            (t->kind == SPM || unpack_unicode(t, e));
 }
 
 /* ---- Making a section -------------------------------------------------------------------------------------------- */
-
-// Bytes of a file, without a NUL after them; `at` is NULL if there is no such text.
-typedef struct { const char *at; size_t n; } Text;
 
 // A vocabulary as files have it. Arrays may be unaligned, strings are known to end in the file; -1: the file is silent.
 typedef struct {
     int kind;
     Text pre;                     // the pre-tokenizer's name; BPE only
     size_t n_tokens, n_merges;
-    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score
+    bool llama2c;                 // the pieces are as in a tokenizer.bin, each after its score, up to the file's end
     Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
@@ -1161,8 +1182,7 @@ typedef struct {
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
     int bos, eos, eot, eom, unk;
-    int add_bos, add_eos, dummy_prefix, ignore_merges, composes;
-    unsigned spm_flags;           // PREFIX_FIRST, ...
+    int says[N_FLAGS];  // the flags, from ADD_BOS to ADDED_FIRST
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
@@ -1179,26 +1199,17 @@ enum { N_END_NAMES = sizeof end_names / sizeof *end_names };
 
 // Some files mark such a token as normal text. Only </s> may well be text: it is in HTML.
 static bool is_unmarked_control(Text s) {
-    bool found = false;
-    for (size_t i = 0; i < N_END_NAMES; i++)
-        found |= s.n == strlen(end_names[i]) && !memcmp(s.at, end_names[i], s.n) && strcmp(end_names[i], "</s>");
-    return found;
-}
-
-// <0xAB> -> its byte, or -1
-static int spelled_byte(const char *s, size_t n) {
-    static const char digits[] = "0123456789ABCDEF0123456789abcdef";
-    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>') return -1;
-    const char *high = memchr(digits, s[3], 32), *low = memchr(digits, s[4], 32);
-    return high && low ? (int)((high - digits) % 16 * 16 + (low - digits) % 16) : -1;
+    for (size_t i = 0; i < N_END_NAMES; i++) if (is_text(s, end_names[i])) return !is_text(s, "</s>");
+    return false;
 }
 
 // Writes a piece as a user writes it. Returns its length, at most s.n; *type may change.
 static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     if (*type == PIECE_BYTE) {
-        int byte = spelled_byte(s.at, s.n);
+        bool is_spelled = s.n == 6 && !memcmp(s.at, "<0x", 3) && s.at[5] == '>';
+        uint32_t byte = is_spelled ? read_digits(s.at + 3, 2) : NOT_UTF8;
         to[0] = (char)byte;
-        return byte >= 0;
+        return byte != NOT_UTF8;
     }
     if (kind == SPM && *type != PIECE_CONTROL && *type != PIECE_UNKNOWN) return normalise(s.at, s.n, to);
     if (kind == BPE && *type == PIECE_NORMAL) {
@@ -1210,19 +1221,13 @@ static size_t unspell_piece(int kind, Text s, int32_t *type, char *to) {
     return s.n;
 }
 
-// A string as in GGUF: 64 bits of length, then bytes.
-static Text take_string(Cursor *c) {
-    uint64_t n = take_u64(c);
-    if (n > c->left) c->bad = true;
-    return (Text){(const char *)take(c, (size_t)n), (size_t)n};
-}
-
 // A piece of llama2.c's tokenizer.bin: | f32 score | i32 length | bytes |. A space is a space. Ids 0, 1, 2 are <unk>,
 // <s>, </s> (the last two with newlines around them); 3 to 258 are the bytes, as <0xAB> or as U+00AB.
 static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type, char *spelled) {
     take_into(c, score, sizeof *score);
     size_t n = take_u32(c);
     const char *s = (const char *)take(c, n);
+    if (!s) return (Text){NULL, 0};
     *type = id == 0 ? PIECE_UNKNOWN : id < 3 ? PIECE_CONTROL : id < 259 ? PIECE_BYTE : PIECE_NORMAL;
     if (*type == PIECE_CONTROL && n > 2 && s[0] == '\n' && s[n - 1] == '\n') return (Text){s + 1, n - 2};
     if (*type != PIECE_BYTE) return (Text){s, n};
@@ -1231,11 +1236,13 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
 
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
-    for (size_t id = 0; id < v->n_tokens; id++) {
+    for (size_t id = 0; v->llama2c ? c.left > 0 : id < v->n_tokens; id++) {
         char bytes[MAX_PIECE], spelled[8];
         int32_t type = PIECE_NORMAL;
         float score = 0;
+        if (id == MAX_TOKENS) return refuse(e, "a vocabulary of more than %d tokens", MAX_TOKENS);
         Text s = v->llama2c ? take_llama2c_piece(&c, id, &score, &type, spelled) : take_string(&c);
+        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", id);
         if (s.n > MAX_PIECE) return refuse(e, "token %zu has more than %d bytes", id, MAX_PIECE);
         if (v->types) memcpy(&type, v->types + 4 * id, 4);
         if (v->scores) memcpy(&score, v->scores + 4 * id, 4);
@@ -1266,8 +1273,8 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
         if (!space) continue;
         size_t n_left = unspell_bytes(s.at, (size_t)(space - s.at), bytes);
         size_t n_right = unspell_bytes(space + 1, (size_t)(s.at + s.n - space - 1), bytes + n_left);
-        int ids[3] = {find_piece(t, bytes, n_left), find_piece(t, bytes + n_left, n_right),
-                      find_piece(t, bytes, n_left + n_right)};
+        int ids[3] = {lookup(t, bytes, n_left, TEXT_TYPES), lookup(t, bytes + n_left, n_right, TEXT_TYPES),
+                      lookup(t, bytes, n_left + n_right, TEXT_TYPES)};
         if (ids[0] >= 0 && ids[1] >= 0 && ids[2] >= 0 && !append(merges, ids, sizeof ids, e)) return false;
     }
     return true;
@@ -1275,8 +1282,8 @@ static bool pack_merges(const Vocabulary *v, const Tokenizer *t, Buffer *merges,
 
 // The tokens that end an answer: those that the file names, and special ones with an end name. But where <|return|> or
 // <|flush|> exists, <|end|> ends only one of several messages.
-static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, int eos, Buffer *end_ids, Error *e) {
-    const int ids[] = {eos, v->eot, v->eom};
+static bool pack_end_ids(const Vocabulary *v, const Tokenizer *t, Buffer *end_ids, Error *e) {
+    const int ids[] = {t->eos, v->eot, v->eom};
     bool goes_on = lookup(t, "<|return|>", 10, SPECIAL_TYPES) >= 0 || lookup(t, "<|flush|>", 9, SPECIAL_TYPES) >= 0;
     for (size_t i = 0, n = N_END_NAMES; i < 3 + n + v->n_ends; i++) {
         const char *name = i < 3 || i >= 3 + n || (i == 2 + n && goes_on) ? "" : end_names[i - 3];
@@ -1296,50 +1303,44 @@ static bool choose_pre_tokenizer(Text name, uint32_t *pre, Error *e) {
         const char *names = pre_tokenizers[*pre].names;
         size_t length = strcspn(names, " "), end = strlen(known);
         snprintf(known + end, sizeof known - end, "%s%.*s", end ? ", " : "", (int)length, names);
-        for (; *names; names += length + strspn(names + length, " ")) {
-            length = strcspn(names, " ");
+        for (; *names; names += length + strspn(names + length, " "), length = strcspn(names, " "))
             if (name.at && length == name.n && memcmp(names, name.at, name.n) == 0) return true;
-        }
     }
     return refuse(e, "pre-tokenizer \"%.*s\" is not known; choose one with --pre NAME: %s",
                   (int)(name.n < 40 ? name.n : 40), name.at ? name.at : "", known);
 }
 
 // Sets ids and flags: the file's, or else those usual for SentencePiece or for the pre-tokenizer.
-static void pack_header(const Vocabulary *v, const Tokenizer *t, TokenizerHeader *h) {
-    bool spm = v->kind == SPM;
-    h->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
-    h->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
-    h->unk = v->unk;
-    for (int id = 0; spm && h->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) h->unk = id;
-    unsigned usual = spm ? ADD_BOS : pre_tokenizers[h->pre].flags;
-    if (v->ignore_merges < 0 ? usual & IGNORE_MERGES : (unsigned)v->ignore_merges) h->flags |= IGNORE_MERGES;
-    if (v->composes < 0 ? usual & COMPOSE : (unsigned)v->composes) h->flags |= COMPOSE;
-    if (h->bos >= 0 && (v->add_bos < 0 ? usual & ADD_BOS : (unsigned)v->add_bos)) h->flags |= ADD_BOS;
-    if (h->eos >= 0 && v->add_eos > 0) h->flags |= ADD_EOS;
-    if (spm && v->dummy_prefix) h->flags |= DUMMY_PREFIX;
-    if (spm) h->flags |= v->spm_flags;
+static void complete_header(const Vocabulary *v, Tokenizer *t) {
+    bool spm = t->kind == SPM;
+    t->bos = v->bos < 0 && spm ? lookup(t, "<s>", 3, 1 << PIECE_CONTROL) : v->bos;
+    t->eos = v->eos < 0 && spm ? lookup(t, "</s>", 4, 1 << PIECE_CONTROL) : v->eos;
+    t->unk = v->unk;
+    for (int id = 0; spm && t->unk < 0 && id < t->n_tokens; id++) if (t->type[id] == PIECE_UNKNOWN) t->unk = id;
+    unsigned usual = spm ? ADD_BOS | DUMMY_PREFIX : pre_tokenizers[t->pre].flags;
+    for (int i = 0; i < N_FLAGS; i++) if (v->says[i] < 0 ? usual >> i & 1 : (unsigned)v->says[i]) t->flags |= 1u << i;
+    if (t->bos < 0) t->flags &= ~(unsigned)ADD_BOS;
+    if (t->eos < 0) t->flags &= ~(unsigned)ADD_EOS;
 }
 
 // Appends the section of a vocabulary.
 static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
-    if (v->n_tokens > MAX_TOKENS || v->n_merges > MAX_MERGES)
-        return refuse(e, "a vocabulary of %zu tokens and %zu merges; at most %d and %d", v->n_tokens, v->n_merges,
-                      MAX_TOKENS, MAX_MERGES);
-    TokenizerHeader h = {.kind = (uint32_t)v->kind, .n_tokens = (uint32_t)v->n_tokens};
-    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &h.pre, e)) return false;
+    if (v->n_merges > MAX_MERGES) return refuse(e, "%zu merges, expected at most %d", v->n_merges, MAX_MERGES);
+    Tokenizer t = {.kind = (uint32_t)v->kind};
+    if (v->kind == BPE && !choose_pre_tokenizer(v->pre, &t.pre, e)) return false;
     Buffer part[N_PARTS] = {{0}};
     bool ok = pack_pieces(v, part, e);
-    Tokenizer t = {.kind = v->kind, .n_tokens = (int)v->n_tokens, .type = part[PIECE_TYPES].bytes,
-                   .text_start = (const void *)part[STARTS].bytes,
-                   .text = part[PIECE_TEXT].n ? (const void *)part[PIECE_TEXT].bytes : ""};
+    t.n_tokens = (int)part[PIECE_TYPES].n;
+    t.text_start = (const void *)part[STARTS].bytes;
+    t.type = part[PIECE_TYPES].bytes;
+    t.text = part[PIECE_TEXT].n ? (const char *)part[PIECE_TEXT].bytes : "";
+    t.text_bytes = (uint32_t)part[PIECE_TEXT].n;
     ok = ok && index_pieces(&t, e);
-    if (ok) pack_header(v, &t, &h);
-    ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, h.eos, &part[END_IDS], e);
-    h.n_merges = (uint32_t)(part[MERGES].n / 12);
-    h.n_end = (uint32_t)(part[END_IDS].n / 4);
-    h.text_bytes = (uint32_t)part[PIECE_TEXT].n;
-    ok = ok && append(section, &h, sizeof h, e);
+    if (ok) complete_header(v, &t);
+    ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, &part[END_IDS], e);
+    t.n_merges = (int)(part[MERGES].n / 12);
+    t.n_end = (int)(part[END_IDS].n / 4);
+    ok = ok && append(section, &t, HEADER_BYTES, e);
     for (size_t i = 0; i < N_PARTS; i++) {
         if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
         free(part[i].bytes);
@@ -1353,13 +1354,7 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
     take_u32(&c);
     Vocabulary v = {.kind = SPM, .llama2c = true, .pieces = c, .bos = 1, .eos = 2, .eom = -1, .unk = 0,
                     .eot = 1,  // a begin token begins the next story, so it ends this one
-                    .add_bos = 1, .add_eos = 0, .dummy_prefix = 1};
-    for (; c.left > 0 && v.n_tokens <= MAX_TOKENS; v.n_tokens++) {
-        take_u32(&c);
-        take(&c, take_u32(&c));
-        if (c.bad) return refuse(e, "not a tokenizer.bin, or cut short: token %zu does not end", v.n_tokens);
-    }
-    if (v.n_tokens < 3) return refuse(e, "not a tokenizer.bin: %zu tokens, expected at least 3", v.n_tokens);
+                    .says = {1, 0, 1, -1, -1}};
     return pack_vocabulary(&v, section, e);
 }
 
@@ -1383,11 +1378,12 @@ typedef struct Value {
         double number;
         const char *text;
         struct Value *items;
+        const struct Node *node;  // of a macro
     };
     union {
         const char *marks;     // of a string, for each byte: 1 if a template spelled it. NULL: none of them
         struct Scope *scope;   // a namespace's variables, those that a macro sees
-        struct Loop *loop;
+        size_t at;             // of a loop: the index of its item
     };
 } Value;
 
@@ -1470,27 +1466,18 @@ static char next_json(JsonReader *r) {
     return r->at < r->end ? *r->at : 0;
 }
 
-// The number that n <= 8 hexadecimal digits spell; NOT_UTF8: they are none.
-static uint32_t read_digits(const char *s, size_t n) {
-    char digits[9] = {0};
-    memcpy(digits, s, n);
-    return strspn(digits, "0123456789abcdefABCDEF") == n ? (uint32_t)strtoul(digits, NULL, 16) : NOT_UTF8;
-}
-
-// The character that the escape at r->at stands for; r->at moves behind it. A character above U+FFFF is two escapes.
-static bool read_escape(JsonReader *r, uint32_t *code) {
-    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    const char *at = r->at, *letter = r->end - at > 1 ? memchr(letters, at[1], sizeof letters - 1) : NULL;
-    r->at += letter ? 2 : 6;
-    *code = letter ? (unsigned char)meanings[letter - letters] : NOT_UTF8;
-    if (!letter && r->end - at > 5 && at[1] == 'u') *code = read_digits(at + 2, 4);
-    if (*code == NOT_UTF8) return json_error(r, at, "an unknown escape");
-    if (*code < 0xD800 || *code > 0xDFFF) return true;
-    uint32_t low = r->end - at > 11 && at[6] == '\\' && at[7] == 'u' ? read_digits(at + 8, 4) : 0;
-    if (*code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return json_error(r, at, "half of a surrogate pair");
-    *code = 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00);
-    r->at += 6;
-    return true;
+// The character that the escape at s stands for: a backslash with one of `letters`, or \u and four digits, twice above
+// U+FFFF. Returns its length, 0 if it is unknown; the character is NOT_UTF8 if it is half of such a pair.
+static size_t read_escape(const char *s, size_t left, const char *letters, const char *meanings, uint32_t *code) {
+    const char *letter = left > 1 && s[1] ? strchr(letters, s[1]) : NULL;
+    if (letter) return *code = (unsigned char)meanings[letter - letters], 2;
+    *code = left > 5 && s[1] == 'u' ? read_digits(s + 2, 4) : NOT_UTF8;
+    if (*code == NOT_UTF8) return 0;
+    if (*code < 0xD800 || *code > 0xDFFF) return 6;
+    uint32_t low = left > 11 && s[6] == '\\' && s[7] == 'u' ? read_digits(s + 8, 4) : 0;
+    bool is_pair = *code < 0xDC00 && low > 0xDBFF && low < 0xE000;
+    *code = is_pair ? 0x10000 + ((*code - 0xD800) << 10) + (low - 0xDC00) : NOT_UTF8;
+    return 12;
 }
 
 static bool read_json_string(JsonReader *r, Value *v) {
@@ -1505,8 +1492,11 @@ static bool read_json_string(JsonReader *r, Value *v) {
         int length = read_character(r->at, (size_t)(end - r->at), &code);
         if (length <= 0) return json_error(r, r->at, "bytes that are not UTF-8");
         if (code < 32) return json_error(r, r->at, "a control character in a string");
-        if (code != '\\') r->at += length;
-        else if (!read_escape(r, &code)) return false;
+        if (code == '\\')
+            length = (int)read_escape(r->at, (size_t)(r->end - r->at), "\"\\/bfnrt", "\"\\/\b\f\n\r\t", &code);
+        if (!length) return json_error(r, r->at, "an unknown escape");
+        if (code == NOT_UTF8) return json_error(r, r->at, "half of a surrogate pair");
+        r->at += length;
         v->n += write_character(code, to + v->n);
     }
     r->at = end + 1;
@@ -1606,33 +1596,46 @@ static bool parse_json(const char *text, size_t n, Pool *pool, Value *v, Error *
    results of jinja2 as transformers sets it up (trim_blocks, lstrip_blocks, a sandbox in which nothing can be changed).
    Where Python has generators and views, here are lists.
 
-   It has no syntax tree. A template is cut into lexemes once; then functions, one for each rule of the grammar, walk
-   over them and compute as they go. What is not taken (a branch, the second half of `a and b`) is walked over while
-   `skipping` is set: all values are undefined then, and nothing complains. So is the whole template before it runs, to
-   find its errors. After an error the walk stands on the last lexeme, which no rule accepts: everything ends, and
-   nothing has to look for errors.
+   A template is read once: functions parse_...(), one for each rule of the grammar, make a tree of it. Then the tree's
+   nodes are evaluated. After an error the reader sees LEX_END, which no rule accepts, and no node is evaluated:
+   everything ends, and few places have to look for errors.
 
    A template is bytes from a stranger. Its work is counted (in bytes copied, or as much as that takes) and limited,
    and with it time, memory and output; so is its depth. Each byte of a string is marked if the template itself spelled
    it: these alone may become control tokens. */
 
 enum { MAX_TEMPLATE_BYTES = 1 << 20, MAX_TEMPLATE_DEPTH = 200, MAX_RANGE = 100000 };  // the last is the sandbox's
-enum { MAX_TEMPLATE_WORK = 1 << 25, LEXEME_WORK = 8 };  // half a second; what a step over a lexeme costs
+enum { MAX_TEMPLATE_WORK = 1 << 25, NODE_WORK = 8 };  // half a second; what it costs to evaluate a node
 
+typedef enum { LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_CLOSE, LEX_END } LexemeKind;
+
+// What a node is, and what hangs on it. A list goes from its first node by `next`.
 typedef enum {
-    LEX_TEXT, LEX_OUTPUT, LEX_TAG, LEX_CLOSE, LEX_NAME, LEX_STRING, LEX_NUMBER, LEX_SIGN, LEX_END
-} LexemeKind;
+    NODE_CONSTANT, NODE_VARIABLE,           // value: itself; its name
+    NODE_LIST, NODE_TUPLE, NODE_DICT,       // second: list of items; of keys and values in turn
+    NODE_MEMBER, NODE_ITEM,                 // first.value; first[second]
+    NODE_SLICE,                             // first[second], a list of three
+    NODE_FILTER, NODE_TEST, NODE_CALL,      // first|value(second); first is value(second); first(second), a list
+    NODE_NAMED,                             // value=second: an argument, a parameter
+    NODE_NOT, NODE_SIGN,                    // not first; value, + or -, before first
+    NODE_AND, NODE_OR, NODE_COMPUTE,        // value, the operator, between first and second
+    NODE_CAPTURE,                           // the text of `body`
+    NODE_OUTPUT,                            // {{ first }}
+    NODE_IF,                                // if first, then body, else otherwise: statements, or an expression
+    NODE_FOR,                               // body for second (targets) in first, whose `next` is the condition
+    NODE_SET,                               // second (targets) = first
+    NODE_MACRO,                             // value: the name; second: parameters; body
+    NODE_BREAK, NODE_CONTINUE
+} NodeKind;
 
-typedef struct {
-    LexemeKind kind;
-    int level;        // of operators: how tight they bind; else 0
-    size_t from;      // where it is in the source
-    size_t jump;      // where an expression begins that an `if` follows: the condition; where a body begins: its end
-    Value value;      // a string, the characters of a name or sign; or a number
-} Lexeme;
+typedef struct Node {
+    NodeKind kind;
+    size_t from;          // where it is in the source
+    Value value;
+    struct Node *first, *second, *body, *otherwise, *next;
+} Node;
 
 typedef struct Scope { struct Scope *outer; Value variables; } Scope;  // a dict
-typedef struct Loop { Value items; size_t i; } Loop;
 typedef struct { Value list, named; } Arguments;
 
 // What has been rendered.
@@ -1646,13 +1649,17 @@ static void free_rendered(Rendered *r) {
 }
 
 typedef struct {
-    const char *source, *ones;  // with \n at the ends of lines; marks for strings of the template
+    const char *source, *ones;  // with \n at the ends of lines, and zeros after it; marks for strings of the template
     size_t n_source, at, work_left;
-    Buffer lexemes;
-    size_t from;                // what is being cut into lexemes
-    bool lexed, checking, skipping, failed;
-    int depth, n_loops;         // loops round the place where it is, in its macro
-    enum { STAYS, BREAKS, GOES_ON } leaves;  // what `break` and `continue` set: then all is skipped to the loop's end
+    size_t from;                // where the lexeme or node is that is read or evaluated
+    LexemeKind lexeme;          // the next one in a tag: of which kind, ...
+    Value word, constant;       // ... as it is spelled, and the string or number that it means
+    const char *closing;        // what ends the tag, unless brackets are open
+    int n_open, n_loops;        // brackets; loops round the place that is read, in its macro
+    Node spare;                 // stands for any node when there is no memory
+    int depth;
+    bool failed;
+    enum { STAYS, BREAKS, GOES_ON } leaves;  // what `break` and `continue` set
     const struct tm *now;
     Scope *scope;
     Rendered *out;              // also where strings are made: at its end, from where take_string_from() takes them
@@ -1662,8 +1669,6 @@ typedef struct {
 
 static const Value undefined = {.kind = IS_UNDEFINED, .text = ""};
 
-static const Lexeme *here(const Template *j) { return (const Lexeme *)j->lexemes.bytes + j->at; }
-
 // Ends the run, with the one line of error that it will give. Only the first counts.
 __attribute__((format(printf, 3, 4))) static Value stop(Template *j, int status, const char *format, ...) {
     char what[240];
@@ -1672,11 +1677,10 @@ __attribute__((format(printf, 3, 4))) static Value stop(Template *j, int status,
     vsnprintf(what, sizeof what, format, list);
     va_end(list);
     int line = 1;
-    size_t from = j->lexed ? here(j)->from : j->from;
-    for (size_t i = 0; i < from && i < j->n_source; i++) line += j->source[i] == '\n';
+    for (size_t i = 0; i < j->from && i < j->n_source; i++) line += j->source[i] == '\n';
     if (!j->failed) fail(j->e, status, "the chat template, line %d: %s", line, what);
-    j->failed = j->skipping = true;
-    if (j->lexed) j->at = j->lexemes.n / sizeof(Lexeme) - 1;
+    j->failed = true;
+    j->lexeme = LEX_END;
     return undefined;
 }
 
@@ -1691,7 +1695,6 @@ static Value complain(Template *j, const char *what, Value v) {
         "None", "bool", "int", "float", "str", "list", "dict", "tuple", "undefined", "namespace", "loop", "macro",
         "function",
     };
-    if (j->skipping) return undefined;
     if (v.kind != IS_UNDEFINED) return stop(j, MISUSE, "%s of a value of type %s", what, names[v.kind]);
     return stop(j, MISUSE, "'%.*s' is undefined", (int)(v.n < 60 ? v.n : 60), v.text);
 }
@@ -1705,7 +1708,7 @@ static bool spend(Template *j, size_t n) {
 
 static bool enter(Template *j) {
     if (++j->depth > MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep, or an endless recursion");
-    return spend(j, LEXEME_WORK);
+    return spend(j, NODE_WORK);
 }
 
 static void *get_memory(Template *j, size_t n) {
@@ -1781,131 +1784,421 @@ static Value strip(Value s, bool start, bool end, const Value *set) {
 
 /* ---- Chat templates: lexemes ---- */
 
-static const struct { const char *text; int level; } operators[] = {
-    {"or", 1}, {"and", 2}, {"in", 4}, {"not", 4}, {"==", 4}, {"!=", 4}, {"<=", 4}, {">=", 4}, {"<", 4}, {">", 4},
-    {"//", 7}, {"+", 5}, {"-", 5}, {"~", 6}, {"*", 7}, {"/", 7}, {"%", 7},
-};
-enum { N_OPERATORS = sizeof operators / sizeof *operators, OR = 1, AND, NOT, COMPARE, ADD };
-
-static void add_lexeme(Template *j, LexemeKind kind, Value value) {
-    Lexeme x = {kind, 0, j->from, 0, value};
-    for (int i = 0; (kind == LEX_NAME || kind == LEX_SIGN) && i < N_OPERATORS; i++)
-        if (same_text(value, operators[i].text)) x.level = operators[i].level;
-    if (!append(&j->lexemes, &x, sizeof x, j->e)) j->failed = true;
-}
-
 // A string of the template: the bytes from `from` to `to` of its source.
 static Value spelled(const Template *j, size_t from, size_t to) {
     return (Value){.kind = IS_STRING, .text = j->source + from, .n = to - from, .marks = j->ones};
 }
 
-// The string whose quote is at `at`, with Python's escapes. Returns where it ends.
-static size_t lex_string(Template *j, size_t at) {
-    static const char letters[] = "\\'\"abfnrtv", meanings[] = "\\'\"\a\b\f\n\r\t\v";
-    size_t end = at + 1, n = 0;
-    while (end < j->n_source && j->source[end] != j->source[at]) end += j->source[end] == '\\' ? 2 : 1;
-    if (end >= j->n_source) return stop(j, BAD_FILE, "a string without an end"), end;
-    char *to = get_memory(j, end - at);
-    for (at++; to && at < end; at++) {
-        char c = to[n] = j->source[at], escaped = j->source[at + 1];
-        if (c != '\\') n++;
-        if (c != '\\') continue;
-        const char *letter = memchr(letters, escaped, sizeof letters - 1);
-        size_t n_digits = escaped == 'x' ? 2 : escaped == 'u' ? 4 : escaped == 'U' ? 8 : 0;
-        uint32_t code = letter ? (uint32_t)meanings[letter - letters] : '\\';  // of unknown ones the backslash stays
-        if (n_digits) code = end - at > n_digits + 1 ? read_digits(j->source + at + 2, n_digits) : NOT_UTF8;
-        if (memchr("01234567N\n", escaped, 10) || code >= NOT_UTF8 || code >> 11 == 27)
-            return stop(j, BAD_FILE, "the escape \\%c is not supported", escaped), end;
-        n += write_character(code, to + n);
-        at += letter ? 1 : n_digits ? 1 + n_digits : 0;
-    }
-    add_lexeme(j, LEX_STRING, (Value){.kind = IS_STRING, .text = to, .n = n, .marks = j->ones});
-    return end + 1;
-}
-
-// Cuts what stands between the two ends of a tag. Returns where it ends; `closing` begins with what ends it.
-static size_t lex_tag(Template *j, size_t at, const char *closing) {
-    int n_open = 0;  // brackets that are to be closed
-    for (size_t n; at < j->n_source && !j->failed; at += n) {
-        static const char pairs[][3] = {"==", "!=", "<=", ">=", "//", "**"};
-        const char *s = j->source + at;
-        size_t left = j->n_source - at, sign = *s == '-' || (*s == '+' && *closing == '%');
+// Reads the string whose quote is at s, with Python's escapes. Returns its length.
+static size_t read_string(Template *j, const char *s) {
+    const char *end = s + 1, *past = j->source + j->n_source;
+    while (end < past && *end != *s) end += *end == '\\' ? 2 : 1;
+    char *to = end < past ? get_memory(j, (size_t)(end - s)) : NULL;
+    if (!to) return stop(j, BAD_FILE, "a string without an end"), 1;
+    j->constant = (Value){.kind = IS_STRING, .text = to, .marks = j->ones};
+    for (const char *at = s + 1; at < end;) {
         uint32_t code;
-        j->from = at;
-        n = character(s, left, &code);
-        if (is_white(code)) continue;
-        if (n_open <= 0 && left >= sign + 2 && s[sign] == *closing && s[sign + 1] == '}') return at;
-        for (n = 0; n < left && (isalnum((unsigned char)s[n]) || s[n] == '_' || s[n] & 0x80); n++) {}
-        if (isdigit((unsigned char)*s)) {
-            Value v = undefined;
-            size_t length = scan_number(s, left, &v);
-            bool odd = !length || (length < left && (s[length] == '_' || isalnum((unsigned char)s[length])));
-            if (odd) lacks(j, "the number", spelled(j, at, at + n));
-            add_lexeme(j, LEX_NUMBER, v);
-            n = length;
-        } else if (*s == '\'' || *s == '"') n = lex_string(j, at) - at;
-        else if (n) add_lexeme(j, LEX_NAME, spelled(j, at, at + n));
-        else {
-            n = 1;
-            for (size_t i = 0; i < 6; i++) if (left > 1 && !memcmp(s, pairs[i], 2)) n = 2;
-            n_open += memchr("([{", *s, 3) ? 1 : memchr(")]}", *s, 3) ? -1 : 0;
-            if (n_open > MAX_TEMPLATE_DEPTH) stop(j, BAD_FILE, "nested too deep");
-            if (n == 1 && !memchr("([{)]}+-/*%~<>=.:|,", *s, 19)) stop(j, BAD_FILE, "an unexpected character");
-            if (*s == '*' && n == 2) lacks(j, "the operator", string("**"));
-            add_lexeme(j, LEX_SIGN, spelled(j, at, at + n));
-        }
+        size_t n = 0;
+        if (*at == '\\') n = read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
+        if (*at == '\\' && (n ? code == NOT_UTF8 : memchr("01234567NUux\n", at[1], 13) != NULL))
+            return stop(j, BAD_FILE, "the escape \\%c is not supported", at[1]), 1;
+        if (n) j->constant.n += write_character(code, to + j->constant.n);
+        else to[j->constant.n++] = *at;  // the backslash of an unknown escape stays
+        at += n ? n : 1;
     }
-    if (!j->failed) stop(j, BAD_FILE, "a tag without %s", closing);
-    return j->n_source;
+    return (size_t)(end - s) + 1;
 }
 
-// Cuts the tag or comment at `open`. Returns where its closing bracket begins, after a - or + before it.
-static size_t lex_bracket(Template *j, size_t open) {
-    char what = j->source[open + 1];
-    size_t at = open + 2;
-    j->from = open;
-    if (at < j->n_source && (j->source[at] == '-' || j->source[at] == '+')) at++;
-    if (what == '#') {
-        const char *close = at < j->n_source ? memmem(j->source + at, j->n_source - at, "#}", 2) : NULL;
-        if (!close) return stop(j, BAD_FILE, "a comment without #}"), at;
-        size_t end = (size_t)(close - j->source);
-        return end > at && (close[-1] == '-' || close[-1] == '+') ? end - 1 : end;
+// Goes on to the next lexeme of a tag.
+static void next_lexeme(Template *j) {
+    static const char pairs[][3] = {"==", "!=", "<=", ">=", "//", "**"};
+    const char *s = j->source + j->at;
+    size_t n;
+    uint32_t code;
+    if (j->failed) return;
+    for (; n = character(s, 4, &code), is_white(code); s += n) {}
+    j->from = (size_t)(s - j->source);
+    j->constant = undefined;
+    size_t left = j->n_source - j->from, sign = *s == '-' || (*s == '+' && *j->closing == '%');
+    for (n = 0; isalnum((unsigned char)s[n]) || s[n] == '_' || s[n] & 0x80; n++) {}
+    if (j->n_open <= 0 && s[sign] == *j->closing && s[sign + 1] == '}') j->lexeme = LEX_CLOSE, n = sign + 2;
+    else if (left == 0) stop(j, BAD_FILE, "a tag without %s", j->closing);
+    else if (*s == '\'' || *s == '"') j->lexeme = LEX_STRING, n = read_string(j, s);
+    else if (isdigit((unsigned char)*s)) {
+        size_t length = scan_number(s, left, &j->constant);
+        if (!length || s[length] == '_' || isalnum((unsigned char)s[length]))
+            lacks(j, "the number", spelled(j, j->from, j->from + n));
+        j->lexeme = LEX_NUMBER, n = length;
+    } else if (n) j->lexeme = LEX_NAME;
+    else {
+        j->lexeme = LEX_SIGN, n = 1;
+        for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) if (!memcmp(s, pairs[i], 2)) n = 2;
+        j->n_open += memchr("([{", *s, 3) ? 1 : memchr(")]}", *s, 3) ? -1 : 0;
+        if (n == 1 && !memchr("([{)]}+-/*%~<>=.:|,", *s, 19)) stop(j, BAD_FILE, "an unexpected character");
+        if (*s == '*' && n == 2) lacks(j, "the operator", string("**"));
     }
-    add_lexeme(j, what == '{' ? LEX_OUTPUT : LEX_TAG, spelled(j, open, open + 2));
-    at = lex_tag(j, at, what == '{' ? "}}" : "%}");
-    add_lexeme(j, LEX_CLOSE, spelled(j, at, at));
-    return at;
+    if (j->failed) j->lexeme = LEX_END;
+    j->word = spelled(j, j->from, j->from + n);
+    j->at = j->from + n;
 }
 
-// Cuts the template into lexemes. White space that tags remove is left out: by -, and, if a statement or a comment
-// stands in lines of its own, the indent before it and the line end after it.
-static void make_lexemes(Template *j) {
-    bool at_line_start = true;
-    for (size_t at = 0, open, end, line; at < j->n_source && !j->failed;) {
-        for (open = at; open + 1 < j->n_source; open++)
-            if (j->source[open] == '{' && memchr("{%#", j->source[open + 1], 3)) break;
-        j->from = at;
-        end = line = open;
-        if (open + 1 >= j->n_source) {
-            add_lexeme(j, LEX_TEXT, spelled(j, at, j->n_source));
-            break;
-        }
-        char sign = open + 2 < j->n_source ? j->source[open + 2] : 0;
-        bool is_output = j->source[open + 1] == '{';
-        while (line > at && j->source[line - 1] != '\n') line--;
-        bool indent = (line > at || at_line_start) && strip(spelled(j, line, open), true, false, NULL).n == 0;
-        if (sign == '-') end = at + strip(spelled(j, at, open), false, true, NULL).n;
-        else if (sign != '+' && !is_output && indent) end = line;
-        if (end > at) add_lexeme(j, LEX_TEXT, spelled(j, at, end));
-        at = lex_bracket(j, open);
-        if (j->failed) return;
-        bool strips = j->source[at] == '-', keeps = j->source[at] == '+';
-        at += 2 + strips + keeps;
-        size_t next = at + (!is_output && !keeps && at < j->n_source && j->source[at] == '\n');
-        if (strips) next = j->n_source - strip(spelled(j, at, j->n_source), true, false, NULL).n;
-        at_line_start = next > at && j->source[next - 1] == '\n';
-        at = next;
+static bool sees(const Template *j, const char *what) {
+    return (j->lexeme == LEX_NAME || j->lexeme == LEX_SIGN) && same_text(j->word, what);
+}
+
+static bool take_word(Template *j, const char *what) {
+    bool found = sees(j, what);
+    if (found) next_lexeme(j);
+    return found;
+}
+
+static void expect(Template *j, const char *what) {
+    if (!take_word(j, what))
+        stop(j, BAD_FILE, "expected %s, found %.*s", what, (int)(j->word.n < 40 ? j->word.n : 40), j->word.text);
+}
+
+static Value take_name(Template *j) {
+    Value name = j->word;
+    if (j->lexeme == LEX_NAME) next_lexeme(j);
+    else expect(j, "a name");
+    return name;
+}
+
+// Begins the tag, or passes over the comment, that is here. Returns the character after its {.
+static char open_tag(Template *j) {
+    const char *s = j->source + j->at, *end;
+    j->from = j->at;
+    j->at += 2 + (s[2] == '-' || s[2] == '+');
+    j->n_open = 0;
+    j->closing = s[1] == '{' ? "}}" : s[1] == '%' ? "%}" : "#}";
+    if (s[1] != '#') {
+        next_lexeme(j);
+        return s[1];
     }
+    end = memmem(j->source + j->at, j->n_source - j->at, "#}", 2);
+    if (!end) return stop(j, BAD_FILE, "a comment without #}"), s[1];
+    size_t close = (size_t)(end - j->source), sign = close > j->at && (end[-1] == '-' || end[-1] == '+');
+    j->lexeme = LEX_CLOSE;
+    j->word = spelled(j, close - sign, close + 2);
+    j->at = close + 2;
+    return s[1];
+}
+
+// Ends a tag or comment, and passes over the white space that it removes: after - all; else a line end, if it is no
+// output and has no +.
+static void close_tag(Template *j) {
+    char sign = *j->word.text;
+    if (j->lexeme != LEX_CLOSE) expect(j, "the tag's end");
+    else if (sign == '-') j->at = j->n_source - strip(spelled(j, j->at, j->n_source), true, false, NULL).n;
+    else if (sign != '+' && sign != '}' && j->source[j->at] == '\n') j->at++;
+}
+
+// Reads the text before the next tag, and stops there. The tag can remove white space from its end: with - all; else,
+// if it is no output and has no +, what indents it in its line.
+static Value read_plain(Template *j) {
+    const char *s = j->source;
+    size_t from = j->at, end = from, line;
+    while (end < j->n_source && !(s[end] == '{' && memchr("{%#", s[end + 1], 3))) end++;
+    j->from = from;
+    j->at = line = end;
+    while (line > from && s[line - 1] != '\n') line--;
+    bool is_indent = (line == 0 || s[line - 1] == '\n') && strip(spelled(j, line, end), true, false, NULL).n == 0;
+    if (end == j->n_source) return spelled(j, from, end);
+    if (s[end + 2] == '-') end = from + strip(spelled(j, from, end), false, true, NULL).n;
+    else if (s[end + 2] != '+' && s[end + 1] != '{' && is_indent) end = line;
+    return spelled(j, from, end);
+}
+
+/* ---- Chat templates: reading expressions ---- */
+
+static Node *parse_expression(Template *j);
+static Node *parse_binary(Template *j, int least);
+
+// A node begins where its first part does.
+static Node *new_node(Template *j, NodeKind kind, Value value, Node *first, Node *second) {
+    Node *x = get_memory(j, sizeof *x);
+    if (!x) x = &j->spare;
+    *x = (Node){.kind = kind, .from = first ? first->from : j->from, .value = value, .first = first, .second = second};
+    return x;
+}
+
+// Reads what stands in brackets, up to `end`: items, keys and values in turn, arguments or parameters.
+static Node *parse_items(Template *j, const char *end) {
+    Node *first = NULL, **last = &first;
+    bool named = false;
+    while (!j->failed && !sees(j, end)) {
+        Node *x = *last = parse_expression(j);
+        if (*end == '}') {
+            expect(j, ":");
+            x = x->next = parse_expression(j);
+        } else if (*end == ')' && x->kind == NODE_VARIABLE && take_word(j, "=")) {
+            x->kind = NODE_NAMED;
+            x->second = parse_expression(j);
+            named = true;
+        } else if (named) stop(j, BAD_FILE, "an argument without a name after one with a name");
+        last = &x->next;
+        if (!take_word(j, ",")) break;
+    }
+    expect(j, end);
+    return first;
+}
+
+// a, b, c or one value alone; in brackets it may be empty.
+static Node *parse_tuple(Template *j) {
+    if (sees(j, ")")) return new_node(j, NODE_TUPLE, undefined, NULL, NULL);
+    Node *first = parse_expression(j), **last = &first->next;
+    if (!sees(j, ",")) return first;
+    for (; take_word(j, ",") && j->lexeme != LEX_CLOSE && !sees(j, ")"); last = &(*last)->next)
+        *last = parse_expression(j);
+    return new_node(j, NODE_TUPLE, undefined, NULL, first);
+}
+
+// Whether a value begins here that is not in round brackets.
+static bool sees_value(const Template *j) {
+    return j->lexeme == LEX_STRING || j->lexeme == LEX_NUMBER || sees(j, "[") || sees(j, "{") ||
+           (j->lexeme == LEX_NAME && !has_word("or and in not if else is", j->word));
+}
+
+static Node *parse_primary(Template *j) {
+    Node *x = new_node(j, NODE_CONSTANT, j->constant, NULL, NULL);
+    Value name = j->word;
+    LexemeKind lexeme = j->lexeme;
+    if (take_word(j, "(")) {
+        x = parse_tuple(j);
+        expect(j, ")");
+        return x;
+    }
+    if (!sees_value(j)) return expect(j, "a value"), x;
+    next_lexeme(j);
+    if (lexeme == LEX_SIGN) {
+        x->kind = *name.text == '[' ? NODE_LIST : NODE_DICT;
+        x->second = parse_items(j, *name.text == '[' ? "]" : "}");
+    } else if (lexeme == LEX_NAME) {
+        x->value = name;
+        if (has_word("true True false False", name)) x->value = boolean(*name.text == 't' || *name.text == 'T');
+        else if (has_word("none None", name)) x->value = (Value){.kind = IS_NONE};
+        else x->kind = NODE_VARIABLE;
+    }
+    for (; lexeme == LEX_STRING && j->lexeme == LEX_STRING; next_lexeme(j))
+        x = new_node(j, NODE_COMPUTE, string("~"), x, new_node(j, NODE_CONSTANT, j->constant, NULL, NULL));
+    return x;
+}
+
+// [index] or [from:to:step]
+static Node *parse_subscript(Template *j, Node *of) {
+    Node *x = new_node(j, NODE_ITEM, undefined, of, NULL), **last = &x->second;
+    if (sees(j, "]")) expect(j, "an index");
+    for (int i = 0; i < 3; i++, last = &(*last)->next) {
+        bool given = !sees(j, ":") && !sees(j, "]");
+        *last = given ? parse_expression(j) : new_node(j, NODE_CONSTANT, (Value){.kind = IS_NONE}, NULL, NULL);
+        if (i < 2 && take_word(j, ":")) x->kind = NODE_SLICE;
+    }
+    expect(j, "]");
+    return x;
+}
+
+static Node *parse_filter(Template *j, Node *of) {
+    Node *x = new_node(j, NODE_FILTER, take_name(j), of, NULL);
+    if (take_word(j, "(")) x->second = parse_items(j, ")");
+    return x;
+}
+
+static Node *parse_postfix(Template *j, Node *x, bool filters);
+
+// not name argument
+static Node *parse_test(Template *j, Node *of) {
+    bool negated = take_word(j, "not");
+    Node *x = new_node(j, NODE_TEST, take_name(j), of, NULL);
+    if (take_word(j, "(")) x->second = parse_items(j, ")");
+    else if (sees_value(j)) x->second = parse_postfix(j, parse_primary(j), false);
+    return negated ? new_node(j, NODE_NOT, undefined, x, NULL) : x;
+}
+
+// What follows a value: .member [index] (call) and, if they may, | filter and `is` test.
+static Node *parse_postfix(Template *j, Node *x, bool filters) {
+    for (bool filtered = false; !j->failed;) {
+        if (!filtered && take_word(j, ".")) x = new_node(j, NODE_MEMBER, take_name(j), x, NULL);
+        else if (!filtered && take_word(j, "[")) x = parse_subscript(j, x);
+        else if (!filtered && take_word(j, "(")) x = new_node(j, NODE_CALL, undefined, x, parse_items(j, ")"));
+        else if (filters && take_word(j, "|")) x = parse_filter(j, x), filtered = true;
+        else if (filters && take_word(j, "is")) x = parse_test(j, x), filtered = true;
+        else break;
+    }
+    return x;
+}
+
+static Node *parse_unary(Template *j, bool filters) {
+    Value sign = j->word;
+    Node *x = &j->spare;
+    if (enter(j)) {
+        bool is_signed = take_word(j, "-") || take_word(j, "+");
+        x = is_signed ? new_node(j, NODE_SIGN, sign, parse_unary(j, false), NULL) : parse_primary(j);
+        x = parse_postfix(j, x, filters);
+    }
+    j->depth--;
+    return x;
+}
+
+enum { LEVEL_OR = 1, LEVEL_AND, LEVEL_NOT, LEVEL_COMPARE, LEVEL_ADD };
+
+// How tight the operator that is here binds; 0: it is none.
+static int see_level(const Template *j) {
+    static const char *const signs[] = {"or", "and", "", "in not == != <= >= < >", "+ -", "~", "// * / %"};
+    int level = sizeof signs / sizeof *signs;
+    if (j->lexeme != LEX_NAME && j->lexeme != LEX_SIGN) return 0;
+    while (level > 0 && !has_word(signs[level - 1], j->word)) level--;
+    return level;
+}
+
+// Operators that bind at least as tight as `least`: all take their left operand first. a < b < c is a < b and b < c.
+static Node *parse_binary(Template *j, int least) {
+    Node *left, *middle = NULL;
+    if (least <= LEVEL_NOT && take_word(j, "not")) {
+        left = new_node(j, NODE_NOT, undefined, enter(j) ? parse_binary(j, LEVEL_NOT) : NULL, NULL);
+        j->depth--;
+    } else left = parse_unary(j, true);
+    for (int level; (level = see_level(j)) && level >= least;) {
+        Value sign = j->word;
+        NodeKind kind = level == LEVEL_OR ? NODE_OR : level == LEVEL_AND ? NODE_AND : NODE_COMPUTE;
+        next_lexeme(j);
+        if (same_text(sign, "not")) expect(j, "in");
+        Node *right = parse_binary(j, level + 1);
+        if (middle && level == LEVEL_COMPARE)
+            left = new_node(j, NODE_AND, sign, left, new_node(j, NODE_COMPUTE, sign, middle, right));
+        else left = new_node(j, kind, sign, left, right);
+        middle = level == LEVEL_COMPARE ? right : NULL;
+    }
+    return left;
+}
+
+// value if condition else other
+static Node *parse_expression(Template *j) {
+    Node *x = enter(j) ? parse_binary(j, 0) : &j->spare;
+    while (take_word(j, "if")) {
+        Node *choice = new_node(j, NODE_IF, undefined, parse_binary(j, 0), NULL);
+        choice->body = x;
+        if (take_word(j, "else")) choice->otherwise = parse_expression(j);
+        x = choice;
+    }
+    j->depth--;
+    return x;
+}
+
+/* ---- Chat templates: reading statements ---- */
+
+static Node *parse_statement(Template *j);
+
+// Reads up to a statement that is one of `ends`, and stands on its name.
+static Node *parse_body(Template *j, const char *ends) {
+    Node *first = NULL, **last = &first;
+    const char *end = strrchr(ends, ' ');
+    if (*ends) close_tag(j);
+    for (bool ok = enter(j); ok && !j->failed; last = *last ? &(*last)->next : last) {
+        Value text = read_plain(j);
+        if (text.n) {
+            *last = new_node(j, NODE_OUTPUT, undefined, new_node(j, NODE_CONSTANT, text, NULL, NULL), NULL);
+            last = &(*last)->next;
+        }
+        if (j->at == j->n_source && *ends) stop(j, BAD_FILE, "%s is missing", end ? end + 1 : ends);
+        if (j->at == j->n_source) break;
+        char what = open_tag(j);
+        if (what == '%' && j->lexeme == LEX_NAME && has_word(ends, j->word)) break;
+        if (what == '%') *last = parse_statement(j);
+        if (what == '{') *last = new_node(j, NODE_OUTPUT, undefined, parse_tuple(j), NULL);
+        close_tag(j);
+    }
+    j->depth--;
+    return first;
+}
+
+// Reads a body that loops round it do not reach into.
+static Node *parse_block(Template *j, const char *end) {
+    int n_loops = j->n_loops;
+    j->n_loops = 0;
+    Node *body = parse_body(j, end);
+    j->n_loops = n_loops;
+    expect(j, end);
+    return body;
+}
+
+// A block whose text is a value, with the filters that stand here.
+static Node *parse_capture(Template *j, const char *end, bool filtered) {
+    Node *capture = new_node(j, NODE_CAPTURE, undefined, NULL, NULL), *x = capture;
+    while (filtered) {
+        x = parse_filter(j, x);
+        filtered = take_word(j, "|");
+    }
+    capture->body = parse_block(j, end);
+    return x;
+}
+
+// a or space.a or a, b
+static Node *parse_targets(Template *j) {
+    Node *first = NULL, **last = &first;
+    do {
+        Node *x = new_node(j, NODE_VARIABLE, take_name(j), NULL, NULL);
+        *last = take_word(j, ".") ? new_node(j, NODE_MEMBER, take_name(j), x, NULL) : x;
+        last = &(*last)->next;
+    } while (take_word(j, ","));
+    return first;
+}
+
+static Node *parse_if(Template *j) {
+    Node *first = NULL, **last = &first;
+    do {
+        Node *x = *last = new_node(j, NODE_IF, undefined, parse_tuple(j), NULL);
+        x->body = parse_body(j, "elif else endif");
+        last = &x->otherwise;
+    } while (take_word(j, "elif"));
+    if (take_word(j, "else")) *last = parse_body(j, "endif");
+    expect(j, "endif");
+    return first;
+}
+
+static Node *parse_for(Template *j) {
+    Node *x = new_node(j, NODE_FOR, undefined, NULL, parse_targets(j));
+    expect(j, "in");
+    x->first = parse_binary(j, 0);
+    if (take_word(j, "if")) x->first->next = parse_expression(j);
+    if (sees(j, "recursive")) lacks(j, "the loop that is", j->word);
+    j->n_loops++;
+    x->body = parse_body(j, "else endfor");
+    j->n_loops--;
+    if (take_word(j, "else")) x->otherwise = parse_body(j, "endfor");
+    expect(j, "endfor");
+    return x;
+}
+
+static Node *parse_set(Template *j) {
+    Node *targets = parse_targets(j), *v;
+    v = take_word(j, "=") ? parse_tuple(j) : parse_capture(j, "endset", take_word(j, "|"));
+    return new_node(j, NODE_SET, undefined, v, targets);
+}
+
+static Node *parse_macro(Template *j) {
+    Node *x = new_node(j, NODE_MACRO, take_name(j), NULL, NULL);
+    expect(j, "(");
+    x->second = parse_items(j, ")");
+    for (const Node *p = x->second; p && !j->failed; p = p->next)
+        if (p->kind != NODE_VARIABLE && p->kind != NODE_NAMED) stop(j, BAD_FILE, "a parameter that is no name");
+    x->body = parse_block(j, "endmacro");
+    return x;
+}
+
+static Node *parse_statement(Template *j) {
+    Value name = take_name(j);
+    if (same_text(name, "if")) return parse_if(j);
+    if (same_text(name, "for")) return parse_for(j);
+    if (same_text(name, "set")) return parse_set(j);
+    if (same_text(name, "macro")) return parse_macro(j);
+    bool is_filter = same_text(name, "filter");
+    if (is_filter || same_text(name, "generation")) {  // the latter is noted for training
+        Node *x = parse_capture(j, is_filter ? "endfilter" : "endgeneration", is_filter);
+        return new_node(j, NODE_OUTPUT, undefined, x, NULL);
+    }
+    if (!has_word("break continue", name)) lacks(j, "the statement", name);
+    else if (j->n_loops == 0) stop(j, BAD_FILE, "%.*s outside of a loop", (int)name.n, name.text);
+    return new_node(j, *name.text == 'b' ? NODE_BREAK : NODE_CONTINUE, undefined, NULL, NULL);
 }
 
 /* ---- Chat templates: values ---- */
@@ -1916,6 +2209,7 @@ static bool is_number(Value v) { return is_whole(v) || v.kind == IS_FLOAT; }
 static bool is_missing(Value v) { return v.kind == IS_NONE || v.kind == IS_UNDEFINED; }
 static int64_t as_integer(Value v) { return v.kind == IS_BOOLEAN ? v.truth : v.integer; }
 static double as_real(Value v) { return v.kind == IS_FLOAT ? v.number : (double)as_integer(v); }
+static Value unknown(Value name) { return (Value){.kind = IS_UNDEFINED, .text = name.text, .n = name.n}; }
 
 static bool is_true(Value v) {
     if (is_whole(v)) return as_integer(v) != 0;
@@ -2048,7 +2342,6 @@ static void put_value(Template *j, Value v, bool json, int64_t indent, int depth
 
 // Puts a value as str() gives it.
 static void put_plain(Template *j, Value v) {
-    if (j->skipping) return;
     if (v.kind == IS_STRING) put_string(j, v);
     else if (v.kind != IS_UNDEFINED) put_value(j, v, false, -1, 0);
 }
@@ -2076,24 +2369,51 @@ static Value list_items(Template *j, Value v) {
     return list;
 }
 
-// The keys and values of a dict, in tuples.
-static Value list_pairs(Template *j, Value dict) {
-    Value pairs = {.kind = IS_LIST};
-    for (size_t i = 0; dict.kind == IS_DICT && i < dict.n && !j->failed; i += 2)
-        push(j, &pairs, (Value){.kind = IS_TUPLE, .n = 2, .items = dict.items + i});
-    return pairs;
-}
-
 /* ---- Chat templates: texts ---- */
 
-// What is done to values: to texts up to TO_STRING.
+// What is done to texts, up to TO_STRING, to lists, up to MAXIMUM (to what is false, up to REJECT_ATTR, nothing), ...
 typedef enum {
     LOWER, UPPER, CAPITALIZE, TITLE, TITLE_WORDS, STRIP, LSTRIP, RSTRIP, SPLIT, RSPLIT, REPLACE, FIND, COUNT_TEXT,
     STARTS_WITH, ENDS_WITH, INDENT, TO_STRING,
-    TO_JSON, DEFAULT, LENGTH, FIRST, LAST, MAKE_LIST, ITEMS, KEYS, VALUES, GET, REVERSE, JOIN, MAP, SELECT,
-    REJECT, SELECT_ATTR, REJECT_ATTR, UNIQUE, SORT, DICT_SORT, MINIMUM, MAXIMUM, TO_INTEGER, TO_FLOAT, ROUND,
-    RAISE_EXCEPTION, STRFTIME_NOW, RANGE
+    MAP, SELECT, REJECT, SELECT_ATTR, REJECT_ATTR,
+    UNIQUE, SORT, REVERSE, JOIN, MAKE_LIST, FIRST, LAST, MINIMUM, MAXIMUM,
+    VALUES, ITEMS, DICT_SORT, GET, LENGTH, DEFAULT, TO_JSON, TO_INTEGER, TO_FLOAT, ROUND, STRFTIME_NOW, RANGE,
+    RAISE_EXCEPTION
 } Operation;
+
+// To add one: a row here, and what it does in one of the functions below. Kinds: | a filter, s a string's method, d a
+// dict's, f a function. A ! is before the names of parameters that must be given.
+typedef struct { const char *kinds, *name; Operation what; const char *parameters; } OperationRow;
+static const OperationRow operations[] = {
+    {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
+    {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
+    {"s", "strip", STRIP, "chars"}, {"s", "lstrip", LSTRIP, "chars"}, {"s", "rstrip", RSTRIP, "chars"},
+    {"s", "split", SPLIT, "sep maxsplit"}, {"s", "rsplit", RSPLIT, "sep maxsplit"},
+    {"|s", "replace", REPLACE, "!old !new count"}, {"s", "find", FIND, "!what"}, {"s", "count", COUNT_TEXT, "!what"},
+    {"s", "startswith", STARTS_WITH, "!what"}, {"s", "endswith", ENDS_WITH, "!what"},
+    {"|", "indent", INDENT, "width first"}, {"|", "string", TO_STRING, ""}, {"|", "safe", TO_STRING, ""},
+    {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
+    {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
+    {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
+    {"d", "keys", MAKE_LIST, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
+    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
+    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
+    {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
+    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
+    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
+    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
+    {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
+    {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
+    {"f", "range", RANGE, "!start stop step"},
+};
+enum { MAX_PARAMETERS = 3 };
+
+// The row of a name, or NULL.
+static const OperationRow *find_operation(char kind, Value name) {
+    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
+        if (strchr(operations[i].kinds, kind) && same_text(name, operations[i].name)) return &operations[i];
+    return NULL;
+}
 
 // Whether a character that is not ASCII is of a script without capital letters, or a sign.
 static bool has_one_case(uint32_t c) {
@@ -2135,64 +2455,9 @@ static size_t byte_of(Value s, int64_t index) {
 
 // Where `what` first (or last) is in the bytes of s between two places; SIZE_MAX: it is not.
 static size_t find_text(Template *j, Value s, size_t from, size_t to, Value what, bool last) {
-    if (what.n > to - from || !spend(j, what.n / 16 + 1)) return SIZE_MAX;
-    const char *found = last ? NULL : memmem(s.text + from, to - from, what.text, what.n);
-    size_t place = found ? (size_t)(found - s.text) : to;
-    if (!last) return spend(j, (place - from) / 16) && found ? place : SIZE_MAX;
-    for (size_t at = to - what.n + 1; at-- > from && spend(j, what.n / 16 + 1);)
-        if (!memcmp(s.text + at, what.text, what.n)) return at;
+    for (; from + what.n <= to && spend(j, what.n / 16 + 1); from += !last, to -= last)
+        if (!memcmp(s.text + (last ? to - what.n : from), what.text, what.n)) return last ? to - what.n : from;
     return SIZE_MAX;
-}
-
-static Value replace_text(Template *j, Value s, Value old, Value new, int64_t most) {
-    size_t start = j->out->text.n, at = 0, found;
-    if (old.n == 0) return lacks(j, "replace of", string("no text"));
-    for (; most != 0 && (found = find_text(j, s, at, s.n, old, false)) != SIZE_MAX; most--) {
-        put_string(j, part_of(s, at, found));
-        put_string(j, new);
-        at = found + old.n;
-    }
-    put_string(j, part_of(s, at, s.n));
-    return take_string_from(j, start);
-}
-
-static Value reverse_items(Template *j, Value list) {
-    Value reversed = {.kind = IS_LIST};
-    for (size_t i = list.n; i > 0 && !j->failed; i--) push(j, &reversed, list.items[i - 1]);
-    return reversed;
-}
-
-static Value split_words(Template *j, Value s) {
-    Value words = {.kind = IS_LIST};
-    uint32_t c;
-    for (size_t i = 0, n, begin = 0; i <= s.n && !j->failed; i += n) {
-        n = i < s.n ? character(s.text + i, s.n - i, &c) : 1;
-        if (i < s.n && !is_white(c)) continue;
-        if (begin < i) push(j, &words, part_of(s, begin, i));
-        begin = i + n;
-    }
-    return words;
-}
-
-// The parts between separators, of which at most `most` count, or all if it is < 0.
-static Value split_text(Template *j, Value s, Value separator, int64_t most, bool right) {
-    Value parts = {.kind = IS_LIST};
-    size_t from = 0, to = s.n, at;
-    if (separator.n == 0) return stop(j, MISUSE, "a separator without characters");
-    for (; most != 0 && (at = find_text(j, s, from, to, separator, right)) != SIZE_MAX; most--) {
-        push(j, &parts, right ? part_of(s, at + separator.n, to) : part_of(s, from, at));
-        if (right) to = at;
-        else from = at + separator.n;
-    }
-    push(j, &parts, part_of(s, from, to));
-    return right ? reverse_items(j, parts) : parts;
-}
-
-// A text n times
-static Value repeat(Template *j, Value text, int64_t n) {
-    size_t start = j->out->text.n;
-    for (; n > 0 && text.n && !j->failed; n--) put_string(j, text);
-    return take_string_from(j, start);
 }
 
 // Puts the items of a list one after the other.
@@ -2205,22 +2470,7 @@ static Value join_items(Template *j, Value list, Value separator) {
     return take_string_from(j, start);
 }
 
-// Lines after the first that have text begin with `width` spaces.
-static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
-    size_t start = j->out->text.n;
-    uint32_t c;
-    Value gap = repeat(j, string(" "), width);
-    if (first) put_string(j, gap);
-    for (size_t i = 0, n, begin = SIZE_MAX; i < s.n && !j->failed; i += n) {
-        n = character(s.text + i, s.n - i, &c);
-        bool ends = (c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029;
-        if (i == begin && !ends) put_string(j, gap);
-        if (c == '\r' && i + 1 < s.n && s.text[i + 1] == '\n') n = 2;
-        if (ends) begin = i + n, add_text(j, "\n");
-        else put_string(j, part_of(s, i, i + n));
-    }
-    return take_string_from(j, start);
-}
+static const Value backwards[3] = {{.kind = IS_NONE}, {.kind = IS_NONE}, {.kind = IS_INTEGER, .integer = -1}};
 
 // The items, or characters, from..to by steps, as Python's [from:to:step]; NONE: not given.
 static Value slice(Template *j, Value v, const Value bounds[3]) {
@@ -2229,8 +2479,8 @@ static Value slice(Template *j, Value v, const Value bounds[3]) {
     if (!is_string && !is_list(v)) return complain(j, "a slice", v);
     for (int i = 0; i < 3; i++)
         if (bounds[i].kind > IS_INTEGER) return complain(j, "a bound", bounds[i]);
-    int64_t n = is_string ? count_characters(v) : (int64_t)v.n, by = 1;
-    if (bounds[2].kind != IS_NONE) by = as_integer(bounds[2]);
+    int64_t n = is_string ? count_characters(v) : (int64_t)v.n;
+    int64_t by = bounds[2].kind == IS_NONE ? 1 : as_integer(bounds[2]);
     if (by == 0) return stop(j, MISUSE, "a slice with a step of 0");
     int64_t low = by > 0 ? 0 : -1, high = low + n, ends[2] = {by > 0 ? low : high, by > 0 ? high : low};
     for (int i = 0; i < 2; i++) {
@@ -2252,6 +2502,53 @@ static Value slice(Template *j, Value v, const Value bounds[3]) {
     return taken;
 }
 
+static Value split_words(Template *j, Value s) {
+    Value words = {.kind = IS_LIST};
+    uint32_t c;
+    for (size_t i, n; (s = strip(s, true, false, NULL)).n && !j->failed; s = part_of(s, i, s.n)) {
+        for (i = 0; i < s.n && (n = character(s.text + i, s.n - i, &c), !is_white(c)); i += n) {}
+        push(j, &words, part_of(s, 0, i));
+    }
+    return words;
+}
+
+// The parts between separators, of which at most `most` count, or all if it is < 0.
+static Value split_text(Template *j, Value s, Value separator, int64_t most, bool right) {
+    Value parts = {.kind = IS_LIST};
+    size_t from = 0, to = s.n, at;
+    for (; most != 0 && (at = find_text(j, s, from, to, separator, right)) != SIZE_MAX; most--) {
+        push(j, &parts, right ? part_of(s, at + separator.n, to) : part_of(s, from, at));
+        if (right) to = at;
+        else from = at + separator.n;
+    }
+    push(j, &parts, part_of(s, from, to));
+    return right ? slice(j, parts, backwards) : parts;
+}
+
+// A text n times
+static Value repeat(Template *j, Value text, int64_t n) {
+    size_t start = j->out->text.n;
+    for (; n > 0 && text.n && !j->failed; n--) put_string(j, text);
+    return take_string_from(j, start);
+}
+
+// Lines after the first that have text begin with `width` spaces.
+static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
+    size_t start = j->out->text.n;
+    uint32_t c;
+    Value gap = repeat(j, string(" "), width);
+    if (first) put_string(j, gap);
+    for (size_t i = 0, n, begin = SIZE_MAX; i < s.n && !j->failed; i += n) {
+        n = character(s.text + i, s.n - i, &c);
+        bool ends = (c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029;
+        if (i == begin && !ends) put_string(j, gap);
+        if (c == '\r' && i + 1 < s.n && s.text[i + 1] == '\n') n = 2;
+        if (ends) begin = i + n, add_text(j, "\n");
+        else put_string(j, part_of(s, i, i + n));
+    }
+    return take_string_from(j, start);
+}
+
 static Value need_text(Template *j, Value v) { return v.kind == IS_STRING ? v : complain(j, "the characters", v); }
 
 static int64_t need_count(Template *j, Value v, int64_t otherwise) {
@@ -2262,69 +2559,69 @@ static int64_t need_count(Template *j, Value v, int64_t otherwise) {
 
 // A filter or method of a text. What was not given of its arguments is undefined.
 static Value apply_to_text(Template *j, Operation what, Value s, const Value *a) {
+    bool from_start = what != RSTRIP, to_end = what != LSTRIP;
+    if (what == TO_STRING || !spend(j, s.n / 4)) return s;
     if (what <= TITLE_WORDS) return change_case(j, s, what);
-    if (what == TO_STRING || !spend(j, s.n / 16)) return s;
     if (what == INDENT) return indent_lines(j, s, need_count(j, a[0], 4), is_true(a[1]));
+    if (what <= RSTRIP && is_missing(a[0])) return strip(s, from_start, to_end, NULL);
     if (what == SPLIT && is_missing(a[0]) && is_missing(a[1])) return split_words(j, s);
-    if (what <= RSTRIP && is_missing(a[0])) return strip(s, what != RSTRIP, what != LSTRIP, NULL);
     if (what <= RSPLIT && is_missing(a[0])) return lacks(j, "a split like this without", string("a separator"));
     Value part = need_text(j, a[0]);
-    if (j->failed) return undefined;
-    size_t walked = what == FIND || what == COUNT_TEXT ? s.n / 4 : 0;
-    if (what <= RSTRIP) walked = times(s.n / 16 + 1, part.n / 16);
-    if (!spend(j, plus(walked, part.n / 16 + 1))) return undefined;
-    if (what <= RSTRIP) return strip(s, what != RSTRIP, what != LSTRIP, &part);
-    if (what <= RSPLIT) return split_text(j, s, part, need_count(j, a[1], -1), what == RSPLIT);
-    if (what == REPLACE) return replace_text(j, s, part, need_text(j, a[1]), need_count(j, a[2], -1));
+    if (!spend(j, times(what <= RSTRIP ? s.n / 16 + 1 : 1, part.n / 16 + 1))) return undefined;
+    if (what <= RSTRIP) return strip(s, from_start, to_end, &part);
     if (what == STARTS_WITH) return boolean(part.n <= s.n && !memcmp(s.text, part.text, part.n));
     if (what == ENDS_WITH) return boolean(part.n <= s.n && !memcmp(s.text + s.n - part.n, part.text, part.n));
-    size_t at = find_text(j, s, 0, s.n, part, false);
-    if (what == FIND) return integer(at == SIZE_MAX ? -1 : count_characters(part_of(s, 0, at)));
-    if (part.n == 0) return integer(count_characters(s) + 1);
-    int64_t n = 0;
-    for (; at != SIZE_MAX; n++) at = find_text(j, s, at + part.n, s.n, part, false);
-    return integer(n);
+    if (part.n == 0 && what == FIND) return integer(0);
+    if (part.n == 0 && what == COUNT_TEXT) return integer(count_characters(s) + 1);
+    if (part.n == 0) return lacks(j, "a separator", string("without characters"));
+    int64_t most = what == FIND ? 1 : what == COUNT_TEXT ? -1 : need_count(j, a[1 + (what == REPLACE)], -1);
+    Value parts = split_text(j, s, part, most, what == RSPLIT);
+    if (what == REPLACE) return join_items(j, parts, need_text(j, a[1]));
+    if (what == COUNT_TEXT) return integer((int64_t)parts.n - 1);
+    return what != FIND ? parts : integer(parts.n > 1 ? count_characters(parts.items[0]) : -1);
 }
 
 /* ---- Chat templates: members and items ---- */
 
-static Value loop_member(const Loop *l, Value name) {
-    int64_t i = (int64_t)l->i, n = (int64_t)l->items.n;
-    if (same_text(name, "first")) return boolean(i == 0);
-    if (same_text(name, "last")) return boolean(i == n - 1);
-    if (same_text(name, "index")) return integer(i + 1);
-    if (same_text(name, "index0")) return integer(i);
-    if (same_text(name, "length")) return integer(n);
-    if (same_text(name, "revindex")) return integer(n - i);
-    if (same_text(name, "revindex0")) return integer(n - i - 1);
-    if (same_text(name, "previtem") && i > 0) return l->items.items[i - 1];
-    if (same_text(name, "nextitem") && i < n - 1) return l->items.items[i + 1];
-    return (Value){.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
+static Value loop_member(Template *j, Value loop, Value name) {
+    int64_t i = (int64_t)loop.at, n = (int64_t)loop.n;
+    const struct { const char *name; Value value; } members[] = {
+        {"index", integer(i + 1)}, {"index0", integer(i)}, {"revindex", integer(n - i)},
+        {"revindex0", integer(n - i - 1)}, {"length", integer(n)}, {"first", boolean(i == 0)},
+        {"last", boolean(i == n - 1)}, {"previtem", i > 0 ? loop.items[i - 1] : unknown(name)},
+        {"nextitem", i < n - 1 ? loop.items[i + 1] : unknown(name)},
+    };
+    for (size_t k = 0; k < sizeof members / sizeof *members; k++)
+        if (same_text(name, members[k].name)) return members[k].value;
+    return has_word("changed cycle depth depth0", name) ? lacks(j, "the loop's", name) : unknown(name);
 }
 
-// value.key or value[key]; undefined: there is none.
-static Value member(Template *j, Value v, Value key) {
-    bool is_name = key.kind == IS_STRING;
+static char kind_of_methods(Value v) { return v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-'; }
+
+// value.key (dotted) or value[key]; undefined: there is none. Python's methods are values too; they are refused here.
+static Value member(Template *j, Value v, Value key, bool dotted) {
+    bool is_name = key.kind == IS_STRING, is_method = is_name && find_operation(kind_of_methods(v), key);
     const Value *found = NULL;
     if (v.kind == IS_UNDEFINED) return complain(j, "a member", v);
-    if (v.kind == IS_DICT) found = find_value(j, v, key);
+    if (v.kind == IS_DICT && !(is_method && dotted)) found = find_value(j, v, key);
     if (v.kind == IS_NAMESPACE) found = find_value(j, v.scope->variables, key);
     if (found) return *found;
-    if (v.kind == IS_LOOP && is_name) return loop_member(v.loop, key);
+    if (v.kind == IS_LOOP && is_name) return loop_member(j, v, key);
+    if (is_method) return lacks(j, "without a call the method", key);
     if (is_whole(key) && (is_list(v) || v.kind == IS_STRING)) {
         int64_t i = as_integer(key), n = v.kind == IS_STRING ? count_characters(v) : (int64_t)v.n;
         bool exists = i < n && i >= -n && spend(j, v.kind == IS_STRING ? v.n / 4 : 0);
         if (i < 0) i += n;
         if (exists) return v.kind == IS_STRING ? part_of(v, byte_of(v, i), byte_of(v, i + 1)) : v.items[i];
     }
-    return (Value){.kind = IS_UNDEFINED, .text = is_name ? key.text : "an item", .n = is_name ? key.n : 7};
+    return unknown(is_name ? key : string("an item"));
 }
 
 // The member that the filters' attribute= names; without one the value itself.
 static Value member_at(Template *j, Value v, Value path) {
     if (is_missing(path)) return v;
     if (path.kind == IS_STRING && memchr(path.text, '.', path.n)) return lacks(j, "the path", path);
-    return member(j, v, path);
+    return member(j, v, path, false);
 }
 
 // What the filters unique, sort, ... compare of an item: letters of both cases are equal.
@@ -2380,10 +2677,17 @@ static Value compute_integers(Template *j, char op, int64_t a, int64_t b) {
     return wraps ? stop(j, MISUSE, "an integer that is too large") : integer(result);
 }
 
+static bool compare(Template *j, Value sign, Value a, Value b) {
+    if (has_word("in not", sign)) return contains(j, b, a) == (*sign.text == 'i');  // not: of `not in`
+    if (has_word("== !=", sign)) return is_equal(j, a, b) == (*sign.text == '=');
+    bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
+    return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
+}
+
 static Value compute(Template *j, Value sign, Value a, Value b) {
     char op = same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
+    if (has_word("== != <= >= < > in not", sign)) return boolean(compare(j, sign, a, b));
     bool a_joins = a.kind == IS_STRING || is_list(a), b_joins = b.kind == IS_STRING || is_list(b);
-    if (j->skipping) return undefined;
     if (op == '~' || (op == '+' && a.kind == IS_STRING && b.kind == IS_STRING))
         return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
     if (is_whole(a) && is_whole(b) && op != ':') return compute_integers(j, op, as_integer(a), as_integer(b));
@@ -2404,39 +2708,24 @@ static Value compute(Template *j, Value sign, Value a, Value b) {
     return list;
 }
 
-static bool compare(Template *j, Value sign, Value a, Value b) {
-    if (j->skipping) return false;
-    if (same_text(sign, "in")) return contains(j, b, a);
-    if (same_text(sign, "==")) return is_equal(j, a, b);
-    if (same_text(sign, "!=")) return !is_equal(j, a, b);
-    bool less = sign.text[0] == '<' ? is_less(j, a, b) : is_less(j, b, a);
-    return less || (sign.n == 2 && !j->failed && is_equal(j, a, b));
-}
-
-// value is name(arguments)
+// value is name(arguments): whether the value is of one of some kinds, or how it compares with the argument.
 static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
     enum { NUMBERS = 1 << IS_BOOLEAN | 1 << IS_INTEGER | 1 << IS_FLOAT,
            SEQUENCES = 1 << IS_STRING | 1 << IS_DICT | 1 << IS_LIST | 1 << IS_TUPLE | 1 << IS_UNDEFINED };
-    static const struct { const char *name; int kinds; } kinds[] = {
-        {"defined", ~(1 << IS_UNDEFINED)}, {"undefined", 1 << IS_UNDEFINED}, {"none", 1 << IS_NONE},
-        {"string", 1 << IS_STRING}, {"number", NUMBERS}, {"integer", 1 << IS_INTEGER}, {"float", 1 << IS_FLOAT},
-        {"boolean", 1 << IS_BOOLEAN}, {"true", 1 << IS_BOOLEAN}, {"false", 1 << IS_BOOLEAN}, {"mapping", 1 << IS_DICT},
-        {"sequence", SEQUENCES}, {"iterable", SEQUENCES | 1 << IS_LOOP},
+    static const struct { const char *names; int kinds; const char *sign; } tests[] = {
+        {"defined", ~(1 << IS_UNDEFINED), NULL}, {"undefined", 1 << IS_UNDEFINED, NULL}, {"none", 1 << IS_NONE, NULL},
+        {"string", 1 << IS_STRING, NULL}, {"number", NUMBERS, NULL}, {"integer", 1 << IS_INTEGER, NULL},
+        {"float", 1 << IS_FLOAT, NULL}, {"boolean true false", 1 << IS_BOOLEAN, NULL},
+        {"mapping", 1 << IS_DICT, NULL}, {"sequence", SEQUENCES, NULL}, {"iterable", SEQUENCES | 1 << IS_LOOP, NULL},
+        {"eq equalto", 0, "=="}, {"ne", 0, "!="}, {"lt lessthan", 0, "<"}, {"le", 0, "<="}, {"gt greaterthan", 0, ">"},
+        {"ge", 0, ">="}, {"== != < <= > >= in", 0, ""},  // those are signs themselves, for select("==", 1)
     };
-    static const struct { const char *names, *sign; } comparisons[] = {
-        {"eq equalto ==", "=="}, {"ne !=", "!="}, {"lt lessthan <", "<"}, {"le <=", "<="}, {"gt greaterthan >", ">"},
-        {"ge >=", ">="}, {"in", "in"},
-    };
-    for (size_t i = 0; i < sizeof comparisons / sizeof *comparisons; i++) {
-        if (!has_word(comparisons[i].names, name)) continue;
-        if (a->list.n != 1) return stop(j, MISUSE, "a test needs one argument"), false;
-        return compare(j, string(comparisons[i].sign), v, a->list.items[0]);
-    }
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        if (!same_text(name, kinds[i].name)) continue;
-        bool holds = kinds[i].kinds >> v.kind & 1;
-        if (a->list.n || a->named.n) return stop(j, MISUSE, "an argument of a test that has none"), false;
-        return holds && (!has_word("true false", name) || v.truth == (name.text[0] == 't'));
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        const char *sign = tests[i].sign;
+        if (!has_word(tests[i].names, name)) continue;
+        if (a->list.n != (sign != NULL) || a->named.n) return stop(j, MISUSE, "a test with wrong arguments"), false;
+        if (sign) return compare(j, *sign ? string(sign) : name, v, a->list.items[0]);
+        return tests[i].kinds >> v.kind & 1 && (!has_word("true false", name) || v.truth == (*name.text == 't'));
     }
     lacks(j, "the test", name);
     return false;
@@ -2449,7 +2738,8 @@ static Value convert_number(Template *j, Value v, bool whole, Value otherwise) {
         Value s = strip(v, true, true, NULL);
         bool plus = s.n && s.text[0] == '+';
         size_t length = scan_number(s.text + plus, s.n - plus, &v) + plus;
-        if (length != s.n && s.n && strchr("0123456789+-.", *s.text)) return lacks(j, "the number", s);
+        bool may_be = s.n && (strchr("0123456789+-.iInN", *s.text) || *s.text & 0x80);  // for Python: inf, 1_000
+        if (length != s.n && may_be) return lacks(j, "the number", s);
         if (length != s.n || !s.n) return otherwise;
     }
     if (!is_number(v)) return otherwise;
@@ -2474,25 +2764,26 @@ static Value strftime_now(Template *j, Value format) {
     char text[512], pattern[256] = "";
     if (format.n < sizeof pattern) memcpy(pattern, format.text, format.n);
     size_t start = j->out->text.n, n = strftime(text, sizeof text, pattern, j->now);
-    if (n == 0 && format.n) return lacks(j, "the date", format);
+    if (strlen(pattern) != format.n || (n == 0 && format.n)) return lacks(j, "the date", format);  // a NUL ends it
     add_bytes(j, text, n, NULL);
     return take_string_from(j, start);
 }
 
 static Value range(Template *j, const Value *a) {
     Value list = {.kind = IS_LIST};
-    int64_t first = need_count(j, a[0], 0), end = need_count(j, a[1], first), step = need_count(j, a[2], 1);
+    bool has_start = !is_missing(a[1]);
+    int64_t i = has_start ? need_count(j, a[0], 0) : 0, end = need_count(j, a[has_start], 0);
+    int64_t step = need_count(j, a[2], 1);
     if (step == 0 || is_missing(a[0])) return stop(j, MISUSE, "range() without an end or with a step of 0");
-    if (is_missing(a[1])) first = 0;
-    uint64_t size = step > 0 ? (uint64_t)step : -(uint64_t)step;
-    uint64_t gap = step > 0 ? (uint64_t)end - (uint64_t)first : (uint64_t)first - (uint64_t)end;
-    uint64_t n = (step > 0 ? first < end : first > end) ? (gap - 1) / size + 1 : 0;
-    if (n > MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
-    for (uint64_t i = 0; i < n && !j->failed; i++) push(j, &list, integer(first + (int64_t)i * step));
+    while ((step > 0 ? i < end : i > end) && !j->failed) {
+        if (list.n == MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
+        push(j, &list, integer(i));
+        if (__builtin_add_overflow(i, step, &i)) break;
+    }
     return list;
 }
 
-static Value apply_filter(Template *j, Value name, Value v, const Arguments *a);
+static Value apply(Template *j, char kind, Value name, Value v, const Arguments *a);
 
 // map: what a filter makes of the items, or a member of each. select, reject, selectattr, rejectattr: the items that
 // pass a test, or fail it, or whose member does. unique: the first of equal ones.
@@ -2507,7 +2798,7 @@ static Value choose_items(Template *j, Operation what, Value list, const Value *
     for (size_t i = 0; i < list.n && !j->failed; i++) {
         Value item = list.items[i], part = what == UNIQUE ? key_of(j, item, path) : member_at(j, item, path);
         if (what == UNIQUE && (is_list(part) || part.kind == IS_DICT)) complain(j, "a key", part);
-        else if (what == MAP) push(j, &chosen, is_missing(test) ? part : apply_filter(j, test, item, &rest));
+        else if (what == MAP) push(j, &chosen, is_missing(test) ? part : apply(j, '|', test, item, &rest));
         else if (what == UNIQUE && !contains(j, keys, part)) push(j, &keys, part), push(j, &chosen, item);
         else if (what != UNIQUE && (is_missing(test) ? is_true(part) : apply_test(j, test, part, &rest)) == wanted)
             push(j, &chosen, item);
@@ -2515,61 +2806,49 @@ static Value choose_items(Template *j, Operation what, Value list, const Value *
     return chosen;
 }
 
-// A filter or method of a value that has items.
-static Value apply_to_items(Template *j, Operation what, Value v, const Value *a) {
-    Value list = {.kind = IS_LIST}, by = {.kind = IS_NONE};
-    if ((what == ITEMS || what == DICT_SORT) && v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT))
-        return complain(j, "the items", v);
-    if (what == ITEMS) return list_pairs(j, v);
-    if (what == KEYS || what == VALUES) {
-        for (size_t i = what == VALUES; i < v.n; i += 2) push(j, &list, v.items[i]);
-        return list;
-    }
-    if (what == DICT_SORT) return sort_items(j, list_pairs(j, v), integer(0), is_true(a[0]));
-    if (what < MAP || what > REJECT_ATTR || is_true(v)) list = list_items(j, v);
-    size_t n = list.n;
+// A filter, method or function. Most work on texts or lists; other values become such.
+static Value perform(Template *j, Operation what, Value v, const Value *a) {
+    size_t start = j->out->text.n;
+    Value list = {.kind = IS_LIST};
+    const Value *found;
+    int64_t width;
+    if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
+    if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
+    if (what <= MAXIMUM && (is_true(v) || what >= UNIQUE)) list = list_items(j, v);
+    if (what == MINIMUM || what == MAXIMUM) list = sort_items(j, list, undefined, what == MAXIMUM);
     switch (what) {
-    case FIRST: return n ? list.items[0] : undefined;
-    case LAST: return n ? list.items[n - 1] : undefined;
-    case REVERSE:
-        list = reverse_items(j, list);
-        return v.kind == IS_STRING ? join_items(j, list, string("")) : list;
-    case JOIN: return join_items(j, list, to_string(j, a[0]));
     case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
         return choose_items(j, what, list, a);
     case SORT: return sort_items(j, list, a[1], is_true(a[0]));
-    case MINIMUM: case MAXIMUM:
-        list = sort_items(j, list, by, what == MAXIMUM);
-        return list.n ? list.items[0] : undefined;
-    default: return list;
-    }
-}
-
-// A filter, method or function.
-static Value apply(Template *j, Operation what, Value v, const Value *a) {
-    size_t start = j->out->text.n;
-    int64_t width = what == TO_JSON ? need_count(j, a[1], 0) : 0;
-    const Value *found;
-    if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
-    if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
-    if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
-    switch (what) {
-    case TO_JSON:
-        if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
-        put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
-        return take_string_from(j, start);
-    case DEFAULT:
-        if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
-        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
-    case LENGTH:
-        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
-        if (v.kind == IS_UNDEFINED) return integer(0);
-        if (v.kind == IS_DICT) return integer((int64_t)v.n / 2);
-        return is_list(v) ? integer((int64_t)v.n) : complain(j, "the length", v);
+    case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
+    case JOIN: return join_items(j, list, to_string(j, a[0]));
+    case FIRST: case MINIMUM: case MAXIMUM: return list.n ? list.items[0] : undefined;
+    case LAST: return list.n ? list.items[list.n - 1] : undefined;
+    case VALUES:
+        for (size_t i = 1; i < v.n && !j->failed; i += 2) push(j, &list, v.items[i]);
+        return list;
+    case ITEMS: case DICT_SORT:
+        if (v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT)) return complain(j, "the items", v);
+        for (size_t i = 0; v.kind == IS_DICT && i < v.n && !j->failed; i += 2)
+            push(j, &list, (Value){.kind = IS_TUPLE, .n = 2, .items = v.items + i});
+        return what == ITEMS ? list : sort_items(j, list, integer(0), is_true(a[0]));
     case GET:
         check_key(j, a[0]);
         found = find_value(j, v, a[0]);
         return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
+    case LENGTH:
+        if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
+        if (!is_list(v) && v.kind != IS_DICT && v.kind != IS_UNDEFINED) return complain(j, "the length", v);
+        return integer((int64_t)(v.kind == IS_DICT ? v.n / 2 : is_list(v) ? v.n : 0));
+    case DEFAULT:
+        if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
+        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
+    case TO_JSON:
+        width = need_count(j, a[1], 0);
+        if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
+        if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
+        put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
+        return take_string_from(j, start);
     case TO_INTEGER: return convert_number(j, v, true, is_missing(a[0]) ? integer(0) : a[0]);
     case TO_FLOAT: return convert_number(j, v, false, is_missing(a[0]) ? real(0) : a[0]);
     case ROUND: return round_number(j, v, need_count(j, a[0], 0));
@@ -2578,584 +2857,216 @@ static Value apply(Template *j, Operation what, Value v, const Value *a) {
     case RAISE_EXCEPTION:
         v = to_string(j, a[0]);
         return stop(j, MISUSE, "%.*s", (int)(v.n < 200 ? v.n : 200), v.text);
-    default: return apply_to_items(j, what, v, a);
+    default: return list;
     }
 }
 
-// To add one: a row here, and what it does in one of the functions above. Kinds: | a filter, s a string's method, d a
-// dict's, f a function. A ! is before the names of parameters that must be given.
-static const struct { const char *kinds, *name; Operation what; const char *parameters; } operations[] = {
-    {"|s", "upper", UPPER, ""}, {"|s", "lower", LOWER, ""}, {"|s", "capitalize", CAPITALIZE, ""},
-    {"|", "title", TITLE_WORDS, ""}, {"s", "title", TITLE, ""}, {"|", "trim", STRIP, "chars"},
-    {"s", "strip", STRIP, "chars"}, {"s", "lstrip", LSTRIP, "chars"}, {"s", "rstrip", RSTRIP, "chars"},
-    {"s", "split", SPLIT, "sep maxsplit"}, {"s", "rsplit", RSPLIT, "sep maxsplit"},
-    {"|s", "replace", REPLACE, "!old !new count"}, {"s", "find", FIND, "!what"}, {"s", "count", COUNT_TEXT, "!what"},
-    {"s", "startswith", STARTS_WITH, "!what"}, {"s", "endswith", ENDS_WITH, "!what"},
-    {"|", "indent", INDENT, "width first"}, {"|", "string", TO_STRING, ""}, {"|", "safe", TO_STRING, ""},
-    {"|", "tojson", TO_JSON, "ensure_ascii indent"}, {"|", "default", DEFAULT, "default_value boolean"},
-    {"|", "d", DEFAULT, "default_value boolean"}, {"|", "length", LENGTH, ""}, {"|", "count", LENGTH, ""},
-    {"|", "first", FIRST, ""}, {"|", "last", LAST, ""}, {"|", "list", MAKE_LIST, ""}, {"|d", "items", ITEMS, ""},
-    {"d", "keys", KEYS, ""}, {"d", "values", VALUES, ""}, {"d", "get", GET, "!key default"},
-    {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
-    {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
-    {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
-    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
-    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
-    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
-    {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
-    {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
-    {"f", "range", RANGE, "!start stop step"},
-};
-enum { N_OPERATIONS = sizeof operations / sizeof *operations, MAX_PARAMETERS = 3 };
-
-// The row of a name, or N_OPERATIONS.
-static int find_operation(char kind, Value name) {
-    int i = 0;
-    while (i < N_OPERATIONS && !(strchr(operations[i].kinds, kind) && same_text(name, operations[i].name))) i++;
-    return i;
-}
-
-// Puts the arguments at the places of the parameters of a row.
-static bool bind_arguments(Template *j, int row, const Arguments *a, Value bound[MAX_PARAMETERS]) {
-    const char *parameters = operations[row].parameters;
+// A filter, method or function of this name, if there is one. The arguments go to the places of its parameters.
+static Value apply(Template *j, char kind, Value name, Value v, const Arguments *a) {
+    const char *what = kind == '|' ? "the filter" : kind == 'f' ? "the function" : "the method";
+    const OperationRow *row = find_operation(kind, name);
+    if (!row) return lacks(j, what, name);
+    Value bound[MAX_PARAMETERS];
+    const char *parameters = row->parameters;
     size_t n_taken = 0;
     for (size_t i = 0; i < MAX_PARAMETERS; i++) {
         bool needed = *parameters == '!';
         parameters += needed;
-        Value name = {.kind = IS_STRING, .text = parameters, .n = strcspn(parameters, " ")};
-        const Value *found = name.n && i < a->list.n ? &a->list.items[i] : find_value(j, a->named, name);
-        if (needed && !found) stop(j, MISUSE, "the argument %.*s is missing", (int)name.n, name.text);
+        Value parameter = {.kind = IS_STRING, .text = parameters, .n = strcspn(parameters, " ")};
+        const Value *found = parameter.n && i < a->list.n ? &a->list.items[i] : find_value(j, a->named, parameter);
+        if (needed && !found) stop(j, MISUSE, "the argument %.*s is missing", (int)parameter.n, parameter.text);
         bound[i] = found ? *found : undefined;
         n_taken += found != NULL;
-        parameters += name.n + (parameters[name.n] == ' ');
+        parameters += parameter.n + (parameters[parameter.n] == ' ');
     }
-    if (n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument of", string(operations[row].name));
-    return !j->failed;
+    if (n_taken < a->list.n + a->named.n / 2) lacks(j, "an argument of", name);
+    return j->failed ? undefined : perform(j, row->what, v, bound);
 }
 
-static Value apply_named(Template *j, char kind, const char *what, Value name, Value v, const Arguments *a) {
-    int i = find_operation(kind, name);
-    Value bound[MAX_PARAMETERS];
-    if (j->skipping) return undefined;
-    if (i == N_OPERATIONS) return lacks(j, what, name);
-    return bind_arguments(j, i, a, bound) ? apply(j, operations[i].what, v, bound) : undefined;
-}
+/* ---- Chat templates: evaluation ---- */
 
-static Value apply_filter(Template *j, Value name, Value v, const Arguments *a) {
-    return apply_named(j, '|', "the filter", name, v, a);
-}
+static Value evaluate(Template *j, const Node *x);
+static Value execute(Template *j, const Node *x);
 
-static Value apply_method(Template *j, Value name, Value v, const Arguments *a) {
-    char kind = v.kind == IS_STRING ? 's' : v.kind == IS_DICT ? 'd' : '-';
-    return v.kind == IS_UNDEFINED ? complain(j, "a member", v) : apply_named(j, kind, "the method", name, v, a);
-}
-
-// dict(a=b) and namespace(a=b), and other functions.
-static Value apply_function(Template *j, Value name, const Arguments *a) {
-    if (!has_word("dict namespace", name)) return apply_named(j, 'f', "the function", name, undefined, a);
-    if (a->list.n) return lacks(j, "an argument without a name of", name);
-    if (name.text[0] == 'd') return a->named;
+static Scope *new_scope(Template *j, Scope *outer, Value variables) {
     Scope *scope = get_memory(j, sizeof *scope);
-    if (scope) *scope = (Scope){NULL, a->named};
-    return scope ? (Value){.kind = IS_NAMESPACE, .scope = scope} : undefined;
-}
-
-/* ---- Chat templates: expressions ---- */
-
-static Value expression(Template *j);
-static Value operate(Template *j, int least);
-static Value postfix(Template *j, Value v, bool filters);
-static Value call_macro(Template *j, Value macro, const Arguments *a);
-
-static bool sees(const Template *j, const char *what) {
-    return (here(j)->kind == LEX_NAME || here(j)->kind == LEX_SIGN) && same_text(here(j)->value, what);
-}
-
-static bool take_sign(Template *j, const char *what) {
-    bool found = sees(j, what);
-    j->at += found;
-    return found;
-}
-
-static void expect(Template *j, const char *what) {
-    const Lexeme *x = here(j);
-    Value found = x->kind == LEX_NUMBER ? string("a number") : x->kind == LEX_CLOSE ? string("an end") : x->value;
-    if (!take_sign(j, what))
-        stop(j, BAD_FILE, "expected %s, found %.*s", what, (int)(found.n < 40 ? found.n : 40), found.text);
-}
-
-static Value take_name(Template *j) {
-    if (here(j)->kind != LEX_NAME) return expect(j, "a name"), undefined;
-    return ((const Lexeme *)j->lexemes.bytes)[j->at++].value;
-}
-
-static void close_tag(Template *j) {
-    if (here(j)->kind == LEX_CLOSE) j->at++;
-    else expect(j, "the tag's end");
-}
-
-static void move_to(Template *j, size_t at) { if (!j->failed) j->at = at; }
-
-// Begins a part that is only walked over. Returns whether that was so before.
-static bool start_skipping(Template *j) {
-    bool before = j->skipping;
-    j->skipping = true;
-    return before;
-}
-
-// Ends a part that was walked over, or not.
-static void restore_skipping(Template *j, bool before) { j->skipping = before || j->failed || j->leaves != STAYS; }
-
-// (a, b, name=c), which may be left out
-static Arguments read_arguments(Template *j) {
-    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
-    if (!take_sign(j, "(")) return a;
-    while (!j->failed && !sees(j, ")")) {
-        const Lexeme *x = here(j);
-        bool named = x->kind == LEX_NAME && x[1].kind == LEX_SIGN && same_text(x[1].value, "=");
-        if (sees(j, "*")) lacks(j, "the argument", x->value);
-        if (named) j->at += 2;
-        else if (a.named.n) stop(j, BAD_FILE, "an argument without a name after one with a name");
-        Value v = expression(j);
-        if (named) set_member(j, &a.named, x->value, v);
-        else push(j, &a.list, v);
-        if (!take_sign(j, ",")) break;
-    }
-    expect(j, ")");
-    return a;
+    if (!scope) return outer;
+    *scope = (Scope){outer, variables};
+    return scope;
 }
 
 // A variable, by the scopes from the innermost outwards, or a function.
 static Value variable(Template *j, Value name) {
     const Value *found = NULL;
-    Value v = {.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
-    if (j->skipping) return v;
     for (const Scope *scope = j->scope; scope && !found && spend(j, 1); scope = scope->outer)
         found = find_value(j, scope->variables, name);
     if (found) return *found;
-    if (has_word("namespace dict", name) || find_operation('f', name) < N_OPERATIONS) v.kind = IS_FUNCTION;
+    Value v = unknown(name);
+    if (has_word("namespace dict", name) || find_operation('f', name)) v.kind = IS_FUNCTION;
     else if (has_word("cycler joiner lipsum self varargs kwargs caller", name)) lacks(j, "the name", name);
     return v;
 }
 
-// a, b, c or one value alone; in brackets it may be empty.
-static Value tuple(Template *j, bool conditional) {
-    Value all = {.kind = IS_TUPLE}, v;
-    if (sees(j, ")")) return all;
-    v = conditional ? expression(j) : operate(j, OR);
-    if (!sees(j, ",")) return v;
-    push(j, &all, v);
-    while (take_sign(j, ",") && here(j)->kind != LEX_CLOSE && !sees(j, ")"))
-        push(j, &all, conditional ? expression(j) : operate(j, OR));
-    return all;
-}
-
-// [a, b] or {a: b, c: d}
-static Value display(Template *j) {
-    bool is_dict = here(j)->value.text[0] == '{';
-    const char *end = is_dict ? "}" : "]";
-    Value made = {.kind = is_dict ? IS_DICT : IS_LIST};
-    for (j->at++; !j->failed && !sees(j, end);) {
-        Value v = expression(j);
-        if (is_dict) expect(j, ":");
-        if (!is_dict) push(j, &made, v);
-        else set_member(j, &made, v, expression(j));
-        if (!take_sign(j, ",")) break;
+static Arguments evaluate_list(Template *j, const Node *x) {
+    Arguments a = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
+    for (; x && !j->failed; x = x->next) {
+        Value v = evaluate(j, x->kind == NODE_NAMED ? x->second : x);
+        if (x->kind == NODE_NAMED) set_member(j, &a.named, x->value, v);
+        else push(j, &a.list, v);
     }
-    expect(j, end);
-    return made;
+    return a;
 }
 
-static Value primary(Template *j) {
-    const Lexeme *x = here(j);
-    Value v = x->value;
-    if (sees(j, "[") || sees(j, "{")) return display(j);
-    if (take_sign(j, "(")) {
-        v = tuple(j, true);
-        expect(j, ")");
-        return v;
+static Value make_dict(Template *j, const Node *x) {
+    Value dict = {.kind = IS_DICT};
+    for (; x && !j->failed; x = x->next->next) {
+        Value key = evaluate(j, x);
+        set_member(j, &dict, key, evaluate(j, x->next));
     }
-    bool is_name = x->kind == LEX_NAME && !x->level && !has_word("if else is", v);
-    if (!is_name && x->kind != LEX_STRING && x->kind != LEX_NUMBER) return expect(j, "a value"), undefined;
-    j->at++;
-    for (; x->kind == LEX_STRING && here(j)->kind == LEX_STRING; j->at++)
-        v = compute(j, string("~"), v, here(j)->value);
-    if (!is_name) return v;
-    if (has_word("true True false False", v)) return boolean(v.text[0] == 't' || v.text[0] == 'T');
-    return has_word("none None", v) ? (Value){.kind = IS_NONE} : variable(j, v);
-}
-
-static Value call(Template *j, Value v) {
-    Arguments a = read_arguments(j);
-    if (v.kind == IS_MACRO && !j->skipping) return call_macro(j, v, &a);
-    Value name = {.kind = IS_STRING, .text = v.text, .n = v.n};
-    return v.kind == IS_FUNCTION ? apply_function(j, name, &a) : complain(j, "a call", v);
-}
-
-// .name or .method(arguments)
-static Value dot(Template *j, Value v) {
-    Value name = take_name(j);
-    if (!sees(j, "(")) return member(j, v, name);
-    Arguments a = read_arguments(j);
-    return apply_method(j, name, v, &a);
-}
-
-static Value subscript(Template *j, Value v) {
-    Value bounds[3] = {{.kind = IS_NONE}, {.kind = IS_NONE}, {.kind = IS_NONE}};
-    int n = 0;
-    if (sees(j, "]")) expect(j, "an index");
-    for (; n < 3; n++) {
-        if (!sees(j, ":") && !sees(j, "]")) bounds[n] = expression(j);
-        if (!take_sign(j, ":")) break;
-    }
-    expect(j, "]");
-    return n ? slice(j, v, bounds) : member(j, v, bounds[0]);
-}
-
-static Value filter(Template *j, Value v) {
-    Value name = take_name(j);
-    Arguments a = read_arguments(j);
-    return apply_filter(j, name, v, &a);
-}
-
-// not name argument
-static Value test(Template *j, Value v) {
-    bool negated = take_sign(j, "not");
-    Value name = take_name(j);
-    const Lexeme *x = here(j);
-    bool is_name = x->kind == LEX_NAME && !x->level && !has_word("if else is", x->value);
-    Arguments a = read_arguments(j);
-    if (x == here(j) && (is_name || x->kind == LEX_STRING || x->kind == LEX_NUMBER || sees(j, "[") || sees(j, "{")))
-        push(j, &a.list, postfix(j, primary(j), false));
-    return boolean(!j->skipping && apply_test(j, name, v, &a) != negated);
-}
-
-// What follows a value: .member [index] (call) and, if they may, | filter and `is` test.
-static Value postfix(Template *j, Value v, bool filters) {
-    for (bool filtered = false; spend(j, LEXEME_WORK);) {
-        if (!filtered && take_sign(j, ".")) v = dot(j, v);
-        else if (!filtered && take_sign(j, "[")) v = subscript(j, v);
-        else if (!filtered && sees(j, "(")) v = call(j, v);
-        else if (filters && take_sign(j, "|")) v = filter(j, v), filtered = true;
-        else if (filters && take_sign(j, "is")) v = test(j, v), filtered = true;
-        else break;
-    }
-    return v;
-}
-
-static Value unary(Template *j, bool filters) {
-    Value v = undefined;
-    bool minus = take_sign(j, "-");
-    if (enter(j)) v = minus ? unary(j, false) : primary(j);
-    if (minus && v.kind == IS_FLOAT) v.number = -v.number;
-    else if (minus) v = compute(j, string("-"), integer(0), v);
-    v = postfix(j, v, filters);
-    j->depth--;
-    return v;
-}
-
-// a < b <= c: each two neighbours are compared, up to the first that differ.
-static Value comparison(Template *j, Value left) {
-    bool holds = true, before = j->skipping;
-    while (here(j)->level == COMPARE && !j->failed) {
-        bool negated = take_sign(j, "not");
-        Value sign = here(j)->value;
-        if (negated && !sees(j, "in")) expect(j, "in");
-        j->at += !j->failed;
-        Value right = operate(j, ADD);
-        holds = holds && compare(j, sign, left, right) != negated;
-        left = right;
-        if (!holds) j->skipping = true;
-    }
-    restore_skipping(j, before);
-    return boolean(holds);
-}
-
-// Operators that bind at least as tight as `least`: all take their left operand first.
-static Value operate(Template *j, int least) {
-    Value left;
-    if (least <= NOT && take_sign(j, "not")) {
-        left = boolean(!(enter(j) && is_true(operate(j, NOT))));
-        j->depth--;
-    } else left = unary(j, true);
-    while (!j->failed && here(j)->level >= least && here(j)->level) {
-        const Lexeme *x = here(j);
-        bool before = j->skipping;
-        if (x->level == COMPARE) {
-            if (sees(j, "not") && !(x[1].kind == LEX_NAME && same_text(x[1].value, "in"))) break;
-            left = comparison(j, left);
-            continue;
-        }
-        j->at++;
-        bool decided = x->level <= AND && is_true(left) == (x->level == OR);  // the left one is the result
-        if (decided) j->skipping = true;
-        Value right = operate(j, x->level + 1);
-        if (!decided) left = x->level <= AND ? right : compute(j, x->value, left, right);
-        restore_skipping(j, before);
-    }
-    return left;
-}
-
-// value if condition else other. The first walk over the template keeps where the `if` is.
-static Value expression(Template *j) {
-    size_t start = j->at, condition = here(j)->jump;
-    Value v = undefined;
-    bool before = j->skipping, holds = false;
-    if (!enter(j) || before || !condition) {
-        v = operate(j, OR);
-        if (j->checking && sees(j, "if")) ((Lexeme *)j->lexemes.bytes)[start].jump = j->at + 1;
-    }
-    if (before ? take_sign(j, "if") : condition && !j->failed) {
-        if (!before) move_to(j, condition);
-        holds = is_true(operate(j, OR)) && !before;
-        size_t end = j->at;
-        if (holds) move_to(j, start), v = operate(j, OR), move_to(j, end);
-        if (holds) j->skipping = true;
-        Value other = take_sign(j, "else") ? expression(j) : undefined;
-        if (!holds) v = other;
-    }
-    restore_skipping(j, before);
-    j->depth--;
-    return v;
-}
-
-/* ---- Chat templates: statements ---- */
-
-static void statement(Template *j);
-
-// Renders up to a statement that is one of `ends`, and stands on its name.
-static void body(Template *j, const char *ends) {
-    size_t start = j->at;
-    const char *last = strrchr(ends, ' ');
-    if (j->skipping && !j->checking && here(j)->jump) {
-        move_to(j, here(j)->jump);
-        return;
-    }
-    for (bool ok = enter(j); ok && spend(j, LEXEME_WORK);) {
-        const Lexeme *x = here(j);
-        if (x->kind == LEX_END && *ends) stop(j, BAD_FILE, "%s is missing", last ? last + 1 : ends);
-        if (x->kind == LEX_END || j->failed) break;
-        j->at++;
-        if (x->kind == LEX_TAG && here(j)->kind == LEX_NAME && has_word(ends, here(j)->value)) break;
-        if (x->kind == LEX_TAG) statement(j);
-        else put_plain(j, x->kind == LEX_OUTPUT ? tuple(j, true) : x->value);
-        if (x->kind != LEX_TEXT) close_tag(j);
-    }
-    j->depth--;
-    if (j->checking) ((Lexeme *)j->lexemes.bytes)[start].jump = j->at;
-}
-
-static Scope *new_scope(Template *j, Scope *outer) {
-    Scope *scope = get_memory(j, sizeof *scope);
-    if (!scope) return outer;
-    *scope = (Scope){outer, {.kind = IS_DICT}};
-    return scope;
-}
-
-// Sets what is named here, `a` or `space.a` or `a, b`, to a value or its items.
-static void assign(Template *j, Value v) {
-    bool single = true;
-    Value list = undefined;
-    size_t n = 0;
-    do {
-        Value name = take_name(j);
-        Scope *scope = j->scope;
-        if (take_sign(j, ".")) {
-            Value space = variable(j, name);
-            name = take_name(j);
-            if (space.kind != IS_NAMESPACE) complain(j, "a member to be set", space);
-            scope = space.scope;
-        }
-        if (n == 0) single = !sees(j, ",");
-        if (n == 0 && !single) list = list_items(j, v);
-        if (!j->skipping && !single && n >= list.n) stop(j, MISUSE, "%zu values for more names", list.n);
-        if (!j->skipping) set_member(j, &scope->variables, name, single ? v : list.items[n]);
-        n++;
-    } while (take_sign(j, ","));
-    if (!single && !j->skipping && n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
-}
-
-static void if_statement(Template *j) {
-    bool before = j->skipping, done = false, last = false;
-    do {
-        bool holds = last || is_true(tuple(j, false));
-        close_tag(j);
-        if (!holds) j->skipping = true;
-        body(j, last ? "endif" : "elif else endif");
-        done |= holds;
-        j->skipping = before || done || j->failed;
-        last = take_sign(j, "else");
-    } while (last || take_sign(j, "elif"));
-    restore_skipping(j, before);
-    expect(j, "endif");
-}
-
-// The items for which the condition at `condition` holds.
-static Value choose_for_loop(Template *j, Value list, size_t names, size_t condition) {
-    Value kept = {.kind = IS_LIST};
-    Scope *outer = j->scope;
-    j->scope = new_scope(j, outer);
-    for (size_t i = 0; i < list.n && !j->failed; i++) {
-        move_to(j, names);
-        assign(j, list.items[i]);
-        move_to(j, condition);
-        if (is_true(expression(j))) push(j, &kept, list.items[i]);
-    }
-    j->scope = outer;
-    return kept;
-}
-
-static void for_statement(Template *j) {
-    size_t names = j->at, condition = 0, start;
-    bool before = start_skipping(j);
-    Scope *outer = j->scope;
-    assign(j, undefined);
-    restore_skipping(j, before);
-    expect(j, "in");
-    Loop *loop = get_memory(j, sizeof *loop);
-    Value list = list_items(j, tuple(j, false));
-    if (take_sign(j, "if")) {
-        condition = j->at;
-        start_skipping(j);
-        expression(j);
-        restore_skipping(j, before);
-    }
-    close_tag(j);
-    start = j->at;
-    if (before) list.n = 0;
-    if (condition) list = choose_for_loop(j, list, names, condition);
-    if (loop) *loop = (Loop){.items = list};
-    j->n_loops++;
-    for (size_t i = 0; !j->failed && (i == 0 || (i < list.n && j->leaves != BREAKS)); i++) {
-        if (!before) j->leaves = STAYS;
-        j->skipping = list.n == 0;
-        j->scope = new_scope(j, outer);
-        loop->i = i;
-        if (list.n) {
-            move_to(j, names);
-            assign(j, list.items[i]);
-            set_member(j, &j->scope->variables, string("loop"), (Value){.kind = IS_LOOP, .loop = loop});
-        }
-        move_to(j, start);
-        body(j, "else endfor");
-    }
-    if (!before) j->leaves = STAYS;
-    j->n_loops--;
-    j->skipping = before || j->failed || list.n > 0;
-    j->scope = new_scope(j, outer);
-    if (take_sign(j, "else")) {
-        close_tag(j);
-        body(j, "endfor");
-    }
-    j->scope = outer;
-    restore_skipping(j, before);
-    expect(j, "endfor");
-}
-
-// The text of a body, through the filter that stands here, if there is one.
-static Value capture(Template *j, const char *end, bool filtered) {
-    size_t start = j->out->text.n, chain = j->at, after;
-    bool before = start_skipping(j);
-    Scope *outer = j->scope;
-    if (filtered) filter(j, undefined);
-    restore_skipping(j, before);
-    close_tag(j);
-    j->scope = new_scope(j, outer);
-    body(j, end);
-    j->scope = outer;
-    Value v = take_string_from(j, start);
-    after = j->at;
-    if (filtered) move_to(j, chain), v = filter(j, v), move_to(j, after);
-    expect(j, end);
-    return v;
-}
-
-static void set_statement(Template *j) {
-    size_t names = j->at, after;
-    bool before = start_skipping(j);
-    assign(j, undefined);
-    restore_skipping(j, before);
-    Value v = take_sign(j, "=") ? tuple(j, true) : capture(j, "endset", take_sign(j, "|"));
-    after = j->at;
-    move_to(j, names);
-    assign(j, v);
-    move_to(j, after);
-}
-
-// (a, b=default): the variables that a call's arguments set.
-static void parameters(Template *j, const Arguments *a) {
-    size_t n_taken = 0;
-    expect(j, "(");
-    for (size_t n = 0; !j->failed && !sees(j, ")"); n++) {
-        Value name = take_name(j), v = {.kind = IS_UNDEFINED, .text = name.text, .n = name.n};
-        const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, name);
-        bool before = j->skipping;
-        if (given) j->skipping = true;
-        if (take_sign(j, "=")) v = expression(j);
-        restore_skipping(j, before);
-        if (!before) set_member(j, &j->scope->variables, name, given ? *given : v);
-        n_taken += given != NULL;
-        if (!take_sign(j, ",")) break;
-    }
-    expect(j, ")");
-    if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
-}
-
-static void macro_statement(Template *j) {
-    Value name = take_name(j);
-    Value macro = {.kind = IS_MACRO, .n = j->at, .text = name.text, .scope = j->scope};
-    int n_loops = j->n_loops;
-    if (!j->skipping) set_member(j, &j->scope->variables, name, macro);
-    bool before = start_skipping(j);
-    j->n_loops = 0;
-    parameters(j, &(Arguments){0});
-    close_tag(j);
-    body(j, "endmacro");
-    expect(j, "endmacro");
-    j->n_loops = n_loops;
-    restore_skipping(j, before);
+    return dict;
 }
 
 static Value call_macro(Template *j, Value macro, const Arguments *a) {
-    size_t after = j->at, start = j->out->text.n;
+    size_t start = j->out->text.n, n = 0, n_taken = 0;
     Scope *outer = j->scope;
-    j->scope = new_scope(j, macro.scope);
-    move_to(j, macro.n);
-    if (enter(j)) {
-        parameters(j, a);
-        close_tag(j);
-        body(j, "endmacro");
+    j->scope = new_scope(j, macro.scope, (Value){.kind = IS_DICT});
+    for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++) {
+        const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, x->value);
+        Value v = given ? *given : x->second ? evaluate(j, x->second) : unknown(x->value);
+        set_member(j, &j->scope->variables, x->value, v);
+        n_taken += given != NULL;
     }
-    j->depth--;
+    if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
+    execute(j, macro.node->body);
     j->scope = outer;
-    move_to(j, after);
     return take_string_from(j, start);
 }
 
-static void statement(Template *j) {
-    Value name = take_name(j);
-    bool breaks = same_text(name, "break");
-    if (same_text(name, "if")) if_statement(j);
-    else if (same_text(name, "for")) for_statement(j);
-    else if (same_text(name, "set")) set_statement(j);
-    else if (same_text(name, "macro")) macro_statement(j);
-    else if (same_text(name, "filter")) put_plain(j, capture(j, "endfilter", true));
-    else if (same_text(name, "generation")) put_plain(j, capture(j, "endgeneration", false));  // noted for training
-    else if (!breaks && !same_text(name, "continue")) lacks(j, "the statement", name);
-    else if (j->n_loops == 0) stop(j, BAD_FILE, "%s outside of a loop", breaks ? "break" : "continue");
-    else if (!j->skipping) {
-        j->leaves = breaks ? BREAKS : GOES_ON;
-        j->skipping = true;
+// function(arguments), macro(arguments) or value.method(arguments)
+static Value call(Template *j, const Node *called, const Node *arguments) {
+    bool is_method = called->kind == NODE_MEMBER;
+    Value v = evaluate(j, is_method ? called->first : called);
+    Arguments a = evaluate_list(j, arguments);
+    Value name = {.kind = IS_STRING, .text = v.text, .n = v.n};
+    if (j->failed) return undefined;
+    if (v.kind == IS_UNDEFINED) return complain(j, "a call", v);
+    if (is_method) return apply(j, kind_of_methods(v), called->value, v, &a);
+    if (v.kind == IS_MACRO) return call_macro(j, v, &a);
+    if (v.kind != IS_FUNCTION) return complain(j, "a call", v);
+    if (!has_word("dict namespace", name)) return apply(j, 'f', name, undefined, &a);
+    if (a.list.n) return lacks(j, "an argument without a name of", name);
+    if (*name.text == 'd') return a.named;
+    return (Value){.kind = IS_NAMESPACE, .scope = new_scope(j, NULL, a.named)};
+}
+
+// Sets what is named, `a` or `space.a` or `a, b`, to a value or its items.
+static void assign(Template *j, const Node *x, Value v) {
+    Value list = x->next ? list_items(j, v) : (Value){.kind = IS_LIST, .n = 1, .items = &v};
+    size_t n = 0;
+    for (; x && !j->failed; x = x->next, n++) {
+        Scope *scope = j->scope;
+        if (x->kind == NODE_MEMBER) {
+            Value space = evaluate(j, x->first);
+            if (space.kind == IS_NAMESPACE) scope = space.scope;
+            else complain(j, "a member to be set", space);
+        }
+        if (n < list.n && !j->failed) set_member(j, &scope->variables, x->value, list.items[n]);
     }
+    if (n != list.n) stop(j, MISUSE, "%zu values for %zu names", list.n, n);
+}
+
+static void run_loop(Template *j, const Node *x, Value over) {
+    Scope *outer = j->scope;
+    const Node *condition = x->first->next;
+    Value all = list_items(j, over), list = {.kind = IS_LIST};
+    for (size_t i = 0; condition && i < all.n && !j->failed; i++) {
+        j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
+        assign(j, x->second, all.items[i]);
+        if (is_true(evaluate(j, condition))) push(j, &list, all.items[i]);
+    }
+    if (!condition) list = all;
+    for (size_t i = 0; i < list.n && j->leaves != BREAKS && !j->failed; i++) {
+        j->leaves = STAYS;
+        j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
+        assign(j, x->second, list.items[i]);
+        set_member(j, &j->scope->variables, string("loop"),
+                   (Value){.kind = IS_LOOP, .n = list.n, .items = list.items, .at = i});
+        execute(j, x->body);
+    }
+    j->leaves = STAYS;
+    j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
+    if (list.n == 0) execute(j, x->otherwise);
+    j->scope = outer;
+}
+
+static Value evaluate_node(Template *j, const Node *x) {
+    enum { LISTS = 1 << NODE_LIST | 1 << NODE_TUPLE | 1 << NODE_SLICE | 1 << NODE_FILTER | 1 << NODE_TEST };
+    size_t start = j->out->text.n;
+    Scope *outer = j->scope;
+    Value first = x->kind == NODE_CALL ? undefined : evaluate(j, x->first);
+    Arguments a = evaluate_list(j, LISTS >> x->kind & 1 ? x->second : NULL);
+    if (j->failed) return undefined;
+    switch (x->kind) {
+    case NODE_CONSTANT: return x->value;
+    case NODE_VARIABLE: return variable(j, x->value);
+    case NODE_LIST: return a.list;
+    case NODE_TUPLE: return (Value){.kind = IS_TUPLE, .n = a.list.n, .items = a.list.items};
+    case NODE_DICT: return make_dict(j, x->second);
+    case NODE_MEMBER: return member(j, first, x->value, true);
+    case NODE_ITEM: return member(j, first, evaluate(j, x->second), false);
+    case NODE_SLICE: return slice(j, first, a.list.items);
+    case NODE_FILTER: return apply(j, '|', x->value, first, &a);
+    case NODE_TEST: return boolean(apply_test(j, x->value, first, &a));
+    case NODE_CALL: return call(j, x->first, x->second);
+    case NODE_NOT: return boolean(!is_true(first));
+    case NODE_SIGN:
+        if (first.kind == IS_FLOAT) return real(*x->value.text == '-' ? -first.number : first.number);
+        return compute(j, x->value, integer(0), first);
+    case NODE_AND: case NODE_OR: return is_true(first) == (x->kind == NODE_OR) ? first : evaluate(j, x->second);
+    case NODE_COMPUTE: return compute(j, x->value, first, evaluate(j, x->second));
+    case NODE_IF: return execute(j, is_true(first) ? x->body : x->otherwise);
+    case NODE_CAPTURE:
+        j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
+        execute(j, x->body);
+        j->scope = outer;
+        return take_string_from(j, start);
+    case NODE_OUTPUT: put_plain(j, first); break;
+    case NODE_SET: assign(j, x->second, first); break;
+    case NODE_FOR: run_loop(j, x, first); break;
+    case NODE_BREAK: j->leaves = BREAKS; break;
+    case NODE_CONTINUE: j->leaves = GOES_ON; break;
+    case NODE_MACRO:
+        set_member(j, &j->scope->variables, x->value, (Value){.kind = IS_MACRO, .node = x, .scope = j->scope});
+        break;
+    case NODE_NAMED: break;
+    }
+    return undefined;
+}
+
+// The value of an expression; undefined where there is none, and of statements.
+static Value evaluate(Template *j, const Node *x) {
+    if (!x) return undefined;
+    size_t from = j->from;
+    j->from = x->from;
+    Value v = enter(j) ? evaluate_node(j, x) : undefined;
+    j->from = from;
+    j->depth--;
+    return v;
+}
+
+// Evaluates a list of statements, or an expression, whose value it returns.
+static Value execute(Template *j, const Node *x) {
+    Value v = undefined;
+    for (; x && j->leaves == STAYS && !j->failed; x = x->next) v = evaluate(j, x);
+    return v;
 }
 
 // Renders a chat template with the variables that it is given, and at most so much work.
 static bool render_template(Text source, const Value *given, const struct tm *now, size_t work, Rendered *out,
                             Error *e) {
     if (source.n > MAX_TEMPLATE_BYTES) return refuse(e, "the chat template has more than %d bytes", MAX_TEMPLATE_BYTES);
-    Template j = {.now = now, .out = out, .e = e, .work_left = work};
-    Scope outermost = {NULL, *given};
-    char *text = get_memory(&j, source.n + 1), *ones = get_memory(&j, source.n + 64);
+    Template j = {.now = now, .out = out, .e = e, .work_left = work, .word = string("")};
+    char *text = get_memory(&j, source.n + 8), *ones = get_memory(&j, source.n + 64);
     if (text && ones) {
         memset(ones, 1, source.n + 64);
         for (size_t i = 0; i < source.n; i++)
@@ -3165,18 +3076,10 @@ static bool render_template(Text source, const Value *given, const struct tm *no
         text[j.n_source] = 0;
         j.source = text;
         j.ones = ones;
-        make_lexemes(&j);
-        j.from = j.n_source;
-        add_lexeme(&j, LEX_END, string(""));
+        const Node *body = parse_body(&j, "");
+        j.scope = new_scope(&j, new_scope(&j, NULL, *given), (Value){.kind = IS_DICT});
+        if (!j.failed) execute(&j, body);
     }
-    j.lexed = !j.failed;
-    for (int round = 0; round < 2 && !j.failed; round++) {  // to find its errors, and to run it
-        j.checking = j.skipping = round == 0;
-        j.scope = new_scope(&j, &outermost);
-        move_to(&j, 0);
-        body(&j, "");
-    }
-    free(j.lexemes.bytes);
     free_pool(&j.pool);
     return !j.failed;
 }

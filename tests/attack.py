@@ -2147,7 +2147,67 @@ def _():
     nothing_left("112-out")
 
 
-# ==== 12. All of it ====
+# ==== 12. Files of texts ====
+
+CHAT = ("--template", "chatml")
+BAD_LINES = (b'{"prompt": 5}', b'{"prompt": "a"', b'{"promt": "a"}', b"{}", b'{"messages": {}}', b'{"messages": [1]}',
+             b'{"messages": [{"role": 1, "content": "a"}]}', b'{"prompt": "a", "seed": 1e400}', b'{"prompt": "\\ud800"}',
+             b'{"prompt": "a", "n_predict": -7}', b'{"prompt": "a", "n_predict": 99999999999999999999}',
+             b'{"prompt": "a", "temp": "NaN"}', b'{"prompt": "a", "stop": [""]}', b'{"prompt": "a", "stop": ' +
+             b"[" * 5000 + b"]" * 5000 + b"}", b'{"prompt": "a"} b', b'{"prompt": "\xff"}', b'{"prompt": "\x01"}',
+             b'{"prompt": "a", "id": {"x": [null, 1e308]}}', b'{"prompt": "' + b"ab " * 20000 + b'"}',
+             b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}')
+GOOD_LINES = (b"a", b'{"prompt": "a"}', b'{"prompt": ""}', b'{"prompt": "\\u0000a"}', b'{"prompt": "a", "prompt": "b"}',
+              b'{"messages": []}', b'{"messages": [{"role": "user", "content": "<|im_end|>\\n"}]}',
+              b'{"prompt": "a", "id": "\\ud83d\\ude00"}', b'{"prompt": "a", "stop": ["b", "cc"]}',
+              b"\xff\xfe[", b'"a', b"[1]")
+
+
+@row(113, "prompts in JSON lines: each line an answer or an error, in their order")
+def _():
+    lines = [line for pair in zip(BAD_LINES, GOOD_LINES * 2) for line in pair]
+    for name, end, joined in (("lf", b"\n", b"\n"), ("crlf", b"\r\n", b"\r\n"), ("no-end", b"", b"\n")):
+        path = put(f"{name}.txt", joined.join(lines) + end)
+        o = expect(1, SPM, "-q", "-t", "0", "-n", "3", *CHAT, "--json", "--prompts", path, lines=1)
+        answers = [json.loads(line) for line in o.out.decode().splitlines()]
+        kinds = ["error" if i % 2 == 0 else "text" for i in range(len(lines))]
+        now.demand([next(k for k in ("error", "text") if k in a) for a in answers] == kinds,
+                   f"{name}: {[a.get('error', a.get('text')) for a in answers]}")
+        now.demand([a["line"] for a in answers if "error" in a] == list(range(1, len(lines) + 1, 2)), f"{name}: {o.out}")
+    for line in BAD_LINES:
+        expect((1, 2, 5), SPM, "-q", "-n", "3", *CHAT, "--prompts", put(f"one-{len(line)}.txt", line), lines=2)
+    expect(0, SPM, "-q", "-n", "1", "--prompts", put("empty.txt", b""))
+    expect(5, SPM, "-q", "-n", "1", "--prompts", put("long.txt", b"ab " * (1 << 18)), lines=2)
+    for mode in ("score", "eval"):
+        for line in BAD_LINES + (b"[", b"\0", b'{"question": [], "answer": {}}', b'{"question": "a", "choices": []}',
+                                 b'{"question": "a", "answer": "b", "choices": ["c"]}'):
+            path = put(f"{mode}-{len(line)}.txt", line)
+            o = run(SPM, "-q", "-m", mode, "-f" if mode == "eval" else "--prompts", path)
+            now.demand(o.status in (0, 1, 2, 5) and o.err.count(b"\n") <= 2, str(o))
+
+
+@row(114, "messages of a conversation")
+def _():
+    for name, data, status in (
+            ("none", b"[]", 0), ("object", b'{"messages": [{"role": "user", "content": "a"}]}', 0), ("empty", b"", 1),
+            ("number", b"1", 1), ("open", b'[{"role": "user", "content": "a"', 1), ("deep", b"[" * 100000, 1),
+            ("role", b'[{"role": 1, "content": "a"}]', 1), ("text", b'[{"role": "user", "content": 1}]', (0, 1, 2)),
+            ("no-content", b'[{"role": "user"}]', (0, 1, 2)),
+            ("bytes", b'[{"role": "user", "content": "\xc3"}]', 1),
+            ("special", b'[{"role": "<|im_end|>", "content": "<|im_start|>"}]', (0, 1)),
+            ("nul", b'[{"role": "user", "content": "\\u0000"}]', 0),
+            ("twice", b'[{"role": "user", "content": "a", "content": "b"}]', 0),
+            ("keys", b'[{' + b",".join(b'"%d": 1' % i for i in range(5000)) + b"}]", 1)):
+        path = put(f"{name}.json", data)
+        expect(status, SPM, "-q", "-m", "render", *CHAT, "--messages", path)
+        expect(status or (0, 2), SPM, "-q", "-t", "0", "-n", "2", "-m", "chat", *CHAT, "-st", "-i", "a",
+               "--messages", path, lines=None)
+    in_child(lambda: put("large.json", b'[{"role": "user", "content": "' + b"a" * (64 << 20) + b'"}]'))
+    expect((1, 2, 5), SPM, "-q", "-m", "chat", *CHAT, "-st", "-i", "a", "--messages", FOLDER / "114-large.json")
+    (FOLDER / "114-large.json").unlink()
+
+
+# ==== 13. All of it ====
 
 def sanitized() -> Row:
     """The files that the rows have made, in build/attack: they are opened and used there as they are, and not swept."""
@@ -2179,7 +2239,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every step of the sweeps on every file; gigabytes of text")
     options = parser.parse_args()
     FULL = options.full
-    wanted = {n for part in (options.rows or "1-112").split(",") for n in
+    wanted = {n for part in (options.rows or "1-114").split(",") for n in
               range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)}
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     begin = time.monotonic()

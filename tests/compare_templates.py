@@ -265,6 +265,21 @@ def golden_cases() -> list[Case]:
     writer = Writer(1)
     texts += ["".join(writer.statements(2) for _ in range(2)) for _ in range(600)]
     texts += ["{{ " + writer.expression(2) + " }}" for _ in range(600)]
+    texts += ["{{ [1] in d }}", "{{ {} in d }}", "{{ (1, [2]) in d }}", "{{ (1, 2) in d }}", "{{ d.get([1]) }}",
+              "{{ d.get({}, 2) }}", "{{ {[1]: 2} }}", "{{ +n }} {{ +f }} {{ +b }} {{ 1 - +n }}", "{{ +s }}", "{{ -s }}",
+              "{% set v | trim | upper | replace('M', 'b') %} a {{ s }} {% endset %}{{ v }}",
+              "{% filter trim | upper %} a {% endfilter %}x", "{% for i in l recursive %}{{ i }}{% endfor %}",
+              "{% for i in l %}{{ loop.depth }}{% endfor %}", "{% for i in l %}{{ loop.index0 ~ loop.revindex0 }}{% endfor %}",
+              "{{ 1 if s.strip }}", "{{ 1 if d.items }}", "{{ 1 if d['items'] }}", "{{ {'items': 2}['items'] }}",
+              "{{ {'items': 2}.items is mapping }}", "{{ d.strip is defined }}", "{{ l.strip is defined }}",
+              "{{ 1 < n < 9 }} {{ 1 < n > 9 == true }} {{ 3 > 2 > 1 not in l }} {{ (1 < 2) < 3 }} {{ 3 > (2 > 1) }}",
+              "{{ not 1 < n < 9 and 2 not in l or 7 }}", "{{ 'aaa'.rsplit('aa', 1) }} {{ 'aaa'.split('aa', 1) }}",
+              "{{ 'abab'.rsplit('ab') }} {{ 'a b'.replace(' ', '') }}", "{{ 'x' if u else 'y' if n else 'z' }}",
+              "{{ 'x' if u }}{{ 1 if 0 else 2 if 0 }}", "{{ [1, 2, 3][::2] }} {{ 'abcdef'[4:1:-2] }}", "{{ 'inf'|float }}",
+              "{% set v %}{% for i in l %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endset %}{{ v }}",
+              "{% for i in l %}{% macro q() %}{% for k in l %}{% continue %}{% endfor %}z{% endmacro %}{{ q() }}{% endfor %}",
+              "{% macro q(a, b=1, c) %}{% endmacro %}", "{% macro q(a, 1) %}{% endmacro %}", "{{ range(1, b=2, 3) }}",
+              "{% if 0 %}a{% elif u %}b{% elif n %}c{% else %}d{% endif %}", "{{ 1, 2 }} {{ (1,) }} {{ () }}"]
     return [(text, GIVEN) for text in dict.fromkeys(texts) if not is_outside(judge(text, GIVEN), "")]
 
 

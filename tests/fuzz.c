@@ -1,6 +1,6 @@
 /* Fuzzing: bytes that nobody thought of.
 
-   make fuzz        builds four programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
+   make fuzz        builds six programs from this file with clang's libFuzzer, ASan and UBSan (tests/fuzz.py does)
 
      FILES   any bytes as a checkpoint and as a tokenizer file: they open, or are refused with one line
      STRINGS any text in small vocabularies of every kind, or in one that the input brings along: the tokens are those
@@ -10,12 +10,13 @@
      SESSIONS  any bytes as a session of a small model: taken, and the text goes on, or refused, and nothing is left
 
      TEMPLATES  any bytes as a chat template, or, after a 0, as JSON: text whose bytes have origins, or one line
+     LINES   any bytes as the lines of --prompts and of -m eval, messages among them: a JSON object for each line
 
    test.c includes this file too and replays tests/corpus with the same functions, which return what is wrong, or NULL.
    In the fuzzers every map is a block of its exact size, so that ASan sees who leaves it, and allocations are added up:
    the bytes of a file have to justify them. */
 
-#ifdef FUZZ  // 1 FILES, 2 STRINGS, 3 MODELS, 4 SESSIONS or 5 TEMPLATES; else this is a part of test.c
+#ifdef FUZZ  // 1 FILES, 2 STRINGS, 3 MODELS, 4 SESSIONS, 5 TEMPLATES or 6 LINES; else this is a part of test.c
 #define CRIA_NO_MAIN
 #define _GNU_SOURCE
 #pragma clang diagnostic ignored "-Wunused-function"
@@ -247,11 +248,11 @@ PLAIN static char *reference_compose(Reference *r, const char **s, size_t *n) {
 PLAIN static void reference_words(Reference *r, const char *s, size_t n) {
     const Tokenizer *t = r->x->t;
     static uint16_t class[MAX_COMPOSED];
-    char *composed = t->composes ? reference_compose(r, &s, &n) : NULL;
+    char *composed = t->flags & COMPOSE ? reference_compose(r, &s, &n) : NULL;
     if (n && t->kind == BPE) cut_words(t, s, n, class);
     for (size_t at = 0, end; at < n; at = end) {
         for (end = at + 1; end < n && !(t->kind == BPE && class[end] & CUT);) end++;
-        int whole = t->ignore_merges ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
+        int whole = t->flags & IGNORE_MERGES ? find_in(r->x, s + at, end - at, TEXT_TYPES) : -1;
         if (whole >= 0) r->ids[r->n++] = whole;
         else reference_join(r, s + at, end - at);
     }
@@ -274,7 +275,7 @@ PLAIN static void reference_plain(Reference *r, const char *text, size_t n_text)
     size_t n = 0, begin = 0;
     if (n_text == 0) return;
     r->first = r->n;
-    if (t->dummy_prefix) s[n++] = ' ';
+    if (t->flags & DUMMY_PREFIX) s[n++] = ' ';
     for (size_t i = 0; i < n_text; i++) {
         bool bar = t->kind == SPM && n_text - i >= 3 && !memcmp(text + i, "\xE2\x96\x81", 3);
         s[n++] = bar ? ' ' : text[i];
@@ -487,7 +488,7 @@ static const char *try_text_input(const unsigned char *bytes, size_t n) {
             exit(1);
         }
         options.pre = NULL;
-        if (which == N_FILES - 1) models[which].tokenizer.composes = false;
+        if (which == N_FILES - 1) models[which].tokenizer.flags &= ~(unsigned)COMPOSE;
         free(file.bytes);
         lexicons[which] = make_lexicon(&models[which].tokenizer);
     }
@@ -518,7 +519,7 @@ static const char *try_session(const unsigned char *bytes, size_t n) {
     FILE *f = n ? fmemopen((void *)bytes, n, "rb") : NULL;
     if (!f) return NULL;
     Tokens tokens = { .ids = ids, .n = N };
-    bool ok = read_session(&m, &r.w, &r.text, f, n, &tokens, &e);
+    bool ok = read_session(&m, &r.w, &r.text, f, &tokens, &e);
     const char *wrong = !is_clean(ok, &e) ? "it was neither taken nor refused" : NULL;
     fclose(f);
     int kept = r.text.n;
@@ -530,8 +531,59 @@ static const char *try_session(const unsigned char *bytes, size_t n) {
     return wrong;
 }
 
+// | what is done with them | lines |: they are continued, scored, compared with choices, or tasks of -m eval.
+static const char *try_lines(const unsigned char *bytes, size_t n) {
+    static Model m;
+    static Engine g;
+    static Sampler sampler = { .temperature = 1, .top_p = 0.9f };
+    Error e = { 0 };
+    if (!g.texts) {
+        Buffer file = { 0 };
+        void *copy = NULL;
+        options.threads = (List){ 1, { 1 } };
+        options.quiet = options.json = true;
+        options.n_predict = 2, options.samples = 1;
+        options.template_name = "chatml";
+        options.prompts = options.file = "-";
+        bool ok = read_all("tests/golden/llama_mqa.gguf", MAX_TEXT, &file, &e) && !posix_memalign(&copy, 64, file.n);
+        if (ok) memcpy(copy, file.bytes, file.n);
+        free(file.bytes);
+        if (!ok || !open_model(copy, file.n, 1, &m, &e) || !set_up_engine(&m, GENERATE, &g, &e) ||
+            !make_sampler(&sampler, m.config.n_tokens, 1, &e) ||
+            !make_shaper(&sampler, &m.tokenizer, m.config.n_tokens, &e)) {
+            printf("tests/golden/llama_mqa.gguf: %s\n", e.text);
+            exit(1);
+        }
+    }
+    if (n < 2) return NULL;
+    ScriptKind kind = bytes[0] % 4;
+    options.choose = kind == COMPARED ? "a|b" : NULL;
+    options.shots = kind == EVALUATED ? bytes[0] / 4 % 4 : 0;
+    char *out = NULL;
+    size_t n_out, n_lines = bytes[n - 1] != '\n', n_objects = 0;
+    for (size_t i = 1; i < n; i++) n_lines += bytes[i] == '\n';
+    FILE *usual_out = stdout, *usual_in = stdin;
+    stdin = fmemopen((void *)(bytes + 1), n - 1, "rb");
+    stdout = open_memstream(&out, &n_out);
+    if (!stdin || !stdout) abort();
+    bool ok = run_script(&m, &g.workspace, g.texts, g.n_texts, &sampler, kind, NULL, (Text){ "", 0 }, &e);
+    fclose(stdin), fclose(stdout);
+    stdin = usual_in, stdout = usual_out;
+    const char *wrong = !ok && !e.text[0] ? "neither done nor refused" : NULL;
+    for (char *line = out, *end; !wrong && (end = strchr(line, '\n')); line = end + 1, n_objects++) {
+        Pool pool = { 0 };
+        Value v;
+        if (!parse_json(line, (size_t)(end - line), &pool, &v, &e) || v.kind != IS_DICT) wrong = "a line is no object";
+        free_pool(&pool);
+    }
+    if (!wrong && kind != EVALUATED && n_objects != n_lines) wrong = "not an object for each line";
+    free(out);
+    for (int i = 0; i < g.n_texts; i++) rewind_sequence(&g.texts[i], 0);
+    return wrong;
+}
+
 #ifdef FUZZ
-enum { FILES = 1, STRINGS, MODELS, SESSIONS, TEMPLATES };
+enum { FILES = 1, STRINGS, MODELS, SESSIONS, TEMPLATES, LINES };
 
 #ifndef FUZZ_WITHOUT_MUTATOR  // AFL++ has its own
 
@@ -570,10 +622,11 @@ static void note_text(Layout *l, size_t at, size_t n) { note_part(l->texts, &l->
 
 static void lay_out_key(Layout *l, const unsigned char *bytes, const Cursor *before, const Cursor *after,
                         const Key *k) {
-    size_t at = (size_t)(before->at - bytes), type = at + 8 + k->name.n, value = (size_t)(k->value.at - bytes);
+    size_t at = (size_t)(before->at - bytes), value = (size_t)(k->value.at - bytes);
+    size_t n_name = (size_t)take_u64(&(Cursor){ before->at, 8, false }), type = at + 8 + n_name;
     note_part(l->keys, &l->n_keys, 128, at, (size_t)(after->at - before->at));
     note_number(l, at, 8);
-    note_text(l, at, k->name.n);
+    note_text(l, at, n_name);
     note_number(l, type, 4);
     if (k->is_array) note_number(l, type + 4, 4);
     if (k->is_array) note_number(l, type + 8, 8);
@@ -594,7 +647,7 @@ static bool lay_out_gguf(Layout *l, const unsigned char *bytes, size_t n) {
     for (size_t at = 4; at < 24; at += at == 4 ? 4 : 8) note_number(l, at, at == 4 ? 4 : 8);
     for (uint64_t i = 0; i < n_keys && !c.bad; i++) {
         Cursor before = c;
-        Key k;
+        Key k = { .count = 0 };
         if (!read_key(&c, &k, &e)) return false;
         lay_out_key(l, bytes, &before, &c, &k);
     }
@@ -803,8 +856,8 @@ static void change_text(Draft *d, const unsigned char *bytes, size_t n, const La
     size_t length = p.n < 128 ? p.n : 128;
     memcpy(text, bytes + p.at + 8, length);
     if (one_in(2)) length = LLVMFuzzerMutate(text, length, sizeof text);
-    else length = (size_t)snprintf((char *)text, sizeof text, "%s%s", one_in(2) ? "blk.0." : "",
-                                   layer_rules[below(N_LAYER_RULES)].name);
+    else length = (size_t)snprintf((char *)text, sizeof text, layer_rules[below(N_LAYER_RULES)].name, 0,
+                                   one_in(2) ? "_exps" : "");
     uint64_t n_text = length;
     draft(d, bytes, p.at);
     draft(d, &n_text, 8);
@@ -899,20 +952,20 @@ static size_t double_session(uint8_t *data, size_t size, size_t max_size) {
     static uint8_t made[1 << 16];
     SessionHeader h;
     memcpy(&h, data, sizeof h);
-    size_t before = sizeof h + 8 + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + 16 + n * 4;
+    size_t before = sizeof h + (size_t)h.n * 4, n = PAGE + 1 + below(PAGE), at = sizeof h + n * 4;
     if (h.n == 0 || h.n > PAGE || size <= before) return size;
     size_t n_page = size - before;
     if (at + 2 * n_page > max_size || at + 2 * n_page > sizeof made) return size;
     h.n = n;
     memcpy(made, &h, sizeof h);
-    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 16 + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
+    for (size_t i = 0; i < n; i++) memcpy(made + sizeof h + 4 * i, &(int32_t){ (int32_t)(i * 7 % 135) }, 4);
     memcpy(made + at, data + before, n_page);
     memcpy(made + at + n_page, data + before, n_page);
     memcpy(data, made, at + 2 * n_page);
     return at + 2 * n_page;
 }
 
-// Mostly with the right length, hash and checksums, which else would be all that is ever looked at.
+// Mostly with the right hash and checksums, which else would be all that is ever looked at.
 static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
     SessionHeader h;
     if (size >= sizeof h && one_in(2)) set_number(data + 8 * below(sizeof h / 8), 8, size);
@@ -923,19 +976,19 @@ static size_t change_session(uint8_t *data, size_t size, size_t max_size) {
     memcpy(&h, data, sizeof h);
     if (!model) model = h.model, settings = h.settings;
     h.model = model, h.settings = settings;
-    if (!one_in(4)) h.file_bytes = size;
     if (!one_in(4)) h.n %= 130;
-    memcpy(data, &h, sizeof h);
-    size_t pages = h.n < 1000 ? n_pages((int)h.n) : 0, at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
-    for (size_t i = 0; i < pages && at < size && sizeof h + 8 * i + 8 <= size; i++) {
+    size_t pages = h.n < 1000 ? n_pages((int)h.n) : 0, at = sizeof h + (size_t)(h.n % 1000) * 4;
+    for (size_t i = 0; i < pages && at < size; i++) {
         size_t n = (size - at) / (pages - i);
-        uint64_t sum = add_sum(0, data + at, n);
-        if (!one_in(8)) memcpy(data + sizeof h + 8 * i, &sum, 8);
+        uint64_t sum = n > 8 ? add_sum(0, data + at, n - 8) : 0;
+        if (n > 8 && !one_in(8)) memcpy(data + at + n - 8, &sum, 8);
         at += n;
     }
-    at = sizeof h + pages * 8 + (size_t)(h.n % 1000) * 4;
-    Buffer head = { data, at < size ? at : size, 0 };
-    h.head_sum = sum_head(&head);
+    static int ids[1000];
+    if (h.n < 1000 && h.n * 4 <= size - sizeof h) {
+        memcpy(ids, data + sizeof h, h.n * 4);
+        h.head_sum = sum_head(&h, ids);
+    }
     memcpy(data, &h, sizeof h);
     return size;
 }
@@ -944,7 +997,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
     mutation_state = seed;
     if (FUZZ == SESSIONS) return change_session(data, size, max_size);
     if (FUZZ == STRINGS) return change_text_input(data, size, max_size);
-    if (FUZZ == TEMPLATES) return LLVMFuzzerMutate(data, size, max_size);
+    if (FUZZ >= TEMPLATES) return LLVMFuzzerMutate(data, size, max_size);
     return (FUZZ == MODELS ? change_model : change_file)(data, size, max_size);
 }
 #endif
@@ -961,7 +1014,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     options.quiet = true;
     if (FUZZ == MODELS) atexit(tell_forward);
-    return FUZZ == MODELS && !choose_kernels(NULL, &e);
+    return (FUZZ == MODELS || FUZZ == LINES) && !choose_kernels(NULL, &e);
 }
 
 #ifndef FUZZ_WITHOUT_MUTATOR
@@ -984,7 +1037,7 @@ static void forget_coverage(void) {}
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t before = n_forward;
     n_allocated = 0;
-    const char *wrong = FUZZ == TEMPLATES ? try_template(data, size)
+    const char *wrong = FUZZ == LINES ? try_lines(data, size) : FUZZ == TEMPLATES ? try_template(data, size)
                       : FUZZ == STRINGS ? try_text_input(data, size)
                       : FUZZ == SESSIONS ? try_session(data, size) : try_file(data, size, FUZZ == MODELS);
     if (!wrong && n_allocated > (4u << 20) + 64 * size) wrong = "more memory than the file's size justifies";

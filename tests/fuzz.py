@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """make fuzz: builds tests/fuzz.c with clang's libFuzzer, lets each target run, and counts. Standard library only.
 
-    python3 tests/fuzz.py [--seconds N] [--targets files texts models sessions templates]
+    python3 tests/fuzz.py [--seconds N] [--targets files texts models sessions templates lines]
                                                                                    it goes on from what build/fuzz has
     python3 tests/fuzz.py --minimise         tests/corpus anew: fewest inputs that reach what all found so far reach
     python3 tests/fuzz.py --afl              the same with AFL++ (afl-clang-fast, afl-fuzz)
@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "fuzz"
-TARGETS = {"files": 1, "texts": 2, "models": 3, "sessions": 4, "templates": 5}  # as in tests/fuzz.c
-LONGEST = {"files": 12000, "texts": 128, "models": 12000, "sessions": 12000, "templates": 400}  # bytes of an input
+TARGETS = {"files": 1, "texts": 2, "models": 3, "sessions": 4, "templates": 5, "lines": 6}  # as in tests/fuzz.c
+LONGEST = {"files": 12000, "texts": 128, "models": 12000, "sessions": 12000, "templates": 400,
+           "lines": 400}  # bytes of an input
 FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 SANITIZERS = "address,undefined,float-cast-overflow"
 LIMITS = ["-rss_limit_mb=1024", "-malloc_limit_mb=64", "-timeout=5"]

@@ -32,6 +32,9 @@ USUAL = {"temp": 1.0, "k": 0, "p": 1.0, "min_p": 0.0, "typical": 0.0, "xtc": 0.0
          "sigmas": 0.0, "ignore_eos": 0, "breakers": [], "biases": [], "ends": [], "ids": []}
 
 
+MOST_LONGER = 1000  # than allowed: DRY counts no more tokens of a repeated sequence
+
+
 class Unclear(Exception):
     """Two numbers are so near that float32 may order them otherwise."""
 
@@ -68,7 +71,7 @@ def unbroken(ids: list, pieces: list, breakers: list) -> int:
 
 
 def dry(logits: list, ids: list, pieces: list, multiplier: float, base: float, allowed: int, breakers: list) -> list:
-    logits, longest, most = list(logits), {}, unbroken(ids, pieces, breakers)
+    logits, longest, most = list(logits), {}, min(unbroken(ids, pieces, breakers), allowed + MOST_LONGER)
     if len(ids) <= allowed or most < allowed:
         return logits
     for at in range(len(ids) - 1):  # the tokens up to here are compared with the last ones
@@ -271,6 +274,19 @@ def make_cases(seed: int, count: int, most: int) -> str:
     return "".join(lines)
 
 
+def edge_cases() -> list:
+    """Where a constant that is a little wrong would show: DRY's longest sequence, n-sigma's limit."""
+    loop = dict(USUAL, temp=0, dry=1.5, base=1.001, dry_n=-1, breakers=[b"none"], ids=[0, 1, 2] * 400,
+                logits=[1.0, 0.5, 0.25, -1.0], pieces=[b"a", b"b", b"c", b"d"])
+    near = dict(USUAL, temp=0, sigmas=0.7, logits=[0.125 * i for i in range(20)] + [4.0, 0.0, 0.0])
+    near["pieces"] = [b"a"] * len(near["logits"])
+    for _ in range(100):  # the last two are 0.4 % nearer to the best and farther from it than the limit
+        mean = sum(near["logits"]) / len(near["logits"])
+        spread = 0.7 * math.sqrt(sum((x - mean) ** 2 for x in near["logits"]) / len(near["logits"]))
+        near["logits"][-2:] = [float(f"{4 - spread * share:.7g}") for share in (0.996, 1.004)]
+    return [loop, near]
+
+
 # ---- llama.cpp ----
 
 def compare_llama(model: str, count: int) -> None:
@@ -345,7 +361,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=0, help="so many more cases, for build/test")
     parser.add_argument("--llama", metavar="GGUF", help="compare the reference with llama.cpp, by this vocabulary")
     a = parser.parse_args()
-    golden = make_cases(14, 150, 24)
+    golden = make_cases(14, 150, 24) + "".join(line(c) for c in edge_cases())
     if a.llama:
         compare_llama(a.llama, a.n or 300)
     elif a.n:

@@ -2,7 +2,7 @@
 """Writes the files that fuzzing begins with: models as small as they can be, one of every family, type and container,
 and texts. Python's standard library and ./run, which makes the native ones.
 
-    python3 tests/make_seeds.py FOLDER      FOLDER/files, FOLDER/texts, FOLDER/sessions and FOLDER/templates
+    python3 tests/make_seeds.py FOLDER      FOLDER/files, FOLDER/texts, FOLDER/sessions, templates and lines
 """
 import json
 import random
@@ -171,6 +171,16 @@ def texts() -> dict[str, bytes]:
     return made
 
 
+LINES = (  # of prompts and of tasks
+    '{"prompt": "Once", "id": 7, "n_predict": 2, "temp": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 1}',
+    '{"prompt": "a\\u00e9\\ud83d\\ude00", "id": "x", "stop": ["b", "cc"]}', '{"prompt": "a", "stop": "b"}',
+    '{"messages": [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]}',
+    '{"question": "a?", "answer": "b", "solution": "c"}', '{"question": "a?", "answer": 1, "choices": ["a", "b"]}',
+    '{"question": "a?", "answer": "a", "choices": ["a", "b"]}', '{"question": "2 + 2", "answer": 4.0}',
+    '{"prompt": "a", "choices": ["x", "y z"]}',
+)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     files, texts_folder, sessions = folder / "files", folder / "texts", folder / "sessions"
@@ -200,6 +210,10 @@ def main() -> None:
     for i, line in enumerate(goldens.read_text().splitlines()):  # the first is JSON, the others have templates
         text = "\0" + line if i == 0 else json.loads(line)[0]
         (folder / "templates" / str(i)).write_text(text)
+    (folder / "lines").mkdir(exist_ok=True)
+    for i, line in enumerate(LINES):
+        for kind in range(4):
+            (folder / "lines" / f"{i}-{kind}").write_bytes(bytes([kind + 4]) + b"a\n" + line.encode() + b"\nb c")
     small = {"kind": 2, "square": True}  # a tile of 16 x 32 weights of 4 bits has 288 bytes
     for name, data in {"llama": gguf("llama", 1), "qwen2": gguf("qwen2", bpe="qwen2", **small),
                        "q4": gguf("llama", **small), "olmo2": gguf("olmo2", **small),

@@ -424,7 +424,7 @@ def read_other(path: pathlib.Path, special: bool) -> tuple:
         name = {128000: "llama-bpe", 200000: "gpt-4o"}[len(ranks)]
         keys, _ = export_model.rank_keys(ranks, [], 0, len(ranks), name, path)
         return exported(keys), of_ranks(ranks, RULES[name][0])
-    keys, _ = export_model.spm_model_keys(path, [], 0, {})
+    keys, _ = export_model.spm_model_keys(path, [], 0)
     return exported(keys), sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 

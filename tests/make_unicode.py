@@ -3,14 +3,15 @@
 # requires-python = ">=3.9"
 # dependencies = ["tokenizers>=0.21"]
 # ///
-"""Prints tokenizer.c's table of Unicode, or with --check compares it with the one that tokenizer.c holds.
+"""Prints tokenizer.c's tables of Unicode, or with --check compares them with those that tokenizer.c holds.
 
-All is asked of the `tokenizers` package, because its regular expressions and its NFC are what tokenizer.c has to
+All of the first is asked of the `tokenizers` package, because its regular expressions and its NFC are what tokenizer.c has to
 equal. In version 0.23.3 they are of different age: its regular expressions (Oniguruma's) know Unicode 16.0; its NFC
 (a crate of Rust's) knows Unicode 9.0, so that younger marks neither move nor compose; and its pre-tokenizer Digits
 (Rust's own), which some models have in place of \\p{N}, knows 17.0 with 13 more numbers, which are none here. Where
 Python's own unicodedata has version 16.0 (3.14 has), the kinds are compared with it. How characters come apart never
-changes once it is given, so any version of unicodedata will do, and `tokenizers` says what it knows of it.
+changes once it is given, so any version of unicodedata will do, and `tokenizers` says what it knows of it. The second,
+how wide characters are on a screen, is unicodedata's of version 14.0 (Python 3.11); others leave that table out.
 """
 import argparse
 import itertools
@@ -22,6 +23,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 TOKENIZER_C = pathlib.Path(__file__).resolve().parent.parent / "tokenizer.c"
 UNICODE = "16.0.0"
+WIDTHS_UNICODE = "14.0.0"
 # The table's order is that of the code points, but U+E0000 follows U+33FFF: nothing between is of any kind.
 ORDER = [*range(0x34000), *range(0xE0000, 0xE01F0)]
 LINE = 110
@@ -140,10 +142,25 @@ def words() -> list:
     return found
 
 
-def table() -> str:
+def width(c: int) -> str:
+    """How many columns of a screen a character has: w two (East Asian, emoji), m none (marks), _ one."""
+    category = unicodedata.category(chr(c))
+    if c >= 160 and c != 0xAD and (category in ("Mn", "Me", "Cf") or 0x1160 <= c < 0x1200):  # vowels that join Hangul
+        return "m"
+    if any(c in plane for plane in (range(0x20000, 0x2FFFE), range(0x30000, 0x3FFFE))):
+        return "w"  # characters that are not assigned yet, too
+    return "w" if category != "Cn" and unicodedata.east_asian_width(chr(c)) in "WF" else "_"
+
+
+def widths() -> list:
+    return [f"{n if n != 1 else ''}{letter}" for letter, run in itertools.groupby(map(width, range(0xE01F0)))
+            for n in [len(list(run))]]
+
+
+def table(words: list) -> str:
     """The C text."""
     lines, line = [], ""
-    for word in words():
+    for word in words:
         if len(line) + len(word) > LINE:
             lines.append(line)
             line = ""
@@ -154,14 +171,18 @@ def table() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with tokenizer.c; status 1 if they differ")
-    made = table()
+    tables = {"unicode_data": table(words())}
+    if unicodedata.unidata_version == WIDTHS_UNICODE:
+        tables["unicode_widths"] = table(widths())
+    made = [f"static const char {name}[] =\n{text}" for name, text in tables.items()]
     if not parser.parse_args().check:
-        print(made, end="")
+        print("\n".join(made), end="")
         return 0
-    if f"unicode_data[] =\n{made}" in TOKENIZER_C.read_text(encoding="utf-8"):
-        print(f"make_unicode.py: tokenizer.c holds this table ({len(made)} bytes)")
+    held = TOKENIZER_C.read_text(encoding="utf-8")
+    if all(text in held for text in made):
+        print(f"make_unicode.py: tokenizer.c holds these tables: {', '.join(tables)}")
         return 0
-    print("make_unicode.py: tokenizer.c holds another table", file=sys.stderr)
+    print("make_unicode.py: tokenizer.c holds other tables", file=sys.stderr)
     return 1
 
 

@@ -67,8 +67,7 @@ add run.c '^};' '^static const Option option_table' before \
 add README.md '^| `--min-p`' '' after '| `--epsilon` P | exclude tokens less likely than P; 0: off | 0 |'
 sed -i.old -e 's/ = (float)options\.min_p }/ = (float)options.min_p, .epsilon = (float)options.epsilon }/' \
     -e 's/bool cuts = /&s->epsilon > 0.0f || /' $here/run.c
-add run.c '[*]sum [+]= c.n - i..p;' '^static size_t cut_tail' before \
-    '        if (i > 1 && c[n - i].p < s->epsilon) return i - 1;'
+add run.c '^    [*]sum = 0' '^// To add a filter' before '    while (n > 1 && c[n - 1].p < s->epsilon) n--;'
 
 $compiler -O0 -w -pthread run.c -lm -o $here/usual_run
 $compiler -O0 -w -pthread $here/recipes.c -lm -o $here/run

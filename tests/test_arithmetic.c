@@ -717,11 +717,11 @@ static Sequence put_into_cache(AttentionCase c, Cache *cache, size_t n, double *
     if (!make_cache(&m, cache, (Settings){ .context = (int)n + 100, .cache_f32 = c.cache_f32 }, 1, &e)) exit(1);
     Sequence s = new_sequence(cache, 0);
     for (size_t i = 0; i < n_pages((int)n); i++) s.pages[i] = (int)(n_pages((int)n) - i);
-    memset(cache->layers->keys, 255, cache->layers->key_bytes * n_pages((int)n + 100));
-    memset(cache->layers->values, 255, cache->layers->value_bytes * n_pages((int)n + 100));
+    memset(cache->pool, 255, cache->page_bytes * n_pages((int)n + 100));
     for (size_t p = 0; p < n; p++) {
-        unsigned char *to_keys = cache->layers->keys + (size_t)s.pages[p / 64] * 64 * head_dim * item;
-        unsigned char *to_values = cache->layers->values + (size_t)s.pages[p / 64] * 64 * round_up(head_dim, 16) * item;
+        size_t page_bytes = 64 * (head_dim + round_up(head_dim, 16)) * item;
+        unsigned char *to_keys = cache->pool + (size_t)s.pages[p / 64] * page_bytes;
+        unsigned char *to_values = to_keys + 64 * head_dim * item;
         for (size_t d = 0; d < head_dim; d++) {
             float key = random_float(c.size), value = random_float(1);
             uint16_t half[2] = { (uint16_t)half_of_value(key), (uint16_t)half_of_value(value) };

@@ -234,8 +234,8 @@ static const Case cases[] = {
     { "Qwen/Qwen3-0.6B -i a", 1, NULL, "names of models are not known here: download a GGUF" },
     { "$T/zip", 1, NULL, "python3 export_model.py FOLDER -o model.bin" },
     { "$T/safetensors", 1, NULL, "a safetensors file; convert its folder: python3 export_model.py" },
-    { "run.c", 1, NULL, "=run: run.c: a text file, not a model; as a prompt: -f run.c\n" },
-    { "$T/prompt", 1, NULL, "/prompt: a text file" },
+    { "run.c", 1, NULL, "=run: run.c: not a model; if it is a text, as a prompt: -f run.c\n" },
+    { "$T/prompt", 1, NULL, "/prompt: not a model; if it is a text" },
     { "https://a.b/c.gguf", 1, NULL, "an address, not a file; download it first: curl -LO https://a.b/c.gguf\n" },
     { "$T/empty", 1, NULL, "empty" },
     { "$T/cut.bin", 1, NULL, "not copied whole" },
@@ -271,8 +271,8 @@ static const Case cases[] = {
     { "$tied -t 0 -f /dev/zero", 5, NULL, "; see -c" }, { "$qwen2 -t 0 -f /dev/zero", 5, NULL, "; see -c" },
     { "$tied -m logits -o $T/x -f /dev/zero", 5, NULL, "; see -c" },
     { "$tied -m bench -q --reps 1 -j 1 --pp 4 --tg 0 --svg $T/none/x", 3, NULL, "/none/x: " },
-    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "65 positions; the model was trained for 64" },
-    { "$tied -m bench -c 20 --pp 30 --tg 2", 5, NULL, "needs 30 positions, -c has 20" },
+    { "$tied -m bench --pp 8 --tg 65", 5, NULL, "needs 65 positions, the context has 64 of the model's 64" },
+    { "$tied -m bench -c 20 --pp 30 --tg 2", 5, NULL, "needs 30 positions, the context has 20 of" },
     { "$tied -m logits -f $T/text -o $T/x", 5, NULL, "see -c" }, { "$tied -m perplexity -i a -c 16", 5, NULL, "(-c)" },
     // texts; stdout has nothing else
     { "$tied -t 0 -n 0 -i 'Once upon'", 0, "=Once upon\n", "stopped at -n tokens" },
@@ -332,8 +332,8 @@ static const Case cases[] = {
       NULL },
     { "$tied $t", 0, "=\n", NULL }, { "$tied -m tokenize", 0, "=1\n", NULL }, { "$z -m tokenize -i a", 0, "1 ", NULL },
     { "$v0 $t", 1, NULL, "run: tests/golden/llama2c_v0.bin: has no tokenizer in it" },
-    { "nowhere $t", 1, NULL, "run: nowhere: " }, { "run.c $t", 1, NULL, "run: run.c: a text file" },
-    { "$v0 -z README.md $t", 1, NULL, "run: README.md: a text file, not a model; as a prompt: -f FILE" },
+    { "nowhere $t", 1, NULL, "run: nowhere: " }, { "run.c $t", 1, NULL, "run: run.c: not a model; if it is a text" },
+    { "$v0 -z README.md $t", 1, NULL, "run: README.md: not a model; if it is a text, as a prompt: -f FILE" },
     { "$T/cut_v0.bin -z $z -m tokenize -i a", 1, NULL, "not copied whole" },
     { "$tied -z $z -m tokenize -i a", 1, NULL, "275 tokens, the model has 277" },
     { "$bpe -m inspect", 1, NULL, "enough for -m tokenize" }, { "$z -i a", 1, NULL, "tests/golden/tokenizer.bin: " },
@@ -354,7 +354,8 @@ static const Case cases[] = {
     { "$z $t <$T/bytes | $EMULATOR ./run $z $d | cmp - $T/bytes", 0, NULL, NULL },
     { "$T/native.bin -m tokenize --ends -f $T/text | $EMULATOR ./run $tied $d | cmp - $T/text", 0, NULL, NULL },
     { "$bpe $t <$T/text | $EMULATOR ./run $bpe $d | cmp - $T/text", 0, NULL, NULL },
-    { "$T/holes.bin $t", 1, NULL, "of 1048577 tokens" }, { "$v0 -z $T/holes.bin $t", 1, NULL, "of 1048577 tokens" },
+    { "$T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
+    { "$v0 -z $T/holes.bin $t", 1, NULL, "than 1048576 tokens" },
     // what there is
     { "$tied -m inspect", 0, "family                       llama\n", NULL },
     { "$tied -m inspect --check", 0, "family                       llama\n", NULL },
@@ -433,7 +434,7 @@ static void make_files(void) {
     Bytes b = export_golden("qwen2_untied.gguf");
     FileHeader header;
     memcpy(&header, b.bytes, sizeof header);
-    memset(b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, bos), 0xFF, 4);
+    memset(b.bytes + header.tokenizer.at + offsetof(Tokenizer, bos), 0xFF, 4);
     put_file("no_bos.bin", b.bytes, b.n);
     size_t n_bytes;
     unsigned char *rows = native_tensor(b, "output.weight", &n_bytes);
@@ -453,7 +454,7 @@ static void make_files(void) {
     if (check(r.status == 0 && b.bytes, "-m export: got status %d and \"%s\"", r.status, r.err)) {
         put_file("cut.bin", b.bytes, b.n - 64);
         memcpy(&header, b.bytes, sizeof header);
-        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(TokenizerHeader, flags);
+        unsigned char *flags = b.bytes + header.tokenizer.at + offsetof(Tokenizer, flags);
         *flags |= ADD_EOS;
         put_file("ends.bin", b.bytes, b.n);
         *flags &= ~ADD_EOS;
@@ -620,6 +621,8 @@ static void test_warnings(void) {
         { "--color auto -e", "--color has no effect here\n-e has no effect here\n" },
         { "-t 0", "--temp is given again: the last one counts\n" }, { "-f $T/prompt -f $T/once", "" },
         { "-j 1 -c 0 -b 3", "" },
+        { "--dry-sequence-breaker a --dry-sequence-breaker b", "" },
+        { "-s 1 -s -1", "--seed is given again: the last one counts\n" },
         { "--pp 3", "-m generate does not use --pp\n" }, { "-y a", "-m generate does not use --system\n" },
         { "-m tokenize", "-m tokenize does not use --n-predict\n-m tokenize does not use --temp\n" },
         { "-q -ngl 99 -t 0 --pp 3", "" }, { "-ngl 99 -t 0 --pp 3 --quiet", "" },
@@ -950,7 +953,7 @@ static void test_picture(void) {
     int n_points = 0;
     for (const char *p = svg; p && (p = strstr(p, "<circle")); p++) n_points++;
     check(r.status == 0 && svg && !strncmp(svg, "<svg ", 5) && n_points == 2 && strstr(svg, "</svg>\n") &&
-              strstr(r.out, "pp4 on 1 thread, bound by ") && strstr(r.out, "tg2 on 1 thread, bound by "),
+              strstr(r.out, "| pp4 ") && strstr(r.out, "| tg2 "),
           "--svg: got status %d, %d points and \"%s\"", r.status, n_points, r.err);
     free(svg);
     free_result(&r);
@@ -1241,6 +1244,7 @@ static void test_conversations(void) {
     };
     write_text("lines", "Hi\nthere\n");
     write_text("who", "Who?");
+    write_text("role.json", "[{\"role\": 1, \"content\": \"a\"}]");
     write_text("asked.json", "[{\"role\": \"user\", \"content\": \"Hi\\u0020there\"}]");
     write_text("asked2.json", "\xEF\xBB\xBF{\"x\": 1, "
                "\"messages\": [{\"content\": \"Hi there\", \"role\": \"user\", \"n\": 2}]}");
@@ -1269,7 +1273,7 @@ static void test_conversations(void) {
         { "$long -m chat -t 0 -q -c 64 -n 20 <$T/many", 0, "",
           "[the context is full: the oldest 2 messages are forgotten]\n" },
         { "$long -m chat -t 0 -q -c 64 -n 20 --no-shift <$T/many", 5, "",
-          "this conversation is full (64 tokens); start again with -c 0 for 1048576\n" },
+          "the context has 64 of the model's 1048576; see -c\n" },
         { "$long -m chat -st -q </dev/null", 2, NULL, "nothing to answer" },
         { "$long -m chat -st -i a --think maybe", 2, NULL, "--think maybe: expected on, off or hide" },
         { "$long -m chat -st -i a --log $T/none/log", 3, NULL, "--log" },
@@ -1281,6 +1285,7 @@ static void test_conversations(void) {
         { "$long -m chat -st -t 0 -i a --template $T/empty", 2, NULL,
           "the chat template makes no text of these messages" },
         { "$long -m render --messages $T/asked.json --template $T/refuses --pieces", 0, "", NULL },
+        { "$long -m render --messages $T/role.json --template chatml", 1, "", "message 1 is not {" },
         { "$long -m chat -st -q <$T/big", 5, NULL, "positions, the context has 4096" },
         { "$long -m render --messages $T/asked.json --think maybe", 2, NULL, "--think maybe: expected" },
         { "$long -m chat -st -t 0 -q -n 2 -i a --template $T/refuses", 0, "", NULL },
@@ -1295,6 +1300,46 @@ static void test_conversations(void) {
     check(r.status == 0 && !strcmp(log.out, wanted), "--log: got \"%s\", wanted \"%s\"", log.out, wanted);
     free_result(&r);
     free_result(&log);
+}
+
+// With --json an answer is an object, with the text that is printed otherwise. A transcript has what is said now, not
+// the history. The seed is told once, and not of a chat that never starts.
+static void test_chat_output(void) {
+    static const char *const chats[] = { "-m chat -t 0 -q -n 4 <$T/said", "-m chat -st -t 0 -q -n 4 -i Hi" };
+    for (int i = 0; i < 2; i++) {
+        char plain[100], json[100];
+        snprintf(plain, sizeof plain, "$long %s", chats[i]);
+        snprintf(json, sizeof json, "$long --json %s", chats[i]);
+        Result wanted = run_with(plain), r = run_with(json);
+        const char *line = r.out, *text = wanted.out;
+        int n = 0;
+        for (; *line; line += strcspn(line, "\n") + 1, text += strcspn(text, "\n") + 1, n++) {
+            Pool pool = { 0 };
+            Value v = { 0 };
+            Error e;
+            bool ok = parse_json(line, strcspn(line, "\n"), &pool, &v, &e);
+            const Value *got = find_member(&v, "text"), *ids = find_member(&v, "ids");
+            const Value *stop = find_member(&v, "stop");
+            const Value *n_tokens = find_member(&v, "tokens"), *n_prompt = find_member(&v, "prompt_tokens");
+            bool same = got && got->n == strcspn(text, "\n") && !memcmp(got->text, text, got->n);
+            check(ok && same && stop && ids &&
+                      same_text(*stop, "limit") && ids->n == 4 && n_tokens->integer == 4 && n_prompt->integer > 0,
+                  "%s: got %s", json, r.out);
+            free_pool(&pool);
+        }
+        check(r.status == 0 && n == (i ? 1 : 3) && !*text, "%s: got status %d and %d lines", json, r.status, n);
+        free_result(&wanted), free_result(&r);
+    }
+    Result r = run_with("$long -m chat -t 0 -q -n 0 -st --messages $T/told.json -i x --log $T/log2; cat $T/log2 >&2");
+    check(!strcmp(r.err, "user: x\n\nassistant: \n\n"), "--log with --messages: got \"%s\"", r.err);
+    free_result(&r);
+    r = run_with("$long -m chat -n 1 <$T/said");
+    const char *seed = strstr(r.err, "seed ");
+    check(seed && !strstr(seed + 1, "seed "), "the seed of a chat: got \"%s\"", r.err);
+    free_result(&r);
+    r = run_with("$long -m chat -st -i a --template $T/empty");
+    check(r.status == 2 && !strstr(r.err, "seed"), "a chat that never starts: got \"%s\"", r.err);
+    free_result(&r);
 }
 
 // Where an answer may go on in what a template makes of it. Capital letters are the template's.
@@ -1316,8 +1361,9 @@ static void test_continued_answers(void) {
         free_rendered(&two[0]);
         free_rendered(&two[1]);
     }
-    check(!ends_in_thought("a", 1, false) && ends_in_thought("a", 1, true) && !ends_in_thought("a</think>", 9, true) &&
-          ends_in_thought("</think><think>", 15, false), "an answer within a thought");
+    check(find_thought("a", 1) == 1 && find_thought("a<think>b", 9) == 1 &&
+          find_thought("<think>a</think>", 16) == 16 &&
+          find_thought("<think></think><think>", 22) == 15, "an answer within a thought");
 }
 
 // What is printed of a text with thoughts, whatever its parts.
@@ -1728,7 +1774,7 @@ static void test_last_interrupt(void) {
             unfinished = (char *)temporary("unfinished");
             interrupted = i == 1 ? SIGINT : 0;
             at_prompt = i == 2;
-            on_interrupt(SIGINT);
+            on_signal(SIGINT, NULL, NULL);
             _exit(interrupted == SIGINT ? 0 : 1);
         }
         int status = -1;
@@ -1863,6 +1909,7 @@ static void test_command_line(void) {
     test_small_stacks();
     test_chats();
     test_conversations();
+    test_chat_output();
     test_continued_answers();
     test_thoughts();
     test_typing();
@@ -1883,7 +1930,7 @@ static void test_command_line(void) {
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 10800 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 10500 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;
@@ -1891,8 +1938,8 @@ static size_t columns(const char *line, size_t n) {
     return count;
 }
 
-// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated table
-// of characters is data, and not counted.
+// Looks at every line of a source; returns their number, and in *part_one those before chapter 8. The generated tables
+// of characters are data, and not counted.
 static int check_source(const char *path, bool whole_style, int *part_one) {
     char *text = read_text(path);
     int n = 0, begin = 0, n_generated = 0;
@@ -1908,7 +1955,7 @@ static int check_source(const char *path, bool whole_style, int *part_one) {
         if (memchr(line, '\t', length)) check(false, "%s:%d: a tab", path, n);
         if (!strncmp(line, "/* ==== 8.", 10)) *part_one = n - 1;
         n_generated += generated;
-        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_data[]", 32))
+        if (generated ? end[-1] == ';' : !strncmp(line, "static const char unicode_", 26))
             generated = !generated;
         if (!whole_style) continue;
         if (isalpha((unsigned char)line[0]) || line[0] == '_') begin = n;  // a definition begins

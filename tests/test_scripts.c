@@ -94,6 +94,12 @@ static void test_wrong_lines(void) {
         "--seed -7" },
         { "{\"prompt\": \"\\ud800\"}", "surrogate" }, { "{\"prompt\": \"a\", \"seed\": 9, \"n_predict\": 0}",
         "\"seed\": 9" },
+        { "{\"prompt\": \"a\", \"seed\": \"1\\u00002\"}", "\\\"seed\\\" is no key of a prompt, or has a wrong value" },
+        { "{\"prompt\": \"a\", \"seed\\u0000\": 1}", "is no key of a prompt" },
+        { "{\"prompt\": \"a\", \"seed\": \"18446744073709551615\"}", "\"seed\": 18446744073709551615" },
+        { "{\"prompt\": \"a\", \"seed\": \"18446744073709551616\"}", "--seed 18446744073709551616: expected" },
+        { "{\"prompt\": \"a\", \"seed\": 18446744073709551616}", "a number, or one that is too large" },
+        { "{\"prompt\": \"a\", \"seed\": -1, \"temp\": 1e-320}", "\"text\": " },
         { "{\"prompt\": \"a\", \"top_k\": true}", "wrong value" }, { "[1]", "\"text\": " },
         { "{\"prompt\": \"a\", \"stop\": []}", "\"text\": " },
         { "{\"prompt\": \"a\", \"stop\": [\"\"]}", "\\\"stop\\\": expected up to 64 texts" },
@@ -117,7 +123,7 @@ static void test_wrong_lines(void) {
                 lines[i].wanted);
         at = end + 1;
     }
-    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "10 of 15 lines failed, the first: "),
+    check(r.status == 1 && is_error_line(r.err) && strstr(r.err, "14 of 21 lines failed, the first: "),
           "wrong lines: got status %d and \"%s\"", r.status, r.err);
     free_result(&r);
     r = run_with("$T/rows.bin -t 0 -n 1 --no-bos -q --json --prompts $T/rows");  // most embeddings are NaN
@@ -308,6 +314,7 @@ static void test_evaluation(void) {
         { "10-3 = 7", "7", true }, { "6 of 5", "6", false }, { "five", "5", false }, { "", "5", false },
         { "The answer is 72", "3 + 69 = 72\n#### 72", true }, { "72 or 71", "#### 72", false }, { "B", "B", true },
         { "b", "B", false }, { "B 2", "B", false }, { "2.50", "2.5", true }, { "$12", "12", true },
+        { "0", "#### none", false }, { "#### none", "#### none", true }, { "0", "", false }, { "", "", true },
     };
     for (size_t i = 0; i < sizeof answers / sizeof *answers; i++) {
         Text got = { answers[i].got, strlen(answers[i].got) }, wanted = { answers[i].wanted,

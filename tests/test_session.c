@@ -146,7 +146,7 @@ static bool read_damaged(const Model *m, Runner *r, Bytes b, size_t n_common, Er
     if (!f) return false;
     for (int i = 0; i <= SESSION_TOKENS; i++) ids[i] = session_ids[i] + ((size_t)i >= n_common);
     *e = (Error){ 0 };
-    bool ok = read_session(m, &r->w, &r->text, f, b.n, &(Tokens){ .ids = ids, .n = SESSION_TOKENS + 1 }, e);
+    bool ok = read_session(m, &r->w, &r->text, f, &(Tokens){ .ids = ids, .n = SESSION_TOKENS + 1 }, e);
     fclose(f);
     return ok;
 }
@@ -163,8 +163,8 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
             SessionHeader h;
             memcpy(copy.bytes + at, &numbers[i], 8);
             memcpy(&h, copy.bytes, sizeof h);
-            size_t n = h.n <= MAX_CONTEXT ? sizeof h + n_pages((int)h.n) * 8 + h.n * 4 : b.n;
-            h.head_sum = sum_head(&(Buffer){ copy.bytes, n < b.n ? n : b.n, 0 });
+            const int *in_file = (void *)(copy.bytes + sizeof h);
+            if (h.n <= (b.n - sizeof h) / sizeof *in_file) h.head_sum = sum_head(&h, in_file);
             memcpy(copy.bytes, &h, sizeof h);
             bool ok = read_damaged(m, r, copy, SESSION_TOKENS, &e);
             check((ok || (e.status == BAD_FILE && e.text[0])) && r->text.n == 0,  // nothing is of this text
@@ -177,8 +177,8 @@ static void check_forged(const Model *m, Runner *r, Bytes b) {
 }
 
 // 10,000 sessions with a flipped bit, with bytes exchanged, cut, or too long. Where a text has all of a session, each
-// is refused, and the text is empty; where it has only the beginning, damage after that may not matter, and the pages
-// are those of the whole session.
+// damage is refused, and the text is empty; where it has only the beginning, damage after that does not matter, nor do
+// bytes after the end. The pages are then those of the whole session.
 static void test_damaged_sessions(void) {
     enum { N = 10000, SOME = 40 };
     Opened o = open_golden("llama_mqa.gguf");
@@ -193,7 +193,7 @@ static void test_damaged_sessions(void) {
     Bytes b = read_bytes(path);
     int n_spare = r.cache.n_spare + (int)n_pages(SESSION_TOKENS);
     if (!check(ok && b.bytes, "a session: got \"%s\"", e.text)) return;
-    size_t n_head = sizeof(SessionHeader) + n_pages(SESSION_TOKENS) * 8 + SESSION_TOKENS * 4;
+    size_t n_head = sizeof(SessionHeader) + SESSION_TOKENS * sizeof(int);
     size_t n_page = (b.n - n_head) / n_pages(SESSION_TOKENS);
     for (size_t i = 0; i < N; i++) {
         Bytes damaged = { b.bytes, b.n };
@@ -211,7 +211,7 @@ static void test_damaged_sessions(void) {
         ok = read_damaged(&o.model, &r, damaged, n_common, &e);
         b.bytes[at] = kept;
         free(longer);
-        bool matters = n_common > SOME || kind < 2 || at < n_head + n_page;
+        bool matters = at < (n_common > SOME ? b.n : n_head + n_page) && kind != 1;
         n_taken += ok, n_refused += !ok;
         check(ok == !matters && (ok || (e.status == BAD_FILE && e.text[0] && !strchr(e.text, '\n'))) &&
                   r.text.n == (ok ? (int)n_common : 0) && r.cache.n_spare == n_spare - (int)n_pages(r.text.n),
@@ -220,7 +220,7 @@ static void test_damaged_sessions(void) {
         if (ok) check(!memcmp(keys_at(&r.cache.layers[0], r.text.pages[0], 0), b.bytes + n_head,
                               r.cache.layers[0].key_bytes), "damage at byte %zu: another first page", at);
     }
-    check(n_taken > 500 && n_refused > 8000, "damaged sessions: %zu were taken, %zu refused", n_taken, n_refused);
+    check(n_taken > 500 && n_refused > 7000, "damaged sessions: %zu were taken, %zu refused", n_taken, n_refused);
     rewind_sequence(&r.text, 0);
     check_forged(&o.model, &r, b);
     unlink(path);
@@ -252,8 +252,8 @@ static void test_session_commands(void) {
                                       "test $? = 1 && grep -q 'no session' $T/err && cmp $T/p $T/prompt" },
         { "a folder", "$EMULATOR ./run $tied -q -i a --session $T 2>$T/err; test $? = 1 && grep -q 'expected a file' "
                       "$T/err" },
-        { "a folder that is not there", "$EMULATOR ./run $tied -q -n 1 -i a --session $T/no/s 2>$T/err >/dev/null; "
-                                        "test $? = 3 && test $(wc -l <$T/err) = 1" },
+        { "a folder that is not there", "$EMULATOR ./run $tied -q -n 1 -i a --session $T/no/s 2>$T/err >$T/out; "
+                                        "test $? = 3 && test $(wc -l <$T/err) = 1 && test ! -s $T/out" },
         { "too large for the file system", "cp $T/s $T/old; (trap '' XFSZ; ulimit -f 8; $EMULATOR ./run $tied -q -n 40 "
                                            "-i a --session $T/s) >/dev/null 2>$T/err; test $? = 3 && cmp $T/s $T/old" },
         { "damaged in its pages", "cp $T/s $T/d; printf X | dd of=$T/d bs=1 seek=$(($(wc -c <$T/d) - 3000)) "

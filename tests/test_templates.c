@@ -205,11 +205,14 @@ static void test_template_errors(void) {
         { "{{ 1|batch(2) }}", "the filter batch" },
         { "{{ 1 is upper }}", "the test upper" }, { "{{ 'a'.encode() }}", "the method encode" },
         { "{{ [].append(1) }}", "the method append" },
+        { "{{ 'a'.strip }}", "without a call the method strip" }, { "{{ {}.items }}", "the method items" },
+        { "{% for x in [1] %}{{ loop.depth }}{% endfor %}", "the loop's depth" },
+        { "{% for x in [1] recursive %}{% endfor %}", "the loop that is recursive" },
         { "{{ cycler(1) }}", "the name cycler" }, { "\n{% if x %}\n", "line 2: endif is missing" },
         { "{% for x in [1] %}", "endfor is missing" },
         { "{{ 'a }}", "a string without an end" }, { "{{ 1 ", "a tag without }}" }, { "{# x", "a comment without #}" },
         { "{% endif %}", "the statement endif" }, { "{{ 1 + }}", "expected a value" },
-        { "{{ (1 }}", "a tag without }}" },
+        { "{{ (1 }}", "expected ), found }" },
         { "{{ }}", "expected a value" }, { "{% break %}", "break outside of a loop" },
         { "{{ 1 // 0 }}", "division by 0" },
         { "{{ 9223372036854775807 + 1 }}", "too large" }, { "{{ '\\N{DASH}' }}", "the escape \\N" },
@@ -221,6 +224,7 @@ static void test_template_errors(void) {
         { "{{ x.__class__ }}", "'x' is undefined" }, { "{{ ] }}", "found ]" },
         { "{{ 'a'.format() }}", "the method format" }, { "{{ 2 ** 3 }}", "the operator **" },
         { "{{ ; }}", "an unexpected character" },
+        { "{{ strftime_now('%Y\\u0000%d') }}", "the date %Y is not supported" },
     };
     Value given = { .kind = IS_DICT };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

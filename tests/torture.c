@@ -45,6 +45,16 @@ static const Case cases[] = {
     { "generate", "$ -q -n 4 -t 0.8 -s 1 -i Once", "", true, false },
     { "session", "$ -q -n 4 -t 0.8 -s 1 --lookup 2 -i Once --session @/out", "", true, false },
     { "chat", "$ -q -m chat --template vicuna-lines -n 3 -s 1 -i Hi", "you?\n", true, true },
+    { "turn", "$ -q -m chat --template @/template --messages @/messages --template-arg a=1 -st -n 3 -s 1 -i Hi "
+              "--log @/log", "", true, true },
+    { "render", "$ -q -m render --template @/template --messages @/messages --template-arg a=[1,2.5]", "",
+      true, false },
+    { "prompts", "$ -q -n 3 -t 0.8 -s 1 --samples 2 --prompts -",
+      "Once\n{\"prompt\": \"Once\", \"stop\": [\"a\"], \"seed\": 3}\nupon\n", true, false },
+    { "score", "$ -q -m score --logprobs 2 --json -i Once", "", true, false },
+    { "choose", "$ -q -m score --choose a|Once -i Once", "", true, false },
+    { "one-of", "$ -q --one-of a|upon -s 1 -i Once", "", true, false },
+    { "eval", "$ -q -m eval --shots 1 -n 2 -f @/tasks", "", true, false },
     { "export", "$ -q -m export -o @/out", "", true, false },
     { "logits", "$ -q -m logits -f @/text -o @/out", "", true, false },
     { "perplexity", "$ -q -m perplexity -c 4 -f -", "Once upon a time there was a little girl", true, false },
@@ -180,7 +190,9 @@ static const char *judge(const Case *c, const Wanted *w, const char *before, int
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
     bool old_file = same(file, n_file, before, n_before), new_file = same(file, n_file, w->file, w->n_file);
     if (!c->repeats) new_file = n_file > 7 && !strcmp(file + n_file - 7, "</svg>\n");  // it holds what was measured
-    bool one_line = !strncmp(err, "run: ", 5) && strchr(err, '\n') == err + n_err - 1;
+    const char *last = err;  // before it only what failed of many texts
+    while (!strncmp(last, "line ", 5) && strchr(last, '\n')) last = strchr(last, '\n') + 1;
+    bool one_line = !strncmp(last, "run: ", 5) && strchr(last, '\n') == err + n_err - 1;
     bool too_late = new_file && !strcmp(shared->failed, "fclose(stdout)");  // the last call: the file is done by then
     const char *wrong = NULL;
     if (!old_file && !new_file) wrong = "a torn file";
@@ -298,6 +310,13 @@ static void make_native(const char *model, const char *name) {
     if (run_case(&(Case){ "export", words, "", true, false }, model, 0)) printf("FAILED: no %s\n", name), n_wrong++;
 }
 
+static const struct { const char *name, *text; } texts[] = {
+    { "template", "{% for m in messages if m.role != 'system' %}{{ (m.content | trim) ~ a | tojson }}\n{% endfor %}" },
+    { "messages", "[{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\\u00e9\"}]" },
+    { "tasks", "{\"question\": \"a\", \"answer\": \"b\"}\n"
+               "{\"question\": \"c\", \"answer\": 1, \"choices\": [\"a\", \"b\"]}\n" },
+};
+
 // build/torture [quick] [CASE ...]
 int main(int argc, char **argv) {
     static const char stories[] = "../shared/data/stories260K.bin -z ../shared/data/tok512.bin";
@@ -306,6 +325,8 @@ int main(int argc, char **argv) {
     snprintf(folder, sizeof folder, "/tmp/cria-torture-XXXXXX");
     if (shared == MAP_FAILED || !mkdtemp(folder)) return 1;
     write_file("text", "Once upon a time", 16);
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        write_file(texts[i].name, texts[i].text, strlen(texts[i].text));
     make_native("tests/golden/qwen2.gguf", "native");
     char native[128];
     path_of(native, sizeof native, "native");
@@ -318,8 +339,9 @@ int main(int argc, char **argv) {
         for (int k = 0; wanted && k < 4; k++)
             if (models[k]) torture(&cases[i], models[k], quick);
     }
-    static const char *const names[] = { "stdin", "stdout", "stderr", "out", "text", "native" };
-    for (int i = 0; i < 6; i++) remove_file(names[i]);
+    static const char *const names[] = { "stdin", "stdout", "stderr", "out", "text", "native", "template", "messages",
+                                         "log", "tasks" };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove_file(names[i]);
     if (rmdir(folder)) printf("FAILED: %s is not empty\n", folder), n_wrong++;
     printf("%d of %d points clean\n", n_points - n_wrong, n_points);
     return n_wrong > 0;
