@@ -31,9 +31,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import hashlib
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,6 +45,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -386,8 +391,9 @@ def open_pickle(path: Path) -> dict[str, Any]:
 
 def of_torch(name: str, t: Any) -> Tensor:
     types = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
-    if str(t.dtype) not in types:
-        raise Refusal(f"{name} has dtype {t.dtype}, expected float32, float16 or bfloat16")
+    if str(getattr(t, "dtype", "")) not in types or str(t.layout) != "torch.strided":
+        found = getattr(t, "dtype", type(t).__name__)
+        raise Refusal(f"{name} has dtype {found}, expected float32, float16 or bfloat16")
     type_name = types[str(t.dtype)]
 
     def read() -> np.ndarray:
@@ -455,7 +461,7 @@ class Model:
     keys: dict[str, Value]
     tensors: dict[str, Tensor]
     hf_config: dict = field(default_factory=dict)  # the source's config.json, if it has one
-    vocabulary: Path | None = None                 # a folder whose tokenizer is used in place of the source's
+    vocabulary: Path | None = None                 # where its tokenizer is: a folder, or a file of its own
 
     @property
     def arch(self) -> str:
@@ -868,6 +874,7 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     if spm:
         keys["tokenizer.ggml.scores"] = array(F32, scores)
         keys["tokenizer.ggml.add_space_prefix"] = boolean(flags & 4)
+        keys |= {key: boolean(True) for i, key in enumerate(SPM_FLAGS) if flags >> 5 + i & 1}
     else:
         pairs = [f"{pieces[a]} {pieces[b]}" for a, b, _ in merges.reshape(-1, 3)]
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
@@ -924,7 +931,9 @@ def open_native(path: Path) -> Model:
 # numpy forward pass.
 
 class Config:
-    """A config.json. It notes which keys have been asked for: any other is refused, for it may change the model."""
+    """A config.json. It notes which keys have been asked for: any other is refused, for it may change the model. Only
+    keys that the family's code reads count: the others of any family change nothing, and a line says so. null means
+    that there is no such key."""
 
     # Of no consequence for what a model computes from a text, whatever their values.
     HARMLESS = set("""
@@ -938,24 +947,31 @@ class Config:
         encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
         exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
         cache_implementation _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
-        transformers.js_config is_llama_config max_window_layers max_sequence_length pretraining_tp
-        _attn_implementation use_flash_attn""".split())
+        transformers.js_config is_llama_config max_sequence_length pretraining_tp _attn_implementation
+        _experts_implementation use_flash_attn use_sdpa use_cache_quantization quantization_status
+        output_past is_composition""".split())
     # Of no consequence at these values.
     NEUTRAL = {"is_encoder_decoder": (False,), "is_decoder": (False, True),
-               "add_cross_attention": (False,), "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False,),
+               "add_cross_attention": (False,), "tie_encoder_decoder": (False,),
                "pruned_heads": ({},), "chunk_size_feed_forward": (0,), "tf_legacy_loss": (False,),
-               "use_bidirectional_attention": (False, None), "rope_interleaved": (False,),
+               "use_bidirectional_attention": (False,), "rope_interleaved": (False,),
                "lm_head_bias": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,),
                "rotary_scaling_factor": (1,), "use_mrope": (False,)}
 
-    def __init__(self, values: dict, where: str):
-        self.values, self.where, self.asked = values, where, set()
+    def __init__(self, values: dict, where: str, read: set[str] | None = None, defaults: dict | None = None):
+        """read: the keys that count; None: all"""
+        self.where, self.asked = where, set()
+        unread = [] if read is None else [key for key in values if key in KNOWN_KEYS - read]
+        self.values = {key: value for key, value in ((defaults or {}) | values).items()
+                       if value is not None and key not in unread}
+        if noted := [key for key in unread if values[key] not in (None, False, [], {})]:
+            warn(f"{where}: {', '.join(noted)}: not read by a model of type {values.get('model_type')}, so without "
+                 "effect")
 
     def get(self, key: str, otherwise: Any = None) -> Any:
         """Its value; `otherwise` where there is none, or null."""
         self.asked.add(key)
-        value = self.values.get(key)
-        return otherwise if value is None else value
+        return self.values.get(key, otherwise)
 
     def integer(self, key: str, otherwise: int | None = None, limit: int = (1 << 31) - 1) -> int:
         value = self.get(key, otherwise)
@@ -979,7 +995,7 @@ class Config:
         for key, allowed in self.NEUTRAL.items():
             self.demand(key, *allowed)
         for key in self.values:
-            if key not in self.asked and key not in self.HARMLESS:
+            if key not in self.asked | self.HARMLESS | DEFAULTS.keys():
                 raise Refusal(f"{self.where}: key {key} is not known: it may change what the model computes")
 
 
@@ -995,34 +1011,76 @@ class Family:
     experts: str = ""           # where the experts are: the module's name
     activation: str = "silu"
     windows: bool = False       # attention.sliding_window is always written
-    defaults: dict = field(default_factory=dict)  # what config.json means where it is silent, if that is unusual
+    reads: str = ""             # keys of config.json that count here, beside those of all families
+    defaults: dict = field(default_factory=dict)  # what config.json means where it is silent, as in transformers
 
 
-GEMMA2 = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
-          "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "tie_word_embeddings": True}
-GEMMA3 = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
-          "sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-          "tie_word_embeddings": True}
+# What config.json means where it is silent: transformers' LlamaConfig; a family's own defaults are in its row.
+DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+        "sliding_window": 4096}
+OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+GEMMA = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+         "sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
 GELU = "gelu_pytorch_tanh"
+WINDOWS = "sliding_window use_sliding_window "  # the second says whether the first counts
+GEMMA_READS = ("attention_bias hidden_activation query_pre_attn_scalar sliding_window layer_types "
+               "final_logit_softcapping attn_logit_softcapping use_bidirectional_attention")
+EXPERTS = "num_local_experts num_experts num_experts_per_tok "
 FAMILIES = {f.model_type: f for f in (
-    Family("llama", "llama", pairs=True),
-    Family("mistral", "llama", pairs=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe",
-           defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
-    Family("qwen2", "qwen2"),
-    Family("qwen3", "qwen3", head_norms=True, defaults={"head_dim": 128}),
-    Family("qwen3_moe", "qwen3moe", head_norms=True, experts="mlp"),
-    Family("phi3", "phi3", windows=True, defaults={"rms_norm_eps": 1e-5}),
-    Family("granite", "granite", pairs=True),
+    Family("llama", "llama", pairs=True, reads="attention_bias mlp_bias"),
+    Family("mistral", "llama", pairs=True, reads="sliding_window layer_types",
+           defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                     "sliding_window": 4096}),
+    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe", reads=EXPERTS + "sliding_window layer_types",
+           defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                     "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+    Family("qwen2", "qwen2", reads=WINDOWS + "max_window_layers layer_types", defaults=QWEN),
+    Family("qwen3", "qwen3", head_norms=True, reads=WINDOWS + "max_window_layers layer_types attention_bias",
+           defaults=QWEN | {"head_dim": 128}),
+    Family("qwen3_moe", "qwen3moe", head_norms=True, experts="mlp",
+           reads=WINDOWS + EXPERTS + "attention_bias moe_intermediate_size norm_topk_prob decoder_sparse_step "
+                                     "mlp_only_layers",
+           defaults=QWEN | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+                            "num_key_value_heads": 4, "moe_intermediate_size": 768}),
+    Family("phi3", "phi3", windows=True, reads="sliding_window layer_types partial_rotary_factor",
+           defaults={"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "rms_norm_eps": 1e-5,
+                     "max_position_embeddings": 4096}),
+    Family("granite", "granite", pairs=True,
+           reads="attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier "
+                 "logits_scaling"),
     Family("smollm3", "smollm3", pairs=True,
-           defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}),
-    Family("olmo2", "olmo2", own_output=True, defaults={"rms_norm_eps": 1e-5}),
-    Family("olmo3", "olmo2", own_output=True, windows=True, defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096}),
-    Family("stablelm", "stablelm", own_output=True, defaults={"partial_rotary_factor": 0.25}),
-    Family("gemma2", "gemma2", norm_plus_one=True, activation=GELU, windows=True, defaults=GEMMA2),
+           reads=WINDOWS + "attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types",
+           defaults={"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+                     "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+                     "tie_word_embeddings": True}),
+    Family("olmo2", "olmo2", own_output=True, reads="attention_bias", defaults=OLMO),
+    Family("olmo3", "olmo2", own_output=True, windows=True, reads="attention_bias sliding_window layer_types",
+           defaults=OLMO | {"sliding_window": 4096, "rope_theta": 5e5}),
+    Family("stablelm", "stablelm", own_output=True,
+           reads="layer_norm_eps partial_rotary_factor use_qkv_bias qk_layernorm use_parallel_residual",
+           defaults={"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32,
+                     "max_position_embeddings": 4096, "partial_rotary_factor": 0.25}),
+    Family("gemma2", "gemma2", norm_plus_one=True, activation=GELU, windows=True, reads=GEMMA_READS,
+           defaults=GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
     Family("gemma3_text", "gemma3", norm_plus_one=True, head_norms=True, activation=GELU, windows=True,
-           defaults=GEMMA3))}
+           reads=GEMMA_READS + " rope_local_base_freq sliding_window_pattern",
+           defaults=GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6,
+                             "rope_local_base_freq": 1e4}))}
+COMMON_READS = set("""model_type architectures hidden_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim intermediate_size vocab_size max_position_embeddings original_max_position_embeddings rope_theta
+    rope_scaling rope_parameters tie_word_embeddings""".split())
+# All keys that some family reads, and some that published files have and no family here reads.
+KNOWN_KEYS = COMMON_READS.union(*(f.reads.split() for f in FAMILIES.values())) | set("""
+    rms_norm_eps hidden_act sliding_window_size _sliding_window_pattern rotary_pct rope_pct rotary_dim""".split())
+
+
+def keys_read(f: Family) -> set[str]:
+    """The keys of config.json that count for a family."""
+    norm = set() if f.arch == "stablelm" else {"rms_norm_eps"}
+    return COMMON_READS | norm | (set() if f.norm_plus_one else {"hidden_act"}) | set(f.reads.split())
 
 
 @dataclass(frozen=True)
@@ -1220,18 +1278,24 @@ ROPE_KEYS = {"default": (), "linear": ("factor",),
              "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings",
                           "attention_factor")}
 OPTIONAL_ROPE_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ALL_ROPE_KEYS = {key for keys in ROPE_KEYS.values() for key in keys}
 
 
 def read_rope(c: Config) -> tuple[dict, dict]:
     """The rotation of whole and of windowed attention: rope_parameters of transformers 5, or rope_theta and
     rope_scaling of 4, in the form of 5. Unknown keys are refused."""
     theta, scaling, both = c.get("rope_theta"), c.get("rope_scaling", {}), c.get("rope_parameters", {})
-    local = c.get("rope_local_base_freq")
-    if "full_attention" in both:
-        full, windowed = both["full_attention"] or {}, both.get("sliding_attention") or {}
-    else:
-        full = {"rope_theta": theta} | scaling | both if theta is not None else {**scaling, **both}
-        windowed = {"rope_theta": local} if local is not None else {}
+    local = c.get("rope_local_base_freq", theta)
+    if not all(isinstance(x, dict) for x in (scaling, both)):
+        raise Refusal(f"{c.where}: rope_scaling is {json.dumps(scaling or both)}, expected an object")
+    if scaling and both and scaling != both:
+        warn(f"{c.where}: rope_scaling and rope_parameters differ: the first counts, as in transformers")
+    both = scaling or both
+    by_layers = "full_attention" in both or "sliding_attention" in both
+    full, windowed = (both.get(f"{kind}_attention") or {} for kind in ("full", "sliding")) if by_layers else (both, {})
+    full, windowed = {"rope_theta": theta} | full, {"rope_theta": local} | windowed
+    if not by_layers and c.get("rope_local_base_freq") is None:
+        windowed["rope_theta"] = full["rope_theta"]
     return check_rope(c, full), check_rope(c, windowed)
 
 
@@ -1242,15 +1306,19 @@ def check_rope(c: Config, rope: dict) -> dict:
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in ROPE_KEYS:
         raise Refusal(f"{c.where}: rope_scaling type {json.dumps(kind)} is not supported")
-    for key, value in rope.items():
-        if key not in (*ROPE_KEYS[kind], "rope_theta", "partial_rotary_factor") and value is not None:
-            if not (key == "original_max_position_embeddings" or (key == "truncate" and value is True)):
+    rope = {key: value for key, value in rope.items() if value is not None}
+    for key, value in list(rope.items()):
+        if key not in (*ROPE_KEYS[kind], "rope_theta", "partial_rotary_factor"):
+            if key not in ALL_ROPE_KEYS and not (key == "truncate" and value is True):
                 raise Refusal(f"{c.where}: rope_scaling.{key} = {json.dumps(value)} is not supported with {kind}")
+            if key not in ("original_max_position_embeddings", "truncate"):
+                warn(f"{c.where}: rope_scaling.{key}: not read with rope_type {kind}, so without effect")
+                del rope[key]
     for key in ROPE_KEYS[kind]:
         if key not in OPTIONAL_ROPE_KEYS and rope.get(key) is None \
                 and not (kind == "longrope" and key in ("factor", "original_max_position_embeddings")):
             raise Refusal(f"{c.where}: rope_scaling.{key} is missing")
-    return {key: value for key, value in rope.items() if value is not None} | {"rope_type": kind}
+    return rope | {"rope_type": kind}
 
 
 def llama3_factors(rope: dict, dim: int) -> np.ndarray:
@@ -1277,6 +1345,12 @@ def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, c
     """Keys (without the architecture) and tensors that say how positions are rotated in."""
     kind, keys, tensors = rope["rope_type"], {}, {}
     partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    if partial != 1 and "partial_rotary_factor" not in f.reads:
+        if kind != "default":  # which has it read, and the family's code cannot rotate a part
+            raise Refusal(f"{c.where}: partial_rotary_factor = {partial} with rope_type {kind} is not one of "
+                          f"{f.model_type}")
+        warn(f"{c.where}: partial_rotary_factor: not read by a model of type {f.model_type}, so without effect")
+        partial = 1.0
     dim = int(head_dim * partial)
     keys["rope.freq_base"] = f32(rope.get("rope_theta", 10000.0))
     keys["rope.dimension_count"] = u32(dim)
@@ -1331,8 +1405,7 @@ def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, 
     """How far back attention looks, and in which layers. A window that is as long as the context changes nothing."""
     size, kinds, usual = c.get("sliding_window", 0), c.get("layer_types"), [True] * n_layers
     if f.norm_plus_one:
-        step = c.get("_sliding_window_pattern", WINDOW_STEPS[f.arch])
-        usual = every_but(c.integer("sliding_window_pattern", step), n_layers)
+        usual = every_but(c.integer("sliding_window_pattern", WINDOW_STEPS[f.arch]), n_layers)
     elif f.model_type == "olmo3":
         usual = every_but(WINDOW_STEPS[f.arch], n_layers)
     elif f.model_type in ("qwen2", "qwen3"):
@@ -1344,6 +1417,9 @@ def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, 
     if kinds is not None and (len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}):
         raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} is not supported")
     layers = [kind == "sliding_attention" for kind in kinds] if kinds else usual
+    if f.model_type in ("mistral", "mixtral", "phi3") and size and not all(layers):
+        raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} beside sliding_window = {size} is not supported: "
+                      f"{f.model_type} has one window for all layers")
     if not f.windows and (size == 0 or size >= context or not any(layers)):
         return {}
     keys = {"attention.sliding_window": u32(size)}
@@ -1432,7 +1508,7 @@ def read_config(values: dict, where: Path) -> tuple[Family, Sizes, int, bool, di
     if not f:
         raise Refusal(f"{where}: model_type = {json.dumps(values.get('model_type'))} is not supported; known are "
                       f"{', '.join(FAMILIES)}")
-    c = Config(f.defaults | values, f"{where}")
+    c = Config(values, f"{where}", keys_read(f), DEFAULTS | f.defaults)
     c.get("model_type")
     if any(not str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in c.get("architectures", [])):
         raise Refusal(f"{where}: architectures = {json.dumps(c.get('architectures'))} is not supported")
@@ -1440,11 +1516,11 @@ def read_config(values: dict, where: Path) -> tuple[Family, Sizes, int, bool, di
     context = c.integer("max_position_embeddings")
     eps = c.real("layer_norm_eps", 1e-5) if f.arch == "stablelm" else c.real("rms_norm_eps", 1e-6)
     for key in ("hidden_act", "hidden_activation"):
-        c.demand(key, f.activation, *(["gelu"] if key == "hidden_act" and f.norm_plus_one else []), None)
+        c.demand(key, f.activation, *(["swish"] if f.activation == "silu" else []))
     if f.model_type not in ("llama", "granite"):
         c.demand("attention_bias", False)
         c.demand("mlp_bias", False)
-    c.get("attention_bias"), c.get("mlp_bias")  # the tensors say so
+    c.get("attention_bias"), c.get("mlp_bias")  # open_hf() looks whether the tensors say so, too
     ffn = c.integer("intermediate_size")
     rope, windowed = read_rope(c)
     rotation, tensors = rope_keys(c, f, rope, windowed, sizes.K, context)
@@ -1569,7 +1645,9 @@ def split_steps(pre: dict | None) -> tuple[str, ...]:
         return sum((split_steps(p) for p in pre.get("pretokenizers", [])), ())
     if kind == "Digits" and pre.get("individual_digits"):
         return ("digits",)
-    if kind == "ByteLevel" and not pre.get("add_prefix_space"):
+    if kind == "ByteLevel" and pre.get("add_prefix_space"):
+        return ("?ByteLevel with add_prefix_space = true",)
+    if kind == "ByteLevel":
         return ("bytes",) if pre.get("use_regex", True) else ()
     pattern = pre.get("pattern", {})
     if kind == "Split" and pre.get("behavior") == "Isolated" and not pre.get("invert"):
@@ -1616,7 +1694,7 @@ class Vocabulary:
             elif special or looks_special(token):
                 self.put(i, token, CONTROL, -1000.0)
             else:
-                self.put(i, token.replace("\u2581", " "), USER_DEFINED, -1000.0)
+                self.put(i, token, USER_DEFINED, -1000.0)
 
     def id_of(self, token: str) -> int | None:
         return next((i for i, t in self.tokens.items() if t == token), None)
@@ -1639,38 +1717,80 @@ def content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
 
 
-def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[tuple[int, str, bool]]:
-    """From added_tokens.json, tokenizer_config.json and tokenizer.json; the last has the last word."""
-    found = {i: (t, False) for t, i in more.items()}
-    found |= {int(i): (t["content"], bool(t.get("special"))) for i, t in config.get("added_tokens_decoder", {}).items()}
-    for t in tokenizer.get("added_tokens", []):
-        found[t["id"]] = t["content"], bool(t.get("special"))
-        if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
-            warn(f"{t['content']} takes the spaces beside it, or wants some, in its own tokenizer; here it does not")
-    return [(i, *entry) for i, entry in sorted(found.items())]
+def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[dict]:
+    """From added_tokens.json, tokenizer_config.json and tokenizer.json; the last has the last word. Each as there:
+    id, content, special, normalized, lstrip, rstrip, single_word"""
+    found = {i: {"content": t} for t, i in more.items()}
+    found |= {int(i): dict(t) for i, t in config.get("added_tokens_decoder", {}).items()}
+    found |= {t["id"]: dict(t) for t in tokenizer.get("added_tokens", [])}
+    return [t | {"id": i, "special": bool(t.get("special"))} for i, t in sorted(found.items())]
 
 
-def composes(tokenizer: dict, where: Path) -> bool:
+def check_edges(added: list[dict], size: int, where: Path) -> None:
+    """Refuses tokens that take the white space beside them, are found as whole words only, or in another order."""
+    for t in added:
+        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) and t["id"] < size]:
+            raise Refusal(f"{where}: added token {t['content']} has {flags[0]} = true, which the C program does not "
+                          "obey yet")
+    first = [t["content"] for t in added if not t.get("normalized") and t["content"]]
+    for t in added:
+        if t.get("normalized") and (within := [s for s in first if s in t["content"]]):
+            raise Refusal(f"{where}: added token {t['content']} (normalized = true) is never found, for {within[0]} is "
+                          "found before, which is not supported")
+
+
+def steps_of(part: dict | None, name: str) -> list[dict]:
+    """A normalizer, pre_tokenizer, ... of tokenizer.json as a list of such, without sequences."""
+    part = part or {}
+    if part.get("type") != "Sequence":
+        return [part] if part else []
+    return [step for inner in part.get(name, []) for step in steps_of(inner, name)]
+
+
+def composes(tokenizer: dict, added: list[dict], where: Path) -> bool:
     """Whether its normalizer is NFC; else it has none."""
-    normalizer = tokenizer.get("normalizer") or {}
-    steps = [step.get("type") for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
-    if steps not in ([], ["NFC"]):
-        raise Refusal(f"{where}: normalizer {', '.join(map(str, steps))} is not supported")
+    steps = steps_of(tokenizer.get("normalizer"), "normalizers")
+    if other := [step for step in steps if step != {"type": "NFC"}]:
+        raise Refusal(f"{where}: normalizer {json.dumps(other[0])[:200]} is not supported")
+    for t in added if steps else []:
+        composing = not t["content"].isascii() or t["content"][-1:].isalpha()
+        if t.get("normalized") and composing:  # its end with a mark after it, or a text that becomes it
+            raise Refusal(f"{where}: added token {t['content']} is looked for in NFC (normalized = true), which is not "
+                          "supported")
     return bool(steps)
 
 
-def byte_level_keys(tokenizer: dict, added: list, size: int, pre: str, where: Path) \
+def check_decoder(tokenizer: dict, known: tuple[str, ...], where: Path) -> None:
+    for step in steps_of(tokenizer.get("decoder"), "decoders"):
+        bars = {"pattern": {"String": "\u2581"}, "content": " "}
+        strip = {"content": " ", "start": 1, "stop": 0}
+        usual = {"Replace": bars, "Strip": strip}.get(step.get("type"), {})
+        if step.get("type") not in known or any(step.get(key) != value for key, value in usual.items()):
+            raise Refusal(f"{where}: decoder {json.dumps(step)[:200]} is not supported")
+
+
+def as_entries(added: list[dict]) -> list[tuple[int, str, bool]]:
+    return [(t["id"], t["content"], t["special"]) for t in added]
+
+
+def byte_level_keys(tokenizer: dict, added: list[dict], size: int, pre: str, where: Path) \
         -> tuple[dict[str, Value], Vocabulary]:
     model = tokenizer["model"]
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise Refusal(f"{where}: its BPE has dropout, a prefix or a suffix, which is not supported")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            raise Refusal(f"{where}: its BPE has {key} = {json.dumps(model[key])}, which is not supported")
+    if model.get("unk_token") and not set(BYTE_CHARACTERS) <= model["vocab"].keys():
+        raise Refusal(f"{where}: unk_token = {json.dumps(model['unk_token'])} stands for bytes that have no token, "
+                      "which is not supported")
+    check_edges(added, size, where)
+    check_decoder(tokenizer, ("ByteLevel",), where)
     vocabulary = Vocabulary(size)
     for token, i in model["vocab"].items():
         vocabulary.put(i, token, NORMAL)
-    vocabulary.add(added)
+    vocabulary.add(as_entries(added))
     merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "\u0120") for part in m) for m in model["merges"]]
     keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre),
-            "tokenizer.ggml.normalizer.nfc": boolean(composes(tokenizer, where)),
+            "tokenizer.ggml.normalizer.nfc": boolean(composes(tokenizer, added, where)),
             "tokenizer.ggml.ignore_merges": boolean(model.get("ignore_merges"))}
     return keys | vocabulary.keys(where, False) | {"tokenizer.ggml.merges": array(STRING, merges)}, vocabulary
 
@@ -1679,26 +1799,76 @@ SPACES_AS_BARS = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2
 BAR_FIRST = {"type": "Prepend", "prepend": "\u2581"}
 
 
-def spm_adds_space(tokenizer: dict, where: Path) -> bool:
-    """Whether its normalizer or its pre_tokenizer puts a space before a text, and does nothing that is not known."""
-    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    cuts_at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    metaspace = pre.get("type") == "Metaspace" and pre.get("replacement") == "\u2581"
+def spm_prefix(tokenizer: dict, where: Path) -> str:
+    """What tokenizer.json puts before a text: "" nothing; "prepend" a space before each part between added tokens;
+    "always" the same where there is none yet; "first" so before the text only. Refuses what changes more."""
+    steps, pres = (steps_of(tokenizer.get(f"{kind}r"), f"{kind}rs") for kind in ("normalize", "pre_tokenize"))
     for step in steps:
         if step not in (SPACES_AS_BARS, BAR_FIRST):
-            raise Refusal(f"{where}: normalizer {json.dumps(step)} is not supported")
-    if pre and not metaspace and (pre != cuts_at_spaces or SPACES_AS_BARS not in steps):  # none is left to cut at
-        raise Refusal(f"{where}: pre_tokenizer {json.dumps(pre)} is not supported for SentencePiece's BPE")
-    scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
-    return BAR_FIRST in steps or (metaspace and scheme != "never")
+            raise Refusal(f"{where}: normalizer {json.dumps(step)[:200]} is not supported")
+    prefix = "prepend" if BAR_FIRST in steps else ""
+    for pre in pres:
+        if pre.get("type") == "Metaspace" and pre.get("replacement") == "\u2581":
+            scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
+            prefix = prefix or {"never": ""}.get(scheme, scheme)
+            inner = [t for t in tokenizer["model"]["vocab"] if "\u2581" in t[1:]]
+            if pre.get("split", True) and inner:
+                raise Refusal(f"{where}: Metaspace splits (split = true), so that {json.dumps(inner[0])} never comes "
+                              "of a text, which is not supported")
+        elif pre != CUTS_AT_SPACES or SPACES_AS_BARS not in steps:  # after which none is left to cut at
+            raise Refusal(f"{where}: pre_tokenizer {json.dumps(pre)[:200]} is not supported for SentencePiece's BPE")
+    if SPACES_AS_BARS not in steps and not any(pre.get("type") == "Metaspace" for pre in pres):
+        raise Refusal(f"{where}: neither its normalizer nor its pre_tokenizer makes U+2581 of spaces, which is not "
+                      "supported for SentencePiece's BPE")
+    return prefix
 
 
-def spm_json_keys(tokenizer: dict, added: list, size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
+CUTS_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+# How a text is prefixed and added tokens are found, where it is not as SentencePiece does it.
+# These keys are cria's own, in the order of the flags of a native file.
+SPM_FLAGS = tuple(f"tokenizer.ggml.{name}" for name in ("space_prefix.first", "space_prefix.unless_space",
+                                                        "added_tokens_first"))
+SCHEME_KEYS = {"always": SPM_FLAGS[1:2], "first": SPM_FLAGS[:2]}
+
+
+def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, bool]:
+    """Added tokens as (id, text, special), and whether the others are found before a text gets its prefix. Those with
+    `normalized` are found after the normalizer, which has gone over their own text, too."""
+    normalizes = bool(steps_of(tokenizer.get("normalizer"), "normalizers"))
+    entries, raw, late = [], [], []
+    for t in added:
+        content = t["content"]
+        if t["special"] or looks_special(content):
+            if t.get("normalized") and prefix == "prepend":
+                warn(f"{where}: special token {content} has normalized = true, so that its own tokenizer finds it "
+                     "after a space only; here it is found everywhere")
+        elif t.get("normalized") and normalizes:
+            late.append(content)
+            content = ("\u2581" if prefix == "prepend" else "") + content.replace(" ", "\u2581")
+        elif "\u2581" in content:  # which no text has: it can only come of merging
+            if content not in tokenizer["model"]["vocab"]:
+                raise Refusal(f"{where}: added token {content} is found in texts that have U+2581, only")
+            continue
+        else:
+            raw.append(content)
+        entries.append((t["id"], content, t["special"]))
+    if raw and late and prefix:
+        raise Refusal(f"{where}: added token {raw[0]} is found before the normalizer, {late[0]} after it "
+                      "(normalized = true), which is not supported")
+    return entries, bool(raw and prefix)
+
+
+def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
     """SentencePiece's BPE as tokenizer.json has it. Merges come in the order of the scores: a piece's score is how
     early it is merged."""
-    space = spm_adds_space(tokenizer, where)
     model, vocabulary = tokenizer["model"], Vocabulary(size)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(key):
+            raise Refusal(f"{where}: its BPE has {key} = {json.dumps(model[key])}, which is not supported")
+    prefix = spm_prefix(tokenizer, where)
+    check_edges(added, size, where)
+    check_decoder(tokenizer, ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"), where)
+    entries, raw = place_added(tokenizer, added, prefix, where)
     first: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
@@ -1706,9 +1876,10 @@ def spm_json_keys(tokenizer: dict, added: list, size: int, where: Path) -> tuple
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
         kind = UNKNOWN if token == model.get("unk_token") else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
-    vocabulary.add([entry for entry in added if entry[1] != model.get("unk_token")])
+    vocabulary.add([entry for entry in entries if entry[1] != model.get("unk_token")])
+    keys = {key: boolean(True) for key in (*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ()))}
     return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
-        | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(space)}, vocabulary
+        | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(prefix)} | keys, vocabulary
 
 
 # -- SentencePiece's tokenizer.model: a protocol buffer --
@@ -1747,29 +1918,41 @@ def proto_fields(data: bytes, where: Path) -> Iterator[tuple[int, Any]]:
         raise Refusal(f"{where}: not a SentencePiece model, or cut short") from None
 
 
-def spm_model_keys(path: Path, added: list, size: int) -> tuple[dict[str, Value], Vocabulary]:
-    """ModelProto: pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2 (model_type = 3),
-    normalizer_spec = 3 (precompiled_charsmap = 2, add_dummy_prefix = 3, remove_extra_whitespaces = 4)"""
-    pieces, trainer, normalizer = [], {}, {}
+def spm_model_keys(path: Path, added: list[dict], size: int,
+                   config: dict | None = None) -> tuple[dict[str, Value], Vocabulary]:
+    """ModelProto: pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2 (model_type = 3,
+    treat_whitespace_as_suffix = 24), normalizer_spec = 3 (precompiled_charsmap = 2, add_dummy_prefix = 3,
+    remove_extra_whitespaces = 4, escape_whitespaces = 5), denormalizer_spec = 5
+    config: tokenizer_config.json"""
+    pieces, specs = [], {2: {}, 3: {}, 5: {}}
     for number, value in proto_fields(path.read_bytes(), path):
         if number == 1:
             pieces.append({1: b"", 2: 0.0, 3: NORMAL} | dict(proto_fields(value, path)))
-        elif number == 2:
-            trainer = dict(proto_fields(value, path))
-        elif number == 3:
-            normalizer = dict(proto_fields(value, path))
+        elif number in specs:
+            specs[number] = dict(proto_fields(value, path))
+    trainer, normalizer = specs[2], specs[3]
     if trainer.get(3, 1) != 2:
         raise Refusal(f"{path}: its model_type is {trainer.get(3, 1)}, expected 2 (BPE)")
-    if normalizer.get(2):
+    if normalizer.get(2) or specs[5].get(2):
         raise Refusal(f"{path}: it normalises characters (precompiled_charsmap), which is not supported")
+    prefix = bool(normalizer.get(3, 1))
+    if config and config.get("add_prefix_space") is False and prefix:
+        warn(f"{path.parent / 'tokenizer_config.json'}: add_prefix_space is false, so no space is put before a text, "
+             f"whatever {path.name} says")
+        prefix = False
+    suffix = bool(trainer.get(24, 0)) and prefix
+    for name, holds in (("remove_extra_whitespaces = true", normalizer.get(4, 1)),
+                        ("escape_whitespaces = false", not normalizer.get(5, 1)),
+                        ("treat_whitespace_as_suffix = true", suffix)):
+        if holds:
+            raise Refusal(f"{path}: {name}, which the C program does not obey yet")
+    check_edges(added, max(size, 1), path)
     vocabulary = Vocabulary(max(size, 1) if size else len(pieces))
     for i, piece in enumerate(pieces[:vocabulary.size]):
         vocabulary.put(i, piece[1].decode("utf-8", "surrogateescape"), piece[3], piece[2])
-    vocabulary.add([entry for entry in added if vocabulary.types.get(entry[0]) != UNKNOWN])
+    vocabulary.add([entry for entry in as_entries(added) if vocabulary.types.get(entry[0]) != UNKNOWN])
     return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
-        | vocabulary.keys(path, True) | {
-            "tokenizer.ggml.add_space_prefix": boolean(normalizer.get(3, 1)),
-            "tokenizer.ggml.remove_extra_whitespaces": boolean(normalizer.get(4, 1))}, vocabulary
+        | vocabulary.keys(path, True) | {"tokenizer.ggml.add_space_prefix": boolean(prefix)}, vocabulary
 
 
 # -- Meta's tiktoken text: "base64 rank" lines --
@@ -1806,7 +1989,8 @@ def rank_keys(ranks: dict[bytes, int], special: list[tuple[int, str, bool]], fir
     pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
     model = {"vocab": {spell(t): first + i for t, i in ranks.items()}, "ignore_merges": True,
              "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}
-    return byte_level_keys({"model": model}, special, size, pre, where)
+    added = [{"id": i, "content": token, "special": is_special} for i, token, is_special in special]
+    return byte_level_keys({"model": model}, added, size, pre, where)
 
 
 LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
@@ -1924,15 +2108,34 @@ def llama2c_tokenizer(model: Model) -> bytes | None:
 
 # -- A Hugging Face folder's --
 
-def template_ends(tokenizer: dict) -> tuple[str | None, str | None]:
-    """The special tokens that the post-processor puts before and after a text."""
-    processor = tokenizer.get("post_processor") or {}
-    for p in processor.get("processors", [processor]):
-        single = p.get("single", []) if p.get("type") == "TemplateProcessing" else []
-        if len(single) > 1:
-            first, last = single[0].get("SpecialToken", {}), single[-1].get("SpecialToken", {})
-            return first.get("id"), last.get("id")
-    return None, None
+def added_ends(tokenizer: dict, where: Path) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """The special tokens that the post-processor puts before and after a text: (id, text)"""
+    first, last = [], []
+    for p in steps_of(tokenizer.get("post_processor"), "processors"):
+        kind, before, after = p.get("type"), [], []
+        if kind in ("BertProcessing", "RobertaProcessing"):
+            before, after = ([(p[name][1], p[name][0])] for name in ("cls", "sep"))
+        elif kind == "TemplateProcessing":
+            names = [next(iter(piece.items())) for piece in p["single"]]
+            at = [i for i, (what, _) in enumerate(names) if what == "Sequence"]
+            if len(at) != 1:
+                raise Refusal(f"{where}: its post_processor has a text {len(at)} times, expected once")
+            ends = [[(i, token) for _, special in part for entry in [p["special_tokens"][special["id"]]]
+                     for i, token in zip(entry["ids"], entry["tokens"])] for part in (names[:at[0]], names[at[0] + 1:])]
+            before, after = ends
+        elif kind != "ByteLevel":
+            raise Refusal(f"{where}: post_processor {kind} is not supported")
+        if (before or after) and (first or last):
+            raise Refusal(f"{where}: several steps of its post_processor add tokens, which is not supported")
+        first, last = before + first, last + after
+    return first, last
+
+
+def only_one(ends: list[tuple[int, str]], side: str, where: Path) -> tuple[int, str] | None:
+    if len(ends) > 1:
+        raise Refusal(f"{where}: its post_processor puts {' '.join(token for _, token in ends)} {side} a text; the C "
+                      "program adds one token there")
+    return ends[0] if ends else None
 
 
 def chat_template(folder: Path, config: dict) -> str | None:
@@ -1964,45 +2167,54 @@ def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: 
     eos = keys["tokenizer.ggml.eos_token_id"].data if "tokenizer.ggml.eos_token_id" in keys else None
     others = [i for i in dict.fromkeys(ends) if i != eos]
     keys |= end_keys(others)
-    first, last = template_ends(tokenizer)
-    for token, name in ((first, "bos"), (last, "eos")):
+    where, adds = folder / "tokenizer.json", {}
+    explicit = {name: config[f"add_{name}_token"] for name in ("bos", "eos")
+                if isinstance(config.get(f"add_{name}_token"), bool)}
+    sides = added_ends(tokenizer, where)
+    for name, side, ends in zip(("bos", "eos"), ("before", "after"), sides):
         key = f"tokenizer.ggml.{name}_token_id"
-        if token and key not in keys and vocabulary.id_of(token) is not None:  # no other file names it
-            keys[key] = u32(vocabulary.id_of(token))
-        if token and keys.get(key) != u32(vocabulary.id_of(token) or 0):
-            raise Refusal(f"{folder / 'tokenizer.json'}: its post_processor adds {token}, which is not {name}_token")
-    add_bos = bool(first) if first or not isinstance(config.get("add_bos_token"), bool) else config["add_bos_token"]
-    if not tokenizer and not isinstance(config.get("add_bos_token"), bool):
-        add_bos = bool(spm)  # as SentencePiece's users do, where nothing says otherwise
-    keys["tokenizer.ggml.add_bos_token"] = boolean(add_bos)
-    keys["tokenizer.ggml.add_eos_token"] = boolean(last or config.get("add_eos_token"))
-    return keys
+        if tokenizer and name in explicit and bool(ends) != explicit[name]:  # as in transformers
+            warn(f"{folder / 'tokenizer_config.json'}: add_{name}_token has no effect: what {where.name} says counts")
+        found = only_one(ends, side, where)
+        if found and key not in keys and found[0] < vocabulary.size:  # no other file names it
+            keys[key] = u32(found[0])
+        if found and keys.get(key) != u32(found[0]):
+            raise Refusal(f"{where}: its post_processor adds {found[1]}, which is not {name}_token")
+        adds[name] = bool(ends) if tokenizer else explicit.get(name, False)
+    if not tokenizer and "bos" not in explicit:
+        adds["bos"] = bool(spm)  # as SentencePiece's users do, where nothing says otherwise
+    return keys | {f"tokenizer.ggml.add_{name}_token": boolean(add) for name, add in adds.items()}
 
 
 def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | None) -> dict[str, Value]:
-    """The keys tokenizer.* of a Hugging Face folder."""
+    """The keys tokenizer.* of a Hugging Face folder. tokenizer.json counts, where there is one, as in transformers."""
     config, more = read_json(folder / "tokenizer_config.json"), read_json(folder / "added_tokens.json")
+    if "added_tokens_decoder" not in config:  # else the other file is not read, as in transformers
+        config |= {k: v for k, v in read_json(folder / "special_tokens_map.json").items() if v is not None}
     path, spm_path = folder / "tokenizer.json", folder / "tokenizer.model"
     tokenizer = read_json(path)
-    added = added_tokens(tokenizer, config, more)
     kind = (tokenizer.get("model") or {}).get("type", "BPE" if tokenizer else None)
     if tokenizer and kind != "BPE":
         raise Refusal(f"{path}: a tokenizer of type {kind} is not supported, only BPE")
     try:
+        added = added_tokens(tokenizer, config, more)
         if tokenizer and not tokenizer["model"].get("byte_fallback"):
+            if config.get("add_prefix_space"):
+                raise Refusal(f"{folder / 'tokenizer_config.json'}: add_prefix_space = true is not supported for "
+                              "byte-level BPE")
             name = pre or recognise_pre_tokenizer(tokenizer, path)
             keys, vocabulary = byte_level_keys(tokenizer, added, size, name, path)
-        elif spm_path.is_file() and not is_tiktoken(spm_path):
-            keys, vocabulary = spm_model_keys(spm_path, added, size)
         elif tokenizer:
             keys, vocabulary = spm_json_keys(tokenizer, added, size, path)
+        elif spm_path.is_file() and not is_tiktoken(spm_path):
+            keys, vocabulary = spm_model_keys(spm_path, added, size, config)
         elif (folder / "tekken.json").is_file():
             keys, vocabulary = tekken_keys(folder / "tekken.json", size)
             config = {f"{name}_token": token for name, token in zip(("unk", "bos", "eos"), TEKKEN_SPECIAL)} | config
         else:
             raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model nor tekken.json")
         keys |= folder_special_keys(folder, tokenizer, config, hf_config, vocabulary)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Refusal(f"{path}: not as tokenizers writes it: {error!r}") from None
     template = chat_template(folder, config)
     return keys | ({"tokenizer.chat_template": text(template)} if template else {})
@@ -2062,12 +2274,23 @@ def tokenizer_json(model: Model) -> dict:
     bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
     bpe["merges"] = merges_of_scores(tokens, model.get("tokenizer.ggml.scores", np.zeros(len(tokens))), types)
     space = bool(model.get("tokenizer.ggml.add_space_prefix", True))
+    first, unless_space, raw = (bool(model.get(key)) for key in SPM_FLAGS)
+    if first and not unless_space:
+        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[0]} alone")
     prepend, strip = {"type": "Prepend", "prepend": "\u2581"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     replace_back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    return made | {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]},
-                   "decoder": {"type": "Sequence", "decoders": [replace_back, {"type": "ByteFallback"},
-                                                                {"type": "Fuse"}] + [strip] * space}}
+    scheme = {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]}}
+    if unless_space:
+        scheme = {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False,
+                                    "prepend_scheme": "first" if first else "always"}}
+    for t in added:  # what is found after the prefix was put
+        if space and not unless_space and not raw and not t["special"] and t["content"][0] in " \u2581":
+            del bpe["vocab"][t["content"]]
+            t |= {"content": t["content"][1:], "normalized": True}
+            bpe["vocab"][t["content"]] = t["id"]
+    return made | scheme | {"decoder": {"type": "Sequence", "decoders": [
+        replace_back, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * space}}
 
 
 def template_json(model: Model, tokens: list[str]) -> dict | None:
@@ -2119,13 +2342,22 @@ def open_source(path: Path, choices: Choices) -> Model:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that hold weights."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+    """The files of a Hugging Face folder that hold weights, in transformers' order of preference: an index counts only
+    where there is no file with all."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        path, index = folder / whole, folder / f"{whole}.index.json"
+        if path.is_file() and index.is_file():
+            warn(f"{index}: not read, for {whole} holds all, as in transformers")
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise Refusal(f"{index}: has no weight_map")
+            names = sorted(set(map(str, weight_map.values())))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or any("/" in name for name in names):
-                raise Refusal(f"{folder}: {index} names {(missing or names)[0]}, which is not here")
+                raise Refusal(f"{folder}: {index.name} names {(missing or names)[0]}, which is not here")
             return [folder / name for name in names]
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if found := sorted(folder.glob(pattern)):
@@ -2133,16 +2365,82 @@ def shards(folder: Path) -> list[Path]:
     raise Refusal(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
 
 
+def state_of(content: Any, path: Path) -> dict[str, Any]:
+    """The tensors of a pickle, which may lie one level down (state_dict, model, ...), beside counters and the like."""
+    def holds_tensors(x: Any) -> bool:
+        return isinstance(x, dict) and any(hasattr(t, "dtype") for t in x.values())
+    if not holds_tensors(content):
+        found = [key for key, value in content.items() if holds_tensors(value)] if isinstance(content, dict) else []
+        if len(found) != 1:
+            raise Refusal(f"{path}: expected tensors by name, or one dict of them; it has "
+                          f"{', '.join(map(str, found)) or 'none'}")
+        warn(f"{path}: its tensors are those of {found[0]}")
+        content = content[found[0]]
+    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
+        if all(str(name).startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): t for name, t in content.items()}
+    return content
+
+
 def open_weights(paths: list[Path]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         if not path.is_file():
             raise Refusal(f"{path}: no file")
         if path.suffix == ".safetensors":
-            tensors |= open_safetensors(path)
+            found = open_safetensors(path)
         else:
-            tensors |= {name: of_torch(name, t) for name, t in open_pickle(path).items()}
+            found = {name: of_torch(name, t) for name, t in state_of(open_pickle(path), path).items()}
+        for name in tensors.keys() & found.keys():
+            if digest(tensors[name]) != digest(found[name]):
+                warn(f"{path}: {name} differs from that of another file, and takes its place, as in transformers")
+        tensors |= found
     return tensors
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Two tensors of one type with the same digest are the same; only one at a time is in memory."""
+    return tensor.type.encode() + hashlib.sha256(np.ascontiguousarray(tensor.read())).digest()
+
+
+def settle_names(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Of a model that was saved without its head, and its names without `model.`, transformers' names."""
+    if not tensors or any(name.startswith("model.") for name in tensors):
+        return tensors
+    warn(f"{folder}: its tensors' names lack the prefix model.")
+    return {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in tensors.items()}
+
+
+def settle_head(f: Family, values: dict, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Where embedding and head are one matrix, but stored both, or only by the other's name: as transformers does."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not (f.defaults | {k: v for k, v in values.items() if v is not None}).get("tie_word_embeddings"):
+        return
+    if head in tensors and embedding not in tensors:
+        warn(f"{folder}: only {head} is stored; tie_word_embeddings makes it the embedding, too")
+        tensors[embedding] = tensors[head]
+    elif head in tensors and digest(tensors[head]) != digest(tensors[embedding]):
+        warn(f"{folder}: tie_word_embeddings is true, but {head} differs from {embedding}: both are used, as in "
+             "transformers")
+        values["tie_word_embeddings"] = False
+
+
+BIASES = {"attention_bias": "qkvo", "use_qkv_bias": "qkv", "mlp_bias": ("gate", "up", "down")}
+
+
+def settle_biases(f: Family, values: dict, tensors: dict[str, Tensor], n_layers: int, folder: Path) -> None:
+    """config.json says whether there are biases; what is stored beside that is not read."""
+    if f.arch not in ("llama", "granite", "stablelm"):
+        return
+    for key, ends in BIASES.items():
+        names = [f"model.layers.{i}.{'mlp' if key == 'mlp_bias' else 'self_attn'}.{end}_proj.bias"
+                 for i in range(n_layers) for end in ends]
+        if key in f.reads.split() and values.get(key):
+            if missing := [name for name in names if name not in tensors]:
+                raise Refusal(f"{folder}: {key} is true, but tensor {missing[0]} is missing")
+        elif key in f.reads.split() or (f.arch != "stablelm" and key != "use_qkv_bias"):
+            if found := [name for name in names if tensors.pop(name, None)]:
+                warn(f"{folder}: {found[0]} and {len(found) - 1} more are not read: {key} is not true in config.json")
 
 
 def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -2161,11 +2459,15 @@ def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str,
 
 def open_hf(folder: Path, choices: Choices) -> Model:
     values, tensors = text_part(read_json(folder / "config.json"), open_weights(shards(folder)))
+    tensors = settle_names(tensors, folder)
+    if values.get("model_type") in FAMILIES:
+        settle_head(FAMILIES[values["model_type"]], values, tensors, folder)
     f, sizes, n_layers, tied, keys, extra = read_config(values, folder / "config.json")
+    settle_biases(f, values, tensors, n_layers, folder)
     named = map_tensors(f, n_layers, sizes, tied, tensors, folder) | extra
     keys |= folder_tokenizer_keys(folder, values, sizes.V, choices.pre)
     keys["general.name"] = text(folder.resolve().name)
-    return Model(folder, keys, named, values)
+    return Model(folder, keys, named, values, folder)
 
 
 # -- Meta's folder, and llama2.c's .pt, which has the same names. Rows of q and k lie as in GGUF. --
@@ -2268,6 +2570,7 @@ def open_meta(folder: Path, choices: Choices) -> Model:
     model = meta_model(folder, p, parts, choices.context)
     path = choices.tokenizer or next(filter(Path.is_file, (folder / "tekken.json",)), folder / "tokenizer.model")
     model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
+    model.vocabulary = path
     model.keys["general.name"] = text(folder.resolve().name)
     return model
 
@@ -2277,7 +2580,8 @@ def open_llama2c(path: Path, choices: Choices) -> Model:
     checkpoint = open_pickle(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_args"), dict):
         raise Refusal(f"{path}: not a llama2.c checkpoint: it has no model_args")
-    named = {meta_name(n, path): of_torch(n, t) for n, t in checkpoint.get("model", {}).items() if meta_name(n, path)}
+    named = {meta_name(n, path): of_torch(n, t) for n, t in state_of(checkpoint.get("model"), path).items()
+             if meta_name(n, path)}
     tied = named.get("output.weight") and named["output.weight"].shape == named["token_embd.weight"].shape
     if tied and np.array_equal(named["output.weight"].read(), named["token_embd.weight"].read()):
         del named["output.weight"]
@@ -2285,6 +2589,7 @@ def open_llama2c(path: Path, choices: Choices) -> Model:
     tokenizer = choices.tokenizer or next((p for name in ("tokenizer.model", "tokenizer.bin")
                                            if (p := path.parent / name).is_file()), path.parent / "tokenizer.model")
     model.keys |= loose_tokenizer_keys(tokenizer, model, False)
+    model.vocabulary = tokenizer
     return model
 
 
@@ -2306,18 +2611,26 @@ def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str
 # ==== 8. LoRA ====
 # A weight W of the base becomes W + scale * B A, scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA. What
 # modules_to_save names was trained as a whole, and comes in place of the base's; so does an embedding that has become
-# longer, which needs no mention there.
+# longer, which needs no mention there. Where an adapter does more, PEFT itself merges it, in memory.
 
+# What only says how the adapter was trained, or which tensors it has.
 LORA_HARMLESS = set("""
-    base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping init_lora_weights
-    layers_to_transform layers_pattern loftq_config peft_version runtime_config qalora_group_size megatron_core
-    target_modules""".split())
+    base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping layers_to_transform
+    layers_pattern peft_version runtime_config qalora_group_size megatron_core target_modules exclude_modules eva_config
+    init_lora_weights loftq_config corda_config lora_ga_config""".split())
+# What PEFT merges: it changes the base before the sum, or beside it. The value that means "not used".
+LORA_BY_PEFT = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
+                "target_parameters": None, "ensure_weight_tying": False}
+# How A and B began is of no consequence if the base stayed as it was; every other way takes a part out of it.
+LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale; and tensors that replace the base's."""
+    """A PEFT adapter: for each module (Hugging Face's name) A, B and scale; and tensors that replace the base's. For
+    one that PEFT has to merge, why (key and value)."""
     folder: Path
+    by_peft: str
     modules: dict[str, tuple[Tensor, Tensor, float]]
     whole: dict[str, Tensor]
 
@@ -2332,19 +2645,27 @@ def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
 
 
 def open_adapter(folder: Path) -> Adapter:
-    c = Config(read_json(folder / "adapter_config.json"), f"{folder / 'adapter_config.json'}")
+    where = folder / "adapter_config.json"
+    c = Config(read_json(where), f"{where}")
     if not c.values:
         raise Refusal(f"{folder}: has no adapter_config.json")
     c.demand("peft_type", "LORA")
-    c.demand("bias", "none")
     rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
     ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
     saved = c.get("modules_to_save", [])
-    for key, value in c.values.items():  # PEFT writes all keys that it has: null, false or empty is a feature unused
+    by_peft = [key for key, unused in LORA_BY_PEFT.items() if c.get(key, unused) != unused and c.get(key)]
+    by_peft += ["init_lora_weights"] * (c.get("init_lora_weights", True) not in LORA_INITS)
+    for key, value in c.values.items():  # PEFT writes all keys that it has: false or empty is a feature unused
         if key not in c.asked | LORA_HARMLESS and value:
-            raise Refusal(f"{c.where}: {key} = {json.dumps(value)} is not supported")
+            raise Refusal(f"{where}: {key} = {json.dumps(value)} is not supported")
     safe = folder / "adapter_model.safetensors"
     tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
+    by_peft += ["target_modules"] * any(".lora_embedding_A" in name for name in tensors)  # an embedding's sum
+    if by_peft:
+        needed = {"use_dora": "lora_magnitude_vector", "bias": ".bias"}.get(by_peft[0], "")
+        if not any(needed in name for name in tensors):
+            raise Refusal(f"{where}: {by_peft[0]} = {json.dumps(c.get(by_peft[0]))}, but the adapter has no {needed}")
+        return Adapter(folder, f"{by_peft[0]} = {json.dumps(c.get(by_peft[0]))}", {}, {})
     modules = {}
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
@@ -2356,15 +2677,79 @@ def open_adapter(folder: Path) -> Adapter:
             raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
         scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
         modules[module] = a, b, scale
-    whole = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    whole = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+             for name, tensor in tensors.items()}
     left = {name: name.rpartition(".")[0] for name in whole}  # their modules, of which PEFT names the ends
     for end in saved:
         if not any(module.endswith(end) for module in left.values()):
-            raise Refusal(f"{c.where}: modules_to_save names {end}, which the adapter has no tensor of")
+            raise Refusal(f"{where}: modules_to_save names {end}, which the adapter has no tensor of")
     for name, module in left.items():
         if not module.endswith((*saved, "embed_tokens", "lm_head")) or not name.endswith((".weight", ".bias")):
             raise Refusal(f"{folder}: tensor {name} is not one of a LoRA of linear maps, nor in modules_to_save")
-    return Adapter(folder, modules, whole)
+    return Adapter(folder, "", modules, whole)
+
+
+def available_memory() -> float:
+    """Bytes that a process may take, or infinity where the system does not say."""
+    try:
+        return int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return math.inf
+
+
+def merge_by_peft(model: Model, adapter: Adapter) -> None:
+    """The whole model in memory, in float32, merged as PEFT does; matrices that did not change stay as they are."""
+    what = f"{adapter.folder / 'adapter_config.json'}: {adapter.by_peft}"
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError:
+        raise Refusal(f"{what}: is merged by PEFT: python3 -m pip install peft torch transformers") from None
+    if 6 * model.n_parameters() > available_memory():
+        raise Refusal(f"{what}: is merged in memory, which needs {6 * model.n_parameters() >> 20} MiB")
+    with tempfile.TemporaryDirectory() as folder, quiet(transformers) as said:
+        base = Path(folder) / "base"
+        write_hf(model, "keep", base, False)
+        try:
+            network = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            network = peft.PeftModel.from_pretrained(network, adapter.folder).merge_and_unload()
+        except Exception as error:  # PEFT raises many kinds
+            raise Refusal(f"{what}: PEFT cannot merge it: {first_line(error)}") from None
+    if any("missing adapter keys" in str(w.message) for w in said):
+        raise Refusal(f"{what}: the adapter lacks tensors that PEFT expects")
+    state = dict(network.state_dict())
+    tied = network.get_output_embeddings().weight.data_ptr() == network.get_input_embeddings().weight.data_ptr()
+    tensors = {name: of_torch(name, t) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    f, sizes = family_of(model), sizes_of(model)
+    if f.experts:
+        split_fused_experts(tensors, f)
+    for part in model_parts(f, model.value("block_count")):
+        new = take_part(part, tensors, sizes, adapter.folder)
+        old = model.tensors.get(part.gguf)
+        if new is None or (old and np.array_equal(from_gguf(part, old, sizes).floats(), new.floats())):
+            continue
+        put_merged(model, part, new.computed(lambda w: w, writable_type(old.type if old else "f32")))
+    if not tied and model.hf_config:
+        model.hf_config["tie_word_embeddings"] = False
+    if tensors:
+        raise Refusal(f"{what}: the merged model has {next(iter(tensors))}, which has no place in a GGUF file")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def writable_type(type_name: str) -> str:
+    """The type of what is computed from a tensor of this one."""
+    return type_name if TYPES[type_name].file_type >= 0 else "q8"
+
+
+def put_merged(model: Model, part: Part, merged: Tensor) -> None:
+    """merged: in Hugging Face's order of rows"""
+    moved, old = to_gguf(part, merged, sizes_of(model)), model.tensors.get(part.gguf)
+    original = moved.original if old and old.original else None  # of all tensors, or of none
+    model.tensors[part.gguf] = replace(moved, original=original)
 
 
 def resize_vocabulary(model: Model, adapter: Adapter) -> None:
@@ -2385,7 +2770,8 @@ def resize_vocabulary(model: Model, adapter: Adapter) -> None:
     usual = {f"{name}_token_id": model.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     model.keys |= folder_tokenizer_keys(adapter.folder, usual, n, None) | {f"{model.arch}.vocab_size": u32(n)}
     if model.hf_config:
-        model.hf_config["vocab_size"], model.vocabulary = n, adapter.folder
+        model.hf_config["vocab_size"] = n
+    model.vocabulary = adapter.folder
     for name in ("token_embd.weight", "output.weight"):
         tensor = model.tensors[name]
         model.tensors[name] = replace(tensor, shape=(n, tensor.shape[1]))  # which new ones take the place of
@@ -2393,27 +2779,30 @@ def resize_vocabulary(model: Model, adapter: Adapter) -> None:
 
 def merge_adapter(model: Model, adapter: Adapter) -> None:
     """Into the model's tensors, in the source's order of rows."""
+    if "output.weight" not in model.tensors and "lm_head" in adapter.modules:
+        adapter = replace(adapter, by_peft="target_modules = lm_head, of a model whose head is its embedding")
+    if adapter.by_peft:
+        return merge_by_peft(model, adapter)
     resize_vocabulary(model, adapter)
     f, sizes = family_of(model), sizes_of(model)
-    left: dict[str, Any] = {f"{module}.weight": entry for module, entry in adapter.modules.items()} | adapter.whole
+    left = {f"{module}.weight" for module in adapter.modules} | adapter.whole.keys()
     for part in model_parts(f, model.value("block_count")):
         if part.hf not in left or part.gguf not in model.tensors:
             continue
-        found, base = left.pop(part.hf), from_gguf(part, model.tensors[part.gguf], sizes)
-        if isinstance(found, Tensor):
-            shape, merged = found.shape, found
-        else:
+        left.remove(part.hf)
+        base = from_gguf(part, model.tensors[part.gguf], sizes)
+        merged = adapter.whole.get(part.hf, base)
+        shape, found = merged.shape, adapter.modules.get(part.hf.removesuffix(".weight"))
+        if found:
             a, b, scale = found
             shape = b.shape[0], a.shape[1]
-            merged = base.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
-                                   base.type if TYPES[base.type].file_type >= 0 else "q8")
-        if base.shape != shape:
+            merged = merged.computed(lambda w, a=a, b=b, s=scale: w + np.float32(s) * (b.floats() @ a.floats()),
+                                     writable_type(base.type))
+        if base.shape != shape or merged.shape != shape:
             raise Refusal(f"{adapter.folder}: {part.hf} has the shape {list(base.shape)}, the adapter's {list(shape)}")
-        moved = to_gguf(part, merged, sizes)
-        original = moved.original if model.tensors[part.gguf].original else None  # of all tensors, or of none
-        model.tensors[part.gguf] = replace(moved, original=original)
+        put_merged(model, part, merged)
     if left:
-        raise Refusal(f"{adapter.folder}: the base has no {next(iter(left))}")
+        raise Refusal(f"{adapter.folder}: the base has no {min(left)}")
 
 
 # ==== 9. Numpy forward pass ====
@@ -3051,7 +3440,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def write_tokenizer(model: Model, folder: Path) -> None:
     """The source's files, or new ones."""
     if model.hf_config:
-        source = model.vocabulary or model.source
+        source = model.vocabulary
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -3107,6 +3496,60 @@ def result_logits(path: Path, ids: np.ndarray, n_tokens: int, o: argparse.Namesp
         return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)
 
 
+def sample_ids(model: Model) -> np.ndarray:
+    """The tokens that a model is verified on."""
+    n = min(N_VERIFIED, model.value("context_length", N_VERIFIED))
+    return np.random.default_rng(1).integers(0, sizes_of(model).V, n)
+
+
+def judge(model: Model) -> None:
+    """Where transformers is installed, it says what a Hugging Face folder computes: its classes know which keys of
+    config.json count, and the pass above must find its logits. The whole model is in memory, in float32."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return warn("computed by this program's own reading of config.json; with torch and transformers installed, "
+                    "transformers is the judge")
+    if 6 * model.n_parameters() > available_memory():
+        return warn(f"transformers needs {6 * model.n_parameters() >> 20} MiB to be the judge: not asked")
+    with quiet(transformers):
+        try:
+            network, found = transformers.AutoModelForCausalLM.from_pretrained(
+                model.source, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                output_loading_info=True)
+            if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
+                return warn(f"transformers does not find {missing[0]} in {model.source}, so it is not the judge")
+            ids, network = sample_ids(model), network.eval()
+            with torch.no_grad():
+                wanted = network(torch.tensor(ids[None])).logits[0].float().numpy()
+        except Exception as error:  # transformers raises many kinds
+            return warn(f"transformers does not open {model.source}, so it is not the judge: {first_line(error)}")
+    if np.isfinite(wanted).all():  # else a weight is not, which the writer will name
+        compare_logits(Network(model).logits(ids), wanted, "what transformers computes from the same folder")
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[list]:
+    """What libraries would print is caught. Gives their warnings."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("always")
+        yield said
+
+
+def compare_logits(made: np.ndarray, wanted: np.ndarray, what: str) -> float:
+    """The greatest difference. Raises Refusal where it is more than rounding."""
+    if made.shape != wanted.shape or not np.isfinite(made).all():
+        raise Refusal("verification failed: the result has logits that are not finite, or of another number")
+    off, scale = float(np.abs(made - wanted).max()), max(1.0, float(np.abs(wanted).max()))
+    if off > TOLERANCE * scale:
+        raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}, compared "
+                      f"with {what}")
+    return off
+
+
 def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
     """Compares the file that was written with the source: its logits must be those of the source's weights, rounded to
     the types that they were written in. Raises Refusal if they are not, and if --verify asks for what cannot be."""
@@ -3117,19 +3560,173 @@ def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespac
         if o.verify:
             raise Refusal(f"cannot be verified: {refusal}") from None
         return warn(f"not verified: {refusal}")
-    ids = np.random.default_rng(1).integers(0, network.s.V, min(N_VERIFIED, model.value("context_length", N_VERIFIED)))
+    ids = sample_ids(model)
     source = network.logits(ids)
     exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
     rounded = source if exact else Network(model, types).logits(ids)
     made = result_logits(path, ids, source.shape[1], o, run)
-    if made.shape != rounded.shape or not np.isfinite(made).all():
-        raise Refusal("verification failed: the result has logits that are not finite, or of another number")
-    off, scale = float(np.abs(made - rounded).max()), max(1.0, float(np.abs(rounded).max()))
+    off = compare_logits(made, rounded, "the source's weights, rounded as they were written")
     change = float(np.abs(made - source).max())
-    if off > TOLERANCE * scale:
-        raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}")
     print(f"verified on {len(ids)} tokens: computed as written within {off:.2g}; to the source, greatest difference "
           f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
+
+
+# -- Tokens: the C program's, and those of the library that made the vocabulary --
+
+N_TEXTS, N_ALONE = 2000, 40  # texts; of these, the ones that are a call each, for what holds at a text's beginning only
+SAMPLES = (
+    "don't you'LL it's I'M", "  two  spaces\n\nlines\t\tand tabs ", "1234567890 3.14 1,000 \u0661\u0662 \u00bd",
+    "Z\u00fcrich na\u00efve \u0130stanbul \u1e9e \u01c5", "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b \uc548\ub155",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u03b3\u03b5\u03b9\u03ac",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a", "\u2764\ufe0f \U0001f1e8\U0001f1ed \ufb01 \uff21",
+    "\U0001f469\u200d\U0001f4bb\U0001f44d\U0001f3fd \U0001d400", "e\u0301 q\u0307\u0323 \u212b \u1100\u1161",
+    "x=1;y+=2//z\r\n\tif(a->b){}", "\u00a0\u2003\u3000\u2028\x0b\x0c\x01\x7f", "\u2581bar \u2581\u2581", "<0x41>",
+    "_snake_caseCamelCase", "http://a.b/c?d=e&f#g", "...!!??--''\"\"", "a", " ", "\n", " a", "  a", "\ta", "a ", "a  ",
+    "a" * 40)
+
+
+def sample_texts(tokens: list[str], added: list[str], n: int) -> list[str]:
+    """Texts of all kinds: samples, pieces of the vocabulary, added tokens between this and that, characters at random.
+    The same for the same vocabulary."""
+    rng = random.Random(1)
+    beside = ["", "", " ", "  ", "\n", "\n\n", "a", "B ", " c", "9", ".", "\u00e9", "\t"]
+    letters = [*"abcdefghijklmnopqrstuvwxyzETAOIN0123456789    \n\t.,'-_/(){}", *"".join(SAMPLES)]
+    texts = [*SAMPLES, *(token + " x" for token in added), *(f"a {token}" for token in added)]
+    while len(texts) < n:
+        kind = rng.randrange(4)
+        if kind == 0 and added:
+            parts = [rng.choice(beside) + rng.choice(added) + rng.choice(beside) for _ in range(rng.randint(1, 3))]
+        elif kind == 1:
+            parts = [rng.choice(letters) for _ in range(rng.randint(1, 30))]
+        elif kind == 2:
+            parts = [rng.choice(SAMPLES) for _ in range(2)]
+        else:
+            parts = [rng.choice(("", "", " ")) + rng.choice(tokens) for _ in range(rng.randint(1, 8))]
+        texts.append("".join(parts))
+    rng.shuffle(texts)
+    return texts
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """What a library raises, as a Refusal; those in Rust raise what is no Exception."""
+    try:
+        yield
+    except (Refusal, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise Refusal(f"{what} cannot use it: {first_line(error)}") from None
+
+
+def library_tokenizer(model: Model) -> tuple[str, Callable[[str], list[int]], list[str]] | None:
+    """Of the vocabulary's own library: its name, text -> ids with what is added, and the tokens that it finds in texts;
+    None if it is not installed, or there is none. Of a folder, tokenizer.json counts; else tokenizer.model."""
+    folder = model.vocabulary if model.vocabulary.is_dir() else None
+    path = folder / "tokenizer.json" if folder else model.vocabulary
+    get = model.get
+    if path.is_file() and path.suffix == ".json" and path.name != "tekken.json":
+        try:
+            import tokenizers
+        except ImportError:
+            return warn("its tokens are not compared: python3 -m pip install tokenizers")
+        with library_errors(f"{path}: tokenizers"):
+            theirs = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = read_json(path)
+        config = read_json(folder / "tokenizer_config.json")
+        added = added_tokens(tokenizer, config, read_json(folder / "added_tokens.json"))
+        for t in added:
+            if theirs.token_to_id(t["content"]) is None:
+                flags = {key: t[key] for key in ("normalized", "lstrip", "rstrip", "single_word") if key in t}
+                theirs.add_tokens([tokenizers.AddedToken(t["content"], special=t["special"], **flags)])
+            if (i := theirs.token_to_id(t["content"])) != t["id"]:
+                raise Refusal(f"{folder}: token {t['content']} has id {t['id']} there, tokenizers gives it {i}")
+        return "tokenizers", lambda s: theirs.encode(s).ids, [t["content"] for t in added]
+    path = folder / "tokenizer.model" if folder else path
+    if not path.is_file() or path.suffix != ".model" or is_tiktoken(path):
+        return None
+    try:
+        import sentencepiece
+    except ImportError:
+        return warn("its tokens are not compared: python3 -m pip install sentencepiece")
+    no_prefix = b"\x1a\x02\x18\x00" if get("tokenizer.ggml.add_space_prefix") is False else b""  # the last one counts
+    with library_errors(f"{path}: sentencepiece"):
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + no_prefix)
+    bos = [get("tokenizer.ggml.bos_token_id")] if get("tokenizer.ggml.add_bos_token") else []
+    return "sentencepiece", lambda s: bos + pieces.encode(s), []
+
+
+def compare_tokens(model: Model, made: Path, o: argparse.Namespace, run: Path | None) -> None:
+    """The C program's tokens of many texts must be those of the vocabulary's own library. Raises Refusal with the first
+    text that differs. Most texts go in one call, with a special token between them."""
+    if o.to == "hf" and not model.vocabulary:
+        model = replace(model, vocabulary=made)  # of which the source knows better
+    if not run or not model.vocabulary or "tokenizer.ggml.tokens" not in model.keys \
+            or not (found := library_tokenizer(model)):
+        return
+    library, encode, added = found
+    tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")
+    control = {token for token, kind in zip(tokens, types) if kind == CONTROL}
+    outside = set(added) - set(tokens) | (control if library == "sentencepiece" else set()) | {
+        token for token, kind in zip(tokens, types) if kind == UNKNOWN}  # which is no text here
+    spm = model.get("tokenizer.ggml.model") == "llama"
+    spelled = [piece_text(token, spm) for token, kind in zip(tokens, types) if kind == NORMAL]
+    findable = [t for t in added if t not in outside]
+    texts = sample_texts([s for s in spelled if s] or ["a"], findable, N_TEXTS)
+    texts = [s for s in texts if not any(t in s for t in outside)]
+    with tempfile.TemporaryDirectory() as folder:
+        path, vocabulary = Path(folder) / "text", Path(folder) / "vocabulary.gguf"
+        with vocabulary.open("wb") as file:
+            file.write(gguf_header(replace(model, tensors={}), {}))
+        opened = made if o.to in ("native", "gguf") and not call(run, made.resolve(), "-m", "inspect").returncode \
+            else vocabulary
+
+        def program(s: str) -> list[int]:
+            path.write_bytes(s.encode())
+            done = call(run, opened.resolve(), "-m", "tokenize", "--ends", "--special", "-f", path)
+            if done.returncode:
+                raise Refusal(f"the C program cannot tokenise: {last_line(done.stderr)}")
+            return [int(i) for i in done.stdout.split()]
+
+        def compare(s: str) -> None:
+            if (got := program(s)) != (wanted := encode(s)):
+                at = next((i for i, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)))
+                message = f"the tokens of {json.dumps(s)} differ from {at} on: by {library} {wanted[at:at + 8]}, by " \
+                          f"the C program {got[at:at + 8]}"
+                if not o.pre:
+                    raise Refusal(message)
+                warn(f"{message} (--pre {o.pre})")
+        for s in texts[:N_ALONE]:
+            compare(s)
+        between = next((t for t in added if t in control), "\n")
+        whole = between.join(texts[N_ALONE:])
+        if library == "sentencepiece" and control:
+            same = compare_parts(model, texts[N_ALONE:], program, encode)
+        else:
+            same = program(whole) == encode(whole)
+        for s in [] if same else [*texts[N_ALONE:], whole]:
+            compare(s)
+
+
+def compare_parts(model: Model, texts: list[str], program: Callable, encode: Callable) -> bool:
+    """Whether all texts have the same tokens, where the library knows no special ones: one call, with one between."""
+    tokens, types = model.get("tokenizer.ggml.tokens"), model.get("tokenizer.ggml.token_type")
+    i = next(i for i, kind in enumerate(types) if kind == CONTROL)
+    ends = len(encode(""))
+    ids, parts = program(tokens[i].join(["", *texts, ""])), [[]]
+    for token in ids[ends:]:
+        parts.append([]) if token == i else parts[-1].append(token)
+    return parts[1:-1] == [encode(s)[ends:] for s in texts]
+
+
+def piece_text(token: str, spm: bool) -> str:
+    """The text that a piece stands for; "" if it is no whole characters."""
+    if spm:
+        return token.replace("\u2581", " ")
+    try:
+        return bytes(map(BYTE_CHARACTERS.index, token)).decode()
+    except ValueError:
+        return ""
 
 
 # -- Calibration: how far a text's predictions are from the source's --
@@ -3219,7 +3816,15 @@ def calibrate(c: Calibration, made: Path, target: str, run: Path) -> None:
 
 # ==== 12. The command line ====
 
+notes: list[str] = []  # for the user, at the end: an error is one line
+
+
 def warn(message: str) -> None:
+    if message not in notes:
+        notes.append(message)
+
+
+def say(message: str) -> None:
     print("export_model.py:", printable(message), file=sys.stderr)
 
 
@@ -3296,18 +3901,23 @@ def export(o: argparse.Namespace) -> None:
     check_choices(o)
     run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
-    if o.lora:
-        merge_adapter(model, open_adapter(o.lora))
+    wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
+    adapter = open_adapter(o.lora) if o.lora else None
+    if wanted and model.hf_config:
+        judge(model)
+    if adapter:
+        merge_adapter(model, adapter)
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
     types = plan_types(model, o)
-    wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
     wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
         beside = Path(folder) / f"{o.output.name}.calibration"
         calibration = prepare_calibration(model, o, beside, run) if o.calibrate else None
         write(model, o, types, made, run)
+        with library_errors(f"{model.vocabulary}: the library of its tokenizer"):
+            compare_tokens(model, made, o, run)
         if wanted:
             verify(model, types, made, o, run)
         if calibration:
@@ -3323,20 +3933,23 @@ def main(words: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that the temporary file goes
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    notes.clear()
     try:
         export(options)
+        for note in notes:
+            say(note)
         return 0
     except Refusal as refusal:
-        warn(str(refusal))
+        say(str(refusal))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error,
             re.error) as error:
-        warn(f"{options.source}: damaged, or not of the form that is expected here: {error!r}")
+        say(f"{options.source}: damaged, or not of the form that is expected here: {error!r}")
     except MemoryError:
-        warn("not enough memory")
+        say("not enough memory")
     except OSError as error:
-        warn(f"{error.filename or options.output}: {error.strerror or error}")
+        say(f"{error.filename or options.output}: {error.strerror or error}")
     except KeyboardInterrupt:
-        warn("interrupted")
+        say("interrupted")
         return 130
     return 1
 

@@ -3263,7 +3263,9 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
         .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
                   get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
-                  get_flag(g, "tokenizer.ggml.normalizer.nfc") },
+                  get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
+                  get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
+                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
     };
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))

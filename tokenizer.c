@@ -16,8 +16,12 @@ enum { SPM = 1, BPE = 2 };
 enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE };  // as in GGUF
 enum { TEXT_TYPES = 1 << PIECE_NORMAL | 1 << PIECE_USER_DEFINED };  // what plain text can become
 enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
-enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16, N_FLAGS = 5 };
-enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX, BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE };
+enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16 };
+// SPM as tokenizer.json may have it: the prefix only where the text begins, or only where there is no space yet; and
+// user-defined pieces found before any prefix is put.
+enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128, N_FLAGS = 8 };
+enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX | PREFIX_FIRST | PREFIX_UNLESS_SPACE | ADDED_FIRST };
+enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
@@ -781,6 +785,7 @@ typedef struct {
     uint16_t *scratch;   // BPE: the bytes' classes; SPM: the text with its dummy prefix
     char *composed;      // (3 * n)  text in NFC
     size_t first;        // where in out->ids this plain text begins
+    const char *text;    // all of it
     Tokens *out;
     Error *e;
 } Encoder;
@@ -935,18 +940,29 @@ static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, si
     return true;
 }
 
-// Encodes plain text between two control tokens. User-defined pieces are found first, whatever the words.
-static bool encode_plain(Encoder *c, const char *s, size_t n) {
+// Encodes a part that gets a prefix of its own. User-defined pieces are found first, whatever the words.
+static bool encode_part(Encoder *c, const char *s, size_t n) {
     if (n == 0) return true;
+    unsigned flags = c->t->flags;
     c->first = c->out->n;
     if (c->t->kind == SPM) {
-        char *normal = (char *)c->scratch;
-        if (c->t->flags & DUMMY_PREFIX) *normal++ = ' ';
-        n = normalise(s, n, normal) + (size_t)(normal - (char *)c->scratch);
-        s = (const char *)c->scratch;
+        bool prefix = flags & DUMMY_PREFIX && (s == c->text || !(flags & PREFIX_FIRST));
+        char *normal = (char *)c->scratch + 1;
+        n = normalise(s, n, normal);
+        if (*normal == ' ' && flags & PREFIX_UNLESS_SPACE) prefix = false;
+        if (prefix) *--normal = ' ';
+        n += prefix;
+        s = normal;
     }
-    size_t begin = 0;
-    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, n, encode_words) && encode_words(c, s + begin, n - begin);
+    size_t begin = 0, end = flags & ADDED_FIRST ? 0 : n;
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_words) &&
+           encode_words(c, s + begin, n - begin);
+}
+
+// Encodes plain text between two control tokens.
+static bool encode_plain(Encoder *c, const char *s, size_t n) {
+    size_t begin = 0, end = c->t->flags & ADDED_FIRST ? n : 0;
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_part) && encode_part(c, s + begin, n - begin);
 }
 
 // Appends the tokens of the spans' joined text. A control token must lie in special spans as a whole. The caller adds
@@ -956,7 +972,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     for (int i = 0; i < n_spans; i++) n = plus(n, spans[i].n_bytes);
     if (n > MAX_TEXT) return fail(e, NO_ROOM, "the text has %zu bytes; at most %d can be encoded at once", n, MAX_TEXT);
     char *text = allocate(n + 1, 1, e);
-    Encoder c = {.t = t, .out = out, .e = e};
+    Encoder c = {.t = t, .out = out, .e = e, .text = text};
     c.scratch = allocate((t->flags & COMPOSE ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
     for (int i = 0; ok && i < n_spans; i++) {
@@ -977,7 +993,7 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
 
 // The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
 // text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
-// has all bytes (but in SPM U+2581 becomes a space).
+// has all bytes (but in SPM U+2581 becomes a space, and PREFIX_UNLESS_SPACE and ADDED_FIRST do not keep all spaces).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
     char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
@@ -987,7 +1003,8 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     // Padding prints nothing. A misspelled piece of BPE is PIECE_UNUSED, too: its bytes are as they were in the file.
     bool is_padding = type == PIECE_UNUSED && (t->kind == SPM || unspell_bytes(s, *n_bytes, spelled) > 0);
     if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
-    bool starts = previous < 0 || t->type[previous] == PIECE_CONTROL;
+    bool again = previous == t->bos || !(t->flags & PREFIX_FIRST);  // after a control token
+    bool starts = previous < 0 || (t->type[previous] == PIECE_CONTROL && again);
     if (!starts || !(t->flags & DUMMY_PREFIX) || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
@@ -1165,7 +1182,7 @@ typedef struct {
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
     int bos, eos, eot, eom, unk;
-    int says[N_FLAGS];  // the flags, from ADD_BOS to COMPOSE
+    int says[N_FLAGS];  // the flags, from ADD_BOS to ADDED_FIRST
 } Vocabulary;
 
 enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order

@@ -2013,7 +2013,7 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre, "post_processor": None,
-        "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
+        "decoder": pre, "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None,
                                                     "unk_token": None, "byte_fallback": False,
                                                     "ignore_merges": False}}))
     file = "model-00001-of-00002.safetensors" if shard else "model.safetensors"
@@ -2025,6 +2025,7 @@ def hf_folder(name: str, change: Callable[[dict, dict], None] | None = None, sha
 
 
 def export(python: str, *words, status: int, word: str = "", **how) -> Outcome:
+    how.setdefault("timeout", 120)  # transformers, the judge where it is installed, takes long to load
     o = run(ROOT / "export_model.py", *words, program=Path(python), **how)
     lines = o.err.decode(errors="replace").splitlines()
     found = o.status != status or (status and len(lines) != 1) or word not in o.err.decode(errors="replace") or \
@@ -2099,7 +2100,7 @@ def _():
             export(python, hf_folder(f"{name}-{to}", change), "-o", FOLDER / f"112-out-{name}.{to}", "--to", to,
                    status=1, word=word)
     for name, setting in (("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-                          ("window", {"use_sliding_window": True}),
+                          ("bias", {"attention_bias": True}),
                           ("act", {"hidden_act": "relu"}), ("unknown", {"something_new": 7}),
                           ("kind", {"model_type": "mamba"}),
                           ("heads", {"num_attention_heads": 3}), ("layers", {"num_hidden_layers": 2}),

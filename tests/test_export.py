@@ -518,15 +518,18 @@ def test_split_files(folder: Path) -> None:
         exported(parts[1], "-o", folder / f"{name} whole.gguf", "--to", "gguf")
         check(f"{name}: export_model.py", same_weights(golden / f"{name}.gguf", folder / f"{name} whole.gguf"))
     kept = parts[1].read_bytes()
-    for damaged, word in ((None, "No such file"), (parts[0].read_bytes(), "part 1"), (kept[:-40], "not copied whole")):
+    for damaged, word, of_run in (  # run tells part 1 in the place of part 2 by the tensors
+            (None, "No such file", ["part 2: ", "No such file"]),
+            (parts[0].read_bytes(), "part 1", ["token_embd.weight is missing"]),
+            (kept[:-40], "not copied whole", ["part 2: ", "not copied whole"])):
         parts[1].unlink()
         if damaged:
             parts[1].write_bytes(damaged)
         done = export_model.call(RUN, parts[0], "-m", "inspect")
         status, stderr = export(parts[0], "-o", folder / "no.gguf", "--to", "gguf")
-        for what, code, text in (("run", done.returncode, done.stderr), ("export_model.py", status, stderr)):
-            check(f"{what}: {word}", code == 1 and word in text and text.count("\n") == 1, text)
-        check("run names the part", "part 2: " in done.stderr, done.stderr)
+        for what, words, code, text in (("run", of_run, done.returncode, done.stderr),
+                                        ("export_model.py", [word], status, stderr)):
+            check(f"{what}: {word}", code == 1 and all(w in text for w in words) and text.count("\n") == 1, text)
         parts[1].write_bytes(kept)
 
 
@@ -706,16 +709,16 @@ def save_meta(folder: Path, state: dict, n_parts: int, embedding_axis: int = 1, 
     (folder / "params.json").write_text(json.dumps(params))
 
 
-def train_sentencepiece(folder: Path, size: int) -> Path:
+def train_sentencepiece(folder: Path, size: int, **options) -> Path:
     import sentencepiece
     text = [f"the {a} {b} of {c}, 12a" for a in ("sea", "moon", "ship") for b in ("east", "sun")
             for c in ("Zürich", "Rome")]
     if size > 400:  # more letters than the small vocabulary has room for
         text += (ROOT / "LICENSE").read_text().split("\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=size, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-        minloglevel=2, character_coverage=1.0)
+    usual = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
+                 remove_extra_whitespaces=False, minloglevel=2, character_coverage=1.0)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"),
+                                             vocab_size=size, **(usual | options))
     return folder / "tokenizer.model"
 
 
@@ -1063,6 +1066,549 @@ def test_pre_tokenizers(folder: Path) -> None:
         except export_model.Refusal as refusal:
             found = str(refusal)
         check(f"{name} with {change}", change in found and "--pre NAME" in found, found)
+
+
+# -- Keys of config.json that a family does not read --
+
+# case, what is added to config.json, the key that a line must name ("" none)
+UNREAD_KEYS = (
+    ("llama", {"sliding_window": 8}, "sliding_window"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 5}, "layer_types"),
+    ("llama", {"use_qkv_bias": True, "num_local_experts": 4}, "num_local_experts"),
+    ("llama", {"query_pre_attn_scalar": 3, "final_logit_softcapping": 2.0}, "final_logit_softcapping"),
+    ("llama", {"logits_scaling": 7.0, "embedding_multiplier": 2.0}, "logits_scaling"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0}}, "factor"),
+    ("llama", {"quantization_config": None, "rope_scaling": None, "sliding_window": None, "made_up": None}, ""),
+    ("mistral window", {"use_sliding_window": False, "max_window_layers": 9}, "max_window_layers"),
+    ("mistral", {"attention_bias": True, "mlp_bias": True}, "attention_bias"),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor"),
+    ("qwen2", {"attention_bias": False, "no_rope_layers": [0, 0]}, "no_rope_layers"),
+    ("qwen2", {"sliding_window": 7, "max_window_layers": 0, "use_sliding_window": False}, ""),
+    ("qwen3", {"qk_layernorm": True, "rope_local_base_freq": 5.0}, "rope_local_base_freq"),
+    ("qwen3_moe", {"max_window_layers": 3, "rope_local_base_freq": 9.0, "mlp_bias": True}, "max_window_layers"),
+    ("phi3", {"attention_bias": False, "use_sliding_window": False, "no_rope_layers": [0, 1]}, "no_rope_layers"),
+    ("granite", {"sliding_window": 4, "query_pre_attn_scalar": 2}, "sliding_window"),
+    ("smollm3", {"attention_multiplier": 0.1, "partial_rotary_factor": 0.5}, "attention_multiplier"),
+    ("olmo2", {"sliding_window": 6, "layer_types": ["sliding_attention"] * 2}, "sliding_window"),
+    ("stablelm", {"rms_norm_eps": 0.5, "head_dim": 16}, "rms_norm_eps"),
+    ("gemma2", {"sliding_window_size": 3, "hidden_act": "relu"}, "sliding_window_size"),
+    ("gemma2", {"sliding_window_pattern": 3, "rope_local_base_freq": 10.0}, "sliding_window_pattern"),
+    ("gemma3", {"attention_multiplier": 3.0, "sliding_window_size": 3}, "sliding_window_size"))
+
+
+def edit_json(path: Path, change: dict, drop: tuple = ()) -> None:
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in drop}))
+
+
+def theirs(source: Path) -> np.ndarray:
+    """The logits of IDS that transformers computes from a folder."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **PLAINLY).eval()
+    return reference(network)
+
+
+def test_unread_keys(folder: Path) -> None:
+    """They change nothing, as transformers shows on the same folder, and a line names them."""
+    for i, (case, change, key) in enumerate(UNREAD_KEYS):
+        source, made = save_model(folder / f"{i}", make_network(case)), folder / f"{i}.bin"
+        edit_json(source / "config.json", change)
+        stderr = exported(source, "-o", made)
+        what = f"{case} with {', '.join(change)}"
+        check(f"{what}: a line", f"{key}" in stderr and ("without effect" in stderr) == bool(key), stderr)
+        check(f"{what}: verified", "verified on" in stderr, stderr)
+        check_logits(what, run_logits(made), theirs(source))
+    source = save_model(folder / "partly", make_network("llama"))
+    edit_json(source / "config.json", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4,
+                                                           "partial_rotary_factor": 0.5}})
+    status, stderr = export(source, "-o", folder / "no.bin")  # which transformers' own code cannot run
+    check("a part rotated, scaled", status == 1 and "partial_rotary_factor = 0.5" in stderr, stderr)
+
+
+def config_of(model_type: str):
+    return transformers.CONFIG_MAPPING[model_type]
+
+
+def test_keys_of_families(folder: Path) -> None:
+    """Each family's table of keys and of defaults against transformers' classes and the source of its models."""
+    import importlib
+    import inspect
+    import re
+    harmless = export_model.Config.HARMLESS | export_model.Config.NEUTRAL.keys() | {"text_config", "vision_config"}
+    for name, f in export_model.FAMILIES.items():
+        usual, read = config_of(name)(), export_model.keys_read(f)
+        module = name.removesuffix("_text")
+        source = inspect.getsource(importlib.import_module(f"transformers.models.{module}.modeling_{module}"))
+        found = set(re.findall(r"config\.(\w+)", source)) | set(re.findall(r'getattr\(config, "(\w+)"', source))
+        found = {key for key in found if key in export_model.KNOWN_KEYS}
+        if module == name:  # the other is beside a vision model
+            check(f"{name}: keys that its code reads", found <= read | harmless, f"{found - read - harmless}")
+        mixed = inspect.getsource(config_of(name)) + inspect.getsource(transformers.modeling_rope_utils)
+        lost = [key for key in f.reads.split() if not re.search(rf"\b{key}\b", mixed)]
+        check(f"{name}: no key beside its class", not lost, str(lost))
+        for key, value in (export_model.DEFAULTS | f.defaults).items():
+            if key in read and key not in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor") \
+                    and not (key == "sliding_window" and "use_sliding_window" in read):
+                check(f"{name}: {key}", getattr(usual, key) == value, f"{getattr(usual, key)}, not {value}")
+        rope = usual.rope_parameters
+        full = rope.get("full_attention", rope)
+        usual_theta = (export_model.DEFAULTS | f.defaults)["rope_theta"]
+        check(f"{name}: rope_theta", full["rope_theta"] == usual_theta, str(rope))
+        check(f"{name}: part", full.get("partial_rotary_factor", 1.0) == f.defaults.get("partial_rotary_factor", 1.0))
+
+
+def test_silent_configurations(folder: Path) -> None:
+    """Where config.json is silent, transformers' defaults hold."""
+    for case, drop, change in (("llama", ("max_position_embeddings", "head_dim", "rope_parameters"), {}),
+                               ("llama", ("rms_norm_eps", "hidden_act", "tie_word_embeddings"), {}),
+                               ("mistral window", ("sliding_window", "max_position_embeddings"), {}),
+                               ("mistral", ("rope_parameters", "head_dim"), {"rope_theta": 5e5}),
+                               ("mixtral", ("rope_parameters", "num_experts_per_tok", "rms_norm_eps"), {}),
+                               ("qwen2", ("max_position_embeddings", "max_window_layers", "layer_types"), {}),
+                               ("qwen2 window", ("layer_types", "sliding_window"), {"max_window_layers": 1}),
+                               ("phi3", ("rms_norm_eps", "rope_parameters", "sliding_window"), {}),
+                               ("smollm3", ("rope_parameters", "no_rope_layers", "tie_word_embeddings"), {}),
+                               ("olmo3", ("rope_parameters", "layer_types", "rms_norm_eps"), {}),
+                               ("stablelm", ("rope_parameters", "layer_norm_eps"), {}),
+                               ("gemma2", ("layer_types", "final_logit_softcapping", "rope_parameters"), {}),
+                               ("gemma3", ("layer_types", "rope_parameters", "query_pre_attn_scalar"), {})):
+        source = save_model(folder / f"{case} {drop}", make_network(case))
+        edit_json(source / "config.json", change, drop)
+        exported(source, "-o", folder / "made.bin")
+        check_logits(f"{case} without {', '.join(drop)}"[:44], run_logits(folder / "made.bin"), theirs(source))
+
+
+# -- Files that contradict each other --
+
+def test_contradictions(folder: Path) -> None:
+    """What transformers makes of them, and a line that says so."""
+    def save(case: str, tensors: dict, source: Path) -> None:
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    rng = torch.manual_seed(3)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    other = torch.randn(VOCAB, 64, generator=rng) * 0.1
+    biases = {f"model.layers.{i}.{part}_proj.bias": torch.ones(n) for i in range(2)
+              for part, n in (("self_attn.q", 64), ("self_attn.k", 32), ("mlp.up", 96))}
+    cases = {  # case, tensors -> tensors, the line
+        "tied, another head": ("llama tied", lambda t: t | {head: other}, "differs from model.embed_tokens.weight"),
+        "tied, the same head": ("llama tied", lambda t: t | {head: t[embedding].clone()}, ""),
+        "tied, only the head": ("llama tied", lambda t: {head if n == embedding else n: x for n, x in t.items()},
+                                "only lm_head.weight"),
+        "gemma, another head": ("gemma2", lambda t: t | {head: other}, "differs from"),
+        "gemma, only the head": ("gemma2", lambda t: {head if n == embedding else n: x for n, x in t.items()},
+                                 "only lm_head.weight"),
+        "qwen2 tied, another head": ("qwen2 tied", lambda t: t | {head: other}, "both are used"),
+        "no prefix": ("llama", lambda t: {n.removeprefix("model."): x for n, x in t.items()}, "lack the prefix"),
+        "no prefix, tied": ("qwen2 tied", lambda t: {n.removeprefix("model."): x for n, x in t.items()},
+                            "lack the prefix"),
+        "biases that no key names": ("llama", lambda t: t | biases, "attention_bias is not true"),
+        "mistral with biases": ("mistral", lambda t: t | biases, "are not read"),
+        "angles stored": ("llama", lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, "")}
+    for name, (case, change, line) in cases.items():
+        source, made = save_model(folder / name, make_network(case)), folder / f"{name}.bin"
+        save(case, change(load_file(source / "model.safetensors")), source)
+        stderr = exported(source, "-o", made)
+        check(f"{name}: a line", line in stderr and bool(line) == (stderr.count("\n") > 1), stderr)
+        check_logits(name, run_logits(made), theirs(source))
+        exported(source, "-o", folder / f"{name} again", "--to", "hf")
+        check_logits(f"{name}: folder", theirs(folder / f"{name} again"), theirs(source))
+    for whole, kind in (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin")):
+        source = folder / f"stale {kind}"
+        stale, network = make_network("llama"), make_network("llama")
+        with torch.no_grad():
+            stale.lm_head.weight.mul_(3)
+        stale.save_pretrained(source, max_shard_size="100KB")
+        save_tokenizer(source)
+        names = {n: n.replace(".safetensors", ".bin").replace("model-", "pytorch_model-") if kind == "bin" else n
+                 for n in {p.name for p in source.glob("*.safetensors")}}
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        index["weight_map"] = {n: names[file] for n, file in index["weight_map"].items()}
+        (source / "model.safetensors.index.json").unlink()
+        (source / f"{whole}.index.json").write_text(json.dumps(index))
+        for old, new in names.items():
+            if kind == "bin":
+                torch.save(load_file(source / old), source / new)
+                (source / old).unlink()
+        if kind == "bin":
+            torch.save(network.state_dict(), source / whole)
+        else:
+            save_file(network.state_dict(), source / whole, {"format": "pt"})
+        stderr = exported(source, "-o", folder / "stale.bin")
+        check(f"stale {kind}: a line", "index.json: not read" in stderr, stderr)
+        check_logits(f"stale index, {kind}", run_logits(folder / "stale.bin"), reference(network))
+    network = make_network("llama")
+    state = network.state_dict()
+    for name, content, word in (("state_dict", {"state_dict": state, "epoch": 3}, "those of state_dict"),
+                                ("model", {"model": state, "optimizer": {"step": 1}}, "those of model"),
+                                ("module", {f"module.{n}": t for n, t in state.items()}, ""),
+                                ("compiled", {"model": {f"_orig_mod.{n}": t for n, t in state.items()}}, "of model"),
+                                ("two", {"model": state, "ema": state}, "model, ema"), ("none", {"epoch": 3}, "none"),
+                                ("number", state | {"steps": 3}, "steps has dtype int")):
+        source = save_model(folder / name, network)
+        (source / "model.safetensors").unlink()
+        torch.save(content, source / "pytorch_model.bin")
+        status, stderr = export(source, "-o", folder / f"{name}.bin")
+        check(f"nested: {name}", (status == 1) == (name in ("two", "none", "number")) and word in stderr, stderr)
+        if status == 0:
+            check_logits(f"nested: {name}", run_logits(folder / f"{name}.bin"), reference(network))
+    missing = save_model(folder / "promised", network)
+    edit_json(missing / "config.json", {"attention_bias": True})
+    status, stderr = export(missing, "-o", folder / "no.bin")
+    check("biases that are missing", status == 1 and "attention_bias is true, but" in stderr, stderr)
+
+
+# -- Adapters --
+
+# Every field of PEFT's LoraConfig: options that use it, and whether it is "merged", or refused by its name ("refused"),
+# or says nothing about the result ("idle").
+LORA_FIELDS = {
+    "r": ({"r": 3}, "merged"), "lora_alpha": ({"lora_alpha": 5}, "merged"),
+    "lora_dropout": ({"lora_dropout": 0.5}, "idle"),
+    "target_modules": ({"target_modules": "all-linear"}, "merged"),
+    "exclude_modules": ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "idle"),
+    "fan_in_fan_out": ({"fan_in_fan_out": True}, "refused"), "bias": ({"bias": "lora_only"}, "merged"),
+    "use_rslora": ({"use_rslora": True}, "merged"), "modules_to_save": ({"modules_to_save": ["norm"]}, "merged"),
+    "init_lora_weights": ({"init_lora_weights": "pissa"}, "merged"),
+    "layers_to_transform": ({"layers_to_transform": [1]}, "idle"),
+    "layers_pattern": ({"layers_to_transform": [0], "layers_pattern": "layers"}, "idle"),
+    "rank_pattern": ({"rank_pattern": {"^model.layers.1.self_attn.q_proj": 2, "v_proj": 6}}, "merged"),
+    "alpha_pattern": ({"alpha_pattern": {r"^model\.layers\.0\..*": 9, "q_proj": 3}}, "merged"),
+    "megatron_config": ({"megatron_config": {"a": 1}}, "refused"), "megatron_core": ({}, "idle"),
+    "trainable_token_indices": ({"trainable_token_indices": [3, 5, 7]}, "merged"),
+    "loftq_config": ({}, "idle"), "eva_config": ({}, "idle"), "corda_config": ({}, "idle"),
+    "lora_ga_config": ({}, "idle"), "use_dora": ({"use_dora": True}, "merged"),
+    "velora_config": ({"velora_config": {"num_groups": 2}}, "refused"),
+    "alora_invocation_tokens": ({"alora_invocation_tokens": [3]}, "refused"),
+    "use_qalora": ({"use_qalora": True}, "refused"), "qalora_group_size": ({}, "idle"),
+    "monteclora_config": ({"monteclora_config": {"a": 1}}, "refused"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "refused"), "runtime_config": ({}, "idle"),
+    "lora_bias": ({"lora_bias": True}, "merged"), "target_parameters": ({}, "merged"),
+    "use_bdlora": ({"use_bdlora": {"a": 1}}, "refused"), "arrow_config": ({"arrow_config": {"a": 1}}, "refused"),
+    "kasa_config": ({"kasa_config": {"a": 1}}, "refused"),
+    "ensure_weight_tying": ({"ensure_weight_tying": True}, "merged")}
+# What all kinds of adapters have.
+PEFT_FIELDS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+               "inference_mode"}
+# Further ways to begin, and targets. The bases: llama, "llama bias", "llama tied".
+LORA_CASES = (("llama", "olora", {"init_lora_weights": "olora"}),
+              ("llama", "gaussian", {"init_lora_weights": "gaussian"}),
+              ("llama", "orthogonal", {"init_lora_weights": "orthogonal"}),
+              ("llama", "no start", {"init_lora_weights": False}),
+              ("llama", "pissa rslora", {"init_lora_weights": "pissa", "use_rslora": True}),
+              ("llama", "head", {"target_modules": ["q_proj", "lm_head"]}),
+              ("llama", "embedding", {"target_modules": ["q_proj", "embed_tokens"]}),
+              ("llama tied", "tied head", {"target_modules": ["q_proj", "lm_head"]}),
+              ("llama", "dora rslora", {"use_dora": True, "use_rslora": True, "target_modules": "all-linear"}),
+              ("llama bias", "all biases", {"bias": "all"}),
+              ("qwen2", "bias and dora", {"bias": "all", "use_dora": True}),
+              ("olmo2", "pissa", {"init_lora_weights": "pissa"}), ("gemma2", "dora", {"use_dora": True}))
+
+
+def make_adapter(peft, case: str, folder: Path, options: dict) -> np.ndarray:
+    """Saves an adapter of random numbers; the logits after PEFT has read it again and merged it."""
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | options
+    torch.manual_seed(5)
+    network = peft.get_peft_model(make_network(case), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for key, p in network.named_parameters():
+            if any(part in key for part in ("lora_", "modules_to_save", "token_adapter")) or (
+                    p.requires_grad and "bias" in key):
+                p.add_(torch.randn_like(p) * 0.1)
+    network.save_pretrained(folder)
+    return reference(peft.PeftModel.from_pretrained(make_network(case), folder).merge_and_unload().eval())
+
+
+def test_adapters(folder: Path) -> None:
+    """Each field of PEFT's configuration: merged as PEFT does, or refused by its name."""
+    try:
+        import peft
+    except ImportError:
+        return print("  skipped: peft is not installed")
+    import dataclasses
+    import warnings
+    warnings.simplefilter("ignore")
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)} - PEFT_FIELDS
+    check("every field of LoraConfig", fields == LORA_FIELDS.keys(), str(fields ^ LORA_FIELDS.keys()))
+    bases = {case: save_model(folder / case, make_network(case))
+             for case in ("llama", "llama bias", "llama tied", "qwen2", "olmo2", "gemma2", "mixtral")}
+    by_field = [("llama bias" if name in ("bias", "lora_bias") else "llama", name, options)
+                for name, (options, happens) in LORA_FIELDS.items() if happens != "refused" and options]
+    by_field += [("mixtral", "target_parameters", {"target_modules": [],
+                                                   "target_parameters": ["mlp.experts.down_proj"]})]
+    for case, name, options in (*by_field, *LORA_CASES):
+        adapter, made = folder / f"{case} {name} adapter", folder / f"{case} {name}.bin"
+        try:
+            wanted = make_adapter(peft, case, adapter, options)
+        except Exception as error:
+            check(f"LoRA: {case}, {name}: PEFT", False, repr(error))
+            continue
+        plain = reference(make_network(case))
+        check(f"LoRA: {case}, {name} matters", np.abs(wanted - plain).max() > 50 * TOLERANCE)
+        exported(bases[case], "--lora", adapter, "-o", made)
+        if made.exists():
+            check_logits(f"LoRA: {case}, {name}", run_logits(made), wanted)
+    make_adapter(peft, "llama", folder / "refused", {})
+    config = json.loads((folder / "refused/adapter_config.json").read_text())
+    others = {"init_lora_weights": "corda", "peft_type": "LOHA"}  # which PEFT cannot merge either
+    refused = {n: o[n] for n, (o, happens) in LORA_FIELDS.items() if happens == "refused"}
+    for name, value in (refused | others).items():
+        (folder / "refused/adapter_config.json").write_text(json.dumps(config | {name: value}))
+        status, stderr = export(bases["llama"], "--lora", folder / "refused", "-o", folder / "no.bin")
+        check(f"LoRA: {name} is refused", status == 1 and name in stderr and stderr.count("\n") == 1, stderr)
+
+
+# -- Tokenizers: every part that the libraries have --
+
+BAR = "\u2581"
+LEGACY = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BAR}, {
+    "type": "Replace", "pattern": {"String": " "}, "content": BAR}]}
+BARS = LEGACY["normalizers"][1]
+
+
+def metaspace(scheme: str, split: bool = False) -> dict:
+    return {"type": "Metaspace", "replacement": BAR, "prepend_scheme": scheme, "split": split}
+
+
+def token(content: str, **flags) -> dict:
+    return {"content": content, "special": False, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False} | flags
+
+
+def template(*pieces: str, **ids) -> dict:
+    single = [{"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
+              for p in pieces]
+    return {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {p: {"id": p, "ids": [ids[p.strip("<>|")]], "tokens": [p]} for p in pieces if p != "A"}}
+
+
+# What is changed in tokenizer.json, further added tokens, and the word of the refusal ("": it is exported).
+SPM_CASES = {
+    "legacy": ({}, [], ""), "no prefix": ({"normalizer": BARS}, [], ""),
+    "Metaspace never": ({"normalizer": None, "pre_tokenizer": metaspace("never")}, [], ""),
+    "Metaspace always": ({"normalizer": None, "pre_tokenizer": metaspace("always")}, [], ""),
+    "Metaspace first": ({"normalizer": None, "pre_tokenizer": metaspace("first")}, [], ""),
+    "Metaspace of old": ({"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": BAR, "add_prefix_space": True, "split": False}}, [], ""),
+    "Metaspace split": ({"normalizer": None, "pre_tokenizer": metaspace("never", True)}, [], ""),
+    "split, inner bars": ({"normalizer": None, "pre_tokenizer": metaspace("never", True), "model.vocab": lambda v: v | {
+        f"a{BAR}b": 650}}, [], "split = true"),
+    "ids with holes": ({"model.vocab": lambda v: {t: i + 50 * (i > 580) for t, i in v.items()}}, [], ""),
+    "Metaspace _": ({"normalizer": None, "pre_tokenizer": metaspace("never") | {"replacement": "_"}}, [], "Metaspace"),
+    "both": ({"pre_tokenizer": metaspace("always")}, [], ""),
+    "nothing": ({"normalizer": None}, [], "U+2581"),
+    "Prepend x": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x"}, BARS]}}, [],
+                  "Prepend"),
+    "Replace more": ({"normalizer": {"type": "Sequence", "normalizers": [BARS, {
+        "type": "Replace", "pattern": {"String": "a"}, "content": "b"}]}}, [], "Replace"),
+    "special": ({}, [token("<|x|>", special=True)], ""), "normalized": ({}, [token("hello", normalized=True)], ""),
+    "raw, no prefix": ({"normalizer": BARS}, [token("<tool>")], ""),
+    "raw, Metaspace never": ({"normalizer": None, "pre_tokenizer": metaspace("never")}, [token("<tool>")], ""),
+    "normalized, no prefix": ({"normalizer": BARS}, [token("two words", normalized=True)], ""),
+    "raw, prefix": ({}, [token("<tool>")], ""),
+    "raw and normalized": ({}, [token("<tool>"), token("hello", normalized=True)], "normalized"),
+    "lstrip": ({}, [token("<m>", special=True, lstrip=True)], "lstrip"),
+    "rstrip": ({}, [token("<m>", special=True, rstrip=True)], "rstrip"),
+    "single_word": ({"normalizer": BARS}, [token("word", single_word=True)], "single_word"),
+    "another id": ({}, [token("<|x|>", special=True, id=699)], "gives it 600"),
+    "beyond": ({"model.vocab": lambda v: v | {f"zz{i}": 600 + i for i in range(100)}}, [token("<|x|>")], ""),
+    "bos and eos": ({"post_processor": template("<s>", "A", "</s>", s=1, **{"/s": 2})}, [], ""),
+    "ignore_merges": ({"model.ignore_merges": True}, [], "ignore_merges"),
+    "dropout": ({"model.dropout": 0.5}, [], "dropout")}
+BYTE_CASES = {
+    "plain": ({}, [], ""), "NFC": ({"normalizer": {"type": "NFC"}}, [token("[cafe]", normalized=True)], ""),
+    "NFC, early": ({"normalizer": {"type": "NFC"}}, [token("cafe", normalized=True)], "in NFC"),
+    "NFC, late": ({"normalizer": {"type": "NFC"}}, [token("caf\u00e9", normalized=True)], "in NFC"),
+    "NFC, never found": ({"normalizer": {"type": "NFC"}}, [token("cafe\u0301", normalized=True)], "in NFC"),
+    "user-defined": ({}, [token("<call>"), token("<call><call>"), token(f"a{BAR}b")], ""),
+    "overlapping": ({}, [token("ab"), token("abc"), token("<|s|>", special=True)], ""),
+    "in two rounds": ({}, [token("ab"), token("abc", normalized=True)], "is never found"),
+    "lstrip": ({}, [token("<m>", lstrip=True)], "lstrip"), "rstrip": ({}, [token("<m>", rstrip=True)], "rstrip"),
+    "single_word": ({}, [token("the", single_word=True)], "single_word"),
+    "two first": ({"post_processor": template("<|begin|>", "<|end|>", "A", begin=0, end=1)}, [], "TWO"),
+    "two last": ({"post_processor": template("A", "<|end|>", "<|begin|>", begin=0, end=1)}, [], "after a text"),
+    "two steps": ({"post_processor": {"type": "Sequence", "processors": [
+        template("<|begin|>", "A", begin=0), template("A", "<|end|>", end=1)]}}, [], "several steps"),
+    "none": ({"post_processor": None}, [], ""), "end": ({"post_processor": template("A", "<|end|>", end=1)}, [], ""),
+    "no text": ({"post_processor": template("<|begin|>", begin=0)}, [], "0 times"),
+    "twice": ({"post_processor": template("A", "A")}, [], "2 times"),
+    "prefix": ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, [],
+               "add_prefix_space"),
+    "unk": ({"model.unk_token": "<|end|>"}, [], ""), "dropout": ({"model.dropout": 0.1}, [], "dropout"),
+    "prefixes": ({"model.continuing_subword_prefix": "##"}, [], "continuing_subword_prefix"),
+    "suffixes": ({"model.end_of_word_suffix": "</w>"}, [], "end_of_word_suffix")}
+BYTES = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+# The parts that tokenizers has, by kind: those that byte-level vocabularies may have.
+PARTS = {"normalizers": {"NFC": ({}, ""), "Sequence": ({"normalizers": [{"type": "NFC"}]}, "")},
+         "pre_tokenizers": {"ByteLevel": ({"add_prefix_space": False, "use_regex": True, "trim_offsets": False}, ""),
+                            "Sequence": ({"pretokenizers": [{"type": "Digits", "individual_digits": True}, {
+                                "type": "ByteLevel", "add_prefix_space": False, "use_regex": True,
+                                "trim_offsets": True}]}, "")},
+         "processors": {"ByteLevel": ({"trim_offsets": True, "add_prefix_space": False, "use_regex": True}, ""),
+                        "BertProcessing": ({"sep": ["<|end|>", 1], "cls": ["<|begin|>", 0]}, ""),
+                        "RobertaProcessing": ({"sep": ["<|end|>", 1], "cls": ["<|begin|>", 0], "trim_offsets": True,
+                                               "add_prefix_space": False}, ""),
+                        "TemplateProcessing": (template("<|begin|>", "A", "<|end|>", begin=0, end=1), ""),
+                        "Sequence": ({"processors": [
+                            {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": False, "use_regex": True},
+                            template("<|begin|>", "A", "<|end|>", begin=0, end=1)]}, "")},
+         "decoders": {"ByteLevel": (BYTES, ""), "Sequence": ({"decoders": [{"type": "ByteLevel"} | BYTES]}, "")}}
+
+
+def check_tokens(what: str, source: Path, made: Path, word: str, vocabulary: int) -> None:
+    """The C program's tokens are those of tokenizers; or the refusal has this word."""
+    status, stderr = export(source, "-o", made, "--no-verify")
+    if word:
+        return check(f"{what}: is refused", status == 1 and word in stderr and stderr.count("\n") == 1, stderr)
+    check(f"{what}: is exported", status == 0, stderr)
+    if "normal" in what or "prefix" in what or "Metaspace" in what:  # and a tokenizer.json of it, made anew
+        again = made.parent / f"again {what}".replace("/", " ")
+        exported(made, "-o", again, "--to", "hf", "--no-verify")
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    added = [t.content for i, t in own.get_added_tokens_decoder().items() if i < vocabulary and t.content != "<unk>"]
+    around = [s for t in added for s in (t, f"a{t}b", f"a {t} b", f" {t}  {t}\n{t}")]
+    for text in (*TEXTS[:3], "hello", "say hello there", "xhello", " hello", "  a", "two words", "abcabab",
+                 "cafe\u0301", *around):
+        wanted = own.encode(text).ids
+        if max(wanted, default=0) < vocabulary:
+            got = tokenize(made, text, "--special", "--ends")
+            check(f"{what}: {text!r}", got == wanted, f"{got} {wanted}")
+
+
+def put_tokenizer(source: Path, base: dict, change: dict, added: list[dict]) -> None:
+    made = json.loads(json.dumps(base))
+    for key, value in change.items():
+        value = value(made["model"][key.split(".")[1]]) if callable(value) else value
+        made["model" if "." in key else key] = made["model"] | {key.split(".")[1]: value} if "." in key else value
+    first = 1 + max(made["model"]["vocab"].values())
+    first = max(first, *(t["id"] + 1 for t in made["added_tokens"]))
+    made["added_tokens"] += [{"id": first + i} | t for i, t in enumerate(added)]
+    (source / "tokenizer.json").write_text(json.dumps(made))
+
+
+# What the C program does not obey yet; the word by which it is refused.
+NOT_YET = {"TWO": "before a text"}
+
+
+def test_parts_of_tokenizers(folder: Path) -> None:
+    """Each option of tokenizers: the same tokens, or refused by its name."""
+    source = save_model(folder / "spm", make_network("llama", vocab_size=700))
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    train_sentencepiece(source, 600)
+    exported(source, "-o", folder / "again.bin", "--no-verify")
+    exported(folder / "again.bin", "-o", folder / "again", "--to", "hf", "--no-verify")
+    base = json.loads((folder / "again/tokenizer.json").read_text())
+    base["model"]["vocab"] = {t: i for t, i in base["model"]["vocab"].items() if not t.startswith("[PAD")}
+    (source / "tokenizer.model").unlink()
+    for name, (change, added, word) in SPM_CASES.items():
+        put_tokenizer(source, base, change, added)
+        check_tokens(f"spm: {name}", source, folder / "made.bin", NOT_YET.get(word, word), 700)
+    source = save_model(folder / "bytes", make_network("llama"))
+    base = json.loads((source / "tokenizer.json").read_text())
+    for name, (change, added, word) in BYTE_CASES.items():
+        put_tokenizer(source, base, change, added)
+        check_tokens(f"bytes: {name}", source, folder / "made.bin", NOT_YET.get(word, word), VOCAB)
+    kinds = {"normalizers": "normalizer", "pre_tokenizers": "pre_tokenizer", "processors": "post_processor",
+             "decoders": "decoder"}
+    for module, key in kinds.items():
+        parent = getattr(tokenizers, module)
+        names = [n for n, x in vars(parent).items() if isinstance(x, type) and n not in (
+            key.title(), "Normalizer", "PreTokenizer", "PostProcessor", "Decoder", "DecodeStream")]
+        check(f"{module}: a list", len(names) > 4, str(names))
+        for name in names:
+            options, word = PARTS[module].get(name, ({}, name))
+            put_tokenizer(source, base, {key: {"type": name} | options}, [])
+            check_tokens(f"{module}: {name}", source, folder / "made.bin", word, VOCAB)
+
+
+def test_special_tokens(folder: Path) -> None:
+    """Which file names the begin and end tokens, and whether they are added: as transformers has it."""
+    source = save_model(folder / "model", make_network("llama", bos_token_id=None, eos_token_id=None))
+    base, plain = json.loads((source / "tokenizer.json").read_text()), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (source / "generation_config.json").unlink(missing_ok=True)
+    named = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    for name, config, special, post in (
+            ("map alone", {}, named, None), ("map and template", {}, named, template("<|begin|>", "A", begin=0)),
+            ("map of objects", {}, {k: {"content": v} for k, v in named.items()}, None),
+            ("config wins", {"eos_token": "<|end|>", "bos_token": "<|begin|>"}, {"eos_token": "<|begin|>"}, None),
+            ("explicitly none", named | {"add_bos_token": False}, {}, template("<|begin|>", "A", begin=0)),
+            ("explicitly one", named | {"add_bos_token": True}, {}, None),
+            ("explicitly both", named | {"add_bos_token": True, "add_eos_token": True}, {}, None),
+            ("an end alone", named | {"add_eos_token": True}, {}, template("<|begin|>", "A", begin=0)),
+            ("null in config", {"eos_token": None}, named, None)):
+        (source / "tokenizer_config.json").write_text(json.dumps(plain | config))
+        (source / "special_tokens_map.json").write_text(json.dumps(special))
+        put_tokenizer(source, base, {"post_processor": post}, [])
+        exported(source, "-o", folder / "made.gguf", "--to", "gguf", "--no-verify")
+        usual = transformers.AutoTokenizer.from_pretrained(source)
+        got = tokenize(folder / "made.gguf", "the man", "--ends")
+        check(f"special tokens: {name}", got == usual("the man")["input_ids"], f"{got} {usual('the man')['input_ids']}")
+        fields = gguf.GGUFReader(folder / "made.gguf").fields
+        for key, wanted in (("bos", usual.bos_token_id), ("eos", usual.eos_token_id)):
+            field = fields.get(f"tokenizer.ggml.{key}_token_id")
+            check(f"special tokens: {name}: {key}", (field and field.contents()) == wanted, f"{field} {wanted}")
+
+
+def test_sentencepiece_options(folder: Path) -> None:
+    """What SentencePiece's trainer can be told: the same tokens, or refused by its name."""
+    import sentencepiece
+    source = save_model(folder / "model", make_network("llama", vocab_size=700))
+    (source / "tokenizer.json").unlink()
+    for name, options, config, word in (
+            ("usual", {}, {}, ""), ("no prefix", {"add_dummy_prefix": False}, {}, ""),
+            ("no prefix asked for", {}, {"add_prefix_space": False}, ""),
+            ("suffix", {"treat_whitespace_as_suffix": True}, {}, "treat_whitespace_as_suffix"),
+            ("extra spaces", {"remove_extra_whitespaces": True}, {}, "remove_extra_whitespaces"),
+            ("nfkc", {"normalization_rule_name": "nmt_nfkc"}, {}, "precompiled_charsmap"),
+            ("digits", {"split_digits": True}, {}, ""), ("no bytes", {"byte_fallback": False}, {}, ""),
+            ("spaces", {"allow_whitespace_only_pieces": True}, {}, ""),
+            ("numbers", {"split_by_number": False, "split_by_whitespace": False}, {}, ""),
+            ("user-defined", {"user_defined_symbols": ["<tool>", "hello"]}, {}, ""),
+            ("control", {"control_symbols": ["<sep>"]}, {}, ""),
+            ("unigram", {"model_type": "unigram"}, {}, "model_type is 1")):
+        path = train_sentencepiece(source, 450, **options)
+        (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | config))
+        status, stderr = export(source, "-o", folder / "made.bin", "--no-verify")
+        if word:
+            found = status == 1 and word in stderr and stderr.count("\n") == 1
+            check(f"sentencepiece: {name} is refused", found, stderr)
+            continue
+        check(f"sentencepiece: {name}", status == 0, stderr)
+        more = b"\x1a\x02\x18\x00" if config else b""  # normalizer_spec.add_dummy_prefix = false
+        own = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + more)
+        for text in (*TEXTS, "hello", "say hello  <tool>there", "\u00e9\u4f60 x\U0001f600", "12a34"):
+            got, wanted = tokenize(folder / "made.bin", text), [own.bos_id(), *own.encode(text)]
+            check(f"sentencepiece: {name}: {text!r}", got == wanted, f"{got} {wanted}")
+
+
+def test_judges(folder: Path) -> None:
+    """An exporter that reads a key that transformers does not, or forgets how texts begin, is found out."""
+    source = save_model(folder / "model", make_network("llama"))
+    edit_json(source / "config.json", {"sliding_window": 8})
+    read, prefix = export_model.keys_read, export_model.spm_prefix
+    try:
+        export_model.keys_read = lambda f: read(f) | {"sliding_window"}
+        status, stderr = export(source, "-o", folder / "no.bin")
+        check("a key that transformers does not read", status == 1 and "verification failed" in stderr
+              and "transformers" in stderr, stderr)
+        export_model.keys_read = read
+        spm = save_model(folder / "spm", make_network("llama", vocab_size=700))
+        (spm / "tokenizer.json").unlink()
+        (spm / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        train_sentencepiece(spm, 600)
+        exported(spm, "-o", folder / "spm.bin")
+        exported(folder / "spm.bin", "-o", folder / "again", "--to", "hf")
+        (spm / "tokenizer.json").write_bytes((folder / "again/tokenizer.json").read_bytes())
+        for what, form in (("", "native"), ("", "gguf"), ("", "hf"), ("prepend", "native")):
+            export_model.spm_prefix = lambda t, where, what=what: what
+            status, stderr = export(spm, "-o", folder / f"x.{form}{what}", "--to", form)
+            check(f"a prefix lost: {form} {what}", status == (0 if what else 1)
+                  and ("the tokens of" in stderr) != bool(what), stderr)
+    finally:
+        export_model.keys_read, export_model.spm_prefix = read, prefix
+    names = {p.name for p in folder.iterdir()}
+    check("no file is left", names == {"model", "spm", "spm.bin", "again", "x.nativeprepend"}, str(names))
 
 
 # -- What is refused --

@@ -53,7 +53,7 @@ static void test_damaged_sections(void) {
         const struct { const char *what; size_t at, value, at2, value2; const char *wanted; } cases[] = {
             { "kind", KIND, 0, 0, 0, "of kind 0" }, { "kind", KIND, 3, 0, 3, "of kind 3" },
             { "pre-tokenizer", PRE, 1000, PRE, 1000, "pre-tokenizer 1000" },
-            { "flags", FLAGS, 32, FLAGS, 32, "flags 32" },
+            { "flags", FLAGS, 256, FLAGS, 256, "flags 256" },
             { "no tokens", N_TOKENS_AT, 0, N_END, 0, "of 0 tokens" },
             { "many tokens", N_TOKENS_AT, 1048577, N_TOKENS_AT, 1048577, "of 1048577 tokens" },
             { "merges", N_MERGES, i ? 8388609 : 1, KIND, h.kind, "merges and" },
