@@ -2237,8 +2237,7 @@ static bool is_true(Value v) {
     return !is_missing(v) && (v.n > 0 || v.kind > IS_UNDEFINED);
 }
 
-// -1, 0 or 1, as a is less than b, equal or greater; 2: one is NaN. Rounding an integer to a float keeps the order, so
-// it decides unless both come out equal.
+// -1, 0, 1: a is less than b, equal, greater; 2: one is NaN. Rounding keeps the order unless both come out equal.
 static int compare_numbers(Value a, Value b) {
     double x = as_real(a), y = as_real(b);
     bool a_rounds = a.kind != IS_FLOAT, b_rounds = b.kind != IS_FLOAT;
@@ -2316,17 +2315,6 @@ static void put_real(Template *j, double x, bool json) {
     add_bytes(j, text, strlen(text), j->ones);
 }
 
-// Whether repr() escapes a character that is no space: one without a shape of its own, or for private use.
-static bool is_invisible(uint32_t c) {
-    static const uint32_t ranges[][2] = {
-        {0, 0x1F}, {0x7F, 0xA0}, {0xAD, 0xAD}, {0x600, 0x605}, {0x61C, 0x61C}, {0x6DD, 0x6DD}, {0x70F, 0x70F},
-        {0x180E, 0x180E}, {0x200B, 0x200F}, {0x202A, 0x202E}, {0x2060, 0x206F}, {0xE000, 0xF8FF}, {0xFEFF, 0xFEFF},
-        {0xFFF0, 0xFFFB}, {0xFFFE, 0xFFFF}, {0xE0000, 0xE00FF}, {0xE01F0, 0x10FFFF},
-    };
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) if (c <= ranges[i][1]) return c >= ranges[i][0];
-    return true;
-}
-
 // Puts a string as repr() or JSON spell it.
 static void put_quoted(Template *j, Value s, bool json) {
     const char *letters = json ? "\b\f\n\r\t" : "\n\r\t", *names = json ? "bfnrt" : "nrt";
@@ -2336,7 +2324,9 @@ static void put_quoted(Template *j, Value s, bool json) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
         const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
-        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c == 32 || !(is_white(c) || is_invisible(c)));
+        bool hidden = is_white(c) || c == 0xAD || (c >= 0x200B && c < 0x2010) || (c >= 0x202A && c < 0x2070) || c == 0xFEFF ||
+                      (c >= 0xE000 && c < 0xF900) || (c >= 0xE0000 && c - 0xE0100 > 0xEF);
+        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !hidden));
         if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
@@ -2446,7 +2436,7 @@ static const OperationRow operations[] = {
     {"|", "max", MAXIMUM, "case_sensitive attribute"}, {"|", "int", TO_INTEGER, "default"},
     {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
     {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
-    {"f", "range", RANGE, "!1 2 3"},  // Python's range() has no names for its arguments
+    {"f", "range", RANGE, "!1 2 3"},
 };
 enum { MAX_PARAMETERS = 3 };
 
@@ -2792,8 +2782,8 @@ static bool read_number(Template *j, Value v, bool whole, Value *number) {
     size_t sign = *text == '-' || *text == '+', n_numeric = strspn(text, "0123456789+-.e");
     uint32_t c = 0;
     if (n_numeric < n) character(text + n_numeric, n - n_numeric, &c);
-    bool may_be = (c >= 0x660 && c < 0x1C60) || (c >= 0xA620 && c < 0xAC00) || c >= 0xFF10;  // digits of other scripts
-    if (may_be) lacks(j, "the number", s);
+    if ((c >= 0x660 && c < 0x1C60) || (c >= 0xA620 && c < 0xAC00) || c >= 0xFF10)  // other scripts' digits
+        lacks(j, "the number", s);
     if (n_numeric != n && !has_word("inf infinity nan", string(text + sign))) return false;
     errno = 0;
     *number = integer(strtoll(text, &end, 10));
@@ -2898,7 +2888,7 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
             push(j, &list, (Value){.kind = IS_TUPLE, .n = 2, .items = v.items + i});
         if (what == ITEMS) return list;
         if (is_given(a[1])) by_value = same_text(need_text(j, a[1]), "value");
-        if (is_given(a[1]) && !by_value && !same_text(a[1], "key")) return stop(j, MISUSE, "dictsort by no key or value");
+        if (is_given(a[1]) && !by_value && !same_text(a[1], "key")) return lacks(j, "dictsort by", a[1]);
         return sort_items(j, list, (Value[]){a[0], integer(by_value)}, is_true(a[2]));
     case GET:
         check_key(j, a[0]);
@@ -3005,8 +2995,8 @@ static Value call_macro(Template *j, Value macro, const Arguments *a) {
         set_member(j, &j->scope->variables, x->value, given ? *given : unknown(x->value));
         n_taken += given != NULL;
     }
-    n = 0;
-    for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++)  // a default may name any parameter
+    n = 0;  // a default may name any parameter
+    for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++)
         if (x->second && n >= a->list.n && !find_value(j, a->named, x->value))
             set_member(j, &j->scope->variables, x->value, evaluate(j, x->second));
     if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
