@@ -1615,10 +1615,12 @@ typedef enum {
     NODE_LIST, NODE_TUPLE, NODE_DICT,       // second: list of items; of keys and values in turn
     NODE_MEMBER, NODE_ITEM,                 // first.value; first[second]
     NODE_SLICE,                             // first[second], a list of three
-    NODE_FILTER, NODE_TEST, NODE_CALL,      // first|value(second); first is value(second); first(second), a list
-    NODE_NAMED,                             // value=second: an argument, a parameter
+    NODE_FILTER, NODE_TEST, NODE_METHOD,    // first|value(second); first is value(second); first.value(second), a list
+    NODE_CALL,                              // first(second), a list
+    NODE_NAMED,                             // value=second: an argument, a parameter; value second: < b of a < b < c
+    NODE_COMPARE,                           // first, and what follows it: a list
     NODE_NOT, NODE_SIGN,                    // not first; value, + or -, before first
-    NODE_AND, NODE_OR, NODE_COMPUTE,        // value, the operator, between first and second
+    NODE_AND, NODE_OR, NODE_COMPUTE,        // value, the operator, between first and second: the last to have an `up`
     NODE_CAPTURE,                           // the text of `body`
     NODE_OUTPUT,                            // {{ first }}
     NODE_IF,                                // if first, then body, else otherwise: statements, or an expression
@@ -1633,6 +1635,7 @@ typedef struct Node {
     size_t from;          // where it is in the source
     Value value;
     struct Node *first, *second, *body, *otherwise, *next;
+    struct Node *up;      // of an expression that is another's first: that one
 } Node;
 
 typedef struct Scope { struct Scope *outer; Value variables; } Scope;  // a dict
@@ -1655,7 +1658,7 @@ typedef struct {
     LexemeKind lexeme;          // the next one in a tag: of which kind, ...
     Value word, constant;       // ... as it is spelled, and the string or number that it means
     const char *closing;        // what ends the tag, unless brackets are open
-    int n_open, n_loops;        // brackets; loops round the place that is read, in its macro
+    int n_open, n_loops, n_for; // brackets; loops round the place that is read, in its macro; round its macro, too
     Node spare;                 // stands for any node when there is no memory
     int depth;
     bool failed;
@@ -1668,6 +1671,8 @@ typedef struct {
 } Template;
 
 static const Value undefined = {.kind = IS_UNDEFINED, .text = ""};
+static const Value absent = {.kind = IS_UNDEFINED, .text = "absent"};  // an argument that is not given
+static bool is_given(Value argument) { return argument.kind != IS_UNDEFINED || argument.text != absent.text; }
 
 // Ends the run, with the one line of error that it will give. Only the first counts.
 __attribute__((format(printf, 3, 4))) static Value stop(Template *j, int status, const char *format, ...) {
@@ -1798,8 +1803,9 @@ static size_t read_string(Template *j, const char *s) {
     j->constant = (Value){.kind = IS_STRING, .text = to, .marks = j->ones};
     for (const char *at = s + 1; at < end;) {
         uint32_t code;
-        size_t n = 0;
-        if (*at == '\\') n = read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
+        size_t n = 0, n_digits = *at != '\\' ? 0 : at[1] == 'x' ? 2 : at[1] == 'U' ? 8 : 0;
+        if (n_digits) n = (code = read_digits(at + 2, n_digits)) < 0x110000 && code >> 11 != 27 ? 2 + n_digits : 0;
+        else if (*at == '\\') n = read_escape(at, (size_t)(end - at), "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", &code);
         if (*at == '\\' && (n ? code == NOT_UTF8 : memchr("01234567NUux\n", at[1], 13) != NULL))
             return stop(j, BAD_FILE, "the escape \\%c is not supported", at[1]), 1;
         if (n) j->constant.n += write_character(code, to + j->constant.n);
@@ -1919,7 +1925,16 @@ static Node *new_node(Template *j, NodeKind kind, Value value, Node *first, Node
     Node *x = get_memory(j, sizeof *x);
     if (!x) x = &j->spare;
     *x = (Node){.kind = kind, .from = first ? first->from : j->from, .value = value, .first = first, .second = second};
+    if (first && kind <= NODE_COMPUTE) first->up = x;
     return x;
+}
+
+// Refuses an argument or parameter that has the name of one before.
+static void check_names(Template *j, const Node *list) {
+    for (const Node *x = list; x && !j->failed; x = x->next)
+        for (const Node *y = list; x->kind == NODE_NAMED && y != x && spend(j, 1); y = y->next)
+            if (y->kind == NODE_NAMED && y->value.n == x->value.n && !compare_strings(&y->value, &x->value))
+                stop(j, BAD_FILE, "%.*s is given twice", (int)(x->value.n < 60 ? x->value.n : 60), x->value.text);
 }
 
 // Reads what stands in brackets, up to `end`: items, keys and values in turn, arguments or parameters.
@@ -1939,17 +1954,18 @@ static Node *parse_items(Template *j, const char *end) {
         last = &x->next;
         if (!take_word(j, ",")) break;
     }
+    check_names(j, first);
     expect(j, end);
     return first;
 }
 
-// a, b, c or one value alone; in brackets it may be empty.
-static Node *parse_tuple(Template *j) {
+// a, b, c or one value alone; in brackets it may be empty. Where `if` has another meaning, the values are no choices.
+static Node *parse_tuple(Template *j, bool choices) {
     if (sees(j, ")")) return new_node(j, NODE_TUPLE, undefined, NULL, NULL);
-    Node *first = parse_expression(j), **last = &first->next;
+    Node *first = choices ? parse_expression(j) : parse_binary(j, 0), **last = &first->next;
     if (!sees(j, ",")) return first;
     for (; take_word(j, ",") && j->lexeme != LEX_CLOSE && !sees(j, ")"); last = &(*last)->next)
-        *last = parse_expression(j);
+        *last = choices ? parse_expression(j) : parse_binary(j, 0);
     return new_node(j, NODE_TUPLE, undefined, NULL, first);
 }
 
@@ -1964,7 +1980,7 @@ static Node *parse_primary(Template *j) {
     Value name = j->word;
     LexemeKind lexeme = j->lexeme;
     if (take_word(j, "(")) {
-        x = parse_tuple(j);
+        x = parse_tuple(j, true);
         expect(j, ")");
         return x;
     }
@@ -2010,6 +2026,7 @@ static Node *parse_test(Template *j, Node *of) {
     bool negated = take_word(j, "not");
     Node *x = new_node(j, NODE_TEST, take_name(j), of, NULL);
     if (take_word(j, "(")) x->second = parse_items(j, ")");
+    else if (sees(j, "is")) stop(j, BAD_FILE, "a test of a test: ( ) are missing");
     else if (sees_value(j)) x->second = parse_postfix(j, parse_primary(j), false);
     return negated ? new_node(j, NODE_NOT, undefined, x, NULL) : x;
 }
@@ -2019,7 +2036,11 @@ static Node *parse_postfix(Template *j, Node *x, bool filters) {
     for (bool filtered = false; !j->failed;) {
         if (!filtered && take_word(j, ".")) x = new_node(j, NODE_MEMBER, take_name(j), x, NULL);
         else if (!filtered && take_word(j, "[")) x = parse_subscript(j, x);
-        else if (!filtered && take_word(j, "(")) x = new_node(j, NODE_CALL, undefined, x, parse_items(j, ")"));
+        else if (!filtered && take_word(j, "(")) {
+            if (x->kind == NODE_MEMBER) x->kind = NODE_METHOD;
+            else x = new_node(j, NODE_CALL, undefined, x, NULL);
+            x->second = parse_items(j, ")");
+        }
         else if (filters && take_word(j, "|")) x = parse_filter(j, x), filtered = true;
         else if (filters && take_word(j, "is")) x = parse_test(j, x), filtered = true;
         else break;
@@ -2050,23 +2071,25 @@ static int see_level(const Template *j) {
     return level;
 }
 
-// Operators that bind at least as tight as `least`: all take their left operand first. a < b < c is a < b and b < c.
+// Operators that bind at least as tight as `least`: all take their left operand first, but a < b < c is one node.
 static Node *parse_binary(Template *j, int least) {
-    Node *left, *middle = NULL;
+    Node *left, **last = NULL;
     if (least <= LEVEL_NOT && take_word(j, "not")) {
         left = new_node(j, NODE_NOT, undefined, enter(j) ? parse_binary(j, LEVEL_NOT) : NULL, NULL);
         j->depth--;
     } else left = parse_unary(j, true);
     for (int level; (level = see_level(j)) && level >= least;) {
         Value sign = j->word;
-        NodeKind kind = level == LEVEL_OR ? NODE_OR : level == LEVEL_AND ? NODE_AND : NODE_COMPUTE;
+        NodeKind kind = level == LEVEL_OR ? NODE_OR : level == LEVEL_AND ? NODE_AND
+                      : level == LEVEL_COMPARE ? NODE_COMPARE : NODE_COMPUTE;
         next_lexeme(j);
         if (same_text(sign, "not")) expect(j, "in");
         Node *right = parse_binary(j, level + 1);
-        if (middle && level == LEVEL_COMPARE)
-            left = new_node(j, NODE_AND, sign, left, new_node(j, NODE_COMPUTE, sign, middle, right));
-        else left = new_node(j, kind, sign, left, right);
-        middle = level == LEVEL_COMPARE ? right : NULL;
+        if (level != LEVEL_COMPARE || !last) left = new_node(j, kind, sign, left, right), last = NULL;
+        if (level != LEVEL_COMPARE) continue;
+        if (!last) last = &left->second;
+        *last = new_node(j, NODE_NAMED, sign, NULL, right);
+        last = &(*last)->next;
     }
     return left;
 }
@@ -2104,17 +2127,17 @@ static Node *parse_body(Template *j, const char *ends) {
         char what = open_tag(j);
         if (what == '%' && j->lexeme == LEX_NAME && has_word(ends, j->word)) break;
         if (what == '%') *last = parse_statement(j);
-        if (what == '{') *last = new_node(j, NODE_OUTPUT, undefined, parse_tuple(j), NULL);
+        if (what == '{') *last = new_node(j, NODE_OUTPUT, undefined, parse_tuple(j, true), NULL);
         close_tag(j);
     }
     j->depth--;
     return first;
 }
 
-// Reads a body that loops round it do not reach into.
-static Node *parse_block(Template *j, const char *end) {
+// Reads a body. Loops round it reach into it, unless it is called.
+static Node *parse_block(Template *j, const char *end, bool called) {
     int n_loops = j->n_loops;
-    j->n_loops = 0;
+    if (called) j->n_loops = 0;
     Node *body = parse_body(j, end);
     j->n_loops = n_loops;
     expect(j, end);
@@ -2128,8 +2151,14 @@ static Node *parse_capture(Template *j, const char *end, bool filtered) {
         x = parse_filter(j, x);
         filtered = take_word(j, "|");
     }
-    capture->body = parse_block(j, end);
+    capture->body = parse_block(j, end, same_text(string(end), "endgeneration"));
     return x;
+}
+
+// Refuses a name that cannot be set: a constant's, and in a `for` that of the loop.
+static void check_target(Template *j, Value name) {
+    if (has_word("true True false False none None", name) || (j->n_for && same_text(name, "loop")))
+        stop(j, BAD_FILE, "%.*s cannot be set here", (int)name.n, name.text);
 }
 
 // a or space.a or a, b
@@ -2137,7 +2166,9 @@ static Node *parse_targets(Template *j) {
     Node *first = NULL, **last = &first;
     do {
         Node *x = new_node(j, NODE_VARIABLE, take_name(j), NULL, NULL);
-        *last = take_word(j, ".") ? new_node(j, NODE_MEMBER, take_name(j), x, NULL) : x;
+        bool is_member = take_word(j, ".");
+        if (!is_member) check_target(j, x->value);
+        *last = is_member ? new_node(j, NODE_MEMBER, take_name(j), x, NULL) : x;
         last = &(*last)->next;
     } while (take_word(j, ","));
     return first;
@@ -2146,7 +2177,7 @@ static Node *parse_targets(Template *j) {
 static Node *parse_if(Template *j) {
     Node *first = NULL, **last = &first;
     do {
-        Node *x = *last = new_node(j, NODE_IF, undefined, parse_tuple(j), NULL);
+        Node *x = *last = new_node(j, NODE_IF, undefined, parse_tuple(j, false), NULL);
         x->body = parse_body(j, "elif else endif");
         last = &x->otherwise;
     } while (take_word(j, "elif"));
@@ -2156,9 +2187,10 @@ static Node *parse_if(Template *j) {
 }
 
 static Node *parse_for(Template *j) {
+    j->n_for++;
     Node *x = new_node(j, NODE_FOR, undefined, NULL, parse_targets(j));
     expect(j, "in");
-    x->first = parse_binary(j, 0);
+    x->first = parse_tuple(j, false);
     if (take_word(j, "if")) x->first->next = parse_expression(j);
     if (sees(j, "recursive")) lacks(j, "the loop that is", j->word);
     j->n_loops++;
@@ -2166,22 +2198,27 @@ static Node *parse_for(Template *j) {
     j->n_loops--;
     if (take_word(j, "else")) x->otherwise = parse_body(j, "endfor");
     expect(j, "endfor");
+    j->n_for--;
     return x;
 }
 
 static Node *parse_set(Template *j) {
     Node *targets = parse_targets(j), *v;
-    v = take_word(j, "=") ? parse_tuple(j) : parse_capture(j, "endset", take_word(j, "|"));
+    v = take_word(j, "=") ? parse_tuple(j, true) : parse_capture(j, "endset", take_word(j, "|"));
     return new_node(j, NODE_SET, undefined, v, targets);
 }
 
 static Node *parse_macro(Template *j) {
     Node *x = new_node(j, NODE_MACRO, take_name(j), NULL, NULL);
+    if (!same_text(x->value, "loop")) check_target(j, x->value);
     expect(j, "(");
     x->second = parse_items(j, ")");
-    for (const Node *p = x->second; p && !j->failed; p = p->next)
+    for (Node *p = x->second; p && !j->failed; p = p->next) {
         if (p->kind != NODE_VARIABLE && p->kind != NODE_NAMED) stop(j, BAD_FILE, "a parameter that is no name");
-    x->body = parse_block(j, "endmacro");
+        p->kind = NODE_NAMED;
+    }
+    check_names(j, x->second);
+    x->body = parse_block(j, "endmacro", true);
     return x;
 }
 
@@ -2217,6 +2254,17 @@ static bool is_true(Value v) {
     return !is_missing(v) && (v.n > 0 || v.kind > IS_UNDEFINED);
 }
 
+// -1, 0, 1: a is less than b, equal, greater; 2: one is NaN. Rounding keeps the order unless both come out equal.
+static int compare_numbers(Value a, Value b) {
+    double x = as_real(a), y = as_real(b);
+    bool a_rounds = a.kind != IS_FLOAT, b_rounds = b.kind != IS_FLOAT;
+    if (isnan(x) || isnan(y)) return 2;
+    if (x != y || !(a_rounds || b_rounds)) return (x > y) - (x < y);
+    if (x >= 0x1p63 && a_rounds != b_rounds) return a_rounds ? -1 : 1;  // the float is no 64-bit integer
+    int64_t i = a_rounds ? as_integer(a) : (int64_t)x, k = b_rounds ? as_integer(b) : (int64_t)y;
+    return (i > k) - (i < k);
+}
+
 static bool is_equal(Template *j, Value a, Value b);
 
 // The value of a dict's key, or NULL.
@@ -2243,8 +2291,7 @@ static void set_member(Template *j, Value *dict, Value key, Value value) {
 }
 
 static bool is_equal(Template *j, Value a, Value b) {
-    if (is_whole(a) && is_whole(b)) return as_integer(a) == as_integer(b);
-    if (is_number(a) && is_number(b)) return as_real(a) == as_real(b);
+    if (is_number(a) && is_number(b)) return compare_numbers(a, b) == 0;
     if (a.kind != b.kind) return false;
     if (is_missing(a)) return true;
     if (a.n != b.n) return false;
@@ -2261,8 +2308,7 @@ static bool is_equal(Template *j, Value a, Value b) {
 
 // Whether a < b: numbers, or strings by their characters' codes.
 static bool is_less(Template *j, Value a, Value b) {
-    if (is_whole(a) && is_whole(b)) return as_integer(a) < as_integer(b);
-    if (is_number(a) && is_number(b)) return as_real(a) < as_real(b);
+    if (is_number(a) && is_number(b)) return compare_numbers(a, b) == -1;
     if (a.kind == IS_STRING && b.kind == IS_STRING)
         return spend(j, (a.n < b.n ? a.n : b.n) / 16 + 1) && compare_strings(&a, &b) < 0;
     if (is_list(a) && a.kind == b.kind) lacks(j, "the order of", string("lists"));
@@ -2295,7 +2341,9 @@ static void put_quoted(Template *j, Value s, bool json) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
         const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
-        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !is_white(c)));
+        bool hidden = is_white(c) || c == 0xAD || (c >= 0x200B && c < 0x2010) || (c >= 0x202A && c < 0x2070) || c == 0xFEFF ||
+                      (c >= 0xE000 && c < 0xF900) || (c >= 0xE0000 && c - 0xE0100 > 0xEF);
+        bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !hidden));
         if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
         else snprintf(text, sizeof text, json ? "\\u%04x" : c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c);
@@ -2399,12 +2447,13 @@ static const OperationRow operations[] = {
     {"|", "reverse", REVERSE, ""}, {"|", "join", JOIN, "d"},
     {"|", "map", MAP, "filter attribute"}, {"|", "select", SELECT, "test value"},
     {"|", "reject", REJECT, "test value"}, {"|", "selectattr", SELECT_ATTR, "!attribute test value"},
-    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "attribute"},
-    {"|", "sort", SORT, "reverse attribute"}, {"|", "dictsort", DICT_SORT, "reverse"},
-    {"|", "min", MINIMUM, ""}, {"|", "max", MAXIMUM, ""}, {"|", "int", TO_INTEGER, "default"},
+    {"|", "rejectattr", REJECT_ATTR, "!attribute test value"}, {"|", "unique", UNIQUE, "case_sensitive attribute"},
+    {"|", "sort", SORT, "reverse case_sensitive attribute"},
+    {"|", "dictsort", DICT_SORT, "case_sensitive by reverse"}, {"|", "min", MINIMUM, "case_sensitive attribute"},
+    {"|", "max", MAXIMUM, "case_sensitive attribute"}, {"|", "int", TO_INTEGER, "default"},
     {"|", "float", TO_FLOAT, "default"}, {"|", "round", ROUND, "precision"},
     {"f", "raise_exception", RAISE_EXCEPTION, "message"}, {"f", "strftime_now", STRFTIME_NOW, "!format"},
-    {"f", "range", RANGE, "!start stop step"},
+    {"f", "range", RANGE, "!1 2 3"},
 };
 enum { MAX_PARAMETERS = 3 };
 
@@ -2537,6 +2586,7 @@ static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
     size_t start = j->out->text.n;
     uint32_t c;
     Value gap = repeat(j, string(" "), width);
+    s.n -= s.n && s.text[s.n - 1] == '\r';  // jinja2 appends a \n, which ends the same line
     if (first) put_string(j, gap);
     for (size_t i = 0, n, begin = SIZE_MAX; i < s.n && !j->failed; i += n) {
         n = character(s.text + i, s.n - i, &c);
@@ -2552,7 +2602,7 @@ static Value indent_lines(Template *j, Value s, int64_t width, bool first) {
 static Value need_text(Template *j, Value v) { return v.kind == IS_STRING ? v : complain(j, "the characters", v); }
 
 static int64_t need_count(Template *j, Value v, int64_t otherwise) {
-    if (is_missing(v)) return otherwise;
+    if (!is_given(v)) return otherwise;
     if (!is_whole(v)) complain(j, "the count", v);
     return as_integer(v);
 }
@@ -2574,7 +2624,8 @@ static Value apply_to_text(Template *j, Operation what, Value s, const Value *a)
     if (part.n == 0 && what == FIND) return integer(0);
     if (part.n == 0 && what == COUNT_TEXT) return integer(count_characters(s) + 1);
     if (part.n == 0) return lacks(j, "a separator", string("without characters"));
-    int64_t most = what == FIND ? 1 : what == COUNT_TEXT ? -1 : need_count(j, a[1 + (what == REPLACE)], -1);
+    bool all = what == COUNT_TEXT || (what == REPLACE && is_missing(a[2]));
+    int64_t most = all ? -1 : what == FIND ? 1 : need_count(j, a[1 + (what == REPLACE)], -1);
     Value parts = split_text(j, s, part, most, what == RSPLIT);
     if (what == REPLACE) return join_items(j, parts, need_text(j, a[1]));
     if (what == COUNT_TEXT) return integer((int64_t)parts.n - 1);
@@ -2620,21 +2671,24 @@ static Value member(Template *j, Value v, Value key, bool dotted) {
 // The member that the filters' attribute= names; without one the value itself.
 static Value member_at(Template *j, Value v, Value path) {
     if (is_missing(path)) return v;
-    if (path.kind == IS_STRING && memchr(path.text, '.', path.n)) return lacks(j, "the path", path);
+    bool is_path = path.kind == IS_STRING && (memchr(path.text, '.', path.n) || memchr(path.text, ',', path.n) ||
+                                              (path.n && isdigit((unsigned char)path.text[0])));
+    if (is_path) return lacks(j, "the path", path);
     return member(j, v, path, false);
 }
 
-// What the filters unique, sort, ... compare of an item: letters of both cases are equal.
-static Value key_of(Template *j, Value item, Value path) {
-    Value key = member_at(j, item, path);
-    return key.kind == IS_STRING ? change_case(j, key, LOWER) : key;
+// What the filters unique, sort, ... compare of an item, by their arguments case_sensitive and attribute: letters of
+// both cases are equal, unless the first is true.
+static Value key_of(Template *j, Value item, const Value *a) {
+    Value key = member_at(j, item, a[1]);
+    return key.kind == IS_STRING && !is_true(a[0]) ? change_case(j, key, LOWER) : key;
 }
 
 // Equal items keep their order.
-static Value sort_items(Template *j, Value list, Value path, bool reverse) {
+static Value sort_items(Template *j, Value list, const Value *a, bool reverse) {
     Value keys = {.kind = IS_LIST}, sorted = {.kind = IS_LIST};
     for (size_t i = 0, k; i < list.n; i++) {
-        Value key = key_of(j, list.items[i], path);
+        Value key = key_of(j, list.items[i], a);
         push(j, &keys, key);
         push(j, &sorted, list.items[i]);
         if (j->failed) return undefined;
@@ -2686,7 +2740,6 @@ static bool compare(Template *j, Value sign, Value a, Value b) {
 
 static Value compute(Template *j, Value sign, Value a, Value b) {
     char op = same_text(sign, "/") ? ':' : sign.text[0];  // '/' is //
-    if (has_word("== != <= >= < > in not", sign)) return boolean(compare(j, sign, a, b));
     bool a_joins = a.kind == IS_STRING || is_list(a), b_joins = b.kind == IS_STRING || is_list(b);
     if (op == '~' || (op == '+' && a.kind == IS_STRING && b.kind == IS_STRING))
         return join_items(j, (Value){.kind = IS_LIST, .n = 2, .items = (Value[]){a, b}}, string(""));
@@ -2731,17 +2784,35 @@ static bool apply_test(Template *j, Value name, Value v, const Arguments *a) {
     return false;
 }
 
+// Reads the number that a text is for Python: digits may have _ between them. False: it is none.
+static bool read_number(Template *j, Value v, bool whole, Value *number) {
+    Value s = strip(v, true, true, NULL);
+    char *text = get_memory(j, s.n + 1), *end = text;
+    size_t n = 0;
+    for (size_t i = 0; text && i < s.n; i++) {
+        bool skipped = i && s.text[i] == '_' && isdigit((unsigned char)s.text[i - 1]) &&
+                       i + 1 < s.n && isdigit((unsigned char)s.text[i + 1]);
+        if (!skipped) text[n++] = (char)tolower((unsigned char)s.text[i]);
+    }
+    if (!text) return false;
+    text[n] = 0;
+    size_t sign = *text == '-' || *text == '+', n_numeric = strspn(text, "0123456789+-.e");
+    uint32_t c = 0;
+    if (n_numeric < n) character(text + n_numeric, n - n_numeric, &c);
+    if ((c >= 0x660 && c < 0x1C60) || (c >= 0xA620 && c < 0xAC00) || c >= 0xFF10)  // other scripts' digits
+        lacks(j, "the number", s);
+    if (n_numeric != n && !has_word("inf infinity nan", string(text + sign))) return false;
+    errno = 0;
+    *number = integer(strtoll(text, &end, 10));
+    if (!whole || *end) *number = real(strtod(text, &end));
+    else if (errno == ERANGE) stop(j, MISUSE, "an integer that is too large");
+    return end > text && *end == 0;
+}
+
 // The number that a text or a number is, for the filters int and float; else the default.
 static Value convert_number(Template *j, Value v, bool whole, Value otherwise) {
     if (v.kind == IS_UNDEFINED) return complain(j, "the number", v);
-    if (v.kind == IS_STRING) {
-        Value s = strip(v, true, true, NULL);
-        bool plus = s.n && s.text[0] == '+';
-        size_t length = scan_number(s.text + plus, s.n - plus, &v) + plus;
-        bool may_be = s.n && (strchr("0123456789+-.iInN", *s.text) || *s.text & 0x80);  // for Python: inf, 1_000
-        if (length != s.n && may_be) return lacks(j, "the number", s);
-        if (length != s.n || !s.n) return otherwise;
-    }
+    if (v.kind == IS_STRING && (!read_number(j, v, whole, &v) || (whole && isinf(as_real(v))))) return otherwise;
     if (!is_number(v)) return otherwise;
     if (!whole) return real(as_real(v));
     if (is_whole(v)) return integer(as_integer(v));
@@ -2771,10 +2842,10 @@ static Value strftime_now(Template *j, Value format) {
 
 static Value range(Template *j, const Value *a) {
     Value list = {.kind = IS_LIST};
-    bool has_start = !is_missing(a[1]);
+    bool has_start = is_given(a[1]);
     int64_t i = has_start ? need_count(j, a[0], 0) : 0, end = need_count(j, a[has_start], 0);
     int64_t step = need_count(j, a[2], 1);
-    if (step == 0 || is_missing(a[0])) return stop(j, MISUSE, "range() without an end or with a step of 0");
+    if (step == 0) return stop(j, MISUSE, "range() with a step of 0");
     while ((step > 0 ? i < end : i > end) && !j->failed) {
         if (list.n == MAX_RANGE) return stop(j, MISUSE, "range() of more than %d integers", MAX_RANGE);
         push(j, &list, integer(i));
@@ -2790,13 +2861,13 @@ static Value apply(Template *j, char kind, Value name, Value v, const Arguments 
 static Value choose_items(Template *j, Operation what, Value list, const Value *a) {
     bool by_member = what == SELECT_ATTR || what == REJECT_ATTR, wanted = what == SELECT || what == SELECT_ATTR;
     Value test = a[by_member], other = a[by_member + 1], chosen = {.kind = IS_LIST}, keys = chosen;
-    Value path = what == MAP ? a[1] : by_member || what == UNIQUE ? a[0] : undefined;
+    Value path = what == MAP || what == UNIQUE ? a[1] : by_member ? a[0] : undefined;
     Arguments rest = {.list = {.kind = IS_LIST}, .named = {.kind = IS_DICT}};
     if (what == MAP && is_missing(a[0]) == is_missing(a[1])) return lacks(j, "map with", string("such arguments"));
     if (!is_missing(test) && what != UNIQUE) need_text(j, test);
-    if (other.kind != IS_UNDEFINED && what != MAP) push(j, &rest.list, other);
+    if (is_given(other) && what != MAP && what != UNIQUE) push(j, &rest.list, other);
     for (size_t i = 0; i < list.n && !j->failed; i++) {
-        Value item = list.items[i], part = what == UNIQUE ? key_of(j, item, path) : member_at(j, item, path);
+        Value item = list.items[i], part = what == UNIQUE ? key_of(j, item, a) : member_at(j, item, path);
         if (what == UNIQUE && (is_list(part) || part.kind == IS_DICT)) complain(j, "a key", part);
         else if (what == MAP) push(j, &chosen, is_missing(test) ? part : apply(j, '|', test, item, &rest));
         else if (what == UNIQUE && !contains(j, keys, part)) push(j, &keys, part), push(j, &chosen, item);
@@ -2812,14 +2883,15 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
     Value list = {.kind = IS_LIST};
     const Value *found;
     int64_t width;
+    bool by_value = false;
     if (what == INDENT && v.kind != IS_STRING) return complain(j, "the lines", v);
     if (what <= TO_STRING) return apply_to_text(j, what, to_string(j, v), a);
     if (what <= MAXIMUM && (is_true(v) || what >= UNIQUE)) list = list_items(j, v);
-    if (what == MINIMUM || what == MAXIMUM) list = sort_items(j, list, undefined, what == MAXIMUM);
+    if (what == MINIMUM || what == MAXIMUM) list = sort_items(j, list, a, what == MAXIMUM);
     switch (what) {
     case MAP: case SELECT: case REJECT: case SELECT_ATTR: case REJECT_ATTR: case UNIQUE:
         return choose_items(j, what, list, a);
-    case SORT: return sort_items(j, list, a[1], is_true(a[0]));
+    case SORT: return sort_items(j, list, a + 1, is_true(a[0]));
     case REVERSE: return slice(j, v.kind == IS_STRING ? v : list, backwards);
     case JOIN: return join_items(j, list, to_string(j, a[0]));
     case FIRST: case MINIMUM: case MAXIMUM: return list.n ? list.items[0] : undefined;
@@ -2831,27 +2903,32 @@ static Value perform(Template *j, Operation what, Value v, const Value *a) {
         if (v.kind != IS_DICT && (v.kind != IS_UNDEFINED || what == DICT_SORT)) return complain(j, "the items", v);
         for (size_t i = 0; v.kind == IS_DICT && i < v.n && !j->failed; i += 2)
             push(j, &list, (Value){.kind = IS_TUPLE, .n = 2, .items = v.items + i});
-        return what == ITEMS ? list : sort_items(j, list, integer(0), is_true(a[0]));
+        if (what == ITEMS) return list;
+        if (is_given(a[1])) by_value = same_text(need_text(j, a[1]), "value");
+        if (is_given(a[1]) && !by_value && !same_text(a[1], "key")) return lacks(j, "dictsort by", a[1]);
+        return sort_items(j, list, (Value[]){a[0], integer(by_value)}, is_true(a[2]));
     case GET:
         check_key(j, a[0]);
         found = find_value(j, v, a[0]);
-        return found ? *found : a[1].kind == IS_UNDEFINED ? (Value){.kind = IS_NONE} : a[1];
+        return found ? *found : is_given(a[1]) ? a[1] : (Value){.kind = IS_NONE};
     case LENGTH:
         if (v.kind == IS_STRING) return integer(spend(j, v.n / 4) ? count_characters(v) : 0);
         if (!is_list(v) && v.kind != IS_DICT && v.kind != IS_UNDEFINED) return complain(j, "the length", v);
         return integer((int64_t)(v.kind == IS_DICT ? v.n / 2 : is_list(v) ? v.n : 0));
     case DEFAULT:
         if (v.kind != IS_UNDEFINED && (is_true(v) || !is_true(a[1]))) return v;
-        return a[0].kind == IS_UNDEFINED ? string("") : a[0];
+        return is_given(a[0]) ? a[0] : string("");
     case TO_JSON:
-        width = need_count(j, a[1], 0);
+        width = is_missing(a[1]) ? 0 : need_count(j, a[1], 0);
         if (width < 0 || width > 1 << 20) return stop(j, MISUSE, "it takes too long to indent so far");
         if (is_true(a[0])) return lacks(j, "tojson with", string("ensure_ascii"));
         put_value(j, v, true, is_missing(a[1]) ? -1 : width, 0);
         return take_string_from(j, start);
-    case TO_INTEGER: return convert_number(j, v, true, is_missing(a[0]) ? integer(0) : a[0]);
-    case TO_FLOAT: return convert_number(j, v, false, is_missing(a[0]) ? real(0) : a[0]);
-    case ROUND: return round_number(j, v, need_count(j, a[0], 0));
+    case TO_INTEGER: return convert_number(j, v, true, is_given(a[0]) ? a[0] : integer(0));
+    case TO_FLOAT: return convert_number(j, v, false, is_given(a[0]) ? a[0] : real(0));
+    case ROUND:
+        if (a[0].kind != IS_NONE) return round_number(j, v, need_count(j, a[0], 0));
+        return convert_number(j, round_number(j, v, 0), true, undefined);
     case STRFTIME_NOW: return strftime_now(j, need_text(j, a[0]));
     case RANGE: return range(j, a);
     case RAISE_EXCEPTION:
@@ -2875,7 +2952,7 @@ static Value apply(Template *j, char kind, Value name, Value v, const Arguments 
         Value parameter = {.kind = IS_STRING, .text = parameters, .n = strcspn(parameters, " ")};
         const Value *found = parameter.n && i < a->list.n ? &a->list.items[i] : find_value(j, a->named, parameter);
         if (needed && !found) stop(j, MISUSE, "the argument %.*s is missing", (int)parameter.n, parameter.text);
-        bound[i] = found ? *found : undefined;
+        bound[i] = found ? *found : absent;
         n_taken += found != NULL;
         parameters += parameter.n + (parameters[parameter.n] == ' ');
     }
@@ -2932,10 +3009,13 @@ static Value call_macro(Template *j, Value macro, const Arguments *a) {
     j->scope = new_scope(j, macro.scope, (Value){.kind = IS_DICT});
     for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++) {
         const Value *given = n < a->list.n ? &a->list.items[n] : find_value(j, a->named, x->value);
-        Value v = given ? *given : x->second ? evaluate(j, x->second) : unknown(x->value);
-        set_member(j, &j->scope->variables, x->value, v);
+        set_member(j, &j->scope->variables, x->value, given ? *given : unknown(x->value));
         n_taken += given != NULL;
     }
+    n = 0;  // a default may name any parameter
+    for (const Node *x = macro.node->second; x && !j->failed; x = x->next, n++)
+        if (x->second && n >= a->list.n && !find_value(j, a->named, x->value))
+            set_member(j, &j->scope->variables, x->value, evaluate(j, x->second));
     if (n_taken < a->list.n + a->named.n / 2) stop(j, MISUSE, "an argument without a parameter");
     execute(j, macro.node->body);
     j->scope = outer;
@@ -2943,20 +3023,16 @@ static Value call_macro(Template *j, Value macro, const Arguments *a) {
 }
 
 // function(arguments), macro(arguments) or value.method(arguments)
-static Value call(Template *j, const Node *called, const Node *arguments) {
-    bool is_method = called->kind == NODE_MEMBER;
-    Value v = evaluate(j, is_method ? called->first : called);
-    Arguments a = evaluate_list(j, arguments);
+static Value call(Template *j, const Node *x, Value v, const Arguments *a) {
     Value name = {.kind = IS_STRING, .text = v.text, .n = v.n};
-    if (j->failed) return undefined;
     if (v.kind == IS_UNDEFINED) return complain(j, "a call", v);
-    if (is_method) return apply(j, kind_of_methods(v), called->value, v, &a);
-    if (v.kind == IS_MACRO) return call_macro(j, v, &a);
+    if (x->kind == NODE_METHOD) return apply(j, kind_of_methods(v), x->value, v, a);
+    if (v.kind == IS_MACRO) return call_macro(j, v, a);
     if (v.kind != IS_FUNCTION) return complain(j, "a call", v);
-    if (!has_word("dict namespace", name)) return apply(j, 'f', name, undefined, &a);
-    if (a.list.n) return lacks(j, "an argument without a name of", name);
-    if (*name.text == 'd') return a.named;
-    return (Value){.kind = IS_NAMESPACE, .scope = new_scope(j, NULL, a.named)};
+    if (!has_word("dict namespace", name)) return apply(j, 'f', name, undefined, a);
+    if (a->list.n) return lacks(j, "an argument without a name of", name);
+    if (*name.text == 'd') return a->named;
+    return (Value){.kind = IS_NAMESPACE, .scope = new_scope(j, NULL, a->named)};
 }
 
 // Sets what is named, `a` or `space.a` or `a, b`, to a value or its items.
@@ -2985,6 +3061,7 @@ static void run_loop(Template *j, const Node *x, Value over) {
         if (is_true(evaluate(j, condition))) push(j, &list, all.items[i]);
     }
     if (!condition) list = all;
+    bool ended = false;  // a pass that reached the end of the body, without break or continue
     for (size_t i = 0; i < list.n && j->leaves != BREAKS && !j->failed; i++) {
         j->leaves = STAYS;
         j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
@@ -2992,18 +3069,33 @@ static void run_loop(Template *j, const Node *x, Value over) {
         set_member(j, &j->scope->variables, string("loop"),
                    (Value){.kind = IS_LOOP, .n = list.n, .items = list.items, .at = i});
         execute(j, x->body);
+        ended |= j->leaves == STAYS;
     }
     j->leaves = STAYS;
     j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
-    if (list.n == 0) execute(j, x->otherwise);
+    if (!ended) execute(j, x->otherwise);
     j->scope = outer;
 }
 
-static Value evaluate_node(Template *j, const Node *x) {
-    enum { LISTS = 1 << NODE_LIST | 1 << NODE_TUPLE | 1 << NODE_SLICE | 1 << NODE_FILTER | 1 << NODE_TEST };
+// a < b < c is a < b and b < c, but b is evaluated once.
+static bool compare_list(Template *j, Value left, const Node *x) {
+    bool holds = true;
+    for (; x && holds && !j->failed; x = x->next) {
+        Value right = evaluate(j, x->second);
+        holds = !j->failed && compare(j, x->value, left, right);
+        left = right;
+    }
+    return holds;
+}
+
+// The value of a node, given that of its first.
+static Value evaluate_node(Template *j, const Node *x, Value first) {
+    enum { LISTS = 1 << NODE_LIST | 1 << NODE_TUPLE | 1 << NODE_SLICE | 1 << NODE_FILTER | 1 << NODE_TEST |
+                   1 << NODE_METHOD | 1 << NODE_CALL };
     size_t start = j->out->text.n;
     Scope *outer = j->scope;
-    Value first = x->kind == NODE_CALL ? undefined : evaluate(j, x->first);
+    j->from = x->from;
+    if (j->leaves != STAYS) return undefined;  // the first is a block that `break` or `continue` left
     Arguments a = evaluate_list(j, LISTS >> x->kind & 1 ? x->second : NULL);
     if (j->failed) return undefined;
     switch (x->kind) {
@@ -3017,14 +3109,18 @@ static Value evaluate_node(Template *j, const Node *x) {
     case NODE_SLICE: return slice(j, first, a.list.items);
     case NODE_FILTER: return apply(j, '|', x->value, first, &a);
     case NODE_TEST: return boolean(apply_test(j, x->value, first, &a));
-    case NODE_CALL: return call(j, x->first, x->second);
+    case NODE_METHOD: case NODE_CALL: return call(j, x, first, &a);
     case NODE_NOT: return boolean(!is_true(first));
     case NODE_SIGN:
         if (first.kind == IS_FLOAT) return real(*x->value.text == '-' ? -first.number : first.number);
         return compute(j, x->value, integer(0), first);
     case NODE_AND: case NODE_OR: return is_true(first) == (x->kind == NODE_OR) ? first : evaluate(j, x->second);
+    case NODE_COMPARE: return boolean(compare_list(j, first, x->second));
     case NODE_COMPUTE: return compute(j, x->value, first, evaluate(j, x->second));
-    case NODE_IF: return execute(j, is_true(first) ? x->body : x->otherwise);
+    case NODE_IF:
+        for (const Node *y; !is_true(first) && (y = x->otherwise) && y->kind == NODE_IF && !y->next; x = y)
+            first = evaluate(j, y->first);  // elif
+        return execute(j, is_true(first) ? x->body : x->otherwise);
     case NODE_CAPTURE:
         j->scope = new_scope(j, outer, (Value){.kind = IS_DICT});
         execute(j, x->body);
@@ -3043,12 +3139,19 @@ static Value evaluate_node(Template *j, const Node *x) {
     return undefined;
 }
 
-// The value of an expression; undefined where there is none, and of statements.
+// The value of an expression; undefined where there is none, and of statements. Chains, as a ~ b ~ c or a|b|c, can be
+// very deep on their left: they are evaluated from the innermost node outwards.
 static Value evaluate(Template *j, const Node *x) {
     if (!x) return undefined;
     size_t from = j->from;
+    const Node *part = x;
+    Value v = undefined;
     j->from = x->from;
-    Value v = enter(j) ? evaluate_node(j, x) : undefined;
+    if (enter(j)) {
+        while (part->kind <= NODE_COMPUTE && part->first && spend(j, NODE_WORK)) part = part->first;
+        if (part->kind > NODE_COMPUTE) v = evaluate(j, part->first);
+        for (v = evaluate_node(j, part, v); part != x; v = evaluate_node(j, part, v)) part = part->up;
+    }
     j->from = from;
     j->depth--;
     return v;

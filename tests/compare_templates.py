@@ -251,6 +251,123 @@ def is_outside(wanted: str | None, why: str) -> bool:
 
 # ---- Goldens ---------------------------------------------------------------------------------------------------------
 
+REPORTED = r"""
+{{ u|default(u2) is defined }}
+{{ u|default(u2)|default('z') }}
+{{ u|default }}|
+{% for i in l %}{% break %}{% else %}z{% endfor %}
+{% for i in l %}{% continue %}{% else %}z{% endfor %}
+{% for i in l %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% else %}z{% endfor %}
+{% for i in l %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% else %}z{% endfor %}
+{% for i in l %}{% if i == 1 %}{% continue %}{% endif %}{% break %}{% else %}z{% endfor %}
+{% for i in l if i > 9 %}{% else %}z{% endfor %}
+{{ ll|sort(true) }} {{ ll|sort(false, true) }} {{ ll|sort(case_sensitive=true) }}
+{{ m|sort(false, false, 'role') }}
+{{ m|sort(attribute='role', reverse=true) }}
+{{ ['a', 'A', 'b']|unique|list }} {{ ['a', 'A', 'b']|unique(true)|list }} {{ m|unique(false, 'role')|list }}
+{{ {'b': 1, 'A': 2, 'a': 0}|dictsort }} {{ {'b': 1, 'A': 2, 'a': 0}|dictsort(true) }}
+{{ {'b': 1, 'A': 2, 'a': 0}|dictsort(false, 'value') }} {{ {'b': 1, 'A': 2}|dictsort(by='value', reverse=true) }}
+{{ d|dictsort(false, 'x') }}
+{{ d|dictsort(false, 'key', true) }}
+{{ ll|min(true) }}{{ ll|max(case_sensitive=true) }}{{ ll|min }}{{ ll|max }} {{ m|max(attribute='role') }}
+{% set ns = namespace(n=0) %}{% macro m() %}{% set ns.n = ns.n + 1 %}b{% endmacro %}{{ 'a' < m() < 'c' }}{{ ns.n }}
+{% set ns = namespace(n=0) %}{% macro m() %}{% set ns.n = ns.n + 1 %}b{% endmacro %}{{ 'z' < m() < m() }}{{ ns.n }}
+{{ '\x41\U0001f600' }}
+{{ '\x4' }}
+{{ '\U0011ffff' }}
+{% for x in 1, 2 %}{{ x }}{% endfor %}
+{% for x in 1, %}{{ x }}{% endfor %}
+{% for x in 1, 2 if x > 1 %}{{ x }}{% endfor %}
+{% for x in l if x > 1, 2 %}{{ x }}{% endfor %}
+{% for x in (l if n else e) %}{{ x }}{% endfor %}
+{{ "you"|int }}{{ "nine"|int(3) }}{{ "-x"|int }}{{ "i"|float }}{{ "Infinity"|float }}{{ "nan"|int }}{{ "inf"|int }}
+{{ "inf"|int(4) }}
+{{ "1e3"|int }} {{ "1_0"|int }} {{ "1_0"|float }} {{ "1."|float }} {{ ".5"|float }} {{ "1.5.2"|float }} {{ "007"|int }}
+{{ "0x10"|int }} {{ "1__0"|int }} {{ "1.9"|int }} {{ "1e400"|float }} {{ "-"|int }}{{ "+"|float }}{{ "."|float }}
+{{ "+-5"|int }} {{ "-0"|float }} {{ "--5"|int }} {{ "-0"|int }} {{ "-0.0"|float }} {{ "+ 5"|int }} {{"99999999999999999999"|float}}
+{% for i in l %}{% set v %}{% break %}{% endset %}{% endfor %}x
+{% for i in l %}a{% set v %}b{% if i == 2 %}{% break %}{% endif %}{% endset %}{{ v }}{% endfor %}x
+{% for i in l %}{{ i }}{% filter upper %}b{% if i == 2 %}{% continue %}{% endif %}c{% endfilter %}d{% endfor %}x
+{% for i in l %}{{ i }}{% generation %}b{% if i == 2 %}{% continue %}{% endif %}c{% endgeneration %}d{% endfor %}x
+{% set v %}{% break %}{% endset %}
+{% for i in l %}{% set v %}b{% if i == 2 %}{% break %}{% endif %}{% endset %}{% endfor %}{{ v }}
+{% for i in l %}{% macro q() %}{% break %}{% endmacro %}{{ q() }}{% endfor %}
+{% if 1 if 0 else 1 %}a{% endif %}
+{% if 1 %}{% elif 1 if 1 else 2 %}a{% endif %}
+{% if (1 if 0 else 1) %}a{% endif %}
+{% if 0, %}a{% endif %}
+{% for i in l if 1 if 0 else 1 %}{{ i }}{% endfor %}
+{{ range(5, u) }}
+{{ range(0, 3, none)|list }}
+{{ range(0, none)|list }}
+{{ range(none)|list }}
+{{ range(u)|list }}
+{{ range(0, 3, u)|list }}
+{{ range(start=3)|list }}
+{% for i in l %}{% set loop = 3 %}{% endfor %}
+{% set loop = 3 %}{{ loop }}
+{% for loop in l %}{{ loop }}{% endfor %}
+{% for i in l %}{% set a, loop = 3, 4 %}{% endfor %}
+{% for i in l %}{% endfor %}{% set loop = 3 %}{{ loop }}
+{% for i in l %}{% set v %}{% set loop = 3 %}{% endset %}{% endfor %}
+{% for i in l %}{% macro q() %}{% set loop = 3 %}{{ loop }}{% endmacro %}{{ q() }}{% endfor %}
+{% for i in l %}{% else %}{% set loop = 3 %}{% endfor %}{{ loop }}
+{% for i in l %}{% for loop in l %}{{ loop }}{% endfor %}{% endfor %}
+{% macro q() %}{% set loop = 3 %}{{ loop }}{% endmacro %}{{ q() }}
+{% macro q(loop) %}{{ loop }}{% endmacro %}{{ q(1) }}
+{% if n %}{% set loop = 3 %}{% endif %}{{ loop }}
+{% set loop %}a{% endset %}{{ loop }}
+{% for i in l %}{% if 1 %}{% set loop %}a{% endset %}{% endif %}{% endfor %}
+{% set true = 5 %}
+{% set True = 5 %}
+{% set none = 5 %}
+{% set a, false = 5, 3 %}
+{% for true in l %}{% endfor %}
+{% macro m(true) %}{% endmacro %}
+{% macro true() %}x{% endmacro %}a
+{% set ns = namespace() %}{% set ns.true = 5 %}{{ ns.true }}
+{% set not = 5 %}{{ not }}
+{% set if = 5 %}
+{% set in = 5 %}
+{% for self in l %}{{ self }}{% endfor %}
+{% macro m(a, a) %}{% endmacro %}x
+{% macro m(a, a=1) %}{% endmacro %}x
+{% macro m(a) %}{{ a }}{% endmacro %}{{ m(a=1, a=2) }}
+{{ dict(a=1, a=2) }}
+{{ namespace(a=1, a=2).a }}
+{{ l|join(d='a', d='b') }}
+{{ s is string is true }}
+{{ s is string is string }}
+{{ (s is string) is true }}
+{{ s is in 'some Text' is true }}
+{{ s is string and s is string }}
+{{ s is not string is true }}
+{{ s is string|upper }}
+{{ s is eq s|upper }}
+{{ s is defined is defined }}
+{{ s is defined == true }}
+{{ s is eq is }}
+{% set b = 7 %}{% macro m(a=b, b=1) %}{{ a }}{{ b }}{% endmacro %}{{ m() }}
+{% set b = 7 %}{% macro m(a=b, b=1) %}{{ a }}{{ b }}{% endmacro %}{{ m(b=3) }}
+{% set b = 7 %}{% macro m(b=b) %}{{ b }}{% endmacro %}{{ m() }}|{{ m(2) }}
+{% set b = 7 %}{% macro m(a=b is defined, b=1) %}{{ a }}{{ b }}{% endmacro %}{{ m() }}
+{% macro m(a=1, b=a) %}{{ a }}{{ b }}{% endmacro %}{{ m() }}{{ m(3) }}{{ m(a=5) }}
+{% macro m(a, b=a) %}{{ a }}{{ b }}{% endmacro %}{{ m() }}|{{ m(3) }}
+{{ 2.5|round(none) }} {{ 2.7|round(none) is integer }}
+{{ 2.5|round(u) }}
+{{ 3|round(none) }}
+{{ 2|round }} {{ 2.5|round }}
+{{ 9007199254740993 == 9007199254740992.0 }}{{ 9007199254740993 > 9007199254740992.0 }}{{ 9007199254740992.0 < 9007199254740993 }}
+{{ 9007199254740993 < 9007199254740992.0 }}{{ 9007199254740992 == 9007199254740992.0 }}{{ 9223372036854775807 == 9223372036854775808.0 }}{{ 9223372036854775807 < 9223372036854775808.0 }}{{ 3 < 3.5 }}{{ 4 < 3.5 }}{{ -3 > -3.5 }}{{ 1 < 1e300 }}{{ 1 > -1e300 }}{{ 1 == 1e300 }}{{ 1 < 'inf'|float }}{{ 1 < 'nan'|float }}{{ 1 == 'nan'|float }}{{ 'nan'|float < 1 }}
+{{ -9223372036854775807 - 1 == -9223372036854775808.0 }}{{ true == 1.0 }}{{ 0 == -0.0 }}
+{{ "a\r"|indent }}|{{ "a\n"|indent }}|{{ "\n"|indent }}|{{ "a\n\n"|indent }}|{{ "a\r\n"|indent }}|{{ "a\rb"|indent }}|{{ ""|indent }}|{{ "a\nb"|indent }}|
+{{ "a\r\n\r"|indent(2, true) }}|{{ "a\n\x0c"|indent(2, true) }}|
+{{ [ "\u200b", "\u00ad", "\u200e\ufeff\u2060\ue000\U000e0001" ] }}
+{{ 1 if 0 else 2 if 0 else 3 }}
+{{ n < n < n < 3 == 2 in l }}
+"""
+
+
 def golden_cases() -> list[Case]:
     """Each filter, method, test and statement, and white space round tags, in short templates."""
     subjects = ["s", "z", "n", "f", "l", "ll", "d", "m", "nl", "b", "u", "'a,b,,c'", "' x y '"]
@@ -280,6 +397,12 @@ def golden_cases() -> list[Case]:
               "{% for i in l %}{% macro q() %}{% for k in l %}{% continue %}{% endfor %}z{% endmacro %}{{ q() }}{% endfor %}",
               "{% macro q(a, b=1, c) %}{% endmacro %}", "{% macro q(a, 1) %}{% endmacro %}", "{{ range(1, b=2, 3) }}",
               "{% if 0 %}a{% elif u %}b{% elif n %}c{% else %}d{% endif %}", "{{ 1, 2 }} {{ (1,) }} {{ () }}"]
+    texts += REPORTED.strip("\n").split("\n")
+    for n in (150, 190, 500, 2000):  # jinja2 refuses some
+        texts += ["{{ " + sign.join(["n"] * n) + " }}" for sign in (" ~ ", " or ", " and ", " <= ", " == ")]
+        texts += ["{{ " + "'ab' " * n + "}}", "{{ s" + "|trim" * n + " }}", "{{ s" + ".strip()" * (n // 10) + " }}",
+                  "{% if u %}a" + "{% elif n == 7 %}b" * (n // 4) + "{% else %}c{% endif %}"]
+    texts = [text for text in texts if len(text) < 400 or judge(text, GIVEN) is not None]
     return [(text, GIVEN) for text in dict.fromkeys(texts) if not is_outside(judge(text, GIVEN), "")]
 
 
