@@ -2341,8 +2341,8 @@ static void put_quoted(Template *j, Value s, bool json) {
         uint32_t c;
         length = character(s.text + i, s.n - i, &c);
         const char *letter = c && c < 32 ? strchr(letters, (int)c) : NULL;
-        bool hidden = is_white(c) || c == 0xAD || (c >= 0x200B && c < 0x2010) || (c >= 0x202A && c < 0x2070) || c == 0xFEFF ||
-                      (c >= 0xE000 && c < 0xF900) || (c >= 0xE0000 && c - 0xE0100 > 0xEF);
+        bool hidden = is_white(c) || c == 0xAD || (c >= 0x200B && c < 0x2010) || (c >= 0x202A && c < 0x2070) ||
+                      c == 0xFEFF || (c >= 0xE000 && c < 0xF900) || (c >= 0xE0000 && c - 0xE0100 > 0xEF);
         bool plain = c >= 32 && c != '\\' && c != (uint32_t)quote && (json || c < 127 || (c > 160 && !hidden));
         if (letter) snprintf(text, sizeof text, "\\%c", names[letter - letters]);
         else if (c == '\\' || c == (uint32_t)quote) snprintf(text, sizeof text, "\\%c", (char)c);
