@@ -4916,12 +4916,12 @@ static bool show_past(Editor *d, int step, Error *e) {
 // Lets a line be typed. Returns the key that ended it: Enter, Ctrl-C or INPUT_ENDS; or NO_KEY where it failed.
 static int edit_line(Editor *d, const char *prompt, Error *e) {
     bool ok = append(&d->line, "", 1, e) && push_value(&d->pool, &d->past, (Value){ .kind = IS_STRING }, e);
-    int key = interrupted ? CTRL_C : NO_KEY;  // pressed when nothing was there to be stopped
     d->line.n = d->at = 0;
     d->n_above = d->width = 0;
     d->shown = d->past.n - 1;
-    interrupted = 0;
     at_prompt = 1;
+    int key = interrupted ? CTRL_C : NO_KEY;  // pressed when nothing was there to be stopped
+    interrupted = 0;
     use_terminal(EDITING);
     for (bool pastes = false; ok && key != '\n' && key != CTRL_C && key != INPUT_ENDS;) {
         key = next_key(0);
@@ -5067,8 +5067,8 @@ static size_t find_thought(const char *text, size_t n) {
 
 // Keeps the template's last words from where they open a thought on. The answer is stored with them.
 static bool keep_thought(Chat *c, const Rendered *r, Error *e) {
-    const char *text = (const char *)r->text.bytes;
     size_t n = r->text.n, from = n;
+    const char *text = n ? (const char *)r->text.bytes : "";
     while (from > 0 && r->marks.bytes[from - 1]) from--;
     from += find_thought(text + from, n - from);
     c->is_thinking = from < n;

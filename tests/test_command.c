@@ -34,6 +34,7 @@ static Command start_command(const char *text, bool with_stdin, int out) {
     c.pid = fork();
     if (c.pid < 0) exit(1);
     if (c.pid == 0) {
+        setsid();  // so that a terminal which it opens is its own, and sends it signals
         if (!with_stdin) in[0] = open("/dev/null", O_RDONLY);
         bool ok = dup2(in[0], 0) == 0 && dup2(out < 0 ? fileno(c.out) : out, 1) == 1 && dup2(fileno(c.err), 2) == 2;
         if (with_stdin) close(in[0]), close(in[1]);
