@@ -6066,7 +6066,8 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && kind == EVALUATED && s.n_tasks) put_accuracy(&s);
     else if (ok && kind == EVALUATED && !s.n_failed) ok = fail(e, MISUSE, "no task is left after %d exemplars",
                                                                (int)options.shots);
-    if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
+    if (ok && !options.quiet && s.n_written)
+        fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed; line %zu: %s", s.n_failed, s.n_lines, s.failed_line,
@@ -6217,6 +6218,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
     put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
+    if (options.check) put_word("weights", "all finite");
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -7231,19 +7233,20 @@ static const Option *find_option(const char *word, const char **glued) {
     return NULL;
 }
 
-// Whether b is a with up to `most` letters changed, added or left out.
+// Whether b is a with up to `most` letters changed, added or left out, or pairs of them swapped.
 static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
     if (*a == *b || most == 0) return *a == *b;
     return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
-           (*a && *b && resembles(a + 1, b + 1, most - 1));
+           (*a && *b && resembles(a + 1, b + 1, most - 1)) ||
+           (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
     const char *start = word + strspn(word, "-");
     snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
             if (*o->name && resembles(name, o->name, wrong))
