@@ -7061,6 +7061,22 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
+// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such as
+// clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
+static bool check_bits(Error *e) {
+    struct { float x[64], y[64]; Block blocks[2]; } all;
+    volatile float cap = 3;  // so that nothing is computed by the compiler
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < 64; i++) all.x[i] = cap_at((float)(i * i % 61 - 30) / cap, cap);
+    kernels->normalise(all.y, all.x, all.x, all.x, 64, 1e-5f);
+    kernels->rotate(all.y, all.x, 64, HALVES);
+    kernels->round(all.blocks, all.y, 64, 64, 1, (Range){ 0, 1 });
+    choose_experts(all.y, 64, 40);
+    for (size_t i = 0; i < sizeof all; i++) hash = (hash ^ ((unsigned char *)&all)[i]) * 1099511628211u;
+    return hash == 0x58532561A3A8B7AA ||
+           fail(e, MISUSE, "cria promises the same bits everywhere: build it without options that change arithmetic");
+}
+
 /* ==== 14. main ======================================================================================================
    One table of options makes the parser and the help. run() opens the model and does what -m says. */
 
@@ -7631,7 +7647,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
+    if (!choose_kernels(options.kernel, e) || !check_bits(e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;
