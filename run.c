@@ -7061,8 +7061,8 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
-// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such as
-// clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
+// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such
+// as clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
 static bool check_bits(Error *e) {
     struct { float x[64], y[64]; Block blocks[2]; } all;
     volatile float cap = 3;  // so that nothing is computed by the compiler
