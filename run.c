@@ -6,8 +6,8 @@
    HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: how text becomes tokens
    (2), what a model consists of (3), the one operation that takes nearly all the time (4), the forward pass that turns
    tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it
-   all (7). Read it from top to bottom and you know how such a model works; only quantised products (8) and experts (11)
-   stand elsewhere. Part II is the machinery; the appendix has the innermost loops again, for fast instruction sets.
+   all (7). Part II is the machinery, and what Part I leaves out: quantised products (8); experts, the speeds at which
+   pairs rotate, and top-p (11). The appendix has the innermost loops again, for fast instruction sets.
 
      1  The ground floor                      Part II
      2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
@@ -25,14 +25,14 @@
      L  layers                      [30]      V  tokens in the vocabulary               [49152]
      D  width of a token's vector  [576]      S  positions that the context can hold
      H  query heads                  [9]      B  tokens that go through the model together, at most
-     G  key/value heads, H/G of      [3]      n  tokens that do so now
-        the query heads share one             F  width of the feed-forward layer         [1536]
+     G  key/value heads: each is     [3]      n  tokens that do so now
+        shared by H/G query heads             F  width of the feed-forward layer         [1536]
      K  width of a head             [64]      R  numbers of a head that are rotated, <= K  [64]
      E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
-   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, and a fused multiply-add is used where fmaf is
-   written and nowhere else: the pragmas below forbid it to the compiler, and options that reorder arithmetic. */
+   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, and a multiply-add is fused where fmaf is written
+   and nowhere else: the pragmas below forbid the compiler to fuse others, or to reorder arithmetic. */
 
 #if defined(__clang__)
 #ifdef __x86_64__  // undoes part of what clang has no macro for: -freciprocal-math, -fno-signed-zeros, ...
@@ -137,26 +137,26 @@ typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; }
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-// One thread's place in the team that does a pass: that sends tokens through the model. A pass is a list of steps, and
-// no thread begins a step before all have ended the one before. The work of a step, its rows, heads or tokens, comes in
-// chunks: a fast thread takes more of them. No sum is ever divided, so who computes a number never changes it.
+// One thread's place in a team, whose main work is the pass: sending tokens through the model. A pass is a list of
+// steps, and no thread begins a step before all have ended the one before. The work of a step, its rows, heads or
+// tokens, comes in chunks: a fast thread takes more. No sum is ever divided, so who computes a number never changes it.
 typedef struct {
     int thread, threads;
     struct Gate *gate;  // where the threads wait for each other (chapter 9)
     unsigned n_steps;   // steps that this thread has ended
-    int n_helped;       // threads whose chunks it has seen taken in this step, itself first
+    int n_helped;       // threads whose share of this step is used up, as seen from here; itself first
     double began;       // the time when the step began, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows: of a pass, whose time is
-// compared with like ones to find threads that slow the team down; 0: work that is not timed; -1: no thread may rest.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows > 0: a pass of so many,
+// timed, so that a thread that slows it down can rest in the next; 0: not timed; -1: nor may a thread rest.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
 // Takes the next chunk of a step's n items for this thread: of its own share first, then of the shares of slower
 // threads. Chunks are multiples of `multiple`, except the last. False if none is left.
 static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk);  // chapter 9
 
-// Waits until every thread of the team has come here. The step's name and layer are for measuring.
+// Waits until every thread of the team has come here. The step's name is for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
 
 // Seconds since a fixed moment.
@@ -179,7 +179,7 @@ static volatile sig_atomic_t interrupted, at_prompt;
    tokens before it (attention) and what the model knows of it (feed forward); a last matrix compares the result with
    every token of the vocabulary. One layer, with the shapes for one token:
 
-       x (D) ──┬── norm ── query (H,K) ─ rotate ──┐
+       x (D) ──┬── norm ┬─ query (H,K) ─ rotate ────────────────────┐
                │        ├─ key   (G,K) ─ rotate ─ cache (S,G,K) ─ scores (H,S) ─ softmax ─ mix ── attention_out ──┐
                │        └─ value (G,K) ────────── cache (S,G,K) ─────────────────────────┘                        │
                └──────────────────────────────────────────────────────────────────────────────────────── + ───────┤
@@ -188,9 +188,9 @@ static volatile sig_atomic_t interrupted, at_prompt;
                │         └─ up   (F) ─────────┘           │
                └──────────────────────────────────────── +──► x (D) of the next layer
 
-   Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
+   Models differ by numbers and by tensors that are there or not; nothing in Part I asks for a model's name. */
 
-// How the weights of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
+// How the weights of a matrix are stored; ..F: with f32 scales, ..M: with minima. Chapter 4 draws the formats.
 typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
@@ -212,7 +212,7 @@ typedef struct {
     int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
     int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; local 0: none
+    double rope_theta, local_theta;  // rotary position embedding: theta^(-2i/R) is pair i's speed; local 0: none
     double rope_scale, yarn_fast, yarn_slow, rope_magnitude;  // for slow_down(); what multiplies cosine and sine
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
@@ -225,7 +225,7 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
-    int n_experts, n_experts_used;     // E: of gates, ups and downs; how many a token visits. 0: one of each, for all
+    int n_experts, n_experts_used;     // E: copies of gate, up, down; how many of them a token visits. 0: no experts
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
@@ -255,13 +255,13 @@ typedef struct {
     size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
-// The steps of a pass, in their order: what threads do between two waits. ATTEND stands for attend(), SCORE to MIX for
-// attend_deep(). A single vector skips steps that only prepare inputs: each thread does these for itself (prepare()).
+// The steps of a pass, in order: what threads do between two waits. Attention is ATTEND, or else SCORE, SOFTMAX and MIX
+// (attend_deep()). A single vector skips steps that only prepare inputs: each thread does these itself (prepare()).
 // To add a step: its name here and in step_names[] (chapter 13), its work in a loop over take_chunk(), then end_step().
 typedef enum {
     EMBED,
     ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
-    ATTENTION_POST_NORM,  // must follow ATTENTION_OUT, as FFN_POST_NORM does DOWN: end_block() adds 1
+    ATTENTION_POST_NORM,  // must follow ATTENTION_OUT, and FFN_POST_NORM DOWN: end_block() adds 1
     FFN_NORM, ROUTER, CHOOSE_EXPERTS, LIST_VISITORS, ROUND_VISITORS, GATE_UP, ROUND_HIDDEN, DOWN, FFN_POST_NORM,
     FINAL_NORM, HEAD,
     N_STEPS
@@ -287,7 +287,7 @@ enum {
    types), and a tile holds the weights in the order in which they are used; a row tile is all tiles of 16 rows. One
    SIMD lane is one row, so no sum ever runs across lanes, and every kernel can give the bits of the plain loops here.
 
-       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
+       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros to whole tiles
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
        quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns
            8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
@@ -346,11 +346,11 @@ typedef struct {
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers. The blocks of the same columns lie
-// side by side for all tokens, as a tile needs them. Columns past w->cols are padding; their weights are 0.
+// side by side for all tokens, as a tile needs them. Columns past the matrix's are padding; their weights are 0.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n, first, some; // `some` of the n are multiplied, from number `first` on: all, or an expert's visitors
+    size_t n, first, some; // rows first .. first + some of the n are multiplied: all, or an expert's visitors
     size_t expert;         // whose matrix it is; 0 without experts
 } Activations;
 
@@ -374,7 +374,7 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                          ptrdiff_t ahead, int m, int depth) {
     (void)ahead;
-    enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
+    enum { TOGETHER = 4 };  // rows that share each number of b; a fixed count, so loops unroll
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
@@ -495,15 +495,15 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
    leaves of the computation, which know no threads and no model; then the steps of a layer, which a team shares.
 
    Attention, in words: every token has a question (its query), an address (its key) and something to tell (its value).
-   How well a key answers a query is their product. Softmax makes weights of these scores, which add up to 1, and what
-   the token learns is the sum of the values, each times its weight. Several heads ask different questions at once;
-   query heads that share a key/value head are a head group. A token sees itself and earlier tokens, never later ones.
-   So keys and values never change once they are made: the KV cache keeps them, and a new token costs one pass and not
-   the whole text again.
+   How well a key answers a query is their dot product; both are rotated, further at each position, so that it depends
+   on the distance. Softmax makes weights of these scores, which add up to 1; a token learns the sum of the values, each
+   times its weight. Several heads ask at once; query heads that share a key/value head are a head group. A token sees
+   itself and earlier tokens, never later ones. So keys and values never change once they are made: the KV cache keeps
+   them, and a new token costs one pass and not the whole text again.
 
-   The arithmetic, in order. All numbers are float32 and every operation rounds once, to nearest even. x is the row of
-   the embedding times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Rotation
-   angles are computed in double and rounded once. Keys and values are rounded to f16, or kept in f32 (--kv; the default
+   The arithmetic, in order, of float32s; every operation rounds once, to nearest even. x is the row of the embedding
+   times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Cosines and sines are the C
+   library's, of doubles, rounded once. Keys and values are rounded to f16, or kept in f32 (--kv; the default
    if all matrices are f32, or with --exact); a token reads its own from the cache too. A score is a chain over K, times
    attention_scale, then capped; the weights e^(score - max) are added in 16 lanes, position p in lane p mod 16; the
    result is a chain over positions, divided by that sum. It goes through attention_out; then x + that * residual_scale,
@@ -516,7 +516,7 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
 // -87 and infinity above 88, so that 2^n stays a normal number; NaN stays NaN.
 INLINE float exponential(float x) {
     float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
-    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that this result is exact
     r = fmaf(n, -0x1.7f7d1cp-20f, r);
     float e = 0x1.6ac6b2p-10f;
     e = fmaf(e, r, 0x1.123de0p-7f);
@@ -567,7 +567,7 @@ INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
     }
 }
 
-// Rotates the pairs of one head by cosine and sine of its position's angles.      head (K)  angle (R/2, 2)
+// Rotates the pairs of one head.      head (K)  angle (R/2, 2): cosine and sine of each pair's angle
 // Written with + alone: gcc 12 fuses a - beside a + although that is forbidden.
 INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
     int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
@@ -628,7 +628,7 @@ typedef struct {
     int n_layers, context;  // L; S of each text
     CachedLayer *layers;    // (L)
     int *users;             // (pages)  how many sequences hold the page
-    int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
+    int *spare, n_spare;    // (pages)  those that none holds: S/64 for each text suffice; the last is taken first
     int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
     unsigned char *pool;    // (pages, page_bytes)  a page has of each layer the keys, then the values
     void *arena;            // all of these
@@ -728,7 +728,7 @@ static size_t seen_from(const Attention *a, int i) {
     return seen_to(a, i) > a->window ? seen_to(a, i) - a->window : 0;
 }
 
-// The positions that some query sees, from a multiple of 16 on.
+// The positions that any of the queries sees, from a multiple of 16 on.
 static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
@@ -760,7 +760,7 @@ static void mix_values(const Attention *a, Range columns) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
         const unsigned char *next = values_at(a->cached, next_page(a, p), a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
-        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // from its own position on each token by itself
+        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // where tokens end in this page, each by itself
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
@@ -802,14 +802,14 @@ static void attend_unit(const Attention *a) {
 
 // Cosine and sine of each position's rotation, by the usual angles and by the local ones.
 typedef struct {
-    double *turns;      // (2, R/2)     what a pair turns from one position to the next
+    double *turns;      // (2, R/2)  pair i turns theta^(-2i/R) from one position to the next, or less (chapter 11)
     float *cosine_sine; // (2, S, R/2, 2)
     int n, positions;   // those whose angles are there; S up to a multiple of 16
 } Rotation;
 
 typedef struct Experts Experts;  // what only models with experts need (chapter 11)
 
-// The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
+// The scratch buffers of a pass. Inputs of products begin at multiples of 32 numbers (strides), and zeros pad them.
 typedef struct {
     Settings settings;
     size_t work;             // multiply-adds of a token: where they are few, one thread does them
@@ -868,7 +868,7 @@ typedef struct {
     int n;
 } Vectors;
 
-// Rounds vector t (stride 0: x is already that one), and copies it where some products take floats.
+// Rounds x, which is vector t of v (so no stride), and copies it where some products take floats.
 static void put_input(const Inputs *in, Block *rounded, const float *x, const Vectors *v, size_t t) {
     size_t n = (size_t)v->n;
     if (in->rounds) kernels->round(rounded, x, 0, v->cols, n, (Range){ t, t + 1 });
@@ -878,7 +878,7 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
 
 // Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
 // every thread for itself: cheaper than waiting for another. A norm also checks its row: if the sum of squares is not
-// finite, the fault lies in the layer before, or earlier in a model that has no such norms.
+// finite, the fault lies in the block before, or earlier in a model that has no such norms.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -929,8 +929,8 @@ static void end_block(const Model *m, Workspace *w, const float *norm, Step step
     end_step(team, (Step)(step + 1), l);
 }
 
-// x += residual_scale * (matrix in + bias), the sum normalised before if there is a norm. A chunk of rows is made and
-// added by the same thread.
+// x += residual_scale * (matrix * in + bias), the sum in brackets normalised first if there is a norm. A chunk of rows
+// is made and added by the same thread.
 static void add_to_stream(const Model *m, Workspace *w, const Tensor *matrix, const float *bias, const Activations *in,
                           const float *norm, Step step, int l, Team *team) {
     Product p = { w->out, w->x_stride, matrix, bias };
@@ -980,15 +980,16 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
 // attended = attention(query, cache)
 static void attend(const Model *m, Workspace *w, int l, Team *team) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads, group = (size_t)m->layers[l].n_heads / n_kv_heads;
-    int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1, n_runs = 0, last = 0;  // rows of a unit
+    int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1;  // rows of a unit
+    int n_runs = 0, last = 0;
     for (int t = 0; t < w->n; t++) last = w->rows[t].position > last ? w->rows[t].position : last;
     for (int t = 0; t < w->n; t = unit_end(w, t, most)) n_runs++;
-    size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads;
-    size_t n_threads = (size_t)team->threads;
+    size_t n_threads = (size_t)team->threads, pages = (size_t)last / PAGE + 1;
+    size_t n_queries = (size_t)w->n * group * n_kv_heads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
     bool fits = n_queries * (2 * a.padded + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
     bool is_deep = pages > w->deep_pages && a.window > w->deep_pages * PAGE;
-    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // few units: poor shares
+    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // too few to share well
         attend_deep(m, w, l, pages, team);
         return;
     }
@@ -1023,7 +1024,7 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
         store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
 
-// What a token should know of those before it: x += W_o attention(W_q n, W_k n, W_v n), n = norm(x)
+// What a token should know of those before it: x += W_o attention(W_q y, W_k y, W_v y), y = norm(x)
 static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
     size_t n_turned = (size_t)(layer->n_heads + layer->n_kv_heads);
@@ -1049,7 +1050,7 @@ static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
                   ATTENTION_OUT, l, team);
 }
 
-// gate = activation(W_gate x) * W_up x for some row tiles, of one expert where there are some
+// gate = activation(W_gate x) * W_up x for some row tiles; in a layer with experts, of one of these
 static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range tiles, const Activations *x) {
     float *gate = w->gate + x->first * w->ffn_stride, *up = w->up + x->first * w->ffn_stride;
     Range rows = multiply_part(&(Product){ gate, w->ffn_stride, &layer->gate, layer->gate_bias }, tiles, x);
@@ -1081,7 +1082,7 @@ typedef struct {
     int first, n_logits;  // make_logits(): of which rows
 } Job;
 
-static void pass_team(void *p, Team *team) {
+static void pass_team(void *p, Team *team) {  // what each thread of a pass does
     const Job *job = p;
     const Model *m = job->model;
     Workspace *w = job->workspace;
@@ -1100,7 +1101,7 @@ static void pass_team(void *p, Team *team) {
     }
 }
 
-static void logits_team(void *p, Team *team) {
+static void logits_team(void *p, Team *team) {  // likewise, of make_logits()
     const Job *job = p;
     const Model *m = job->model;
     Workspace *w = job->workspace;
@@ -1117,7 +1118,7 @@ static void logits_team(void *p, Team *team) {
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// Threads for n rows: a million multiply-adds take 0.1 ms, and waiting for a second thread at each step as long.
+// Threads for n rows: a million multiply-adds take 0.1 ms; to wait for a second thread at each step takes as long.
 static int threads_for(const Workspace *w, int n) {
     return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
@@ -1164,7 +1165,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
     return false;
 }
 
-// Makes the logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass: number `first` and the next.
+// Makes the logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass: from number `first` on.
 //     logits (n, logits_stride)
 static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
     Job job = { m, w, { 0, 0 }, first, n };
@@ -1235,14 +1236,14 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
     float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
     size_t n_left = cut(s, c, (size_t)n, &sum);
     for (size_t i = 0;; i++) {
-        running += c[i].p;  // rounding may leave their sum below the coin
+        running += c[i].p;  // rounding may leave this below the coin to the end
         if (i + 1 == n_left || coin * sum < running) return c[i].p > 0 ? c[i].id : best;
     }
 }
 
 /* ==== 7. Generating =================================================================================================
    The loop around the forward pass: a token comes out, is printed, and goes in as the next row, until the model ends
-   its text or there is no more room. Before it the prompt went through, as many rows as a pass takes (chapter 12). */
+   its text or there is no more room. Before it the prompt went through, B rows at a time (chapter 12). */
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
@@ -1284,8 +1285,8 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
-// Continues a text, whose last token has left its logits, until it stops. If a stop text, the limit or the end of the
-// context stopped it, the token printed last is not in the cache.
+// Continues a text, whose last token has left its logits, until it stops. Unless an end token or Ctrl-C stopped it, the
+// token printed last is not in the cache.
 static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Error *e) {
     bool ok = true;
     while (ok && (*why = next_token(m, c, w->logits)) == GO_ON) {

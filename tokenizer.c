@@ -1,5 +1,5 @@
 /* ==== 2. Text to tokens ==============================================================================================
-   A model reads numbers. Its vocabulary lists some ten thousand pieces of text; a token is the index of a piece. To
+   A model reads numbers. Its vocabulary lists tens of thousands of pieces of text; a token is a piece's index. To
    encode a text, start with its smallest pieces and join neighbours again and again, always the best pair. There are
    two kinds of vocabulary. SPM (SentencePiece) starts with characters and joins the pair whose result has the best
    score. BPE cuts the text into words, starts with bytes and joins the pair that is the earliest in a list of merges.
@@ -50,8 +50,8 @@ typedef struct {
     uint16_t set_bits[128];      // a set's bit in sets_of, by the letter of the set
     Composition *compositions;   // (N_COMPOSITIONS)  hash table: characters and pairs
     int byte_id[256];            // the token of a single byte, or -1
-    uint8_t *specials;           // (1 << 16)  by the upper bits of a hash. Bit 0: it is that of a special piece's
-                                 // prefix; bit `type`: that of a whole special piece
+    uint8_t *specials;           // (1 << 16)  a filter, by the upper bits of a hash. Bit 0: of a special piece's
+                                 // prefix; bit `type`: of a whole special piece
     bool space_leads;            // SPM: a space is only at the beginning of pieces, so words are encoded one by one
 } Tokenizer;
 
@@ -66,7 +66,7 @@ static const char *piece(const Tokenizer *t, int id, size_t *n_bytes) {
 }
 
 // The character at s. Returns its length in bytes, 0 if the n > 0 bytes end inside it, -1 if it is not valid UTF-8
-// (nor are overlong forms, surrogates and codes above U+10FFFF).
+// (overlong forms, surrogates and codes above U+10FFFF are not).
 static int read_character(const char *s, size_t n, uint32_t *code) {
     const unsigned char *u = (const unsigned char *)s;
     *code = u[0];
@@ -96,7 +96,7 @@ static size_t whole_characters(const char *s, size_t n) {
 }
 
 // Undoes GPT-2's spelling of bytes by printable characters: bytes 33-126, 161-172 and 174-255 are the characters with
-// these codes, the other 68 in their order are U+0100, U+0101 ... Returns the length, or 0 if a character is no such.
+// these codes, the other 68 in their order are U+0100, U+0101 ... Returns the length, or 0 if a character is none.
 static size_t unspell_bytes(const char *s, size_t n, char *to) {
     size_t length = 0;
     for (size_t i = 0; i < n;) {
