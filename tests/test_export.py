@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "torch>=2.4", "transformers>=5.0", "gguf>=0.17", "tokenizers>=0.20",
-#                 "sentencepiece", "safetensors"]
+#                 "sentencepiece", "protobuf", "safetensors"]
 # ///
 """Tests of export_model.py.
 
@@ -748,7 +748,7 @@ def test_meta(folder: Path) -> None:
 def test_tiktoken(folder: Path) -> None:
     """LLaMA 3's: merges worked out from ranks; its special tokens."""
     save_tiktoken(folder / "tokenizer.model")
-    keys, _ = export_model.tiktoken_keys(folder / "tokenizer.model", 600, True)
+    keys = export_model.tiktoken_keys(folder / "tokenizer.model", 600, True)
     tokens = keys["tokenizer.ggml.tokens"].data
     ranks = {bytes([b]): b for b in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258, b"abcd": 300, b"cd": 301}
     check("tiktoken: the last two parts", export_model.merge_of(b"abc", ranks) == (b"a", b"bc"))
@@ -789,7 +789,7 @@ def test_tekken(folder: Path) -> None:
         got = tokenize(folder / "model.bin", text)
         wanted = wanted or [1, 30 + ord("a"), 30 + ord("B")]
         check(f"tekken: {text!r}", got == wanted, f"{got} {wanted}")
-    keys, _ = export_model.tekken_keys(path, VOCAB)
+    keys = export_model.tekken_keys(path, VOCAB)
     names = keys["tokenizer.ggml.tokens"].data
     check("tekken: special", names[:4] == ["<unk>", "<s>", "</s>", "[INST]"] and names[29] == "<SPECIAL_29>"
           and len(names) == VOCAB and keys["tokenizer.ggml.add_bos_token"].data, str(names[:30]))
@@ -801,7 +801,7 @@ def test_tekken(folder: Path) -> None:
                          (long, "513 bytes, more than 512")):
         path.write_text(json.dumps(change))
         try:
-            found = " ".join(export_model.tekken_keys(path, VOCAB)[0]["tokenizer.ggml.tokens"].data[:5])
+            found = " ".join(export_model.tekken_keys(path, VOCAB)["tokenizer.ggml.tokens"].data[:5])
         except export_model.Refusal as refusal:
             found = str(refusal)
         check(f"tekken: {word}", word in found, found)
