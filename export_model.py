@@ -1045,7 +1045,7 @@ class Family:
     any_head_dim: bool = True    # else llama.cpp's format means D / H
     integers: dict = field(default_factory=dict)               # keys of config.json that have one in GGUF: u32
     scalars: dict = field(default_factory=lambda: RMS)         # f32
-    demands: dict = field(default_factory=lambda: SILU)        # keys that must have one of these values, if they are there
+    demands: dict = field(default_factory=lambda: SILU)        # keys that, if they are there, must have such a value
     reads: str = ""              # further keys that count here
     defaults: dict = field(default_factory=dict)  # what config.json means where it is silent, as in transformers
 
@@ -1160,7 +1160,8 @@ class Sizes:
 
     def shape(self, letters: str) -> tuple[int, ...]:
         """"HK,D" -> (H * K, D); a digit is a factor"""
-        return tuple(math.prod(int(c) if c.isdigit() else getattr(self, c) for c in word) for word in letters.split(","))
+        return tuple(math.prod(int(c) if c.isdigit() else getattr(self, c) for c in word)
+                     for word in letters.split(","))
 
 
 @dataclass(frozen=True)
@@ -1806,8 +1807,8 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
         kind = UNKNOWN if token == unknown else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
     vocabulary.add([t for t in entries if t["content"] != unknown])
-    flags = (*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ()))
-    return vocabulary.keys(where) | ggml_keys({"add_space_prefix": boolean(prefix)}) | dict.fromkeys(flags, boolean(True))
+    flags = dict.fromkeys((*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ())), boolean(True))
+    return vocabulary.keys(where) | ggml_keys({"add_space_prefix": boolean(prefix)}) | flags
 
 
 # -- SentencePiece's tokenizer.model --
@@ -2114,8 +2115,8 @@ def tokenizer_json(model: Model) -> dict:
     """tokenizer.json of a model that has none."""
     def get(key: str, otherwise: Any = None) -> Any:
         return model.get(f"tokenizer.ggml.{key}", otherwise)
-    tokens = get("tokens", [])
-    types, spm, pre = np.asarray(get("token_type", np.ones(len(tokens)))), get("model") == "llama", get("pre", "default")
+    tokens, spm, pre = get("tokens", []), get("model") == "llama", get("pre", "default")
+    types = np.asarray(get("token_type", np.ones(len(tokens))))
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": bool(types[i] != USER_DEFINED)}
              for i, token in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)]
@@ -2205,18 +2206,17 @@ def shards(folder: Path) -> list[Path]:
     where there is no file with all."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         path, index = folder / whole, folder / f"{whole}.index.json"
-        if path.is_file() and index.is_file():
-            warn(f"{index}: not read, for {whole} holds all, as in transformers")
         if path.is_file():
+            if index.is_file():
+                warn(f"{index}: not read, for {whole} holds all, as in transformers")
             return [path]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise Refusal(f"{index}: has no weight_map")
             names = sorted(set(map(str, weight_map.values())))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing or any("/" in name for name in names):
-                raise Refusal(f"{folder}: {index.name} names {(missing or names)[0]}, which is not here")
+            if missing := [name for name in names if "/" in name or not (folder / name).is_file()]:
+                raise Refusal(f"{folder}: {index.name} names {missing[0]}, which is not here")
             return [folder / name for name in names]
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if found := sorted(folder.glob(pattern)):
@@ -2224,7 +2224,7 @@ def shards(folder: Path) -> list[Path]:
     raise Refusal(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
 
 
-def state_of(content: Any, path: Path) -> dict[str, Any]:
+def state_of(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, which may lie one level down (state_dict, model, ...), beside counters and the like."""
     def holds_tensors(x: Any) -> bool:
         return isinstance(x, dict) and any(hasattr(t, "dtype") for t in x.values())
@@ -2238,7 +2238,7 @@ def state_of(content: Any, path: Path) -> dict[str, Any]:
     for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
         if all(str(name).startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): t for name, t in content.items()}
-    return content
+    return {name: of_torch(name, t) for name, t in content.items()}
 
 
 def open_weights(paths: list[Path]) -> dict[str, Tensor]:
@@ -2246,10 +2246,7 @@ def open_weights(paths: list[Path]) -> dict[str, Tensor]:
     for path in paths:
         if not path.is_file():
             raise Refusal(f"{path}: no file")
-        if path.suffix == ".safetensors":
-            found = open_safetensors(path)
-        else:
-            found = {name: of_torch(name, t) for name, t in state_of(open_pickle(path), path).items()}
+        found = open_safetensors(path) if path.suffix == ".safetensors" else state_of(open_pickle(path), path)
         for name in tensors.keys() & found.keys():
             if digest(tensors[name]) != digest(found[name]):
                 warn(f"{path}: {name} differs from that of another file, and takes its place, as in transformers")
@@ -2273,33 +2270,28 @@ def settle_names(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 def settle_head(f: Family, values: dict, tensors: dict[str, Tensor], folder: Path) -> None:
     """Where embedding and head are one matrix, but stored both, or only by the other's name: as transformers does."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not (f.defaults | {k: v for k, v in values.items() if v is not None}).get("tie_word_embeddings"):
+    if not values.get("tie_word_embeddings", f.defaults.get("tie_word_embeddings")) or head not in tensors:
         return
-    if head in tensors and embedding not in tensors:
+    if embedding not in tensors:
         warn(f"{folder}: only {head} is stored; tie_word_embeddings makes it the embedding, too")
         tensors[embedding] = tensors[head]
-    elif head in tensors and digest(tensors[head]) != digest(tensors[embedding]):
+    elif digest(tensors[head]) != digest(tensors[embedding]):
         warn(f"{folder}: tie_word_embeddings is true, but {head} differs from {embedding}: both are used, as in "
              "transformers")
         values["tie_word_embeddings"] = False
 
 
-BIASES = {"attention_bias": "qkvo", "use_qkv_bias": "qkv", "mlp_bias": ("gate", "up", "down")}
-
-
 def settle_biases(f: Family, values: dict, tensors: dict[str, Tensor], n_layers: int, folder: Path) -> None:
     """config.json says whether there are biases; what is stored beside that is not read."""
-    if f.arch not in ("llama", "granite", "stablelm"):
-        return
-    for key, ends in BIASES.items():
-        names = [f"model.layers.{i}.{'mlp' if key == 'mlp_bias' else 'self_attn'}.{end}_proj.bias"
-                 for i in range(n_layers) for end in ends]
+    keys = {"use_qkv_bias": ("self_attn", "qkv")} if f.arch == "stablelm" else \
+        {"attention_bias": ("self_attn", "qkvo"), "mlp_bias": ("mlp", ("gate", "up", "down"))}
+    for key, (module, ends) in keys.items() if f.arch in ("llama", "granite", "stablelm") else ():
+        names = [f"model.layers.{i}.{module}.{end}_proj.bias" for i in range(n_layers) for end in ends]
         if key in f.reads.split() and values.get(key):
             if missing := [name for name in names if name not in tensors]:
                 raise Refusal(f"{folder}: {key} is true, but tensor {missing[0]} is missing")
-        elif key in f.reads.split() or (f.arch != "stablelm" and key != "use_qkv_bias"):
-            if found := [name for name in names if tensors.pop(name, None)]:
-                warn(f"{folder}: {found[0]} and {len(found) - 1} more are not read: {key} is not true in config.json")
+        elif found := [name for name in names if tensors.pop(name, None)]:
+            warn(f"{folder}: {found[0]} and {len(found) - 1} more are not read: {key} is not true in config.json")
 
 
 def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -2308,12 +2300,9 @@ def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str,
         return values, tensors
     warn("the vision tower is left out")
     config = {"architectures": ["Gemma3ForCausalLM"]} | values["text_config"] | {"model_type": "gemma3_text"}
-    kept = {}
-    for name, tensor in tensors.items():
-        if "vision_tower" not in name and "multi_modal_projector" not in name:
-            name = name.replace("model.language_model.", "model.").removeprefix("language_model.")
-            kept[name] = tensor
-    return config, kept
+    return config, {name.replace("model.language_model.", "model.").removeprefix("language_model."): tensor
+                    for name, tensor in tensors.items()
+                    if "vision_tower" not in name and "multi_modal_projector" not in name}
 
 
 def open_hf(folder: Path, choices: Choices) -> Model:
@@ -2339,19 +2328,20 @@ META_NAMES = {"attention_norm.weight": "attn_norm.weight", "attention.wq.weight"
               "feed_forward.w2.weight": "ffn_down.weight"}
 META_WHOLE = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
               "output.weight": "output.weight"}
+META_ANGLES = ("rope.freqs", "freqs_cos", "freqs_sin")  # which follow from the configuration
 
 
-def meta_name(name: str, where: Path) -> str | None:
-    """GGUF's name; None for what follows from the configuration."""
-    name = name.removeprefix("_orig_mod.")
-    if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
-        return None
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if found and found[2] in META_NAMES:
-        return f"blk.{found[1]}.{META_NAMES[found[2]]}"
-    if name not in META_WHOLE:
-        raise Refusal(f"{where}: tensor {name} is not one of a LLaMA model")
-    return META_WHOLE[name]
+def by_gguf_names(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if layer and layer[2] in META_NAMES:
+            found[f"blk.{layer[1]}.{META_NAMES[layer[2]]}"] = tensor
+        elif name in META_WHOLE:
+            found[META_WHOLE[name]] = tensor
+        elif name not in META_ANGLES:
+            raise Refusal(f"{where}: tensor {name} is not one of a LLaMA model")
+    return found
 
 
 def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Path) -> Tensor:
@@ -2365,72 +2355,62 @@ def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Pa
                   f"expected {list(shape)} in all")
 
 
-def meta_keys(p: dict, sizes: Sizes, n_layers: int, context: int) -> dict[str, Value]:
-    keys = {"block_count": u32(n_layers), "context_length": u32(context), "embedding_length": u32(sizes.D),
-            "feed_forward_length": u32(sizes.F), "attention.head_count": u32(sizes.H),
-            "attention.head_count_kv": u32(sizes.G), "attention.layer_norm_rms_epsilon": f32(p["norm_eps"]),
-            "vocab_size": u32(sizes.V), "rope.freq_base": f32(p.get("rope_theta") or 10000.0),
-            "rope.dimension_count": u32(sizes.K)}
-    return {"general.architecture": text("llama")} | {f"llama.{key}": value for key, value in keys.items()}
-
-
-def meta_tensors(path: Path, parts: list[dict[str, Tensor]], sizes: Sizes, n_layers: int) -> dict[str, Tensor]:
-    """Whole tensors, of the files' parts."""
-    tensors = {}
-    for part in model_parts(FAMILIES["llama"], n_layers):
-        name, pieces = part.gguf, [p[part.gguf] for p in parts if part.gguf in p]
-        if len(pieces) == len(parts):
-            tensors[name] = join_parts(name, pieces, sizes.shape(part.shape), path)
-        elif part.needed:
-            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
-    left = [name for name in parts[0] if name not in tensors]
-    if left:
-        raise Refusal(f"{path}: {left[0]} (by GGUF's name) is beyond n_layers = {n_layers}")
-    return tensors
-
-
-def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], context: int | None) -> Model:
-    """p: params.json's, or a .pt's arguments      parts: what each file holds, by GGUF's names"""
-    c = Config(p, f"{path}")
-    n_parts, first = len(parts), parts[0]
-    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
-        if name not in first:
-            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
-    D, n_layers, H = c.integer("dim"), c.integer("n_layers"), c.integer("n_heads")
+def meta_keys(path: Path, p: dict, first: dict[str, Tensor], n_parts: int, context: int | None) \
+        -> tuple[dict[str, Value], dict[str, Tensor]]:
+    """GGUF's keys, and the tensor that it has in place of some      p: params.json's, or a .pt's arguments
+    first: what the first of the files holds, by GGUF's names"""
+    c = Config(p, path)
+    D, H = c.integer("dim"), c.integer("n_heads")
+    eps, theta, scaled = c.real("norm_eps", 1e-5), c.real("rope_theta", 10000.0), c.get("use_scaled_rope", False)
     rows, cols = first["token_embd.weight"].shape
     V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
-    F = first["blk.0.ffn_gate.weight"].shape[0] * n_parts
-    sizes = Sizes(V, D, H, c.integer("n_kv_heads", H), D // H, F)
-    eps, theta, scaled = c.real("norm_eps", 1e-5), c.real("rope_theta", 10000.0), c.get("use_scaled_rope", False)
     for key in ("vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "max_seq_len", "max_batch_size",
                 "dropout"):
         c.get(key)  # the tensors say so, or they are of no consequence
     factor = c.get("rope_scaling_factor", 32 if D in (2048, 3072) else 8)  # LLaMA 3.2's 1B and 3B do not say it
-    c.finish()
     if context is None:  # the file does not say it: 3.1 and later, Code Llama, 3, 2, 1
         context = p.get("max_seq_len") or (131072 if scaled else 16384 if theta == 1e6 else 8192 if theta == 5e5 else
                                            4096 if eps == 1e-5 else 2048)
-    tensors = meta_tensors(path, parts, sizes, n_layers)
-    if scaled:
-        rope = {"rope_theta": theta, "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
-                "original_max_position_embeddings": 8192}
-        tensors["rope_freqs.weight"] = constant(llama3_factors(rope, sizes.K))
-    return Model(path, meta_keys(p | {"norm_eps": eps}, sizes, n_layers, context), tensors)
+    keys = {"block_count": u32(c.integer("n_layers")), "context_length": u32(context), "embedding_length": u32(D),
+            "feed_forward_length": u32(first["blk.0.ffn_gate.weight"].shape[0] * n_parts),
+            "attention.head_count": u32(H), "attention.head_count_kv": u32(c.integer("n_kv_heads", H)),
+            "attention.layer_norm_rms_epsilon": f32(eps), "vocab_size": u32(V), "rope.freq_base": f32(theta),
+            "rope.dimension_count": u32(D // H)}
+    c.finish()
+    rope = {"rope_theta": theta, "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192}
+    extra = {"rope_freqs.weight": constant(llama3_factors(rope, D // H))} if scaled else {}
+    return {"general.architecture": text("llama")} | {f"llama.{key}": value for key, value in keys.items()}, extra
+
+
+def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], choices: Choices, tokenizer: Path) -> Model:
+    """p: params.json's, or a .pt's arguments      parts: what each file holds, by GGUF's names"""
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
+        if name not in parts[0]:
+            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
+    keys, extra = meta_keys(path, p, parts[0], len(parts), choices.context)
+    model = Model(path, keys, {}, vocabulary=choices.tokenizer or tokenizer)
+    sizes, whole = sizes_of(model), {}
+    for part in model_parts(FAMILIES["llama"], model.value("block_count")):
+        pieces = [p[part.gguf] for p in parts if part.gguf in p]
+        if len(pieces) == len(parts):
+            whole[part.gguf] = join_parts(part.gguf, pieces, sizes.shape(part.shape), path)
+        elif part.needed:
+            raise Refusal(f"{path}: {part.gguf} (by GGUF's name) is missing")
+    if left := [name for name in parts[0] if name not in whole]:
+        raise Refusal(f"{path}: {left[0]} (by GGUF's name) is beyond n_layers = {model.value('block_count')}")
+    model.tensors = whole | extra
+    model.keys |= loose_tokenizer_keys(model.vocabulary, sizes.V, bool(p.get("use_scaled_rope")))
+    return model
 
 
 def open_meta(folder: Path, choices: Choices) -> Model:
     paths = sorted(folder.glob("consolidated.*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
     if not paths:
         raise Refusal(f"{folder}: has params.json but no consolidated.NN.pth")
-    parts = []
-    for path in paths:
-        tensors = open_weights([path])
-        parts.append({meta_name(n, path): t for n, t in tensors.items() if meta_name(n, path)})
-    p = read_json(folder / "params.json")
-    model = meta_model(folder, p, parts, choices.context)
-    path = choices.tokenizer or next(filter(Path.is_file, (folder / "tekken.json",)), folder / "tokenizer.model")
-    model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
-    model.vocabulary = path
+    parts = [by_gguf_names(open_weights([path]), path) for path in paths]
+    tokenizer = folder / ("tekken.json" if (folder / "tekken.json").is_file() else "tokenizer.model")
+    model = meta_model(folder, read_json(folder / "params.json"), parts, choices, tokenizer)
     model.keys["general.name"] = text(folder.resolve().name)
     return model
 
@@ -2440,22 +2420,17 @@ def open_llama2c(path: Path, choices: Choices) -> Model:
     checkpoint = open_pickle(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_args"), dict):
         raise Refusal(f"{path}: not a llama2.c checkpoint: it has no model_args")
-    named = {meta_name(n, path): of_torch(n, t) for n, t in state_of(checkpoint.get("model"), path).items()
-             if meta_name(n, path)}
-    tied = named.get("output.weight") and named["output.weight"].shape == named["token_embd.weight"].shape
-    if tied and np.array_equal(named["output.weight"].read(), named["token_embd.weight"].read()):
-        del named["output.weight"]
-    model = meta_model(path, checkpoint["model_args"], [named], choices.context)
-    tokenizer = choices.tokenizer or next((p for name in ("tokenizer.model", "tokenizer.bin")
-                                           if (p := path.parent / name).is_file()), path.parent / "tokenizer.model")
-    model.keys |= loose_tokenizer_keys(tokenizer, model, False)
-    model.vocabulary = tokenizer
-    return model
+    tensors = by_gguf_names(state_of(checkpoint.get("model"), path), path)
+    head, embedding = tensors.get("output.weight"), tensors.get("token_embd.weight")
+    if head and embedding and head.shape == embedding.shape and digest(head) == digest(embedding):
+        del tensors["output.weight"]
+    beside = [path.parent / name for name in ("tokenizer.model", "tokenizer.bin")]
+    tokenizer = next(filter(Path.is_file, beside), beside[0])
+    return meta_model(path, checkpoint["model_args"], [tensors], choices, tokenizer)
 
 
-def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str, Value]:
+def loose_tokenizer_keys(path: Path, size: int, with_tools: bool) -> dict[str, Value]:
     """Of a vocabulary that comes as a file of its own: tokenizer.model of either kind, or tokenizer.bin."""
-    size = model.value("vocab_size")
     if not path.is_file():
         raise Refusal(f"{path}: no such file: name the vocabulary with --tokenizer FILE")
     if path.suffix == ".bin":
@@ -2478,9 +2453,11 @@ LORA_HARMLESS = set("""
     base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping layers_to_transform
     layers_pattern peft_version runtime_config qalora_group_size megatron_core target_modules exclude_modules eva_config
     init_lora_weights loftq_config corda_config lora_ga_config""".split())
-# What PEFT merges: it changes the base before the sum, or beside it. The value that means "not used".
-LORA_BY_PEFT = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
-                "target_parameters": None, "ensure_weight_tying": False}
+# What PEFT merges, for it changes the base before the sum, or beside it: the value that means "not used", and a part of
+# the names of the tensors that the adapter has then.
+LORA_BY_PEFT = {"use_dora": (False, "lora_magnitude_vector"), "bias": ("none", ".bias"), "lora_bias": (False, ""),
+                "trainable_token_indices": (None, ""), "target_parameters": (None, ""),
+                "ensure_weight_tying": (False, "")}
 # How A and B began is of no consequence if the base stayed as it was; every other way takes a part out of it.
 LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -2491,8 +2468,8 @@ class Adapter:
     one that PEFT has to merge, why (key and value)."""
     folder: Path
     by_peft: str
-    modules: dict[str, tuple[Tensor, Tensor, float]]
-    whole: dict[str, Tensor]
+    modules: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
 
 def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
@@ -2504,41 +2481,46 @@ def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
 
 
+def peft_reason(c: Config, tensors: dict[str, Tensor]) -> str:
+    """The key, and its value, for which PEFT has to merge an adapter; "" if there is none."""
+    keys = [key for key, (unused, _) in LORA_BY_PEFT.items() if c.get(key, unused) != unused and c.get(key)]
+    if c.get("init_lora_weights", True) not in LORA_INITS:
+        keys.append("init_lora_weights")
+    if any(".lora_embedding_A" in name for name in tensors):  # an embedding's sum
+        keys.append("target_modules")
+    for key in keys[:1]:
+        reason, needed = f"{key} = {json.dumps(c.get(key))}", LORA_BY_PEFT.get(key, ("", ""))[1]
+        if not any(needed in name for name in tensors):
+            raise Refusal(f"{c.where}: {reason}, but the adapter has no {needed}")
+        return reason
+    return ""
+
+
 def open_adapter(folder: Path) -> Adapter:
-    where = folder / "adapter_config.json"
-    c = Config(read_json(where), f"{where}")
+    where, safe = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    c = Config(read_json(where), where)
     if not c.values:
         raise Refusal(f"{folder}: has no adapter_config.json")
     c.demand("peft_type", "LORA")
     rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
-    ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
-    saved = c.get("modules_to_save", [])
-    by_peft = [key for key, unused in LORA_BY_PEFT.items() if c.get(key, unused) != unused and c.get(key)]
-    by_peft += ["init_lora_weights"] * (c.get("init_lora_weights", True) not in LORA_INITS)
+    ranks, alphas, saved = c.get("rank_pattern", {}), c.get("alpha_pattern", {}), c.get("modules_to_save", [])
+    tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
+    by_peft = peft_reason(c, tensors)
     for key, value in c.values.items():  # PEFT writes all keys that it has: false or empty is a feature unused
         if key not in c.asked | LORA_HARMLESS and value:
-            raise Refusal(f"{where}: {key} = {json.dumps(value)} is not supported")
-    safe = folder / "adapter_model.safetensors"
-    tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
-    by_peft += ["target_modules"] * any(".lora_embedding_A" in name for name in tensors)  # an embedding's sum
+            c.refuse(key)
     if by_peft:
-        needed = {"use_dora": "lora_magnitude_vector", "bias": ".bias"}.get(by_peft[0], "")
-        if not any(needed in name for name in tensors):
-            raise Refusal(f"{where}: {by_peft[0]} = {json.dumps(c.get(by_peft[0]))}, but the adapter has no {needed}")
-        return Adapter(folder, f"{by_peft[0]} = {json.dumps(c.get(by_peft[0]))}", {}, {})
+        return Adapter(folder, by_peft)
     modules = {}
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         a, b = tensors.pop(name), tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
         if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise Refusal(f"{folder}: lora_A and lora_B of {module} do not fit together")
-        r = pattern_value(ranks, module, rank)
-        if r != a.shape[0]:
+        if a.shape[0] != (r := pattern_value(ranks, module, rank)):
             raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
-        scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
-        modules[module] = a, b, scale
-    whole = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-             for name, tensor in tensors.items()}
+        modules[module] = a, b, pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
+    whole = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()}
     left = {name: name.rpartition(".")[0] for name in whole}  # their modules, of which PEFT names the ends
     for end in saved:
         if not any(module.endswith(end) for module in left.values()):
@@ -2578,18 +2560,16 @@ def merge_by_peft(model: Model, adapter: Adapter) -> None:
             raise Refusal(f"{what}: PEFT cannot merge it: {first_line(error)}") from None
     if any("missing adapter keys" in str(w.message) for w in said):
         raise Refusal(f"{what}: the adapter lacks tensors that PEFT expects")
-    state = dict(network.state_dict())
     tied = network.get_output_embeddings().weight.data_ptr() == network.get_input_embeddings().weight.data_ptr()
-    tensors = {name: of_torch(name, t) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    tensors = {name: of_torch(name, t) for name, t in network.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
     f, sizes = family_of(model), sizes_of(model)
     if f.experts:
         split_fused_experts(tensors, f)
     for part in model_parts(f, model.value("block_count")):
-        new = take_part(part, tensors, sizes, adapter.folder)
-        old = model.tensors.get(part.gguf)
-        if new is None or (old and np.array_equal(from_gguf(part, old, sizes).floats(), new.floats())):
-            continue
-        put_merged(model, part, new.computed(lambda w: w, writable_type(old.type if old else "f32")))
+        new, old = take_part(part, tensors, sizes, adapter.folder), model.tensors.get(part.gguf)
+        if new and not (old and np.array_equal(from_gguf(part, old, sizes).floats(), new.floats())):
+            put_merged(model, part, new.computed(lambda w: w, writable_type(old.type if old else "f32")))
     if not tied and model.hf_config:
         model.hf_config["tie_word_embeddings"] = False
     if tensors:
@@ -3164,7 +3144,8 @@ def hf_scaling(model: Model, theta: float) -> dict:
         betas = {beta: v(f"yarn_{beta}") for beta in ("beta_fast", "beta_slow") if v(f"yarn_{beta}")}
         return {"rope_type": kind, "factor": v("factor"), "attention_factor": magnitude} | original | betas
     if "rope_factors_long.weight" in model.tensors:
-        factors = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist() for n in ("long", "short")}
+        factors = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist()
+                   for n in ("long", "short")}
         magnitude = {"attention_factor": v("attn_factor")} if v("attn_factor") else {}
         return {"rope_type": "longrope"} | factors | original | magnitude
     return {}
