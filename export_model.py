@@ -2355,15 +2355,12 @@ def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Pa
                   f"expected {list(shape)} in all")
 
 
-def meta_keys(path: Path, p: dict, first: dict[str, Tensor], n_parts: int, context: int | None) \
-        -> tuple[dict[str, Value], dict[str, Tensor]]:
-    """GGUF's keys, and the tensor that it has in place of some      p: params.json's, or a .pt's arguments
-    first: what the first of the files holds, by GGUF's names"""
+def meta_config(path: Path, p: dict, first: dict[str, Tensor], n_parts: int, context: int | None) -> dict:
+    """config.json of what params.json says, or a .pt's arguments      first: the tensors of the first of the files"""
     c = Config(p, path)
     D, H = c.integer("dim"), c.integer("n_heads")
     eps, theta, scaled = c.real("norm_eps", 1e-5), c.real("rope_theta", 10000.0), c.get("use_scaled_rope", False)
     rows, cols = first["token_embd.weight"].shape
-    V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
     for key in ("vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "max_seq_len", "max_batch_size",
                 "dropout"):
         c.get(key)  # the tensors say so, or they are of no consequence
@@ -2371,16 +2368,16 @@ def meta_keys(path: Path, p: dict, first: dict[str, Tensor], n_parts: int, conte
     if context is None:  # the file does not say it: 3.1 and later, Code Llama, 3, 2, 1
         context = p.get("max_seq_len") or (131072 if scaled else 16384 if theta == 1e6 else 8192 if theta == 5e5 else
                                            4096 if eps == 1e-5 else 2048)
-    keys = {"block_count": u32(c.integer("n_layers")), "context_length": u32(context), "embedding_length": u32(D),
-            "feed_forward_length": u32(first["blk.0.ffn_gate.weight"].shape[0] * n_parts),
-            "attention.head_count": u32(H), "attention.head_count_kv": u32(c.integer("n_kv_heads", H)),
-            "attention.layer_norm_rms_epsilon": f32(eps), "vocab_size": u32(V), "rope.freq_base": f32(theta),
-            "rope.dimension_count": u32(D // H)}
+    V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
+    config = {"model_type": "llama", "num_hidden_layers": c.integer("n_layers"), "hidden_size": D, "vocab_size": V,
+              "intermediate_size": first["blk.0.ffn_gate.weight"].shape[0] * n_parts, "num_attention_heads": H,
+              "num_key_value_heads": c.integer("n_kv_heads", H), "rms_norm_eps": eps, "rope_theta": theta,
+              "max_position_embeddings": context}
+    if scaled:
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+                                  "original_max_position_embeddings": 8192}
     c.finish()
-    rope = {"rope_theta": theta, "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
-            "original_max_position_embeddings": 8192}
-    extra = {"rope_freqs.weight": constant(llama3_factors(rope, D // H))} if scaled else {}
-    return {"general.architecture": text("llama")} | {f"llama.{key}": value for key, value in keys.items()}, extra
+    return config
 
 
 def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], choices: Choices, tokenizer: Path) -> Model:
@@ -2388,10 +2385,10 @@ def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], choices: Cho
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in parts[0]:
             raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
-    keys, extra = meta_keys(path, p, parts[0], len(parts), choices.context)
+    f, _, keys, extra = read_config(meta_config(path, p, parts[0], len(parts), choices.context), path)
     model = Model(path, keys, {}, vocabulary=choices.tokenizer or tokenizer)
     sizes, whole = sizes_of(model), {}
-    for part in model_parts(FAMILIES["llama"], model.value("block_count")):
+    for part in model_parts(f, model.value("block_count")):
         pieces = [p[part.gguf] for p in parts if part.gguf in p]
         if len(pieces) == len(parts):
             whole[part.gguf] = join_parts(part.gguf, pieces, sizes.shape(part.shape), path)
