@@ -859,10 +859,11 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     """The tokenizer's section as GGUF's keys."""
     kind, pre, flags, bos, eos, unk, n_end, n, n_merges, n_text = struct.unpack_from("<3I3i4I", section)
     at, arrays = 40, []
-    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end), ("<u1", n)):
+    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end), ("<u1", n),
+                          ("<u1", n if flags & 512 else 0)):
         arrays.append(np.frombuffer(section, number, count, at))
         at += arrays[-1].nbytes
-    scores, starts, merges, ends, types = arrays
+    scores, starts, merges, ends, types, takes = arrays
     if pre >= len(NATIVE_PRE):
         raise Refusal(f"{path}: its pre-tokenizer has number {pre}, which is not known here")
     raw = [section[at + starts[i]:at + starts[i + 1]] for i in range(n)]
@@ -880,6 +881,8 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
         keys["tokenizer.ggml.ignore_merges"] = boolean(flags & 8)
         keys["tokenizer.ggml.normalizer.nfc"] = boolean(flags & 16)
+    if len(takes):
+        keys["tokenizer.ggml.takes_white"] = array(I32, list(takes))
     others = [int(i) for i in ends if i != eos]
     ids = {"bos": bos, "eos": eos, "unknown": unk}
     keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0} | end_keys(others)
@@ -1617,12 +1620,15 @@ def recognise_pre_tokenizer(tokenizer: dict, where: Path) -> str:
     return "dbrx" if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges") else name
 
 
+TAKES_WHITE = {"lstrip": 1, "rstrip": 2}  # on which side a token takes the white space: bits of a key of cria's own
+
+
 class Vocabulary:
     """Tokens by id, with type and score, while they are collected from several files."""
 
     def __init__(self, size: int):
         """size: of the embedding"""
-        self.size, self.pieces = size, {}
+        self.size, self.pieces, self.takes = size, {}, {}
 
     def put(self, i: int, token: str, kind: int, score: float = 0.0) -> None:
         self.pieces[i] = token, kind, score
@@ -1635,6 +1641,7 @@ class Vocabulary:
                 continue
             special = t["special"] or looks_special(t["content"])
             self.put(t["id"], t["content"], CONTROL if special else USER_DEFINED, -1000.0)
+            self.takes[t["id"]] = sum(bit for flag, bit in TAKES_WHITE.items() if t.get(flag))
 
     def keys(self, where: Path, pre: str | None = None) -> dict[str, Value]:
         """pre: the pre-tokenizer of byte-level BPE; None: a vocabulary of SentencePiece, which has scores"""
@@ -1646,6 +1653,8 @@ class Vocabulary:
                 "token_type": array(I32, [kind for _, kind, _ in pieces])}
         if not pre:
             keys["scores"] = array(F32, [score for _, _, score in pieces])
+        if any(self.takes.values()):
+            keys["takes_white"] = array(I32, [self.takes.get(i, 0) for i in range(self.size)])
         return ggml_keys(keys)
 
 
@@ -1676,10 +1685,13 @@ def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[dict]:
     return [t | {"id": i, "special": bool(t.get("special"))} for i, t in sorted(found.items())]
 
 
-def check_added(added: list[dict], size: int, where: Path) -> None:
-    """Refuses tokens that take the white space beside them, are found as whole words only, or in another order."""
+def check_added(added: list[dict], size: int, where: Path, refused: tuple[str, ...] = ("single_word",),
+                late: bool = False) -> None:
+    """Refuses tokens that are found as whole words only, or in another order      refused: flags that the C program
+    does not obey      late: those with `normalized` are found where spaces are U+2581, so that none is taken"""
     for t in added:
-        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) and t["id"] < size]:
+        flags = [*refused, *(TAKES_WHITE if late and t.get("normalized") else ())]
+        if flags := [flag for flag in flags if t.get(flag) and t["id"] < size]:
             raise Refusal(f"{where}: added token {t['content']} has {flags[0]} = true, which the C program does not "
                           "obey yet")
     first = [t["content"] for t in added if not t.get("normalized") and t["content"]]
@@ -1739,7 +1751,7 @@ SPM_DECODERS = (BARS_AS_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}, STRI
 # How a text is prefixed and added tokens are found, where it is not as SentencePiece does it.
 # These keys are cria's own, in the order of the flags of a native file.
 SPM_FLAGS = tuple(f"tokenizer.ggml.{name}" for name in ("space_prefix.first", "space_prefix.unless_space",
-                                                        "added_tokens_first"))
+                                                        "added_tokens_first", "space_prefix.last"))
 SCHEME_KEYS = {"always": SPM_FLAGS[1:2], "first": SPM_FLAGS[:2]}
 
 
@@ -1795,7 +1807,7 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
     model, vocabulary = tokenizer["model"], Vocabulary(size)
     check_bpe(model, "ignore_merges", where)
     prefix = spm_prefix(tokenizer, where)
-    check_added(added, size, where)
+    check_added(added, size, where, late=bool(tokenizer.get("normalizer")))
     check_steps(tokenizer, "decoder", SPM_DECODERS, where)
     entries, raw = place_added(tokenizer, added, prefix, where)
     first: dict[str, int] = {}
@@ -1807,7 +1819,7 @@ def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) ->
         kind = UNKNOWN if token == unknown else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
     vocabulary.add([t for t in entries if t["content"] != unknown])
-    flags = dict.fromkeys((*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ())), boolean(True))
+    flags = dict.fromkeys((*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[2:3] if raw else ())), boolean(True))
     return vocabulary.keys(where) | ggml_keys({"add_space_prefix": boolean(prefix)}) | flags
 
 
@@ -1837,20 +1849,21 @@ def spm_model_keys(path: Path, added: list[dict], size: int, config: dict | None
         warn(f"{path.parent / 'tokenizer_config.json'}: add_prefix_space is false, so no space is put before a text, "
              f"whatever {path.name} says")
         prefix = False
+    suffix = trainer.treat_whitespace_as_suffix and prefix
     for name, holds in (("precompiled_charsmap", normalizer.precompiled_charsmap),
                         ("precompiled_charsmap", proto.denormalizer_spec.precompiled_charsmap),
                         ("remove_extra_whitespaces = true", normalizer.remove_extra_whitespaces),
-                        ("escape_whitespaces = false", not normalizer.escape_whitespaces),
-                        ("treat_whitespace_as_suffix = true", trainer.treat_whitespace_as_suffix and prefix)):
+                        ("escape_whitespaces = false", not normalizer.escape_whitespaces)):
         if holds:
             raise Refusal(f"{path}: {name}, which the C program does not obey yet")
     vocabulary = Vocabulary(size or len(proto.pieces))
-    check_added(added, vocabulary.size, path)
+    check_added(added, vocabulary.size, path, ("single_word", *TAKES_WHITE))
     for i, piece in enumerate(proto.pieces[:vocabulary.size]):
         vocabulary.put(i, piece.piece, piece.type, piece.score)
     unknown = {i for i, (_, kind, _) in vocabulary.pieces.items() if kind == UNKNOWN}
     vocabulary.add([t for t in added if t["id"] not in unknown])
-    return vocabulary.keys(path) | ggml_keys({"add_space_prefix": boolean(prefix)})
+    return vocabulary.keys(path) | ggml_keys({"add_space_prefix": boolean(prefix)}) | \
+        ({SPM_FLAGS[3]: boolean(True)} if suffix else {})
 
 
 # -- Tokens with ranks: Meta's tiktoken text, Mistral's tekken.json --
@@ -2117,8 +2130,9 @@ def tokenizer_json(model: Model) -> dict:
         return model.get(f"tokenizer.ggml.{key}", otherwise)
     tokens, spm, pre = get("tokens", []), get("model") == "llama", get("pre", "default")
     types = np.asarray(get("token_type", np.ones(len(tokens))))
-    added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": bool(types[i] != USER_DEFINED)}
+    takes = get("takes_white", np.zeros(len(tokens), int))
+    added = [{"id": i, "content": token, "single_word": False, "normalized": False,
+              "special": bool(types[i] != USER_DEFINED)} | {flag: bool(takes[i] & b) for flag, b in TAKES_WHITE.items()}
              for i, token in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)]
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
            "end_of_word_suffix": None, "fuse_unk": spm, "byte_fallback": spm,
@@ -2139,9 +2153,9 @@ def tokenizer_json(model: Model) -> dict:
 def spaces_json(model: Model, added: list[dict], vocab: dict[str, int]) -> dict:
     """How spaces become U+2581 and back: the inverse of spm_prefix() and place_added(), which changes `added`, too."""
     space = bool(model.get("tokenizer.ggml.add_space_prefix", True))
-    first, unless_space, raw = (bool(model.get(key)) for key in SPM_FLAGS)
-    if first and not unless_space:
-        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[0]} alone")
+    first, unless_space, raw, last = (bool(model.get(key)) for key in SPM_FLAGS)
+    if last or (first and not unless_space):
+        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[3 if last else 0]} alone")
     made = {"normalizer": {"type": "Sequence", "normalizers": [BAR_FIRST] * space + [SPACES_AS_BARS]}}
     if unless_space:
         made = {"pre_tokenizer": METASPACE | {"split": False, "prepend_scheme": "first" if first else "always"}}

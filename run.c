@@ -3250,11 +3250,12 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
-    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own
+    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own, as is the next
+    Key takes = get_key(g, "tokenizer.ggml.takes_white", G_I32, true);
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
-        .scores = scores.value.at, .types = piece_types.value.at,
+        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at,
         .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
@@ -3265,12 +3266,14 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
                   get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
                   get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
                   get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
+                  get_flag(g, "tokenizer.ggml.added_tokens_first"),
+                  get_flag(g, "tokenizer.ggml.space_prefix.last"), takes.value.at != NULL },
     };
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
+    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens) ||
+        (v.takes && takes.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }

@@ -1407,8 +1407,12 @@ SPM_CASES = {
     "normalized, no prefix": ({"normalizer": BARS}, [token("two words", normalized=True)], ""),
     "raw, prefix": ({}, [token("<tool>")], ""),
     "raw and normalized": ({}, [token("<tool>"), token("hello", normalized=True)], "normalized"),
-    "lstrip": ({}, [token("<m>", special=True, lstrip=True)], "lstrip"),
-    "rstrip": ({}, [token("<m>", special=True, rstrip=True)], "rstrip"),
+    "special, lstrip": ({}, [token("<m>", special=True, lstrip=True)], ""),
+    "special, rstrip": ({}, [token("<m>", special=True, rstrip=True)], ""),
+    "raw, both sides": ({}, [token("<m>", lstrip=True, rstrip=True), token("<n>")], ""),
+    "no prefix, both sides": ({"normalizer": BARS}, [token("<m>", special=True, lstrip=True, rstrip=True)], ""),
+    "Metaspace, rstrip": ({"normalizer": None, "pre_tokenizer": metaspace("first")}, [token("<m>", rstrip=True)], ""),
+    "late lstrip": ({}, [token("<m>", normalized=True, lstrip=True)], "lstrip"),
     "single_word": ({"normalizer": BARS}, [token("word", single_word=True)], "single_word"),
     "another id": ({}, [token("<|x|>", special=True, id=699)], "gives it 600"),
     "beyond": ({"model.vocab": lambda v: v | {f"zz{i}": 600 + i for i in range(100)}}, [token("<|x|>")], ""),
@@ -1423,7 +1427,9 @@ BYTE_CASES = {
     "user-defined": ({}, [token("<call>"), token("<call><call>"), token(f"a{BAR}b")], ""),
     "overlapping": ({}, [token("ab"), token("abc"), token("<|s|>", special=True)], ""),
     "in two rounds": ({}, [token("ab"), token("abc", normalized=True)], "is never found"),
-    "lstrip": ({}, [token("<m>", lstrip=True)], "lstrip"), "rstrip": ({}, [token("<m>", rstrip=True)], "rstrip"),
+    "normal lstrip": ({}, [token("<m>", lstrip=True)], ""), "normal rstrip": ({}, [token("<m>", rstrip=True)], ""),
+    "special, both sides": ({}, [token("<m>", special=True, lstrip=True, rstrip=True), token("<n>", rstrip=True)], ""),
+    "NFC, rstrip": ({"normalizer": {"type": "NFC"}}, [token("<m>", normalized=True, rstrip=True)], ""),
     "single_word": ({}, [token("the", single_word=True)], "single_word"),
     "two first": ({"post_processor": template("<|begin|>", "<|end|>", "A", begin=0, end=1)}, [], "TWO"),
     "two last": ({"post_processor": template("A", "<|end|>", "<|begin|>", begin=0, end=1)}, [], "after a text"),
@@ -1466,7 +1472,7 @@ def check_tokens(what: str, source: Path, made: Path, word: str, vocabulary: int
         exported(made, "-o", again, "--to", "hf", "--no-verify")
     own = Tokenizer.from_file(str(source / "tokenizer.json"))
     added = [t.content for i, t in own.get_added_tokens_decoder().items() if i < vocabulary and t.content != "<unk>"]
-    around = [s for t in added for s in (t, f"a{t}b", f"a {t} b", f" {t}  {t}\n{t}")]
+    around = [s for t in added for s in (t, f"a{t}b", f"a {t} b", f" {t}  {t}\n{t}", f"a\u3000\n {t}\t\u00a0 {t} ")]
     for text in (*TEXTS[:3], "hello", "say hello there", "xhello", " hello", "  a", "two words", "abcabab",
                  "cafe\u0301", *around):
         wanted = own.encode(text).ids
@@ -1558,7 +1564,8 @@ def test_sentencepiece_options(folder: Path) -> None:
     for name, options, config, word in (
             ("usual", {}, {}, ""), ("no prefix", {"add_dummy_prefix": False}, {}, ""),
             ("no prefix asked for", {}, {"add_prefix_space": False}, ""),
-            ("suffix", {"treat_whitespace_as_suffix": True}, {}, "treat_whitespace_as_suffix"),
+            ("suffix", {"treat_whitespace_as_suffix": True}, {}, ""),
+            ("suffix, no prefix", {"treat_whitespace_as_suffix": True, "add_dummy_prefix": False}, {}, ""),
             ("extra spaces", {"remove_extra_whitespaces": True}, {}, "remove_extra_whitespaces"),
             ("nfkc", {"normalization_rule_name": "nmt_nfkc"}, {}, "precompiled_charsmap"),
             ("digits", {"split_digits": True}, {}, ""), ("no bytes", {"byte_fallback": False}, {}, ""),
