@@ -859,11 +859,11 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     """The tokenizer's section as GGUF's keys."""
     kind, pre, flags, bos, eos, unk, n_end, n, n_merges, n_text = struct.unpack_from("<3I3i4I", section)
     at, arrays = 40, []
-    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end), ("<u1", n),
-                          ("<u1", n if flags & 512 else 0)):
+    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end),
+                          ("<i4", 8 if flags & 1024 else 0), ("<u1", n), ("<u1", n if flags & 512 else 0)):
         arrays.append(np.frombuffer(section, number, count, at))
         at += arrays[-1].nbytes
-    scores, starts, merges, ends, types, takes = arrays
+    scores, starts, merges, ends, around, types, takes = arrays
     if pre >= len(NATIVE_PRE):
         raise Refusal(f"{path}: its pre-tokenizer has number {pre}, which is not known here")
     raw = [section[at + starts[i]:at + starts[i + 1]] for i in range(n)]
@@ -883,6 +883,8 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
         keys["tokenizer.ggml.normalizer.nfc"] = boolean(flags & 16)
     if len(takes):
         keys["tokenizer.ggml.takes_white"] = array(I32, list(takes))
+    for key, ids in zip(AROUND.values(), (around[:4], around[4:])):
+        keys |= {key: array(U32, ids[ids >= 0])} if len(ids) and ids[0] >= 0 else {}
     others = [int(i) for i in ends if i != eos]
     ids = {"bos": bos, "eos": eos, "unknown": unk}
     keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0} | end_keys(others)
@@ -1989,8 +1991,8 @@ def llama2c_tokenizer(model: Model) -> bytes | None:
 
 # -- A Hugging Face folder's --
 
-def added_ends(tokenizer: dict, where: Path) -> list[tuple[int, str] | None]:
-    """The special token that the post-processor puts before a text, and the one after it: (id, text)"""
+def added_ends(tokenizer: dict, where: Path) -> list[list[tuple[int, str]]]:
+    """The special tokens that the post-processor puts before a text, and those after it: (id, text)"""
     ends: list = [[], []]
     for p in steps_of(tokenizer.get("post_processor")):
         if p["type"] in ("BertProcessing", "RobertaProcessing"):
@@ -2009,11 +2011,10 @@ def added_ends(tokenizer: dict, where: Path) -> list[tuple[int, str] | None]:
         if any(new) and any(ends):
             raise Refusal(f"{where}: several steps of its post_processor add tokens, which is not supported")
         ends = new if any(new) else ends
-    for side, tokens in zip(("before", "after"), ends):
-        if len(tokens) > 1:
-            raise Refusal(f"{where}: its post_processor puts {' '.join(token for _, token in tokens)} {side} a text; "
-                          "the C program adds one token there")
-    return [next(iter(tokens), None) for tokens in ends]
+    if len(most := max(ends, key=len)) > 4:
+        raise Refusal(f"{where}: its post_processor puts {len(most)} tokens on one side of a text; supported are at "
+                      "most 4")
+    return ends
 
 
 def chat_template(folder: Path, config: dict) -> str | None:
@@ -2043,23 +2044,29 @@ def special_keys(folder: Path, config: dict, hf_config: dict, tokens: list[str])
     return keys | end_keys([i for i in dict.fromkeys(numbered("eos_token_id")) if not eos or i != eos.data])
 
 
+AROUND = {"bos": "tokenizer.ggml.text_begin_ids", "eos": "tokenizer.ggml.text_end_ids"}  # cria's own: more than one
+
+
 def end_flags(tokenizer: dict, config: dict, keys: dict[str, Value], folder: Path) -> dict[str, Value]:
     """Whether a begin and an end token are added to a text. Where there is a tokenizer.json, its post_processor says
-    so, as in transformers; it must be the token that the other files name, if they name one."""
+    so, as in transformers; one token must be that which the other files name, if they name one."""
     where, flags = folder / "tokenizer.json", {}
-    for name, found in zip(("bos", "eos"), added_ends(tokenizer, where)):
+    for name, found in zip(AROUND, added_ends(tokenizer, where)):
         key, explicit = f"tokenizer.ggml.{name}_token_id", config.get(f"add_{name}_token")
         if not isinstance(explicit, bool):
             explicit = None
-        if found and found[0] < len(keys["tokenizer.ggml.tokens"].data):
-            flags |= {} if key in keys else {key: u32(found[0])}
-        if found and (keys | flags).get(key) != u32(found[0]):
-            raise Refusal(f"{where}: its post_processor adds {found[1]}, which is not {name}_token")
-        if tokenizer and explicit not in (None, bool(found)):
+        adds = bool(found)
+        if found and found[0][0] < len(keys["tokenizer.ggml.tokens"].data):
+            flags |= {} if key in keys else {key: u32(found[0][0])}
+        if len(found) == 1 and (keys | flags).get(key) != u32(found[0][0]):
+            raise Refusal(f"{where}: its post_processor adds {found[0][1]}, which is not {name}_token")
+        if len(found) > 1:
+            flags[AROUND[name]] = array(U32, [i for i, _ in found])
+        if tokenizer and explicit not in (None, adds):
             warn(f"{folder / 'tokenizer_config.json'}: add_{name}_token has no effect: what {where.name} says counts")
         if not tokenizer:  # SentencePiece's users add a begin token where nothing says otherwise
-            found = name == "bos" if explicit is None else explicit
-        flags[f"tokenizer.ggml.add_{name}_token"] = boolean(found)
+            adds = name == "bos" if explicit is None else explicit
+        flags[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
     return flags
 
 
@@ -2169,19 +2176,18 @@ def spaces_json(model: Model, added: list[dict], vocab: dict[str, int]) -> dict:
 
 def template_json(model: Model, tokens: list[str]) -> dict | None:
     """The post-processor that adds the begin and end tokens that the model wants."""
-    usual, ends = {"bos": model.get("tokenizer.ggml.model") == "llama"}, {}
-    for name in ("bos", "eos"):
+    usual, ends = {"bos": model.get("tokenizer.ggml.model") == "llama"}, {"bos": [], "eos": []}
+    for name in ends:
         i = model.get(f"tokenizer.ggml.{name}_token_id")
         if model.get(f"tokenizer.ggml.add_{name}_token", usual.get(name)) and i is not None:
-            ends[name] = i
-    if not ends:
+            ends[name] = [int(i) for i in model.get(AROUND[name], [i])]
+    if not any(ends.values()):
         return None
 
     def around(letter: str, type_id: int) -> list[dict]:
-        bos, eos = ([{"SpecialToken": {"id": tokens[ends[name]], "type_id": type_id}}] if name in ends else []
-                    for name in ("bos", "eos"))
+        bos, eos = ([{"SpecialToken": {"id": tokens[i], "type_id": type_id}} for i in ids] for ids in ends.values())
         return [*bos, {"Sequence": {"id": letter, "type_id": type_id}}, *eos]
-    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in ends.values()}
+    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in sum(ends.values(), [])}
     return {"type": "TemplateProcessing", "single": around("A", 0), "pair": around("A", 0) + around("B", 1),
             "special_tokens": special}
 

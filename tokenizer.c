@@ -7,8 +7,8 @@
    Vocabularies of all files are brought into one form, the section. It is little-endian; native files carry it:
 
        | header, 40 bytes | f32 score[n_tokens] | u32 text_start[n_tokens + 1] | u32 merge[n_merges][3] |
-       | u32 end_id[n_end] | u8 type[n_tokens] | u8 takes[n_tokens], if a flag says so | text, text_bytes |
-       | zeros up to a multiple of 4 |
+       | u32 end_id[n_end] | i32 around[2][4], if a flag says so | u8 type[n_tokens] | u8 takes[n_tokens], likewise |
+       | text, text_bytes | zeros up to a multiple of 4 |
 
    Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as a user writes them: SPM's U+2581 is a space, a
    byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, their result. */
@@ -22,11 +22,12 @@ enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 
 // user-defined pieces found before any prefix is put.
 enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128 };
 enum { PREFIX_LAST = 256 };                                   // the prefix is put after the text, not before it
-enum { TAKES_WHITE = 512, N_FLAGS = 10 };                     // some special pieces take the white space beside them:
+enum { TAKES_WHITE = 512 };                                   // some special pieces take the white space beside them:
 enum { TAKES_BEFORE = 1, TAKES_AFTER = 2, TAKES_BOTH = 3 };   // of what a piece takes
+enum { AROUND = 1024, N_FLAGS = 11, MAX_AROUND = 4 };         // more than one token before a text, or after it
 enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX | PREFIX_FIRST | PREFIX_UNLESS_SPACE | ADDED_FIRST | PREFIX_LAST |
-                   TAKES_WHITE };
-enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE | TAKES_WHITE };
+                   TAKES_WHITE | AROUND };
+enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE | TAKES_WHITE | AROUND };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
@@ -46,6 +47,7 @@ typedef struct {
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
     const uint32_t *end_id;      // (n_end)           each of these tokens ends an answer
+    const int32_t (*around)[MAX_AROUND];  // (2, MAX_AROUND) or NULL: in place of bos and of eos, up to the first -1
     const uint8_t *type;         // (n_tokens)
     const uint8_t *takes;        // (n_tokens) or NULL: TAKES_BEFORE, TAKES_AFTER
     const char *text;
@@ -809,6 +811,13 @@ static bool emit(Tokens *out, int id, Error *e) {
 }
 
 // Sets the rank of pair i, and what changes with it further up the tree.
+// Emits the tokens that begin a text, or those that end it.
+static bool emit_around(const Tokenizer *t, bool ends, Tokens *out, Error *e) {
+    if (!t->around || t->around[ends][0] < 0) return emit(out, ends ? t->eos : t->bos, e);
+    for (int i = 0; i < MAX_AROUND && t->around[ends][i] >= 0; i++) if (!emit(out, t->around[ends][i], e)) return false;
+    return true;
+}
+
 static void set_rank(Encoder *c, size_t i, uint32_t rank) {
     c->least[i += c->width] = rank;
     for (i /= 2; i > 0; i /= 2) {
@@ -1026,8 +1035,8 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
 
 // The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
 // text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
-// has all bytes (but in SPM U+2581 becomes a space, PREFIX_UNLESS_SPACE and ADDED_FIRST do not keep all spaces, the space
-// of PREFIX_LAST stays, and what special pieces take is lost).
+// has all bytes (but in SPM U+2581 becomes a space; PREFIX_UNLESS_SPACE, ADDED_FIRST and TAKES_WHITE do not keep all
+// white space; and the space of PREFIX_LAST stays).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
     char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
@@ -1178,6 +1187,9 @@ static bool check_pieces(const Tokenizer *t, Error *e) {
     }
     for (int i = 0; i < t->n_end; i++)
         if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
+    for (int i = 0; t->around && i < 2 * MAX_AROUND; i++)
+        if (t->around[i / MAX_AROUND][i % MAX_AROUND] >= t->n_tokens)
+            return refuse(e, "no token %d, with which texts begin or end", t->around[i / MAX_AROUND][i % MAX_AROUND]);
     return true;
 }
 
@@ -1194,6 +1206,7 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
     t->merge = (const void *)take(&c, times((size_t)t->n_merges, sizeof *t->merge));
     t->end_id = (const void *)take(&c, times((size_t)t->n_end, sizeof *t->end_id));
+    t->around = t->flags & AROUND ? (const void *)take(&c, 2 * sizeof *t->around) : NULL;
     t->type = take(&c, n);
     t->takes = t->flags & TAKES_WHITE ? take(&c, n) : NULL;
     t->text = (const void *)take(&c, t->text_bytes);
@@ -1219,11 +1232,13 @@ typedef struct {
     Cursor merges;                // strings: left part, space, right part
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
+    int around[2][MAX_AROUND];    // as in Tokenizer, if the last of says[] is 1
     int bos, eos, eot, eom, unk;
-    int says[N_FLAGS];  // the flags, from ADD_BOS to TAKES_WHITE
+    int says[N_FLAGS];  // the flags, from ADD_BOS to AROUND
 } Vocabulary;
 
-enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TAKES, PIECE_TEXT, N_PARTS };  // of a section, in order
+// The parts of a section, in order.
+enum { SCORES, STARTS, MERGES, END_IDS, ENDS_AROUND, PIECE_TYPES, PIECE_TAKES, PIECE_TEXT, N_PARTS };
 
 // Names of tokens that end an answer, those of llama.cpp.
 static const char *const end_names[] = {
@@ -1295,8 +1310,8 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
             return refuse(e, "token %zu takes an unknown kind of white space", id);
         uint32_t start = (uint32_t)part[PIECE_TEXT].n;
         if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
-            !append(&part[PIECE_TYPES], &packed_type, 1, e) || (v->takes && !append(&part[PIECE_TAKES], &takes, 1, e)) ||
-            (n && !append(&part[PIECE_TEXT], bytes, n, e)))
+            !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)) ||
+            (v->takes && !append(&part[PIECE_TAKES], &takes, 1, e)))
             return false;
     }
     uint32_t end = (uint32_t)part[PIECE_TEXT].n;
@@ -1381,6 +1396,7 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, &part[END_IDS], e);
     t.n_merges = (int)(part[MERGES].n / 12);
     t.n_end = (int)(part[END_IDS].n / 4);
+    if (t.flags & AROUND) ok = ok && append(&part[ENDS_AROUND], v->around, sizeof v->around, e);
     ok = ok && append(section, &t, HEADER_BYTES, e);
     for (size_t i = 0; i < N_PARTS; i++) {
         if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
