@@ -3242,6 +3242,14 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
+// The ids of one of export_model.py's own keys, -1 after them. Returns whether there is such a key.
+static bool get_around(Gguf *g, const char *name, int *ids) {
+    Key k = get_key(g, name, G_U32, true);
+    if (k.count > MAX_AROUND && !g->bad) g->bad = !refuse(g->error, "key %s: more than %d ids", name, MAX_AROUND);
+    for (size_t i = 0; i < MAX_AROUND; i++) ids[i] = i < k.count ? (int)(uint32_t)key_number(&k, i) : -1;
+    return k.count > 0;
+}
+
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     m->chat_template = get_text(g, "tokenizer.chat_template");
@@ -3251,11 +3259,17 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
-    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own
+    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own, as is the next
+    Key takes = get_key(g, "tokenizer.ggml.takes_white", G_I32, true);
+    Text name = get_text(g, "general.name");
+    bool phi3 = false;
+    for (size_t i = 0; i + 4 <= name.n; i++)
+        phi3 = phi3 || ((name.at[i] | 32) == 'p' && (name.at[i + 1] | 32) == 'h' && (name.at[i + 2] | 32) == 'i' &&
+                        name.at[i + 3 + (name.at[i + 3] == '-' && i + 4 < name.n)] == '3');
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
-        .scores = scores.value.at, .types = piece_types.value.at,
+        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at, .phi3 = phi3,
         .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
@@ -3266,12 +3280,16 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
                   get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
                   get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
                   get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
+                  get_flag(g, "tokenizer.ggml.added_tokens_first"),
+                  get_flag(g, "tokenizer.ggml.space_prefix.last"), takes.value.at || phi3 },
     };
+    bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
+    v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
+    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens) ||
+        (v.takes && takes.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
@@ -4669,7 +4687,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit_around(t, false, tokens, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -5736,7 +5754,7 @@ static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, 
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
     bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
-    if ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e)) return false;
+    if ((begins && !emit_around(t, false, out, e)) || !encode(t, spans, 2, out, e)) return false;
     if (out->n_dropped)
         fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", s->n_lines, out->n_dropped);
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -7441,7 +7459,8 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
-    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+    if ((begins && !emit_around(t, false, tokens, e)) || !encode(t, &span, 1, tokens, e) ||
+        (ends && !emit_around(t, true, tokens, e)))
         return false;
     if (!tokens->n && mode != TOKENIZE)
         return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
