@@ -1439,30 +1439,18 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
-INLINE int32_t offset_product(const Block *x, int part, int offset) {
-    if (!part && offset == 128) return x->minus_128_sum;
-    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
-    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
-    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
-}
+enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded, at most
 
-// dots[t][row] = sum over columns of (a row's byte - offset) * token t's activation, for n tokens, at most TOGETHER
-// part: 0 all columns; 1, 2 the first 16, the last 16      bits: of the bytes; the compiler knows it, as it knows n
-typedef void Dot(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int part, int offset);
+// dots[t][row] = the dot product of a row's bytes with the activations of token t, for n tokens and for groups `from` to
+// `to` of four columns. The compiler knows all but the data. bits: of a byte
+typedef void Dot(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to);
 
-enum { TOGETHER = 4 };
-
-INLINE Range groups_of(int part) { return (Range){ part == 2 ? 4 : 0, part == 1 ? 4 : 8 }; }  // of four columns
-
-INLINE void dot_bytes(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int part,
-                      int offset) {
-    (void)bits, (void)n, (void)offset;  // signed, 1, 0
-    Range groups = groups_of(part);
-    memset(dots, 0, sizeof *dots);
-    for (size_t g = groups.from; g < groups.to; g++) {
+INLINE void dot_bytes(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) {
+    (void)bits;
+    memset(dots, 0, (size_t)n * sizeof *dots);
+    for (int g = from; g < to; g++) {
         for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) dots[0][r] += (int8_t)w[g][4 * r + c] * x->q[4 * g + (size_t)c];
+            for (int c = 0; c < 4; c++) dots[0][r] += (int8_t)w[g][4 * r + c] * x->q[4 * g + c];
     }
 }
 
@@ -1576,6 +1564,14 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
 
 // ---- Products ----
 
+// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
+INLINE int32_t offset_product(const Block *x, int part, int offset) {
+    if (!part && offset == 128) return x->minus_128_sum;
+    int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
+    int32_t product = part ? x->minus_32_sum[part - 1] : x->minus_8_sum;
+    return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
+}
+
 // Adds the products of 32 columns for n tokens, a number that the compiler knows.
 INLINE void add_block(float sum[][16], Type type, const ByteBlock *u, const uint8_t w[][64], const Block *x, int n,
                       Leaves leaves) {
@@ -1584,13 +1580,14 @@ INLINE void add_block(float sum[][16], Type type, const ByteBlock *u, const uint
     for (int h = 0; h < halves; h++) {
         _Alignas(64) int32_t dots[TOGETHER][16];
         int part = halves == 1 ? 0 : 1 + h;
-        leaves.dot(dots, w, bits, x, n, part, byte_offset(type, leaves.unsigned_bits));
+        leaves.dot(dots, w, bits, x, n, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) {
+            int32_t correction = offset_product(&x[t], part, byte_offset(type, leaves.unsigned_bits));
             float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
             for (int r = 0; r < 16; r++) {
-                y[r] = fmaf(u->scale[h][r] * scale, (float)dots[t][r], y[r]);
+                y[r] = fmaf(u->scale[h][r] * scale, (float)(dots[t][r] + correction), y[r]);
                 if (types[type].has_min) y[r] = fmaf(u->min[h][r], scaled_sum, y[r]);
             }
         }
@@ -1610,10 +1607,14 @@ INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *t
     }
 }
 
-// The same. The compiler knows the type.
+// The same. The compiler knows the type, and whether it is for one token.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n, Leaves leaves) {
-#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+#define FOR_TYPE(type)                                                                                                 \
+    case type:                                                                                                         \
+        if (n == 1) add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, 1, leaves);                                \
+        else add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves);                                       \
+        break;
     switch (type) {
         FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
         FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
@@ -6777,17 +6778,12 @@ static bool run_matmul(Error *e) {
 
 // A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
 #define MAKE_DOT(isa, set, Vector, in_all_lanes, step)                                                                 \
-    isa void dot_##set(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int part,           \
-                       int offset) {                                                                                   \
+    isa void dot_##set(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) { \
         enum { VECTORS = 64 / sizeof(Vector) };                                                                        \
-        Vector dot[TOGETHER][VECTORS], four[VECTORS];                                                                  \
-        Range groups = groups_of(part);                                                                                \
+        Vector dot[TOGETHER][VECTORS] = { 0 }, four[VECTORS];                                                          \
         (void)bits;                                                                                                    \
-        _Pragma("GCC unroll 4")                                                                                        \
-        for (int i = 0; i < n; i++)                                                                                    \
-            for (int j = 0; j < VECTORS; j++) dot[i][j] = in_all_lanes(offset_product(&x[i], part, offset));           \
         _Pragma("GCC unroll 8")                                                                                        \
-        for (size_t g = groups.from; g < groups.to; g++) {                                                             \
+        for (int g = from; g < to; g++) {                                                                              \
             for (int j = 0; j < VECTORS; j++) memcpy(&four[j], &w[g][64 / VECTORS * j], sizeof *four);                 \
             _Pragma("GCC unroll 4")                                                                                    \
             for (int i = 0; i < n; i++) {                                                                              \
@@ -6882,43 +6878,39 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 
 #define AVX2 "avx2,fma,f16c"
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
+#ifdef __clang__
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // another encoding of AVX-VNNI's
+#else  // a wide load would have to wait for the narrow stores of dots
+#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni,prefer-vector-width=256"
+#endif
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums fit if the weights
 // have 4 bits: 8 * 2 * 15 * 127 = 30480; four if 5; two if 6. The sign of a signed weight moves to the activation.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int part,
-                                int offset) {
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from,
+                                int to) {
+    int fit = bits <= 4 ? to - from : bits == 5 ? 4 : bits == 6 ? 2 : 1;
     if (n > 1) __asm__ volatile("" : "+r"(w));  // gcc would keep weights in registers, and then lack them for sums
-    Range groups = groups_of(part);
-    size_t fit = bits <= 4 ? groups.to - groups.from : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-    __m256i sum[TOGETHER][2] = { 0 }, v[2], size[2];
+    __m256i sum[TOGETHER][2] = { 0 }, pairs[TOGETHER][2] = { 0 };
 #pragma GCC unroll 8
-    for (size_t from = groups.from; from < groups.to; from += fit) {
-        __m256i pairs[TOGETHER][2] = { 0 };
-#pragma GCC unroll 8
-        for (size_t g = from; g < from + fit; g++) {
-            for (int j = 0; j < 2; j++) v[j] = _mm256_load_si256((const void *)&w[g][32 * j]);
-            for (int j = 0; j < 2; j++) size[j] = bits == 8 ? _mm256_abs_epi8(v[j]) : v[j];
+    for (int g = from; g < to; g++) {
+        const __m256i *v = (const void *)w[g];
 #pragma GCC unroll 4
-            for (int i = 0; i < n; i++) {
-                __m256i q = _mm256_set1_epi32((int32_t)load_four(x[i].q + 4 * g));
-                for (int j = 0; j < 2; j++) {
-                    __m256i product = _mm256_maddubs_epi16(size[j], bits == 8 ? _mm256_sign_epi8(q, v[j]) : q);
-                    pairs[i][j] = _mm256_add_epi16(pairs[i][j], product);
-                    __asm__("" : "+x"(pairs[i][j]));  // gcc would add in another order, in more registers
-                }
+        for (int i = 0; i < n; i++) {
+            __m256i q = _mm256_set1_epi32((int32_t)load_four(x[i].q + 4 * g));
+            for (int j = 0; j < 2; j++) {
+                __m256i product = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(v[j]), _mm256_sign_epi8(q, v[j]))
+                                            : _mm256_maddubs_epi16(v[j], q);
+                pairs[i][j] = _mm256_add_epi16(pairs[i][j], product);
+                __asm__("" : "+x"(pairs[i][j]));  // gcc would add in another order, in more registers
+                if ((g - from + 1) % fit) continue;
+                sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(pairs[i][j], _mm256_set1_epi16(1)));
+                pairs[i][j] = _mm256_setzero_si256();
             }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < 2; j++)
-                sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(pairs[i][j], _mm256_set1_epi16(1)));
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < n; i++) {
-        __m256i start = _mm256_set1_epi32(offset_product(&x[i], part, offset));
-        for (int j = 0; j < 2; j++) _mm256_store_si256((void *)&dots[i][8 * j], _mm256_add_epi32(sum[i][j], start));
-    }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 2; j++) _mm256_store_si256((void *)&dots[i][8 * j], sum[i][j]);
 }
 
 // [kernel avxvnni] vpdpbusd takes the place of three instructions.
