@@ -1441,7 +1441,7 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
 
 enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded, at most
 
-// dots[t][row] = the dot product of a row's bytes with the activations of token t, for n tokens and for groups `from` to
+// dots[t][row] = the dot product of a row's bytes with the activations of token t, for n tokens and groups `from` to
 // `to` of four columns. The compiler knows all but the data. bits: of a byte
 typedef void Dot(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to);
 
