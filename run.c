@@ -6085,7 +6085,8 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && kind == EVALUATED && s.n_tasks) put_accuracy(&s);
     else if (ok && kind == EVALUATED && !s.n_failed) ok = fail(e, MISUSE, "no task is left after %d exemplars",
                                                                (int)options.shots);
-    if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
+    if (ok && !options.quiet && s.n_written)
+        fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed; line %zu: %s", s.n_failed, s.n_lines, s.failed_line,
@@ -6236,6 +6237,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
     put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
+    if (options.check) put_word("weights", "all finite");
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -7098,6 +7100,22 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
+// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such
+// as clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
+static bool check_bits(Error *e) {
+    struct { float x[64], y[64]; Block blocks[2]; } all;
+    volatile float cap = 3;  // so that nothing is computed by the compiler
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < 64; i++) all.x[i] = cap_at((float)(i * i % 61 - 30) / cap, cap);
+    kernels->normalise(all.y, all.x, all.x, all.x, 64, 1e-5f);
+    kernels->rotate(all.y, all.x, 64, HALVES);
+    kernels->round(all.blocks, all.y, 64, 64, 1, (Range){ 0, 1 });
+    choose_experts(all.y, 64, 40);
+    for (size_t i = 0; i < sizeof all; i++) hash = (hash ^ ((unsigned char *)&all)[i]) * 1099511628211u;
+    return hash == 0x58532561A3A8B7AA ||
+           fail(e, MISUSE, "cria promises the same bits everywhere: build it without options that change arithmetic");
+}
+
 /* ==== 14. main ======================================================================================================
    One table of options makes the parser and the help. run() opens the model and does what -m says. */
 
@@ -7270,19 +7288,20 @@ static const Option *find_option(const char *word, const char **glued) {
     return NULL;
 }
 
-// Whether b is a with up to `most` letters changed, added or left out.
+// Whether b is a with up to `most` letters changed, added or left out, or pairs of them swapped.
 static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
     if (*a == *b || most == 0) return *a == *b;
     return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
-           (*a && *b && resembles(a + 1, b + 1, most - 1));
+           (*a && *b && resembles(a + 1, b + 1, most - 1)) ||
+           (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
     const char *start = word + strspn(word, "-");
     snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
             if (*o->name && resembles(name, o->name, wrong))
@@ -7667,7 +7686,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
+    if (!choose_kernels(options.kernel, e) || !check_bits(e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;
