@@ -6778,7 +6778,7 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
+// A Dot. step: the new dot[i][j], from that, four[j] (four columns of rows) and token i's activations q, in all lanes
 #define MAKE_DOT(isa, set, Vector, in_all_lanes, step)                                                                 \
     isa void dot_##set(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) { \
         enum { VECTORS = 64 / sizeof(Vector) };                                                                        \
@@ -6916,10 +6916,8 @@ LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[][16], const uint8_t w[][64], int b
 }
 
 // [kernel avxvnni] vpdpbusd takes the place of three instructions.
-MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_set1_epi32,
-         _mm256_dpbusd_avx_epi32(dot[i][j], four[j], q))
-MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_set1_epi32,
-         _mm256_dpbusd_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_set1_epi32, _mm256_dpbusd_avx_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_set1_epi32, _mm256_dpbusd_epi32(dot[i][j], four[j], q))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
                 _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
@@ -6954,8 +6952,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd for each four columns, which also loads and broadcasts the activations.
-MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_set1_epi32,
-         _mm512_dpbusd_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_set1_epi32, _mm512_dpbusd_epi32(dot[i][j], four[j], q))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
