@@ -4138,11 +4138,14 @@ static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *
 
 // The same with the file of that name, if there is one.
 static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    struct stat info = { 0 };
-    if (stat(options.session, &info) && errno == ENOENT) return true;
-    FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
-    if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
+    struct stat info;
+    bool exists = stat(options.session, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
+    if (!exists && errno == ENOENT) return true;
+    FILE *f = is_file ? fopen(options.session, "rb") : NULL;
+    int status = exists && !is_file ? BAD_FILE : io_status();
+    if (!f) return fail(e, status, "--session %.200s: expected a file that can be read", options.session);
     bool ok = read_session(m, w, s, f, tokens, e);
+    if (ferror(f)) ok = fail(e, BROKEN_IO, "--session %.200s: reading failed", options.session);
     fclose(f);
     return ok;
 }
@@ -6618,8 +6621,8 @@ static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), c
                       Error *e) {
     Error cannot;
     Output out = { .stream = NULL };
-    if (options.svg && !open_output(&out, options.svg, e)) return false;
-    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
+    bool ok = !options.svg || open_output(&out, options.svg, e);
+    ok = ok && (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
