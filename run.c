@@ -7572,15 +7572,15 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Sequence *s = g->texts;
-    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
-         (mode == RENDER || mode > CHAT || reads_lines ||
-          read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    ok = ok && (mode == RENDER || mode > CHAT || reads_lines ||
+                read_prompt(m, mode, w->settings.context, &text, &tokens, e));
     if (mode == CHAT && options.n_parts) {
         options.prompt = (char *)text.bytes;
         options.single = options.single || !isatty(STDIN_FILENO);  // so a loop over lines keeps its input
     }
     // SA_RESTART: no write is cut short
     heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
     if (ok && scripted)
         ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);

@@ -93,13 +93,18 @@ static char *read_file(const char *name, size_t *n) {
     return bytes;
 }
 
-// What was printed, but not how much memory is free now: inspect tells that.
+// What was printed, without the figures of inspect that depend on the memory, and the threads, that there are.
 static char *read_output(size_t *n) {
-    char *text = read_file("stdout", n), *line = text ? strstr(text, "  \"free memory\"") : NULL;
-    if (!line) return text;
-    char *next = line + strcspn(line, "\n");
-    memmove(line, next, strlen(next) + 1);
-    *n -= (size_t)(next - line);
+    char *text = read_file("stdout", n);
+    for (char *line = text, *next; line && *line; line = next) {
+        next = line + strcspn(line, "\n") + 1;
+        if (next > text + *n) next = text + *n;
+        char *word = strstr(line, "memory");
+        if (strncmp(line, "  \"", 3) || !word || word > next) continue;
+        memmove(line, next, (size_t)(text + *n - next) + 1);
+        *n -= (size_t)(next - line);
+        next = line;
+    }
     return text;
 }
 
