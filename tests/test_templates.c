@@ -90,6 +90,8 @@ static void test_json_reader(void) {
     }
 }
 
+enum { N_LACKING = 26 };  // of the templates in templates.jsonl that jinja2 renders, so many are refused by name
+
 static void test_template_goldens(void) {
     Bytes file = read_golden("templates.jsonl");
     Pool pool = { 0 };
@@ -117,7 +119,8 @@ static void test_template_goldens(void) {
               refused ? " a refusal" : "");
         free_rendered(&out);
     }
-    check(n_lines > 1000 && n_lacking < n_lines / 50, "%d templates, %d of them not supported", n_lines, n_lacking);
+    check(n_lines > 1000 && n_lacking == N_LACKING, "%d templates: got %d that are not supported, wanted %d", n_lines,
+          n_lacking, N_LACKING);
     free_pool(&pool);
     free(file.bytes);
 }
@@ -172,6 +175,10 @@ static void test_template_limits(void) {
         { "{{ 'x' * 99999999999 }}", "too long" }, { "{{ [1] * 99999999999 }}", "the operator *" },
         { "{{ range(99999999)|list }}", "range" },
         { "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "nested too deep" },
+        { "{% macro f(x=f()) %}{% endmacro %}{{ f() }}", "nested too deep" },
+        { "{% macro f(x) %}{{ {1: f(1)} }}{% endmacro %}{{ f() }}", "nested too deep" },
+        { "{% macro f(x) %}{% for y in [1] %}{% set z %}{{ 1 < 2 < f(x) }}{% endset %}{% endfor %}{% endmacro %}"
+          "{{ f(1) }}", "nested too deep" },
         { "{{ 'a'.replace('', 'x' * 9999999) * 99 }}", "too long" },
         { "{% set n = namespace(s='a') %}{% for a in range(9999) %}{% set n.s = n.s|tojson %}{% endfor %}",
             "too long" },
@@ -205,7 +212,8 @@ static void test_template_limits(void) {
         { "{{ ", "(", "1" }, { "{{ ", "[", "1" }, { "{{ ", "{1:", "1" }, { "{{ ", "- ", "1 }}" },
         { "{{ ", "not ", "1 }}" }, { "", "{% if 1 %}", "" },
         { "", "{% for x in [1] %}", "" }, { "{{ 1", " if 1 else 1", " }}" }, { "{{ ", "f(", "" },
-        { "{{ x", "[x", "" }, { "", "{% macro f() %}", "" },
+        { "{{ x", "[x", "" }, { "", "{% macro f() %}", "" }, { "", "{% set a %}", "" },
+        { "", "{% filter upper %}", "" }, { "{{ ", "x.a(", "" }, { "{{ ", "x is in(", "" }, { "{{ ", "x|d(", "" },
     };
     for (size_t i = 0; i < sizeof deep / sizeof *deep; i++) {
         Buffer text = { 0 };
