@@ -1467,8 +1467,8 @@ static char next_json(JsonReader *r) {
 }
 
 // The character that the escape at s stands for: a backslash with one of `letters`, or \u and four digits, twice above
-// U+FFFF. Reading ends at the quote after it. Returns its length, 0 if it is unknown; the character is NOT_UTF8 if it is
-// half of such a pair.
+// U+FFFF. Reading ends at the quote after it. Returns its length, 0 if it is unknown; the character is NOT_UTF8 if it
+// is half of such a pair.
 static size_t read_escape(const char *s, const char *letters, const char *meanings, uint32_t *code) {
     const char *letter = s[1] ? strchr(letters, s[1]) : NULL;
     if (letter) return *code = (unsigned char)meanings[letter - letters], 2;
