@@ -4176,11 +4176,14 @@ static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *
 
 // The same with the file of that name, if there is one.
 static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    struct stat info = { 0 };
-    if (stat(options.session, &info) && errno == ENOENT) return true;
-    FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
-    if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
+    struct stat info;
+    bool exists = stat(options.session, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
+    if (!exists && errno == ENOENT) return true;
+    FILE *f = is_file ? fopen(options.session, "rb") : NULL;
+    int status = exists && !is_file ? BAD_FILE : io_status();
+    if (!f) return fail(e, status, "--session %.200s: expected a file that can be read", options.session);
     bool ok = read_session(m, w, s, f, tokens, e);
+    if (ferror(f)) ok = fail(e, BROKEN_IO, "--session %.200s: reading failed", options.session);
     fclose(f);
     return ok;
 }
@@ -6658,8 +6661,8 @@ static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), c
                       Error *e) {
     Error cannot;
     Output out = { .stream = NULL };
-    if (options.svg && !open_output(&out, options.svg, e)) return false;
-    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
+    bool ok = !options.svg || open_output(&out, options.svg, e);
+    ok = ok && (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
@@ -7644,15 +7647,15 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Sequence *s = g->texts;
-    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
-         (mode == RENDER || mode > CHAT || reads_lines ||
-          read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    ok = ok && (mode == RENDER || mode > CHAT || reads_lines ||
+                read_prompt(m, mode, w->settings.context, &text, &tokens, e));
     if (mode == CHAT && options.n_parts) {
         options.prompt = (char *)text.bytes;
         options.single = options.single || !isatty(STDIN_FILENO);  // so a loop over lines keeps its input
     }
     // SA_RESTART: no write is cut short
     heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
     if (ok && scripted)
         ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
