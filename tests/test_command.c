@@ -1941,7 +1941,7 @@ static void test_talks(void) {
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 10740 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 11050 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;
