@@ -2360,7 +2360,8 @@ static bool is_equal(Template *j, Value a, Value b) {
     if (a.kind != b.kind) return false;
     if (is_missing(a)) return true;
     if (a.n != b.n) return false;
-    if (a.kind == IS_STRING) return spend(j, a.n / 16 + 1) && memcmp(a.text, b.text, a.n) == 0;
+    if (a.kind == IS_STRING || a.kind == IS_FUNCTION)
+        return spend(j, a.n / 16 + 1) && memcmp(a.text, b.text, a.n) == 0;
     if (a.kind != IS_DICT && !is_list(a)) return a.items == b.items && a.scope == b.scope;
     bool same = enter(j), is_dict = a.kind == IS_DICT;
     for (size_t i = 0; same && i < a.n && spend(j, 4); i += 1 + is_dict) {
