@@ -1848,14 +1848,14 @@ static const SourceType source_types[] = {
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 
-// Makes row tiles `range` of a matrix from its source.
+// Makes row tiles `range` of a matrix from its source.      tiles: the first of them
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     size_t tile_cols = (size_t)types[s->type->tile].cols, n_tiles = round_up(s->cols, tile_cols) / tile_cols;
     size_t n_bytes = tile_bytes(s->type->tile);
     for (size_t i = range.from; i < range.to; i++) {
         size_t row = i * TILE_ROWS, rows = s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
         for (size_t c = 0; c < n_tiles; c++) {
-            unsigned char *tile = tiles + (i * n_tiles + c) * n_bytes;
+            unsigned char *tile = tiles + ((i - range.from) * n_tiles + c) * n_bytes;
             if (rows < TILE_ROWS || (c + 1) * tile_cols > s->cols) memset(tile, 0, n_bytes);
             s->type->pack(tile, s, row, rows, c * tile_cols);
         }
@@ -1883,6 +1883,177 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
     return row;
 }
 
+// ---- Quantising ----
+
+/* What -m export --type writes: tiles of floats become tiles of a type that stores weights as scale * q + min. For each
+   block of 32 weights the scale, and the minimum if the type has one, are searched for. The first guess is ggml's: the
+   whole range fits. Others cut a little of it off, so that the steps are finer. From the q that a guess gives, linear
+   regression finds a better scale and minimum for them. Of all of these the one with the least squared error is taken,
+   the first of equals. 16 rows are quantised side by side, each in floats and in the order of additions that is written
+   here: it is numpy's on x86, so that a script can repeat the bytes. */
+
+// The integers that a block can hold, and where its search starts. With a minimum: the parts of the range that are cut
+// off below and above. Without: the weight that is furthest from 0 becomes low * a.
+typedef struct { Type type; float low, high; int n_starts; struct { double a, b; } starts[4]; } Grid;
+
+// To add a type that can be written: a row, if it has blocks of 32 columns that unpack_scales() takes from f16s.
+static const Grid grids[] = {
+    { Q8, -127, 127, 3, { { 1, 0 }, { 0.996, 0 }, { 1.004, 0 } } },
+    { Q4, -8, 7, 3, { { 1, 0 }, { 0.93, 0 }, { 1.07, 0 } } },
+    { Q4M, 0, 15, 4, { { 0, 0 }, { 0.05, 0.05 }, { 0, 0.06 }, { 0.06, 0 } } },
+};
+
+// The type's row, or NULL: it is not quantised, or only read.
+static const Grid *find_grid(Type type) {
+    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++) if (grids[i].type == type) return &grids[i];
+    return NULL;
+}
+
+static bool is_writable(Type type) { return !is_quantised(type) || find_grid(type); }
+
+// 32 columns of 16 rows, a weight being about scale * q + min, and the sum of squared errors of each row.
+typedef struct { float q[32][16], scale[16], min[16], error[16]; } Fit;
+
+static float through_half(float x) { return float_of_half(half_of_float(x)); }
+
+// sum[r] = sum over c of a[c,r] * b[c,r], in four chains, which are added as (0 + 1) + (2 + 3)
+static void add_columns(float sum[16], const float a[32][16], const float b[32][16]) {
+    float chain[4][16] = { { 0 } };
+    for (int i = 0; i < 32; i++) {
+        int c = i ^ 12;  // columns 12 to 15, 8 to 11, 4 to 7, 0 to 3, then likewise 16 to 31
+        for (int r = 0; r < 16; r++) chain[c % 4][r] += a[c][r] * b[c][r];
+    }
+    for (int r = 0; r < 16; r++) sum[r] = (chain[0][r] + chain[1][r]) + (chain[2][r] + chain[3][r]);
+}
+
+// mean[r] = sum over c of x[c,r] / 32, in eight chains
+static void average_columns(float mean[16], const float x[32][16]) {
+    for (int r = 0; r < 16; r++) {
+        float chain[8];
+        for (int i = 0; i < 8; i++) chain[i] = ((x[i][r] + x[i + 8][r]) + x[i + 16][r]) + x[i + 24][r];
+        float first = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+        mean[r] = (first + ((chain[4] + chain[5]) + (chain[6] + chain[7]))) / 32;
+    }
+}
+
+// Sets scale and min as start number k of the grid says.
+static void guess_fit(Fit *f, const float x[32][16], const Grid *g, int k) {
+    double a = g->starts[k].a, b = g->starts[k].b;
+    for (int r = 0; r < 16; r++) {
+        float least = x[0][r], most = least, peak = least;
+        for (int c = 1; c < 32; c++) {
+            least = x[c][r] < least ? x[c][r] : least;
+            most = x[c][r] > most ? x[c][r] : most;
+            peak = fabsf(x[c][r]) > fabsf(peak) ? x[c][r] : peak;
+        }
+        float range = most - least;
+        f->scale[r] = through_half(g->low < 0 ? peak / (float)(g->low * a) : range * (float)((1 - a - b) / g->high));
+        f->min[r] = g->low < 0 ? 0 : through_half(least + (float)a * range);
+    }
+}
+
+// Sets scale and min to those with the least squared error for these q, before they are rounded to f16.
+static void regress_fit(Fit *f, const float x[32][16], const Grid *g) {
+    float product[16], square[16], mean_q[16] = { 0 }, mean_x[16] = { 0 };
+    add_columns(product, f->q, x);
+    add_columns(square, f->q, f->q);
+    if (g->low == 0) average_columns(mean_q, f->q), average_columns(mean_x, x);
+    for (int r = 0; r < 16; r++) {
+        float up = product[r] - 32 * mean_q[r] * mean_x[r], down = square[r] - 32 * mean_q[r] * mean_q[r];
+        f->scale[r] = through_half(down != 0 ? up / down : 0);
+        f->min[r] = g->low < 0 ? 0 : through_half(mean_x[r] - f->scale[r] * mean_q[r]);
+    }
+}
+
+// Sets q and error from scale and min. A NaN, of numbers beyond f16, becomes the lowest q.
+static void round_fit(Fit *f, const float x[32][16], const Grid *g) {
+    float off[32][16], inverse[16];
+    for (int r = 0; r < 16; r++) inverse[r] = f->scale[r] != 0 ? 1 / f->scale[r] : 0;
+    for (int c = 0; c < 32; c++) {
+        for (int r = 0; r < 16; r++) {
+            float q = (x[c][r] - f->min[r]) * inverse[r];
+            q = q > g->low ? q : g->low;
+            f->q[c][r] = ((q < g->high ? q : g->high) + ROUNDER) - ROUNDER;
+            off[c][r] = f->q[c][r] * f->scale[r] + (f->min[r] - x[c][r]);
+        }
+    }
+    add_columns(f->error, off, off);
+}
+
+// Quantises the first `rows` of 16 rows of 32 columns; the others stay as they are in the tile, zeros.
+static void quantise_tile(unsigned char *tile, const float x[32][16], const Grid *g, size_t rows) {
+    const TypeInfo *info = &types[g->type];
+    uint16_t *scales = (void *)tile;
+    Fit f, best = { .scale = { 0 } };
+    for (int k = 0; k < 2 * g->n_starts; k++) {
+        if (k % 2 == 0) guess_fit(&f, x, g, k / 2);
+        else regress_fit(&f, x, g);
+        round_fit(&f, x, g);
+        for (int r = 0; r < 16; r++) {
+            bool better = k == 0 || f.error[r] < best.error[r];
+            best.scale[r] = better ? f.scale[r] : best.scale[r];
+            best.min[r] = better ? f.min[r] : best.min[r];
+            best.error[r] = better ? f.error[r] : best.error[r];
+        }
+    }
+    round_fit(&best, x, g);
+    for (size_t r = 0; r < rows; r++) {
+        scales[r] = half_of_float(best.scale[r]);
+        if (info->has_min) scales[16 + r] = half_of_float(best.min[r]);
+        for (int c = 0; c < 32; c++) {  // as unpack_planes() takes them, or whole bytes
+            int group = c / 4, stored = ((int)best.q[c][r] + info->offset) & ((1 << info->bits) - 1);
+            unsigned char *to = tile + info->header + 64 * (group % info->bits) + 4 * r + c % 4;
+            *to = (unsigned char)(*to | stored << group / info->bits * info->bits);
+        }
+    }
+}
+
+// Rounds to nearest even; of a number that is finite.
+static uint16_t bfloat_of_float(float x) {
+    uint32_t u = bits_of_float(x);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// How far weights are from those that they were made of: sums of squares of the differences and of the weights; and of
+// the blocks of 32, the worst one's root mean square error in parts of its root mean square.
+typedef struct { double squares, norm, worst; } Loss;
+
+// x, y: weights before and after
+static void add_loss(Loss *loss, const float x[32][16], const float y[32][16]) {
+    for (int r = 0; r < 16; r++) {
+        double squares = 0, norm = 0;
+        for (int c = 0; c < 32; c++) {
+            double off = (double)x[c][r] - (double)y[c][r];
+            squares += off * off;
+            norm += (double)x[c][r] * (double)x[c][r];
+        }
+        loss->squares += squares;
+        loss->norm += norm;
+        if (norm > 0) loss->worst = fmax(loss->worst, sqrt(squares / norm));
+    }
+}
+
+// Makes a row tile of another type, in place of zeros. The row tile is one of w and has `rows` rows.
+static void convert_row_tile(unsigned char *to, Type type, const Tensor *w, const unsigned char *tiles, size_t rows,
+                             Loss *loss) {
+    for (size_t block = 0; block < n_blocks(w); block++) {
+        float x[32][16], y[32][16];
+        unsigned char *tile = to + block * tile_bytes(type);
+        uint16_t *halves = (void *)tile;
+        kernels->dequantise(x, w->type, tiles, block);
+        for (size_t c = 0; c < 32; c++)
+            for (size_t r = 32 * block + c < (size_t)w->cols ? rows : 0; r < 16; r++) x[c][r] = 0;  // and not -0
+        if (type == F32) memcpy(tile, x, sizeof x);
+        else if (type == F16) kernels->narrow(halves, x[0], 512);
+        else if (type == BF16) for (size_t i = 0; i < 512; i++) halves[i] = bfloat_of_float(x[i / 16][i % 16]);
+        else quantise_tile(tile, (const float(*)[16])x, find_grid(type), rows);
+        if (!loss) continue;
+        kernels->dequantise(y, type, to, block);
+        for (size_t c = 0; c < 32; c++) for (size_t r = rows; r < 16; r++) y[c][r] = 0;
+        add_loss(loss, (const float(*)[16])x, (const float(*)[16])y);
+    }
+}
+
 /* ==== 9. The machine ================================================================================================
    What is asked of the operating system: files in memory, processors, and threads that work as a team. */
 
@@ -1904,7 +2075,7 @@ typedef struct {
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
     const char *messages, *log, *think, *now, *prompts, *choose, *one_of;
-    const char *cache, *kernel, *pre, *svg, *session;
+    const char *cache, *kernel, *pre, *svg, *session, *type;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
     int64_t repeat_last_n, dry_allowed, dry_last_n;
@@ -1913,7 +2084,7 @@ typedef struct {
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
     bool single, no_shift, ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile;
-    bool help, version, cot;
+    bool help, version, cot, report, tables;
 } Options;
 
 static Options options;
@@ -2688,6 +2859,14 @@ static void give_back(const Source *s, Range tiles) {
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
+// What a file has of one of a slot's matrices, or of its vector.
+static Source matrix_source(const Slot *slot, size_t matrix) {
+    Source part = *slot->source;
+    part.rows = (uint32_t)slot->rows;
+    part.data = source_block(&part, slot->first_row, 0) + matrix * source_bytes(&part);
+    return part;
+}
+
 // Packs all tensors of a file that has no tiles into the places that their slots have.
 typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
@@ -2697,17 +2876,16 @@ static void pack_team(void *p, Team *team) {
     for (size_t i = 0; i < m->n_slots; i++) {
         const Slot *slot = &m->slots[i];
         if (!slot->source) continue;
-        Source part = *slot->source;
+        Source part = matrix_source(slot, 0);
         Tensor matrix = slot_matrix(slot);
         unsigned char *to = (unsigned char *)slot->data;
-        part.rows = (uint32_t)slot->rows;
-        part.data = source_block(&part, slot->first_row, 0);
         if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
         for (size_t k = 0; k < slot->n; k++, part.data += source_bytes(&part), to += tensor_bytes(&matrix)) {
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(to, &part, (Range){ row, row + 1 });
-                if (broken_row(&matrix, to + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
+                unsigned char *tile = to + row * row_tile_bytes(&matrix);
+                pack_rows(tile, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, tile) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
@@ -2715,15 +2893,24 @@ static void pack_team(void *p, Team *team) {
     }
 }
 
-// Names the first row with a weight that is not finite. For native files it runs on demand only: it reads all weights.
+// Names the first row with a weight that is not finite, of n row tiles from number `first` on. Those of all matrices of
+// a slot are one list. w->tiles: the first of the n
+static bool check_row_tiles(const Slot *slot, const Tensor *w, size_t first, size_t n, Error *e) {
+    size_t n_tiles = n_row_tiles(w);
+    for (size_t j = first, r; j < first + n; j++)
+        if ((r = broken_row(w, w->tiles + (j - first) * row_tile_bytes(w))) < TILE_ROWS)
+            return refuse(e, w->type == slot->type
+                             ? "%s: row %zu has a weight or scale that is not finite"
+                             : "%s: row %zu has a weight beyond the range of %s; use --type f32",
+                          slot->name, j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r, types[w->type].name);
+    return true;
+}
+
+// Checks all weights. For native files it runs on demand only.
 static bool check_weights(const Model *m, Error *e) {
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         const Tensor w = slot_matrix(slot);
-        size_t n_tiles = w.tiles && !slot->is_vector ? n_row_tiles(&w) : 0;
-        for (size_t j = 0, r; j < slot->n * n_tiles; j++)
-            if ((r = broken_row(&w, w.tiles + j * row_tile_bytes(&w))) < TILE_ROWS)
-                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot->name,
-                              j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r);
+        if (w.tiles && !slot->is_vector && !check_row_tiles(slot, &w, 0, slot->n * n_row_tiles(&w), e)) return false;
     }
     return true;
 }
@@ -2779,7 +2966,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
-    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
+    if (m->packed_bytes && threads > 0 && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         unsigned char *to = m->packed;
         for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
@@ -2963,19 +3150,133 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
+// The types that -m export writes matrices in, beside single ones: the file's, or Q8 where errors show most, else Q4M.
+enum { KEEP = N_TYPES, MIXED, N_CHOICES };
+
+static const char *choice_name(int choice) {
+    return choice == KEEP ? "keep" : choice == MIXED ? "mixed" : is_writable((Type)choice) ? types[choice].name : "";
+}
+
+static bool find_choice(const char *name, int *choice, Error *e) {
+    char known[80] = "keep";
+    for (*choice = 0; *choice < N_CHOICES; ++*choice) {
+        const char *own = choice_name(*choice);
+        size_t n = strlen(known);
+        if (*own && !strcmp(name, own)) return true;
+        if (*own && *choice != KEEP) snprintf(known + n, sizeof known - n, ", %s", own);
+    }
+    return fail(e, MISUSE, "--type %s: expected %s", name, known);
+}
+
+// The type in which a slot is written. Vectors and routers stay f32; of columns that are no whole blocks, f16 is left.
+static Type exported_type(const Slot *s, int choice) {
+    if (choice == KEEP || s->is_vector) return s->type;
+    if (s->rule->rows == N_EXPERTS) return F32;
+    bool is_down = s->layer >= 0 && s->rule->offset == offsetof(Layer, down);
+    bool is_value = s->layer >= 0 && s->rule->offset == offsetof(Layer, value);
+    bool is_sensitive = s->layer < 0 || is_value || is_down || strstr(s->source->name, ".attn_qkv.");
+    Type type = choice != MIXED ? (Type)choice : is_sensitive ? Q8 : Q4M;
+    return is_quantised(type) && s->cols % BLOCK ? F16 : type;
+}
+
 // Appends the tensor records, counts them in h, and sets h->file_bytes to where the weights will end.
-static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Error *e) {
-    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->data != NULL;
+static bool append_tensor_records(const Model *m, int choice, Buffer *b, FileHeader *h, Error *e) {
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->source != NULL;
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
                     round_up(m->chat_template.n, 64);
-    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
-        if (!s->data) continue;
-        Source record = { "", s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n,
-                          .at = h->file_bytes, .n_bytes = slot_bytes(s) };
-        memcpy(record.name, s->name, NAME_BYTES);
+    for (Slot *end = m->slots + m->n_slots, *slot = m->slots; slot < end; slot++) {
+        if (!slot->source) continue;
+        Slot s = *slot;
+        s.type = exported_type(slot, choice);
+        Source record = { "", s.is_vector ? VECTOR : s.type, (uint32_t)s.rows, (uint32_t)s.cols, (uint32_t)s.n,
+                          .at = h->file_bytes, .n_bytes = slot_bytes(&s) };
+        memcpy(record.name, s.name, NAME_BYTES);
         if (!append(b, &record, RECORD_BYTES, e)) return false;
         h->file_bytes = round_up(h->file_bytes + record.n_bytes, 64);
     }
+    return true;
+}
+
+// Some row tiles of a slot on their way into a file: those of all its matrices are one list.
+typedef struct {
+    const Slot *slot;
+    Tensor from, to;        // from.tiles, to.tiles: the first of these row tiles
+    unsigned char *packed, *made;  // room for them as the source has them, and in another type; NULL: not needed
+    size_t first, n;
+    Loss *losses;           // (n)  or NULL
+    atomic_bool broken;     // a number is not finite, before or after
+} Conversion;
+
+static void convert_team(void *p, Team *team) {
+    Conversion *c = p;
+    size_t n_tiles = n_row_tiles(&c->from), from_bytes = row_tile_bytes(&c->from), to_bytes = row_tile_bytes(&c->to);
+    for (Range chunk; take_chunk(team, c->n, 1, &chunk);) {
+        for (size_t i = chunk.from; i < chunk.to; i++) {
+            size_t matrix = (c->first + i) / n_tiles, tile = (c->first + i) % n_tiles;
+            size_t left = (size_t)c->from.rows - tile * TILE_ROWS, rows = left < TILE_ROWS ? left : TILE_ROWS;
+            const unsigned char *from = c->from.tiles + i * from_bytes;
+            if (c->packed) {
+                Source part = matrix_source(c->slot, matrix);
+                pack_rows(c->packed + i * from_bytes, &part, (Range){ tile, tile + 1 });
+                give_back(&part, (Range){ tile, tile + 1 });
+            }
+            if (broken_row(&c->from, from) < TILE_ROWS) c->broken = true;
+            if (c->losses) c->losses[i] = (Loss){ 0, 0, 0 };
+            unsigned char *to = c->made + i * to_bytes;
+            if (!c->made) continue;
+            memset(to, 0, to_bytes);
+            convert_row_tile(to, c->to.type, &c->from, from, rows, c->losses ? &c->losses[i] : NULL);
+            if (broken_row(&c->to, to) < TILE_ROWS) c->broken = true;
+        }
+    }
+}
+
+// Writes a slot's matrices in this type, some row tiles at a time: memory never holds a whole tensor.
+static bool write_matrices(const Slot *slot, Type type, FILE *stream, Loss *loss, Error *e) {
+    enum { AT_ONCE = 16 << 20 };  // bytes: row tiles for every thread, and reading and writing in long pieces
+    Conversion c = { .slot = slot, .from = slot_matrix(slot), .to = slot_matrix(slot) };
+    c.to.type = type;
+    bool is_packed = slot->data, is_made = type != slot->type, ok = true;
+    size_t from_bytes = row_tile_bytes(&c.from), to_bytes = row_tile_bytes(&c.to), n = slot->n * n_row_tiles(&c.from);
+    size_t most = AT_ONCE / (from_bytes > to_bytes ? from_bytes : to_bytes) + 1;
+    if (most > n) most = n;
+    if (!is_packed) ok = (c.packed = allocate(most, from_bytes, e)) != NULL;
+    if (is_made) ok = ok && (c.made = allocate(most, to_bytes, e)) != NULL;
+    if (is_made && loss) ok = ok && (c.losses = allocate(most, sizeof *c.losses, e)) != NULL;
+    for (; ok && c.first < n && !ferror(stream); c.first += c.n) {
+        c.n = n - c.first < most ? n - c.first : most;
+        c.from.tiles = c.packed ? c.packed : slot->data + c.first * from_bytes;
+        c.to.tiles = c.made ? c.made : c.from.tiles;
+        run_team(options.threads.n ? options.threads.at[0] : 1, 0, convert_team, &c);
+        ok = !c.broken || (check_row_tiles(slot, &c.from, c.first, c.n, e) &&
+                           check_row_tiles(slot, &c.to, c.first, c.n, e));
+        if (ok) fwrite(c.to.tiles, to_bytes, c.n, stream);
+        for (size_t i = 0; c.losses && i < c.n; i++) {
+            loss->squares += c.losses[i].squares;
+            loss->norm += c.losses[i].norm;
+            loss->worst = fmax(loss->worst, c.losses[i].worst);
+        }
+        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    }
+    free(c.packed);
+    free(c.made);
+    free(c.losses);
+    return ok;
+}
+
+// Writes a slot and its padding and, with --report, says what is lost.
+static bool write_slot(const Slot *slot, Type type, FILE *stream, Error *e) {
+    static const char zeros[64];
+    Slot made = *slot;
+    made.type = type;
+    size_t n_bytes = slot_bytes(&made);
+    Loss loss = { 0, 0, 0 };
+    if (slot->is_vector) fwrite(slot->data ? slot->data : matrix_source(slot, 0).data, 1, n_bytes, stream);
+    else if (!write_matrices(slot, type, stream, options.report ? &loss : NULL, e)) return false;
+    fwrite(zeros, 1, round_up(n_bytes, 64) - n_bytes, stream);
+    if (options.report && type != slot->type)
+        fprintf(stderr, "%-32s %5s -> %-5s RMSE %9.3e  worst block %9.3e\n", slot->name, types[slot->type].name,
+                types[type].name, loss.norm > 0 ? sqrt(loss.squares / loss.norm) : 0, loss.worst);
     return true;
 }
 
@@ -2986,26 +3287,28 @@ static bool end_section(FileHeader *h, int section, Buffer *b, Error *e) {
     return append(b, NULL, round_up(b->n, 64) - b->n, e);
 }
 
-// Writes the model as a native file.
+// Writes the model as a native file, its matrices in the type that --type says.
 static bool export_model(Model *m, const char *path, Error *e) {
-    static const char zeros[64];
+    int choice;
     Buffer b = { 0 };  // all before the weights
     FileHeader h = { .layout = LAYOUT, .config = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = check_weights(m, e) && append(&b, NULL, sizeof h, e) &&
+    bool ok = find_choice(options.type ? options.type : "keep", &choice, e) && append(&b, NULL, sizeof h, e) &&
               transfer_config(m, (Cursor){ NULL, 0, false }, &b, e) && end_section(&h, CONFIG, &b, e) &&
-              append_tensor_records(m, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
+              append_tensor_records(m, choice, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
               append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
     Output out = { .stream = NULL };
     ok = ok && open_output(&out, path, e);
     if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
-    for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
-        size_t n = slot->data ? slot_bytes(slot) : 0;
-        if (n) fwrite(slot->data, 1, n, out.stream), fwrite(zeros, 1, round_up(n, 64) - n, out.stream);
+    double start = clock_seconds();
+    for (size_t i = 0; ok && i < m->n_slots && !ferror(out.stream); i++) {
+        const Slot *slot = &m->slots[i];
+        if (slot->source) ok = write_slot(slot, exported_type(slot, choice), out.stream, e);
         if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+        if (!options.report) show_progress("writing tensor", start, i + 1, m->n_slots);
     }
     ok = close_output(&out, ok, e);  // which also finds out whether all was written
     free(b.bytes);
@@ -3475,7 +3778,8 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
            refuse(e, "the tokenizer has %d tokens, the model has %d", n, wanted);
 }
 
-// Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
+// Opens a model from a file's bytes; with 0 threads, without its weights; with -1, without packing them, which
+// export_model() does as it writes them. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
@@ -7137,6 +7441,8 @@ static const Option option_table[] = {
     { 0, "no-shift", NULL, FLAG, OF(no_shift), 0, 0, "chat: end when the context is full, forget no old turns" },
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
+    { 0, "type", "TYPE", TEXT, OF(type), 0, 0, "export: the matrices' type, a name or mixed (default keep)" },
+    { 0, "report", NULL, FLAG, OF(report), 0, 0, "export: how far each rounded tensor is from the model's" },
     HEADING("Measurement"),
     { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench, matmul: prompt tokens (default 512), vectors (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
@@ -7446,7 +7752,7 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
     if (!map_parts(options.checkpoint, m, e)) return false;
     bool is_llama2c = recognise(m->file.bytes, m->file.n_bytes) == LLAMA2C;
-    int threads = only_words ? 0 : options.threads.at[0];
+    int threads = only_words ? 0 : mode == EXPORT ? -1 : options.threads.at[0];
     bool ok = (!only_words || is_llama2c) && open_model(m->file.bytes, m->file.n_bytes, threads, m, e);
     if (!ok && only_words && !(is_llama2c && options.tokenizer))
         ok = open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e);
