@@ -3544,6 +3544,14 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
+// The ids of one of export_model.py's own keys, -1 after them. Returns whether there is such a key.
+static bool get_around(Gguf *g, const char *name, int *ids) {
+    Key k = get_key(g, name, G_U32, true);
+    if (k.count > MAX_AROUND && !g->bad) g->bad = !refuse(g->error, "key %s: more than %d ids", name, MAX_AROUND);
+    for (size_t i = 0; i < MAX_AROUND; i++) ids[i] = i < k.count ? (int)(uint32_t)key_number(&k, i) : -1;
+    return k.count > 0;
+}
+
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     m->chat_template = get_text(g, "tokenizer.chat_template");
@@ -3553,11 +3561,12 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
-    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own
+    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own, as is the next
+    Key takes = get_key(g, "tokenizer.ggml.takes_white", G_I32, true);
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
-        .scores = scores.value.at, .types = piece_types.value.at,
+        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at,
         .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
@@ -3568,12 +3577,16 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
                   get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
                   get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
                   get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
+                  get_flag(g, "tokenizer.ggml.added_tokens_first"),
+                  get_flag(g, "tokenizer.ggml.space_prefix.last"), takes.value.at != NULL },
     };
+    bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
+    v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
+    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens) ||
+        (v.takes && takes.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
@@ -4972,7 +4985,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit_around(t, false, tokens, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -6039,7 +6052,7 @@ static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, 
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
     bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
-    if ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e)) return false;
+    if ((begins && !emit_around(t, false, out, e)) || !encode(t, spans, 2, out, e)) return false;
     if (out->n_dropped)
         fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", s->n_lines, out->n_dropped);
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -6370,7 +6383,8 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && kind == EVALUATED && s.n_tasks) put_accuracy(&s);
     else if (ok && kind == EVALUATED && !s.n_failed) ok = fail(e, MISUSE, "no task is left after %d exemplars",
                                                                (int)options.shots);
-    if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
+    if (ok && !options.quiet && s.n_written)
+        fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed; line %zu: %s", s.n_failed, s.n_lines, s.failed_line,
@@ -6521,6 +6535,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
     put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
+    if (options.check) put_word("weights", "all finite");
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -7363,6 +7378,22 @@ static bool choose_kernels(const char *name, Error *e) {
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
 }
 
+// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such
+// as clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
+static bool check_bits(Error *e) {
+    struct { float x[64], y[64]; Block blocks[2]; } all;
+    volatile float cap = 3;  // so that nothing is computed by the compiler
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < 64; i++) all.x[i] = cap_at((float)(i * i % 61 - 30) / cap, cap);
+    kernels->normalise(all.y, all.x, all.x, all.x, 64, 1e-5f);
+    kernels->rotate(all.y, all.x, 64, HALVES);
+    kernels->round(all.blocks, all.y, 64, 64, 1, (Range){ 0, 1 });
+    choose_experts(all.y, 64, 40);
+    for (size_t i = 0; i < sizeof all; i++) hash = (hash ^ ((unsigned char *)&all)[i]) * 1099511628211u;
+    return hash == 0x58532561A3A8B7AA ||
+           fail(e, MISUSE, "cria promises the same bits everywhere: build it without options that change arithmetic");
+}
+
 /* ==== 14. main ======================================================================================================
    One table of options makes the parser and the help. run() opens the model and does what -m says. */
 
@@ -7537,19 +7568,20 @@ static const Option *find_option(const char *word, const char **glued) {
     return NULL;
 }
 
-// Whether b is a with up to `most` letters changed, added or left out.
+// Whether b is a with up to `most` letters changed, added or left out, or pairs of them swapped.
 static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
     if (*a == *b || most == 0) return *a == *b;
     return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
-           (*a && *b && resembles(a + 1, b + 1, most - 1));
+           (*a && *b && resembles(a + 1, b + 1, most - 1)) ||
+           (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
     const char *start = word + strspn(word, "-");
     snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
             if (*o->name && resembles(name, o->name, wrong))
@@ -7727,7 +7759,8 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
-    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+    if ((begins && !emit_around(t, false, tokens, e)) || !encode(t, &span, 1, tokens, e) ||
+        (ends && !emit_around(t, true, tokens, e)))
         return false;
     if (!tokens->n && mode != TOKENIZE)
         return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -7934,7 +7967,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
+    if (!choose_kernels(options.kernel, e) || !check_bits(e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;

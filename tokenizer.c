@@ -7,7 +7,8 @@
    Vocabularies of all files are brought into one form, the section. It is little-endian; native files carry it:
 
        | header, 40 bytes | f32 score[n_tokens] | u32 text_start[n_tokens + 1] | u32 merge[n_merges][3] |
-       | u32 end_id[n_end] | u8 type[n_tokens] | text, text_bytes | zeros up to a multiple of 4 |
+       | u32 end_id[n_end] | i32 around[2][4], if a flag says so | u8 type[n_tokens] | u8 takes[n_tokens], likewise |
+       | text, text_bytes | zeros up to a multiple of 4 |
 
    Piece i is the bytes text_start[i] .. text_start[i + 1] of text, as a user writes them: SPM's U+2581 is a space, a
    byte token is its byte, and BPE's printable spelling of bytes is undone. merge[rank] = left, right, their result. */
@@ -19,9 +20,14 @@ enum { SPECIAL_TYPES = 1 << PIECE_CONTROL | 1 << PIECE_USER_DEFINED };
 enum { ADD_BOS = 1, ADD_EOS = 2, DUMMY_PREFIX = 4, IGNORE_MERGES = 8, COMPOSE = 16 };
 // SPM as tokenizer.json may have it: the prefix only where the text begins, or only where there is no space yet; and
 // user-defined pieces found before any prefix is put.
-enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128, N_FLAGS = 8 };
-enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX | PREFIX_FIRST | PREFIX_UNLESS_SPACE | ADDED_FIRST };
-enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE };
+enum { PREFIX_FIRST = 32, PREFIX_UNLESS_SPACE = 64, ADDED_FIRST = 128 };
+enum { PREFIX_LAST = 256 };                                   // the prefix is put after the text, not before it
+enum { TAKES_WHITE = 512 };                                   // some special pieces take the white space beside them:
+enum { TAKES_BEFORE = 1, TAKES_AFTER = 2, TAKES_BOTH = 3 };   // of what a piece takes
+enum { AROUND = 1024, N_FLAGS = 11, MAX_AROUND = 4 };         // more than one token before a text, or after it
+enum { SPM_FLAGS = ADD_BOS | ADD_EOS | DUMMY_PREFIX | PREFIX_FIRST | PREFIX_UNLESS_SPACE | ADDED_FIRST | PREFIX_LAST |
+                   TAKES_WHITE | AROUND };
+enum { BPE_FLAGS = ADD_BOS | ADD_EOS | IGNORE_MERGES | COMPOSE | TAKES_WHITE | AROUND };
 enum { MAX_TOKENS = 1 << 20, MAX_MERGES = 3 << 19, MAX_PIECE = 4096, MAX_SPECIAL_PIECE = 256 };
 enum { MAX_VOCABULARY = 1 << 24, MAX_TEXT = 1 << 30 };  // bytes of all pieces of a GGUF, and of a prompt
 
@@ -41,7 +47,9 @@ typedef struct {
     const uint32_t *text_start;  // (n_tokens + 1)
     const uint32_t (*merge)[3];  // (n_merges, 3)
     const uint32_t *end_id;      // (n_end)           each of these tokens ends an answer
+    const int32_t (*around)[MAX_AROUND];  // (2, MAX_AROUND) or NULL: in place of bos and of eos, up to the first -1
     const uint8_t *type;         // (n_tokens)
+    const uint8_t *takes;        // (n_tokens) or NULL: TAKES_BEFORE, TAKES_AFTER
     const char *text;
     int *piece_slots;            // (piece_mask + 1)  hash table: bytes -> id; -1 is empty
     int *merge_slots;            // (merge_mask + 1)  hash table: left and right -> rank; -1 is empty
@@ -803,6 +811,13 @@ static bool emit(Tokens *out, int id, Error *e) {
 }
 
 // Sets the rank of pair i, and what changes with it further up the tree.
+// Emits the tokens that begin a text, or those that end it.
+static bool emit_around(const Tokenizer *t, bool ends, Tokens *out, Error *e) {
+    if (!t->around || t->around[ends][0] < 0) return emit(out, ends ? t->eos : t->bos, e);
+    for (int i = 0; i < MAX_AROUND && t->around[ends][i] >= 0; i++) if (!emit(out, t->around[ends][i], e)) return false;
+    return true;
+}
+
 static void set_rank(Encoder *c, size_t i, uint32_t rank) {
     c->least[i += c->width] = rank;
     for (i /= 2; i > 0; i /= 2) {
@@ -927,14 +942,40 @@ static size_t normalise(const char *s, size_t n, char *to) {
     return length;
 }
 
-// Emits the special pieces of one type between `at` and `end`: the leftmost first, of these the longest. `rest` encodes
-// the text before each, from *begin on; afterwards *begin is the end of the last.
+// What a regular expression's \s matches.
+static bool is_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+// The bytes of white space at the beginning of the n bytes at s. *content is the length without that at their end.
+static size_t measure_white(const char *s, size_t n, size_t *content) {
+    size_t first = n;
+    *content = 0;
+    for (size_t at = 0, length; at < n; at += length) {
+        uint32_t code;
+        int read = read_character(s + at, n - at, &code);
+        length = read > 0 ? (size_t)read : 1;
+        if (read > 0 && is_space(code)) continue;
+        if (*content == 0) first = at;
+        *content = at + length;
+    }
+    return first;
+}
+
+// Emits the special pieces of one type between `at` and `end`: the leftmost first, of these the longest, which may take
+// the white space beside it. `rest` encodes the text before each, from *begin on; afterwards *begin is the end of the
+// last.
 static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
     for (size_t length; at < end; at += length) {
         int id = longest_special(c->t, type, s + at, end - at, &length);
         if (id < 0) continue;
-        if (!rest(c, s + *begin, at - *begin) || !emit(c->out, id, c->e)) return false;
+        size_t before = at - *begin, content, after = at + length;
+        int takes = c->t->takes ? c->t->takes[id] : 0;
+        if (takes & TAKES_BEFORE) measure_white(s + *begin, before, &before);
+        if (takes & TAKES_AFTER) length += measure_white(s + after, end - after, &content);
+        if (!rest(c, s + *begin, before) || !emit(c->out, id, c->e)) return false;
         *begin = at + length;
     }
     return true;
@@ -950,7 +991,8 @@ static bool encode_part(Encoder *c, const char *s, size_t n) {
         char *normal = (char *)c->scratch + 1;
         n = normalise(s, n, normal);
         if (*normal == ' ' && flags & PREFIX_UNLESS_SPACE) prefix = false;
-        if (prefix) *--normal = ' ';
+        if (prefix && flags & PREFIX_LAST) normal[n] = ' ';
+        else if (prefix) *--normal = ' ';
         n += prefix;
         s = normal;
     }
@@ -993,7 +1035,8 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
 
 // The text that a token adds after the token `previous` (-1: none). Encoding with dummy_prefix puts a space before the
 // text and after each control token; decoding removes it. So every byte that was encoded comes back, if the vocabulary
-// has all bytes (but in SPM U+2581 becomes a space, and PREFIX_UNLESS_SPACE and ADDED_FIRST do not keep all spaces).
+// has all bytes (but in SPM U+2581 becomes a space; PREFIX_UNLESS_SPACE, ADDED_FIRST and TAKES_WHITE do not keep all
+// white space; and the space of PREFIX_LAST stays).
 static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_bytes) {
     char spelled[MAX_PIECE];
     const char *s = piece(t, id, n_bytes);
@@ -1005,7 +1048,8 @@ static const char *decode(const Tokenizer *t, int previous, int id, size_t *n_by
     if (type == PIECE_CONTROL || is_padding) *n_bytes = 0;
     bool again = previous == t->bos || !(t->flags & PREFIX_FIRST);  // after a control token
     bool starts = previous < 0 || (t->type[previous] == PIECE_CONTROL && again);
-    if (!starts || !(t->flags & DUMMY_PREFIX) || *n_bytes == 0 || s[0] != ' ') return s;
+    bool prefixed = (t->flags & (DUMMY_PREFIX | PREFIX_LAST)) == DUMMY_PREFIX;
+    if (!starts || !prefixed || *n_bytes == 0 || s[0] != ' ') return s;
     --*n_bytes;
     return s + 1;
 }
@@ -1139,9 +1183,13 @@ static bool check_pieces(const Tokenizer *t, Error *e) {
         if (end - start > limit || (type == PIECE_BYTE && start == end))
             return refuse(e, "token %d of type %d has %u bytes, at most %u", id, type, end - start, limit);
         if (!isfinite(t->score[id])) return refuse(e, "token %d: its score is not finite", id);
+        if (t->takes && t->takes[id] > TAKES_BOTH) return refuse(e, "token %d takes %d, unknown", id, t->takes[id]);
     }
     for (int i = 0; i < t->n_end; i++)
         if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
+    for (int i = 0; t->around && i < 2 * MAX_AROUND; i++)
+        if (t->around[i / MAX_AROUND][i % MAX_AROUND] >= t->n_tokens)
+            return refuse(e, "no token %d, with which texts begin or end", t->around[i / MAX_AROUND][i % MAX_AROUND]);
     return true;
 }
 
@@ -1158,7 +1206,9 @@ static bool open_tokenizer(const unsigned char *section, size_t n_bytes, Tokeniz
     t->text_start = (const void *)take(&c, times(n + 1, sizeof *t->text_start));
     t->merge = (const void *)take(&c, times((size_t)t->n_merges, sizeof *t->merge));
     t->end_id = (const void *)take(&c, times((size_t)t->n_end, sizeof *t->end_id));
+    t->around = t->flags & AROUND ? (const void *)take(&c, 2 * sizeof *t->around) : NULL;
     t->type = take(&c, n);
+    t->takes = t->flags & TAKES_WHITE ? take(&c, n) : NULL;
     t->text = (const void *)take(&c, t->text_bytes);
     if (c.bad || c.left > 3 || n_bytes % 4)
         return refuse(e, "the vocabulary has %zu bytes, its header asks for %s", n_bytes, c.bad ? "more" : "fewer");
@@ -1178,14 +1228,17 @@ typedef struct {
     Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
+    const unsigned char *takes;   // i32 (n_tokens), or NULL: no special piece takes white space
     Cursor merges;                // strings: left part, space, right part
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
+    int around[2][MAX_AROUND];    // as in Tokenizer, if the last of says[] is 1
     int bos, eos, eot, eom, unk;
-    int says[N_FLAGS];  // the flags, from ADD_BOS to ADDED_FIRST
+    int says[N_FLAGS];  // the flags, from ADD_BOS to AROUND
 } Vocabulary;
 
-enum { SCORES, STARTS, MERGES, END_IDS, PIECE_TYPES, PIECE_TEXT, N_PARTS };  // of a section, in order
+// The parts of a section, in order.
+enum { SCORES, STARTS, MERGES, END_IDS, ENDS_AROUND, PIECE_TYPES, PIECE_TAKES, PIECE_TEXT, N_PARTS };
 
 // Names of tokens that end an answer, those of llama.cpp.
 static const char *const end_names[] = {
@@ -1252,10 +1305,13 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
         size_t n = unspell_piece(v->kind, s, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
         if (part[PIECE_TEXT].n > MAX_VOCABULARY) return refuse(e, "its pieces have more than %d bytes", MAX_VOCABULARY);
-        uint8_t packed_type = (uint8_t)type;
+        uint8_t packed_type = (uint8_t)type, takes = v->takes ? v->takes[4 * id] : 0;
+        if (v->takes && memcmp(v->takes + 4 * id, (int32_t[]){takes & TAKES_BOTH}, 4))
+            return refuse(e, "token %zu takes an unknown kind of white space", id);
         uint32_t start = (uint32_t)part[PIECE_TEXT].n;
         if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
-            !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)))
+            !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)) ||
+            (v->takes && !append(&part[PIECE_TAKES], &takes, 1, e)))
             return false;
     }
     uint32_t end = (uint32_t)part[PIECE_TEXT].n;
@@ -1340,6 +1396,7 @@ static bool pack_vocabulary(const Vocabulary *v, Buffer *section, Error *e) {
     ok = ok && pack_merges(v, &t, &part[MERGES], e) && pack_end_ids(v, &t, &part[END_IDS], e);
     t.n_merges = (int)(part[MERGES].n / 12);
     t.n_end = (int)(part[END_IDS].n / 4);
+    if (t.flags & AROUND) ok = ok && append(&part[ENDS_AROUND], v->around, sizeof v->around, e);
     ok = ok && append(section, &t, HEADER_BYTES, e);
     for (size_t i = 0; i < N_PARTS; i++) {
         if (part[i].n) ok = ok && append(section, part[i].bytes, part[i].n, e);
@@ -1766,10 +1823,7 @@ static size_t character(const char *s, size_t n, uint32_t *code) {
 }
 
 // What Python's strip() and split() remove.
-static bool is_white(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
-}
+static bool is_white(uint32_t c) { return is_space(c) || (c >= 28 && c <= 31); }
 
 // A string without the characters at its start and its end that are in `set`, or are white space.
 static Value strip(Value s, bool start, bool end, const Value *set) {
