@@ -2584,6 +2584,10 @@ enum {
     GEMMA = 512,   // GELU, and embeddings times sqrt(D)
     CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
+static const char *const feature_names[] = {
+    "always", "optional", "biases", "head_norms", "wide_head_norms", "pre_norms", "post_norms", "layer_norms", "scales",
+    "gemma", "caps",
+};
 typedef struct {
     const char *name;
     Pairing pairing;
@@ -3544,6 +3548,13 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
+// The keys of a tokenizer's flags, from ADD_BOS to ADDED_FIRST.
+static const char *const flag_keys[N_FLAGS] = {
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
+    "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
+};
+
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     m->chat_template = get_text(g, "tokenizer.chat_template");
@@ -3564,12 +3575,8 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
-                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
-                  get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
-                  get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first") },
     };
+    for (int i = 0; i < N_FLAGS; i++) v.says[i] = get_flag(g, flag_keys[i]);
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
@@ -6553,6 +6560,48 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     return true;
 }
 
+// ---- What the program knows ----
+
+// A row's last member: the names of a set's bits.
+static void put_set(const char *member, unsigned set, const char *const *names) {
+    printf(", \"%s\": [", member);
+    for (int i = 0, n = 0; set >> i; i++) if (set >> i & 1) printf(n++ ? ", \"%s\"" : "\"%s\"", names[i]);
+    printf("]}");
+}
+
+// The tables as JSON, for scripts. A field's key is "" where no file has it; its default is 0 where it is computed.
+static void print_tables(void) {
+    printf("{\"types\": [");
+    for (const SourceType *t = source_types; t < source_types + N_SOURCE_TYPES; t++)
+        printf("%s\n {\"name\": \"%s\", \"in_files\": \"%s\", \"gguf\": %d, \"columns\": %zu, \"bytes\": %zu, "
+               "\"written\": %d}", t > source_types ? "," : "", types[t->tile].name, t->name, t->gguf_id, t->block_cols,
+               t->block_bytes, is_writable(t->tile));
+    printf("],\n\"families\": [");
+    for (const Family *f = families; f < families + sizeof families / sizeof *families; f++) {
+        printf("%s\n {\"name\": \"%s\", \"pairing\": \"%s\", \"global_every\": %d, \"no_rope_every\": %d, "
+               "\"local_theta\": %.17g", f > families ? "," : "", f->name,
+               f->pairing == ADJACENT ? "adjacent" : "halves", f->global_every, f->no_rope_every, f->local_theta);
+        put_set("features", (unsigned)f->features, feature_names);
+    }
+    printf("],\n\"fields\": [");
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
+        bool needed = isnan(f->otherwise);
+        printf("%s\n {\"name\": \"%s\", \"type\": \"%s\", \"per_layer\": %d, \"min\": %.17g, \"max\": %.17g, "
+               "\"key\": \"%s\", \"needed\": %d, \"default\": %.17g", f > config_fields ? "," : "", f->name,
+               f->type == INTEGER ? "integer" : f->type == SINGLE ? "f32" : "f64", f->per_layer, f->min, f->max,
+               f->key ? f->key : "", needed, needed ? 0 : f->otherwise);
+        put_set("features", (unsigned)f->feature, feature_names);
+    }
+    printf("],\n\"pre_tokenizers\": [");
+    for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
+        printf("%s\n {\"names\": \"%s\"", i ? "," : "", pre_tokenizers[i].names);
+        put_set("flags", pre_tokenizers[i].flags, flag_keys);
+    }
+    printf("],\n\"tokenizer_flags\": [");
+    for (int i = 0; i < N_FLAGS; i++) printf("%s\n {\"key\": \"%s\", \"bit\": %d}", i ? "," : "", flag_keys[i], i);
+    printf("]}\n");
+}
+
 // ---- Predictions ----
 
 // Writes the logits of every position, float32.      file (tokens, V)
@@ -7469,6 +7518,7 @@ static const Option option_table[] = {
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize, render: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
     { 0, "fit", NULL, FLAG, OF(fit), 0, 0, "inspect: which contexts fit the memory that is free" },
+    { 0, "tables", NULL, FLAG, OF(tables), 0, 0, "inspect: the tables of types, families and keys, as JSON; no model" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
@@ -7930,6 +7980,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     }
     if (options.help) return print_help(), true;
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
+    if (options.tables && mode == INSPECT) return print_tables(), true;
     if (!options.checkpoint && mode != MATMUL)
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
