@@ -2584,6 +2584,10 @@ enum {
     GEMMA = 512,   // GELU, and embeddings times sqrt(D)
     CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
+static const char *const feature_names[] = {
+    "always", "optional", "biases", "head_norms", "wide_head_norms", "pre_norms", "post_norms", "layer_norms", "scales",
+    "gemma", "caps",
+};
 typedef struct {
     const char *name;
     Pairing pairing;
@@ -3552,6 +3556,15 @@ static bool get_around(Gguf *g, const char *name, int *ids) {
     return k.count > 0;
 }
 
+// The keys of a tokenizer's flags, from ADD_BOS to PREFIX_LAST; the other flags follow from arrays.
+enum { N_FLAG_KEYS = 9 };
+static const char *const flag_keys[N_FLAG_KEYS] = {
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
+    "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
+    "tokenizer.ggml.space_prefix.last",
+};
+
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     m->chat_template = get_text(g, "tokenizer.chat_template");
@@ -3573,13 +3586,9 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
-                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
-                  get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
-                  get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first"),
-                  get_flag(g, "tokenizer.ggml.space_prefix.last"), takes.value.at != NULL },
     };
+    for (int i = 0; i < N_FLAG_KEYS; i++) v.says[i] = get_flag(g, flag_keys[i]);
+    v.says[N_FLAG_KEYS] = takes.value.at != NULL;
     bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
     v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;
@@ -6568,6 +6577,48 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     return true;
 }
 
+// ---- What the program knows ----
+
+// A row's last member: the names of a set's bits.
+static void put_set(const char *member, unsigned set, const char *const *names) {
+    printf(", \"%s\": [", member);
+    for (int i = 0, n = 0; set >> i; i++) if (set >> i & 1) printf(n++ ? ", \"%s\"" : "\"%s\"", names[i]);
+    printf("]}");
+}
+
+// The tables as JSON, for scripts. A field's key is "" where no file has it; its default is 0 where it is computed.
+static void print_tables(void) {
+    printf("{\"types\": [");
+    for (const SourceType *t = source_types; t < source_types + N_SOURCE_TYPES; t++)
+        printf("%s\n {\"name\": \"%s\", \"in_files\": \"%s\", \"gguf\": %d, \"columns\": %zu, \"bytes\": %zu, "
+               "\"written\": %d}", t > source_types ? "," : "", types[t->tile].name, t->name, t->gguf_id, t->block_cols,
+               t->block_bytes, is_writable(t->tile));
+    printf("],\n\"families\": [");
+    for (const Family *f = families; f < families + sizeof families / sizeof *families; f++) {
+        printf("%s\n {\"name\": \"%s\", \"pairing\": \"%s\", \"global_every\": %d, \"no_rope_every\": %d, "
+               "\"local_theta\": %.17g", f > families ? "," : "", f->name,
+               f->pairing == ADJACENT ? "adjacent" : "halves", f->global_every, f->no_rope_every, f->local_theta);
+        put_set("features", (unsigned)f->features, feature_names);
+    }
+    printf("],\n\"fields\": [");
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
+        bool needed = isnan(f->otherwise);
+        printf("%s\n {\"name\": \"%s\", \"type\": \"%s\", \"per_layer\": %d, \"min\": %.17g, \"max\": %.17g, "
+               "\"key\": \"%s\", \"needed\": %d, \"default\": %.17g", f > config_fields ? "," : "", f->name,
+               f->type == INTEGER ? "integer" : f->type == SINGLE ? "f32" : "f64", f->per_layer, f->min, f->max,
+               f->key ? f->key : "", needed, needed ? 0 : f->otherwise);
+        put_set("features", (unsigned)f->feature, feature_names);
+    }
+    printf("],\n\"pre_tokenizers\": [");
+    for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
+        printf("%s\n {\"names\": \"%s\"", i ? "," : "", pre_tokenizers[i].names);
+        put_set("flags", pre_tokenizers[i].flags, flag_keys);
+    }
+    printf("],\n\"tokenizer_flags\": [");
+    for (int i = 0; i < N_FLAG_KEYS; i++) printf("%s\n {\"key\": \"%s\", \"bit\": %d}", i ? "," : "", flag_keys[i], i);
+    printf("]}\n");
+}
+
 // ---- Predictions ----
 
 // Writes the logits of every position, float32.      file (tokens, V)
@@ -7500,6 +7551,7 @@ static const Option option_table[] = {
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize, render: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
     { 0, "fit", NULL, FLAG, OF(fit), 0, 0, "inspect: which contexts fit the memory that is free" },
+    { 0, "tables", NULL, FLAG, OF(tables), 0, 0, "inspect: the tables of types, families and keys, as JSON; no model" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
@@ -7963,6 +8015,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     }
     if (options.help) return print_help(), true;
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
+    if (options.tables && mode == INSPECT) return print_tables(), true;
     if (!options.checkpoint && mode != MATMUL)
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
