@@ -1885,173 +1885,123 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
 
 // ---- Quantising ----
 
-/* What -m export --type writes: tiles of floats become tiles of a type that stores weights as scale * q + min. For each
-   block of 32 weights the scale, and the minimum if the type has one, are searched for. The first guess is ggml's: the
-   whole range fits. Others cut a little of it off, so that the steps are finer. From the q that a guess gives, linear
-   regression finds a better scale and minimum for them. Of all of these the one with the least squared error is taken,
-   the first of equals. 16 rows are quantised side by side, each in floats and in the order of additions that is written
-   here: it is numpy's on x86, so that a script can repeat the bytes. */
+/* -m export --type makes row tiles of another type. For each quantised block it searches for the scale and minimum with
+   the least squared error: from guesses, the first of which is ggml's (the whole range fits), and what regression makes
+   of them. The sums are in the order that numpy has on x86, so that a script can repeat the bytes. */
 
-// The integers that a block can hold, and where its search starts. With a minimum: the parts of the range that are cut
-// off below and above. Without: the weight that is furthest from 0 becomes low * a.
-typedef struct { Type type; float low, high; int n_starts; struct { double a, b; } starts[4]; } Grid;
-
-// To add a type that can be written: a row, if it has blocks of 32 columns that unpack_scales() takes from f16s.
-static const Grid grids[] = {
-    { Q8, -127, 127, 3, { { 1, 0 }, { 0.996, 0 }, { 1.004, 0 } } },
-    { Q4, -8, 7, 3, { { 1, 0 }, { 0.93, 0 }, { 1.07, 0 } } },
-    { Q4M, 0, 15, 4, { { 0, 0 }, { 0.05, 0.05 }, { 0, 0.06 }, { 0.06, 0 } } },
+// The integers of a block, and its guesses: with a minimum (low is 0), parts of the range that are cut off below and
+// above; without, the weight furthest from 0 becomes low * a. A row makes a type of 32 columns writable.
+typedef struct { float low, high; int n_starts; struct { double a, b; } starts[4]; } Grid;
+static const Grid grids[N_TYPES] = {
+    [Q8] = { -127, 127, 3, { { 1, 0 }, { 0.996, 0 }, { 1.004, 0 } } },
+    [Q4] = { -8, 7, 3, { { 1, 0 }, { 0.93, 0 }, { 1.07, 0 } } },
+    [Q4M] = { 0, 15, 4, { { 0, 0 }, { 0.05, 0.05 }, { 0, 0.06 }, { 0.06, 0 } } },
 };
+static bool is_writable(Type type) { return !is_quantised(type) || grids[type].n_starts; }
 
-// The type's row, or NULL: it is not quantised, or only read.
-static const Grid *find_grid(Type type) {
-    for (size_t i = 0; i < sizeof grids / sizeof *grids; i++) if (grids[i].type == type) return &grids[i];
-    return NULL;
-}
-
-static bool is_writable(Type type) { return !is_quantised(type) || find_grid(type); }
-
-// 32 columns of 16 rows, a weight being about scale * q + min, and the sum of squared errors of each row.
+// 32 columns of 16 rows: a weight is about scale * q + min. error: a row's sum of squares
 typedef struct { float q[32][16], scale[16], min[16], error[16]; } Fit;
-
 static float through_half(float x) { return float_of_half(half_of_float(x)); }
 
-// sum[r] = sum over c of a[c,r] * b[c,r], in four chains, which are added as (0 + 1) + (2 + 3)
+// sum[r] = sum over c of a[c,r] * b[c,r], in four chains; columns 12 to 15 come first, then 8 to 11, 4 to 7, 0 to 3 ...
 static void add_columns(float sum[16], const float a[32][16], const float b[32][16]) {
     float chain[4][16] = { { 0 } };
-    for (int i = 0; i < 32; i++) {
-        int c = i ^ 12;  // columns 12 to 15, 8 to 11, 4 to 7, 0 to 3, then likewise 16 to 31
-        for (int r = 0; r < 16; r++) chain[c % 4][r] += a[c][r] * b[c][r];
-    }
+    for (int i = 0; i < 32; i++)
+        for (int r = 0; r < 16; r++) chain[i % 4][r] += a[i ^ 12][r] * b[i ^ 12][r];
     for (int r = 0; r < 16; r++) sum[r] = (chain[0][r] + chain[1][r]) + (chain[2][r] + chain[3][r]);
 }
 
-// mean[r] = sum over c of x[c,r] / 32, in eight chains
-static void average_columns(float mean[16], const float x[32][16]) {
-    for (int r = 0; r < 16; r++) {
-        float chain[8];
-        for (int i = 0; i < 8; i++) chain[i] = ((x[i][r] + x[i + 8][r]) + x[i + 16][r]) + x[i + 24][r];
-        float first = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-        mean[r] = (first + ((chain[4] + chain[5]) + (chain[6] + chain[7]))) / 32;
-    }
-}
-
-// Sets scale and min as start number k of the grid says.
-static void guess_fit(Fit *f, const float x[32][16], const Grid *g, int k) {
+// Sets scale and min of row r as start number k of the grid says.
+static void guess_fit(Fit *f, const float x[32][16], int r, const Grid *g, int k) {
     double a = g->starts[k].a, b = g->starts[k].b;
-    for (int r = 0; r < 16; r++) {
-        float least = x[0][r], most = least, peak = least;
-        for (int c = 1; c < 32; c++) {
-            least = x[c][r] < least ? x[c][r] : least;
-            most = x[c][r] > most ? x[c][r] : most;
-            peak = fabsf(x[c][r]) > fabsf(peak) ? x[c][r] : peak;
-        }
-        float range = most - least;
-        f->scale[r] = through_half(g->low < 0 ? peak / (float)(g->low * a) : range * (float)((1 - a - b) / g->high));
-        f->min[r] = g->low < 0 ? 0 : through_half(least + (float)a * range);
+    float least = x[0][r], most = least, peak = least;
+    for (int c = 1; c < 32; c++) {
+        least = x[c][r] < least ? x[c][r] : least;
+        most = x[c][r] > most ? x[c][r] : most;
+        peak = fabsf(x[c][r]) > fabsf(peak) ? x[c][r] : peak;
     }
+    float range = most - least;
+    f->scale[r] = through_half(g->low < 0 ? peak / (float)(g->low * a) : range * (float)((1 - a - b) / g->high));
+    f->min[r] = g->low < 0 ? 0 : through_half(least + (float)a * range);
 }
 
-// Sets scale and min to those with the least squared error for these q, before they are rounded to f16.
-static void regress_fit(Fit *f, const float x[32][16], const Grid *g) {
-    float product[16], square[16], mean_q[16] = { 0 }, mean_x[16] = { 0 };
-    add_columns(product, f->q, x);
-    add_columns(square, f->q, f->q);
-    if (g->low == 0) average_columns(mean_q, f->q), average_columns(mean_x, x);
-    for (int r = 0; r < 16; r++) {
-        float up = product[r] - 32 * mean_q[r] * mean_x[r], down = square[r] - 32 * mean_q[r] * mean_q[r];
-        f->scale[r] = through_half(down != 0 ? up / down : 0);
-        f->min[r] = g->low < 0 ? 0 : through_half(mean_x[r] - f->scale[r] * mean_q[r]);
-    }
+// Sets them to those with the least squared error for the row's q.
+static void regress_fit(Fit *f, const float x[32][16], int r, const Grid *g, float product, float square) {
+    float q[8] = { 0 }, y[8] = { 0 };  // sums of each eighth column
+    for (int c = 0; c < 32 && g->low == 0; c++) q[c % 8] += f->q[c][r], y[c % 8] += x[c][r];
+    float mean_q = (((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))) / 32;
+    float mean_y = (((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]))) / 32;
+    float up = product - 32 * mean_q * mean_y, down = square - 32 * mean_q * mean_q;
+    f->scale[r] = through_half(down != 0 ? up / down : 0);
+    f->min[r] = through_half(mean_y - f->scale[r] * mean_q);
 }
 
 // Sets q and error from scale and min. A NaN, of numbers beyond f16, becomes the lowest q.
 static void round_fit(Fit *f, const float x[32][16], const Grid *g) {
     float off[32][16], inverse[16];
     for (int r = 0; r < 16; r++) inverse[r] = f->scale[r] != 0 ? 1 / f->scale[r] : 0;
-    for (int c = 0; c < 32; c++) {
+    for (int c = 0; c < 32; c++)
         for (int r = 0; r < 16; r++) {
             float q = (x[c][r] - f->min[r]) * inverse[r];
             q = q > g->low ? q : g->low;
             f->q[c][r] = ((q < g->high ? q : g->high) + ROUNDER) - ROUNDER;
             off[c][r] = f->q[c][r] * f->scale[r] + (f->min[r] - x[c][r]);
         }
-    }
     add_columns(f->error, off, off);
 }
 
 // Quantises the first `rows` of 16 rows of 32 columns; the others stay as they are in the tile, zeros.
-static void quantise_tile(unsigned char *tile, const float x[32][16], const Grid *g, size_t rows) {
-    const TypeInfo *info = &types[g->type];
-    uint16_t *scales = (void *)tile;
-    Fit f, best = { .scale = { 0 } };
+static void quantise_tile(unsigned char *tile, Type type, const float x[32][16], size_t rows) {
+    const Grid *g = &grids[type];
+    Fit f = { .scale = { 0 } }, best = f;
     for (int k = 0; k < 2 * g->n_starts; k++) {
-        if (k % 2 == 0) guess_fit(&f, x, g, k / 2);
-        else regress_fit(&f, x, g);
+        float product[16], square[16];
+        add_columns(product, f.q, x);
+        add_columns(square, f.q, f.q);
+        for (int r = 0; r < 16; r++)
+            k % 2 ? regress_fit(&f, x, r, g, product[r], square[r]) : guess_fit(&f, x, r, g, k / 2);
         round_fit(&f, x, g);
-        for (int r = 0; r < 16; r++) {
-            bool better = k == 0 || f.error[r] < best.error[r];
-            best.scale[r] = better ? f.scale[r] : best.scale[r];
-            best.min[r] = better ? f.min[r] : best.min[r];
-            best.error[r] = better ? f.error[r] : best.error[r];
-        }
+        for (int r = 0; r < 16; r++)
+            if (k == 0 || f.error[r] < best.error[r])
+                best.scale[r] = f.scale[r], best.min[r] = f.min[r], best.error[r] = f.error[r];
     }
     round_fit(&best, x, g);
-    for (size_t r = 0; r < rows; r++) {
-        scales[r] = half_of_float(best.scale[r]);
-        if (info->has_min) scales[16 + r] = half_of_float(best.min[r]);
-        for (int c = 0; c < 32; c++) {  // as unpack_planes() takes them, or whole bytes
-            int group = c / 4, stored = ((int)best.q[c][r] + info->offset) & ((1 << info->bits) - 1);
-            unsigned char *to = tile + info->header + 64 * (group % info->bits) + 4 * r + c % 4;
-            *to = (unsigned char)(*to | stored << group / info->bits * info->bits);
-        }
+    narrow_floats((uint16_t *)(void *)tile, best.scale, rows);
+    if (types[type].has_min) narrow_floats((uint16_t *)(void *)tile + 16, best.min, rows);
+    for (size_t i = 0; i < 32 * rows; i++) {  // into whole bytes, or planes as unpack_planes() takes them
+        size_t r = i / 32, c = i % 32, g4 = c / 4, bits = (size_t)types[type].bits;
+        int stored = ((int)best.q[c][r] + types[type].offset) & ((1 << bits) - 1);
+        tile[(size_t)types[type].header + 64 * (g4 % bits) + 4 * r + c % 4] |= (uint8_t)(stored << g4 / bits * bits);
     }
 }
 
-// Rounds to nearest even; of a number that is finite.
-static uint16_t bfloat_of_float(float x) {
-    uint32_t u = bits_of_float(x);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-// How far weights are from those that they were made of: sums of squares of the differences and of the weights; and of
-// the blocks of 32, the worst one's root mean square error in parts of its root mean square.
+// What weights lose: sums of squares of the differences, and of the weights; the roots' worst ratio in 32 columns.
 typedef struct { double squares, norm, worst; } Loss;
 
-// x, y: weights before and after
-static void add_loss(Loss *loss, const float x[32][16], const float y[32][16]) {
-    for (int r = 0; r < 16; r++) {
-        double squares = 0, norm = 0;
-        for (int c = 0; c < 32; c++) {
-            double off = (double)x[c][r] - (double)y[c][r];
-            squares += off * off;
-            norm += (double)x[c][r] * (double)x[c][r];
-        }
-        loss->squares += squares;
-        loss->norm += norm;
-        if (norm > 0) loss->worst = fmax(loss->worst, sqrt(squares / norm));
-    }
-}
-
-// Makes a row tile of another type, in place of zeros. The row tile is one of w and has `rows` rows.
-static void convert_row_tile(unsigned char *to, Type type, const Tensor *w, const unsigned char *tiles, size_t rows,
-                             Loss *loss) {
+// Makes a row tile of w, of `rows` rows, one of another type.
+static Loss convert_row_tile(unsigned char *to, Type type, const Tensor *w, const unsigned char *tiles, size_t rows) {
+    Loss loss = { 0, 0, 0 };
     for (size_t block = 0; block < n_blocks(w); block++) {
         float x[32][16], y[32][16];
-        unsigned char *tile = to + block * tile_bytes(type);
-        uint16_t *halves = (void *)tile;
+        void *tile = memset(to + block * tile_bytes(type), 0, tile_bytes(type));
         kernels->dequantise(x, w->type, tiles, block);
         for (size_t c = 0; c < 32; c++)
             for (size_t r = 32 * block + c < (size_t)w->cols ? rows : 0; r < 16; r++) x[c][r] = 0;  // and not -0
         if (type == F32) memcpy(tile, x, sizeof x);
-        else if (type == F16) kernels->narrow(halves, x[0], 512);
-        else if (type == BF16) for (size_t i = 0; i < 512; i++) halves[i] = bfloat_of_float(x[i / 16][i % 16]);
-        else quantise_tile(tile, (const float(*)[16])x, find_grid(type), rows);
-        if (!loss) continue;
+        else if (type == F16) kernels->narrow(tile, x[0], 512);
+        else if (is_quantised(type)) quantise_tile(tile, type, (const float(*)[16])x, rows);
+        for (uint32_t i = 0, u; i < 512 && type == BF16; ((uint16_t *)tile)[i++] = (uint16_t)(u >> 16))
+            u = bits_of_float(x[i / 16][i % 16]), u += 0x7fff + (u >> 16 & 1);  // to nearest even
         kernels->dequantise(y, type, to, block);
-        for (size_t c = 0; c < 32; c++) for (size_t r = rows; r < 16; r++) y[c][r] = 0;
-        add_loss(loss, (const float(*)[16])x, (const float(*)[16])y);
+        for (size_t r = 0; r < rows; r++) {
+            double squares = 0, norm = 0;
+            for (size_t c = 0; c < 32; c++)
+                squares += pow((double)x[c][r] - (double)y[c][r], 2), norm += pow((double)x[c][r], 2);
+            loss.squares += squares, loss.norm += norm;
+            if (norm > 0) loss.worst = fmax(loss.worst, sqrt(squares / norm));
+        }
     }
+    return loss;
 }
 
 /* ==== 9. The machine ================================================================================================
@@ -2584,10 +2534,8 @@ enum {
     GEMMA = 512,   // GELU, and embeddings times sqrt(D)
     CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
-static const char *const feature_names[] = {
-    "always", "optional", "biases", "head_norms", "wide_head_norms", "pre_norms", "post_norms", "layer_norms", "scales",
-    "gemma", "caps",
-};
+static const char *const feature_names[] = { "always", "optional", "biases", "head_norms", "wide_head_norms",
+    "pre_norms", "post_norms", "layer_norms", "scales", "gemma", "caps" };
 typedef struct {
     const char *name;
     Pairing pairing;
@@ -2897,15 +2845,13 @@ static void pack_team(void *p, Team *team) {
     }
 }
 
-// Names the first row with a weight that is not finite, of n row tiles from number `first` on. Those of all matrices of
-// a slot are one list. w->tiles: the first of the n
+// Names the first row with a weight that is not finite, of n row tiles from number `first` of the slot on.
 static bool check_row_tiles(const Slot *slot, const Tensor *w, size_t first, size_t n, Error *e) {
     size_t n_tiles = n_row_tiles(w);
     for (size_t j = first, r; j < first + n; j++)
         if ((r = broken_row(w, w->tiles + (j - first) * row_tile_bytes(w))) < TILE_ROWS)
-            return refuse(e, w->type == slot->type
-                             ? "%s: row %zu has a weight or scale that is not finite"
-                             : "%s: row %zu has a weight beyond the range of %s; use --type f32",
+            return refuse(e, w->type == slot->type ? "%s: row %zu has a weight or scale that is not finite"
+                                                   : "%s: row %zu has a weight beyond the range of %s; use --type f32",
                           slot->name, j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r, types[w->type].name);
     return true;
 }
@@ -3154,32 +3100,23 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
-// The types that -m export writes matrices in, beside single ones: the file's, or Q8 where errors show most, else Q4M.
-enum { KEEP = N_TYPES, MIXED, N_CHOICES };
-
-static const char *choice_name(int choice) {
-    return choice == KEEP ? "keep" : choice == MIXED ? "mixed" : is_writable((Type)choice) ? types[choice].name : "";
-}
-
+// What -m export writes matrices in, beside single types: the model's own; Q8 where errors show most, else Q4M.
+enum { KEEP = N_TYPES, MIXED };
 static bool find_choice(const char *name, int *choice, Error *e) {
-    char known[80] = "keep";
-    for (*choice = 0; *choice < N_CHOICES; ++*choice) {
-        const char *own = choice_name(*choice);
-        size_t n = strlen(known);
-        if (*own && !strcmp(name, own)) return true;
-        if (*own && *choice != KEEP) snprintf(known + n, sizeof known - n, ", %s", own);
-    }
-    return fail(e, MISUSE, "--type %s: expected %s", name, known);
+    for (*choice = 0; *choice < N_TYPES; ++*choice)
+        if (is_writable((Type)*choice) && !strcmp(name, types[*choice].name)) return true;
+    *choice = strcmp(name, "keep") ? MIXED : KEEP;
+    return *choice == KEEP || !strcmp(name, "mixed") ||
+           fail(e, MISUSE, "--type %s: expected keep, f32, f16, bf16, q8, q4, q4m or mixed", name);
 }
 
-// The type in which a slot is written. Vectors and routers stay f32; of columns that are no whole blocks, f16 is left.
+// The type in which a slot is written. Vectors and routers stay f32; columns that are no whole blocks become f16.
 static Type exported_type(const Slot *s, int choice) {
     if (choice == KEEP || s->is_vector) return s->type;
     if (s->rule->rows == N_EXPERTS) return F32;
-    bool is_down = s->layer >= 0 && s->rule->offset == offsetof(Layer, down);
-    bool is_value = s->layer >= 0 && s->rule->offset == offsetof(Layer, value);
-    bool is_sensitive = s->layer < 0 || is_value || is_down || strstr(s->source->name, ".attn_qkv.");
-    Type type = choice != MIXED ? (Type)choice : is_sensitive ? Q8 : Q4M;
+    bool shows_most = s->layer < 0 || s->rule->offset == offsetof(Layer, down) ||
+                      s->rule->offset == offsetof(Layer, value) || strstr(s->source->name, ".attn_qkv.");
+    Type type = choice != MIXED ? (Type)choice : shows_most ? Q8 : Q4M;
     return is_quantised(type) && s->cols % BLOCK ? F16 : type;
 }
 
@@ -3188,10 +3125,10 @@ static bool append_tensor_records(const Model *m, int choice, Buffer *b, FileHea
     for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->source != NULL;
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
                     round_up(m->chat_template.n, 64);
-    for (Slot *end = m->slots + m->n_slots, *slot = m->slots; slot < end; slot++) {
-        if (!slot->source) continue;
-        Slot s = *slot;
-        s.type = exported_type(slot, choice);
+    for (size_t i = 0; i < m->n_slots; i++) {
+        Slot s = m->slots[i];
+        if (!s.source) continue;
+        s.type = exported_type(&s, choice);
         Source record = { "", s.is_vector ? VECTOR : s.type, (uint32_t)s.rows, (uint32_t)s.cols, (uint32_t)s.n,
                           .at = h->file_bytes, .n_bytes = slot_bytes(&s) };
         memcpy(record.name, s.name, NAME_BYTES);
@@ -3204,11 +3141,11 @@ static bool append_tensor_records(const Model *m, int choice, Buffer *b, FileHea
 // Some row tiles of a slot on their way into a file: those of all its matrices are one list.
 typedef struct {
     const Slot *slot;
-    Tensor from, to;        // from.tiles, to.tiles: the first of these row tiles
-    unsigned char *packed, *made;  // room for them as the source has them, and in another type; NULL: not needed
+    Tensor from, to;               // .tiles: the first of these row tiles, as the model has them and as the file will
+    unsigned char *packed, *made;  // room for them, where the model has not packed them, and where types differ
+    Loss *losses;                  // of each
     size_t first, n;
-    Loss *losses;           // (n)  or NULL
-    atomic_bool broken;     // a number is not finite, before or after
+    atomic_bool broken;            // a number is not finite, before or after
 } Conversion;
 
 static void convert_team(void *p, Team *team) {
@@ -3216,72 +3153,53 @@ static void convert_team(void *p, Team *team) {
     size_t n_tiles = n_row_tiles(&c->from), from_bytes = row_tile_bytes(&c->from), to_bytes = row_tile_bytes(&c->to);
     for (Range chunk; take_chunk(team, c->n, 1, &chunk);) {
         for (size_t i = chunk.from; i < chunk.to; i++) {
-            size_t matrix = (c->first + i) / n_tiles, tile = (c->first + i) % n_tiles;
-            size_t left = (size_t)c->from.rows - tile * TILE_ROWS, rows = left < TILE_ROWS ? left : TILE_ROWS;
-            const unsigned char *from = c->from.tiles + i * from_bytes;
-            if (c->packed) {
-                Source part = matrix_source(c->slot, matrix);
-                pack_rows(c->packed + i * from_bytes, &part, (Range){ tile, tile + 1 });
+            size_t tile = (c->first + i) % n_tiles, left = (size_t)c->from.rows - tile * TILE_ROWS;
+            unsigned char *from = (unsigned char *)c->from.tiles + i * from_bytes, *to = c->made + i * to_bytes;
+            if (!c->slot->data) {
+                Source part = matrix_source(c->slot, (c->first + i) / n_tiles);
+                pack_rows(from, &part, (Range){ tile, tile + 1 });
                 give_back(&part, (Range){ tile, tile + 1 });
             }
             if (broken_row(&c->from, from) < TILE_ROWS) c->broken = true;
-            if (c->losses) c->losses[i] = (Loss){ 0, 0, 0 };
-            unsigned char *to = c->made + i * to_bytes;
-            if (!c->made) continue;
-            memset(to, 0, to_bytes);
-            convert_row_tile(to, c->to.type, &c->from, from, rows, c->losses ? &c->losses[i] : NULL);
+            if (c->to.type == c->from.type) continue;
+            c->losses[i] = convert_row_tile(to, c->to.type, &c->from, from, left < TILE_ROWS ? left : TILE_ROWS);
             if (broken_row(&c->to, to) < TILE_ROWS) c->broken = true;
         }
     }
 }
 
-// Writes a slot's matrices in this type, some row tiles at a time: memory never holds a whole tensor.
-static bool write_matrices(const Slot *slot, Type type, FILE *stream, Loss *loss, Error *e) {
+// Writes a slot in this type, and its padding. Memory never holds a whole tensor. With --report, says what is lost.
+static bool write_slot(const Slot *slot, Type type, FILE *stream, Error *e) {
+    static const char zeros[64];
     enum { AT_ONCE = 16 << 20 };  // bytes: row tiles for every thread, and reading and writing in long pieces
-    Conversion c = { .slot = slot, .from = slot_matrix(slot), .to = slot_matrix(slot) };
-    c.to.type = type;
-    bool is_packed = slot->data, is_made = type != slot->type, ok = true;
-    size_t from_bytes = row_tile_bytes(&c.from), to_bytes = row_tile_bytes(&c.to), n = slot->n * n_row_tiles(&c.from);
-    size_t most = AT_ONCE / (from_bytes > to_bytes ? from_bytes : to_bytes) + 1;
-    if (most > n) most = n;
-    if (!is_packed) ok = (c.packed = allocate(most, from_bytes, e)) != NULL;
-    if (is_made) ok = ok && (c.made = allocate(most, to_bytes, e)) != NULL;
-    if (is_made && loss) ok = ok && (c.losses = allocate(most, sizeof *c.losses, e)) != NULL;
+    Conversion c = { .slot = slot, .from = slot_matrix(slot), .to = { type, (int)slot->rows, (int)slot->cols, NULL } };
+    size_t from_bytes = row_tile_bytes(&c.from), to_bytes = row_tile_bytes(&c.to);
+    size_t n = slot->is_vector ? 0 : slot->n * n_row_tiles(&c.from), most = AT_ONCE / (from_bytes + to_bytes) + 1;
+    size_t n_bytes = slot->is_vector ? slot_bytes(slot) : n * to_bytes;
+    Loss all = { 0, 0, 0 };
+    if (slot->is_vector) fwrite(slot->data ? slot->data : matrix_source(slot, 0).data, 1, n_bytes, stream);
+    bool ok = true;
+    if (!(c.packed = allocate(most, from_bytes + to_bytes + sizeof(Loss), e))) return false;
+    c.made = c.packed + most * from_bytes;
+    c.losses = (void *)(c.made + most * to_bytes);
     for (; ok && c.first < n && !ferror(stream); c.first += c.n) {
         c.n = n - c.first < most ? n - c.first : most;
-        c.from.tiles = c.packed ? c.packed : slot->data + c.first * from_bytes;
-        c.to.tiles = c.made ? c.made : c.from.tiles;
+        c.from.tiles = slot->data ? slot->data + c.first * from_bytes : c.packed;
+        c.to.tiles = type == slot->type ? c.from.tiles : c.made;
         run_team(options.threads.n ? options.threads.at[0] : 1, 0, convert_team, &c);
         ok = !c.broken || (check_row_tiles(slot, &c.from, c.first, c.n, e) &&
                            check_row_tiles(slot, &c.to, c.first, c.n, e));
         if (ok) fwrite(c.to.tiles, to_bytes, c.n, stream);
-        for (size_t i = 0; c.losses && i < c.n; i++) {
-            loss->squares += c.losses[i].squares;
-            loss->norm += c.losses[i].norm;
-            loss->worst = fmax(loss->worst, c.losses[i].worst);
-        }
+        for (const Loss *l = c.losses; l < c.losses + c.n; l++)
+            all = (Loss){ all.squares + l->squares, all.norm + l->norm, fmax(all.worst, l->worst) };
         if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
     }
-    free(c.packed);
-    free(c.made);
-    free(c.losses);
-    return ok;
-}
-
-// Writes a slot and its padding and, with --report, says what is lost.
-static bool write_slot(const Slot *slot, Type type, FILE *stream, Error *e) {
-    static const char zeros[64];
-    Slot made = *slot;
-    made.type = type;
-    size_t n_bytes = slot_bytes(&made);
-    Loss loss = { 0, 0, 0 };
-    if (slot->is_vector) fwrite(slot->data ? slot->data : matrix_source(slot, 0).data, 1, n_bytes, stream);
-    else if (!write_matrices(slot, type, stream, options.report ? &loss : NULL, e)) return false;
     fwrite(zeros, 1, round_up(n_bytes, 64) - n_bytes, stream);
-    if (options.report && type != slot->type)
+    if (ok && options.report && type != slot->type)
         fprintf(stderr, "%-32s %5s -> %-5s RMSE %9.3e  worst block %9.3e\n", slot->name, types[slot->type].name,
-                types[type].name, loss.norm > 0 ? sqrt(loss.squares / loss.norm) : 0, loss.worst);
-    return true;
+                types[type].name, all.norm > 0 ? sqrt(all.squares / all.norm) : 0, all.worst);
+    free(c.packed);
+    return ok;
 }
 
 // Ends a section of the file that is in the buffer, and begins the next.
@@ -3311,7 +3229,6 @@ static bool export_model(Model *m, const char *path, Error *e) {
     for (size_t i = 0; ok && i < m->n_slots && !ferror(out.stream); i++) {
         const Slot *slot = &m->slots[i];
         if (slot->source) ok = write_slot(slot, exported_type(slot, choice), out.stream, e);
-        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
         if (!options.report) show_progress("writing tensor", start, i + 1, m->n_slots);
     }
     ok = close_output(&out, ok, e);  // which also finds out whether all was written
@@ -6586,36 +6503,36 @@ static void put_set(const char *member, unsigned set, const char *const *names) 
     printf("]}");
 }
 
-// The tables as JSON, for scripts. A field's key is "" where no file has it; its default is 0 where it is computed.
+// The tables as JSON, for scripts. Of a field, "" is no key; a default of 0 is none, or is computed from others.
 static void print_tables(void) {
     printf("{\"types\": [");
     for (const SourceType *t = source_types; t < source_types + N_SOURCE_TYPES; t++)
-        printf("%s\n {\"name\": \"%s\", \"in_files\": \"%s\", \"gguf\": %d, \"columns\": %zu, \"bytes\": %zu, "
-               "\"written\": %d}", t > source_types ? "," : "", types[t->tile].name, t->name, t->gguf_id, t->block_cols,
-               t->block_bytes, is_writable(t->tile));
+        printf("%c\n {\"name\": \"%s\", \"in_files\": \"%s\", \"gguf\": %d, \"columns\": %zu, \"bytes\": %zu, "
+               "\"written\": %d}", t > source_types ? ',' : ' ', types[t->tile].name, t->name, t->gguf_id,
+               t->block_cols, t->block_bytes, is_writable(t->tile));
     printf("],\n\"families\": [");
     for (const Family *f = families; f < families + sizeof families / sizeof *families; f++) {
-        printf("%s\n {\"name\": \"%s\", \"pairing\": \"%s\", \"global_every\": %d, \"no_rope_every\": %d, "
-               "\"local_theta\": %.17g", f > families ? "," : "", f->name,
+        printf("%c\n {\"name\": \"%s\", \"pairing\": \"%s\", \"global_every\": %d, \"no_rope_every\": %d, "
+               "\"local_theta\": %.17g", f > families ? ',' : ' ', f->name,
                f->pairing == ADJACENT ? "adjacent" : "halves", f->global_every, f->no_rope_every, f->local_theta);
         put_set("features", (unsigned)f->features, feature_names);
     }
     printf("],\n\"fields\": [");
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
-        bool needed = isnan(f->otherwise);
-        printf("%s\n {\"name\": \"%s\", \"type\": \"%s\", \"per_layer\": %d, \"min\": %.17g, \"max\": %.17g, "
-               "\"key\": \"%s\", \"needed\": %d, \"default\": %.17g", f > config_fields ? "," : "", f->name,
+        printf("%c\n {\"name\": \"%s\", \"type\": \"%s\", \"per_layer\": %d, \"min\": %.17g, \"max\": %.17g, "
+               "\"key\": \"%s\", \"needed\": %d, \"default\": %.17g", f > config_fields ? ',' : ' ', f->name,
                f->type == INTEGER ? "integer" : f->type == SINGLE ? "f32" : "f64", f->per_layer, f->min, f->max,
-               f->key ? f->key : "", needed, needed ? 0 : f->otherwise);
+               f->key ? f->key : "", isnan(f->otherwise), fmax(f->otherwise, 0));
         put_set("features", (unsigned)f->feature, feature_names);
     }
     printf("],\n\"pre_tokenizers\": [");
     for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
-        printf("%s\n {\"names\": \"%s\"", i ? "," : "", pre_tokenizers[i].names);
+        printf("%c\n {\"names\": \"%s\"", i ? ',' : ' ', pre_tokenizers[i].names);
         put_set("flags", pre_tokenizers[i].flags, flag_keys);
     }
     printf("],\n\"tokenizer_flags\": [");
-    for (int i = 0; i < N_FLAG_KEYS; i++) printf("%s\n {\"key\": \"%s\", \"bit\": %d}", i ? "," : "", flag_keys[i], i);
+    for (int i = 0; i < N_FLAG_KEYS; i++)
+        printf("%c\n {\"key\": \"%s\", \"bit\": %d}", i ? ',' : ' ', flag_keys[i], i);
     printf("]}\n");
 }
 
