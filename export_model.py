@@ -2109,6 +2109,8 @@ def open_hf(folder: Path, choices: Choices) -> Model:
     model.tensors = map_tensors(model, f, tied, tensors) | extra
     keys |= folder_tokenizer_keys(folder, values, model.value("vocab_size"), choices.pre)
     keys["general.name"] = text(folder.resolve().name)
+    if re.search("phi-?3", folder.resolve().name, re.I):  # where no key says otherwise, special tokens take white space
+        keys.setdefault("tokenizer.ggml.takes_white", array(I32, [0] * model.value("vocab_size")))
     return model
 
 

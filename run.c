@@ -3493,10 +3493,15 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
     Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own, as is the next
     Key takes = get_key(g, "tokenizer.ggml.takes_white", G_I32, true);
+    Text name = get_text(g, "general.name");
+    bool phi3 = false;
+    for (size_t i = 0; i + 4 <= name.n; i++)
+        phi3 = phi3 || ((name.at[i] | 32) == 'p' && (name.at[i + 1] | 32) == 'h' && (name.at[i + 2] | 32) == 'i' &&
+                        name.at[i + 3 + (name.at[i + 3] == '-' && i + 4 < name.n)] == '3');
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
-        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at,
+        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at, .phi3 = phi3,
         .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
@@ -3505,7 +3510,7 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
     };
     for (int i = 0; i < N_FLAG_KEYS; i++) v.says[i] = get_flag(g, flag_keys[i]);
-    v.says[N_FLAG_KEYS] = takes.value.at != NULL;
+    v.says[N_FLAG_KEYS] = takes.value.at || phi3;
     bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
     v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;

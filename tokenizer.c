@@ -1228,7 +1228,8 @@ typedef struct {
     Cursor pieces;                // else strings as in GGUF: u64 length, bytes; byte tokens are spelled <0xAB>
     const unsigned char *scores;  // f32 (n_tokens), or NULL: all 0
     const unsigned char *types;   // i32 (n_tokens), or NULL: all normal
-    const unsigned char *takes;   // i32 (n_tokens), or NULL: no special piece takes white space
+    const unsigned char *takes;   // i32 (n_tokens), or NULL: no special piece takes white space, unless
+    bool phi3;                    // llama.cpp knows a model of this name: most take that after them
     Cursor merges;                // strings: left part, space, right part
     const unsigned char *ends;    // u32 (n_ends): more end tokens
     size_t n_ends;
@@ -1287,6 +1288,11 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
     return (Text){spelled, (size_t)snprintf(spelled, 8, "<0x%02X>", (unsigned)id - 3)};
 }
 
+static bool takes_in_phi3(Text s, int type) {
+    bool special = SPECIAL_TYPES >> type & 1 || is_text(s, "</s>");
+    return special && !is_text(s, "<s>") && !is_text(s, "<|endoftext|>");
+}
+
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
     Cursor c = v->pieces;
     for (size_t id = 0; v->llama2c ? c.left > 0 : id < v->n_tokens; id++) {
@@ -1305,13 +1311,14 @@ static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {
         size_t n = unspell_piece(v->kind, s, &type, bytes);
         if (type == PIECE_BYTE && n == 0) return refuse(e, "byte token %zu is not one of <0x00> to <0xFF>", id);
         if (part[PIECE_TEXT].n > MAX_VOCABULARY) return refuse(e, "its pieces have more than %d bytes", MAX_VOCABULARY);
-        uint8_t packed_type = (uint8_t)type, takes = v->takes ? v->takes[4 * id] : 0;
+        uint8_t packed_type = (uint8_t)type;
+        uint8_t takes = v->takes ? v->takes[4 * id] : v->phi3 && takes_in_phi3(s, type) ? TAKES_AFTER : 0;
         if (v->takes && memcmp(v->takes + 4 * id, (int32_t[]){takes & TAKES_BOTH}, 4))
             return refuse(e, "token %zu takes an unknown kind of white space", id);
         uint32_t start = (uint32_t)part[PIECE_TEXT].n;
         if (!append(&part[STARTS], &start, 4, e) || !append(&part[SCORES], &score, 4, e) ||
             !append(&part[PIECE_TYPES], &packed_type, 1, e) || (n && !append(&part[PIECE_TEXT], bytes, n, e)) ||
-            (v->takes && !append(&part[PIECE_TAKES], &takes, 1, e)))
+            ((v->takes || v->phi3) && !append(&part[PIECE_TAKES], &takes, 1, e)))
             return false;
     }
     uint32_t end = (uint32_t)part[PIECE_TEXT].n;

@@ -1933,7 +1933,7 @@ static void test_command_line(void) {
 
 // ---- Style ----
 
-enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 11000 };
+enum { MAX_COLUMNS = 120, MAX_FUNCTION = 80, MAX_PART_ONE = 1300, MAX_BOTH = 11040 };
 
 static size_t columns(const char *line, size_t n) {
     size_t count = 0;

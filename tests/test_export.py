@@ -1500,6 +1500,35 @@ def test_parts_of_tokenizers(folder: Path) -> None:
             check_tokens(f"{module}: {name}", source, folder / "made.bin", word, VOCAB)
 
 
+def test_phi3_by_name(folder: Path) -> None:
+    """GGUF has no key for rstrip: what llama.cpp does by the model's name (llama-vocab.cpp), for special tokens and </s>
+    but not for <s> and <|endoftext|>, against tokenizers with these flags."""
+    source = save_model(folder / "Tiny-model", make_network("llama"))
+    base = json.loads((source / "tokenizer.json").read_text())
+    names = ("<|user|>", "</s>", "<s>", "<|endoftext|>")
+    tokens = [token(name, special=name != "</s>", rstrip=name in names[:2]) for name in names]
+    put_tokenizer(source, base, {"post_processor": None}, tokens)
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    own.add_tokens([tokenizers.AddedToken("<tool>", rstrip=True, normalized=False)])
+    plain = json.loads((source / "tokenizer.json").read_text())
+    plain["added_tokens"] = [t | {"rstrip": False} for t in plain["added_tokens"]]
+    (source / "tokenizer.json").write_text(json.dumps(plain))
+    without = Tokenizer.from_file(str(source / "tokenizer.json"))
+    exported(source, "-o", folder / "model.gguf", "--to", "gguf", "--no-verify")
+    content = (folder / "model.gguf").read_bytes()
+    for name, known in (("Tiny Phi-3", True), ("small phi3", True), ("my PHI-3.5", True), ("Tiny Phi 3", False),
+                        ("3-phi--phi", False)):
+        made = folder / f"{name}.gguf"
+        made.write_bytes(content.replace(b"Tiny-model", name.encode()))
+        for text in [f"a {t} \n b" for t in names] + ["<tool>  x", "the man"]:
+            got, wanted = tokenize(made, text, "--special"), (own if known else without).encode(text).ids
+            check(f"Phi-3: {name}: {text!r}", got == wanted, f"{got} {wanted}")
+    source = source.rename(folder / "Phi-3")  # a folder's own flags count
+    exported(source, "-o", folder / "folder.bin", "--no-verify")
+    got, wanted = tokenize(folder / "folder.bin", "a <|user|> b", "--special"), without.encode("a <|user|> b").ids
+    check("Phi-3: a folder", got == wanted, f"{got} {wanted}")
+
+
 def test_special_tokens(folder: Path) -> None:
     """Which file names the begin and end tokens, and whether they are added: as transformers has it."""
     source = save_model(folder / "model", make_network("llama", bos_token_id=None, eos_token_id=None))
