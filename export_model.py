@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26"]
+# dependencies = ["numpy>=1.26", "gguf>=0.17", "safetensors>=0.5"]
 # ///
 """Turns checkpoints of other programs into cria's, and back.
 
@@ -17,12 +17,13 @@ consolidated.NN.pth), a llama2.c .pt, a GGUF file, cria's own file. Written are:
 a Hugging Face folder.
 
 In between a model always has the same form: GGUF's keys and tensors, as llama.cpp names and orders them. A reader makes
-it, a writer takes it; a tensor is read only when its turn to be written comes. Only numpy is needed, and torch where
-the source is a pickle (.pth, .pt, .bin), which is opened in torch's mode for weights alone.
+it, a writer takes it; a tensor is read only when its turn to be written comes. The C program looks at GGUF and native
+files first, quantises, and writes native files. What a source needs beside numpy, gguf and safetensors is said in one
+line: torch for a pickle (.pth, .pt, .bin), which is opened in torch's mode for weights alone.
 
     1 Numbers and blocks     2 Tensors          3 GGUF               4 cria's own file      5 Families
-    6 Tokenizers             7 Sources          8 LoRA               9 Numpy forward pass  10 Writers
-   11 Verification          12 The command line
+    6 Tokenizers             7 Sources          8 LoRA               9 Writers             10 Verification
+   11 The command line
 
 Letters in the shapes: V vocabulary, D dim, H heads, G kv heads, K head_dim, R rotated part of K, F ffn, E experts,
 L layers, T tokens. Shapes are outermost first.
@@ -33,6 +34,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -52,9 +54,12 @@ from pathlib import Path
 from typing import Any
 
 try:
+    import gguf
     import numpy as np
-except ImportError:
-    sys.exit("export_model.py: needs numpy: python3 -m pip install numpy")
+    import safetensors
+    from tqdm import tqdm  # which gguf needs, too
+except ImportError as error:
+    sys.exit(f"export_model.py: needs {error.name}: python3 -m pip install numpy gguf safetensors")
 
 
 class Refusal(Exception):
@@ -66,229 +71,83 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in message)
 
 
+def need(what: Any, *packages: str) -> list[Any]:
+    """The modules of packages that only some sources need. Raises Refusal with the command that installs them."""
+    try:
+        return [importlib.import_module(name) for name in packages]
+    except ImportError:
+        raise Refusal(f"{what}: needs {' and '.join(packages)}: python3 -m pip install {' '.join(packages)}") from None
+
+
 # ==== 1. Numbers and blocks ====
-# A matrix is stored in one of these types. The first three are arrays of numbers (bf16, which numpy has not, as the
+# A tensor is stored in one of these types. The first three are arrays of numbers (bf16, which numpy has not, as the
 # upper halves of f32 in uint16). The others are ggml's blocks, kept as bytes: uint8 (rows, bytes of a row).
 
 @dataclass(frozen=True)
 class Type:
-    name: str            # in the option --type, and in messages
-    ggml: int            # its number in GGUF files
-    cols: int            # weights of a block
-    n_bytes: int         # bytes of a block
+    ggml: gguf.GGMLQuantizationType
     file_type: int = -1  # general.file_type of a GGUF file that is mostly of this type; -1: not written by this program
 
+    @property
+    def cols(self) -> int:
+        """Weights of a block."""
+        return gguf.GGML_QUANT_SIZES[self.ggml][0]
 
-TYPES = {t.name: t for t in (
-    Type("f32", 0, 1, 4, 0), Type("f16", 1, 1, 2, 1), Type("bf16", 30, 1, 2, 32),
-    Type("q8", 8, 32, 34, 7), Type("q4", 2, 32, 18, 2), Type("q4m", 3, 32, 20, 3),
-    Type("q5", 6, 32, 22), Type("q5m", 7, 32, 24), Type("q2k", 10, 256, 84), Type("q3k", 11, 256, 110),
-    Type("q4k", 12, 256, 144), Type("q5k", 13, 256, 176), Type("q6k", 14, 256, 210), Type("iq4nl", 20, 32, 18),
-    Type("iq4xs", 23, 256, 136), Type("mxfp4", 39, 32, 17))}
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of a block."""
+        return gguf.GGML_QUANT_SIZES[self.ggml][1]
+
+
+GGML = gguf.GGMLQuantizationType
+# By their names in the option --type, and in messages.
+TYPES = {"f32": Type(GGML.F32, 0), "f16": Type(GGML.F16, 1), "bf16": Type(GGML.BF16, 32), "q8": Type(GGML.Q8_0, 7),
+         "q4": Type(GGML.Q4_0, 2), "q4m": Type(GGML.Q4_1, 3), "q5": Type(GGML.Q5_0), "q5m": Type(GGML.Q5_1),
+         "q2k": Type(GGML.Q2_K), "q3k": Type(GGML.Q3_K), "q4k": Type(GGML.Q4_K), "q5k": Type(GGML.Q5_K),
+         "q6k": Type(GGML.Q6_K), "iq4nl": Type(GGML.IQ4_NL), "iq4xs": Type(GGML.IQ4_XS), "mxfp4": Type(GGML.MXFP4)}
 FLOATS = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 SLAB = 1 << 16  # weights that are converted at once: they stay in the processor's cache
 
 
-def row_bytes(type_name: str, cols: int) -> int:
-    return cols // TYPES[type_name].cols * TYPES[type_name].n_bytes
+def stored_form(shape: tuple[int, ...], type_name: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """How an array holds a tensor of this type: of which numbers, and of which shape."""
+    if type_name in FLOATS:
+        return FLOATS[type_name], shape
+    kind = TYPES[type_name]
+    return np.dtype(np.uint8), (*shape[:-1], shape[-1] // kind.cols * kind.n_bytes)
 
 
-def bfloat_of_float(x: np.ndarray) -> np.ndarray:
-    """The upper half of each f32, rounded to nearest, ties to even; NaN stays NaN      x f32   out uint16"""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7fff) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), (bits >> 16 | 0x40).astype(np.uint16), rounded)
-
-
-def float_of_bfloat(x: np.ndarray) -> np.ndarray:
-    return (np.asarray(x).astype(np.uint32) << 16).view(np.float32)
-
-
-def half(x: np.ndarray) -> np.ndarray:
-    """x rounded to f16, as f32: what a scale becomes in a file."""
-    return x.astype(np.float16).astype(np.float32)
-
-
-def quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x / y, and 0 where y is 0."""
-    return np.divide(x, y, out=np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32), where=y != 0)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The whole numbers that a block can hold, and where to look for its scale and minimum: x ~ q * scale + minimum."""
-    low: int
-    high: int
-    has_minimum: bool
-    starts: tuple  # has_minimum: which parts of the range are cut off below and above; else by what the scale shrinks
-
-    def store(self, x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-        """q      x (blocks, 32)   scale, minimum (blocks, 1)"""
-        q = x - minimum if self.has_minimum else x.copy()
-        q *= quotient(np.ones_like(scale), scale)
-        return np.clip(np.rint(q, out=q), self.low, self.high, out=q)
-
-    def guesses(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Scales and minima to start from. The first is ggml's: the whole range fits."""
-        if self.has_minimum:
-            least, most = x.min(1, keepdims=True), x.max(1, keepdims=True)
-            for below, above in self.starts:
-                yield half((most - least) * ((1 - below - above) / self.high)), half(least + below * (most - least))
-            return
-        peak = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)  # becomes `low` or, less the factor, is cut off
-        for factor in self.starts:
-            yield half(peak / (self.low * factor)), np.zeros_like(peak)
-
-    def fit(self, x: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The scale and minimum with the least squared error for these q: linear regression."""
-        product, square = (np.einsum("bi,bi->b", q, y)[:, None] for y in (x, q))
-        if not self.has_minimum:
-            return half(quotient(product, square)), np.zeros_like(product)
-        mean_q, mean_x = q.mean(1, keepdims=True), x.mean(1, keepdims=True)
-        scale = half(quotient(product - 32 * mean_q * mean_x, square - 32 * mean_q * mean_q))
-        return scale, half(mean_x - scale * mean_q)
-
-    def search(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all guesses, and of what fits their q best, for each block the one with the least squared error.
-        x (blocks, 32)   out q (blocks, 32), scale (blocks, 1), minimum (blocks, 1)"""
-        best = None
-        for guess in self.guesses(x):
-            for scale, minimum in (guess, self.fit(x, self.store(x, *guess))):
-                off = self.store(x, scale, minimum)
-                off *= scale
-                off += minimum - x if self.has_minimum else -x
-                error = np.einsum("bi,bi->b", off, off)[:, None]
-                if best is None:
-                    best = error, scale, minimum
-                    continue
-                better = error < best[0]
-                best = tuple(np.where(better, new, old) for new, old in zip((error, scale, minimum), best))
-        return self.store(x, *best[1:]), *best[1:]
-
-
-GRIDS = {"q8": Grid(-127, 127, False, (1, 0.996, 1.004)), "q4": Grid(-8, 7, False, (1, 0.93, 1.07)),
-         "q4m": Grid(0, 15, True, ((0, 0), (0.05, 0.05), (0, 0.06), (0.06, 0)))}
-
-
-def halves(x: np.ndarray) -> np.ndarray:
-    return x.astype("<f2").view(np.uint8)
-
-
-def quantise(x: np.ndarray, type_name: str) -> np.ndarray:
-    """Blocks of 32 as ggml stores them      x f32 (blocks, 32)   out uint8 (blocks, bytes of a block)"""
-    q, scale, minimum = GRIDS[type_name].search(x)
-    if type_name == "q8":
-        return np.hstack([halves(scale), q.astype(np.int8).view(np.uint8)])
-    if type_name == "q4":
-        q, minimum = q + 8, minimum[:, :0]
-    return np.hstack([halves(scale), halves(minimum), join(q.astype(np.uint8).reshape(-1, 2, 16), -2, 4)])
+def stored_bytes(shape: tuple[int, ...], type_name: str) -> int:
+    number, stored = stored_form(shape, type_name)
+    return math.prod(stored) * number.itemsize
 
 
 def encode(x: np.ndarray, type_name: str) -> np.ndarray:
-    """Rows of numbers as a file stores them.
-    x f32 (rows, cols)   out (rows, cols) of f32, f16 or uint16, or uint8 (rows, bytes of a row)"""
-    if type_name == "f32":
-        return x
-    if type_name == "bf16":
-        return bfloat_of_float(x)
-    if type_name == "f16":
-        with np.errstate(over="ignore"):
-            narrow = x.astype(np.float16)
-        if not np.array_equal(np.isfinite(narrow), np.isfinite(x)):
-            raise Refusal("has numbers beyond the range of f16; use --type bf16 or f32")
-        return narrow
-    if not np.isfinite(x).all():
-        raise Refusal("has numbers that are not finite and cannot be quantised")
-    return quantise(x.reshape(-1, 32), type_name).reshape(len(x), -1)
-
-
-# What the weights of iq4nl and iq4xs stand for, places on a curve, and those of mxfp4, twice a float of 4 bits.
-CURVE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-SMALL_FLOATS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-
-
-def join(x: np.ndarray, axis: int, bits: int) -> np.ndarray:
-    """Small numbers along an axis in one byte, the first in its lowest bits."""
-    shifts = np.arange(0, bits * x.shape[axis], bits, np.uint8)
-    return np.bitwise_or.reduce(x << shifts.reshape(-1, *[1] * (-1 - axis)), axis)
-
-
-def split(x: np.ndarray, n: int, bits: int) -> np.ndarray:
-    """The inverse, for n bytes each time      uint8 (blocks, m * n) -> (blocks, m * 8 / bits * n)"""
-    shifts = np.arange(0, 8, bits, np.uint8)[:, None]
-    return (x.reshape(len(x), -1, 1, n) >> shifts & (1 << bits) - 1).reshape(len(x), -1)
-
-
-def block_weights(b: np.ndarray, type_name: str) -> np.ndarray:
-    """The weights of blocks, without scale and minimum      out f32 (blocks, cols of a block)"""
-    if type_name == "q8":
-        return b[:, 2:].view(np.int8).astype(np.float32)
-    if type_name in ("q2k", "q3k"):
-        q = split(b[:, 16:80] if type_name == "q2k" else b[:, 32:96], 32, 2)
-        return q.astype(np.float32) if type_name == "q2k" else (q | split(b[:, :32], 32, 1) << 2).astype(np.float32) - 4
-    if type_name == "q6k":
-        return (split(b[:, :128], 64, 4) | split(b[:, 128:192], 32, 2) << 4).astype(np.float32) - 32
-    q = split(b[:, -128:] if b.shape[1] > 128 else b[:, -16:], 32 if type_name in ("q4k", "q5k") else 16, 4)
-    if type_name in ("q5", "q5m", "q5k"):
-        high = {"q5": b[:, 2:6], "q5m": b[:, 4:8]}.get(type_name)
-        q |= (split(b[:, 16:48], 32, 1) if high is None else np.unpackbits(high, 1, bitorder="little")) << 4
-    table = {"iq4nl": CURVE, "iq4xs": CURVE, "mxfp4": SMALL_FLOATS}.get(type_name)
-    return q.astype(np.float32) - {"q4": 8, "q5": 16}.get(type_name, 0) if table is None else table[q]
-
-
-def block_scales(b: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The scales of blocks or of their parts, and what is added, if anything      out f32 (blocks, parts)"""
-    if type_name == "mxfp4":  # 2^(e - 128)
-        return np.ldexp(np.float32(1), b[:, :1].astype(int) - 128), None
-    at = {"q2k": 80, "q3k": 108, "q6k": 208}.get(type_name, 0)
-    d, dmin = (b[:, i:i + 2].view("<f2").astype(np.float32) if i < b.shape[1] else None for i in (at, at + 2))
-    if type_name == "q2k":
-        return d * (b[:, :16] & 15), -(dmin * (b[:, :16] >> 4))
-    if type_name == "q3k":
-        s = split(b[:, 96:104], 8, 4) | split(b[:, 104:108], 4, 2) << 4
-        return d * (s.astype(np.float32) - 32), None
-    if type_name in ("q4k", "q5k"):
-        low, both = b[:, 4:12], split(b[:, 12:16], 4, 4)
-        s = np.hstack([low & 63, both | low >> 6 << 4])  # four scales, four minima, and so on
-        return d * s[:, [0, 1, 2, 3, 8, 9, 10, 11]], -(dmin * s[:, [4, 5, 6, 7, 12, 13, 14, 15]])
-    if type_name == "q6k":
-        return d * b[:, 192:208].view(np.int8), None
-    if type_name == "iq4xs":
-        s = split(b[:, 4:8], 1, 4) | split(b[:, 2:4], 1, 2) << 4
-        return d * (s.astype(np.float32) - 32), None
-    return d, dmin if type_name in ("q4m", "q5m") else None
-
-
-def dequantise(b: np.ndarray, type_name: str) -> np.ndarray:
-    """b uint8 (blocks, bytes of a block)   out f32 (blocks, cols of a block)"""
-    q, (scale, minimum) = block_weights(b, type_name), block_scales(b, type_name)
-    x = q.reshape(*scale.shape, -1) * scale[..., None]
-    return (x if minimum is None else x + minimum[..., None]).reshape(len(b), -1)
+    """Rows of numbers as a file stores them, each rounded to the nearest; of blocks, as gguf does it.
+    x f32 (rows, cols)   out (rows, cols) of f32, f16 or uint16, or uint8 (rows, bytes of a row)
+    Raises Refusal for numbers beyond the range of f16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = gguf.quantize(np.ascontiguousarray(x), TYPES[type_name].ggml)
+    if type_name == "f16" and not np.array_equal(np.isfinite(stored), np.isfinite(x)):
+        raise Refusal("has numbers beyond the range of f16; use --type bf16 or f32")
+    return stored.view(FLOATS["bf16"]) if type_name == "bf16" else stored
 
 
 def decode(stored: np.ndarray, type_name: str) -> np.ndarray:
     """The inverse of encode()."""
     if type_name == "bf16":
-        return float_of_bfloat(stored)
+        return (np.asarray(stored).astype(np.uint32) << 16).view(np.float32)
     if type_name in FLOATS:
         return np.asarray(stored, np.float32)
-    blocks = np.ascontiguousarray(stored).reshape(-1, TYPES[type_name].n_bytes)
-    return dequantise(blocks, type_name).reshape(*stored.shape[:-1], -1)
+    return gguf.dequantize(np.ascontiguousarray(stored), TYPES[type_name].ggml).astype(np.float32, copy=False)
 
 
 def check_finite(stored: np.ndarray, type_name: str, first: int) -> None:
-    """Refuses numbers and scales that are not finite, and names the row      stored: rows from number `first` on"""
+    """Refuses weights that are not finite, and names the row      stored: rows from number `first` on"""
     with np.errstate(over="ignore", invalid="ignore"):
-        if type_name in FLOATS:
-            parts = [decode(stored, type_name)]
-        else:
-            blocks = np.ascontiguousarray(stored).reshape(-1, TYPES[type_name].n_bytes)
-            parts = [x.reshape(len(stored), -1) for x in block_scales(blocks, type_name) if x is not None]
-        if type_name == "mxfp4":
-            parts[0] = parts[0] * np.float32(12)  # the greatest weight
-    bad = ~np.logical_and.reduce([np.isfinite(x).all(1) for x in parts])
-    if bad.any():
-        raise Refusal(f"has a weight or scale in row {first + int(bad.argmax())} that is not finite")
+        good = np.isfinite(decode(stored, type_name)).all(1)
+    if not good.all():
+        raise Refusal(f"has a weight or scale in row {first + int(good.argmin())} that is not finite")
 
 
 # ==== 2. Tensors ====
@@ -341,66 +200,54 @@ def unpair_rows(w: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(w.reshape(heads, len(w) // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2)).reshape(w.shape)
 
 
+def mapped(path: Path, at: int, shape: tuple[int, ...], type_name: str) -> Tensor:
+    """A tensor whose bytes begin at `at`, read when they are wanted."""
+    number, stored = stored_form(shape, type_name)
+
+    def read() -> np.ndarray:
+        return np.fromfile(path, number, math.prod(stored), offset=at).reshape(stored)
+    return Tensor(shape, type_name, read)
+
+
 SAFETENSORS_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """| u64 n | n bytes of JSON: name -> dtype, shape, begin and end of its data | data |"""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        if n > size - 8:
-            raise Refusal(f"{path}: not a safetensors file, or cut short")
-        header = parse_json(file.read(n), path)
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise Refusal(f"{path}: the entry of {name} is not one of safetensors") from None
-        if dtype not in SAFETENSORS_TYPES:
-            raise Refusal(f"{path}: {name} has dtype {dtype}, expected F32, F16 or BF16")
-        number = FLOATS[SAFETENSORS_TYPES[dtype]]
-        if not 0 <= begin <= end <= size - 8 - n or end - begin != math.prod(shape) * number.itemsize:
-            raise Refusal(f"{path}: {name} does not lie within the file: not copied whole?")
-        tensors[name] = mapped(path, 8 + n + begin, number, shape, SAFETENSORS_TYPES[dtype])
-    return tensors
-
-
-def mapped(path: Path, offset: int, number: np.dtype, stored: tuple[int, ...], type_name: str,
-           shape: tuple[int, ...] | None = None) -> Tensor:
-    """Numbers of a file, read when they are wanted      stored: as the file has them"""
-    def read() -> np.ndarray:
-        return np.fromfile(path, number, math.prod(stored), offset=offset).reshape(stored)
-    return Tensor(shape or stored, type_name, read)
+    """The package checks that the tensors fill the file, without gaps: so each begins where the one before ends."""
+    try:
+        with path.open("rb") as file, safetensors.safe_open(path, "numpy") as whole:
+            at, tensors = 8 + int.from_bytes(file.read(8), "little"), {}
+            for name in whole.offset_keys():
+                part = whole.get_slice(name)
+                if part.get_dtype() not in SAFETENSORS_TYPES:
+                    raise Refusal(f"{path}: {name} has dtype {part.get_dtype()}, expected F32, F16 or BF16")
+                tensors[name] = mapped(path, at, tuple(part.get_shape()), SAFETENSORS_TYPES[part.get_dtype()])
+                at += stored_bytes(tensors[name].shape, tensors[name].type)
+            return tensors
+    except safetensors.SafetensorError as error:
+        raise Refusal(f"{path}: not a safetensors file, or not copied whole: {error}") from None
 
 
 def open_pickle(path: Path) -> dict[str, Any]:
     """A file of torch.save(), by torch's reader that makes nothing but tensors and plain containers."""
-    try:
-        import torch
-    except ImportError:
-        raise Refusal(f"{path}: reading this needs torch: pip install torch") from None
+    (torch,) = need(path, "torch")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Refusal(f"{path}: torch cannot open it: {reason}") from None
+        raise Refusal(f"{path}: torch cannot open it: {first_line(error)}") from None
 
 
 def of_torch(name: str, t: Any) -> Tensor:
     types = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
-    if str(getattr(t, "dtype", "")) not in types or str(t.layout) != "torch.strided":
-        found = getattr(t, "dtype", type(t).__name__)
+    found = str(getattr(t, "dtype", type(t).__name__))
+    if found not in types or str(t.layout) != "torch.strided":
         raise Refusal(f"{name} has dtype {found}, expected float32, float16 or bfloat16")
-    type_name = types[str(t.dtype)]
 
     def read() -> np.ndarray:
-        import torch
+        (torch,) = need(name, "torch")
         whole = t.detach().contiguous()
-        return whole.view(torch.int16).numpy().view(np.uint16) if type_name == "bf16" else whole.numpy()
-    return Tensor(tuple(t.shape), type_name, read)
+        return whole.view(torch.int16).numpy().view("<u2") if types[found] == "bf16" else whole.numpy()
+    return Tensor(tuple(t.shape), types[found], read)
 
 
 def parse_json(text: bytes | str, path: Path) -> dict:
@@ -419,19 +266,18 @@ def read_json(path: Path) -> dict:
 
 
 # ==== 3. GGUF ====
-# | "GGUF" | u32 version | u64 n_tensors | u64 n_keys | keys | tensor entries | zeros | data, each aligned |
 
-U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-NUMBERS = {U8: "<u1", I8: "<i1", U16: "<u2", I16: "<i2", U32: "<u4", I32: "<i4", F32: "<f4", BOOL: "<u1", U64: "<u8",
-           I64: "<i8", F64: "<f8"}
+U32, I32, F32, BOOL, STRING, ARRAY = (gguf.GGUFValueType[name] for name in (
+    "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY"))
+NUMBERS = {U32: "<u4", I32: "<i4", F32: "<f4", BOOL: "?"}  # the arrays that this program makes
 
 
 @dataclass(frozen=True)
 class Value:
     """Of a key. An array has an item kind, and its data are a list of str, or a numpy array."""
-    kind: int
+    kind: gguf.GGUFValueType
     data: Any
-    item: int = -1
+    item: gguf.GGUFValueType | None = None
 
 
 def u32(x: int) -> Value:
@@ -450,7 +296,7 @@ def text(x: str) -> Value:
     return Value(STRING, x)
 
 
-def array(item: int, values: list) -> Value:
+def array(item: gguf.GGUFValueType, values: list) -> Value:
     return Value(ARRAY, values if item == STRING else np.asarray(values, NUMBERS[item]), item)
 
 
@@ -478,43 +324,6 @@ class Model:
         return sum(math.prod(t.shape) for t in self.tensors.values())
 
 
-class Bytes:
-    """A cursor over a file that is mapped into memory; what does not fit is refused."""
-
-    def __init__(self, path: Path):
-        self.path, self.at = path, 0
-        self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-
-    def take(self, n: int) -> bytes:
-        if n > len(self.data) - self.at:
-            raise Refusal(f"{self.path}: the file ends too early: not copied whole?")
-        self.at += n
-        return self.data[self.at - n:self.at].tobytes()
-
-    def number(self, kind: int) -> Any:
-        return np.frombuffer(self.take(np.dtype(NUMBERS[kind]).itemsize), NUMBERS[kind])[0].item()
-
-    def string(self) -> str:
-        return self.take(self.number(U64)).decode("utf-8", "surrogateescape")
-
-
-def read_value(c: Bytes, kind: int) -> Value:
-    if kind == STRING:
-        return Value(STRING, c.string())
-    if kind == BOOL:
-        return Value(BOOL, bool(c.number(U8)))
-    if kind in NUMBERS:
-        return Value(kind, c.number(kind))
-    item, count = c.number(U32), c.number(U64)
-    if kind != ARRAY or item not in (*NUMBERS, STRING):
-        raise Refusal(f"{c.path}: a key has a value of kind {kind}/{item}, which is not known")
-    if item == STRING:
-        if count > len(c.data):
-            raise Refusal(f"{c.path}: an array of {count} strings does not fit the file")
-        return Value(ARRAY, [c.string() for _ in range(count)], STRING)
-    return Value(ARRAY, np.frombuffer(c.take(count * np.dtype(NUMBERS[item]).itemsize), NUMBERS[item]), item)
-
-
 def open_gguf(path: Path) -> Model:
     """A file or, of a split one (NAME-00001-of-00003.gguf), all parts, whichever of them is named."""
     name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name, re.DOTALL)
@@ -534,8 +343,7 @@ def open_gguf(path: Path) -> Model:
     if wanted != len(whole.tensors):
         raise Refusal(f"{path}: has {len(whole.tensors)} tensors, key split.tensors.count says {wanted}")
     join_experts(whole.tensors, path)
-    for key in [key for key in whole.keys if key.startswith("split.")]:
-        del whole.keys[key]
+    whole.keys = {key: value for key, value in whole.keys.items() if not key.startswith("split.")}
     return whole
 
 
@@ -552,112 +360,106 @@ def join_experts(tensors: dict[str, Tensor], path: Path) -> None:
         tensors[name] = stack([experts[e] for e in range(len(experts))])
 
 
+class Reader(gguf.GGUFReader):
+    """gguf's, with a plain array in place of numpy's of a mapped file, which takes three times as long to cut up."""
+
+    def _get(self, *words: Any, **more: Any) -> np.ndarray:
+        self.data = np.asarray(self.data)
+        return super()._get(*words, **more)
+
+
 def open_gguf_part(path: Path) -> Model:
-    c = Bytes(path)
-    c.take(4)
-    version, n_tensors, n_keys = c.number(U32), c.number(U64), c.number(U64)
-    if version not in (2, 3):
-        raise Refusal(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian)")
-    keys = {}
-    for _ in range(n_keys):
-        name = c.string()
-        if name in keys:
-            raise Refusal(f"{path}: key {name} is there twice")
-        keys[name] = read_value(c, c.number(U32))
-    entries = []
-    for _ in range(n_tensors):
-        name = c.string()
-        dims = [c.number(U64) for _ in range(min(c.number(U32), 5))]
-        entries.append((name, tuple(reversed(dims)), c.number(U32), c.number(U64)))
-    alignment = keys["general.alignment"].data if "general.alignment" in keys else 32
-    begin = -(-c.at // alignment) * alignment
-    names = {t.ggml: t.name for t in TYPES.values()}
-    tensors = {}
-    for name, shape, ggml, offset in entries:
-        if ggml not in names:
-            raise Refusal(f"{path}: {name} is of GGUF type {ggml}, which is not known")
-        if name in tensors:
-            raise Refusal(f"{path}: tensor {name} is there twice")
-        tensors[name] = gguf_tensor(c, name, shape, names[ggml], begin + offset)
+    try:
+        reader = Reader(path)
+    except (LookupError, TypeError, ValueError) as error:
+        raise Refusal(f"{path}: not a GGUF file, or not copied whole: {first_line(error)}") from None
+    keys = {name: gguf_value(found) for name, found in reader.fields.items() if not name.startswith("GGUF.")}
+    names, tensors = {kind.ggml: name for name, kind in TYPES.items()}, {}
+    for t in reader.tensors:
+        if t.tensor_type not in names:
+            raise Refusal(f"{path}: {t.name} is of type {t.tensor_type.name}, which is not known here")
+        tensors[t.name] = mapped(path, t.data_offset, tuple(t.shape[::-1].tolist()), names[t.tensor_type])
     return Model(path, keys, tensors)
 
 
-def gguf_tensor(c: Bytes, name: str, shape: tuple[int, ...], type_name: str, at: int) -> Tensor:
-    if not 1 <= len(shape) <= 4 or shape[-1] % TYPES[type_name].cols:
-        raise Refusal(f"{c.path}: {name} has the shape {shape}, which {type_name} cannot have")
-    if type_name in FLOATS:
-        number, stored = FLOATS[type_name], shape
-    else:
-        number, stored = np.dtype(np.uint8), (*shape[:-1], row_bytes(type_name, shape[-1]))
-    if at + math.prod(stored) * number.itemsize > len(c.data):
-        raise Refusal(f"{c.path}: {name} does not lie within the file: not copied whole?")
-    return mapped(c.path, at, number, stored, type_name, shape)
+def gguf_value(found: gguf.ReaderField) -> Value:
+    kind, item = found.types[0], found.types[1] if len(found.types) > 1 else None
+    parts = [found.parts[i] for i in found.data]
+    if STRING in (kind, item):
+        texts = [part.tobytes().decode("utf-8", "surrogateescape") for part in parts]
+        return Value(kind, texts if item else texts[0], item)
+    if kind == ARRAY:
+        return Value(kind, np.concatenate(parts) if parts else [], item)
+    return Value(kind, parts[0][0].item())
 
 
-def pack_string(s: str) -> bytes:
-    encoded = s.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def pack_value(v: Value) -> bytes:
-    if v.kind == STRING:
-        return pack_string(v.data)
-    if v.kind != ARRAY:
-        return np.array(v.data, NUMBERS[v.kind]).tobytes()
-    items = b"".join(map(pack_string, v.data)) if v.item == STRING else np.asarray(v.data, NUMBERS[v.item]).tobytes()
-    return struct.pack("<IQ", v.item, len(v.data)) + items
-
-
-def pack_gguf_header(keys: dict[str, Value], tensors: dict[str, tuple[Tensor, str]]) -> bytes:
-    """All before the data      tensors: name -> tensor and the type that it is written in"""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
+def write_gguf(model: Model, types: dict[str, str], path: Path) -> None:
+    """types: the type that each tensor is written in      Raises Refusal where a weight is not finite."""
+    writer = gguf.GGUFWriter(path, model.arch)
+    keys = {"general.type": text("model")} | model.keys
+    if any(t.type != types[name] for name, t in model.tensors.items()) or "general.file_type" not in keys:
+        keys["general.file_type"] = u32(file_type(list(types.values())))
+    keys["general.quantization_version"] = u32(gguf.GGML_QUANT_VERSION)
     for key, value in keys.items():
-        parts += [pack_string(key), struct.pack("<I", value.kind), pack_value(value)]
-    offset = 0
-    for name, (tensor, type_name) in tensors.items():
-        shape = tensor.shape
-        parts += [pack_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *reversed(shape)),
-                  struct.pack("<IQ", TYPES[type_name].ggml, offset)]
-        offset += -(-stored_bytes(shape, type_name) // 32) * 32
-    header = b"".join(parts)
-    return header + bytes(-len(header) % 32)
+        data = value.data.tolist() if isinstance(value.data, np.ndarray) else value.data
+        if value.item == STRING:
+            data = [s.encode("utf-8", "surrogateescape") for s in data]
+        elif value.kind == STRING:
+            data = data.encode("utf-8", "surrogateescape")
+        if key not in ("general.architecture", "general.alignment") and (value.kind != ARRAY or data):
+            writer.add_key_value(key, data, value.kind, value.item)
+    for name, t in model.tensors.items():
+        n_bytes = stored_bytes(t.shape, types[name])
+        writer.add_tensor_info(name, t.shape, np.dtype("<f4"), n_bytes, TYPES[types[name]].ggml)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        write_tensors(file, {name: (t, types[name]) for name, t in model.tensors.items()}, writer.data_alignment)
+    finally:
+        writer.close()
 
 
-def stored_bytes(shape: tuple[int, ...], type_name: str) -> int:
-    return math.prod(shape[:-1]) * row_bytes(type_name, shape[-1])
+def file_type(types: list[str]) -> int:
+    """general.file_type: that of most matrices."""
+    known = [TYPES[t].file_type for t in types if t != "f32" and TYPES[t].file_type >= 0]
+    return max(sorted(set(known)), key=known.count) if known else 0
 
 
 # ==== 4. cria's own file ====
-# Drawn in README, "The native file, byte by byte". A matrix lies in tiles of 16 rows x 32 columns, or 256:
-# here they become GGUF's rows of blocks again, with the same bits.
+# Drawn at the head of run.c's "cria's own file". A matrix lies in tiles of 16 rows x 32 columns, or 256: here they
+# become GGUF's rows of blocks again, with the same bits. The C program has looked at the file before.
 
 NATIVE_MAGIC = b"\x89cria\r\n\x1a"
-NATIVE_LAYOUT = 2
-# By its number, a matrix's type, the bits of a weight, and what a row of a tile has before them: the bytes of its scale
-# and, if there is one, of its minimum, and how many bytes of smaller scales.
-NATIVE_TYPES = (("f32", 32, (), 0), ("f16", 16, (), 0), ("bf16", 16, (), 0), ("q8", 8, (2,), 0), ("q8f", 8, (4,), 0),
-                ("q4", 4, (2,), 0), ("q4m", 4, (2, 2), 0), ("q5", 5, (2,), 0), ("q5m", 5, (2, 2), 0),
-                ("q2k", 2, (2, 2), 16), ("q3k", 3, (2,), 16), ("q4k", 4, (2, 2), 16), ("q5k", 5, (2, 2), 16),
-                ("q6k", 6, (2,), 16), ("iq4nl", 4, (2,), 0), ("iq4xs", 4, (2,), 8), ("mxfp4", 4, (1,), 0))
+NATIVE_HEADER = np.dtype([("magic", "S8"), ("layout", "<u4"), ("n_tensors", "<u4"), ("n_bytes", "<u8"),
+                          ("family", "S16"), ("sections", "<u8", (5, 2)), ("zero", "<u8")])
+NATIVE_TENSOR = np.dtype([("name", "S64"), ("type", "<u4"), ("rows", "<u4"), ("cols", "<u4"), ("n", "<u4"),
+                          ("at", "<u8"), ("n_bytes", "<u8")])
+# By its number, a matrix's type and the fields of its blocks, in ggml's order. d and m are scale and minimum, q the
+# weights, s smaller scales, k those of q4k and q5k. q4:2:32 are the weights' bits from number 4 on, 2 of each weight;
+# those that share a byte are 32 weights apart.
+NATIVE_TYPES = (("f32", ""), ("f16", ""), ("bf16", ""), ("q8", "d q0:8:1"), ("q8f", "d q0:8:1"), ("q4", "d q0:4:16"),
+                ("q4m", "d m q0:4:16"), ("q5", "d q4:1:1 q0:4:16"), ("q5m", "d m q4:1:1 q0:4:16"),
+                ("q2k", "s0:8:1 q0:2:32 d m"), ("q3k", "q2:1:32 q0:2:32 s0:4:8 s4:2:4 d"), ("q4k", "d m k q0:4:32"),
+                ("q5k", "d m k q4:1:32 q0:4:32"), ("q6k", "q0:4:64 q4:2:32 s0:8:1 d"), ("iq4nl", "d q0:4:16"),
+                ("iq4xs", "d s4:2:1 s0:4:1 q0:4:16"), ("mxfp4", "d q0:4:16"))
 NATIVE_VECTOR = 255
+SCALE_BYTES = {"q8f": 4, "mxfp4": 1}  # others: 2
+N_SMALL_SCALES = {"q2k": 16, "q3k": 16, "q4k": 16, "q5k": 16, "q6k": 16, "iq4xs": 8}  # of a row in a tile
 NATIVE_PRE = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "deepseek-llm", "default", "mpt", "command-r", "hunyuan",
               "glm4", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "deepseek-coder")
-# Names of the configuration and GGUF's keys; "": native_keys() makes these, or they follow from the family.
-NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
-                 "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
-                 "original_context": "rope.scaling.original_context_length",
-                 "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "rope_scale": "",
-                 "rope_magnitude": "", "yarn_fast": "", "yarn_slow": "", "local_theta": "", "embedding_scale": "",
-                 "residual_scale": "", "attention_scale": "", "logit_scale": "",
-                 "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
-                 "activation": "", "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
-                 "ffn_dim": "feed_forward_length", "window": "", "angles": "", "n_experts": "expert_count",
-                 "n_experts_used": "expert_used_count"}
-NATIVE_PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim", "window", "angles", "n_experts", "n_experts_used")
-NATIVE_OFF = ("original_context", "attention_cap", "logit_cap", "n_experts", "n_experts_used")  # at 0 they are not there
 
 
-def stored_weights(w: np.ndarray, bits: int) -> np.ndarray:
+def pick_bits(x: np.ndarray, which: str) -> np.ndarray:
+    """Some bits of small numbers, as many in a byte as fit, the first in its lowest bits      which: as q4:2:32"""
+    shift, bits, apart = map(int, which.split(":"))
+    x = (x >> shift & (1 << bits) - 1).reshape(*x.shape[:-1], -1, 8 // bits, apart)
+    return np.bitwise_or.reduce(x << np.arange(0, 8, bits, np.uint8)[:, None], -2).reshape(*x.shape[:-3], -1)
+
+
+def weights_of_planes(w: np.ndarray, bits: int) -> np.ndarray:
     """The weights of 32 columns and 16 rows from the planes that have their bits      uint8 (..., 64 * bits) ->
     (..., 8, 64): eight groups of four columns"""
     q, at, below = np.zeros((*w.shape[:-1], 8, 64), np.uint8), 0, 0
@@ -670,90 +472,52 @@ def stored_weights(w: np.ndarray, bits: int) -> np.ndarray:
     return q
 
 
-def pack_scales(s: np.ndarray, type_name: str) -> list[np.ndarray]:
-    """A tile's smaller scales as ggml has them      uint8 (..., 16 or 8)"""
-    at = s.shape[:-1]
-    if type_name in ("q4k", "q5k"):  # 8 scales, 8 minima
-        low, high = s.reshape(*at, 2, 2, 4)[..., 0, :], s.reshape(*at, 2, 2, 4)[..., 1, :]
-        return [(low | high >> 4 << 6).reshape(*at, 8), join(high & 15, -2, 4)]
-    s = s + np.uint8(32) if type_name in ("q3k", "iq4xs") else s
-    if type_name == "q3k":
-        return [join((s & 15).reshape(*at, 2, 8), -2, 4), join((s >> 4).reshape(*at, 4, 4), -2, 2)]
-    if type_name == "iq4xs":
-        return [join((s >> 4).reshape(*at, 2, 4), -1, 2), join((s & 15).reshape(*at, 4, 2), -1, 4)]
-    return [s]
-
-
-def pack_block(q: np.ndarray, scales: list[np.ndarray], narrow: np.ndarray, type_name: str) -> list[np.ndarray]:
-    """The fields of ggml's blocks, in their order      q uint8 (rows, blocks, cols)  scales (..., bytes), of minima too
-    narrow (..., 16 or 8)"""
-    at, smaller = q.shape[:2], pack_scales(narrow, type_name)
-
-    def bits(x: np.ndarray, shape: tuple[int, ...], axis: int, n: int) -> np.ndarray:
-        return join(x.reshape(*at, *shape), axis, n).reshape(*at, -1)
-    if type_name in ("q4k", "q5k"):
-        high = [bits(q >> 4, (8, 32), -2, 1)] if type_name == "q5k" else []
-        return [*scales, *smaller, *high, bits(q & 15, (4, 2, 32), -2, 4)]
-    if type_name == "q2k":
-        return [*smaller, bits(q, (2, 4, 32), -2, 2), *scales]
-    if type_name == "q3k":
-        return [bits(q >> 2, (8, 32), -2, 1), bits(q & 3, (2, 4, 32), -2, 2), *smaller, *scales]
-    if type_name == "q6k":
-        return [bits(q & 15, (2, 2, 64), -2, 4), bits(q >> 4, (2, 4, 32), -2, 2), *smaller, *scales]
-    if type_name == "q8":
-        return [*scales, q]
-    high = [np.packbits(q >> 4, -1, "little")] if type_name in ("q5", "q5m") else []
-    return [*scales, *smaller, *high, bits(q & 15, (-1, 2, 16), -2, 4)]
-
-
-def untile(tiles: np.ndarray, number: int, rows: int) -> np.ndarray:
+def untile(tiles: np.ndarray, type_name: str, layout: str) -> np.ndarray:
     """uint8 (row tiles, column tiles, bytes of a tile) -> rows as in a GGUF file; of q8f, floats"""
     r, c, _ = tiles.shape
-    type_name, bits, widths, n_narrow = NATIVE_TYPES[number]
     if type_name in FLOATS:
         numbers = tiles.reshape(r, c, -1).view(FLOATS[type_name]).reshape(r, c, 32, 16)
-        return numbers.transpose(0, 3, 1, 2).reshape(r * 16, c * 32)[:rows]
-    at = 0
+        return numbers.transpose(0, 3, 1, 2).reshape(r * 16, c * 32)
 
     def take(x: np.ndarray, n: int) -> np.ndarray:
         """What has n bytes for each of 16 rows, one row after the other, once or several times, by rows."""
         return x.reshape(r, c, -1, 16, n).transpose(0, 3, 1, 2, 4).reshape(r * 16, c, -1)
-    scales = []
-    for n in (*widths, n_narrow):
-        scales.append(take(tiles[..., at:at + 16 * n], n if n < 8 else 1) if n else None)
-        at += 16 * n
-    weights = tiles[..., at:].reshape(r, c, -1, 64 * bits)
-    q = take(stored_weights(weights, bits).reshape(r, c, -1), 4)
+    fields, at, wide, n_small = {}, 0, SCALE_BYTES.get(type_name, 2), N_SMALL_SCALES.get(type_name, 0)
+    for name, n_bytes, n in (("d", wide, wide), ("m", 2 * (" m" in layout), 2), ("s", n_small, 1)):
+        fields[name] = take(tiles[..., at:at + 16 * n_bytes], n)
+        at += 16 * n_bytes
+    bits = sum(int(part.split(":")[1]) for part in layout.split() if part[0] == "q")
+    q = weights_of_planes(tiles[..., at:].reshape(r, c, -1, 64 * bits), bits)
+    fields["q"] = take(q.reshape(r, c, -1), 4)
     if type_name == "q8f":
-        scale = np.ascontiguousarray(scales[0]).view("<f4")
-        return (q.view(np.int8).astype(np.float32) * scale).reshape(r * 16, -1)[:rows]
-    narrow = scales.pop()
-    fields = pack_block(q, scales, q[..., :0] if narrow is None else narrow, type_name)
-    return np.concatenate(fields, 2).reshape(r * 16, -1)[:rows]
+        scale = np.ascontiguousarray(fields["d"]).view("<f4")
+        return (fields["q"].view(np.int8).astype(np.float32) * scale).reshape(r * 16, -1)
+    if type_name in ("q3k", "iq4xs"):  # whose smaller scales are signed in tiles
+        fields["s"] = fields["s"] + np.uint8(32)
+    if "k" in layout:  # of eight scales and eight minima, the upper bits of the last four go to the first four
+        s = fields["s"].reshape(r * 16, c, 2, 2, 4)
+        low, high = s[..., 0, :], s[..., 1, :]
+        last = high[..., 0, :] & 15 | (high[..., 1, :] & 15) << 4
+        fields["k"] = np.concatenate([(low | high >> 4 << 6).reshape(r * 16, c, 8), last], 2)
+    parts = [pick_bits(fields[part[0]], part[1:]) if part[1:] else fields[part] for part in layout.split()]
+    return np.concatenate(parts, 2).reshape(r * 16, -1)
 
 
-def native_tensor(c: Bytes, record: bytes) -> tuple[str, Tensor]:
-    """| name[64] | u32 type, rows, columns, matrices | u64 at, n_bytes |"""
-    name = record[:64].rstrip(b"\0").decode("ascii", "replace")
-    kind, rows, cols, n, at, n_bytes = struct.unpack("<4I2Q", record[64:])
-    if at + n_bytes > len(c.data):
-        raise Refusal(f"{c.path}: {name} does not lie within the file: not copied whole?")
-    if kind == NATIVE_VECTOR:
-        return name, mapped(c.path, at, FLOATS["f32"], (cols,), "f32")
-    if kind >= len(NATIVE_TYPES):
-        raise Refusal(f"{c.path}: {name} is in tiles of type {kind}, which is not known here")
-    type_name, bits, widths, n_narrow = NATIVE_TYPES[kind]
-    tile_cols = 256 if n_narrow else 32
-    grid = n * -(-rows // 16), -(-cols // tile_cols)  # each expert's matrix begins with a tile of its own
-    if n_bytes != math.prod(grid) * (16 * (sum(widths) + n_narrow) + 2 * tile_cols * bits):
-        raise Refusal(f"{c.path}: {name} has {n_bytes} bytes for {math.prod(grid)} tiles")
+def native_tensor(path: Path, record: np.void) -> tuple[str, Tensor]:
+    """record: of NATIVE_TENSOR"""
+    name = record["name"].decode("ascii", "replace")
+    number, rows, cols, n, at, n_bytes = (int(record[key]) for key in NATIVE_TENSOR.names[1:])
+    if number == NATIVE_VECTOR:
+        return name, mapped(path, at, (cols,), "f32")
+    type_name, layout = NATIVE_TYPES[number]
+    grid = n * -(-rows // 16), -(-cols // (256 if type_name in N_SMALL_SCALES else 32))
+    by_expert = name.endswith("_exps.weight")  # each expert's matrix begins with a tile of its own
 
     def read() -> np.ndarray:
-        tiles = np.fromfile(c.path, np.uint8, n_bytes, offset=at).reshape(*grid, -1)
-        stored = untile(tiles, kind, grid[0] * 16).reshape(n, -(-rows // 16) * 16, -1)[:, :rows]
-        stored = stored[..., :cols] if type_name in FLOATS else stored
+        tiles = np.fromfile(path, np.uint8, n_bytes, offset=at).reshape(*grid, -1)
+        stored = untile(tiles, type_name, layout).reshape(n, -(-rows // 16) * 16, -1)[:, :rows]
+        stored = stored[..., :cols] if not layout or type_name == "q8f" else stored
         return np.ascontiguousarray(stored if by_expert else stored[0])
-    by_expert = name.endswith("_exps.weight")
     shape = (n, rows, cols) if by_expert else (rows, cols)
     return name, Tensor(shape, "f32" if type_name == "q8f" else type_name, read)
 
@@ -774,19 +538,31 @@ def fuse_phi3(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return out
 
 
-def native_fields(section: bytes, path: Path) -> dict[str, list]:
-    """Records | name[28] | u32 count | f64[count] |"""
+# Names of the configuration and GGUF's keys; "": native_keys() makes these, or they follow from the family.
+NATIVE_CONFIG = {"n_layers": "block_count", "dim": "embedding_length", "n_tokens": "vocab_size",
+                 "head_dim": "attention.key_length", "rope_dim": "rope.dimension_count", "context": "context_length",
+                 "original_context": "rope.scaling.original_context_length",
+                 "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "rope_scale": "",
+                 "rope_magnitude": "", "yarn_fast": "", "yarn_slow": "", "local_theta": "", "embedding_scale": "",
+                 "residual_scale": "", "attention_scale": "", "logit_scale": "",
+                 "attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping",
+                 "activation": "", "n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv",
+                 "ffn_dim": "feed_forward_length", "window": "", "angles": "", "n_experts": "expert_count",
+                 "n_experts_used": "expert_used_count"}
+# At 0, they are not there.
+NATIVE_OFF = ("original_context", "attention_cap", "logit_cap", "n_experts", "n_experts_used")
+
+
+def native_fields(section: bytes, path: Path) -> dict[str, list[float]]:
+    """Records | name[28] | u32 count | f64[count] |      out: each name's values, one or one for each layer"""
     fields, at = {}, 0
     while at < len(section):
-        name = section[at:at + 28].rstrip(b"\0").decode("ascii", "replace")
-        (count,) = struct.unpack_from("<I", section, at + 28)
-        fields[name] = list(struct.unpack_from(f"<{count}d", section, at + 32))
+        name, count = struct.unpack_from("<28sI", section, at)
+        fields[name.rstrip(b"\0").decode("ascii", "replace")] = struct.unpack_from(f"<{count}d", section, at + 32)
         at += 32 + 8 * count
-    for name in [*(fields.keys() - NATIVE_CONFIG.keys()), *(NATIVE_CONFIG.keys() - fields.keys())]:
-        raise Refusal(f"{path}: its configuration {'has' if name in fields else 'lacks'} {name}, which is not expected")
-    for name, values in fields.items():
-        if len(values) != (fields["n_layers"][0] if name in NATIVE_PER_LAYER else 1):
-            raise Refusal(f"{path}: its configuration has {len(values)} values of {name}")
+    if fields.keys() != NATIVE_CONFIG.keys():
+        raise Refusal(f"{path}: its configuration has or lacks {min(fields.keys() ^ NATIVE_CONFIG.keys())}, which this "
+                      "program does not expect")
     return fields
 
 
@@ -855,7 +631,7 @@ def native_keys(fields: dict[str, list], arch: str, path: Path, has_factors: boo
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
 
-def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
+def native_vocabulary(section: bytes) -> dict[str, Value]:
     """The tokenizer's section as GGUF's keys."""
     kind, pre, flags, bos, eos, unk, n_end, n, n_merges, n_text = struct.unpack_from("<3I3i4I", section)
     at, arrays = 40, []
@@ -864,8 +640,6 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
         arrays.append(np.frombuffer(section, number, count, at))
         at += arrays[-1].nbytes
     scores, starts, merges, ends, around, types, takes = arrays
-    if pre >= len(NATIVE_PRE):
-        raise Refusal(f"{path}: its pre-tokenizer has number {pre}, which is not known here")
     raw = [section[at + starts[i]:at + starts[i + 1]] for i in range(n)]
     spm = kind == 1
     pieces = [spell_piece(piece, int(t), spm) for piece, t in zip(raw, types)]
@@ -909,22 +683,19 @@ def spell_piece(piece: bytes, token_type: int, spm: bool) -> str:
 
 
 def open_native(path: Path) -> Model:
-    c = Bytes(path)
-    header = c.take(128)
-    layout, n_tensors, n_bytes = struct.unpack_from("<IIQ", header, 8)
-    if layout != NATIVE_LAYOUT:
-        raise Refusal(f"{path}: has layout {layout}, expected {NATIVE_LAYOUT}: make it again from its source")
-    if n_bytes != len(c.data):
-        raise Refusal(f"{path}: {len(c.data)} bytes, expected {n_bytes}: not copied whole?")
-    arch = header[24:40].rstrip(b"\0").decode("ascii", "replace")
-    sections = []
-    for i in range(4):
-        c.at, size = struct.unpack_from("<QQ", header, 40 + 16 * i)
-        sections.append(c.take(size))
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(NATIVE_HEADER.itemsize), NATIVE_HEADER)[0]
+        if header["layout"] != 2:
+            raise Refusal(f"{path}: has layout {header['layout']}, expected 2: make it again from its source")
+        sections = []
+        for at, n_bytes in header["sections"][:4]:  # the fifth has the weights
+            file.seek(at)
+            sections.append(file.read(n_bytes))
     config, records, tokenizer, template = sections
-    tensors = dict(native_tensor(c, records[96 * i:96 * i + 96]) for i in range(n_tensors))
+    arch = header["family"].decode("ascii", "replace")
+    tensors = dict(native_tensor(path, record) for record in np.frombuffer(records, NATIVE_TENSOR))
     keys = native_keys(native_fields(config, path), arch, path, "rope_factors_long.weight" in tensors)
-    keys = {"general.architecture": text(arch)} | keys | native_vocabulary(tokenizer, path)
+    keys = {"general.architecture": text(arch)} | keys | native_vocabulary(tokenizer)
     if template:
         keys["tokenizer.chat_template"] = text(template.decode("utf-8", "surrogateescape"))
     return Model(path, keys, fuse_phi3(tensors, path) if arch == "phi3" else tensors)
@@ -1962,10 +1733,12 @@ def tekken_keys(path: Path, size: int) -> dict[str, Value]:
 def llama2c_tokenizer_keys(path: Path, size: int) -> dict[str, Value]:
     """| i32 longest piece | then per token | f32 score | i32 length | bytes |. Ids 0, 1, 2 are <unk>, <s>, </s>, 3 to
     258 the bytes."""
-    c, vocabulary = Bytes(path), Vocabulary(size)
-    c.take(4)
+    data, at, vocabulary = path.read_bytes(), 4, Vocabulary(size)
     for i in range(size):
-        score, piece = c.number(F32), c.take(c.number(U32)).decode("utf-8", "surrogateescape")
+        score, n = struct.unpack_from("<fI", data, at)
+        piece, at = data[at + 8:at + 8 + n].decode("utf-8", "surrogateescape"), at + 8 + n
+        if at > len(data):
+            raise Refusal(f"{path}: the file ends too early: not copied whole?")
         vocabulary.put(i, piece.replace(" ", "\u2581"), NORMAL, score)
         if i < 3:
             vocabulary.put(i, ("<unk>", "<s>", "</s>")[i], UNKNOWN if i == 0 else CONTROL, score)
@@ -2664,212 +2437,7 @@ def merge_adapter(model: Model, adapter: Adapter) -> None:
         raise Refusal(f"{adapter.folder}: the base has no {min(left)}")
 
 
-# ==== 9. Numpy forward pass ====
-# What the model computes, in float32 and in the plainest way, from GGUF's keys alone: so it finds a key that is missing
-# or wrong. Where rows of query and key were reordered, it takes the source's order, and so finds a wrong order, too.
-
-PAIRED = {f.arch for f in FAMILIES.values() if f.pairs}
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps)) * weight
-
-
-def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, eps: float) -> np.ndarray:
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + np.float32(eps)) * weight + bias
-
-
-def rotate(x: np.ndarray, angles: tuple[np.ndarray, np.ndarray], paired: bool) -> np.ndarray:
-    """x (T, heads, K)   angles: cos and sin, each (T, R/2); of a head, its first R numbers are rotated: neighbours
-    (paired), or i and i + R/2"""
-    cos, sin = (a[:, None].astype(np.float32) for a in angles)
-    R, out = 2 * cos.shape[-1], x.copy()
-    first, second = (slice(0, R, 2), slice(1, R, 2)) if paired else (slice(0, R // 2), slice(R // 2, R))
-    a, b = x[..., first], x[..., second]
-    out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
-    return out
-
-
-def yarn_ramp(model: Model, theta: float, R: int) -> np.ndarray:
-    """How much of each angle YaRN divides by the factor: from 0 for fast turns to 1 for slow ones      out (R/2)"""
-    def turning(n: float) -> float:
-        """The number of the angle that turns n times within the original context."""
-        return R * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta))
-    original = model.value("rope.scaling.original_context_length", model.value("context_length"))
-    low = max(math.floor(turning(model.value("rope.scaling.yarn_beta_fast", 32.0))), 0)
-    high = min(math.ceil(turning(model.value("rope.scaling.yarn_beta_slow", 1.0))), R - 1)
-    return np.clip((np.arange(R // 2) - low) / (high - low or 0.001), 0, 1)
-
-
-class Network:
-    """A forward pass over T tokens. Matrices are read when they are used."""
-
-    def __init__(self, model: Model, types: dict[str, str] | None = None):
-        """types: the type that each tensor is rounded to before it is used; none: as it is"""
-        self.model, self.types, self.s = model, types or {}, sizes_of(model)
-        self.arch = model.arch
-        self.eps = model.value("attention.layer_norm_rms_epsilon", model.value("attention.layer_norm_epsilon"))
-        query = model.tensors.get("blk.0.attn_q.weight")
-        self.paired = self.arch in PAIRED and not (query and query.original)
-
-    def weight(self, name: str) -> np.ndarray | None:
-        tensor = self.model.tensors.get(name)
-        if tensor is None:
-            return None
-        tensor = tensor.original or tensor
-        type_name, w = self.types.get(name, tensor.type), tensor.floats()
-        rows = w.reshape(-1, w.shape[-1])
-        n = max(1, SLAB // w.shape[-1])
-        for i in range(0, len(rows) if type_name != tensor.type else 0, n):
-            rows[i:i + n] = decode(encode(rows[i:i + n], type_name), type_name)
-        return w
-
-    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        y, bias = x @ self.weight(f"{name}.weight").T, self.weight(f"{name}.bias")
-        return y if bias is None else y + bias
-
-    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """x itself where there is no such norm."""
-        weight = self.weight(f"{name}.weight")
-        if weight is None:
-            return x
-        if self.arch == "stablelm":
-            bias = self.weight(f"{name}.bias")
-            return layer_norm(x, weight, 0.0 if bias is None else bias, self.eps)
-        return rms_norm(x, weight, self.eps)
-
-    def angles(self, n: int, windowed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin, each (T, R/2)"""
-        v = self.model.value
-        R, theta = v("rope.dimension_count", self.s.K), v("rope.freq_base", 10000.0)
-        kind, factor, scale = v("rope.scaling.type", "none"), v("rope.scaling.factor", 1.0), 1.0
-        if windowed and self.arch == "gemma3":
-            theta = v("rope.freq_base_swa", 10000.0)
-        original = v("rope.scaling.original_context_length", v("context_length"))
-        turn = theta ** (-np.arange(0, R, 2) / R)
-        if windowed and self.arch in ("gemma3", "olmo2"):
-            angle = np.arange(n)[:, None] * turn
-            return np.cos(angle), np.sin(angle)
-        if kind == "linear":
-            turn = turn / factor
-        elif kind == "yarn":
-            ramp = yarn_ramp(self.model, theta, R)
-            turn = turn * (1 - ramp) + turn / factor * ramp
-            scale = yarn_magnitude(factor) / yarn_magnitude(factor, v("rope.scaling.yarn_log_multiplier", 0.0))
-        elif "rope_factors_long.weight" in self.model.tensors:
-            name = "long" if n > original else "short"
-            turn = turn / self.weight(f"rope_factors_{name}.weight").astype(float)
-            usual = longrope_magnitude(v("context_length") / original, original)
-            scale = 1.0 if v("rope.scaling.attn_factor") else usual
-        scale *= v("rope.scaling.attn_factor", 1.0)
-        factors = self.weight("rope_freqs.weight")
-        turn = turn if factors is None else turn / factors.astype(float)
-        angle = np.arange(n)[:, None] * turn
-        return np.cos(angle) * scale, np.sin(angle) * scale
-
-    def is_windowed(self, layer: int) -> bool:
-        pattern = self.model.value("attention.sliding_window_pattern")
-        pattern = usual_windows(self.arch, layer + 1) if pattern is None else pattern
-        return self.model.value("attention.sliding_window", 0) > 0 and bool(pattern[layer])
-
-    def attention_scale(self) -> float:
-        v, s = self.model.value, self.s
-        return v("attention.scale") or usual_scalar(self.arch, v("block_count"), s.D // s.H, s.K) ** -0.5
-
-    def query_key_value(self, x: np.ndarray, blk: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(T, D) -> (T, H, K), (T, G, K), (T, G, K), normed, not rotated"""
-        s, n = self.s, len(x)
-        if f"{blk}attn_qkv.weight" in self.model.tensors:
-            fused = self.linear(x, f"{blk}attn_qkv")
-            q, k, v = np.split(fused, [s.H * s.K, (s.H + s.G) * s.K], 1)
-        else:
-            q, k, v = (self.linear(x, f"{blk}attn_{name}") for name in "qkv")
-        shapes = (n, s.H, s.K), (n, s.G, s.K)
-        if self.arch != "olmo2":  # which normalises all heads at once
-            q, k = q.reshape(shapes[0]), k.reshape(shapes[1])
-        q, k = self.norm(q, f"{blk}attn_q_norm"), self.norm(k, f"{blk}attn_k_norm")
-        return q.reshape(shapes[0]), k.reshape(shapes[1]), v.reshape(shapes[1])
-
-    def attention(self, x: np.ndarray, layer: int) -> np.ndarray:
-        """(T, D) -> (T, D)"""
-        blk, n, windowed = f"blk.{layer}.", len(x), self.is_windowed(layer)
-        q, k, v = self.query_key_value(x, blk)
-        if self.arch != "smollm3" or (layer + 1) % 4:
-            angles = self.angles(n, windowed)
-            q, k = rotate(q, angles, self.paired), rotate(k, angles, self.paired)
-        k, v = (np.repeat(t, self.s.H // self.s.G, 1) for t in (k, v))
-        scores = np.einsum("thk,shk->hts", q, k) * np.float32(self.attention_scale())
-        if cap := self.model.value("attn_logit_softcapping", 0):
-            scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
-        back = np.arange(n)[:, None] - np.arange(n)
-        seen = (back >= 0) & (back < (self.model.value("attention.sliding_window") if windowed else n))
-        mixed = np.einsum("hts,shk->thk", softmax(np.where(seen, scores, np.float32(-1e30))), v)
-        return self.linear(mixed.reshape(n, -1), f"{blk}attn_output")
-
-    def activate(self, x: np.ndarray) -> np.ndarray:
-        if self.arch in ("gemma2", "gemma3"):
-            return 0.5 * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x ** 3)))
-        return x / (1 + np.exp(-x))
-
-    def feed_forward(self, x: np.ndarray, blk: str) -> np.ndarray:
-        """(T, D) -> (T, D)"""
-        if f"{blk}ffn_gate_inp.weight" in self.model.tensors:
-            return self.mixture(x, blk)
-        if self.arch == "phi3":
-            gate, up = np.split(self.linear(x, f"{blk}ffn_up"), 2, 1)
-        else:
-            gate, up = self.linear(x, f"{blk}ffn_gate"), self.linear(x, f"{blk}ffn_up")
-        return self.linear(self.activate(gate) * up, f"{blk}ffn_down")
-
-    def mixture(self, x: np.ndarray, blk: str) -> np.ndarray:
-        """The likeliest experts of each token, weighted      (T, D) -> (T, D)"""
-        p = softmax(self.linear(x, f"{blk}ffn_gate_inp"))
-        chosen = np.argsort(-p, 1, kind="stable")[:, :self.model.value("expert_used_count")]
-        weights = np.take_along_axis(p, chosen, 1)
-        weights /= weights.sum(1, keepdims=True)
-        gate, up, down = (self.weight(f"{blk}ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
-        y = np.zeros_like(x)
-        for e in range(len(gate)):
-            token, place = np.nonzero(chosen == e)
-            hidden = self.activate(x[token] @ gate[e].T) * (x[token] @ up[e].T)
-            y[token] += hidden @ down[e].T * weights[token, place, None]
-        return y
-
-    def layer(self, x: np.ndarray, layer: int) -> np.ndarray:
-        """(T, D) -> (T, D)"""
-        blk, scale = f"blk.{layer}.", np.float32(self.model.value("residual_scale", 1.0))
-        normed = self.norm(x, f"{blk}attn_norm")
-        attended = self.norm(self.attention(normed, layer), f"{blk}post_attention_norm") * scale
-        if self.arch == "stablelm" and f"{blk}ffn_norm.weight" not in self.model.tensors:
-            return x + attended + self.feed_forward(normed, blk)  # side by side
-        x = x + attended
-        fed = self.feed_forward(self.norm(x, f"{blk}ffn_norm"), blk)
-        return x + self.norm(fed, f"{blk}post_ffw_norm") * scale
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """ids (T)   out f32 (T, V)"""
-        v = self.model.value
-        embedding = self.weight("token_embd.weight")
-        x = embedding[ids] * np.float32(v("embedding_scale", 1.0))
-        if self.arch in ("gemma2", "gemma3"):
-            x = x * np.float32(math.sqrt(self.s.D))
-        for layer in range(v("block_count")):
-            x = self.layer(x, layer)
-        x = self.norm(x, "output_norm")
-        head = "output.weight" if "output.weight" in self.model.tensors else "token_embd.weight"
-        y = x @ (embedding if head == "token_embd.weight" else self.weight(head)).T
-        y = y / np.float32(v("logit_scale", 1.0) or 1.0)
-        cap = np.float32(v("final_logit_softcapping", 0))
-        return np.tanh(y / cap) * cap if cap else y
-
-
-# ==== 10. Writers ====
+# ==== 9. Writers ====
 
 def sensitive(name: str) -> bool:
     """What --type mixed gives more bits: an error in these shows most."""
@@ -2887,128 +2455,49 @@ def planned_type(name: str, tensor: Tensor, choice: str) -> str:
     return "f16" if tensor.shape[-1] % TYPES[type_name].cols else type_name
 
 
-@dataclass
-class Errors:
-    """How far stored weights are from the source's, gathered over the slabs of a tensor."""
-    squares: float = 0.0
-    norm: float = 0.0
-    worst: float = 0.0  # of a block of 32: its root mean square error in parts of its root mean square
-
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """x, y f32 (rows, cols)"""
-        x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
-        self.squares += float(np.square(x - y).sum())
-        self.norm += float(np.square(x).sum())
-        n = len(x) // 32 * 32
-        size, error = (np.square(t[:n]).reshape(-1, 32).sum(1) for t in (x, x - y))
-        ratio = np.sqrt(np.divide(error, size, out=np.zeros_like(size), where=size > 0))
-        self.worst = max(self.worst, float(ratio.max(initial=0)))
-
-    def line(self, name: str, source: str, target: str) -> str:
-        rmse = math.sqrt(self.squares / self.norm) if self.norm else 0.0
-        return f"{name:32} {source:>5} -> {target:5} RMSE {rmse:9.3e}  worst block {self.worst:9.3e}"
-
-
-def slabs(tensor: Tensor, type_name: str, errors: Errors | None = None) -> Iterator[bytes]:
-    """A tensor's bytes in this type, a few rows at a time."""
+def slabs(tensor: Tensor, type_name: str) -> Iterator[np.ndarray]:
+    """A tensor in this type, a few rows at a time."""
     stored = tensor.read()
     rows = stored.reshape(-1, stored.shape[-1])
     n_rows = max(1, SLAB // tensor.shape[-1])
     for i in range(0, len(rows), n_rows):
         slab = rows[i:i + n_rows]
         check_finite(slab, tensor.type, i)
-        if type_name != tensor.type:
-            x = decode(slab, tensor.type)
-            slab = encode(x, type_name)
-            if errors:
-                errors.add(x, decode(slab, type_name))
-        yield slab.tobytes()
+        yield slab if type_name == tensor.type else encode(decode(slab, tensor.type), type_name)
 
 
-class Progress:
-    """A bar on stderr, if that is a terminal."""
-
-    def __init__(self, total: int, label: str):
-        self.total, self.done, self.label, self.shown = max(total, 1), 0, label, -1
-        self.active = sys.stderr.isatty()
-
-    def add(self, n: int) -> None:
-        self.done += n
-        share = self.done * 40 // self.total
-        if self.active and share != self.shown:
-            self.shown = share
-            bar = "#" * share + "." * (40 - share)
-            print(f"\r{self.label} [{bar}] {self.done >> 20} of {self.total >> 20} MiB", end="", file=sys.stderr)
-            if self.done >= self.total:
-                print(file=sys.stderr)
+def write_tensors(file: Any, tensors: dict[str, tuple[Tensor, str]], alignment: int = 1) -> None:
+    """The data of tensors in their order, each padded with zeros      tensors: name -> tensor, type to write
+    Raises Refusal where a weight is not finite."""
+    total = sum(stored_bytes(t.shape, type_name) for t, type_name in tensors.values())
+    with tqdm(desc="writing", total=total, unit="B", unit_scale=True, disable=None) as progress:
+        for name, (tensor, type_name) in tensors.items():
+            try:
+                for slab in slabs(tensor, type_name):
+                    file.write(slab.tobytes())
+                    progress.update(slab.nbytes)
+            except Refusal as refusal:
+                raise Refusal(f"{name} {refusal}") from None
+            file.write(bytes(-stored_bytes(tensor.shape, type_name) % alignment))
 
 
-def write_tensors(file: Any, tensors: dict[str, tuple[Tensor, str]], alignment: int, report: bool, label: str) -> None:
-    """The data of tensors in their order, each padded with zeros      tensors: name -> tensor, type to write"""
-    progress = Progress(sum(stored_bytes(t.shape, type_name) for t, type_name in tensors.values()), label)
-    for name, (tensor, type_name) in tensors.items():
-        errors, n = Errors() if report else None, 0
-        try:
-            for slab in slabs(tensor, type_name, errors):
-                file.write(slab)
-                n += len(slab)
-                progress.add(len(slab))
-        except Refusal as refusal:
-            raise Refusal(f"{name} {refusal}") from None
-        file.write(bytes(-n % alignment))
-        if errors and type_name != tensor.type:
-            print(printable(errors.line(name, tensor.type, type_name)), file=sys.stderr)
-
-
-def file_type(types: list[str]) -> int:
-    """general.file_type: that of most matrices."""
-    known = [TYPES[t].file_type for t in types if t != "f32" and TYPES[t].file_type >= 0]
-    return max(sorted(set(known)), key=known.count) if known else 0
-
-
-def gguf_header(model: Model, types: dict[str, str], more: dict[str, tuple[Tensor, str]] | None = None) -> bytes:
-    """more: further tensors, behind the model's"""
-    keys = {"general.architecture": model.keys["general.architecture"], "general.type": text("model")}
-    keys |= {k: v for k, v in model.keys.items() if k != "general.alignment"}
-    if any(t.type != types[name] for name, t in model.tensors.items()) or "general.file_type" not in keys:
-        keys["general.file_type"] = u32(file_type(list(types.values())))
-    keys["general.quantization_version"] = u32(2)
-    return pack_gguf_header(keys, {name: (t, types[name]) for name, t in model.tensors.items()} | (more or {}))
-
-
-def write_gguf(model: Model, types: dict[str, str], path: Path, report: bool) -> None:
-    with path.open("wb") as file:
-        file.write(gguf_header(model, types))
-        write_tensors(file, {name: (t, types[name]) for name, t in model.tensors.items()}, 32, report, "writing")
-
-
-def write_native(model: Model, types: dict[str, str], path: Path, report: bool, run: Path) -> None:
-    """By way of a GGUF file, which the C program turns into its own."""
-    gguf = path.with_name(path.name + ".gguf")
-    try:
-        check_openable(model, types, gguf, run)
-        write_gguf(model, types, gguf, report)
-        done = call(run, gguf, "-m", "export", "-o", path)
-        if done.returncode:
-            raise Refusal(f"{run} cannot make a native file of it: {last_line(done.stderr).replace(str(gguf), 'it')}")
-    finally:
-        gguf.unlink(missing_ok=True)
-
-
-def check_openable(model: Model, types: dict[str, str], path: Path, run: Path) -> None:
-    """Asks the C program before anything big is written: shows it a file with a hole in place of the data, and with one
-    tensor more, which it names if there is nothing else that it does not know."""
-    extra = "~"  # after all other names
-    with path.open("wb") as file:
-        file.write(gguf_header(model, types, {extra: (constant([0.0]), "f32")}))
-        file.truncate(file.tell() + sum(-(-stored_bytes(t.shape, types[n]) // 32) * 32
-                                        for n, t in model.tensors.items()) + 32)
-    done = call(run, path, "-m", "inspect")
-    if f"tensor {extra} " not in done.stderr:
+def convert(model: Model, o: argparse.Namespace, plain: Path, native: Path, run: Path) -> None:
+    """The C program makes its own file of a GGUF file, rounded as --type says. Raises Refusal if it does not."""
+    words = [*(["--type", o.type] if o.type != "keep" else []), *(["--report"] if o.report else [])]
+    done = call(run, plain, "-m", "export", *words, "-o", native)
+    if done.returncode:
         kind, reason = model.hf_config.get("model_type", model.arch), last_line(done.stderr)
         asked = [f"{key} = true, " for key in ("use_parallel_residual", "qk_layernorm") if model.hf_config.get(key)]
         raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet ({''.join(asked)}"
-                      f"{reason.removeprefix(f'run: {path}: ')}); --to gguf writes it for llama.cpp")
+                      f"{reason.removeprefix(f'run: {plain}: ')}); --to gguf writes it for llama.cpp")
+    print(done.stderr, end="", file=sys.stderr)
+
+
+def write_rounded(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
+    """As GGUF, with the weights that the C program has rounded."""
+    keys = {key: value for key, value in model.keys.items() if key != "general.file_type"}
+    rounded = replace(model, keys=keys, tensors={name: tensors[name] for name in model.tensors})
+    write_gguf(rounded, {name: t.type for name, t in rounded.tensors.items()}, path)
 
 
 def call(run: Path, *words: Any) -> subprocess.CompletedProcess:
@@ -3046,63 +2535,51 @@ LLAMA2C_ORDER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_
 def check_llama2c(model: Model) -> Sizes:
     """llama2.c's program has the rest of the configuration in its source."""
     sizes, v = sizes_of(model), model.value
-    wrong = None
-    if model.arch != "llama" or v("expert_count", 0):
-        wrong = f"family {model.arch}"
-    elif v("rope.freq_base", 10000.0) != 10000.0:
-        wrong = f"rope.freq_base = {v('rope.freq_base'):g}"
-    elif abs(v("attention.layer_norm_rms_epsilon") - 1e-5) > 1e-9:
-        wrong = f"attention.layer_norm_rms_epsilon = {v('attention.layer_norm_rms_epsilon'):g}"
-    elif sizes.K * sizes.H != sizes.D or v("rope.dimension_count", sizes.K) != sizes.K:
-        wrong = "attention.key_length or rope.dimension_count"
-    elif v("rope.scaling.type", "none") != "none" or v("attention.sliding_window", 0):
-        wrong = "rope.scaling.type or attention.sliding_window"
+    usual = {"rope.freq_base": 10000.0, "attention.key_length": sizes.D // sizes.H, "rope.dimension_count": sizes.K,
+             "rope.scaling.type": "none", "attention.sliding_window": 0, "expert_count": 0}
+    wrong = [f"{key} = {v(key)}" for key, value in usual.items() if v(key, value) != value]
+    if abs(v("attention.layer_norm_rms_epsilon") - 1e-5) > 1e-9:
+        wrong.append(f"attention.layer_norm_rms_epsilon = {v('attention.layer_norm_rms_epsilon'):g}")
     known = {f"blk.{i}.{name}.weight" for i in range(v("block_count")) for name in LLAMA2C_ORDER}
-    others = set(model.tensors) - known - {"token_embd.weight", "output_norm.weight", "output.weight"}
-    if wrong or others:
-        raise Refusal(f"{model.source}: llama2.c's format has no place for {wrong or sorted(others)[0]}")
+    wrong += sorted(model.tensors.keys() - known - {"token_embd.weight", "output_norm.weight", "output.weight"})
+    if model.arch != "llama" or wrong:
+        raise Refusal(f"{model.source}: llama2.c's format has no place for "
+                      + (wrong[0] if model.arch == "llama" else f"family {model.arch}"))
     return sizes
 
 
-def group_quantise(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """llama2.c's v2: int8 and one f32 scale for each group      w f32 (any)   out int8 (groups, group), f32 (groups)"""
-    w = w.reshape(-1, group)
-    scale = np.abs(w).max(1) / np.float32(127)
-    return np.rint(quotient(w, scale[:, None])).astype(np.int8), scale
-
-
 def write_llama2c(model: Model, path: Path, version: int) -> None:
+    """version: 0, all in f32, or 2: matrices as int8 with an f32 scale for each group of 64 or 32"""
     sizes, n_layers = check_llama2c(model), model.value("block_count")
     context, tied = model.value("context_length"), "output.weight" not in model.tensors
-
-    def of_layers(name: str) -> list[str]:
-        return [f"blk.{i}.{name}.weight" for i in range(n_layers)]
-    norms = [*of_layers("attn_norm"), *of_layers("ffn_norm"), "output_norm.weight"]
-    head = [] if tied else ["output.weight"]
     numbers = (sizes.D, sizes.F, n_layers, sizes.H, sizes.G, sizes.V if tied or version == 2 else -sizes.V, context)
+    of_layers = {name: [f"blk.{i}.{name}.weight" for i in range(n_layers)] for name in LLAMA2C_ORDER}
+    norms = [*of_layers["attn_norm"], *of_layers["ffn_norm"], "output_norm.weight"]
+    head = [] if tied else ["output.weight"]
+
+    def floats(names: list[str]) -> None:
+        write_tensors(file, {name: (model.tensors[name], "f32") for name in names})
     with path.open("wb") as file:
         if version == 0:
             file.write(struct.pack("<7i", *numbers))
-            names = ["token_embd.weight", *(n for name in LLAMA2C_ORDER for n in of_layers(name)), "output_norm.weight"]
-            write_tensors(file, {n: (model.tensors[n], "f32") for n in names}, 1, False, "writing")
+            floats(["token_embd.weight", *sum(of_layers.values(), []), "output_norm.weight"])
             file.write(bytes(4 * context * sizes.K))  # tables of cos and sin, which nobody reads
-            write_tensors(file, {n: (model.tensors[n], "f32") for n in head}, 1, False, "writing")
-            return
+            return floats(head)
         group = next((g for g in (64, 32) if sizes.D % g == 0 and sizes.F % g == 0 and sizes.G * sizes.K % g == 0), 0)
         if not group:
             raise Refusal(f"{model.source}: rows of {sizes.D} and {sizes.F} cannot be cut into groups of 32")
         header = b"24ka" + struct.pack("<i7iBi", 2, *numbers, tied, group)
         file.write(header.ljust(256, b"\0"))
-        write_tensors(file, {n: (model.tensors[n], "f32") for n in norms}, 1, False, "writing")
-        matrices = [n for name in LLAMA2C_ORDER if not name.endswith("_norm") for n in of_layers(name)]
+        floats(norms)
+        matrices = [name for of_kind in of_layers.values() for name in of_kind if name not in norms]
         for name in ["token_embd.weight", *matrices, *head]:
-            weights = model.tensors[name].floats()
             try:
-                check_finite(weights.reshape(-1, weights.shape[-1]), "f32", 0)
+                w = np.concatenate(list(slabs(model.tensors[name], "f32"))).reshape(-1, group)
             except Refusal as refusal:
                 raise Refusal(f"{name} {refusal}") from None
-            q, scale = group_quantise(weights, group)
-            file.write(q.tobytes() + scale.astype("<f4").tobytes())
+            scale = np.abs(w).max(1, keepdims=True) / np.float32(127)
+            q = np.divide(w, scale, out=np.zeros_like(w), where=scale != 0)
+            file.write(np.rint(q).astype(np.int8).tobytes() + scale.astype("<f4").tobytes())
 
 
 # -- A Hugging Face folder --
@@ -3244,7 +2721,7 @@ def write_safetensors(tensors: dict[str, tuple[Tensor, str]], path: Path, report
     packed += b" " * (-len(packed) % 8)
     with path.open("wb") as file:
         file.write(len(packed).to_bytes(8, "little") + packed)
-        write_tensors(file, tensors, 1, report, "writing")
+        write_tensors(file, tensors)
 
 
 def hf_type(tensors: dict[str, Tensor], choice: str) -> str:
@@ -3306,69 +2783,43 @@ def write_tokenizer(model: Model, folder: Path) -> None:
         (folder / name).write_bytes(encoded + b"\n")
 
 
-# ==== 11. Verification ====
+# ==== 10. Verification ====
 
 N_VERIFIED = 24            # tokens
 TOLERANCE = 5e-4           # of a logit, in parts of the greatest: what float32 in another order may differ by
 SMALL = 1_000_000_000      # parameters up to which a model is verified unless --no-verify
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log p      f64 (T, V)"""
-    x = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+def opens(run: Path, path: Path) -> bool:
+    return call(run, path.resolve(), "-m", "inspect").returncode == 0
 
 
-def divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """The mean over tokens of KL(p || q), in nats      p, q logits (T, V)"""
-    p, q = log_softmax(p), log_softmax(q)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def result_logits(path: Path, ids: np.ndarray, n_tokens: int, o: argparse.Namespace, run: Path | None) -> np.ndarray:
-    """What was written computes, f32 (T, V): by the C program, or, of what it does not open, by the pass above."""
-    if not run or o.to == "hf" or (o.to == "gguf" and call(run, path.resolve(), "-m", "inspect").returncode):
-        return Network(open_source(path, Choices(pre=o.pre))).logits(ids)
+def program_logits(run: Path, path: Path, ids: np.ndarray) -> np.ndarray:
+    """By the C program, exactly: f32 (T, V)"""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits"
         done = call(run, path.resolve(), "-m", "logits", "--exact", "-c", len(ids), "--ids", " ".join(map(str, ids)),
-                    "-o", out)  # -c: LongRoPE's factors go by it, above by the number of tokens
+                    "-o", out)  # -c: LongRoPE's factors go by it, transformers' by the number of tokens
         if done.returncode:
             raise Refusal(f"verification failed: {last_line(done.stderr)}")
-        return np.fromfile(out, "<f4").reshape(len(ids), n_tokens)
+        return np.fromfile(out, "<f4").reshape(len(ids), -1)
 
 
-def sample_ids(model: Model) -> np.ndarray:
-    """The tokens that a model is verified on."""
-    n = min(N_VERIFIED, model.value("context_length", N_VERIFIED))
-    return np.random.default_rng(1).integers(0, sizes_of(model).V, n)
-
-
-def judge(model: Model) -> None:
-    """Where transformers is installed, it says what a Hugging Face folder computes: its classes know which keys of
-    config.json count, and the pass above must find its logits. The whole model is in memory, in float32."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        return warn("computed by this program's own reading of config.json; with torch and transformers installed, "
-                    "transformers is the judge")
-    if 6 * model.n_parameters() > available_memory():
-        return warn(f"transformers needs {6 * model.n_parameters() >> 20} MiB to be the judge: not asked")
+def library_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """By transformers, whose classes know which keys of config.json count: f32 (T, V). The whole model is in memory, in
+    float32. Raises Refusal where transformers does not open it."""
+    torch, transformers = need("the comparison of logits", "torch", "transformers")
     with quiet(transformers):
         try:
             network, found = transformers.AutoModelForCausalLM.from_pretrained(
-                model.source, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                output_loading_info=True)
-            if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-                return warn(f"transformers does not find {missing[0]} in {model.source}, so it is not the judge")
-            ids, network = sample_ids(model), network.eval()
-            with torch.no_grad():
-                wanted = network(torch.tensor(ids[None])).logits[0].float().numpy()
+                folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+                local_files_only=True, output_loading_info=True)
+            if not (missing := [*found["missing_keys"], *found["mismatched_keys"]]):
+                with torch.no_grad():
+                    return network.eval()(torch.tensor(ids[None])).logits[0].float().numpy()
         except Exception as error:  # transformers raises many kinds
-            return warn(f"transformers does not open {model.source}, so it is not the judge: {first_line(error)}")
-    if np.isfinite(wanted).all():  # else a weight is not, which the writer will name
-        compare_logits(Network(model).logits(ids), wanted, "what transformers computes from the same folder")
+            raise Refusal(f"transformers does not open {folder}: {first_line(error)}") from None
+    raise Refusal(f"transformers does not find {missing[0]} in {folder}")
 
 
 @contextlib.contextmanager
@@ -3381,36 +2832,71 @@ def quiet(transformers: Any) -> Iterator[list]:
         yield said
 
 
-def compare_logits(made: np.ndarray, wanted: np.ndarray, what: str) -> float:
+def model_logits(model: Model, ids: np.ndarray, run: Path | None, is_source: bool) -> np.ndarray:
+    """What a model computes, f32 (T, V): a file, by the C program if it opens that; a folder, by transformers; else a
+    folder that is made of it.      is_source: it is still what its source has. Raises Refusal if nothing opens it."""
+    if is_source and run and model.source.is_file() and opens(run, model.source):
+        return program_logits(run, model.source, ids)
+    if 6 * model.n_parameters() > available_memory():
+        raise Refusal(f"transformers needs {6 * model.n_parameters() >> 20} MiB to compute the logits")
+    need("the comparison of logits", "torch", "transformers")
+    if is_source and model.hf_config:
+        try:
+            return library_logits(model.source, ids)
+        except Refusal as refusal:
+            warn(f"{refusal}; compared with a folder that is made of what was read")
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        words = {key: value for key, value in model.keys.items() if not key.startswith("tokenizer.")}
+        write_hf(replace(model, keys=words), "keep", base, False)
+        return library_logits(base, ids)
+
+
+def made_logits(path: Path, ids: np.ndarray, o: argparse.Namespace, run: Path | None) -> np.ndarray:
+    """What was written computes, f32 (T, V)"""
+    if o.to == "hf":
+        return library_logits(path, ids)
+    if run and (o.to != "gguf" or opens(run, path)):
+        return program_logits(run, path, ids)
+    return model_logits(open_source(path, Choices(pre=o.pre)), ids, None, True)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """log p      f64 (T, V)"""
+    x = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def compare_logits(made: np.ndarray, wanted: np.ndarray) -> float:
     """The greatest difference. Raises Refusal where it is more than rounding."""
     if made.shape != wanted.shape or not np.isfinite(made).all():
         raise Refusal("verification failed: the result has logits that are not finite, or of another number")
     off, scale = float(np.abs(made - wanted).max()), max(1.0, float(np.abs(wanted).max()))
     if off > TOLERANCE * scale:
         raise Refusal(f"verification failed: a logit is off by {off:.3g}, and the greatest is {scale:.3g}, compared "
-                      f"with {what}")
+                      "with what the source computes, by the C program or transformers")
     return off
 
 
-def verify(model: Model, types: dict[str, str], path: Path, o: argparse.Namespace, run: Path | None) -> None:
-    """Compares the file that was written with the source: its logits must be those of the source's weights, rounded to
-    the types that they were written in. Raises Refusal if they are not, and if --verify asks for what cannot be."""
+def verify(model: Model, o: argparse.Namespace, made: Path, plain: Path | None, run: Path | None) -> None:
+    """Compares logits of what was written with the source's: they are the same, up to the order of sums, before weights
+    were rounded. Raises Refusal if they are not, and if --verify asks for what cannot be.
+    plain: the file of which `made` is the rounded one; `made` itself if it is not; None: there is no such file"""
     try:
         family_of(model)
-        network = Network(model)
+        ids = np.random.default_rng(1).integers(
+            0, sizes_of(model).V, min(N_VERIFIED, model.value("context_length", N_VERIFIED)))
+        wanted = model_logits(model, ids, run, not o.lora)
+        got = made_logits(made, ids, o, run)
+        before = got if plain in (made, None) else program_logits(run, plain, ids)
     except Refusal as refusal:
-        if o.verify:
+        if o.verify or "verification failed" in str(refusal):
             raise Refusal(f"cannot be verified: {refusal}") from None
         return warn(f"not verified: {refusal}")
-    ids = sample_ids(model)
-    source = network.logits(ids)
-    exact = all(types[n] == t.type or len(t.shape) == 1 for n, t in model.tensors.items())
-    rounded = source if exact else Network(model, types).logits(ids)
-    made = result_logits(path, ids, source.shape[1], o, run)
-    off = compare_logits(made, rounded, "the source's weights, rounded as they were written")
-    change = float(np.abs(made - source).max())
-    print(f"verified on {len(ids)} tokens: computed as written within {off:.2g}; to the source, greatest difference "
-          f"{change:.3g}, KL {divergence(source, made):.3g}", file=sys.stderr)
+    said = f"computed as written within {compare_logits(before, wanted):.2g}" if plain else "rounded"
+    p, q = log_softmax(wanted), log_softmax(got)
+    print(f"verified on {len(ids)} tokens: {said}; to the source, greatest difference "
+          f"{np.abs(got - wanted).max():.3g}, KL {(np.exp(p) * (p - q)).sum(-1).mean():.3g}", file=sys.stderr)
 
 
 # -- Tokens: the C program's, and those of the library that made the vocabulary --
@@ -3517,11 +3003,10 @@ def compare_tokens(model: Model, made: Path, o: argparse.Namespace, run: Path | 
     texts = sample_texts([s for s in spelled if s] or ["a"], findable, N_TEXTS)
     texts = [s for s in texts if not any(t in s for t in outside)]
     with tempfile.TemporaryDirectory() as folder:
-        path, vocabulary = Path(folder) / "text", Path(folder) / "vocabulary.gguf"
-        with vocabulary.open("wb") as file:
-            file.write(gguf_header(replace(model, tensors={}), {}))
-        opened = made if o.to in ("native", "gguf") and not call(run, made.resolve(), "-m", "inspect").returncode \
-            else vocabulary
+        path, opened = Path(folder) / "text", made
+        if o.to not in ("native", "gguf") or not opens(run, made):
+            opened = Path(folder) / "vocabulary.gguf"
+            write_gguf(replace(model, tensors={}), {}, opened)
 
         def program(s: str) -> list[int]:
             path.write_bytes(s.encode())
@@ -3571,92 +3056,7 @@ def piece_text(token: str, spm: bool) -> str:
         return ""
 
 
-# -- Calibration: how far a text's predictions are from the source's --
-
-CHUNK = 512  # tokens that are read anew each time, as by the C program's -m perplexity; the second half is scored
-ROWS = 16    # positions whose logits are compared at once
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What an export is measured by: the source as it is, as a native file, and a text."""
-    source: Path
-    type: str           # of most of its weights
-    text: str           # its name
-    chunks: np.ndarray  # ids (n, tokens of a chunk)
-    n_tokens: int       # of the vocabulary
-
-
-def main_type(model: Model, types: dict[str, str]) -> str:
-    n = dict.fromkeys(types.values(), 0)
-    for name, type_name in types.items():
-        n[type_name] += math.prod(model.tensors[name].shape)
-    return max(n, key=n.get)
-
-
-def prepare_calibration(model: Model, o: argparse.Namespace, folder: Path, run: Path) -> Calibration:
-    types = {name: planned_type(name, tensor, "keep") for name, tensor in model.tensors.items()}
-    source, size = folder / "source.bin", min(CHUNK, model.value("context_length"))
-    folder.mkdir()
-    write_native(model, types, source, False, run)
-    done = [call(run, source, "-m", "tokenize", *words) for words in (("-f", o.calibrate.resolve()), ("-i", ""))]
-    if done[0].returncode:
-        raise Refusal(f"--calibrate: {last_line(done[0].stderr)}")
-    ids, begin = (np.array(d.stdout.split(), int) for d in done)  # of an empty text: the begin token, if one is added
-    if len(ids) < size:
-        raise Refusal(f"{o.calibrate}: has {len(ids)} tokens, which is less than one chunk of {size}")
-    chunks = ids[:len(ids) // size * size].reshape(-1, size)
-    chunks[:, :len(begin)] = begin
-    return Calibration(source, main_type(model, types), o.calibrate.name, chunks,
-                       model.tensors["token_embd.weight"].shape[0])
-
-
-def scored_logits(run: Path, path: Path, ids: np.ndarray, n_tokens: int, *options: str) -> np.ndarray:
-    """The C program's logits of the second half of ids, by way of a pipe: f32 (T, V)"""
-    half = len(ids) // 2
-    logits = np.empty((len(ids) - half, n_tokens), "<f4")
-    words = [run, path.resolve(), "-m", "logits", "-c", len(ids), "--ids", " ".join(map(str, ids)), *options]
-    with tempfile.TemporaryFile() as said:
-        with subprocess.Popen([*map(str, words), "-o", "/dev/stdout"], stdout=subprocess.PIPE, stderr=said) as process:
-            n = sum(process.stdout.readinto(logits[max(i - half, 0)]) for i in range(len(ids)))
-        said.seek(0)
-        if process.returncode or n != len(ids) * n_tokens * 4:
-            raise Refusal(f"--calibrate: {last_line(said.read().decode(errors='replace'))}")
-    return logits
-
-
-def compare_predictions(p: np.ndarray, q: np.ndarray, followed: np.ndarray) -> np.ndarray:
-    """Sums over tokens: KL(p || q), -log p and -log q of what followed, and where both find the same likeliest.
-    p, q logits (T, V)   followed (T)"""
-    sums = np.zeros(4)
-    for i in range(0, len(followed), ROWS):
-        a, b, ids = log_softmax(p[i:i + ROWS]), log_softmax(q[i:i + ROWS]), followed[i:i + ROWS, None]
-        sums += (np.exp(a) * (a - b)).sum(), -np.take_along_axis(a, ids, 1).sum(), \
-            -np.take_along_axis(b, ids, 1).sum(), (a.argmax(1) == b.argmax(1)).sum()
-    return sums
-
-
-def calibrate(c: Calibration, made: Path, target: str, run: Path) -> None:
-    """Prints, in the form of the report of tensors, a line for the usual arithmetic and one for exact; the source is
-    computed exactly."""
-    first, n = c.chunks.shape[1] // 2, 0
-    ways: dict[str, tuple] = {c.text: (), f"{c.text} --exact": ("--exact",)}
-    sums = {name: np.zeros(4) for name in ways}
-    progress = Progress(c.chunks.size * 12 * c.n_tokens, "calibrating")
-    for ids in c.chunks:
-        wanted = scored_logits(run, c.source, ids, c.n_tokens, "--exact")[:-1]
-        for name, options in ways.items():
-            got = scored_logits(run, made, ids, c.n_tokens, *options)[:-1]
-            sums[name] += compare_predictions(wanted, got, ids[first + 1:])
-        n += len(wanted)
-        progress.add(len(ids) * 12 * c.n_tokens)
-    for name, total in sums.items():
-        kl, before, after, same = total / n
-        print(f"{printable(name):32} {c.type:>5} -> {target:5} KL   {kl:9.3e}  perplexity {math.exp(before):.4f} -> "
-              f"{math.exp(after):.4f}, same top-1 {same:.2%} of {n}", file=sys.stderr)
-
-
-# ==== 12. The command line ====
+# ==== 11. The command line ====
 
 notes: list[str] = []  # for the user, at the end: an error is one line
 
@@ -3685,11 +3085,9 @@ def parse_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--pre", metavar="NAME", help="how texts are split before merging, where it is not recognised")
     parser.add_argument("--context", type=int, metavar="N", help="positions, where a Meta checkpoint does not say them")
     parser.add_argument("--run", type=Path, metavar="FILE", help="the C program: beside this script")
-    parser.add_argument("--report", action="store_true", help="the error of each tensor that is rounded")
+    parser.add_argument("--report", action="store_true", help="the error of each tensor that the C program rounds")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                         help="compare the result's logits with the source's: if it has at most 10^9 parameters")
-    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="how far the result's predictions are from the "
-                        "source's over a text file: KL divergence, perplexities; needs room for a second file")
     return parser.parse_args(words)
 
 
@@ -3710,60 +3108,74 @@ def check_choices(o: argparse.Namespace) -> None:
         raise Refusal(f"{o.output}: its folder does not exist")
     if o.output.exists() and (o.to == "hf" or not o.output.is_file() or o.output.samefile(o.source)):
         raise Refusal(f"{o.output}: exists already")
-    if o.calibrate and not o.calibrate.is_file():
-        raise Refusal(f"{o.calibrate}: no such file")
-    if o.calibrate and o.to == "hf":
-        raise Refusal("--calibrate measures with the C program, which does not open a Hugging Face folder")
     if o.to == "hf" and o.type not in ("keep", *FLOATS):
         raise Refusal(f"--type {o.type} is not one of a Hugging Face folder: keep, f32, f16 or bf16")
     if o.to == "llama2c" and o.type not in ("keep", "f32", "q8"):
         raise Refusal(f"--type {o.type} is not one of llama2.c: f32 (its v0) or q8 (its v2)")
 
 
-def write(model: Model, o: argparse.Namespace, types: dict[str, str], path: Path, run: Path | None) -> None:
-    if o.to == "hf":
-        write_hf(model, o.type, path, o.report)
-    elif o.to == "llama2c":
-        write_llama2c(model, path, 2 if o.type == "q8" else 0)
-    elif o.to == "gguf":
-        write_gguf(model, types, path, o.report)
-    else:
-        write_native(model, types, path, o.report, run)
+def is_written_here(source: Path) -> bool:
+    """Whether it is a GGUF or a native file."""
+    if not source.is_file():
+        return False
+    with source.open("rb") as file:
+        return file.read(4) in (b"GGUF", NATIVE_MAGIC[:4])
 
 
-def plan_types(model: Model, o: argparse.Namespace) -> dict[str, str]:
+def look(source: Path, run: Path) -> None:
+    """The C program sees a GGUF or native file first: its parsers are made for files of strangers. What it has against
+    the names of tensors is not the end: single experts are joined here, and more of StableLM is known."""
+    done = call(run, source.resolve(), "-m", "inspect")
+    if done.returncode and not re.search(r" is missing|, or no \w+ has it", done.stderr):
+        raise Refusal(last_line(done.stderr).removeprefix("run: "))
+
+
+def write(model: Model, o: argparse.Namespace, made: Path, run: Path | None) -> Path | None:
+    """Writes the model, and returns the file that has the source's own weights, or wider ones: `made`; or, where that
+    one is rounded, the GGUF file that the C program made it of, if it did."""
+    wider = all(len(t.shape) == 1 or o.type in ("keep", "f32", t.type) for t in model.tensors.values())
     if o.to == "hf":
-        choice = hf_type(model.tensors, o.type)
-    else:
-        choice = {"keep": "f32"}.get(o.type, o.type) if o.to == "llama2c" else o.type
-    return {name: planned_type(name, tensor, choice) for name, tensor in model.tensors.items()}
+        write_hf(model, o.type, made, o.report)
+        return made if wider else None
+    if o.to == "llama2c":
+        write_llama2c(model, made, 2 if o.type == "q8" else 0)
+        return made if o.type != "q8" else None
+    plain = made if o.to == "gguf" and o.type == "keep" else made.with_name("plain.gguf")
+    write_gguf(model, {name: planned_type(name, t, "keep") for name, t in model.tensors.items()}, plain)
+    if o.to == "native":
+        convert(model, o, plain, made, run)
+    elif plain != made and opens(run, plain):
+        native = made.with_name("rounded.bin")
+        convert(model, o, plain, native, run)
+        write_rounded(model, open_native(native).tensors, made)
+        native.unlink()
+    elif plain != made:
+        warn("the C program does not open it: rounded to the nearest, as gguf does")
+        write_gguf(model, {name: planned_type(name, t, o.type) for name, t in model.tensors.items()}, made)
+        return None
+    return made if wider else plain
 
 
 def export(o: argparse.Namespace) -> None:
     check_choices(o)
-    run = find_run(o.run, o.to == "native" or o.calibrate or (o.verify and o.to == "llama2c"))
+    of_program = is_written_here(o.source)
+    run = find_run(o.run, of_program or o.to == "native" or (o.to == "gguf" and o.type != "keep")
+                   or bool(o.verify and o.to == "llama2c"))
+    if of_program:
+        look(o.source, run)
     model = open_source(o.source, Choices(o.tokenizer, o.pre, o.context))
     wanted = o.verify if o.verify is not None else model.n_parameters() <= SMALL
-    adapter = open_adapter(o.lora) if o.lora else None
-    if wanted and model.hf_config:
-        judge(model)
-    if adapter:
-        merge_adapter(model, adapter)
+    if o.lora:
+        merge_adapter(model, open_adapter(o.lora))
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
-    types = plan_types(model, o)
-    wanted &= bool(run or o.to != "llama2c") and (o.to, o.type) != ("llama2c", "q8")  # whose groups are no blocks
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
         made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
-        beside = Path(folder) / f"{o.output.name}.calibration"
-        calibration = prepare_calibration(model, o, beside, run) if o.calibrate else None
-        write(model, o, types, made, run)
+        plain = write(model, o, made, run)
         with library_errors(f"{model.vocabulary}: the library of its tokenizer"):
             compare_tokens(model, made, o, run)
-        if wanted:
-            verify(model, types, made, o, run)
-        if calibration:
-            calibrate(calibration, made, main_type(model, types), run)
+        if wanted and (run or o.to != "llama2c"):
+            verify(model, o, made, plain, run)
         made.replace(o.output)
         if o.to == "llama2c" and (packed := llama2c_tokenizer(model)):
             tokenizer.write_bytes(packed)

@@ -1868,14 +1868,14 @@ static const SourceType source_types[] = {
 };
 enum { N_SOURCE_TYPES = sizeof source_types / sizeof *source_types };
 
-// Makes row tiles `range` of a matrix from its source.
+// Makes row tiles `range` of a matrix from its source.      tiles: the first of them
 static void pack_rows(unsigned char *tiles, const Source *s, Range range) {
     size_t tile_cols = (size_t)types[s->type->tile].cols, n_tiles = round_up(s->cols, tile_cols) / tile_cols;
     size_t n_bytes = tile_bytes(s->type->tile);
     for (size_t i = range.from; i < range.to; i++) {
         size_t row = i * TILE_ROWS, rows = s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
         for (size_t c = 0; c < n_tiles; c++) {
-            unsigned char *tile = tiles + (i * n_tiles + c) * n_bytes;
+            unsigned char *tile = tiles + ((i - range.from) * n_tiles + c) * n_bytes;
             if (rows < TILE_ROWS || (c + 1) * tile_cols > s->cols) memset(tile, 0, n_bytes);
             s->type->pack(tile, s, row, rows, c * tile_cols);
         }
@@ -1903,6 +1903,127 @@ static size_t broken_row(const Tensor *w, const unsigned char *tiles) {
     return row;
 }
 
+// ---- Quantising ----
+
+/* -m export --type makes row tiles of another type. For each quantised block it searches for the scale and minimum with
+   the least squared error: from guesses, the first of which is ggml's (the whole range fits), and what regression makes
+   of them. The sums are in the order that numpy has on x86, so that a script can repeat the bytes. */
+
+// The integers of a block, and its guesses: with a minimum (low is 0), parts of the range that are cut off below and
+// above; without, the weight furthest from 0 becomes low * a. A row makes a type of 32 columns writable.
+typedef struct { float low, high; int n_starts; struct { double a, b; } starts[4]; } Grid;
+static const Grid grids[N_TYPES] = {
+    [Q8] = { -127, 127, 3, { { 1, 0 }, { 0.996, 0 }, { 1.004, 0 } } },
+    [Q4] = { -8, 7, 3, { { 1, 0 }, { 0.93, 0 }, { 1.07, 0 } } },
+    [Q4M] = { 0, 15, 4, { { 0, 0 }, { 0.05, 0.05 }, { 0, 0.06 }, { 0.06, 0 } } },
+};
+static bool is_writable(Type type) { return !is_quantised(type) || grids[type].n_starts; }
+
+// 32 columns of 16 rows: a weight is about scale * q + min. error: a row's sum of squares
+typedef struct { float q[32][16], scale[16], min[16], error[16]; } Fit;
+static float through_half(float x) { return float_of_half(half_of_float(x)); }
+
+// sum[r] = sum over c of a[c,r] * b[c,r], in four chains; columns 12 to 15 come first, then 8 to 11, 4 to 7, 0 to 3 ...
+static void add_columns(float sum[16], const float a[32][16], const float b[32][16]) {
+    float chain[4][16] = { { 0 } };
+    for (int i = 0; i < 32; i++)
+        for (int r = 0; r < 16; r++) chain[i % 4][r] += a[i ^ 12][r] * b[i ^ 12][r];
+    for (int r = 0; r < 16; r++) sum[r] = (chain[0][r] + chain[1][r]) + (chain[2][r] + chain[3][r]);
+}
+
+// Sets scale and min of row r as start number k of the grid says.
+static void guess_fit(Fit *f, const float x[32][16], int r, const Grid *g, int k) {
+    double a = g->starts[k].a, b = g->starts[k].b;
+    float least = x[0][r], most = least, peak = least;
+    for (int c = 1; c < 32; c++) {
+        least = x[c][r] < least ? x[c][r] : least;
+        most = x[c][r] > most ? x[c][r] : most;
+        peak = fabsf(x[c][r]) > fabsf(peak) ? x[c][r] : peak;
+    }
+    float range = most - least;
+    f->scale[r] = through_half(g->low < 0 ? peak / (float)(g->low * a) : range * (float)((1 - a - b) / g->high));
+    f->min[r] = g->low < 0 ? 0 : through_half(least + (float)a * range);
+}
+
+// Sets them to those with the least squared error for the row's q.
+static void regress_fit(Fit *f, const float x[32][16], int r, const Grid *g, float product, float square) {
+    float q[8] = { 0 }, y[8] = { 0 };  // sums of each eighth column
+    for (int c = 0; c < 32 && g->low == 0; c++) q[c % 8] += f->q[c][r], y[c % 8] += x[c][r];
+    float mean_q = (((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))) / 32;
+    float mean_y = (((y[0] + y[1]) + (y[2] + y[3])) + ((y[4] + y[5]) + (y[6] + y[7]))) / 32;
+    float up = product - 32 * mean_q * mean_y, down = square - 32 * mean_q * mean_q;
+    f->scale[r] = through_half(down != 0 ? up / down : 0);
+    f->min[r] = through_half(mean_y - f->scale[r] * mean_q);
+}
+
+// Sets q and error from scale and min. A NaN, of numbers beyond f16, becomes the lowest q.
+static void round_fit(Fit *f, const float x[32][16], const Grid *g) {
+    float off[32][16], inverse[16];
+    for (int r = 0; r < 16; r++) inverse[r] = f->scale[r] != 0 ? 1 / f->scale[r] : 0;
+    for (int c = 0; c < 32; c++)
+        for (int r = 0; r < 16; r++) {
+            float q = (x[c][r] - f->min[r]) * inverse[r];
+            q = q > g->low ? q : g->low;
+            f->q[c][r] = ((q < g->high ? q : g->high) + ROUNDER) - ROUNDER;
+            off[c][r] = f->q[c][r] * f->scale[r] + (f->min[r] - x[c][r]);
+        }
+    add_columns(f->error, off, off);
+}
+
+// Quantises the first `rows` of 16 rows of 32 columns; the others stay as they are in the tile, zeros.
+static void quantise_tile(unsigned char *tile, Type type, const float x[32][16], size_t rows) {
+    const Grid *g = &grids[type];
+    Fit f = { .scale = { 0 } }, best = f;
+    for (int k = 0; k < 2 * g->n_starts; k++) {
+        float product[16], square[16];
+        add_columns(product, f.q, x);
+        add_columns(square, f.q, f.q);
+        for (int r = 0; r < 16; r++)
+            k % 2 ? regress_fit(&f, x, r, g, product[r], square[r]) : guess_fit(&f, x, r, g, k / 2);
+        round_fit(&f, x, g);
+        for (int r = 0; r < 16; r++)
+            if (k == 0 || f.error[r] < best.error[r])
+                best.scale[r] = f.scale[r], best.min[r] = f.min[r], best.error[r] = f.error[r];
+    }
+    round_fit(&best, x, g);
+    narrow_floats((uint16_t *)(void *)tile, best.scale, rows);
+    if (types[type].has_min) narrow_floats((uint16_t *)(void *)tile + 16, best.min, rows);
+    for (size_t i = 0; i < 32 * rows; i++) {  // into whole bytes, or planes as unpack_planes() takes them
+        size_t r = i / 32, c = i % 32, g4 = c / 4, bits = (size_t)types[type].bits;
+        int stored = ((int)best.q[c][r] + types[type].offset) & ((1 << bits) - 1);
+        tile[(size_t)types[type].header + 64 * (g4 % bits) + 4 * r + c % 4] |= (uint8_t)(stored << g4 / bits * bits);
+    }
+}
+
+// What weights lose: sums of squares of the differences, and of the weights; the roots' worst ratio in 32 columns.
+typedef struct { double squares, norm, worst; } Loss;
+
+// Makes a row tile of w, of `rows` rows, one of another type.
+static Loss convert_row_tile(unsigned char *to, Type type, const Tensor *w, const unsigned char *tiles, size_t rows) {
+    Loss loss = { 0, 0, 0 };
+    for (size_t block = 0; block < n_blocks(w); block++) {
+        float x[32][16], y[32][16];
+        void *tile = memset(to + block * tile_bytes(type), 0, tile_bytes(type));
+        kernels->dequantise(x, w->type, tiles, block);
+        for (size_t c = 0; c < 32; c++)
+            for (size_t r = 32 * block + c < (size_t)w->cols ? rows : 0; r < 16; r++) x[c][r] = 0;  // and not -0
+        if (type == F32) memcpy(tile, x, sizeof x);
+        else if (type == F16) kernels->narrow(tile, x[0], 512);
+        else if (is_quantised(type)) quantise_tile(tile, type, (const float(*)[16])x, rows);
+        for (uint32_t i = 0, u; i < 512 && type == BF16; ((uint16_t *)tile)[i++] = (uint16_t)(u >> 16))
+            u = bits_of_float(x[i / 16][i % 16]), u += 0x7fff + (u >> 16 & 1);  // to nearest even
+        kernels->dequantise(y, type, to, block);
+        for (size_t r = 0; r < rows; r++) {
+            double squares = 0, norm = 0;
+            for (size_t c = 0; c < 32; c++)
+                squares += pow((double)x[c][r] - (double)y[c][r], 2), norm += pow((double)x[c][r], 2);
+            loss.squares += squares, loss.norm += norm;
+            if (norm > 0) loss.worst = fmax(loss.worst, sqrt(squares / norm));
+        }
+    }
+    return loss;
+}
+
 /* ==== 9. The machine ================================================================================================
    What is asked of the operating system: files in memory, processors, and threads that work as a team. */
 
@@ -1924,7 +2045,7 @@ typedef struct {
     int n_parts;
     const char *checkpoint, *mode, *prompt, *file, *ids, *tokenizer, *system, *template_name, *output;
     const char *messages, *log, *think, *now, *prompts, *choose, *one_of;
-    const char *cache, *kernel, *pre, *svg, *session;
+    const char *cache, *kernel, *pre, *svg, *session, *type;
     double temperature, top_p, min_p, typical, xtc, xtc_threshold;
     double repeat_penalty, presence_penalty, frequency_penalty, dry_multiplier, dry_base, nsigma;
     int64_t repeat_last_n, dry_allowed, dry_last_n;
@@ -1933,7 +2054,7 @@ typedef struct {
     List threads, pp, tg, depth, parallel;
     uint64_t seed, clock_seed;
     bool single, no_shift, ignore_eos, quiet, json, exact, no_echo, no_bos, ends, pieces, special, check, fit, profile;
-    bool help, version, cot;
+    bool help, version, cot, report, tables;
 } Options;
 
 static Options options;
@@ -2433,6 +2554,8 @@ enum {
     GEMMA = 512,   // GELU, and embeddings times sqrt(D)
     CAPS = 1024,   // defaults: 50 for scores, 30 for logits
 };
+static const char *const feature_names[] = { "always", "optional", "biases", "head_norms", "wide_head_norms",
+    "pre_norms", "post_norms", "layer_norms", "scales", "gemma", "caps" };
 typedef struct {
     const char *name;
     Pairing pairing;
@@ -2708,6 +2831,14 @@ static void give_back(const Source *s, Range tiles) {
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);  // a mapped file's can be read again
 }
 
+// What a file has of one of a slot's matrices, or of its vector.
+static Source matrix_source(const Slot *slot, size_t matrix) {
+    Source part = *slot->source;
+    part.rows = (uint32_t)slot->rows;
+    part.data = source_block(&part, slot->first_row, 0) + matrix * source_bytes(&part);
+    return part;
+}
+
 // Packs all tensors of a file that has no tiles into the places that their slots have.
 typedef struct { Model *m; double start; atomic_bool broken; } PackJob;
 
@@ -2717,17 +2848,16 @@ static void pack_team(void *p, Team *team) {
     for (size_t i = 0; i < m->n_slots; i++) {
         const Slot *slot = &m->slots[i];
         if (!slot->source) continue;
-        Source part = *slot->source;
+        Source part = matrix_source(slot, 0);
         Tensor matrix = slot_matrix(slot);
         unsigned char *to = (unsigned char *)slot->data;
-        part.rows = (uint32_t)slot->rows;
-        part.data = source_block(&part, slot->first_row, 0);
         if (slot->is_vector && team->thread == 0) memcpy(to, part.data, slot_bytes(slot));
         Range tiles = slot->is_vector ? (Range){ 0, 0 } : share(n_row_tiles(&matrix), team);
         for (size_t k = 0; k < slot->n; k++, part.data += source_bytes(&part), to += tensor_bytes(&matrix)) {
             for (size_t row = tiles.from; row < tiles.to; row++) {
-                pack_rows(to, &part, (Range){ row, row + 1 });
-                if (broken_row(&matrix, to + row * row_tile_bytes(&matrix)) < TILE_ROWS) job->broken = true;
+                unsigned char *tile = to + row * row_tile_bytes(&matrix);
+                pack_rows(tile, &part, (Range){ row, row + 1 });
+                if (broken_row(&matrix, tile) < TILE_ROWS) job->broken = true;
             }
             give_back(&part, tiles);
         }
@@ -2735,15 +2865,22 @@ static void pack_team(void *p, Team *team) {
     }
 }
 
-// Names the first row with a weight that is not finite. For native files it runs on demand only: it reads all weights.
+// Names the first row with a weight that is not finite, of n row tiles from number `first` of the slot on.
+static bool check_row_tiles(const Slot *slot, const Tensor *w, size_t first, size_t n, Error *e) {
+    size_t n_tiles = n_row_tiles(w);
+    for (size_t j = first, r; j < first + n; j++)
+        if ((r = broken_row(w, w->tiles + (j - first) * row_tile_bytes(w))) < TILE_ROWS)
+            return refuse(e, w->type == slot->type ? "%s: row %zu has a weight or scale that is not finite"
+                                                   : "%s: row %zu has a weight beyond the range of %s; use --type f32",
+                          slot->name, j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r, types[w->type].name);
+    return true;
+}
+
+// Checks all weights. For native files it runs on demand only.
 static bool check_weights(const Model *m, Error *e) {
     for (const Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++) {
         const Tensor w = slot_matrix(slot);
-        size_t n_tiles = w.tiles && !slot->is_vector ? n_row_tiles(&w) : 0;
-        for (size_t j = 0, r; j < slot->n * n_tiles; j++)
-            if ((r = broken_row(&w, w.tiles + j * row_tile_bytes(&w))) < TILE_ROWS)
-                return refuse(e, "%s: row %zu has a weight or scale that is not finite", slot->name,
-                              j / n_tiles * slot->rows + j % n_tiles * TILE_ROWS + r);
+        if (w.tiles && !slot->is_vector && !check_row_tiles(slot, &w, 0, slot->n * n_row_tiles(&w), e)) return false;
     }
     return true;
 }
@@ -2799,7 +2936,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
     PackJob job = { m, clock_seconds(), false };
-    if (m->packed_bytes && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
+    if (m->packed_bytes && threads > 0 && !(m->packed = map_memory(m->packed_bytes, true, e))) return false;
     if (m->packed) {
         unsigned char *to = m->packed;
         for (Slot *slot = m->slots; slot < m->slots + m->n_slots; slot++)
@@ -2983,20 +3120,106 @@ static bool close_output(Output *o, bool ok, Error *e) {
     return written;
 }
 
+// What -m export writes matrices in, beside single types: the model's own; Q8 where errors show most, else Q4M.
+enum { KEEP = N_TYPES, MIXED };
+static bool find_choice(const char *name, int *choice, Error *e) {
+    for (*choice = 0; *choice < N_TYPES; ++*choice)
+        if (is_writable((Type)*choice) && !strcmp(name, types[*choice].name)) return true;
+    *choice = strcmp(name, "keep") ? MIXED : KEEP;
+    return *choice == KEEP || !strcmp(name, "mixed") ||
+           fail(e, MISUSE, "--type %s: expected keep, f32, f16, bf16, q8, q4, q4m or mixed", name);
+}
+
+// The type in which a slot is written. Vectors and routers stay f32; columns that are no whole blocks become f16.
+static Type exported_type(const Slot *s, int choice) {
+    if (choice == KEEP || s->is_vector) return s->type;
+    if (s->rule->rows == N_EXPERTS) return F32;
+    bool shows_most = s->layer < 0 || s->rule->offset == offsetof(Layer, down) ||
+                      s->rule->offset == offsetof(Layer, value) || strstr(s->source->name, ".attn_qkv.");
+    Type type = choice != MIXED ? (Type)choice : shows_most ? Q8 : Q4M;
+    return is_quantised(type) && s->cols % BLOCK ? F16 : type;
+}
+
 // Appends the tensor records, counts them in h, and sets h->file_bytes to where the weights will end.
-static bool append_tensor_records(const Model *m, Buffer *b, FileHeader *h, Error *e) {
-    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->data != NULL;
+static bool append_tensor_records(const Model *m, int choice, Buffer *b, FileHeader *h, Error *e) {
+    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) h->n_tensors += s->source != NULL;
     h->file_bytes = round_up(b->n + h->n_tensors * RECORD_BYTES, 64) + round_up(m->vocabulary_bytes, 64) +
                     round_up(m->chat_template.n, 64);
-    for (const Slot *s = m->slots; s < m->slots + m->n_slots; s++) {
-        if (!s->data) continue;
-        Source record = { "", s->is_vector ? VECTOR : s->type, (uint32_t)s->rows, (uint32_t)s->cols, (uint32_t)s->n,
-                          .at = h->file_bytes, .n_bytes = slot_bytes(s) };
-        memcpy(record.name, s->name, NAME_BYTES);
+    for (size_t i = 0; i < m->n_slots; i++) {
+        Slot s = m->slots[i];
+        if (!s.source) continue;
+        s.type = exported_type(&s, choice);
+        Source record = { "", s.is_vector ? VECTOR : s.type, (uint32_t)s.rows, (uint32_t)s.cols, (uint32_t)s.n,
+                          .at = h->file_bytes, .n_bytes = slot_bytes(&s) };
+        memcpy(record.name, s.name, NAME_BYTES);
         if (!append(b, &record, RECORD_BYTES, e)) return false;
         h->file_bytes = round_up(h->file_bytes + record.n_bytes, 64);
     }
     return true;
+}
+
+// Some row tiles of a slot on their way into a file: those of all its matrices are one list.
+typedef struct {
+    const Slot *slot;
+    Tensor from, to;               // .tiles: the first of these row tiles, as the model has them and as the file will
+    unsigned char *packed, *made;  // room for them, where the model has not packed them, and where types differ
+    Loss *losses;                  // of each
+    size_t first, n;
+    atomic_bool broken;            // a number is not finite, before or after
+} Conversion;
+
+static void convert_team(void *p, Team *team) {
+    Conversion *c = p;
+    size_t n_tiles = n_row_tiles(&c->from), from_bytes = row_tile_bytes(&c->from), to_bytes = row_tile_bytes(&c->to);
+    for (Range chunk; take_chunk(team, c->n, 1, &chunk);) {
+        for (size_t i = chunk.from; i < chunk.to; i++) {
+            size_t tile = (c->first + i) % n_tiles, left = (size_t)c->from.rows - tile * TILE_ROWS;
+            unsigned char *from = (unsigned char *)c->from.tiles + i * from_bytes, *to = c->made + i * to_bytes;
+            if (!c->slot->data) {
+                Source part = matrix_source(c->slot, (c->first + i) / n_tiles);
+                pack_rows(from, &part, (Range){ tile, tile + 1 });
+                give_back(&part, (Range){ tile, tile + 1 });
+            }
+            if (broken_row(&c->from, from) < TILE_ROWS) c->broken = true;
+            if (c->to.type == c->from.type) continue;
+            c->losses[i] = convert_row_tile(to, c->to.type, &c->from, from, left < TILE_ROWS ? left : TILE_ROWS);
+            if (broken_row(&c->to, to) < TILE_ROWS) c->broken = true;
+        }
+    }
+}
+
+// Writes a slot in this type, and its padding. Memory never holds a whole tensor. With --report, says what is lost.
+static bool write_slot(const Slot *slot, Type type, FILE *stream, Error *e) {
+    static const char zeros[64];
+    enum { AT_ONCE = 16 << 20 };  // bytes: row tiles for every thread, and reading and writing in long pieces
+    Conversion c = { .slot = slot, .from = slot_matrix(slot), .to = { type, (int)slot->rows, (int)slot->cols, NULL } };
+    size_t from_bytes = row_tile_bytes(&c.from), to_bytes = row_tile_bytes(&c.to);
+    size_t n = slot->is_vector ? 0 : slot->n * n_row_tiles(&c.from), most = AT_ONCE / (from_bytes + to_bytes) + 1;
+    size_t n_bytes = slot->is_vector ? slot_bytes(slot) : n * to_bytes;
+    Loss all = { 0, 0, 0 };
+    if (slot->is_vector) fwrite(slot->data ? slot->data : matrix_source(slot, 0).data, 1, n_bytes, stream);
+    bool ok = true;
+    if (!(c.packed = allocate(most, from_bytes + to_bytes + sizeof(Loss), e))) return false;
+    c.made = c.packed + most * from_bytes;
+    c.losses = (void *)(c.made + most * to_bytes);
+    for (; ok && c.first < n && !ferror(stream); c.first += c.n) {
+        c.n = n - c.first < most ? n - c.first : most;
+        c.from.tiles = slot->data ? slot->data + c.first * from_bytes : c.packed;
+        c.to.tiles = type == slot->type ? c.from.tiles : c.made;
+        run_team(options.threads.n ? options.threads.at[0] : 1, 0, convert_team, &c);
+        ok = !c.broken || (check_row_tiles(slot, &c.from, c.first, c.n, e) &&
+                           check_row_tiles(slot, &c.to, c.first, c.n, e));
+        if (ok) fwrite(c.to.tiles, to_bytes, c.n, stream);
+        for (const Loss *l = c.losses; l < c.losses + c.n; l++)
+            all = (Loss){ all.squares + l->squares, all.norm + l->norm, fmax(all.worst, l->worst) };
+        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    }
+    fwrite(zeros, 1, round_up(n_bytes, 64) - n_bytes, stream);
+    if (ok && options.report && type != slot->type)
+        fprintf(stderr, "%-32s %5s -> %-5s RMSE %9.3e  worst block %9.3e\n", slot->name, types[slot->type].name,
+                types[type].name, all.norm > 0 ? sqrt(all.squares / all.norm) : 0, all.worst);
+    free(c.packed);
+    return ok;
 }
 
 // Ends a section of the file that is in the buffer, and begins the next.
@@ -3006,26 +3229,27 @@ static bool end_section(FileHeader *h, int section, Buffer *b, Error *e) {
     return append(b, NULL, round_up(b->n, 64) - b->n, e);
 }
 
-// Writes the model as a native file.
+// Writes the model as a native file, its matrices in the type that --type says.
 static bool export_model(Model *m, const char *path, Error *e) {
-    static const char zeros[64];
+    int choice;
     Buffer b = { 0 };  // all before the weights
     FileHeader h = { .layout = LAYOUT, .config = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = check_weights(m, e) && append(&b, NULL, sizeof h, e) &&
+    bool ok = find_choice(options.type ? options.type : "keep", &choice, e) && append(&b, NULL, sizeof h, e) &&
               transfer_config(m, (Cursor){ NULL, 0, false }, &b, e) && end_section(&h, CONFIG, &b, e) &&
-              append_tensor_records(m, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
+              append_tensor_records(m, choice, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&
               append(&b, m->chat_template.at, m->chat_template.n, e) && end_section(&h, CHAT_TEMPLATE, &b, e);
     h.weights.n_bytes = h.file_bytes - h.weights.at;
     Output out = { .stream = NULL };
     ok = ok && open_output(&out, path, e);
     if (ok) memcpy(b.bytes, &h, sizeof h), fwrite(b.bytes, 1, b.n, out.stream);
-    for (const Slot *slot = m->slots; ok && slot < m->slots + m->n_slots && !ferror(out.stream); slot++) {
-        size_t n = slot->data ? slot_bytes(slot) : 0;
-        if (n) fwrite(slot->data, 1, n, out.stream), fwrite(zeros, 1, round_up(n, 64) - n, out.stream);
-        if (interrupted) ok = fail(e, INTERRUPTED, "interrupted");
+    double start = clock_seconds();
+    for (size_t i = 0; ok && i < m->n_slots && !ferror(out.stream); i++) {
+        const Slot *slot = &m->slots[i];
+        if (slot->source) ok = write_slot(slot, exported_type(slot, choice), out.stream, e);
+        if (!options.report) show_progress("writing tensor", start, i + 1, m->n_slots);
     }
     ok = close_output(&out, ok, e);  // which also finds out whether all was written
     free(b.bytes);
@@ -3269,6 +3493,15 @@ static bool get_around(Gguf *g, const char *name, int *ids) {
     return k.count > 0;
 }
 
+// The keys of a tokenizer's flags, from ADD_BOS to PREFIX_LAST; the other flags follow from arrays.
+enum { N_FLAG_KEYS = 9 };
+static const char *const flag_keys[N_FLAG_KEYS] = {
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
+    "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
+    "tokenizer.ggml.space_prefix.last",
+};
+
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     m->chat_template = get_text(g, "tokenizer.chat_template");
@@ -3295,13 +3528,9 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eot = get_token(g, "tokenizer.ggml.eot_token_id", pieces.count),
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
-        .says = { get_flag(g, "tokenizer.ggml.add_bos_token"), get_flag(g, "tokenizer.ggml.add_eos_token"),
-                  get_flag(g, "tokenizer.ggml.add_space_prefix"), get_flag(g, "tokenizer.ggml.ignore_merges"),
-                  get_flag(g, "tokenizer.ggml.normalizer.nfc"), get_flag(g, "tokenizer.ggml.space_prefix.first"),
-                  get_flag(g, "tokenizer.ggml.space_prefix.unless_space"),
-                  get_flag(g, "tokenizer.ggml.added_tokens_first"),
-                  get_flag(g, "tokenizer.ggml.space_prefix.last"), takes.value.at || phi3 },
     };
+    for (int i = 0; i < N_FLAG_KEYS; i++) v.says[i] = get_flag(g, flag_keys[i]);
+    v.says[N_FLAG_KEYS] = takes.value.at || phi3;
     bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
     v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;
@@ -3513,7 +3742,8 @@ static bool parse_file(Cursor file, Model *m, bool whole, Error *e) {
            refuse(e, "the tokenizer has %d tokens, the model has %d", n, wanted);
 }
 
-// Opens a model from a file's bytes; with 0 threads, without its weights. Even after a failure, the caller closes it.
+// Opens a model from a file's bytes; with 0 threads, without its weights; with -1, without packing them, which
+// export_model() does as it writes them. Even after a failure, the caller closes it.
 static bool open_model(const unsigned char *bytes, size_t n_bytes, int threads, Model *m, Error *e) {
     return parse_file((Cursor){ bytes, n_bytes, false }, m, true, e) && (threads == 0 || bind_model(m, threads, e));
 }
@@ -6293,6 +6523,48 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     return true;
 }
 
+// ---- What the program knows ----
+
+// A row's last member: the names of a set's bits.
+static void put_set(const char *member, unsigned set, const char *const *names) {
+    printf(", \"%s\": [", member);
+    for (int i = 0, n = 0; set >> i; i++) if (set >> i & 1) printf(n++ ? ", \"%s\"" : "\"%s\"", names[i]);
+    printf("]}");
+}
+
+// The tables as JSON, for scripts. Of a field, "" is no key; a default of 0 is none, or is computed from others.
+static void print_tables(void) {
+    printf("{\"types\": [");
+    for (const SourceType *t = source_types; t < source_types + N_SOURCE_TYPES; t++)
+        printf("%c\n {\"name\": \"%s\", \"in_files\": \"%s\", \"gguf\": %d, \"columns\": %zu, \"bytes\": %zu, "
+               "\"written\": %d}", t > source_types ? ',' : ' ', types[t->tile].name, t->name, t->gguf_id,
+               t->block_cols, t->block_bytes, is_writable(t->tile));
+    printf("],\n\"families\": [");
+    for (const Family *f = families; f < families + sizeof families / sizeof *families; f++) {
+        printf("%c\n {\"name\": \"%s\", \"pairing\": \"%s\", \"global_every\": %d, \"no_rope_every\": %d, "
+               "\"local_theta\": %.17g", f > families ? ',' : ' ', f->name,
+               f->pairing == ADJACENT ? "adjacent" : "halves", f->global_every, f->no_rope_every, f->local_theta);
+        put_set("features", (unsigned)f->features, feature_names);
+    }
+    printf("],\n\"fields\": [");
+    for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) {
+        printf("%c\n {\"name\": \"%s\", \"type\": \"%s\", \"per_layer\": %d, \"min\": %.17g, \"max\": %.17g, "
+               "\"key\": \"%s\", \"needed\": %d, \"default\": %.17g", f > config_fields ? ',' : ' ', f->name,
+               f->type == INTEGER ? "integer" : f->type == SINGLE ? "f32" : "f64", f->per_layer, f->min, f->max,
+               f->key ? f->key : "", isnan(f->otherwise), fmax(f->otherwise, 0));
+        put_set("features", (unsigned)f->feature, feature_names);
+    }
+    printf("],\n\"pre_tokenizers\": [");
+    for (int i = 0; i < N_PRE_TOKENIZERS; i++) {
+        printf("%c\n {\"names\": \"%s\"", i ? ',' : ' ', pre_tokenizers[i].names);
+        put_set("flags", pre_tokenizers[i].flags, flag_keys);
+    }
+    printf("],\n\"tokenizer_flags\": [");
+    for (int i = 0; i < N_FLAG_KEYS; i++)
+        printf("%c\n {\"key\": \"%s\", \"bit\": %d}", i ? ',' : ' ', flag_keys[i], i);
+    printf("]}\n");
+}
+
 // ---- Predictions ----
 
 // Writes the logits of every position, float32.      file (tokens, V)
@@ -7214,6 +7486,8 @@ static const Option option_table[] = {
     { 0, "no-shift", NULL, FLAG, OF(no_shift), 0, 0, "chat: end when the context is full, forget no old turns" },
     { 0, "log", "FILE", TEXT, OF(log), 0, 0, "chat: append what both sides say to FILE" },
     { 'o', "output", "FILE", TEXT, OF(output), 0, 0, "logits, export: the file to write" },
+    { 0, "type", "TYPE", TEXT, OF(type), 0, 0, "export: the matrices' type, a name or mixed (default keep)" },
+    { 0, "report", NULL, FLAG, OF(report), 0, 0, "export: how far each rounded tensor is from the model's" },
     HEADING("Measurement"),
     { 0, "pp", "N", LIST, OF(pp), 0, 1 << 20, "bench, matmul: prompt tokens (default 512), vectors (default 1,256)" },
     { 0, "tg", "N", LIST, OF(tg), 0, 1 << 20, "bench: tokens to generate (default 128)" },
@@ -7240,6 +7514,7 @@ static const Option option_table[] = {
     { 0, "pieces", NULL, FLAG, OF(pieces), 0, 0, "tokenize, render: a line for each token, with its text" },
     { 0, "check", NULL, FLAG, OF(check), 0, 0, "inspect: read all weights, and check that they are finite" },
     { 0, "fit", NULL, FLAG, OF(fit), 0, 0, "inspect: which contexts fit the memory that is free" },
+    { 0, "tables", NULL, FLAG, OF(tables), 0, 0, "inspect: the tables of types, families and keys, as JSON; no model" },
     { 'h', "help", NULL, FLAG, OF(help), 0, 0, "this help" },
     { 0, "version", NULL, FLAG, OF(version), 0, 0, "the version" },
 };
@@ -7525,7 +7800,7 @@ static bool open_files(Model *m, Mode mode, Error *e, const char **culprit) {
     *culprit = options.checkpoint;
     if (!map_parts(options.checkpoint, m, e)) return false;
     bool is_llama2c = recognise(m->file.bytes, m->file.n_bytes) == LLAMA2C;
-    int threads = only_words ? 0 : options.threads.at[0];
+    int threads = only_words ? 0 : mode == EXPORT ? -1 : options.threads.at[0];
     bool ok = (!only_words || is_llama2c) && open_model(m->file.bytes, m->file.n_bytes, threads, m, e);
     if (!ok && only_words && !(is_llama2c && options.tokenizer))
         ok = open_vocabulary(m->file.bytes, m->file.n_bytes, -1, m, e);
@@ -7704,6 +7979,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
     }
     if (options.help) return print_help(), true;
     if (options.version) return printf("cria %s\n", CRIA_VERSION), true;
+    if (options.tables && mode == INSPECT) return print_tables(), true;
     if (!options.checkpoint && mode != MATMUL)
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))

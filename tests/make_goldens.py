@@ -10,7 +10,7 @@
 
 A case NAME is NAME.gguf (or NAME.bin), NAME.ids (45 token ids) and NAME.logits (float32, 45 x vocabulary,
 little-endian). mixed_fused.gguf has no logits of its own: they are those of mixed. llama2c_v0.gguf holds the weights of
-llama2c_v0.bin.
+llama2c_v0.bin. quantised.bin has a matrix and its blocks as -m export --type makes them.
 
 The logits come from transformers (float32, eager attention); those of `mixed` from forward() below, since transformers
 has no model whose layers differ in size. Every file is then read back by a second reader in this script, which computes
@@ -629,7 +629,68 @@ def read_llama2c(path: Path) -> Model:
     return Model(tensors, layers, heads, [kv_heads] * layers, head_dim, 1e4, EPS, adjacent=True)
 
 
-# ==== 8. Making and proving ====
+# ==== 8. Quantised blocks ====
+
+F = np.float32
+STARTS = {"q8": (1, 0.996, 1.004), "q4": (1, 0.93, 1.07), "q4m": ((0, 0), (0.05, 0.05), (0, 0.06), (0.06, 0))}
+LIMITS = {"q8": (-127, 127), "q4": (-8, 7), "q4m": (0, 15)}
+
+
+def chained_sum(x: np.ndarray) -> np.float32:
+    """Of 32 numbers, added in the order that run.c promises."""
+    chain = [F(0)] * 4
+    for c in (12, 8, 4, 0, 28, 24, 20, 16):
+        chain = [a + b for a, b in zip(chain, x[c:c + 4])]
+    return (chain[0] + chain[1]) + (chain[2] + chain[3])
+
+
+def quantise_block(x: np.ndarray, kind: str) -> tuple[bytes, np.ndarray]:
+    """The block as GGUF has it, and what it stands for      x f32 (32)"""
+    def half(value: np.float32) -> np.float32:
+        return F(np.float16(value))
+
+    def stored(scale: np.float32, least: np.float32) -> np.ndarray:
+        return np.clip(np.rint((x - least) * (F(1) / scale if scale else F(0))), *LIMITS[kind])
+
+    low, high = LIMITS[kind]
+    tries = []
+    for start in STARTS[kind]:
+        if low < 0:
+            scale, least = half(x[np.abs(x).argmax()] / F(low * start)), F(0)
+        else:
+            scale = half((x.max() - x.min()) * F((1 - start[0] - start[1]) / high))
+            least = half(x.min() + F(start[0]) * (x.max() - x.min()))
+        q = stored(scale, least)
+        mean_q, mean_x = (q.mean(), x.mean()) if low == 0 else (F(0), F(0))
+        square = chained_sum(q * q) - 32 * mean_q * mean_q
+        fitted = half((chained_sum(q * x) - 32 * mean_q * mean_x) / square) if square else F(0)
+        tries += [(scale, least), (fitted, half(mean_x - fitted * mean_q))]
+    errors = [chained_sum(np.square(stored(*t) * t[0] + (t[1] - x))) for t in tries]
+    scale, least = tries[int(np.argmin(errors))]
+    q = stored(scale, least)
+    head = np.array([scale, least][:1 + (low == 0)], "<f2").tobytes()
+    if kind == "q8":
+        return head + q.astype(np.int8).tobytes(), q * scale
+    u = (q - low).astype(np.uint8)
+    return head + (u[:16] | u[16:] << 4).tobytes(), q * scale + least
+
+
+def make_quantised(folder: Path) -> None:
+    """quantised.bin: f32 (20, 96); then for q8, q4, q4m its blocks, the root mean square error in parts of the root mean
+    square as f64, and the worst block's."""
+    rng = np.random.RandomState(77)
+    x = (rng.standard_t(3, (60, 32)) * rng.lognormal(-4, 1.5, (60, 1))).astype(F)
+    x[3], x[7], x[11], x[13, 5:] = 0, F(0.25), np.abs(x[11]), 0
+    out = [x.tobytes()]
+    for kind in STARTS:
+        blocks, y = zip(*(quantise_block(block, kind) for block in x))
+        error, norm = (np.square(a).sum(1) for a in (x.astype(float) - np.array(y, float), x.astype(float)))
+        worst = np.sqrt(np.divide(error, norm, out=np.zeros(60), where=norm > 0)).max()
+        out += [*blocks, struct.pack("<2d", math.sqrt(error.sum() / norm.sum()), worst)]
+    (folder / "quantised.bin").write_bytes(b"".join(out))
+
+
+# ==== 9. Making and proving ====
 
 def save(folder: Path, name: str, ids: np.ndarray, logits: np.ndarray) -> None:
     """NAME.ids and NAME.logits      ids (T)   logits (T, V)"""
@@ -712,6 +773,7 @@ def make_all(folder: Path) -> None:
         make_llama2c(folder, version, case)
     write_tokenizer_bin(folder / "tokenizer.bin", LLAMA2C[0].vocab)
     make_mixed(folder, MIXED)
+    make_quantised(folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     print("\n".join(f"{size:8} {name}" for name, size in sizes.items() if not name.endswith(".ids")))
     print(f"{sum(sizes.values()):8} bytes in {len(sizes)} files")

@@ -385,7 +385,7 @@ CHECKS = [
     ("run.c", "if (g->bad) return false;\n    if (count", "if (count"),
     ("run.c", "return !g->bad;", "return true;"),
     ("run.c", "find_family(g.family, e) && read_gguf", "read_gguf"),
-    ("run.c", "if (broken_row(&matrix, to", "if (0 && broken_row(&matrix, to"),
+    ("run.c", "if (broken_row(&matrix, tile)", "if (0 && broken_row(&matrix, tile)"),
     ("run.c", "if (job.broken) return check_weights(m, e);", ""),
     ("run.c", "if (!finite && (n > 1 || team->thread == 0) && !w->broken[row])", "if (0)"),
     ("run.c", "return sum < INFINITY;", "return true;"),

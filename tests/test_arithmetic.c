@@ -174,7 +174,44 @@ static void check_block(const Kernels *k, const float *block, const char *what) 
           (double)b.scale, b.minus_8_sum / -8, at, b.q[at], (double)wanted.scale, wanted.sum, wanted.q[at]);
 }
 
+// -m export --type: a matrix of 20 rows and 96 columns becomes the blocks that a script makes of it, with its errors.
+static void test_quantised_blocks(void) {
+    static const struct { Type type; const char *name; } cases[] = { { Q8, "Q8_0" }, { Q4, "Q4_0" }, { Q4M, "Q4_1" } };
+    Bytes golden = read_golden("quantised.bin");
+    const unsigned char *at = golden.bytes + 20 * 96 * 4;
+    Source floats = { .type = source_types, .rows = 20, .cols = 96, .data = golden.bytes };
+    Tensor from = { F32, 20, 96, NULL };
+    Bytes tiles = new_bytes(tensor_bytes(&from));
+    pack_rows(tiles.bytes, &floats, (Range){ 0, 2 });
+    for (int i = 0; i < 3; i++) {
+        Tensor to = { cases[i].type, 20, 96, NULL };
+        Bytes got = new_bytes(tensor_bytes(&to)), wanted = new_bytes(tensor_bytes(&to));
+        Source s = { .rows = 20, .cols = 96, .data = at };
+        for (int k = 0; k < N_SOURCE_TYPES; k++)
+            if (!strcmp(source_types[k].name, cases[i].name)) s.type = &source_types[k];
+        pack_rows(wanted.bytes, &s, (Range){ 0, 2 });
+        Loss all = { 0, 0, 0 };
+        memset(got.bytes, 0xFF, got.n);
+        for (size_t k = 0; k < 2; k++) {
+            Loss l = convert_row_tile(got.bytes + k * row_tile_bytes(&to), to.type, &from,
+                                      tiles.bytes + k * row_tile_bytes(&from), k ? 4 : 16);
+            all = (Loss){ all.squares + l.squares, all.norm + l.norm, fmax(all.worst, l.worst) };
+        }
+        check(!memcmp(got.bytes, wanted.bytes, got.n), "%s: other blocks than the script's", cases[i].name);
+        double error[2];
+        memcpy(error, at + source_bytes(&s), sizeof error);
+        check(fabs(sqrt(all.squares / all.norm) / error[0] - 1) < 1e-9 && fabs(all.worst / error[1] - 1) < 1e-9,
+              "%s: got an error of %g and %g, wanted %g and %g", cases[i].name, sqrt(all.squares / all.norm), all.worst,
+              error[0], error[1]);
+        at += source_bytes(&s) + sizeof error;
+        free(got.bytes), free(wanted.bytes);
+    }
+    check(at == golden.bytes + golden.n, "quantised.bin: another length");
+    free(tiles.bytes), free(golden.bytes);
+}
+
 static void test_quantise(void) {
+    test_quantised_blocks();
     const struct { const char *what; float first, second, rest; } cases[] = {
         { "all zero", 0, 0, 0 }, { "minus zero", -0.0f, -0.0f, -0.0f }, { "ties at 127", 127, 0.5f, 1.5f },
         { "ties at -127", -127, -0.5f, -2.5f }, { "just too small", 0x1.fffffep-101f, 0x1p-110f, 0 },
