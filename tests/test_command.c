@@ -939,7 +939,8 @@ static void test_exports(void) {
                                        "2>/dev/null; test $? = 3 && test -L $T/dangling && test ! -e $T/nowhere" },
         { "in f32, f16 and back: the first is the model's own", "for t in f32 f16; do $EMULATOR ./run $tied -m export "
           "--type $t -o $T/$t || exit; done; $EMULATOR ./run $T/f16 -m export --type f32 -o $T/again "
-          "&& $EMULATOR ./run $T/again -m export --type f16 -o $T/over && cmp $T/f32 $T/native.bin && cmp $T/over $T/f16" },
+          "&& $EMULATOR ./run $T/again -m export --type f16 -o $T/over && "
+          "cmp $T/f32 $T/native.bin && cmp $T/over $T/f16" },
         { "in q8, the same from one thread and from four", "for j in 1 4; do $EMULATOR ./run $mixed -q -m export "
           "--type q8 -j $j -o $T/j$j || exit; done; cmp $T/j1 $T/j4" },
         { "of a type that it has already: the same bytes", "$EMULATOR ./run $T/j1 -m export --type q8 -o $T/over && "
