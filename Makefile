@@ -7,7 +7,7 @@
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make torture lets every call fail, of every mode, one at a time; no file may be left half written (5 minutes)
 #     make coverage  which lines and branches the tests reach (5 minutes; needs clang, llvm and python3)
-#     make mutate  breaks the program in one place at a time, some 600: the tests must notice (20 minutes; needs clang)
+#     make mutate  breaks the program in one place at a time, some 1,500: the tests must notice (needs clang)
 #     make fuzz    lets clang's libFuzzer look for inputs that break something (3 minutes, or FUZZ="--seconds N")
 #     make install  copies the program to PREFIX/bin/cria (/usr/local), with its man page and completions for bash, zsh
 #                  and fish; make uninstall removes them

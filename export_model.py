@@ -859,10 +859,11 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
     """The tokenizer's section as GGUF's keys."""
     kind, pre, flags, bos, eos, unk, n_end, n, n_merges, n_text = struct.unpack_from("<3I3i4I", section)
     at, arrays = 40, []
-    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end), ("<u1", n)):
+    for number, count in (("<f4", n), ("<u4", n + 1), ("<u4", 3 * n_merges), ("<u4", n_end),
+                          ("<i4", 8 if flags & 1024 else 0), ("<u1", n), ("<u1", n if flags & 512 else 0)):
         arrays.append(np.frombuffer(section, number, count, at))
         at += arrays[-1].nbytes
-    scores, starts, merges, ends, types = arrays
+    scores, starts, merges, ends, around, types, takes = arrays
     if pre >= len(NATIVE_PRE):
         raise Refusal(f"{path}: its pre-tokenizer has number {pre}, which is not known here")
     raw = [section[at + starts[i]:at + starts[i + 1]] for i in range(n)]
@@ -880,6 +881,10 @@ def native_vocabulary(section: bytes, path: Path) -> dict[str, Value]:
         keys["tokenizer.ggml.merges"] = array(STRING, pairs)
         keys["tokenizer.ggml.ignore_merges"] = boolean(flags & 8)
         keys["tokenizer.ggml.normalizer.nfc"] = boolean(flags & 16)
+    if len(takes):
+        keys["tokenizer.ggml.takes_white"] = array(I32, list(takes))
+    for key, ids in zip(AROUND.values(), (around[:4], around[4:])):
+        keys |= {key: array(U32, ids[ids >= 0])} if len(ids) and ids[0] >= 0 else {}
     others = [int(i) for i in ends if i != eos]
     ids = {"bos": bos, "eos": eos, "unknown": unk}
     keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i >= 0} | end_keys(others)
@@ -926,9 +931,9 @@ def open_native(path: Path) -> Model:
 
 
 # ==== 5. Families ====
-# What the config.json of a family says, as GGUF's keys, and which tensors of Hugging Face's become which of GGUF's.
-# To add a family: a row in FAMILIES, what is its own in read_config(), layer_parts(), native_keys() and the
-# numpy forward pass.
+# What the config.json of a family says, as GGUF's keys, and which tensors of Hugging Face's become which of GGUF's. The
+# same tables serve both directions. To add a family: a row in FAMILIES, what is its own in read_config(), hf_own() and
+# native_keys().
 
 class Config:
     """A config.json. It notes which keys have been asked for: any other is refused, for it may change the model. Only
@@ -951,14 +956,15 @@ class Config:
         _experts_implementation use_flash_attn use_sdpa use_cache_quantization quantization_status
         output_past is_composition""".split())
     # Of no consequence at these values.
-    NEUTRAL = {"is_encoder_decoder": (False,), "is_decoder": (False, True),
-               "add_cross_attention": (False,), "tie_encoder_decoder": (False,),
-               "pruned_heads": ({},), "chunk_size_feed_forward": (0,), "tf_legacy_loss": (False,),
-               "use_bidirectional_attention": (False,), "rope_interleaved": (False,),
+    NEUTRAL = {"is_encoder_decoder": (False,), "is_decoder": (False, True), "add_cross_attention": (False,),
+               "tie_encoder_decoder": (False,), "pruned_heads": ({},), "chunk_size_feed_forward": (0,),
+               "tf_legacy_loss": (False,), "use_bidirectional_attention": (False,), "rope_interleaved": (False,),
                "lm_head_bias": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,),
                "rotary_scaling_factor": (1,), "use_mrope": (False,)}
+    # The greatest integers, as in the C program.
+    LIMITS = {"num_hidden_layers": 1024, "hidden_size": 65536, "num_attention_heads": 65536, "head_dim": 65536}
 
-    def __init__(self, values: dict, where: str, read: set[str] | None = None, defaults: dict | None = None):
+    def __init__(self, values: dict, where: Path, read: set[str] | None = None, defaults: dict | None = None):
         """read: the keys that count; None: all"""
         self.where, self.asked = where, set()
         unread = [] if read is None else [key for key in values if key in KNOWN_KEYS - read]
@@ -973,8 +979,8 @@ class Config:
         self.asked.add(key)
         return self.values.get(key, otherwise)
 
-    def integer(self, key: str, otherwise: int | None = None, limit: int = (1 << 31) - 1) -> int:
-        value = self.get(key, otherwise)
+    def integer(self, key: str, otherwise: int | None = None) -> int:
+        value, limit = self.get(key, otherwise), self.LIMITS.get(key, (1 << 31) - 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
             raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a whole number from 1 to {limit}")
         return value
@@ -985,11 +991,13 @@ class Config:
             raise Refusal(f"{self.where}: {key} is {json.dumps(value)}, expected a number")
         return float(value)
 
+    def refuse(self, key: str, why: str = "is not supported") -> None:
+        raise Refusal(f"{self.where}: {key} = {json.dumps(self.values.get(key))} {why}")
+
     def demand(self, key: str, *allowed: Any) -> None:
         """Its value, if it is there, must be one of these."""
-        self.asked.add(key)
-        if key in self.values and self.values[key] not in allowed:
-            raise Refusal(f"{self.where}: {key} = {json.dumps(self.values[key])} is not supported")
+        if self.get(key) is not None and self.values[key] not in allowed:
+            self.refuse(key)
 
     def finish(self) -> None:
         for key, allowed in self.NEUTRAL.items():
@@ -999,88 +1007,144 @@ class Config:
                 raise Refusal(f"{self.where}: key {key} is not known: it may change what the model computes")
 
 
+# A layer's tensors, one a row: GGUF's name, Hugging Face's, and the shape in letters of Sizes. `{e}` stands for the
+# number of an expert or of a head: Hugging Face has a tensor for each. "?": it may be absent; "b": it has a bias;
+# "b?": it may have one.
+QKV = ("attn_q self_attn.q_proj HK,D", "attn_k self_attn.k_proj GK,D", "attn_v self_attn.v_proj GK,D")
+OUT = ("attn_output self_attn.o_proj D,HK",)
+FFN = ("ffn_gate mlp.gate_proj F,D", "ffn_up mlp.up_proj F,D", "ffn_down mlp.down_proj D,F")
+NORMS = ("attn_norm input_layernorm D", "ffn_norm post_attention_layernorm D")
+HEAD_NORMS = ("attn_q_norm self_attn.q_norm K", "attn_k_norm self_attn.k_norm K")
+WHOLE_NORMS = ("attn_q_norm self_attn.q_norm HK", "attn_k_norm self_attn.k_norm GK")
+POST_NORMS = ("post_attention_norm post_attention_layernorm D", "post_ffw_norm post_feedforward_layernorm D")
+STABLELM_NORMS = ("attn_norm input_layernorm D b", "ffn_norm post_attention_layernorm D ? b?",
+                  "attn_q_norm self_attn.q_layernorm.norms.{e} H,K ?",
+                  "attn_k_norm self_attn.k_layernorm.norms.{e} G,K ?")
+GEMMA_NORMS = (NORMS[0], POST_NORMS[0], "ffn_norm pre_feedforward_layernorm D", POST_NORMS[1])
+FUSED = ("attn_qkv self_attn.qkv_proj Q,D", *OUT, "ffn_up mlp.gate_up_proj 2F,D", FFN[2])
+WHOLE = ("token_embd model.embed_tokens V,D", "output_norm model.norm D b?", "output lm_head V,D ?")
+
+
+def marked(mark: str, rows: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{row} {mark}" for row in rows)
+
+
+def experts(block: str, gate: str, up: str, down: str) -> tuple[str, ...]:
+    each = block + ".experts.{e}."
+    return (f"ffn_gate_inp {block}.gate E,D", f"ffn_gate_exps {each}{gate} E,F,D", f"ffn_up_exps {each}{up} E,F,D",
+            f"ffn_down_exps {each}{down} E,D,F")
+
+
 @dataclass(frozen=True)
 class Family:
     """One of Hugging Face's model types."""
     model_type: str
-    arch: str                   # general.architecture
-    pairs: bool = False         # llama.cpp rotates neighbours: rows of query and key are put in that order
+    hf_class: str                # transformers' class is called so, with ForCausalLM
+    arch: str                    # general.architecture
+    layer: tuple[str, ...]       # its tensors
+    pairs: bool = False          # llama.cpp rotates neighbours: rows of query and key are put in that order
     norm_plus_one: bool = False  # Hugging Face's norms multiply by 1 + weight; GGUF holds the sum
-    own_output: bool = False    # llama.cpp wants an output matrix even where it is the embedding
-    head_norms: bool = False    # norms of each head of query and key
-    experts: str = ""           # where the experts are: the module's name
-    activation: str = "silu"
-    windows: bool = False       # attention.sliding_window is always written
-    reads: str = ""             # keys of config.json that count here, beside those of all families
+    own_output: bool = False     # llama.cpp wants an output matrix even where it is the embedding
+    experts: str = ""            # where the experts are: the module's name
+    windows: bool = False        # attention.sliding_window is always written
+    any_head_dim: bool = True    # else llama.cpp's format means D / H
+    integers: dict = field(default_factory=dict)               # keys of config.json that have one in GGUF: u32
+    scalars: dict = field(default_factory=lambda: RMS)         # f32
+    demands: dict = field(default_factory=lambda: SILU)        # keys that, if they are there, must have such a value
+    reads: str = ""              # further keys that count here
     defaults: dict = field(default_factory=dict)  # what config.json means where it is silent, as in transformers
 
 
 # What config.json means where it is silent: transformers' LlamaConfig; a family's own defaults are in its row.
 DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
         "sliding_window": 4096}
 OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 GEMMA = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
          "sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
-GELU = "gelu_pytorch_tanh"
-WINDOWS = "sliding_window use_sliding_window "  # the second says whether the first counts
-GEMMA_READS = ("attention_bias hidden_activation query_pre_attn_scalar sliding_window layer_types "
-               "final_logit_softcapping attn_logit_softcapping use_bidirectional_attention")
-EXPERTS = "num_local_experts num_experts num_experts_per_tok "
+# Keys of config.json that have one in GGUF: of all families, and of some.
+INTEGERS = {"num_hidden_layers": "block_count", "max_position_embeddings": "context_length",
+            "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+            "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+            "vocab_size": "vocab_size"}
+RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+GRANITE_SCALES = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+                  "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
+FINAL_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
+BOTH_CAPS = FINAL_CAP | {"attn_logit_softcapping": "attn_logit_softcapping"}
+SILU = {"hidden_act": ("silu", "swish")}
+PLAIN = SILU | {"attention_bias": (False,)}
+GELU = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)}
+ALL_SPARSE = {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+WINDOWS = "sliding_window layer_types "
+QWEN_WINDOWS = "sliding_window use_sliding_window "  # the second says whether the first counts
+GEMMA_READS = WINDOWS + "query_pre_attn_scalar use_bidirectional_attention "
+LLAMA_LAYER = NORMS + marked("b?", QKV + OUT + FFN)
 FAMILIES = {f.model_type: f for f in (
-    Family("llama", "llama", pairs=True, reads="attention_bias mlp_bias"),
-    Family("mistral", "llama", pairs=True, reads="sliding_window layer_types",
-           defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                     "sliding_window": 4096}),
-    Family("mixtral", "llama", pairs=True, experts="block_sparse_moe", reads=EXPERTS + "sliding_window layer_types",
-           defaults={"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                     "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
-    Family("qwen2", "qwen2", reads=WINDOWS + "max_window_layers layer_types", defaults=QWEN),
-    Family("qwen3", "qwen3", head_norms=True, reads=WINDOWS + "max_window_layers layer_types attention_bias",
-           defaults=QWEN | {"head_dim": 128}),
-    Family("qwen3_moe", "qwen3moe", head_norms=True, experts="mlp",
-           reads=WINDOWS + EXPERTS + "attention_bias moe_intermediate_size norm_topk_prob decoder_sparse_step "
-                                     "mlp_only_layers",
+    Family("llama", "Llama", "llama", LLAMA_LAYER, pairs=True, reads="attention_bias mlp_bias"),
+    Family("mistral", "Mistral", "llama", LLAMA_LAYER, pairs=True, reads=WINDOWS,
+           defaults=MISTRAL | {"sliding_window": 4096}),
+    Family("mixtral", "Mixtral", "llama", NORMS + QKV + OUT + experts("block_sparse_moe", "w1", "w3", "w2"),
+           pairs=True, experts="block_sparse_moe", reads=WINDOWS,
+           integers={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+           defaults=MISTRAL | {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8,
+                               "num_experts_per_tok": 2}),
+    Family("qwen2", "Qwen2", "qwen2", NORMS + marked("b", QKV) + OUT + FFN, defaults=QWEN,
+           reads=QWEN_WINDOWS + "max_window_layers layer_types"),
+    Family("qwen3", "Qwen3", "qwen3", NORMS + QKV + OUT + HEAD_NORMS + FFN, demands=PLAIN,
+           reads=QWEN_WINDOWS + "max_window_layers layer_types", defaults=QWEN | {"head_dim": 128}),
+    Family("qwen3_moe", "Qwen3Moe", "qwen3moe",
+           NORMS + QKV + OUT + HEAD_NORMS + experts("mlp", "gate_proj", "up_proj", "down_proj"), experts="mlp",
+           integers={"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+                     "moe_intermediate_size": "expert_feed_forward_length"},
+           demands=PLAIN | ALL_SPARSE, reads=QWEN_WINDOWS,
            defaults=QWEN | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
-                            "num_key_value_heads": 4, "moe_intermediate_size": 768}),
-    Family("phi3", "phi3", windows=True, reads="sliding_window layer_types partial_rotary_factor",
+                            "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+                            "num_experts_per_tok": 8, "norm_topk_prob": False}),
+    Family("phi3", "Phi3", "phi3", NORMS + FUSED, windows=True, any_head_dim=False,
+           reads=WINDOWS + "partial_rotary_factor",
            defaults={"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "rms_norm_eps": 1e-5,
                      "max_position_embeddings": 4096}),
-    Family("granite", "granite", pairs=True,
-           reads="attention_bias mlp_bias attention_multiplier embedding_multiplier residual_multiplier "
-                 "logits_scaling"),
-    Family("smollm3", "smollm3", pairs=True,
-           reads=WINDOWS + "attention_bias mlp_bias no_rope_layers no_rope_layer_interval layer_types",
+    Family("granite", "Granite", "granite", LLAMA_LAYER, pairs=True, any_head_dim=False,
+           scalars=RMS | GRANITE_SCALES, reads="attention_bias mlp_bias", defaults=dict.fromkeys(GRANITE_SCALES, 1.0)),
+    Family("smollm3", "SmolLM3", "smollm3", NORMS + QKV + OUT + FFN, pairs=True, any_head_dim=False,
+           demands=PLAIN | {"mlp_bias": (False,), "use_sliding_window": (False,)},
+           reads=WINDOWS + "no_rope_layers no_rope_layer_interval",
            defaults={"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
                      "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
                      "tie_word_embeddings": True}),
-    Family("olmo2", "olmo2", own_output=True, reads="attention_bias", defaults=OLMO),
-    Family("olmo3", "olmo2", own_output=True, windows=True, reads="attention_bias sliding_window layer_types",
-           defaults=OLMO | {"sliding_window": 4096, "rope_theta": 5e5}),
-    Family("stablelm", "stablelm", own_output=True,
-           reads="layer_norm_eps partial_rotary_factor use_qkv_bias qk_layernorm use_parallel_residual",
+    Family("olmo2", "Olmo2", "olmo2", WHOLE_NORMS + POST_NORMS + QKV + OUT + FFN, own_output=True, any_head_dim=False,
+           demands=PLAIN, defaults=OLMO),
+    Family("olmo3", "Olmo3", "olmo2", WHOLE_NORMS + POST_NORMS + QKV + OUT + FFN, own_output=True, any_head_dim=False,
+           windows=True, demands=PLAIN, reads=WINDOWS, defaults=OLMO | {"sliding_window": 4096, "rope_theta": 5e5}),
+    Family("stablelm", "StableLm", "stablelm", STABLELM_NORMS + marked("b?", QKV) + OUT + FFN, own_output=True,
+           any_head_dim=False, scalars={"layer_norm_eps": "attention.layer_norm_epsilon"},
+           reads="partial_rotary_factor use_qkv_bias qk_layernorm use_parallel_residual",
            defaults={"vocab_size": 50304, "intermediate_size": 6912, "hidden_size": 2560, "num_key_value_heads": 32,
-                     "max_position_embeddings": 4096, "partial_rotary_factor": 0.25}),
-    Family("gemma2", "gemma2", norm_plus_one=True, activation=GELU, windows=True, reads=GEMMA_READS,
+                     "max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5}),
+    Family("gemma2", "Gemma2", "gemma2", GEMMA_NORMS + QKV + OUT + FFN, norm_plus_one=True, windows=True,
+           scalars=RMS | BOTH_CAPS, demands=GELU, reads=GEMMA_READS,
            defaults=GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
-    Family("gemma3_text", "gemma3", norm_plus_one=True, head_norms=True, activation=GELU, windows=True,
-           reads=GEMMA_READS + " rope_local_base_freq sliding_window_pattern",
+    Family("gemma3_text", "Gemma3", "gemma3", GEMMA_NORMS + QKV + OUT + HEAD_NORMS + FFN, norm_plus_one=True,
+           windows=True, scalars=RMS | FINAL_CAP, demands=GELU | {"attn_logit_softcapping": (None,)},
+           reads=GEMMA_READS + "rope_local_base_freq sliding_window_pattern",
            defaults=GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6,
                              "rope_local_base_freq": 1e4}))}
-COMMON_READS = set("""model_type architectures hidden_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim intermediate_size vocab_size max_position_embeddings original_max_position_embeddings rope_theta
-    rope_scaling rope_parameters tie_word_embeddings""".split())
-# All keys that some family reads, and some that published files have and no family here reads.
-KNOWN_KEYS = COMMON_READS.union(*(f.reads.split() for f in FAMILIES.values())) | set("""
-    rms_norm_eps hidden_act sliding_window_size _sliding_window_pattern rotary_pct rope_pct rotary_dim""".split())
+COMMON_READS = set("""model_type architectures head_dim original_max_position_embeddings rope_theta rope_scaling
+    rope_parameters tie_word_embeddings""".split()) | INTEGERS.keys()
 
 
 def keys_read(f: Family) -> set[str]:
     """The keys of config.json that count for a family."""
-    norm = set() if f.arch == "stablelm" else {"rms_norm_eps"}
-    return COMMON_READS | norm | (set() if f.norm_plus_one else {"hidden_act"}) | set(f.reads.split())
+    return COMMON_READS.union(f.integers, f.scalars, f.demands, f.reads.split())
+
+
+# All keys that some family reads, and some that published files have and no family here reads.
+KNOWN_KEYS = set().union(*map(keys_read, FAMILIES.values())) | set("""
+    sliding_window_size _sliding_window_pattern rotary_pct rope_pct rotary_dim""".split())
 
 
 @dataclass(frozen=True)
@@ -1100,130 +1164,72 @@ class Sizes:
         return (self.H + 2 * self.G) * self.K
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """"HK D" -> (H * K, D); a digit is a factor"""
-        return tuple(math.prod(int(c) if c.isdigit() else getattr(self, c) for c in word) for word in letters.split())
+        """"HK,D" -> (H * K, D); a digit is a factor"""
+        return tuple(math.prod(int(c) if c.isdigit() else getattr(self, c) for c in word)
+                     for word in letters.split(","))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor in both worlds. `{e}` in Hugging Face's name stands for the number of an expert or of a head."""
+    """One tensor in both worlds, as the rows above describe it."""
     gguf: str
     hf: str
-    shape: str                    # in GGUF's world; letters of Sizes
-    move: str = ""                # "q", "k": rows in pairs; "+1": one is added; "stack": one tensor for each {e}
-    needed: bool = True
+    shape: str
+    move: str     # "q", "k": rows in pairs; "+1": one is added; "stack": one tensor for each {e}
+    needed: bool
 
 
-def layer_parts(f: Family) -> list[Part]:
-    """A layer's tensors, without the prefixes `blk.N.` and `model.layers.N.`"""
-    q, k = ("q", "k") if f.pairs else ("", "")
-    plus = "+1" if f.norm_plus_one else ""
-    if f.arch == "phi3":
-        attention = [Part("attn_qkv.weight", "self_attn.qkv_proj.weight", "Q D")]
-    else:
-        attention = []
-        for name, heads, move in (("q", "HK", q), ("k", "GK", k), ("v", "GK", "")):
-            attention.append(Part(f"attn_{name}.weight", f"self_attn.{name}_proj.weight", f"{heads} D", move))
-            if f.arch in ("llama", "qwen2", "stablelm", "granite"):
-                attention.append(Part(f"attn_{name}.bias", f"self_attn.{name}_proj.bias", heads, move,
-                                      f.arch == "qwen2"))
-    attention.append(Part("attn_output.weight", "self_attn.o_proj.weight", "D HK"))
-    if f.arch in ("llama", "granite"):
-        attention.append(Part("attn_output.bias", "self_attn.o_proj.bias", "D", needed=False))
-    if f.head_norms:
-        attention += [Part("attn_q_norm.weight", "self_attn.q_norm.weight", "K", plus),
-                      Part("attn_k_norm.weight", "self_attn.k_norm.weight", "K", plus)]
-    return norm_parts(f, plus) + attention + feed_forward_parts(f)
-
-
-def norm_parts(f: Family, plus: str) -> list[Part]:
-    def norm(gguf: str, hf: str, shape: str = "D", needed: bool = True, move: str = plus) -> Part:
-        return Part(f"{gguf}.weight", f"{hf}.weight", shape, move, needed)
-    if f.arch == "olmo2":
-        return [norm("attn_q_norm", "self_attn.q_norm", "HK"), norm("attn_k_norm", "self_attn.k_norm", "GK"),
-                norm("post_attention_norm", "post_attention_layernorm"),
-                norm("post_ffw_norm", "post_feedforward_layernorm")]
-    if f.arch in ("gemma2", "gemma3"):
-        return [norm("attn_norm", "input_layernorm"), norm("post_attention_norm", "post_attention_layernorm"),
-                norm("ffn_norm", "pre_feedforward_layernorm"), norm("post_ffw_norm", "post_feedforward_layernorm")]
-    if f.arch == "stablelm":
-        return [norm("attn_norm", "input_layernorm"), Part("attn_norm.bias", "input_layernorm.bias", "D"),
-                norm("ffn_norm", "post_attention_layernorm", needed=False),
-                Part("ffn_norm.bias", "post_attention_layernorm.bias", "D", needed=False),
-                norm("attn_q_norm", "self_attn.q_layernorm.norms.{e}", "H K", False, "stack"),
-                norm("attn_k_norm", "self_attn.k_layernorm.norms.{e}", "G K", False, "stack")]
-    return [norm("attn_norm", "input_layernorm"), norm("ffn_norm", "post_attention_layernorm")]
-
-
-def feed_forward_parts(f: Family) -> list[Part]:
-    if f.arch == "phi3":
-        return [Part("ffn_up.weight", "mlp.gate_up_proj.weight", "2F D"),
-                Part("ffn_down.weight", "mlp.down_proj.weight", "D F")]
-    if f.experts:
-        names = ("w1", "w3", "w2") if f.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-        parts = [Part("ffn_gate_inp.weight", f"{f.experts}.gate.weight", "E D")]
-        for gguf, hf, shape in zip(("gate", "up", "down"), names, ("E F D", "E F D", "E D F")):
-            parts.append(Part(f"ffn_{gguf}_exps.weight", f"{f.experts}.experts.{{e}}.{hf}.weight", shape, "stack"))
-        return parts
-    parts = []
-    for name, shape in (("gate", "F D"), ("up", "F D"), ("down", "D F")):
-        parts.append(Part(f"ffn_{name}.weight", f"mlp.{name}_proj.weight", shape))
-        if f.arch in ("llama", "granite"):
-            parts.append(Part(f"ffn_{name}.bias", f"mlp.{name}_proj.bias", shape.split()[0], needed=False))
+def parts_of(f: Family, row: str) -> list[Part]:
+    """A row's weight, and its bias if it has one."""
+    gguf, hf, shape, *marks = row.split()
+    norm = gguf.endswith("norm")
+    move = "stack" if "{e}" in hf else "+1" if norm and f.norm_plus_one else ""
+    if f.pairs and gguf in ("attn_q", "attn_k"):
+        move = gguf[-1]
+    parts = [Part(f"{gguf}.weight", f"{hf}.weight", shape, move, "?" not in marks)]
+    if "b" in marks or "b?" in marks:
+        parts.append(Part(f"{gguf}.bias", f"{hf}.bias", shape.split(",")[0], "" if norm else move, "b" in marks))
     return parts
 
 
 def model_parts(f: Family, n_layers: int) -> list[Part]:
     """All tensors of a model, in the order in which they are written."""
-    plus = "+1" if f.norm_plus_one else ""
-    parts = [Part("token_embd.weight", "model.embed_tokens.weight", "V D"),
-             Part("output_norm.weight", "model.norm.weight", "D", plus),
-             Part("output_norm.bias", "model.norm.bias", "D", needed=False),
-             Part("output.weight", "lm_head.weight", "V D", needed=False)]
-    layer = layer_parts(f)
-    return parts + [replace(p, gguf=f"blk.{i}.{p.gguf}", hf=f"model.layers.{i}.{p.hf}")
+    whole, layer = ([part for row in rows for part in parts_of(f, row)] for rows in (WHOLE, f.layer))
+    return whole + [replace(p, gguf=f"blk.{i}.{p.gguf}", hf=f"model.layers.{i}.{p.hf}")
                     for i in range(n_layers) for p in layer]
-
-
-def heads_of(part: Part, sizes: Sizes) -> int:
-    return sizes.H if part.move == "q" else sizes.G
 
 
 def to_gguf(part: Part, tensor: Tensor, sizes: Sizes) -> Tensor:
     """Of Hugging Face's tensor (if stacked: of the stack), GGUF's."""
     if part.move in ("q", "k"):
-        moved = tensor.then(lambda w: pair_rows(w, heads_of(part, sizes)))
-        return replace(moved, original=tensor)
+        heads = sizes.H if part.move == "q" else sizes.G
+        return replace(tensor.then(lambda w: pair_rows(w, heads)), original=tensor)
     return tensor.computed(lambda w: w + 1) if part.move == "+1" else tensor
 
 
 def from_gguf(part: Part, tensor: Tensor, sizes: Sizes) -> Tensor:
     """The inverse of to_gguf()."""
     if part.move in ("q", "k"):
-        return tensor.original or tensor.then(lambda w: unpair_rows(w, heads_of(part, sizes)))
+        heads = sizes.H if part.move == "q" else sizes.G
+        return tensor.original or tensor.then(lambda w: unpair_rows(w, heads))
     return tensor.computed(lambda w: w - 1) if part.move == "+1" else tensor
 
 
 def take_part(part: Part, tensors: dict[str, Tensor], sizes: Sizes, where: Path) -> Tensor | None:
     """Takes a part's tensors out of Hugging Face's; None if they are not there and need not be."""
-    shape = sizes.shape(part.shape)
+    shape, names = sizes.shape(part.shape), [part.hf]
     if part.move == "stack":
         names = [part.hf.format(e=e) for e in range(shape[0])]
-        found = [tensors.pop(name, None) for name in names]
-        missing = [name for name, t in zip(names, found) if t is None]
-        if len(missing) == len(names) and not part.needed:
-            return None
-        if missing:
-            raise Refusal(f"{where}: tensor {missing[0]} is missing")
-        for name, t in zip(names, found):
-            check_shape(name, t, shape[1:], where)
-        return stack(found)
-    tensor = tensors.pop(part.hf, None)
-    if tensor is None and part.needed:
-        raise Refusal(f"{where}: tensor {part.hf} is missing")
-    if tensor is not None:
-        check_shape(part.hf, tensor, shape, where)
-    return tensor
+        shape = shape[1:]
+    missing = [name for name in names if name not in tensors]
+    if len(missing) == len(names) and not part.needed:
+        return None
+    if missing:
+        raise Refusal(f"{where}: tensor {missing[0]} is missing")
+    found = [tensors.pop(name) for name in names]
+    for name, tensor in zip(names, found):
+        check_shape(name, tensor, shape, where)
+    return stack(found) if part.move == "stack" else found[0]
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: Path) -> None:
@@ -1233,22 +1239,20 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: Path) 
 
 def split_fused_experts(tensors: dict[str, Tensor], f: Family) -> None:
     """transformers 5 may hold all experts in one tensor, gate and up together: as single ones."""
+    gate, up, down = (row.split()[1].rpartition(".")[2] for row in f.layer if "{e}" in row)
     for name in [n for n in tensors if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
-        fused = tensors.pop(name)
-        prefix, kind = name.rsplit(".", 1)
-        gate, up, down = ("w1", "w3", "w2") if f.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-        prefix = prefix.replace(".mlp.", f".{f.experts}.")
-        n, rows, cols = fused.shape
-        parts = ((gate, 0, rows // 2), (up, rows // 2, rows)) if kind == "gate_up_proj" else ((down, 0, rows),)
+        fused, prefix = tensors.pop(name), name.rpartition(".")[0].replace(".mlp.", f".{f.experts}.")
+        parts = (gate, up) if name.endswith("gate_up_proj") else (down,)
+        n, rows, cols = fused.shape[0], fused.shape[1] // len(parts), fused.shape[2]
         for e in range(n):
-            for part, a, b in parts:
-                tensors[f"{prefix}.{e}.{part}.weight"] = fused.then(lambda w, e=e, a=a, b=b: w[e, a:b], (b - a, cols))
+            for i, part in enumerate(parts):
+                tensors[f"{prefix}.{e}.{part}.weight"] = fused.then(
+                    lambda w, e=e, first=i * rows, end=(i + 1) * rows: w[e, first:end], (rows, cols))
     for name in [n for n in tensors if ".mlp.gate.weight" in n]:
         tensors[name.replace(".mlp.", f".{f.experts}.")] = tensors.pop(name)
 
 
-def map_tensors(f: Family, n_layers: int, sizes: Sizes, tied: bool, tensors: dict[str, Tensor],
-                where: Path) -> dict[str, Tensor]:
+def map_tensors(model: Model, f: Family, tied: bool, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors as GGUF's. What is left over is refused by name."""
     tensors = {n: t for n, t in tensors.items() if not n.endswith((".rotary_emb.inv_freq", ".masked_bias"))}
     if f.experts:
@@ -1256,36 +1260,34 @@ def map_tensors(f: Family, n_layers: int, sizes: Sizes, tied: bool, tensors: dic
     if tied:
         tensors.pop("lm_head.weight", None)
     elif "lm_head.weight" not in tensors:
-        raise Refusal(f"{where}: tensor lm_head.weight is missing")
-    mapped_tensors = {}
-    for part in model_parts(f, n_layers):
-        tensor = take_part(part, tensors, sizes, where)
-        if tensor is not None:
+        raise Refusal(f"{model.source}: tensor lm_head.weight is missing")
+    sizes, mapped_tensors = sizes_of(model), {}
+    for part in model_parts(f, model.value("block_count")):
+        if tensor := take_part(part, tensors, sizes, model.source):
             mapped_tensors[part.gguf] = to_gguf(part, tensor, sizes)
     if tied and f.own_output:
         mapped_tensors["output.weight"] = mapped_tensors["token_embd.weight"]
     if tensors:
-        raise Refusal(f"{where}: tensor {next(iter(tensors))} is not one of a {f.model_type} model")
+        raise Refusal(f"{model.source}: tensor {next(iter(tensors))} is not one of a {f.model_type} model")
     return mapped_tensors
 
 
 # -- config.json -> keys --
 
-ROPE_KEYS = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-             "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-                      "mscale", "mscale_all_dim"),
-             "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings",
-                          "attention_factor")}
-OPTIONAL_ROPE_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-ALL_ROPE_KEYS = {key for keys in ROPE_KEYS.values() for key in keys}
+# The numbers of rope_scaling by its type: those that it must have, and those that it may have.
+ROPE_KEYS = {"default": ("", ""), "linear": ("factor", ""),
+             "llama3": ("factor low_freq_factor high_freq_factor original_max_position_embeddings", ""),
+             "yarn": ("factor original_max_position_embeddings",
+                      "beta_fast beta_slow attention_factor mscale mscale_all_dim"),
+             "longrope": ("short_factor long_factor", "factor attention_factor")}
+ALL_ROPE_KEYS = {key for keys in ROPE_KEYS.values() for key in " ".join(keys).split()}
 
 
 def read_rope(c: Config) -> tuple[dict, dict]:
     """The rotation of whole and of windowed attention: rope_parameters of transformers 5, or rope_theta and
     rope_scaling of 4, in the form of 5. Unknown keys are refused."""
     theta, scaling, both = c.get("rope_theta"), c.get("rope_scaling", {}), c.get("rope_parameters", {})
-    local = c.get("rope_local_base_freq", theta)
+    local = c.get("rope_local_base_freq")
     if not all(isinstance(x, dict) for x in (scaling, both)):
         raise Refusal(f"{c.where}: rope_scaling is {json.dumps(scaling or both)}, expected an object")
     if scaling and both and scaling != both:
@@ -1293,32 +1295,32 @@ def read_rope(c: Config) -> tuple[dict, dict]:
     both = scaling or both
     by_layers = "full_attention" in both or "sliding_attention" in both
     full, windowed = (both.get(f"{kind}_attention") or {} for kind in ("full", "sliding")) if by_layers else (both, {})
-    full, windowed = {"rope_theta": theta} | full, {"rope_theta": local} | windowed
-    if not by_layers and c.get("rope_local_base_freq") is None:
-        windowed["rope_theta"] = full["rope_theta"]
-    return check_rope(c, full), check_rope(c, windowed)
+    full = {"rope_theta": theta} | full
+    return check_rope(c, full), check_rope(c, {"rope_theta": local or (theta if by_layers else full["rope_theta"])}
+                                           | windowed)
 
 
 def check_rope(c: Config, rope: dict) -> dict:
-    rope = dict(rope)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+    """Its numbers, and its type as rope_type."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in ROPE_KEYS:
         raise Refusal(f"{c.where}: rope_scaling type {json.dumps(kind)} is not supported")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    for key, value in list(rope.items()):
-        if key not in (*ROPE_KEYS[kind], "rope_theta", "partial_rotary_factor"):
-            if key not in ALL_ROPE_KEYS and not (key == "truncate" and value is True):
-                raise Refusal(f"{c.where}: rope_scaling.{key} = {json.dumps(value)} is not supported with {kind}")
-            if key not in ("original_max_position_embeddings", "truncate"):
-                warn(f"{c.where}: rope_scaling.{key}: not read with rope_type {kind}, so without effect")
-                del rope[key]
-    for key in ROPE_KEYS[kind]:
-        if key not in OPTIONAL_ROPE_KEYS and rope.get(key) is None \
-                and not (kind == "longrope" and key in ("factor", "original_max_position_embeddings")):
-            raise Refusal(f"{c.where}: rope_scaling.{key} is missing")
-    return rope | {"rope_type": kind}
+    needed, optional = map(str.split, ROPE_KEYS[kind])
+    common = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    out = {"rope_type": kind}
+    for key, value in rope.items():
+        if value is None or key in ("rope_type", "type") or (key == "truncate" and value is True):
+            continue
+        if key in (*needed, *optional, *common):
+            out[key] = value
+        elif key in ALL_ROPE_KEYS:
+            warn(f"{c.where}: rope_scaling.{key}: not read with rope_type {kind}, so without effect")
+        else:
+            raise Refusal(f"{c.where}: rope_scaling.{key} = {json.dumps(value)} is not supported with {kind}")
+    if missing := [key for key in needed if key not in out]:
+        raise Refusal(f"{c.where}: rope_scaling.{missing[0]} is missing")
+    return out
 
 
 def llama3_factors(rope: dict, dim: int) -> np.ndarray:
@@ -1340,31 +1342,32 @@ def longrope_magnitude(factor: float, original: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
-def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, context: int) \
-        -> tuple[dict[str, Value], dict[str, Tensor]]:
-    """Keys (without the architecture) and tensors that say how positions are rotated in."""
-    kind, keys, tensors = rope["rope_type"], {}, {}
+def rotated_part(c: Config, f: Family, rope: dict) -> float:
+    """How much of a head is rotated: 0 to 1"""
     partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
-    if partial != 1 and "partial_rotary_factor" not in f.reads:
-        if kind != "default":  # which has it read, and the family's code cannot rotate a part
-            raise Refusal(f"{c.where}: partial_rotary_factor = {partial} with rope_type {kind} is not one of "
-                          f"{f.model_type}")
-        warn(f"{c.where}: partial_rotary_factor: not read by a model of type {f.model_type}, so without effect")
-        partial = 1.0
-    dim = int(head_dim * partial)
-    keys["rope.freq_base"] = f32(rope.get("rope_theta", 10000.0))
-    keys["rope.dimension_count"] = u32(dim)
+    if partial == 1 or "partial_rotary_factor" in f.reads:
+        return partial
+    if rope["rope_type"] != "default":  # which has it read, and the family's code cannot rotate a part
+        raise Refusal(f"{c.where}: partial_rotary_factor = {partial} with rope_type {rope['rope_type']} is not one of "
+                      f"{f.model_type}")
+    warn(f"{c.where}: partial_rotary_factor: not read by a model of type {f.model_type}, so without effect")
+    return 1.0
+
+
+def rope_keys(c: Config, f: Family, head_dim: int, context: int) -> tuple[dict[str, Value], dict[str, Tensor]]:
+    """Keys (without the architecture) and tensors that say how positions are rotated in."""
+    rope, windowed = read_rope(c)
+    kind, dim, theta = rope["rope_type"], int(head_dim * rotated_part(c, f, rope)), rope.get("rope_theta", 10000.0)
+    keys, tensors = {"rope.freq_base": f32(theta), "rope.dimension_count": u32(dim)}, {}
     if windowed["rope_type"] != "default":
         raise Refusal(f"{c.where}: rope_parameters.sliding_attention is scaled, which is not supported")
     if f.arch == "gemma3":
         keys["rope.freq_base_swa"] = f32(windowed.get("rope_theta", 10000.0))
-    elif windowed.get("rope_theta", rope.get("rope_theta")) != rope.get("rope_theta"):
+    elif windowed.get("rope_theta", theta) != theta:
         raise Refusal(f"{c.where}: rope_parameters.sliding_attention has another rope_theta, which is not supported")
     original = rope.get("original_max_position_embeddings", c.get("original_max_position_embeddings", context))
-    if f.arch == "phi3" or kind == "yarn":
+    if f.arch == "phi3" or kind in ("yarn", "longrope"):
         keys["rope.scaling.original_context_length"] = u32(original)
-    if kind == "longrope" and f.arch != "phi3":
-        keys |= {"rope.scaling.type": text(kind), "rope.scaling.original_context_length": u32(original)}
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": text(kind), "rope.scaling.factor": f32(rope["factor"])}
     if kind == "llama3":
@@ -1379,13 +1382,14 @@ def rope_keys(c: Config, f: Family, rope: dict, windowed: dict, head_dim: int, c
             keys["rope.scaling.attn_factor"] = f32(magnitude / usual)
         keys |= {f"rope.scaling.yarn_{key}": f32(rope[key]) for key in ("beta_fast", "beta_slow") if key in rope}
     if kind == "longrope":
+        if f.arch != "phi3":
+            keys["rope.scaling.type"] = text(kind)
         usual = longrope_magnitude(rope.get("factor", context / original), original)
         keys["rope.scaling.attn_factor"] = f32(rope.get("attention_factor", usual))
-        for name in ("long", "short"):
-            if len(rope[f"{name}_factor"]) != dim // 2:
-                raise Refusal(f"{c.where}: rope_scaling.{name}_factor has {len(rope[f'{name}_factor'])} values, "
-                              f"expected {dim // 2}")
-            tensors[f"rope_factors_{name}.weight"] = constant(rope[f"{name}_factor"])
+        for name in ("long_factor", "short_factor"):
+            if len(rope[name]) != dim // 2:
+                raise Refusal(f"{c.where}: rope_scaling.{name} has {len(rope[name])} values, expected {dim // 2}")
+            tensors[f"rope_factors_{name.split('_')[0]}.weight"] = constant(rope[name])
     return keys, tensors
 
 
@@ -1403,23 +1407,20 @@ def usual_windows(arch: str, n_layers: int) -> list[bool]:
 
 def window_keys(c: Config, f: Family, n_layers: int, context: int) -> dict[str, Value]:
     """How far back attention looks, and in which layers. A window that is as long as the context changes nothing."""
-    size, kinds, usual = c.get("sliding_window", 0), c.get("layer_types"), [True] * n_layers
-    if f.norm_plus_one:
-        usual = every_but(c.integer("sliding_window_pattern", WINDOW_STEPS[f.arch]), n_layers)
-    elif f.model_type == "olmo3":
-        usual = every_but(WINDOW_STEPS[f.arch], n_layers)
-    elif f.model_type in ("qwen2", "qwen3"):
-        usual = [i >= c.get("max_window_layers", 28) for i in range(n_layers)]
-    if f.arch in ("qwen2", "qwen3", "qwen3moe", "smollm3") and not c.get("use_sliding_window", False):
+    size, kinds, layers = c.get("sliding_window", 0), c.get("layer_types"), usual_windows(f.arch, n_layers)
+    if "sliding_window_pattern" in c.values:
+        layers = every_but(c.integer("sliding_window_pattern"), n_layers)
+    if "max_window_layers" in f.reads:
+        layers = [i >= c.get("max_window_layers", 28) for i in range(n_layers)]
+    if "use_sliding_window" in keys_read(f) and not c.get("use_sliding_window", False):
         size = 0
-    if f.arch == "smollm3" and size:
-        raise Refusal(f"{c.where}: use_sliding_window = true is not supported")
-    if kinds is not None and (len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}):
-        raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} is not supported")
-    layers = [kind == "sliding_attention" for kind in kinds] if kinds else usual
+    if kinds is not None:
+        if len(kinds) != n_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            c.refuse("layer_types")
+        layers = [kind == "sliding_attention" for kind in kinds]
     if f.model_type in ("mistral", "mixtral", "phi3") and size and not all(layers):
-        raise Refusal(f"{c.where}: layer_types = {json.dumps(kinds)} beside sliding_window = {size} is not supported: "
-                      f"{f.model_type} has one window for all layers")
+        c.refuse("layer_types", f"beside sliding_window = {size} is not supported: {f.model_type} has one window for "
+                                "all layers")
     if not f.windows and (size == 0 or size >= context or not any(layers)):
         return {}
     keys = {"attention.sliding_window": u32(size)}
@@ -1433,137 +1434,87 @@ def usual_scalar(arch: str, n_layers: int, width: float, head_dim: float) -> flo
     return width if n_layers == {"gemma2": 46, "gemma3": 62}.get(arch) else head_dim
 
 
-def gemma_scale(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
-    """The scale of attention, where it is not the usual one: llama.cpp has no other, so the key is for cria alone."""
-    scalar, usual = c.real("query_pre_attn_scalar"), usual_scalar(f.arch, n_layers, sizes.D // sizes.H, sizes.K)
-    if scalar == usual:
-        return {}
-    warn(f"llama.cpp would take {usual} for query_pre_attn_scalar = {scalar:g}")
-    return {"attention.scale": f32(scalar ** -0.5)}
-
-
-GRANITE_SCALES = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
-                  "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
-
-
-def own_keys(c: Config, f: Family, n_layers: int, sizes: Sizes) -> dict[str, Value]:
-    """The keys that only this family has."""
-    if f.arch == "granite":
-        return {gguf: f32(c.real(hf, 1.0)) for hf, gguf in GRANITE_SCALES.items()}
-    if f.arch in ("gemma2", "gemma3"):
-        caps = {name: c.get(f"{name}_logit_softcapping", 0) for name in ("final", "attn")}
-        if f.arch == "gemma2" and not all(caps.values()):
-            raise Refusal(f"{c.where}: final_logit_softcapping or attn_logit_softcapping is null, which llama.cpp's "
-                          f"format cannot say")
-        if f.arch == "gemma3" and caps["attn"]:
-            raise Refusal(f"{c.where}: attn_logit_softcapping = {caps['attn']} is not supported in {f.model_type}")
-        return {f"{name}_logit_softcapping": f32(cap) for name, cap in caps.items() if cap} \
-            | gemma_scale(c, f, n_layers, sizes)
+def own_keys(c: Config, f: Family, n_layers: int, width: int, head_dim: int) -> dict[str, Value]:
+    """The keys that only this family has      width: D / H"""
+    if f.norm_plus_one:  # llama.cpp knows no other scale of attention than the usual one: the key is for cria alone
+        scalar, usual = c.real("query_pre_attn_scalar"), usual_scalar(f.arch, n_layers, width, head_dim)
+        if scalar != usual:
+            warn(f"llama.cpp would take {usual} for query_pre_attn_scalar = {scalar:g}")
+            return {"attention.scale": f32(scalar ** -0.5)}
     if f.arch == "stablelm":
         c.get("use_qkv_bias"), c.get("qk_layernorm")  # the tensors say so
         return {"use_parallel_residual": boolean(c.get("use_parallel_residual", False))}
     if f.arch == "smollm3":
-        step = c.get("no_rope_layer_interval", 4)
-        layers = c.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n_layers)])
-        if [bool(x) for x in layers] != [(i + 1) % 4 != 0 for i in range(n_layers)]:
+        layers = c.get("no_rope_layers", [int(x) for x in every_but(c.get("no_rope_layer_interval", 4), n_layers)])
+        if [bool(x) for x in layers] != every_but(4, n_layers):
             raise Refusal(f"{c.where}: no_rope_layers = {json.dumps(layers)} is not supported: llama.cpp's format "
                           f"means every fourth layer")
-    if f.experts:
-        n_used = c.integer("num_experts_per_tok", 2 if f.arch == "llama" else 8)
-        if n_used > sizes.E:
-            raise Refusal(f"{c.where}: num_experts_per_tok = {n_used}, and there are {sizes.E} experts")
-        keys = {"expert_count": u32(sizes.E), "expert_used_count": u32(n_used)}
-        if f.arch == "qwen3moe":
-            c.demand("norm_topk_prob", True)
-            if "norm_topk_prob" not in c.values:
-                raise Refusal(f"{c.where}: norm_topk_prob = false is not supported")
-            c.demand("decoder_sparse_step", 1)
-            c.demand("mlp_only_layers", [], None)
-            keys["expert_feed_forward_length"] = u32(sizes.F)
-        return keys
+    if f.experts and c.get("num_experts_per_tok") > (n := c.get("num_local_experts", c.get("num_experts"))):
+        c.refuse("num_experts_per_tok", f"of {n} experts is too many")
     return {}
 
 
-MAX_LAYERS, MAX_WIDTH = 1024, 65536  # as in the C program
-
-
-def read_sizes(c: Config, f: Family) -> Sizes:
-    D, H = c.integer("hidden_size", limit=MAX_WIDTH), c.integer("num_attention_heads", limit=MAX_WIDTH)
-    if c.get("head_dim") is None and D % H:
-        raise Refusal(f"{c.where}: num_attention_heads = {H} does not divide hidden_size = {D}")
-    K = c.integer("head_dim", D // H, MAX_WIDTH)
-    if f.arch in ("granite", "phi3", "olmo2", "smollm3", "stablelm") and K != D // H:
-        raise Refusal(f"{c.where}: head_dim = {K} is not supported: llama.cpp's format of {f.arch} means {D // H}")
-    width = "moe_intermediate_size" if f.arch == "qwen3moe" else "intermediate_size"
-    experts = 0
-    if f.experts:
-        experts = c.integer("num_local_experts", c.get("num_experts", 8))  # one name or the other
-    return Sizes(c.integer("vocab_size"), D, H, c.integer("num_key_value_heads", H), K, c.integer(width), experts)
-
-
-def read_config(values: dict, where: Path) -> tuple[Family, Sizes, int, bool, dict[str, Value], dict[str, Tensor]]:
-    """config.json as: family, sizes, number of layers, whether the output matrix is the embedding, GGUF's keys, and
-    the tensors that GGUF has in place of keys."""
+def read_config(values: dict, where: Path) -> tuple[Family, bool, dict[str, Value], dict[str, Tensor]]:
+    """config.json as: family, whether the output matrix is the embedding, GGUF's keys, and the tensors that GGUF has
+    in place of keys."""
     f = FAMILIES.get(values.get("model_type"))
     if not f:
         raise Refusal(f"{where}: model_type = {json.dumps(values.get('model_type'))} is not supported; known are "
                       f"{', '.join(FAMILIES)}")
-    c = Config(values, f"{where}", keys_read(f), DEFAULTS | f.defaults)
-    c.get("model_type")
+    names = ("num_local_experts", "num_experts")  # one name or the other
+    values = {names[names[1] in f.integers] if f.experts and k in names else k: v for k, v in values.items()}
+    c = Config(values, where, keys_read(f), DEFAULTS | f.defaults)
     if any(not str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in c.get("architectures", [])):
-        raise Refusal(f"{where}: architectures = {json.dumps(c.get('architectures'))} is not supported")
-    sizes, n_layers = read_sizes(c, f), c.integer("num_hidden_layers", limit=MAX_LAYERS)
-    context = c.integer("max_position_embeddings")
-    eps = c.real("layer_norm_eps", 1e-5) if f.arch == "stablelm" else c.real("rms_norm_eps", 1e-6)
-    for key in ("hidden_act", "hidden_activation"):
-        c.demand(key, f.activation, *(["swish"] if f.activation == "silu" else []))
-    if f.model_type not in ("llama", "granite"):
-        c.demand("attention_bias", False)
-        c.demand("mlp_bias", False)
-    c.get("attention_bias"), c.get("mlp_bias")  # open_hf() looks whether the tensors say so, too
-    ffn = c.integer("intermediate_size")
-    rope, windowed = read_rope(c)
-    rotation, tensors = rope_keys(c, f, rope, windowed, sizes.K, context)
-    norm = "attention.layer_norm_epsilon" if f.arch == "stablelm" else "attention.layer_norm_rms_epsilon"
-    keys = {"block_count": u32(n_layers), "context_length": u32(context), "embedding_length": u32(sizes.D),
-            "feed_forward_length": u32(ffn), "attention.head_count": u32(sizes.H),
-            "attention.head_count_kv": u32(sizes.G), norm: f32(eps), "vocab_size": u32(sizes.V)} | rotation
+        c.refuse("architectures")
+    for key, allowed in f.demands.items():
+        c.demand(key, *allowed)
+        if key in f.defaults and c.get(key) is None:
+            c.refuse(key)
+    for key in ("model_type", "attention_bias", "mlp_bias"):
+        c.get(key)  # settle_biases() looks whether the tensors say so, too
+    D, H = c.integer("hidden_size"), c.integer("num_attention_heads")
+    if c.get("head_dim") is None and D % H:
+        raise Refusal(f"{c.where}: num_attention_heads = {H} does not divide hidden_size = {D}")
+    K = c.integer("head_dim", D // H)
+    if not f.any_head_dim and K != D // H:
+        c.refuse("head_dim", f"is not supported: llama.cpp's format of {f.arch} means {D // H}")
+    n_layers, context = c.integer("num_hidden_layers"), c.integer("max_position_embeddings")
+    rotation, tensors = rope_keys(c, f, K, context)
+    usual = {"num_key_value_heads": H}
+    keys = {gguf: u32(c.integer(hf, usual.get(hf))) for hf, gguf in (INTEGERS | f.integers).items()}
+    keys |= {gguf: f32(c.real(hf, DEFAULTS.get(hf))) for hf, gguf in f.scalars.items()
+             if hf in DEFAULTS | f.defaults or c.get(hf) is not None} | rotation
     if c.get("head_dim") is not None and f.arch != "granite":
-        keys |= {"attention.key_length": u32(sizes.K), "attention.value_length": u32(sizes.K)}
-    keys |= window_keys(c, f, n_layers, context) | own_keys(c, f, n_layers, sizes)
+        keys |= {"attention.key_length": u32(K), "attention.value_length": u32(K)}
+    keys |= window_keys(c, f, n_layers, context) | own_keys(c, f, n_layers, D // H, K)
     tied = bool(c.get("tie_word_embeddings", False))
     c.finish()
     named = {f"{f.arch}.{key}": value for key, value in keys.items()}
-    return f, sizes, n_layers, tied, {"general.architecture": text(f.arch)} | named, tensors
+    return f, tied, {"general.architecture": text(f.arch)} | named, tensors
 
 
 def family_of(model: Model) -> Family:
-    """Which of Hugging Face's model types a GGUF model is."""
+    """Which of Hugging Face's model types a GGUF model is: of several, the one with experts and windows as it has."""
     candidates = [f for f in FAMILIES.values() if f.arch == model.arch]
-    if model.arch == "llama":
-        experts, window = model.value("expert_count", 0), model.value("attention.sliding_window", 0)
-        candidates = [FAMILIES["mixtral" if experts else "mistral" if window else "llama"]]
-    if model.arch == "olmo2":
-        candidates = [FAMILIES["olmo3" if model.value("attention.sliding_window", 0) else "olmo2"]]
     if not candidates:
         raise Refusal(f"{model.source}: models of family {model.arch!r} are not known here")
-    return candidates[0]
+    has_experts, has_window = (bool(model.value(key)) for key in ("expert_count", "attention.sliding_window"))
+    return max(candidates, key=lambda f: (bool(f.experts) == has_experts,
+                                          ("sliding_window" in f.reads) == has_window))
 
 
 def sizes_of(model: Model) -> Sizes:
-    numbers = {}
-    for name, key in (("H", "attention.head_count"), ("G", "attention.head_count_kv"), ("F", "feed_forward_length"),
-                      ("E", "expert_count")):
-        value = model.value(key, {"G": numbers.get("H"), "E": 0}.get(name))
+    """Of its keys, and where there is an embedding already, its number of rows."""
+    def number(key: str, otherwise: int | None = None) -> int:
+        value = model.value(key, otherwise)
         if not isinstance(value, int):
             raise Refusal(f"{model.source}: {key} is not one number for all layers, which is needed here")
-        numbers[name] = value
-    D = model.value("embedding_length")
-    if not isinstance(D, int) or "token_embd.weight" not in model.tensors:
-        raise Refusal(f"{model.source}: embedding_length or token_embd.weight is missing")
-    numbers["F"] = model.value("expert_feed_forward_length", numbers["F"]) or numbers["F"]
-    return Sizes(model.tensors["token_embd.weight"].shape[0], D, K=model.value("attention.key_length",
-                 D // numbers["H"]), **numbers)
+        return value
+    D, H, F = number("embedding_length"), number("attention.head_count"), number("feed_forward_length")
+    embedding = model.tensors.get("token_embd.weight")
+    return Sizes(embedding.shape[0] if embedding else number("vocab_size"), D, H, number("attention.head_count_kv", H),
+                 number("attention.key_length", D // max(H, 1)), number("expert_feed_forward_length", F) or F,
+                 number("expert_count", 0))
 
 
 # ==== 6. Tokenizers ====
@@ -1637,37 +1588,87 @@ COMPOSED = "qwen2 deepseek-r1-qwen stablelm2 f2llmv2 qwen35 mpt olmo command-r".
 IGNORE_MERGES = ["llama-bpe", "tekken", *SAME_WORDS["llama-bpe"].split()]
 
 
-def split_steps(pre: dict | None) -> tuple[str, ...]:
-    """A pre_tokenizer of tokenizer.json in the words of PRE_TOKENIZERS; `?...` for what is not among them."""
-    pre = pre or {}
-    kind = pre.get("type")
-    if kind == "Sequence":
-        return sum((split_steps(p) for p in pre.get("pretokenizers", [])), ())
+def steps_of(part: Any) -> list[dict]:
+    """A normalizer, pre_tokenizer, ... of tokenizer.json as a list of such, without sequences."""
+    if not part or part["type"] != "Sequence":
+        return [part] if part else []
+    inner = next(value for value in part.values() if isinstance(value, list))
+    return [step for p in inner for step in steps_of(p)]
+
+
+def split_step(pre: dict) -> str:
+    """A step of a pre_tokenizer in the words of PRE_TOKENIZERS; "" what changes nothing; `?...` what is not there."""
+    kind, pattern = pre["type"], pre.get("pattern", {})
     if kind == "Digits" and pre.get("individual_digits"):
-        return ("digits",)
-    if kind == "ByteLevel" and pre.get("add_prefix_space"):
-        return ("?ByteLevel with add_prefix_space = true",)
+        return "digits"
     if kind == "ByteLevel":
-        return ("bytes",) if pre.get("use_regex", True) else ()
-    pattern = pre.get("pattern", {})
-    if kind == "Split" and pre.get("behavior") == "Isolated" and not pre.get("invert"):
-        if "Regex" in pattern or pattern.get("String") == "\n":
-            regex = pattern.get("Regex", "\n").replace("\r", r"\r").replace("\n", r"\n")
-            return ("digits",) if regex == r"\p{N}" else (regex.replace(ENGLISH_LONG, ENGLISH),)
-    if kind == "Split" and pre.get("behavior") == "Removed" and pre.get("invert") and "Regex" in pattern:
-        return (pattern["Regex"].replace(ENGLISH_LONG, ENGLISH),)
-    return (f"?{kind}",)
+        if pre.get("add_prefix_space"):
+            return "?ByteLevel with add_prefix_space = true"
+        return "bytes" if pre.get("use_regex", True) else ""
+    how = pre.get("behavior"), bool(pre.get("invert"))
+    newline = pattern.get("String") == "\n" and how == ("Isolated", False)
+    if kind == "Split" and how in (("Isolated", False), ("Removed", True)) and ("Regex" in pattern or newline):
+        regex = pattern.get("Regex", "\n").replace("\r", r"\r").replace("\n", r"\n").replace(ENGLISH_LONG, ENGLISH)
+        return "digits" if regex == r"\p{N}" else regex
+    return f"?{kind}"
 
 
 def recognise_pre_tokenizer(tokenizer: dict, where: Path) -> str:
-    steps = split_steps(tokenizer.get("pre_tokenizer"))
-    names = [name for name, known in PRE_TOKENIZERS.items() if known == steps]
-    if not names:
+    steps = tuple(filter(None, map(split_step, steps_of(tokenizer.get("pre_tokenizer")))))
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
+    if not name:
         raise Refusal(f"{where}: its pre-tokenizer ({', '.join(steps) or 'none'}) is not known; "
                       f"name the one that splits texts alike: --pre NAME")
-    if names[0] == "llama-bpe" and not tokenizer["model"].get("ignore_merges"):
-        return "dbrx"
-    return names[0]
+    return "dbrx" if name == "llama-bpe" and not tokenizer["model"].get("ignore_merges") else name
+
+
+TAKES_WHITE = {"lstrip": 1, "rstrip": 2}  # on which side a token takes the white space: bits of a key of cria's own
+
+
+class Vocabulary:
+    """Tokens by id, with type and score, while they are collected from several files."""
+
+    def __init__(self, size: int):
+        """size: of the embedding"""
+        self.size, self.pieces, self.takes = size, {}, {}
+
+    def put(self, i: int, token: str, kind: int, score: float = 0.0) -> None:
+        self.pieces[i] = token, kind, score
+
+    def add(self, added: list[dict]) -> None:
+        """Tokens beside the trained ones, as tokenizer.json has them. The model has no row for some."""
+        for t in added:
+            if t["id"] >= self.size:
+                warn(f"token {t['id']}, {t['content']}, is beyond vocab_size = {self.size} and left out")
+                continue
+            special = t["special"] or looks_special(t["content"])
+            self.put(t["id"], t["content"], CONTROL if special else USER_DEFINED, -1000.0)
+            self.takes[t["id"]] = sum(bit for flag, bit in TAKES_WHITE.items() if t.get(flag))
+
+    def keys(self, where: Path, pre: str | None = None) -> dict[str, Value]:
+        """pre: the pre-tokenizer of byte-level BPE; None: a vocabulary of SentencePiece, which has scores"""
+        if self.pieces and max(self.pieces) >= self.size:
+            raise Refusal(f"{where}: token {max(self.pieces)} is beyond vocab_size = {self.size}")
+        pieces = [self.pieces.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(self.size)]
+        keys = {"model": text("gpt2" if pre else "llama"), "pre": text(pre or "default"),
+                "tokens": array(STRING, [token for token, _, _ in pieces]),
+                "token_type": array(I32, [kind for _, kind, _ in pieces])}
+        if not pre:
+            keys["scores"] = array(F32, [score for _, _, score in pieces])
+        if any(self.takes.values()):
+            keys["takes_white"] = array(I32, [self.takes.get(i, 0) for i in range(self.size)])
+        return ggml_keys(keys)
+
+
+def ggml_keys(keys: dict[str, Value]) -> dict[str, Value]:
+    return {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+
+
+def id_keys(keys: dict[str, Value], **tokens: str) -> dict[str, Value]:
+    """The ids of special tokens, of those that the vocabulary has      tokens: bos="<s>", ..."""
+    known = keys["tokenizer.ggml.tokens"].data
+    return {f"tokenizer.ggml.{name}_token_id": u32(known.index(token)) for name, token in tokens.items()
+            if token in known}
 
 
 def looks_special(token: str) -> bool:
@@ -1675,47 +1676,7 @@ def looks_special(token: str) -> bool:
     return bool(re.fullmatch(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", token, re.S))
 
 
-@dataclass
-class Vocabulary:
-    """Tokens by id while they are collected from several files."""
-    size: int                                           # of the embedding
-    tokens: dict[int, str] = field(default_factory=dict)
-    types: dict[int, int] = field(default_factory=dict)
-    scores: dict[int, float] = field(default_factory=dict)
-
-    def put(self, i: int, token: str, kind: int, score: float = 0.0) -> None:
-        self.tokens[i], self.types[i], self.scores[i] = token, kind, score
-
-    def add(self, entries: list[tuple[int, str, bool]]) -> None:
-        """Tokens beside the trained ones: (id, text, whether it is special). The model has no row for some."""
-        for i, token, special in entries:
-            if i >= self.size:
-                warn(f"token {i}, {token}, is beyond vocab_size = {self.size} and left out")
-            elif special or looks_special(token):
-                self.put(i, token, CONTROL, -1000.0)
-            else:
-                self.put(i, token, USER_DEFINED, -1000.0)
-
-    def id_of(self, token: str) -> int | None:
-        return next((i for i, t in self.tokens.items() if t == token), None)
-
-    def keys(self, where: Path, scores: bool) -> dict[str, Value]:
-        if self.tokens and max(self.tokens) >= self.size:
-            raise Refusal(f"{where}: token {max(self.tokens)} is beyond vocab_size = {self.size}")
-        for i in range(self.size):
-            if i not in self.tokens:
-                self.put(i, f"[PAD{i}]", UNUSED, -10000.0)
-        ordered = range(self.size)
-        keys = {"tokenizer.ggml.tokens": array(STRING, [self.tokens[i] for i in ordered])}
-        if scores:
-            keys["tokenizer.ggml.scores"] = array(F32, [self.scores[i] for i in ordered])
-        return keys | {"tokenizer.ggml.token_type": array(I32, [self.types[i] for i in ordered])}
-
-
-def content(token: Any) -> str | None:
-    """A special token as tokenizer_config.json has it: a string or an object."""
-    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
-
+# -- tokenizer.json --
 
 def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[dict]:
     """From added_tokens.json, tokenizer_config.json and tokenizer.json; the last has the last word. Each as there:
@@ -1726,10 +1687,13 @@ def added_tokens(tokenizer: dict, config: dict, more: dict) -> list[dict]:
     return [t | {"id": i, "special": bool(t.get("special"))} for i, t in sorted(found.items())]
 
 
-def check_edges(added: list[dict], size: int, where: Path) -> None:
-    """Refuses tokens that take the white space beside them, are found as whole words only, or in another order."""
+def check_added(added: list[dict], size: int, where: Path, refused: tuple[str, ...] = ("single_word",),
+                late: bool = False) -> None:
+    """Refuses tokens that are found as whole words only, or in another order      refused: flags that the C program
+    does not obey      late: those with `normalized` are found where spaces are U+2581, so that none is taken"""
     for t in added:
-        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) and t["id"] < size]:
+        flags = [*refused, *(TAKES_WHITE if late and t.get("normalized") else ())]
+        if flags := [flag for flag in flags if t.get(flag) and t["id"] < size]:
             raise Refusal(f"{where}: added token {t['content']} has {flags[0]} = true, which the C program does not "
                           "obey yet")
     first = [t["content"] for t in added if not t.get("normalized") and t["content"]]
@@ -1739,102 +1703,83 @@ def check_edges(added: list[dict], size: int, where: Path) -> None:
                           "found before, which is not supported")
 
 
-def steps_of(part: dict | None, name: str) -> list[dict]:
-    """A normalizer, pre_tokenizer, ... of tokenizer.json as a list of such, without sequences."""
-    part = part or {}
-    if part.get("type") != "Sequence":
-        return [part] if part else []
-    return [step for inner in part.get(name, []) for step in steps_of(inner, name)]
+def check_bpe(model: dict, more: str, where: Path) -> None:
+    """What the C program's BPE has not, whatever the vocabulary      more: of this kind of vocabulary"""
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", more):
+        if model.get(key):
+            raise Refusal(f"{where}: its BPE has {key} = {json.dumps(model[key])}, which is not supported")
 
 
-def composes(tokenizer: dict, added: list[dict], where: Path) -> bool:
-    """Whether its normalizer is NFC; else it has none."""
-    steps = steps_of(tokenizer.get("normalizer"), "normalizers")
-    if other := [step for step in steps if step != {"type": "NFC"}]:
-        raise Refusal(f"{where}: normalizer {json.dumps(other[0])[:200]} is not supported")
-    for t in added if steps else []:
+def check_steps(tokenizer: dict, part: str, allowed: tuple[dict, ...], where: Path) -> list[dict]:
+    """The steps of a part of tokenizer.json, each of which must be as one of those allowed in all that this says."""
+    steps = steps_of(tokenizer.get(part))
+    for step in steps:
+        if not any(known.items() <= step.items() for known in allowed):
+            raise Refusal(f"{where}: {part} {json.dumps(step)[:200]} is not supported")
+    return steps
+
+
+def byte_level_keys(tokenizer: dict, added: list[dict], size: int, pre: str, where: Path) -> dict[str, Value]:
+    model, vocabulary = tokenizer["model"], Vocabulary(size)
+    check_bpe(model, "byte_fallback", where)
+    if model.get("unk_token") and not set(BYTE_CHARACTERS) <= model["vocab"].keys():
+        raise Refusal(f"{where}: unk_token = {json.dumps(model['unk_token'])} stands for bytes that have no token, "
+                      "which is not supported")
+    check_added(added, size, where)
+    check_steps(tokenizer, "decoder", ({"type": "ByteLevel"},), where)
+    composes = bool(check_steps(tokenizer, "normalizer", ({"type": "NFC"},), where))
+    for t in added if composes else []:
         composing = not t["content"].isascii() or t["content"][-1:].isalpha()
         if t.get("normalized") and composing:  # its end with a mark after it, or a text that becomes it
             raise Refusal(f"{where}: added token {t['content']} is looked for in NFC (normalized = true), which is not "
                           "supported")
-    return bool(steps)
-
-
-def check_decoder(tokenizer: dict, known: tuple[str, ...], where: Path) -> None:
-    for step in steps_of(tokenizer.get("decoder"), "decoders"):
-        bars = {"pattern": {"String": "\u2581"}, "content": " "}
-        strip = {"content": " ", "start": 1, "stop": 0}
-        usual = {"Replace": bars, "Strip": strip}.get(step.get("type"), {})
-        if step.get("type") not in known or any(step.get(key) != value for key, value in usual.items()):
-            raise Refusal(f"{where}: decoder {json.dumps(step)[:200]} is not supported")
-
-
-def as_entries(added: list[dict]) -> list[tuple[int, str, bool]]:
-    return [(t["id"], t["content"], t["special"]) for t in added]
-
-
-def byte_level_keys(tokenizer: dict, added: list[dict], size: int, pre: str, where: Path) \
-        -> tuple[dict[str, Value], Vocabulary]:
-    model = tokenizer["model"]
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise Refusal(f"{where}: its BPE has {key} = {json.dumps(model[key])}, which is not supported")
-    if model.get("unk_token") and not set(BYTE_CHARACTERS) <= model["vocab"].keys():
-        raise Refusal(f"{where}: unk_token = {json.dumps(model['unk_token'])} stands for bytes that have no token, "
-                      "which is not supported")
-    check_edges(added, size, where)
-    check_decoder(tokenizer, ("ByteLevel",), where)
-    vocabulary = Vocabulary(size)
     for token, i in model["vocab"].items():
         vocabulary.put(i, token, NORMAL)
-    vocabulary.add(as_entries(added))
+    vocabulary.add(added)
     merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "\u0120") for part in m) for m in model["merges"]]
-    keys = {"tokenizer.ggml.model": text("gpt2"), "tokenizer.ggml.pre": text(pre),
-            "tokenizer.ggml.normalizer.nfc": boolean(composes(tokenizer, added, where)),
-            "tokenizer.ggml.ignore_merges": boolean(model.get("ignore_merges"))}
-    return keys | vocabulary.keys(where, False) | {"tokenizer.ggml.merges": array(STRING, merges)}, vocabulary
+    return vocabulary.keys(where, pre) | ggml_keys({
+        "merges": array(STRING, merges), "normalizer.nfc": boolean(composes),
+        "ignore_merges": boolean(model.get("ignore_merges"))})
 
 
+# What tokenizer.json does about spaces where the vocabulary is SentencePiece's.
 SPACES_AS_BARS = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+BARS_AS_SPACES = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
 BAR_FIRST = {"type": "Prepend", "prepend": "\u2581"}
+STRIP_FIRST = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581"}
+CUTS_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+SPM_DECODERS = (BARS_AS_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP_FIRST, {"type": "Metaspace"})
+# How a text is prefixed and added tokens are found, where it is not as SentencePiece does it.
+# These keys are cria's own, in the order of the flags of a native file.
+SPM_FLAGS = tuple(f"tokenizer.ggml.{name}" for name in ("space_prefix.first", "space_prefix.unless_space",
+                                                        "added_tokens_first", "space_prefix.last"))
+SCHEME_KEYS = {"always": SPM_FLAGS[1:2], "first": SPM_FLAGS[:2]}
 
 
 def spm_prefix(tokenizer: dict, where: Path) -> str:
     """What tokenizer.json puts before a text: "" nothing; "prepend" a space before each part between added tokens;
     "always" the same where there is none yet; "first" so before the text only. Refuses what changes more."""
-    steps, pres = (steps_of(tokenizer.get(f"{kind}r"), f"{kind}rs") for kind in ("normalize", "pre_tokenize"))
-    for step in steps:
-        if step not in (SPACES_AS_BARS, BAR_FIRST):
-            raise Refusal(f"{where}: normalizer {json.dumps(step)[:200]} is not supported")
-    prefix = "prepend" if BAR_FIRST in steps else ""
-    for pre in pres:
-        if pre.get("type") == "Metaspace" and pre.get("replacement") == "\u2581":
-            scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
-            prefix = prefix or {"never": ""}.get(scheme, scheme)
-            inner = [t for t in tokenizer["model"]["vocab"] if "\u2581" in t[1:]]
-            if pre.get("split", True) and inner:
-                raise Refusal(f"{where}: Metaspace splits (split = true), so that {json.dumps(inner[0])} never comes "
-                              "of a text, which is not supported")
-        elif pre != CUTS_AT_SPACES or SPACES_AS_BARS not in steps:  # after which none is left to cut at
-            raise Refusal(f"{where}: pre_tokenizer {json.dumps(pre)[:200]} is not supported for SentencePiece's BPE")
-    if SPACES_AS_BARS not in steps and not any(pre.get("type") == "Metaspace" for pre in pres):
+    steps = check_steps(tokenizer, "normalizer", (SPACES_AS_BARS, BAR_FIRST), where)
+    pres = check_steps(tokenizer, "pre_tokenizer", (METASPACE, CUTS_AT_SPACES), where)
+    metaspaces = [pre for pre in pres if pre["type"] == "Metaspace"]
+    if SPACES_AS_BARS not in steps and len(metaspaces) < max(len(pres), 1):  # else none is left to cut at
         raise Refusal(f"{where}: neither its normalizer nor its pre_tokenizer makes U+2581 of spaces, which is not "
                       "supported for SentencePiece's BPE")
+    prefix = "prepend" if BAR_FIRST in steps else ""
+    for pre in metaspaces:
+        scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
+        prefix = prefix or {"never": ""}.get(scheme, scheme)
+        inner = [t for t in tokenizer["model"]["vocab"] if "\u2581" in t[1:]]
+        if pre.get("split", True) and inner:
+            raise Refusal(f"{where}: Metaspace splits (split = true), so that {json.dumps(inner[0])} never comes "
+                          "of a text, which is not supported")
     return prefix
 
 
-CUTS_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-# How a text is prefixed and added tokens are found, where it is not as SentencePiece does it.
-# These keys are cria's own, in the order of the flags of a native file.
-SPM_FLAGS = tuple(f"tokenizer.ggml.{name}" for name in ("space_prefix.first", "space_prefix.unless_space",
-                                                        "added_tokens_first"))
-SCHEME_KEYS = {"always": SPM_FLAGS[1:2], "first": SPM_FLAGS[:2]}
-
-
-def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list, bool]:
-    """Added tokens as (id, text, special), and whether the others are found before a text gets its prefix. Those with
-    `normalized` are found after the normalizer, which has gone over their own text, too."""
-    normalizes = bool(steps_of(tokenizer.get("normalizer"), "normalizers"))
+def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) -> tuple[list[dict], bool]:
+    """Added tokens as the C program finds them, and whether those that are text are found before a text gets its
+    prefix. Those with `normalized` are found after the normalizer, which has gone over their own text, too."""
     entries, raw, late = [], [], []
     for t in added:
         content = t["content"]
@@ -1842,7 +1787,7 @@ def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) ->
             if t.get("normalized") and prefix == "prepend":
                 warn(f"{where}: special token {content} has normalized = true, so that its own tokenizer finds it "
                      "after a space only; here it is found everywhere")
-        elif t.get("normalized") and normalizes:
+        elif t.get("normalized") and tokenizer.get("normalizer"):
             late.append(content)
             content = ("\u2581" if prefix == "prepend" else "") + content.replace(" ", "\u2581")
         elif "\u2581" in content:  # which no text has: it can only come of merging
@@ -1851,111 +1796,79 @@ def place_added(tokenizer: dict, added: list[dict], prefix: str, where: Path) ->
             continue
         else:
             raw.append(content)
-        entries.append((t["id"], content, t["special"]))
+        entries.append(t | {"content": content})
     if raw and late and prefix:
         raise Refusal(f"{where}: added token {raw[0]} is found before the normalizer, {late[0]} after it "
                       "(normalized = true), which is not supported")
     return entries, bool(raw and prefix)
 
 
-def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) -> tuple[dict[str, Value], Vocabulary]:
+def spm_json_keys(tokenizer: dict, added: list[dict], size: int, where: Path) -> dict[str, Value]:
     """SentencePiece's BPE as tokenizer.json has it. Merges come in the order of the scores: a piece's score is how
     early it is merged."""
     model, vocabulary = tokenizer["model"], Vocabulary(size)
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
-        if model.get(key):
-            raise Refusal(f"{where}: its BPE has {key} = {json.dumps(model[key])}, which is not supported")
+    check_bpe(model, "ignore_merges", where)
     prefix = spm_prefix(tokenizer, where)
-    check_edges(added, size, where)
-    check_decoder(tokenizer, ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"), where)
+    check_added(added, size, where, late=bool(tokenizer.get("normalizer")))
+    check_steps(tokenizer, "decoder", SPM_DECODERS, where)
     entries, raw = place_added(tokenizer, added, prefix, where)
     first: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         first.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    unknown = model.get("unk_token")
     for token, i in model["vocab"].items():
         is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
-        kind = UNKNOWN if token == model.get("unk_token") else BYTE if is_byte else NORMAL
+        kind = UNKNOWN if token == unknown else BYTE if is_byte else NORMAL
         vocabulary.put(i, token, kind, 0.0 if kind != NORMAL else -float(first.get(token, len(first))))
-    vocabulary.add([entry for entry in entries if entry[1] != model.get("unk_token")])
-    keys = {key: boolean(True) for key in (*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[-1:] if raw else ()))}
-    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
-        | vocabulary.keys(where, True) | {"tokenizer.ggml.add_space_prefix": boolean(prefix)} | keys, vocabulary
+    vocabulary.add([t for t in entries if t["content"] != unknown])
+    flags = dict.fromkeys((*SCHEME_KEYS.get(prefix, ()), *(SPM_FLAGS[2:3] if raw else ())), boolean(True))
+    return vocabulary.keys(where) | ggml_keys({"add_space_prefix": boolean(prefix)}) | flags
 
 
-# -- SentencePiece's tokenizer.model: a protocol buffer --
+# -- SentencePiece's tokenizer.model --
 
-def proto_fields(data: bytes, where: Path) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: (number, int, float or bytes). A field is | varint number << 3 | kind | value |"""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while shift < 64:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value
-        raise IndexError
+def read_sentencepiece(path: Path) -> Any:
+    """A ModelProto."""
     try:
-        while at < len(data):
-            tag = varint()
-            if tag & 7 == 0:
-                value = varint()
-            elif tag & 7 == 5:
-                value, at = struct.unpack_from("<f", data, at)[0], at + 4
-            elif tag & 7 == 1:
-                value, at = struct.unpack_from("<d", data, at)[0], at + 8
-            elif tag & 7 == 2:
-                n = varint()
-                value, at = data[at:at + n], at + n
-            else:
-                raise IndexError
-            yield tag >> 3, value
-        if at > len(data):
-            raise IndexError
-    except (IndexError, struct.error):
-        raise Refusal(f"{where}: not a SentencePiece model, or cut short") from None
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise Refusal(f"{path}: to read a SentencePiece model: python3 -m pip install sentencepiece protobuf") from None
+    try:
+        return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        raise Refusal(f"{path}: not a SentencePiece model, or cut short") from None
 
 
-def spm_model_keys(path: Path, added: list[dict], size: int,
-                   config: dict | None = None) -> tuple[dict[str, Value], Vocabulary]:
-    """ModelProto: pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2 (model_type = 3,
-    treat_whitespace_as_suffix = 24), normalizer_spec = 3 (precompiled_charsmap = 2, add_dummy_prefix = 3,
-    remove_extra_whitespaces = 4, escape_whitespaces = 5), denormalizer_spec = 5
-    config: tokenizer_config.json"""
-    pieces, specs = [], {2: {}, 3: {}, 5: {}}
-    for number, value in proto_fields(path.read_bytes(), path):
-        if number == 1:
-            pieces.append({1: b"", 2: 0.0, 3: NORMAL} | dict(proto_fields(value, path)))
-        elif number in specs:
-            specs[number] = dict(proto_fields(value, path))
-    trainer, normalizer = specs[2], specs[3]
-    if trainer.get(3, 1) != 2:
-        raise Refusal(f"{path}: its model_type is {trainer.get(3, 1)}, expected 2 (BPE)")
-    if normalizer.get(2) or specs[5].get(2):
-        raise Refusal(f"{path}: it normalises characters (precompiled_charsmap), which is not supported")
-    prefix = bool(normalizer.get(3, 1))
+def spm_model_keys(path: Path, added: list[dict], size: int, config: dict | None = None) -> dict[str, Value]:
+    """size: of the embedding; 0: as many as there are      config: tokenizer_config.json"""
+    proto = read_sentencepiece(path)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != 2:
+        raise Refusal(f"{path}: its model_type is {trainer.model_type}, expected 2 (BPE)")
+    prefix = normalizer.add_dummy_prefix
     if config and config.get("add_prefix_space") is False and prefix:
         warn(f"{path.parent / 'tokenizer_config.json'}: add_prefix_space is false, so no space is put before a text, "
              f"whatever {path.name} says")
         prefix = False
-    suffix = bool(trainer.get(24, 0)) and prefix
-    for name, holds in (("remove_extra_whitespaces = true", normalizer.get(4, 1)),
-                        ("escape_whitespaces = false", not normalizer.get(5, 1)),
-                        ("treat_whitespace_as_suffix = true", suffix)):
+    suffix = trainer.treat_whitespace_as_suffix and prefix
+    for name, holds in (("precompiled_charsmap", normalizer.precompiled_charsmap),
+                        ("precompiled_charsmap", proto.denormalizer_spec.precompiled_charsmap),
+                        ("remove_extra_whitespaces = true", normalizer.remove_extra_whitespaces),
+                        ("escape_whitespaces = false", not normalizer.escape_whitespaces)):
         if holds:
             raise Refusal(f"{path}: {name}, which the C program does not obey yet")
-    check_edges(added, max(size, 1), path)
-    vocabulary = Vocabulary(max(size, 1) if size else len(pieces))
-    for i, piece in enumerate(pieces[:vocabulary.size]):
-        vocabulary.put(i, piece[1].decode("utf-8", "surrogateescape"), piece[3], piece[2])
-    vocabulary.add([entry for entry in as_entries(added) if vocabulary.types.get(entry[0]) != UNKNOWN])
-    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
-        | vocabulary.keys(path, True) | {"tokenizer.ggml.add_space_prefix": boolean(prefix)}, vocabulary
+    vocabulary = Vocabulary(size or len(proto.pieces))
+    check_added(added, vocabulary.size, path, ("single_word", *TAKES_WHITE))
+    for i, piece in enumerate(proto.pieces[:vocabulary.size]):
+        vocabulary.put(i, piece.piece, piece.type, piece.score)
+    unknown = {i for i, (_, kind, _) in vocabulary.pieces.items() if kind == UNKNOWN}
+    vocabulary.add([t for t in added if t["id"] not in unknown])
+    return vocabulary.keys(path) | ggml_keys({"add_space_prefix": boolean(prefix)}) | \
+        ({SPM_FLAGS[3]: boolean(True)} if suffix else {})
 
 
-# -- Meta's tiktoken text: "base64 rank" lines --
+# -- Tokens with ranks: Meta's tiktoken text, Mistral's tekken.json --
 
 def is_tiktoken(path: Path) -> bool:
     with path.open("rb") as file:
@@ -1967,11 +1880,10 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
     found within a longer word only."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, 1 << 31) for a, b in zip(parts, parts[1:])]
-        least = min(joined)
-        if least == 1 << 31:
+        joined = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        i = joined.index(min(joined))
+        if joined[i] == math.inf:
             return None
-        i = joined.index(least)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
@@ -1979,8 +1891,8 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
 MAX_RANKED = 512  # bytes of a token: what merging makes of it takes the square of that; published ones have 128
 
 
-def rank_keys(ranks: dict[bytes, int], special: list[tuple[int, str, bool]], first: int, size: int, pre: str,
-              where: Path) -> tuple[dict[str, Value], "Vocabulary"]:
+def rank_keys(ranks: dict[bytes, int], special: dict[int, str], first: int, size: int, pre: str,
+              where: Path) -> dict[str, Value]:
     """A vocabulary that is given as tokens with ranks: a rank, from `first` on, is an id, and orders the merges."""
     def spell(part: bytes) -> str:
         return "".join(BYTE_CHARACTERS[b] for b in part)
@@ -1989,28 +1901,16 @@ def rank_keys(ranks: dict[bytes, int], special: list[tuple[int, str, bool]], fir
     pairs = (merge_of(token, ranks) for token in sorted(ranks, key=ranks.get))
     model = {"vocab": {spell(t): first + i for t, i in ranks.items()}, "ignore_merges": True,
              "merges": [f"{spell(p[0])} {spell(p[1])}" for p in pairs if p]}
-    added = [{"id": i, "content": token, "special": is_special} for i, token, is_special in special]
-    return byte_level_keys({"model": model}, added, size, pre, where)
+    added = [{"id": i, "content": token, "special": True} for i, token in special.items()]
+    return byte_level_keys({"model": model}, added, size, pre, where) | ggml_keys({"add_bos_token": boolean(True)})
 
 
-LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
-                  7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+LLAMA31_SPECIAL = LLAMA3_SPECIAL | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 
 
-def llama3_specials(n_ranks: int, with_tools: bool) -> list[tuple[int, str, bool]]:
-    """LLaMA 3's 256 special tokens; from 3.1 on (with_tools) three of those that 3 had reserved have names."""
-    named = LLAMA3_SPECIAL if with_tools else {i: n for i, n in LLAMA3_SPECIAL.items() if i not in (4, 8, 10)}
-    names, n_reserved = [], 0
-    for i in range(256):
-        if i in named:
-            names.append(named[i])
-        else:
-            names.append(f"reserved_special_token_{n_reserved}")
-            n_reserved += 1
-    return [(n_ranks + i, f"<|{name}|>", True) for i, name in enumerate(names)]
-
-
-def tiktoken_keys(path: Path, size: int, with_tools: bool) -> tuple[dict[str, Value], Vocabulary]:
+def tiktoken_keys(path: Path, size: int, with_tools: bool) -> dict[str, Value]:
+    """LLaMA 3's: lines of "base64 rank", and 256 special tokens, of which 3.1 (with_tools) names three more."""
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -2018,56 +1918,43 @@ def tiktoken_keys(path: Path, size: int, with_tools: bool) -> tuple[dict[str, Va
             ranks[base64.b64decode(encoded, validate=True)] = int(rank)
     except ValueError:
         raise Refusal(f"{path}: not a tiktoken file: expected lines of base64 and a number") from None
-
     if len(ranks) + 256 > size:
         raise Refusal(f"{path}: {len(ranks)} tokens and 256 special ones are more than vocab_size = {size}")
     if len(ranks) == 200_000:
         raise Refusal(f"{path}: this is LLaMA 4's vocabulary, which is not supported; LLaMA 3's has 128,000 tokens")
-    special = llama3_specials(len(ranks), with_tools)
-    keys, vocabulary = rank_keys(ranks, special, 0, size, "llama-bpe", path)
-    return keys | special_keys(vocabulary, "<|begin_of_text|>", "<|end_of_text|>", ["<|eot_id|>", "<|eom_id|>"]) \
-        | {"tokenizer.ggml.add_bos_token": boolean(True)}, vocabulary
+    named = LLAMA31_SPECIAL if with_tools else LLAMA3_SPECIAL
+    reserved = (f"reserved_special_token_{n}" for n in range(256))
+    special = {len(ranks) + i: f"<|{named.get(i) or next(reserved)}|>" for i in range(256)}
+    keys = rank_keys(ranks, special, 0, size, "llama-bpe", path)
+    return keys | id_keys(keys, bos="<|begin_of_text|>", eos="<|end_of_text|>", eot="<|eot_id|>", eom="<|eom_id|>")
 
 
-# -- Mistral's tekken.json --
-
-# The first special tokens of files that do not name them: versions up to 7.
+# The first special tokens of tekken.json where it does not name them: versions up to 7.
 TEKKEN_SPECIAL = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
                   "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
                   "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
 
 
-def tekken_keys(path: Path, size: int) -> tuple[dict[str, Value], Vocabulary]:
+def tekken_keys(path: Path, size: int) -> dict[str, Value]:
     """{"config": {"pattern", "default_num_special_tokens", "version"}, "vocab": [{"rank", "token_bytes" in base64}],
     "special_tokens": [{"rank", "token_str"}] or none}: special tokens come first, and only as many of the others are
     used as the model has rows for."""
-    content = read_json(path)
+    tekken = read_json(path)
     try:
-        config, n_special = content["config"], content["config"]["default_num_special_tokens"]
-        named = content.get("special_tokens")
+        config, n_special = tekken["config"], tekken["config"]["default_num_special_tokens"]
+        named = tekken.get("special_tokens")
         if named is None and int(config["version"].strip("v").split("m")[0]) > 7:
             raise Refusal(f"{path}: version {config['version']} without special_tokens is not supported")
         special = {i: f"<SPECIAL_{i}>" for i in range(n_special)}
         special |= dict(enumerate(TEKKEN_SPECIAL)) if named is None else {t["rank"]: t["token_str"] for t in named}
         if (config["pattern"],) != PRE_TOKENIZERS["tekken"]:
             raise Refusal(f"{path}: its pattern ({config['pattern']}) is not known")
-        ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in content["vocab"]}
-        ranks = {token: rank for token, rank in ranks.items() if rank < size - n_special}
+        ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in tekken["vocab"]
+                 if token["rank"] < size - n_special}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refusal(f"{path}: not as mistral_common reads it: {error!r}") from None
-    entries = [(i, token, True) for i, token in special.items()]
-    keys, vocabulary = rank_keys(ranks, entries, n_special, size, "tekken", path)
-    ids = {"unknown": "<unk>", "padding": "<pad>"}
-    keys |= {f"tokenizer.ggml.{name}_token_id": u32(i) for name, token in ids.items()
-             if (i := vocabulary.id_of(token)) is not None}
-    return keys | special_keys(vocabulary, "<s>", "</s>", []) \
-        | {"tokenizer.ggml.add_bos_token": boolean(True)}, vocabulary
-
-
-def special_keys(vocabulary: Vocabulary, bos: str, eos: str, others: list[str]) -> dict[str, Value]:
-    ids = {"bos": vocabulary.id_of(bos), "eos": vocabulary.id_of(eos)}
-    ids |= dict(zip(("eot", "eom"), map(vocabulary.id_of, others)))
-    return {f"tokenizer.ggml.{name}_token_id": u32(i) for name, i in ids.items() if i is not None}
+    keys = rank_keys(ranks, special, n_special, size, "tekken", path)
+    return keys | id_keys(keys, unknown="<unk>", padding="<pad>", bos="<s>", eos="</s>")
 
 
 # -- llama2.c's tokenizer.bin --
@@ -2079,18 +1966,14 @@ def llama2c_tokenizer_keys(path: Path, size: int) -> dict[str, Value]:
     c.take(4)
     for i in range(size):
         score, piece = c.number(F32), c.take(c.number(U32)).decode("utf-8", "surrogateescape")
+        vocabulary.put(i, piece.replace(" ", "\u2581"), NORMAL, score)
         if i < 3:
             vocabulary.put(i, ("<unk>", "<s>", "</s>")[i], UNKNOWN if i == 0 else CONTROL, score)
         elif i < 259:
             vocabulary.put(i, f"<0x{i - 3:02X}>", BYTE, score)
-        else:
-            vocabulary.put(i, piece.replace(" ", "\u2581"), NORMAL, score)
-    return {"tokenizer.ggml.model": text("llama"), "tokenizer.ggml.pre": text("default")} \
-        | vocabulary.keys(path, True) \
-        | {"tokenizer.ggml.bos_token_id": u32(1), "tokenizer.ggml.eos_token_id": u32(2),
-           "tokenizer.ggml.eot_token_id": u32(1),  # its stories follow each other
-           "tokenizer.ggml.unknown_token_id": u32(0), "tokenizer.ggml.add_bos_token": boolean(True),
-           "tokenizer.ggml.add_space_prefix": boolean(True)}
+    return vocabulary.keys(path) | ggml_keys({
+        "bos_token_id": u32(1), "eos_token_id": u32(2), "eot_token_id": u32(1),  # its stories follow each other
+        "unknown_token_id": u32(0), "add_bos_token": boolean(True), "add_space_prefix": boolean(True)})
 
 
 def llama2c_tokenizer(model: Model) -> bytes | None:
@@ -2108,34 +1991,30 @@ def llama2c_tokenizer(model: Model) -> bytes | None:
 
 # -- A Hugging Face folder's --
 
-def added_ends(tokenizer: dict, where: Path) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """The special tokens that the post-processor puts before and after a text: (id, text)"""
-    first, last = [], []
-    for p in steps_of(tokenizer.get("post_processor"), "processors"):
-        kind, before, after = p.get("type"), [], []
-        if kind in ("BertProcessing", "RobertaProcessing"):
-            before, after = ([(p[name][1], p[name][0])] for name in ("cls", "sep"))
-        elif kind == "TemplateProcessing":
+def added_ends(tokenizer: dict, where: Path) -> list[list[tuple[int, str]]]:
+    """The special tokens that the post-processor puts before a text, and those after it: (id, text)"""
+    ends: list = [[], []]
+    for p in steps_of(tokenizer.get("post_processor")):
+        if p["type"] in ("BertProcessing", "RobertaProcessing"):
+            new = [[(p[name][1], p[name][0])] for name in ("cls", "sep")]
+        elif p["type"] == "TemplateProcessing":
             names = [next(iter(piece.items())) for piece in p["single"]]
             at = [i for i, (what, _) in enumerate(names) if what == "Sequence"]
             if len(at) != 1:
                 raise Refusal(f"{where}: its post_processor has a text {len(at)} times, expected once")
-            ends = [[(i, token) for _, special in part for entry in [p["special_tokens"][special["id"]]]
-                     for i, token in zip(entry["ids"], entry["tokens"])] for part in (names[:at[0]], names[at[0] + 1:])]
-            before, after = ends
-        elif kind != "ByteLevel":
-            raise Refusal(f"{where}: post_processor {kind} is not supported")
-        if (before or after) and (first or last):
+            new = [[(i, token) for _, special in part for entry in [p["special_tokens"][special["id"]]]
+                    for i, token in zip(entry["ids"], entry["tokens"])] for part in (names[:at[0]], names[at[0] + 1:])]
+        elif p["type"] == "ByteLevel":
+            continue
+        else:
+            raise Refusal(f"{where}: post_processor {p['type']} is not supported")
+        if any(new) and any(ends):
             raise Refusal(f"{where}: several steps of its post_processor add tokens, which is not supported")
-        first, last = before + first, last + after
-    return first, last
-
-
-def only_one(ends: list[tuple[int, str]], side: str, where: Path) -> tuple[int, str] | None:
-    if len(ends) > 1:
-        raise Refusal(f"{where}: its post_processor puts {' '.join(token for _, token in ends)} {side} a text; the C "
-                      "program adds one token there")
-    return ends[0] if ends else None
+        ends = new if any(new) else ends
+    if len(most := max(ends, key=len)) > 4:
+        raise Refusal(f"{where}: its post_processor puts {len(most)} tokens on one side of a text; supported are at "
+                      "most 4")
+    return ends
 
 
 def chat_template(folder: Path, config: dict) -> str | None:
@@ -2148,42 +2027,47 @@ def chat_template(folder: Path, config: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def folder_special_keys(folder: Path, tokenizer: dict, config: dict, hf_config: dict, vocabulary: Vocabulary) \
-        -> dict[str, Value]:
-    """The ids of special tokens, and whether some are added to a text."""
-    generation = read_json(folder / "generation_config.json")
-    keys, spm = {}, not tokenizer or tokenizer["model"].get("byte_fallback")
+def special_keys(folder: Path, config: dict, hf_config: dict, tokens: list[str]) -> dict[str, Value]:
+    """The ids of special tokens: as tokenizer_config.json names them, else as the other files number them."""
+    def numbered(key: str) -> list[int]:
+        """Of generation_config.json, then of config.json, those that the model has."""
+        lists = [ids if isinstance(ids, list) else [ids] for ids in (generation.get(key), hf_config.get(key))]
+        return [i for ids in lists for i in ids if isinstance(i, int) and 0 <= i < len(tokens)]
+    generation, keys = read_json(folder / "generation_config.json"), {}
     for name, gguf in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = content(config.get(f"{name}_token"))
-        i = vocabulary.id_of(token) if token else None
-        for more in (hf_config, generation):
-            other = more.get(f"{name}_token_id")
-            i = (other[0] if isinstance(other, list) and other else other) if i is None else i
-        if isinstance(i, int) and 0 <= i < vocabulary.size:
-            keys[f"tokenizer.ggml.{gguf}_token_id"] = u32(i)
-    ends = []
-    for ids in (generation.get("eos_token_id"), hf_config.get("eos_token_id")):
-        ends += [i for i in (ids if isinstance(ids, list) else [ids]) if i in vocabulary.tokens]
-    eos = keys["tokenizer.ggml.eos_token_id"].data if "tokenizer.ggml.eos_token_id" in keys else None
-    others = [i for i in dict.fromkeys(ends) if i != eos]
-    keys |= end_keys(others)
-    where, adds = folder / "tokenizer.json", {}
-    explicit = {name: config[f"add_{name}_token"] for name in ("bos", "eos")
-                if isinstance(config.get(f"add_{name}_token"), bool)}
-    sides = added_ends(tokenizer, where)
-    for name, side, ends in zip(("bos", "eos"), ("before", "after"), sides):
-        key = f"tokenizer.ggml.{name}_token_id"
-        if tokenizer and name in explicit and bool(ends) != explicit[name]:  # as in transformers
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = [tokens.index(token)] if token in tokens else numbered(f"{name}_token_id")[::-1]
+        if ids:
+            keys[f"tokenizer.ggml.{gguf}_token_id"] = u32(ids[0])
+    eos = keys.get("tokenizer.ggml.eos_token_id")
+    return keys | end_keys([i for i in dict.fromkeys(numbered("eos_token_id")) if not eos or i != eos.data])
+
+
+AROUND = {"bos": "tokenizer.ggml.text_begin_ids", "eos": "tokenizer.ggml.text_end_ids"}  # cria's own: more than one
+
+
+def end_flags(tokenizer: dict, config: dict, keys: dict[str, Value], folder: Path) -> dict[str, Value]:
+    """Whether a begin and an end token are added to a text. Where there is a tokenizer.json, its post_processor says
+    so, as in transformers; one token must be that which the other files name, if they name one."""
+    where, flags = folder / "tokenizer.json", {}
+    for name, found in zip(AROUND, added_ends(tokenizer, where)):
+        key, explicit = f"tokenizer.ggml.{name}_token_id", config.get(f"add_{name}_token")
+        if not isinstance(explicit, bool):
+            explicit = None
+        adds = bool(found)
+        if found and found[0][0] < len(keys["tokenizer.ggml.tokens"].data):
+            flags |= {} if key in keys else {key: u32(found[0][0])}
+        if len(found) == 1 and (keys | flags).get(key) != u32(found[0][0]):
+            raise Refusal(f"{where}: its post_processor adds {found[0][1]}, which is not {name}_token")
+        if len(found) > 1:
+            flags[AROUND[name]] = array(U32, [i for i, _ in found])
+        if tokenizer and explicit not in (None, adds):
             warn(f"{folder / 'tokenizer_config.json'}: add_{name}_token has no effect: what {where.name} says counts")
-        found = only_one(ends, side, where)
-        if found and key not in keys and found[0] < vocabulary.size:  # no other file names it
-            keys[key] = u32(found[0])
-        if found and keys.get(key) != u32(found[0]):
-            raise Refusal(f"{where}: its post_processor adds {found[1]}, which is not {name}_token")
-        adds[name] = bool(ends) if tokenizer else explicit.get(name, False)
-    if not tokenizer and "bos" not in explicit:
-        adds["bos"] = bool(spm)  # as SentencePiece's users do, where nothing says otherwise
-    return keys | {f"tokenizer.ggml.add_{name}_token": boolean(add) for name, add in adds.items()}
+        if not tokenizer:  # SentencePiece's users add a begin token where nothing says otherwise
+            adds = name == "bos" if explicit is None else explicit
+        flags[f"tokenizer.ggml.add_{name}_token"] = boolean(adds)
+    return flags
 
 
 def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | None) -> dict[str, Value]:
@@ -2191,7 +2075,7 @@ def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | N
     config, more = read_json(folder / "tokenizer_config.json"), read_json(folder / "added_tokens.json")
     if "added_tokens_decoder" not in config:  # else the other file is not read, as in transformers
         config |= {k: v for k, v in read_json(folder / "special_tokens_map.json").items() if v is not None}
-    path, spm_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    path, spm_path, tekken = (folder / name for name in ("tokenizer.json", "tokenizer.model", "tekken.json"))
     tokenizer = read_json(path)
     kind = (tokenizer.get("model") or {}).get("type", "BPE" if tokenizer else None)
     if tokenizer and kind != "BPE":
@@ -2202,18 +2086,18 @@ def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | N
             if config.get("add_prefix_space"):
                 raise Refusal(f"{folder / 'tokenizer_config.json'}: add_prefix_space = true is not supported for "
                               "byte-level BPE")
-            name = pre or recognise_pre_tokenizer(tokenizer, path)
-            keys, vocabulary = byte_level_keys(tokenizer, added, size, name, path)
+            keys = byte_level_keys(tokenizer, added, size, pre or recognise_pre_tokenizer(tokenizer, path), path)
         elif tokenizer:
-            keys, vocabulary = spm_json_keys(tokenizer, added, size, path)
+            keys = spm_json_keys(tokenizer, added, size, path)
         elif spm_path.is_file() and not is_tiktoken(spm_path):
-            keys, vocabulary = spm_model_keys(spm_path, added, size, config)
-        elif (folder / "tekken.json").is_file():
-            keys, vocabulary = tekken_keys(folder / "tekken.json", size)
+            keys = spm_model_keys(spm_path, added, size, config)
+        elif tekken.is_file():
+            keys = tekken_keys(tekken, size)
             config = {f"{name}_token": token for name, token in zip(("unk", "bos", "eos"), TEKKEN_SPECIAL)} | config
         else:
             raise Refusal(f"{folder}: has neither tokenizer.json nor SentencePiece's tokenizer.model nor tekken.json")
-        keys |= folder_special_keys(folder, tokenizer, config, hf_config, vocabulary)
+        keys |= special_keys(folder, config, hf_config, keys["tokenizer.ggml.tokens"].data)
+        keys |= end_flags(tokenizer, config, keys, folder)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Refusal(f"{path}: not as tokenizers writes it: {error!r}") from None
     template = chat_template(folder, config)
@@ -2222,24 +2106,21 @@ def folder_tokenizer_keys(folder: Path, hf_config: dict, size: int, pre: str | N
 
 # -- GGUF's keys -> tokenizer.json --
 
-def split_rule(pattern: str) -> dict:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
 def pre_tokenizer_json(name: str, where: Path) -> dict:
     """The inverse of recognise_pre_tokenizer()."""
     name = next((first for first, others in SAME_WORDS.items() if name in others.split()), name)
     if name not in PRE_TOKENIZERS:
         raise Refusal(f"{where}: no tokenizer.json can be made for the pre-tokenizer {name!r}")
-    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    steps = []
-    for step in PRE_TOKENIZERS[name]:
-        digits = {"type": "Digits", "individual_digits": True}
-        steps.append(digits if step == "digits" else bytes_only | {"use_regex": True} if step == "bytes" else
-                     split_rule(step))
-    if PRE_TOKENIZERS[name][-1] != "bytes":
-        steps.append(bytes_only)
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits if step == "digits" else BYTE_LEVEL if step == "bytes" else
+             {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+             for step in PRE_TOKENIZERS[name]]
+    if BYTE_LEVEL not in steps:
+        steps.append(BYTE_LEVEL | {"use_regex": False})
     return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def merges_of_scores(tokens: list[str], scores: np.ndarray, types: np.ndarray) -> list[list[str]]:
@@ -2252,64 +2133,63 @@ def merges_of_scores(tokens: list[str], scores: np.ndarray, types: np.ndarray) -
 
 def tokenizer_json(model: Model) -> dict:
     """tokenizer.json of a model that has none."""
-    tokens = model.get("tokenizer.ggml.tokens", [])
-    types = np.asarray(model.get("tokenizer.ggml.token_type", np.ones(len(tokens))))
-    spm = model.get("tokenizer.ggml.model") == "llama"
-    added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": bool(types[i] != USER_DEFINED)}
+    def get(key: str, otherwise: Any = None) -> Any:
+        return model.get(f"tokenizer.ggml.{key}", otherwise)
+    tokens, spm, pre = get("tokens", []), get("model") == "llama", get("pre", "default")
+    types = np.asarray(get("token_type", np.ones(len(tokens))))
+    takes = get("takes_white", np.zeros(len(tokens), int))
+    added = [{"id": i, "content": token, "single_word": False, "normalized": False,
+              "special": bool(types[i] != USER_DEFINED)} | {flag: bool(takes[i] & b) for flag, b in TAKES_WHITE.items()}
              for i, token in enumerate(tokens) if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)]
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-           "end_of_word_suffix": None, "fuse_unk": spm, "byte_fallback": spm, "ignore_merges": False,
+           "end_of_word_suffix": None, "fuse_unk": spm, "byte_fallback": spm,
+           "ignore_merges": not spm and bool(get("ignore_merges", pre in IGNORE_MERGES)),
            "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}}
     made = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": None, "post_processor": template_json(model, tokens), "decoder": None, "model": bpe}
-    if not spm:
-        pre = model.get("tokenizer.ggml.pre", "default")
-        bpe["merges"] = [m.split(" ") for m in model.get("tokenizer.ggml.merges", [])]
-        bpe["ignore_merges"] = bool(model.get("tokenizer.ggml.ignore_merges", pre in IGNORE_MERGES))
-        if model.get("tokenizer.ggml.normalizer.nfc", pre in COMPOSED):
-            made["normalizer"] = {"type": "NFC"}
-        bytes_all = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return made | {"pre_tokenizer": pre_tokenizer_json(pre, model.source), "decoder": bytes_all}
-    bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
-    bpe["merges"] = merges_of_scores(tokens, model.get("tokenizer.ggml.scores", np.zeros(len(tokens))), types)
+            "pre_tokenizer": None, "post_processor": template_json(model, tokens), "decoder": BYTE_LEVEL, "model": bpe}
+    if spm:
+        bpe["unk_token"] = next((token for i, token in enumerate(tokens) if types[i] == UNKNOWN), None)
+        bpe["merges"] = merges_of_scores(tokens, get("scores", np.zeros(len(tokens))), types)
+        return made | spaces_json(model, added, bpe["vocab"])
+    bpe["merges"] = [m.split(" ") for m in get("merges", [])]
+    if get("normalizer.nfc", pre in COMPOSED):
+        made["normalizer"] = {"type": "NFC"}
+    return made | {"pre_tokenizer": pre_tokenizer_json(pre, model.source)}
+
+
+def spaces_json(model: Model, added: list[dict], vocab: dict[str, int]) -> dict:
+    """How spaces become U+2581 and back: the inverse of spm_prefix() and place_added(), which changes `added`, too."""
     space = bool(model.get("tokenizer.ggml.add_space_prefix", True))
-    first, unless_space, raw = (bool(model.get(key)) for key in SPM_FLAGS)
-    if first and not unless_space:
-        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[0]} alone")
-    prepend, strip = {"type": "Prepend", "prepend": "\u2581"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    replace_back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    scheme = {"normalizer": {"type": "Sequence", "normalizers": [prepend] * space + [replace_spaces]}}
+    first, unless_space, raw, last = (bool(model.get(key)) for key in SPM_FLAGS)
+    if last or (first and not unless_space):
+        raise Refusal(f"{model.source}: no tokenizer.json can be made for {SPM_FLAGS[3 if last else 0]} alone")
+    made = {"normalizer": {"type": "Sequence", "normalizers": [BAR_FIRST] * space + [SPACES_AS_BARS]}}
     if unless_space:
-        scheme = {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False,
-                                    "prepend_scheme": "first" if first else "always"}}
+        made = {"pre_tokenizer": METASPACE | {"split": False, "prepend_scheme": "first" if first else "always"}}
     for t in added:  # what is found after the prefix was put
         if space and not unless_space and not raw and not t["special"] and t["content"][0] in " \u2581":
-            del bpe["vocab"][t["content"]]
+            vocab[t["content"][1:]] = vocab.pop(t["content"])
             t |= {"content": t["content"][1:], "normalized": True}
-            bpe["vocab"][t["content"]] = t["id"]
-    return made | scheme | {"decoder": {"type": "Sequence", "decoders": [
-        replace_back, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * space}}
+    decoders = [BARS_AS_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP_FIRST] * space
+    return made | {"decoder": {"type": "Sequence", "decoders": decoders}}
 
 
 def template_json(model: Model, tokens: list[str]) -> dict | None:
     """The post-processor that adds the begin and end tokens that the model wants."""
-    usual = model.get("tokenizer.ggml.model") == "llama"
-    ends = []
-    for name, otherwise in (("bos", usual), ("eos", False)):
+    usual, ends = {"bos": model.get("tokenizer.ggml.model") == "llama"}, {"bos": [], "eos": []}
+    for name in ends:
         i = model.get(f"tokenizer.ggml.{name}_token_id")
-        if model.get(f"tokenizer.ggml.add_{name}_token", otherwise) and i is not None:
-            ends.append((name, tokens[i], i))
-    if not ends:
+        if model.get(f"tokenizer.ggml.add_{name}_token", usual.get(name)) and i is not None:
+            ends[name] = [int(i) for i in model.get(AROUND[name], [i])]
+    if not any(ends.values()):
         return None
 
     def around(letter: str, type_id: int) -> list[dict]:
-        def special(name: str) -> list[dict]:
-            return [{"SpecialToken": {"id": token, "type_id": type_id}} for n, token, _ in ends if n == name]
-        return [*special("bos"), {"Sequence": {"id": letter, "type_id": type_id}}, *special("eos")]
+        bos, eos = ([{"SpecialToken": {"id": tokens[i], "type_id": type_id}} for i in ids] for ids in ends.values())
+        return [*bos, {"Sequence": {"id": letter, "type_id": type_id}}, *eos]
+    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in sum(ends.values(), [])}
     return {"type": "TemplateProcessing", "single": around("A", 0), "pair": around("A", 0) + around("B", 1),
-            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for _, token, i in ends}}
+            "special_tokens": special}
 
 
 # ==== 7. Sources ====
@@ -2346,18 +2226,17 @@ def shards(folder: Path) -> list[Path]:
     where there is no file with all."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         path, index = folder / whole, folder / f"{whole}.index.json"
-        if path.is_file() and index.is_file():
-            warn(f"{index}: not read, for {whole} holds all, as in transformers")
         if path.is_file():
+            if index.is_file():
+                warn(f"{index}: not read, for {whole} holds all, as in transformers")
             return [path]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise Refusal(f"{index}: has no weight_map")
             names = sorted(set(map(str, weight_map.values())))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing or any("/" in name for name in names):
-                raise Refusal(f"{folder}: {index.name} names {(missing or names)[0]}, which is not here")
+            if missing := [name for name in names if "/" in name or not (folder / name).is_file()]:
+                raise Refusal(f"{folder}: {index.name} names {missing[0]}, which is not here")
             return [folder / name for name in names]
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if found := sorted(folder.glob(pattern)):
@@ -2365,7 +2244,7 @@ def shards(folder: Path) -> list[Path]:
     raise Refusal(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
 
 
-def state_of(content: Any, path: Path) -> dict[str, Any]:
+def state_of(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, which may lie one level down (state_dict, model, ...), beside counters and the like."""
     def holds_tensors(x: Any) -> bool:
         return isinstance(x, dict) and any(hasattr(t, "dtype") for t in x.values())
@@ -2379,7 +2258,7 @@ def state_of(content: Any, path: Path) -> dict[str, Any]:
     for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
         if all(str(name).startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): t for name, t in content.items()}
-    return content
+    return {name: of_torch(name, t) for name, t in content.items()}
 
 
 def open_weights(paths: list[Path]) -> dict[str, Tensor]:
@@ -2387,10 +2266,7 @@ def open_weights(paths: list[Path]) -> dict[str, Tensor]:
     for path in paths:
         if not path.is_file():
             raise Refusal(f"{path}: no file")
-        if path.suffix == ".safetensors":
-            found = open_safetensors(path)
-        else:
-            found = {name: of_torch(name, t) for name, t in state_of(open_pickle(path), path).items()}
+        found = open_safetensors(path) if path.suffix == ".safetensors" else state_of(open_pickle(path), path)
         for name in tensors.keys() & found.keys():
             if digest(tensors[name]) != digest(found[name]):
                 warn(f"{path}: {name} differs from that of another file, and takes its place, as in transformers")
@@ -2414,33 +2290,28 @@ def settle_names(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 def settle_head(f: Family, values: dict, tensors: dict[str, Tensor], folder: Path) -> None:
     """Where embedding and head are one matrix, but stored both, or only by the other's name: as transformers does."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not (f.defaults | {k: v for k, v in values.items() if v is not None}).get("tie_word_embeddings"):
+    if not values.get("tie_word_embeddings", f.defaults.get("tie_word_embeddings")) or head not in tensors:
         return
-    if head in tensors and embedding not in tensors:
+    if embedding not in tensors:
         warn(f"{folder}: only {head} is stored; tie_word_embeddings makes it the embedding, too")
         tensors[embedding] = tensors[head]
-    elif head in tensors and digest(tensors[head]) != digest(tensors[embedding]):
+    elif digest(tensors[head]) != digest(tensors[embedding]):
         warn(f"{folder}: tie_word_embeddings is true, but {head} differs from {embedding}: both are used, as in "
              "transformers")
         values["tie_word_embeddings"] = False
 
 
-BIASES = {"attention_bias": "qkvo", "use_qkv_bias": "qkv", "mlp_bias": ("gate", "up", "down")}
-
-
 def settle_biases(f: Family, values: dict, tensors: dict[str, Tensor], n_layers: int, folder: Path) -> None:
     """config.json says whether there are biases; what is stored beside that is not read."""
-    if f.arch not in ("llama", "granite", "stablelm"):
-        return
-    for key, ends in BIASES.items():
-        names = [f"model.layers.{i}.{'mlp' if key == 'mlp_bias' else 'self_attn'}.{end}_proj.bias"
-                 for i in range(n_layers) for end in ends]
+    keys = {"use_qkv_bias": ("self_attn", "qkv")} if f.arch == "stablelm" else \
+        {"attention_bias": ("self_attn", "qkvo"), "mlp_bias": ("mlp", ("gate", "up", "down"))}
+    for key, (module, ends) in keys.items() if f.arch in ("llama", "granite", "stablelm") else ():
+        names = [f"model.layers.{i}.{module}.{end}_proj.bias" for i in range(n_layers) for end in ends]
         if key in f.reads.split() and values.get(key):
             if missing := [name for name in names if name not in tensors]:
                 raise Refusal(f"{folder}: {key} is true, but tensor {missing[0]} is missing")
-        elif key in f.reads.split() or (f.arch != "stablelm" and key != "use_qkv_bias"):
-            if found := [name for name in names if tensors.pop(name, None)]:
-                warn(f"{folder}: {found[0]} and {len(found) - 1} more are not read: {key} is not true in config.json")
+        elif found := [name for name in names if tensors.pop(name, None)]:
+            warn(f"{folder}: {found[0]} and {len(found) - 1} more are not read: {key} is not true in config.json")
 
 
 def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -2449,12 +2320,9 @@ def text_part(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str,
         return values, tensors
     warn("the vision tower is left out")
     config = {"architectures": ["Gemma3ForCausalLM"]} | values["text_config"] | {"model_type": "gemma3_text"}
-    kept = {}
-    for name, tensor in tensors.items():
-        if "vision_tower" not in name and "multi_modal_projector" not in name:
-            name = name.replace("model.language_model.", "model.").removeprefix("language_model.")
-            kept[name] = tensor
-    return config, kept
+    return config, {name.replace("model.language_model.", "model.").removeprefix("language_model."): tensor
+                    for name, tensor in tensors.items()
+                    if "vision_tower" not in name and "multi_modal_projector" not in name}
 
 
 def open_hf(folder: Path, choices: Choices) -> Model:
@@ -2462,12 +2330,15 @@ def open_hf(folder: Path, choices: Choices) -> Model:
     tensors = settle_names(tensors, folder)
     if values.get("model_type") in FAMILIES:
         settle_head(FAMILIES[values["model_type"]], values, tensors, folder)
-    f, sizes, n_layers, tied, keys, extra = read_config(values, folder / "config.json")
-    settle_biases(f, values, tensors, n_layers, folder)
-    named = map_tensors(f, n_layers, sizes, tied, tensors, folder) | extra
-    keys |= folder_tokenizer_keys(folder, values, sizes.V, choices.pre)
+    f, tied, keys, extra = read_config(values, folder / "config.json")
+    model = Model(folder, keys, {}, values, folder)
+    settle_biases(f, values, tensors, model.value("block_count"), folder)
+    model.tensors = map_tensors(model, f, tied, tensors) | extra
+    keys |= folder_tokenizer_keys(folder, values, model.value("vocab_size"), choices.pre)
     keys["general.name"] = text(folder.resolve().name)
-    return Model(folder, keys, named, values, folder)
+    if re.search("phi-?3", folder.resolve().name, re.I):  # where no key says otherwise, special tokens take white space
+        keys.setdefault("tokenizer.ggml.takes_white", array(I32, [0] * model.value("vocab_size")))
+    return model
 
 
 # -- Meta's folder, and llama2.c's .pt, which has the same names. Rows of q and k lie as in GGUF. --
@@ -2479,19 +2350,20 @@ META_NAMES = {"attention_norm.weight": "attn_norm.weight", "attention.wq.weight"
               "feed_forward.w2.weight": "ffn_down.weight"}
 META_WHOLE = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
               "output.weight": "output.weight"}
+META_ANGLES = ("rope.freqs", "freqs_cos", "freqs_sin")  # which follow from the configuration
 
 
-def meta_name(name: str, where: Path) -> str | None:
-    """GGUF's name; None for what follows from the configuration."""
-    name = name.removeprefix("_orig_mod.")
-    if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
-        return None
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if found and found[2] in META_NAMES:
-        return f"blk.{found[1]}.{META_NAMES[found[2]]}"
-    if name not in META_WHOLE:
-        raise Refusal(f"{where}: tensor {name} is not one of a LLaMA model")
-    return META_WHOLE[name]
+def by_gguf_names(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if layer and layer[2] in META_NAMES:
+            found[f"blk.{layer[1]}.{META_NAMES[layer[2]]}"] = tensor
+        elif name in META_WHOLE:
+            found[META_WHOLE[name]] = tensor
+        elif name not in META_ANGLES:
+            raise Refusal(f"{where}: tensor {name} is not one of a LLaMA model")
+    return found
 
 
 def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Path) -> Tensor:
@@ -2505,72 +2377,59 @@ def join_parts(name: str, parts: list[Tensor], shape: tuple[int, ...], where: Pa
                   f"expected {list(shape)} in all")
 
 
-def meta_keys(p: dict, sizes: Sizes, n_layers: int, context: int) -> dict[str, Value]:
-    keys = {"block_count": u32(n_layers), "context_length": u32(context), "embedding_length": u32(sizes.D),
-            "feed_forward_length": u32(sizes.F), "attention.head_count": u32(sizes.H),
-            "attention.head_count_kv": u32(sizes.G), "attention.layer_norm_rms_epsilon": f32(p["norm_eps"]),
-            "vocab_size": u32(sizes.V), "rope.freq_base": f32(p.get("rope_theta") or 10000.0),
-            "rope.dimension_count": u32(sizes.K)}
-    return {"general.architecture": text("llama")} | {f"llama.{key}": value for key, value in keys.items()}
-
-
-def meta_tensors(path: Path, parts: list[dict[str, Tensor]], sizes: Sizes, n_layers: int) -> dict[str, Tensor]:
-    """Whole tensors, of the files' parts."""
-    tensors = {}
-    for part in model_parts(FAMILIES["llama"], n_layers):
-        name, pieces = part.gguf, [p[part.gguf] for p in parts if part.gguf in p]
-        if len(pieces) == len(parts):
-            tensors[name] = join_parts(name, pieces, sizes.shape(part.shape), path)
-        elif part.needed:
-            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
-    left = [name for name in parts[0] if name not in tensors]
-    if left:
-        raise Refusal(f"{path}: {left[0]} (by GGUF's name) is beyond n_layers = {n_layers}")
-    return tensors
-
-
-def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], context: int | None) -> Model:
-    """p: params.json's, or a .pt's arguments      parts: what each file holds, by GGUF's names"""
-    c = Config(p, f"{path}")
-    n_parts, first = len(parts), parts[0]
-    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
-        if name not in first:
-            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
-    D, n_layers, H = c.integer("dim"), c.integer("n_layers"), c.integer("n_heads")
-    rows, cols = first["token_embd.weight"].shape
-    V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
-    F = first["blk.0.ffn_gate.weight"].shape[0] * n_parts
-    sizes = Sizes(V, D, H, c.integer("n_kv_heads", H), D // H, F)
+def meta_config(path: Path, p: dict, first: dict[str, Tensor], n_parts: int, context: int | None) -> dict:
+    """config.json of what params.json says, or a .pt's arguments      first: the tensors of the first of the files"""
+    c = Config(p, path)
+    D, H = c.integer("dim"), c.integer("n_heads")
     eps, theta, scaled = c.real("norm_eps", 1e-5), c.real("rope_theta", 10000.0), c.get("use_scaled_rope", False)
+    rows, cols = first["token_embd.weight"].shape
     for key in ("vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "max_seq_len", "max_batch_size",
                 "dropout"):
         c.get(key)  # the tensors say so, or they are of no consequence
     factor = c.get("rope_scaling_factor", 32 if D in (2048, 3072) else 8)  # LLaMA 3.2's 1B and 3B do not say it
-    c.finish()
     if context is None:  # the file does not say it: 3.1 and later, Code Llama, 3, 2, 1
         context = p.get("max_seq_len") or (131072 if scaled else 16384 if theta == 1e6 else 8192 if theta == 5e5 else
                                            4096 if eps == 1e-5 else 2048)
-    tensors = meta_tensors(path, parts, sizes, n_layers)
+    V = rows if cols < D else rows * n_parts  # a part of the columns in each file, as in LLaMA 1 and 2, or of the rows
+    config = {"model_type": "llama", "num_hidden_layers": c.integer("n_layers"), "hidden_size": D, "vocab_size": V,
+              "intermediate_size": first["blk.0.ffn_gate.weight"].shape[0] * n_parts, "num_attention_heads": H,
+              "num_key_value_heads": c.integer("n_kv_heads", H), "rms_norm_eps": eps, "rope_theta": theta,
+              "max_position_embeddings": context}
     if scaled:
-        rope = {"rope_theta": theta, "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
-                "original_max_position_embeddings": 8192}
-        tensors["rope_freqs.weight"] = constant(llama3_factors(rope, sizes.K))
-    return Model(path, meta_keys(p | {"norm_eps": eps}, sizes, n_layers, context), tensors)
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+                                  "original_max_position_embeddings": 8192}
+    c.finish()
+    return config
+
+
+def meta_model(path: Path, p: dict, parts: list[dict[str, Tensor]], choices: Choices, tokenizer: Path) -> Model:
+    """p: params.json's, or a .pt's arguments      parts: what each file holds, by GGUF's names"""
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
+        if name not in parts[0]:
+            raise Refusal(f"{path}: {name} (by GGUF's name) is missing")
+    f, _, keys, extra = read_config(meta_config(path, p, parts[0], len(parts), choices.context), path)
+    model = Model(path, keys, {}, vocabulary=choices.tokenizer or tokenizer)
+    sizes, whole = sizes_of(model), {}
+    for part in model_parts(f, model.value("block_count")):
+        pieces = [p[part.gguf] for p in parts if part.gguf in p]
+        if len(pieces) == len(parts):
+            whole[part.gguf] = join_parts(part.gguf, pieces, sizes.shape(part.shape), path)
+        elif part.needed:
+            raise Refusal(f"{path}: {part.gguf} (by GGUF's name) is missing")
+    if left := [name for name in parts[0] if name not in whole]:
+        raise Refusal(f"{path}: {left[0]} (by GGUF's name) is beyond n_layers = {model.value('block_count')}")
+    model.tensors = whole | extra
+    model.keys |= loose_tokenizer_keys(model.vocabulary, sizes.V, bool(p.get("use_scaled_rope")))
+    return model
 
 
 def open_meta(folder: Path, choices: Choices) -> Model:
     paths = sorted(folder.glob("consolidated.*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
     if not paths:
         raise Refusal(f"{folder}: has params.json but no consolidated.NN.pth")
-    parts = []
-    for path in paths:
-        tensors = open_weights([path])
-        parts.append({meta_name(n, path): t for n, t in tensors.items() if meta_name(n, path)})
-    p = read_json(folder / "params.json")
-    model = meta_model(folder, p, parts, choices.context)
-    path = choices.tokenizer or next(filter(Path.is_file, (folder / "tekken.json",)), folder / "tokenizer.model")
-    model.keys |= loose_tokenizer_keys(path, model, bool(p.get("use_scaled_rope")))
-    model.vocabulary = path
+    parts = [by_gguf_names(open_weights([path]), path) for path in paths]
+    tokenizer = folder / ("tekken.json" if (folder / "tekken.json").is_file() else "tokenizer.model")
+    model = meta_model(folder, read_json(folder / "params.json"), parts, choices, tokenizer)
     model.keys["general.name"] = text(folder.resolve().name)
     return model
 
@@ -2580,32 +2439,27 @@ def open_llama2c(path: Path, choices: Choices) -> Model:
     checkpoint = open_pickle(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_args"), dict):
         raise Refusal(f"{path}: not a llama2.c checkpoint: it has no model_args")
-    named = {meta_name(n, path): of_torch(n, t) for n, t in state_of(checkpoint.get("model"), path).items()
-             if meta_name(n, path)}
-    tied = named.get("output.weight") and named["output.weight"].shape == named["token_embd.weight"].shape
-    if tied and np.array_equal(named["output.weight"].read(), named["token_embd.weight"].read()):
-        del named["output.weight"]
-    model = meta_model(path, checkpoint["model_args"], [named], choices.context)
-    tokenizer = choices.tokenizer or next((p for name in ("tokenizer.model", "tokenizer.bin")
-                                           if (p := path.parent / name).is_file()), path.parent / "tokenizer.model")
-    model.keys |= loose_tokenizer_keys(tokenizer, model, False)
-    model.vocabulary = tokenizer
-    return model
+    tensors = by_gguf_names(state_of(checkpoint.get("model"), path), path)
+    head, embedding = tensors.get("output.weight"), tensors.get("token_embd.weight")
+    if head and embedding and head.shape == embedding.shape and digest(head) == digest(embedding):
+        del tensors["output.weight"]
+    beside = [path.parent / name for name in ("tokenizer.model", "tokenizer.bin")]
+    tokenizer = next(filter(Path.is_file, beside), beside[0])
+    return meta_model(path, checkpoint["model_args"], [tensors], choices, tokenizer)
 
 
-def loose_tokenizer_keys(path: Path, model: Model, with_tools: bool) -> dict[str, Value]:
+def loose_tokenizer_keys(path: Path, size: int, with_tools: bool) -> dict[str, Value]:
     """Of a vocabulary that comes as a file of its own: tokenizer.model of either kind, or tokenizer.bin."""
-    size = model.value("vocab_size")
     if not path.is_file():
         raise Refusal(f"{path}: no such file: name the vocabulary with --tokenizer FILE")
     if path.suffix == ".bin":
         return llama2c_tokenizer_keys(path, size)
     if path.suffix == ".json":
-        return tekken_keys(path, size)[0]
+        return tekken_keys(path, size)
     if is_tiktoken(path):
-        return tiktoken_keys(path, size, with_tools)[0]
-    keys, vocabulary = spm_model_keys(path, [], size)
-    return keys | special_keys(vocabulary, "<s>", "</s>", []) | {"tokenizer.ggml.add_bos_token": boolean(True)}
+        return tiktoken_keys(path, size, with_tools)
+    keys = spm_model_keys(path, [], size)
+    return keys | id_keys(keys, bos="<s>", eos="</s>") | ggml_keys({"add_bos_token": boolean(True)})
 
 
 # ==== 8. LoRA ====
@@ -2618,9 +2472,11 @@ LORA_HARMLESS = set("""
     base_model_name_or_path revision task_type inference_mode lora_dropout auto_mapping layers_to_transform
     layers_pattern peft_version runtime_config qalora_group_size megatron_core target_modules exclude_modules eva_config
     init_lora_weights loftq_config corda_config lora_ga_config""".split())
-# What PEFT merges: it changes the base before the sum, or beside it. The value that means "not used".
-LORA_BY_PEFT = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
-                "target_parameters": None, "ensure_weight_tying": False}
+# What PEFT merges, for it changes the base before the sum, or beside it: the value that means "not used", and a part of
+# the names of the tensors that the adapter has then.
+LORA_BY_PEFT = {"use_dora": (False, "lora_magnitude_vector"), "bias": ("none", ".bias"), "lora_bias": (False, ""),
+                "trainable_token_indices": (None, ""), "target_parameters": (None, ""),
+                "ensure_weight_tying": (False, "")}
 # How A and B began is of no consequence if the base stayed as it was; every other way takes a part out of it.
 LORA_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -2631,8 +2487,8 @@ class Adapter:
     one that PEFT has to merge, why (key and value)."""
     folder: Path
     by_peft: str
-    modules: dict[str, tuple[Tensor, Tensor, float]]
-    whole: dict[str, Tensor]
+    modules: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
 
 def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
@@ -2644,41 +2500,46 @@ def pattern_value(patterns: dict, module: str, otherwise: float) -> float:
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
 
 
+def peft_reason(c: Config, tensors: dict[str, Tensor]) -> str:
+    """The key, and its value, for which PEFT has to merge an adapter; "" if there is none."""
+    keys = [key for key, (unused, _) in LORA_BY_PEFT.items() if c.get(key, unused) != unused and c.get(key)]
+    if c.get("init_lora_weights", True) not in LORA_INITS:
+        keys.append("init_lora_weights")
+    if any(".lora_embedding_A" in name for name in tensors):  # an embedding's sum
+        keys.append("target_modules")
+    for key in keys[:1]:
+        reason, needed = f"{key} = {json.dumps(c.get(key))}", LORA_BY_PEFT.get(key, ("", ""))[1]
+        if not any(needed in name for name in tensors):
+            raise Refusal(f"{c.where}: {reason}, but the adapter has no {needed}")
+        return reason
+    return ""
+
+
 def open_adapter(folder: Path) -> Adapter:
-    where = folder / "adapter_config.json"
-    c = Config(read_json(where), f"{where}")
+    where, safe = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    c = Config(read_json(where), where)
     if not c.values:
         raise Refusal(f"{folder}: has no adapter_config.json")
     c.demand("peft_type", "LORA")
     rank, alpha, root = c.integer("r"), c.real("lora_alpha", 8), c.get("use_rslora", False)
-    ranks, alphas = c.get("rank_pattern", {}), c.get("alpha_pattern", {})
-    saved = c.get("modules_to_save", [])
-    by_peft = [key for key, unused in LORA_BY_PEFT.items() if c.get(key, unused) != unused and c.get(key)]
-    by_peft += ["init_lora_weights"] * (c.get("init_lora_weights", True) not in LORA_INITS)
+    ranks, alphas, saved = c.get("rank_pattern", {}), c.get("alpha_pattern", {}), c.get("modules_to_save", [])
+    tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
+    by_peft = peft_reason(c, tensors)
     for key, value in c.values.items():  # PEFT writes all keys that it has: false or empty is a feature unused
         if key not in c.asked | LORA_HARMLESS and value:
-            raise Refusal(f"{where}: {key} = {json.dumps(value)} is not supported")
-    safe = folder / "adapter_model.safetensors"
-    tensors = open_weights([safe if safe.is_file() else folder / "adapter_model.bin"])
-    by_peft += ["target_modules"] * any(".lora_embedding_A" in name for name in tensors)  # an embedding's sum
+            c.refuse(key)
     if by_peft:
-        needed = {"use_dora": "lora_magnitude_vector", "bias": ".bias"}.get(by_peft[0], "")
-        if not any(needed in name for name in tensors):
-            raise Refusal(f"{where}: {by_peft[0]} = {json.dumps(c.get(by_peft[0]))}, but the adapter has no {needed}")
-        return Adapter(folder, f"{by_peft[0]} = {json.dumps(c.get(by_peft[0]))}", {}, {})
+        return Adapter(folder, by_peft)
     modules = {}
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         a, b = tensors.pop(name), tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
         if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise Refusal(f"{folder}: lora_A and lora_B of {module} do not fit together")
-        r = pattern_value(ranks, module, rank)
-        if r != a.shape[0]:
+        if a.shape[0] != (r := pattern_value(ranks, module, rank)):
             raise Refusal(f"{folder}: {module} has rank {a.shape[0]}, adapter_config.json says {r}")
-        scale = pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
-        modules[module] = a, b, scale
-    whole = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-             for name, tensor in tensors.items()}
+        modules[module] = a, b, pattern_value(alphas, module, alpha) / (math.sqrt(r) if root else r)
+    whole = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()}
     left = {name: name.rpartition(".")[0] for name in whole}  # their modules, of which PEFT names the ends
     for end in saved:
         if not any(module.endswith(end) for module in left.values()):
@@ -2718,18 +2579,16 @@ def merge_by_peft(model: Model, adapter: Adapter) -> None:
             raise Refusal(f"{what}: PEFT cannot merge it: {first_line(error)}") from None
     if any("missing adapter keys" in str(w.message) for w in said):
         raise Refusal(f"{what}: the adapter lacks tensors that PEFT expects")
-    state = dict(network.state_dict())
     tied = network.get_output_embeddings().weight.data_ptr() == network.get_input_embeddings().weight.data_ptr()
-    tensors = {name: of_torch(name, t) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    tensors = {name: of_torch(name, t) for name, t in network.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
     f, sizes = family_of(model), sizes_of(model)
     if f.experts:
         split_fused_experts(tensors, f)
     for part in model_parts(f, model.value("block_count")):
-        new = take_part(part, tensors, sizes, adapter.folder)
-        old = model.tensors.get(part.gguf)
-        if new is None or (old and np.array_equal(from_gguf(part, old, sizes).floats(), new.floats())):
-            continue
-        put_merged(model, part, new.computed(lambda w: w, writable_type(old.type if old else "f32")))
+        new, old = take_part(part, tensors, sizes, adapter.folder), model.tensors.get(part.gguf)
+        if new and not (old and np.array_equal(from_gguf(part, old, sizes).floats(), new.floats())):
+            put_merged(model, part, new.computed(lambda w: w, writable_type(old.type if old else "f32")))
     if not tied and model.hf_config:
         model.hf_config["tie_word_embeddings"] = False
     if tensors:
@@ -3288,106 +3147,89 @@ def llama3_scaling(model: Model, theta: float) -> dict:
     return scaling
 
 
-def hf_rope(model: Model) -> dict:
-    """rope_theta and rope_scaling of config.json."""
-    v = model.value
-    kind = v("rope.scaling.type", "none")
-    out: dict = {"rope_theta": v("rope.freq_base", 10000.0)}
+def hf_scaling(model: Model, theta: float) -> dict:
+    """rope_scaling of config.json: the inverse of rope_keys()."""
+    def v(key: str, otherwise: Any = None) -> Any:
+        return model.value(f"rope.scaling.{key}", otherwise)
+    kind = v("type", "none")
+    original = {"original_max_position_embeddings": v("original_context_length", model.value("context_length"))}
     if "rope_freqs.weight" in model.tensors:
-        return out | {"rope_scaling": llama3_scaling(model, out["rope_theta"])}
-    if kind in ("linear", "yarn"):
-        scaling = {"rope_type": kind, "factor": v("rope.scaling.factor")}
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = v("rope.scaling.original_context_length")
-            scaling |= {b: v(f"rope.scaling.yarn_{b}") for b in ("beta_fast", "beta_slow")
-                        if v(f"rope.scaling.yarn_{b}")}
-            magnitude = v("rope.scaling.attn_factor", 1.0) * yarn_magnitude(scaling["factor"]) \
-                / yarn_magnitude(scaling["factor"], v("rope.scaling.yarn_log_multiplier", 0.0))
-            scaling |= {"attention_factor": magnitude}
-        return out | {"rope_scaling": scaling}
+        return llama3_scaling(model, theta)
+    if kind == "linear":
+        return {"rope_type": kind, "factor": v("factor")}
+    if kind == "yarn":
+        magnitude = v("attn_factor", 1.0) * yarn_magnitude(v("factor")) \
+            / yarn_magnitude(v("factor"), v("yarn_log_multiplier", 0.0))
+        betas = {beta: v(f"yarn_{beta}") for beta in ("beta_fast", "beta_slow") if v(f"yarn_{beta}")}
+        return {"rope_type": kind, "factor": v("factor"), "attention_factor": magnitude} | original | betas
     if "rope_factors_long.weight" in model.tensors:
-        scaling = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist()
+        factors = {f"{n}_factor": model.tensors[f"rope_factors_{n}.weight"].floats().tolist()
                    for n in ("long", "short")}
-        if attention_factor := v("rope.scaling.attn_factor"):
-            scaling["attention_factor"] = attention_factor
-        original = v("rope.scaling.original_context_length", v("context_length"))
-        return out | {"rope_scaling": {"rope_type": "longrope"} | scaling,
-                      "original_max_position_embeddings": original}
+        magnitude = {"attention_factor": v("attn_factor")} if v("attn_factor") else {}
+        return {"rope_type": "longrope"} | factors | original | magnitude
+    return {}
+
+
+def hf_rope(model: Model, f: Family) -> dict:
+    """How positions are rotated in, as config.json has it; in transformers 5's form where windowed layers do not share
+    the scaling."""
+    theta = model.value("rope.freq_base", 10000.0)
+    scaling = hf_scaling(model, theta)
+    if f.model_type == "olmo3":
+        plain = {"rope_type": "default", "rope_theta": theta}
+        return {"rope_parameters": {"full_attention": plain | scaling, "sliding_attention": plain}}
+    out = {"rope_theta": theta} | ({"rope_scaling": scaling} if scaling else {})
+    if scaling.get("rope_type") == "longrope" or f.arch == "phi3":
+        out["original_max_position_embeddings"] = model.value("rope.scaling.original_context_length",
+                                                              model.value("context_length"))
+    if "partial_rotary_factor" in f.reads:
+        out["partial_rotary_factor"] = model.value("rope.dimension_count") / sizes_of(model).K
+    if f.arch == "gemma3":
+        out["rope_local_base_freq"] = model.value("rope.freq_base_swa", 10000.0)
     return out
 
 
-def hf_rope_by_layers(model: Model) -> dict:
-    """The same in transformers 5's form, where windowed layers do not share the scaling."""
-    old = hf_rope(model)
-    plain = {"rope_type": "default", "rope_theta": old["rope_theta"]}
-    return {"rope_parameters": {"full_attention": plain | old.get("rope_scaling", {}), "sliding_attention": plain}}
-
-
-def hf_window(model: Model, f: Family, n_layers: int) -> dict:
-    window, pattern = model.value("attention.sliding_window", 0), model.value("attention.sliding_window_pattern")
+def hf_window(model: Model, f: Family) -> dict:
+    n_layers, window = model.value("block_count"), model.value("attention.sliding_window", 0)
+    pattern = model.value("attention.sliding_window_pattern")
     if not window:
-        return {"sliding_window": None} if f.model_type in ("mistral", "mixtral", "phi3") else {}
+        return {"sliding_window": None} if "sliding_window" in f.reads else {}
     out = {"sliding_window": window}
     if f.model_type.startswith("qwen"):
         out |= {"use_sliding_window": True, "max_window_layers": 0}
-    network = Network(model)
     if f.norm_plus_one or pattern is not None:
-        out["layer_types"] = ["sliding_attention" if network.is_windowed(i) else "full_attention"
-                              for i in range(n_layers)]
+        layers = usual_windows(f.arch, n_layers) if pattern is None else pattern
+        out["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in layers]
     return out
 
 
-def hf_own(model: Model, f: Family) -> dict:
+def hf_own(model: Model, f: Family, s: Sizes) -> dict:
     """What only this family's config.json has."""
-    v, has = model.value, model.tensors.__contains__
-    if f.arch == "granite":
-        return {hf: v(gguf, 1.0) for hf, gguf in GRANITE_SCALES.items()}
+    has = model.tensors.__contains__
     if f.norm_plus_one:
-        out = {"query_pre_attn_scalar": round(Network(model).attention_scale() ** -2),
-               "final_logit_softcapping": v("final_logit_softcapping")}
-        if f.arch == "gemma2":
-            return out | {"attn_logit_softcapping": v("attn_logit_softcapping", 50.0),
-                          "final_logit_softcapping": v("final_logit_softcapping", 30.0)}
-        return out | {"rope_local_base_freq": v("rope.freq_base_swa", 10000.0)}
+        scale = model.value("attention.scale")
+        scalar = scale ** -2 if scale else usual_scalar(f.arch, model.value("block_count"), s.D // s.H, s.K)
+        return {"query_pre_attn_scalar": round(scalar)}
     if f.arch == "stablelm":
         return {"use_qkv_bias": has("blk.0.attn_q.bias"), "qk_layernorm": has("blk.0.attn_q_norm.weight"),
-                "use_parallel_residual": not has("blk.0.ffn_norm.weight"),
-                "partial_rotary_factor": v("rope.dimension_count") / sizes_of(model).K}
-    if f.arch == "phi3":
-        return {"partial_rotary_factor": v("rope.dimension_count") / sizes_of(model).K,
-                "original_max_position_embeddings": v("rope.scaling.original_context_length", v("context_length"))}
-    if f.model_type == "mixtral":
-        return {"num_local_experts": v("expert_count"), "num_experts_per_tok": v("expert_used_count")}
-    if f.arch == "qwen3moe":
-        return {"num_experts": v("expert_count"), "num_experts_per_tok": v("expert_used_count"),
-                "moe_intermediate_size": v("expert_feed_forward_length"), "norm_topk_prob": True,
-                "decoder_sparse_step": 1, "mlp_only_layers": []}
-    return {"mlp_bias": has("blk.0.ffn_gate.bias"), "attention_bias": has("blk.0.attn_output.bias")} \
-        if f.model_type == "llama" else {}
-
-
-HF_CLASSES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
-              "qwen3_moe": "Qwen3Moe", "phi3": "Phi3", "granite": "Granite", "smollm3": "SmolLM3", "olmo2": "Olmo2",
-              "olmo3": "Olmo3", "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+                "use_parallel_residual": not has("blk.0.ffn_norm.weight")}
+    if "attention_bias" in f.reads:
+        return {"mlp_bias": has("blk.0.ffn_gate.bias"), "attention_bias": has("blk.0.attn_output.bias")}
+    return {}
 
 
 def hf_config(model: Model) -> dict:
     """config.json of a model that has none."""
-    f, s, v, n_layers = family_of(model), sizes_of(model), model.value, model.value("block_count")
-    eps = "layer_norm_eps" if f.arch == "stablelm" else "rms_norm_eps"
-    activation = "hidden_activation" if f.norm_plus_one else "hidden_act"
-    config = {"architectures": [HF_CLASSES[f.model_type] + "ForCausalLM"], "model_type": f.model_type,
-              "vocab_size": s.V, "hidden_size": s.D, "num_hidden_layers": n_layers, "num_attention_heads": s.H,
-              "num_key_value_heads": s.G, "intermediate_size": v("feed_forward_length"),
-              "max_position_embeddings": v("context_length"), activation: f.activation,
-              eps: v("attention.layer_norm_rms_epsilon", v("attention.layer_norm_epsilon")),
+    f, s = family_of(model), sizes_of(model)
+    config = {"architectures": [f.hf_class + "ForCausalLM"], "model_type": f.model_type,
               "tie_word_embeddings": "output.weight" not in model.tensors}
-    if s.K * s.H != s.D or f.head_norms or f.norm_plus_one:
-        config["head_dim"] = s.K
-    ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    config |= {f"{hf}_token_id": model.get(f"tokenizer.ggml.{gguf}_token_id") for hf, gguf in ids.items()}
-    rope = hf_rope_by_layers(model) if f.model_type == "olmo3" else hf_rope(model)
-    return config | rope | hf_window(model, f, n_layers) | hf_own(model, f)
+    config |= {hf: model.value(gguf, (DEFAULTS | f.defaults).get(hf))
+               for hf, gguf in (INTEGERS | f.integers | f.scalars).items()}
+    config |= {"vocab_size": s.V, "num_key_value_heads": s.G} | ({"head_dim": s.K} if f.any_head_dim else {})
+    config |= {key: allowed[0] for key, allowed in f.demands.items()}
+    for hf, gguf in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{hf}_token_id"] = model.get(f"tokenizer.ggml.{gguf}_token_id")
+    return config | hf_rope(model, f) | hf_window(model, f) | hf_own(model, f, s)
 
 
 def write_safetensors(tensors: dict[str, tuple[Tensor, str]], path: Path, report: bool) -> None:

@@ -6,8 +6,8 @@
    HOW TO READ THIS FILE.  Part I is the story of one token, in the order in which it happens: how text becomes tokens
    (2), what a model consists of (3), the one operation that takes nearly all the time (4), the forward pass that turns
    tokens into a probability for every possible next token (5), the choice of one of them (6), and the loop around it
-   all (7). Read it from top to bottom and you know how such a model works; only quantised products (8) and experts (11)
-   stand elsewhere. Part II is the machinery; the appendix has the innermost loops again, for fast instruction sets.
+   all (7). Part II is the machinery, and what Part I leaves out: quantised products (8); experts, the speeds at which
+   pairs rotate, and top-p (11). The appendix has the innermost loops again, for fast instruction sets.
 
      1  The ground floor                      Part II
      2  Text to tokens (tokenizer.c)            8  Number formats, and packing them into tiles
@@ -25,14 +25,14 @@
      L  layers                      [30]      V  tokens in the vocabulary               [49152]
      D  width of a token's vector  [576]      S  positions that the context can hold
      H  query heads                  [9]      B  tokens that go through the model together, at most
-     G  key/value heads, H/G of      [3]      n  tokens that do so now
-        the query heads share one             F  width of the feed-forward layer         [1536]
+     G  key/value heads: each is     [3]      n  tokens that do so now
+        shared by H/G query heads             F  width of the feed-forward layer         [1536]
      K  width of a head             [64]      R  numbers of a head that are rotated, <= K  [64]
      E  experts of a layer, if it has some
 
    THE SAME BITS.  Every kernel gives, on every CPU and with any number of threads, the bits that the plain C loops of
-   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, and a fused multiply-add is used where fmaf is
-   written and nowhere else: the pragmas below forbid it to the compiler, and options that reorder arithmetic. */
+   chapters 4, 5, 6 and 8 define. So the order of each sum is fixed, and a multiply-add is fused where fmaf is written
+   and nowhere else: the pragmas below forbid the compiler to fuse others, or to reorder arithmetic. */
 
 #if defined(__clang__)
 #ifdef __x86_64__  // undoes part of what clang has no macro for: -freciprocal-math, -fno-signed-zeros, ...
@@ -137,26 +137,26 @@ typedef struct { const unsigned char *bytes; size_t n_bytes; const char *path; }
 // A half-open range of work.
 typedef struct { size_t from, to; } Range;
 
-// One thread's place in the team that does a pass: that sends tokens through the model. A pass is a list of steps, and
-// no thread begins a step before all have ended the one before. The work of a step, its rows, heads or tokens, comes in
-// chunks: a fast thread takes more of them. No sum is ever divided, so who computes a number never changes it.
+// One thread's place in a team, whose main work is the pass: sending tokens through the model. A pass is a list of
+// steps, and no thread begins a step before all have ended the one before. The work of a step, its rows, heads or
+// tokens, comes in chunks: a fast thread takes more. No sum is ever divided, so who computes a number never changes it.
 typedef struct {
     int thread, threads;
     struct Gate *gate;  // where the threads wait for each other (chapter 9)
     unsigned n_steps;   // steps that this thread has ended
-    int n_helped;       // threads whose chunks it has seen taken in this step, itself first
+    int n_helped;       // threads whose share of this step is used up, as seen from here; itself first
     double began;       // the time when the step began, if steps are measured
 } Team;
 
-// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows: of a pass, whose time is
-// compared with like ones to find threads that slow the team down; 0: work that is not timed; -1: no thread may rest.
+// Runs work(job, team) on a team of at most `threads` threads and waits for all of them. rows > 0: a pass of so many,
+// timed, so that a thread that slows it down can rest in the next; 0: not timed; -1: nor may a thread rest.
 static void run_team(int threads, int rows, void (*work)(void *job, Team *team), void *job);  // chapter 9
 
 // Takes the next chunk of a step's n items for this thread: of its own share first, then of the shares of slower
 // threads. Chunks are multiples of `multiple`, except the last. False if none is left.
 static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk);  // chapter 9
 
-// Waits until every thread of the team has come here. The step's name and layer are for measuring.
+// Waits until every thread of the team has come here. The step's name is for measuring.
 static void end_step(Team *team, int step, int layer);  // chapter 9
 
 // Seconds since a fixed moment.
@@ -179,7 +179,7 @@ static volatile sig_atomic_t interrupted, at_prompt;
    tokens before it (attention) and what the model knows of it (feed forward); a last matrix compares the result with
    every token of the vocabulary. One layer, with the shapes for one token:
 
-       x (D) ──┬── norm ── query (H,K) ─ rotate ──┐
+       x (D) ──┬── norm ┬─ query (H,K) ─ rotate ────────────────────┐
                │        ├─ key   (G,K) ─ rotate ─ cache (S,G,K) ─ scores (H,S) ─ softmax ─ mix ── attention_out ──┐
                │        └─ value (G,K) ────────── cache (S,G,K) ─────────────────────────┘                        │
                └──────────────────────────────────────────────────────────────────────────────────────── + ───────┤
@@ -188,9 +188,9 @@ static volatile sig_atomic_t interrupted, at_prompt;
                │         └─ up   (F) ─────────┘           │
                └──────────────────────────────────────── +──► x (D) of the next layer
 
-   Models differ by numbers and by tensors that are there or not; no code below asks for a model's name. */
+   Models differ by numbers and by tensors that are there or not; nothing in Part I asks for a model's name. */
 
-// How the weights of a matrix are stored. Chapter 4 draws the formats; chapter 8 makes them.
+// How the weights of a matrix are stored; ..F: with f32 scales, ..M: with minima. Chapter 4 draws the formats.
 typedef enum {
     F32, F16, BF16, Q8, Q8F, Q4, Q4M, Q5, Q5M, Q2K, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, MXFP4, N_TYPES
 } Type;
@@ -212,7 +212,7 @@ typedef struct {
     int n_layers, dim, n_tokens, head_dim, rope_dim;  // L, D, V, K, R
     int context, original_context;          // positions that it was trained for; before its rotation was scaled, or 0
     float norm_eps;
-    double rope_theta, local_theta;  // the slowest pair turns about theta times slower than the fastest; local 0: none
+    double rope_theta, local_theta;  // rotary position embedding: theta^(-2i/R) is pair i's speed; local 0: none
     double rope_scale, yarn_fast, yarn_slow, rope_magnitude;  // for slow_down(); what multiplies cosine and sine
     float embedding_scale, residual_scale;  // what a token's first vector, and what is added to it, are multiplied by
     float attention_scale, logit_scale;     // likewise the scores (1 / sqrt(K) in most models), and the logits
@@ -225,7 +225,7 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, ffn_dim;  // H, G, F: a layer may have its own
     int window, angles;                // how many positions a token sees, itself the last (0: all); an Angles
-    int n_experts, n_experts_used;     // E: of gates, ups and downs; how many a token visits. 0: one of each, for all
+    int n_experts, n_experts_used;     // E: copies of gate, up, down; how many of them a token visits. 0: no experts
     Tensor query, key, value;          // (H*K,D) (G*K,D) (G*K,D)
     Tensor attention_out;              // (D,H*K)
     const float *query_norm, *key_norm;             // (K) each, or (H*K) and (G*K) at once; NULL: not normalised
@@ -255,13 +255,13 @@ typedef struct {
     size_t packed_bytes, n_slots, n_sources, n_parts;  // the last: of a split GGUF those after its first
 } Model;
 
-// The steps of a pass, in their order: what threads do between two waits. ATTEND stands for attend(), SCORE to MIX for
-// attend_deep(). A single vector skips steps that only prepare inputs: each thread does these for itself (prepare()).
+// The steps of a pass, in order: what threads do between two waits. Attention is ATTEND, or else SCORE, SOFTMAX and MIX
+// (attend_deep()). A single vector skips steps that only prepare inputs: each thread does these itself (prepare()).
 // To add a step: its name here and in step_names[] (chapter 13), its work in a loop over take_chunk(), then end_step().
 typedef enum {
     EMBED,
     ATTENTION_NORM, QUERY_KEY_VALUE, WIDE_HEAD_NORM, ROTATE, ATTEND, SCORE, SOFTMAX, MIX, ROUND_ATTENDED, ATTENTION_OUT,
-    ATTENTION_POST_NORM,  // must follow ATTENTION_OUT, as FFN_POST_NORM does DOWN: end_block() adds 1
+    ATTENTION_POST_NORM,  // must follow ATTENTION_OUT, and FFN_POST_NORM DOWN: end_block() adds 1
     FFN_NORM, ROUTER, CHOOSE_EXPERTS, LIST_VISITORS, ROUND_VISITORS, GATE_UP, ROUND_HIDDEN, DOWN, FFN_POST_NORM,
     FINAL_NORM, HEAD,
     N_STEPS
@@ -287,7 +287,7 @@ enum {
    types), and a tile holds the weights in the order in which they are used; a row tile is all tiles of 16 rows. One
    SIMD lane is one row, so no sum ever runs across lanes, and every kernel can give the bits of the plain loops here.
 
-       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros on both sides
+       matrix = row tiles, each: | tile of columns 0..31 | columns 32..63 | ...    padded with zeros to whole tiles
        f32, f16, bf16 tile:  column 0: row 0 .. row 15 | column 1: row 0 .. row 15 | ...
        quantised tiles:      the 16 rows' scales, minima if any, then for each 32 columns
            8 bits, groups of four columns:  row 0: c0 c1 c2 c3 | row 1: c0 c1 c2 c3 | ... | row 15 |  next group ...
@@ -346,11 +346,11 @@ typedef struct {
 } Block;
 
 // The vectors of n tokens that a matrix is multiplied with, in blocks of 32 numbers. The blocks of the same columns lie
-// side by side for all tokens, as a tile needs them. Columns past w->cols are padding; their weights are 0.
+// side by side for all tokens, as a tile needs them. Columns past the matrix's are padding; their weights are 0.
 typedef struct {
     const float (*x)[32];  // (cols/32, n)
     const Block *rounded;  // (cols/32, n)  or NULL: every product is made in float
-    size_t n, first, some; // `some` of the n are multiplied, from number `first` on: all, or an expert's visitors
+    size_t n, first, some; // rows first .. first + some of the n are multiplied: all, or an expert's visitors
     size_t expert;         // whose matrix it is; 0 without experts
 } Activations;
 
@@ -374,7 +374,7 @@ INLINE void widen_floats(float *to, const uint16_t *from, size_t n) {
 INLINE void add_products(float *c, size_t c_stride, const float *a, size_t a_stride, const void *b, bool half,
                          ptrdiff_t ahead, int m, int depth) {
     (void)ahead;
-    enum { TOGETHER = 4 };  // rows that share each number of b once it is loaded
+    enum { TOGETHER = 4 };  // rows that share each number of b; a fixed count, so loops unroll
     for (int i = 0; i < m; i += TOGETHER, c += TOGETHER * c_stride, a += TOGETHER * a_stride) {
         float lane[TOGETHER][16] = { { 0 } }, x[TOGETHER] = { 0 };
         int rows = m - i < TOGETHER ? m - i : TOGETHER;
@@ -495,15 +495,15 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
    leaves of the computation, which know no threads and no model; then the steps of a layer, which a team shares.
 
    Attention, in words: every token has a question (its query), an address (its key) and something to tell (its value).
-   How well a key answers a query is their product. Softmax makes weights of these scores, which add up to 1, and what
-   the token learns is the sum of the values, each times its weight. Several heads ask different questions at once;
-   query heads that share a key/value head are a head group. A token sees itself and earlier tokens, never later ones.
-   So keys and values never change once they are made: the KV cache keeps them, and a new token costs one pass and not
-   the whole text again.
+   How well a key answers a query is their dot product; both are rotated, further at each position, so that it depends
+   on the distance. Softmax makes weights of these scores, which add up to 1; a token learns the sum of the values, each
+   times its weight. Several heads ask at once; query heads that share a key/value head are a head group. A token sees
+   itself and earlier tokens, never later ones. So keys and values never change once they are made: the KV cache keeps
+   them, and a new token costs one pass and not the whole text again.
 
-   The arithmetic, in order. All numbers are float32 and every operation rounds once, to nearest even. x is the row of
-   the embedding times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Rotation
-   angles are computed in double and rounded once. Keys and values are rounded to f16, or kept in f32 (--kv; the default
+   The arithmetic, in order, of float32s; every operation rounds once, to nearest even. x is the row of the embedding
+   times embedding_scale. Products are defined in chapters 4 and 8; then the bias is added. Cosines and sines are the C
+   library's, of doubles, rounded once. Keys and values are rounded to f16, or kept in f32 (--kv; the default
    if all matrices are f32, or with --exact); a token reads its own from the cache too. A score is a chain over K, times
    attention_scale, then capped; the weights e^(score - max) are added in 16 lanes, position p in lane p mod 16; the
    result is a chain over positions, divided by that sum. It goes through attention_out; then x + that * residual_scale,
@@ -516,7 +516,7 @@ static void multiply_all(const Product *products, int n, const Activations *x, T
 // -87 and infinity above 88, so that 2^n stays a normal number; NaN stays NaN.
 INLINE float exponential(float x) {
     float rounded = fmaf(x, 0x1.715476p+0f, ROUNDER), n = rounded - ROUNDER;
-    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that its product is exact
+    float r = fmaf(n, -0x1.62e4p-1f, x);  // ln 2 in two parts: the first is short, so that this result is exact
     r = fmaf(n, -0x1.7f7d1cp-20f, r);
     float e = 0x1.6ac6b2p-10f;
     e = fmaf(e, r, 0x1.123de0p-7f);
@@ -567,7 +567,7 @@ INLINE void activate(float *gate, const float *up, size_t n, Activation how) {
     }
 }
 
-// Rotates the pairs of one head by cosine and sine of its position's angles.      head (K)  angle (R/2, 2)
+// Rotates the pairs of one head.      head (K)  angle (R/2, 2): cosine and sine of each pair's angle
 // Written with + alone: gcc 12 fuses a - beside a + although that is forbidden.
 INLINE void rotate(float *head, const float *angle, int rope_dim, Pairing pairing) {
     int half = rope_dim / 2, step = pairing == ADJACENT ? 2 : 1, other = pairing == ADJACENT ? 1 : half;
@@ -628,7 +628,7 @@ typedef struct {
     int n_layers, context;  // L; S of each text
     CachedLayer *layers;    // (L)
     int *users;             // (pages)  how many sequences hold the page
-    int *spare, n_spare;    // (pages)  the pages that none holds; the last is taken first
+    int *spare, n_spare;    // (pages)  those that none holds: S/64 for each text suffice; the last is taken first
     int *ids, *pages;       // (texts, S) (texts, S/64)  what the sequences point into
     unsigned char *pool;    // (pages, page_bytes)  a page has of each layer the keys, then the values
     void *arena;            // all of these
@@ -728,7 +728,7 @@ static size_t seen_from(const Attention *a, int i) {
     return seen_to(a, i) > a->window ? seen_to(a, i) - a->window : 0;
 }
 
-// The positions that some query sees, from a multiple of 16 on.
+// The positions that any of the queries sees, from a multiple of 16 on.
 static Range all_seen(const Attention *a) {
     return (Range){ seen_from(a, 0) / 16 * 16, seen_to(a, a->n_queries - 1) };
 }
@@ -760,7 +760,7 @@ static void mix_values(const Attention *a, Range columns) {
         const unsigned char *page = values_at(a->cached, a->pages[p / PAGE], a->kv_head);
         const unsigned char *next = values_at(a->cached, next_page(a, p), a->kv_head);
         end = p / PAGE * PAGE + PAGE < seen.to ? p / PAGE * PAGE + PAGE : seen.to;
-        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // from its own position on each token by itself
+        int rows = end <= seen_to(a, 0) ? a->n_queries : a->group;  // where tokens end in this page, each by itself
         for (int i = 0; i < a->n_queries; i += rows) {
             size_t last = seen_to(a, i) < end ? seen_to(a, i) : end;
             const float *weights = a->scores + (size_t)i * a->score_stride + p;
@@ -802,14 +802,14 @@ static void attend_unit(const Attention *a) {
 
 // Cosine and sine of each position's rotation, by the usual angles and by the local ones.
 typedef struct {
-    double *turns;      // (2, R/2)     what a pair turns from one position to the next
+    double *turns;      // (2, R/2)  pair i turns theta^(-2i/R) from one position to the next, or less (chapter 11)
     float *cosine_sine; // (2, S, R/2, 2)
     int n, positions;   // those whose angles are there; S up to a multiple of 16
 } Rotation;
 
 typedef struct Experts Experts;  // what only models with experts need (chapter 11)
 
-// The scratch buffers of a pass. Vectors begin at multiples of 32 numbers (the strides), and zeros pad them.
+// The scratch buffers of a pass. Inputs of products begin at multiples of 32 numbers (strides), and zeros pad them.
 typedef struct {
     Settings settings;
     size_t work;             // multiply-adds of a token: where they are few, one thread does them
@@ -868,7 +868,7 @@ typedef struct {
     int n;
 } Vectors;
 
-// Rounds vector t (stride 0: x is already that one), and copies it where some products take floats.
+// Rounds x, which is vector t of v (so no stride), and copies it where some products take floats.
 static void put_input(const Inputs *in, Block *rounded, const float *x, const Vectors *v, size_t t) {
     size_t n = (size_t)v->n;
     if (in->rounds) kernels->round(rounded, x, 0, v->cols, n, (Range){ t, t + 1 });
@@ -878,7 +878,7 @@ static void put_input(const Inputs *in, Block *rounded, const float *x, const Ve
 
 // Prepares n vectors as the input of products: norm(x) if there is a weight, else x. A single vector is computed by
 // every thread for itself: cheaper than waiting for another. A norm also checks its row: if the sum of squares is not
-// finite, the fault lies in the layer before, or earlier in a model that has no such norms.
+// finite, the fault lies in the block before, or earlier in a model that has no such norms.
 static Activations prepare(const Model *m, Workspace *w, const Vectors *v, const float *weight, const float *bias,
                            Step step, int l, Team *team) {
     const Inputs *in = &w->inputs;
@@ -929,8 +929,8 @@ static void end_block(const Model *m, Workspace *w, const float *norm, Step step
     end_step(team, (Step)(step + 1), l);
 }
 
-// x += residual_scale * (matrix in + bias), the sum normalised before if there is a norm. A chunk of rows is made and
-// added by the same thread.
+// x += residual_scale * (matrix * in + bias), the sum in brackets normalised first if there is a norm. A chunk of rows
+// is made and added by the same thread.
 static void add_to_stream(const Model *m, Workspace *w, const Tensor *matrix, const float *bias, const Activations *in,
                           const float *norm, Step step, int l, Team *team) {
     Product p = { w->out, w->x_stride, matrix, bias };
@@ -980,15 +980,16 @@ static void attend_deep(const Model *m, Workspace *w, int l, size_t n_pages, Tea
 // attended = attention(query, cache)
 static void attend(const Model *m, Workspace *w, int l, Team *team) {
     size_t n_kv_heads = (size_t)m->layers[l].n_kv_heads, group = (size_t)m->layers[l].n_heads / n_kv_heads;
-    int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1, n_runs = 0, last = 0;  // rows of a unit
+    int most = group < QUERIES_TOGETHER ? (int)(QUERIES_TOGETHER / group) : 1;  // rows of a unit
+    int n_runs = 0, last = 0;
     for (int t = 0; t < w->n; t++) last = w->rows[t].position > last ? w->rows[t].position : last;
     for (int t = 0; t < w->n; t = unit_end(w, t, most)) n_runs++;
-    size_t pages = (size_t)last / PAGE + 1, n_queries = (size_t)w->n * group * n_kv_heads;
-    size_t n_threads = (size_t)team->threads;
+    size_t n_threads = (size_t)team->threads, pages = (size_t)last / PAGE + 1;
+    size_t n_queries = (size_t)w->n * group * n_kv_heads;
     Attention a = unit_of(m, w, l, 0, 1, 0);
     bool fits = n_queries * (2 * a.padded + a.score_stride + 1 + pages) <= n_threads * w->scratch_stride;
     bool is_deep = pages > w->deep_pages && a.window > w->deep_pages * PAGE;
-    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // few units: poor shares
+    if (n_threads > 1 && fits && is_deep && (size_t)n_runs * n_kv_heads < 4 * n_threads) {  // too few to share well
         attend_deep(m, w, l, pages, team);
         return;
     }
@@ -1023,7 +1024,7 @@ static void turn_head(const Model *m, Workspace *w, const Layer *layer, int l, s
         store(&w->sequences[w->rows[t].sequence], l, h - n_heads, head_dim, position, head, w->value + (head - w->key));
 }
 
-// What a token should know of those before it: x += W_o attention(W_q n, W_k n, W_v n), n = norm(x)
+// What a token should know of those before it: x += W_o attention(W_q y, W_k y, W_v y), y = norm(x)
 static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
     size_t n_turned = (size_t)(layer->n_heads + layer->n_kv_heads);
@@ -1049,7 +1050,7 @@ static void attention_block(const Model *m, Workspace *w, int l, Team *team) {
                   ATTENTION_OUT, l, team);
 }
 
-// gate = activation(W_gate x) * W_up x for some row tiles, of one expert where there are some
+// gate = activation(W_gate x) * W_up x for some row tiles; in a layer with experts, of one of these
 static void make_hidden(const Model *m, Workspace *w, const Layer *layer, Range tiles, const Activations *x) {
     float *gate = w->gate + x->first * w->ffn_stride, *up = w->up + x->first * w->ffn_stride;
     Range rows = multiply_part(&(Product){ gate, w->ffn_stride, &layer->gate, layer->gate_bias }, tiles, x);
@@ -1081,7 +1082,7 @@ typedef struct {
     int first, n_logits;  // make_logits(): of which rows
 } Job;
 
-static void pass_team(void *p, Team *team) {
+static void pass_team(void *p, Team *team) {  // what each thread of a pass does
     const Job *job = p;
     const Model *m = job->model;
     Workspace *w = job->workspace;
@@ -1100,7 +1101,7 @@ static void pass_team(void *p, Team *team) {
     }
 }
 
-static void logits_team(void *p, Team *team) {
+static void logits_team(void *p, Team *team) {  // likewise, of make_logits()
     const Job *job = p;
     const Model *m = job->model;
     Workspace *w = job->workspace;
@@ -1117,7 +1118,7 @@ static void logits_team(void *p, Team *team) {
     end_step(team, HEAD, m->config.n_layers);
 }
 
-// Threads for n rows: a million multiply-adds take 0.1 ms, and waiting for a second thread at each step as long.
+// Threads for n rows: a million multiply-adds take 0.1 ms; to wait for a second thread at each step takes as long.
 static int threads_for(const Workspace *w, int n) {
     return times(w->work, (size_t)n) < 1000000 ? 1 : w->settings.threads;
 }
@@ -1164,7 +1165,7 @@ static bool forward(const Model *m, Workspace *w, Sequence *sequences, const Row
     return false;
 }
 
-// Makes the logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass: number `first` and the next.
+// Makes the logits of n <= LOGITS_AT_ONCE of the rows that wanted some in the last pass: from number `first` on.
 //     logits (n, logits_stride)
 static bool make_logits(const Model *m, Workspace *w, int first, int n, Error *e) {
     Job job = { m, w, { 0, 0 }, first, n };
@@ -1235,14 +1236,14 @@ static int choose_token(Sampler *s, const int *ids, int n_ids, const float *logi
     float coin = flip_coin(&s->random), running = 0.0f, sum = 1.0f;
     size_t n_left = cut(s, c, (size_t)n, &sum);
     for (size_t i = 0;; i++) {
-        running += c[i].p;  // rounding may leave their sum below the coin
+        running += c[i].p;  // rounding may leave this below the coin to the end
         if (i + 1 == n_left || coin * sum < running) return c[i].p > 0 ? c[i].id : best;
     }
 }
 
 /* ==== 7. Generating =================================================================================================
    The loop around the forward pass: a token comes out, is printed, and goes in as the next row, until the model ends
-   its text or there is no more room. Before it the prompt went through, as many rows as a pass takes (chapter 12). */
+   its text or there is no more room. Before it the prompt went through, B rows at a time (chapter 12). */
 
 // Text on its way to stdout, which gets whole characters only: the bytes of one may come from several tokens.
 typedef struct {
@@ -1284,8 +1285,8 @@ static Stop next_token(const Model *m, Continuation *c, const float *logits) {
     return ferror(stdout) ? AT_BROKEN_OUTPUT : c->sequence->n == c->sequence->cache->context ? AT_CONTEXT : GO_ON;
 }
 
-// Continues a text, whose last token has left its logits, until it stops. If a stop text, the limit or the end of the
-// context stopped it, the token printed last is not in the cache.
+// Continues a text, whose last token has left its logits, until it stops. Unless an end token or Ctrl-C stopped it, the
+// token printed last is not in the cache.
 static bool generate(const Model *m, Workspace *w, Continuation *c, Stop *why, Error *e) {
     bool ok = true;
     while (ok && (*why = next_token(m, c, w->logits)) == GO_ON) {
@@ -1439,28 +1440,32 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
-typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
+enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded, at most
 
-INLINE void dot_bytes(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {
-    (void)type;
-    memset(dots, 0, 16 * sizeof *dots);
+// dots[t][row] = the dot product of a row's bytes with the activations of token t, for n tokens and groups `from` to
+// `to` of four columns. The compiler knows all but the data. bits: of a byte
+typedef void Dot(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to);
+
+INLINE void dot_bytes(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) {
+    (void)bits;
+    memset(dots, 0, (size_t)n * sizeof *dots);
     for (int g = from; g < to; g++) {
         for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) dots[r] += (int8_t)w[g][4 * r + c] * q[4 * g + c];
+            for (int c = 0; c < 4; c++) dots[0][r] += (int8_t)w[g][4 * r + c] * x->q[4 * g + c];
     }
 }
 
 // What an instruction set does in its own way; these plain functions define it. The dot product takes weights of up to
-// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes.
+// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes. `together` tokens share each weight
+// once it is loaded.
 typedef struct {
-    int unsigned_bits;
+    int unsigned_bits, together;
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
     ScaleSixteen *scale_sixteen;
 } Leaves;
-#define PLAIN_LEAVES 0, dot_bytes, widen_floats, look_up_bytes, scale_floats
+#define PLAIN_LEAVES 0, 1, dot_bytes, widen_floats, look_up_bytes, scale_floats
 
 // The tile that a block is in.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
@@ -1568,34 +1573,49 @@ INLINE int32_t offset_product(const Block *x, int part, int offset) {
     return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
 }
 
-// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
-INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                              size_t n_all, int n, Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        ByteBlock u;
-        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
+// Adds the products of 32 columns for n tokens, a number that the compiler knows.
+INLINE void add_block(float sum[][16], Type type, const ByteBlock *u, const uint8_t w[][64], const Block *x, int n,
+                      Leaves leaves) {
+    int halves = BLOCK / types[type].per_scale, bits = types[type].values ? 8 : types[type].bits;
+#pragma GCC unroll 2
+    for (int h = 0; h < halves; h++) {
+        _Alignas(64) int32_t dots[TOGETHER][16];
+        int part = halves == 1 ? 0 : 1 + h;
+        leaves.dot(dots, w, bits, x, n, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+#pragma GCC unroll 4
         for (int t = 0; t < n; t++) {
-            for (int h = 0; h < halves; h++) {
-                _Alignas(64) int32_t dots[16];
-                int part = halves == 1 ? 0 : 1 + h;
-                int32_t correction = offset_product(&x[t], part, offset);
-                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
-                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
+            int32_t correction = offset_product(&x[t], part, byte_offset(type, leaves.unsigned_bits));
+            float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-                for (int r = 0; r < 16; r++) {
-                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
-                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
-                }
+            for (int r = 0; r < 16; r++) {
+                y[r] = fmaf(u->scale[h][r] * scale, (float)(dots[t][r] + correction), y[r]);
+                if (types[type].has_min) y[r] = fmaf(u->min[h][r], scaled_sum, y[r]);
             }
         }
     }
 }
 
-// The same. The compiler knows the type.
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        ByteBlock u;
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
+        int t = 0;
+        for (; t + leaves.together <= n; t += leaves.together)
+            add_block(sum + t, type, &u, w, x + t, leaves.together, leaves);
+        for (; t < n; t++) add_block(sum + t, type, &u, w, x + t, 1, leaves);
+    }
+}
+
+// The same. The compiler knows the type, and whether it is for one token.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n, Leaves leaves) {
-#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
+#define FOR_TYPE(type)                                                                                                 \
+    case type:                                                                                                         \
+        if (n == 1) add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, 1, leaves);                                \
+        else add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves);                                       \
+        break;
     switch (type) {
         FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
         FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
@@ -3470,7 +3490,16 @@ static const char *const flag_keys[N_FLAGS] = {
     "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
     "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
     "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
+    "tokenizer.ggml.space_prefix.last", "tokenizer.ggml.takes_white", "tokenizer.ggml.text_begin_ids",
 };
+
+// The ids of one of export_model.py's own keys, -1 after them. Returns whether there is such a key.
+static bool get_around(Gguf *g, const char *name, int *ids) {
+    Key k = get_key(g, name, G_U32, true);
+    if (k.count > MAX_AROUND && !g->bad) g->bad = !refuse(g->error, "key %s: more than %d ids", name, MAX_AROUND);
+    for (size_t i = 0; i < MAX_AROUND; i++) ids[i] = i < k.count ? (int)(uint32_t)key_number(&k, i) : -1;
+    return k.count > 0;
+}
 
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
@@ -3481,11 +3510,17 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
     if (spm) scores = get_key(g, "tokenizer.ggml.scores", G_F32, true);
     Key piece_types = get_key(g, "tokenizer.ggml.token_type", G_I32, true);
     Key merges = get_key(g, "tokenizer.ggml.merges", G_STRING, true);
-    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own
+    Key ends = get_key(g, "tokenizer.ggml.end_token_ids", G_U32, true);  // export_model.py's own, as is the next
+    Key takes = get_key(g, "tokenizer.ggml.takes_white", G_I32, true);
+    Text name = get_text(g, "general.name");
+    bool phi3 = false;
+    for (size_t i = 0; i + 4 <= name.n; i++)
+        phi3 = phi3 || ((name.at[i] | 32) == 'p' && (name.at[i + 1] | 32) == 'h' && (name.at[i + 2] | 32) == 'i' &&
+                        name.at[i + 3 + (name.at[i + 3] == '-' && i + 4 < name.n)] == '3');
     Vocabulary v = {
         .kind = spm ? SPM : BPE, .pre = options.pre ? (Text){ options.pre, strlen(options.pre) } : pre,
         .n_tokens = pieces.count, .pieces = pieces.value, .n_merges = merges.count, .merges = merges.value,
-        .scores = scores.value.at, .types = piece_types.value.at,
+        .scores = scores.value.at, .types = piece_types.value.at, .takes = takes.value.at, .phi3 = phi3,
         .ends = ends.value.at, .n_ends = ends.count < 64 ? ends.count : 64,
         .bos = get_token(g, "tokenizer.ggml.bos_token_id", pieces.count),
         .eos = get_token(g, "tokenizer.ggml.eos_token_id", pieces.count),
@@ -3493,11 +3528,15 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
     };
-    for (int i = 0; i < N_FLAGS; i++) v.says[i] = get_flag(g, flag_keys[i]);
+    for (int i = 0; i < N_FLAGS - 2; i++) v.says[i] = get_flag(g, flag_keys[i]);
+    v.says[N_FLAGS - 2] = takes.value.at || phi3;
+    bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
+    v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;
     if (v.kind == BPE && !is_text(model, "gpt2"))
         return refuse(e, "tokenizer.ggml.model \"%.*s\" is unknown", shown(model), model.at ? model.at : "");
-    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens))
+    if ((v.scores && scores.count != v.n_tokens) || (v.types && piece_types.count != v.n_tokens) ||
+        (v.takes && takes.count != v.n_tokens))
         return refuse(e, "%zu tokens, %zu scores, %zu types", v.n_tokens, scores.count, piece_types.count);
     return pack_vocabulary(&v, &m->packed_vocabulary, e);
 }
@@ -4366,11 +4405,14 @@ static bool read_session(const Model *m, const Workspace *w, Sequence *s, FILE *
 
 // The same with the file of that name, if there is one.
 static bool open_session(const Model *m, const Workspace *w, Sequence *s, const Tokens *tokens, Error *e) {
-    struct stat info = { 0 };
-    if (stat(options.session, &info) && errno == ENOENT) return true;
-    FILE *f = S_ISREG(info.st_mode) ? fopen(options.session, "rb") : NULL;
-    if (!f) return refuse(e, "--session %.200s: expected a file that can be read", options.session);
+    struct stat info;
+    bool exists = stat(options.session, &info) == 0, is_file = exists && S_ISREG(info.st_mode);
+    if (!exists && errno == ENOENT) return true;
+    FILE *f = is_file ? fopen(options.session, "rb") : NULL;
+    int status = exists && !is_file ? BAD_FILE : io_status();
+    if (!f) return fail(e, status, "--session %.200s: expected a file that can be read", options.session);
     bool ok = read_session(m, w, s, f, tokens, e);
+    if (ferror(f)) ok = fail(e, BROKEN_IO, "--session %.200s: reading failed", options.session);
     fclose(f);
     return ok;
 }
@@ -4896,7 +4938,7 @@ static bool encode_rendered(const Tokenizer *t, const Rendered *r, Tokens *token
     size_t n = 0;
     const char *bos = piece(t, t->bos, &n);
     bool begins = n && r->text.n >= n && !memcmp(r->text.bytes, bos, n) && r->marks.bytes[n - 1] && r->marks.bytes[0];
-    ok = ok && (!(t->flags & ADD_BOS) || begins || emit(tokens, t->bos, e)) &&
+    ok = ok && (!(t->flags & ADD_BOS) || begins || emit_around(t, false, tokens, e)) &&
          (!spans.n || encode(t, (const Span *)spans.bytes, (int)(spans.n / sizeof(Span)), tokens, e));
     free(spans.bytes);
     return ok;
@@ -5963,7 +6005,7 @@ static bool encode_prompt(const Script *s, Text prompt, Text more, Tokens *out, 
     const Tokenizer *t = &s->m->tokenizer;
     const Span spans[] = { { prompt.at, prompt.n, options.special }, { more.at, more.n, options.special } };
     bool begins = t->flags & ADD_BOS || (prompt.n == 0 && t->bos >= 0);
-    if ((begins && !emit(out, t->bos, e)) || !encode(t, spans, 2, out, e)) return false;
+    if ((begins && !emit_around(t, false, out, e)) || !encode(t, spans, 2, out, e)) return false;
     if (out->n_dropped)
         fprintf(stderr, "line %zu: %zu bytes were left out: no token for them\n", s->n_lines, out->n_dropped);
     return out->n || fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -6294,7 +6336,8 @@ static bool run_script(const Model *m, Workspace *w, Sequence *sequences, int n,
     if (ok && kind == EVALUATED && s.n_tasks) put_accuracy(&s);
     else if (ok && kind == EVALUATED && !s.n_failed) ok = fail(e, MISUSE, "no task is left after %d exemplars",
                                                                (int)options.shots);
-    if (ok && !options.quiet) fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
+    if (ok && !options.quiet && s.n_written)
+        fprintf(stderr, "%zu tokens written in %.2f s\n", s.n_written, clock_seconds() - start);
     if (ok && s.n_failed && given) ok = fail(e, s.failure.status, "%s", s.failure.text);
     else if (ok && s.n_failed)
         ok = fail(e, s.failure.status, "%zu of %zu lines failed; line %zu: %s", s.n_failed, s.n_lines, s.failed_line,
@@ -6445,6 +6488,7 @@ static bool run_inspect(Model *m, const Workspace *w, const Cache *texts, Error 
     for (int i = 0; i < N_TYPES; i++) if (by_type[i] > by_type[most]) most = (Type)i;
     put_names(m, most);
     put_word("container", file_kinds[recognise(m->file.bytes, m->file.n_bytes)].thing);
+    if (options.check) put_word("weights", "all finite");
     put_word("family", c->family);
     for (const ConfigField *f = config_fields; f < config_fields + N_CONFIG_FIELDS; f++) put_field(m, f);
     put_word("tokenizer", tokenizers[m->tokenizer.kind]);
@@ -6887,8 +6931,8 @@ static bool run_tests(Bench *b, bool (*test)(Bench *b, Measured *r, Error *e), c
                       Error *e) {
     Error cannot;
     Output out = { .stream = NULL };
-    if (options.svg && !open_output(&out, options.svg, e)) return false;
-    bool ok = (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
+    bool ok = !options.svg || open_output(&out, options.svg, e);
+    ok = ok && (b->memory = map_memory(MEMORY_BYTES, true, e)) != NULL;
     if (ok) use_large_pages(b->memory, MEMORY_BYTES), memset(b->memory, 0x31, MEMORY_BYTES);
     if (ok && options.json) putchar('[');
     for (int i = 0; ok && i < n_sets * options.threads.n; i++) {
@@ -7026,19 +7070,24 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
-#define MAKE_DOT(isa, set, Vector, step)                                                                               \
-    isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
-        (void)type;                                                                                                    \
-        for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
-            Vector dot = { 0 }, four;                                                                                  \
-            for (int g = from; g < to; g++) {                                                                          \
-                int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
-                memcpy(&four, w[g] + 4 * row, sizeof four);                                                            \
-                dot = step;                                                                                            \
+// A Dot. step: the new dot[i][j], from that, four[j] (four columns of rows) and token i's activations q, in all lanes
+#define MAKE_DOT(isa, set, Vector, in_all_lanes, step)                                                                 \
+    isa void dot_##set(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) { \
+        enum { VECTORS = 64 / sizeof(Vector) };                                                                        \
+        Vector dot[TOGETHER][VECTORS] = { 0 }, four[VECTORS];                                                          \
+        (void)bits;                                                                                                    \
+        _Pragma("GCC unroll 8")                                                                                        \
+        for (int g = from; g < to; g++) {                                                                              \
+            for (int j = 0; j < VECTORS; j++) memcpy(&four[j], &w[g][64 / VECTORS * j], sizeof *four);                 \
+            _Pragma("GCC unroll 4")                                                                                    \
+            for (int i = 0; i < n; i++) {                                                                              \
+                Vector q = in_all_lanes((int32_t)load_four(x[i].q + 4 * g));                                           \
+                for (int j = 0; j < VECTORS; j++) dot[i][j] = step;                                                    \
             }                                                                                                          \
-            memcpy(dots + row, &dot, sizeof dot);                                                                      \
         }                                                                                                              \
+        _Pragma("GCC unroll 4")                                                                                        \
+        for (int i = 0; i < n; i++)                                                                                    \
+            for (int j = 0; j < VECTORS; j++) memcpy(&dots[i][j * 16 / VECTORS], &dot[i][j], sizeof(Vector));          \
     }
 
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
@@ -7123,33 +7172,44 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 
 #define AVX2 "avx2,fma,f16c"
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
+#ifdef __clang__
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // another encoding of AVX-VNNI's
+#else  // a wide load would have to wait for the narrow stores of dots
+#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni,prefer-vector-width=256"
+#endif
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums fit if the weights
 // have 4 bits: 8 * 2 * 15 * 127 = 30480; four if 5; two if 6. The sign of a signed weight moves to the activation.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from,
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from,
                                 int to) {
-    __m256i ones = _mm256_set1_epi16(1);
-    int bits = types[type].bits, n = to - from, fit = bits <= 4 ? n : bits == 5 ? 4 : 2;
-    bool is_small = bits <= 6 && !types[type].values;
-    for (int half = 0; half < 2; half++) {
-        __m256i dot = _mm256_setzero_si256(), pairs = dot;
-        for (int g = 0; g < n; g++) {
-            __m256i v = _mm256_load_si256((const __m256i *)&w[from + g][32 * half]);
-            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * (from + g)));
-            if (is_small) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v, x));
-            else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
-            if (is_small && (g + 1) % fit) continue;
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
-            pairs = _mm256_setzero_si256();
+    int fit = bits <= 4 ? to - from : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+    if (n > 1) __asm__ volatile("" : "+r"(w));  // gcc would keep weights in registers, and then lack them for sums
+    __m256i sum[TOGETHER][2] = { 0 }, pairs[TOGETHER][2] = { 0 };
+#pragma GCC unroll 8
+    for (int g = from; g < to; g++) {
+        const __m256i *v = (const void *)w[g];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            __m256i q = _mm256_set1_epi32((int32_t)load_four(x[i].q + 4 * g));
+            for (int j = 0; j < 2; j++) {
+                __m256i product = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(v[j]), _mm256_sign_epi8(q, v[j]))
+                                            : _mm256_maddubs_epi16(v[j], q);
+                pairs[i][j] = _mm256_add_epi16(pairs[i][j], product);
+                __asm__("" : "+x"(pairs[i][j]));  // gcc would add in another order, in more registers
+                if ((g - from + 1) % fit) continue;
+                sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(pairs[i][j], _mm256_set1_epi16(1)));
+                pairs[i][j] = _mm256_setzero_si256();
+            }
         }
-        _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 2; j++) _mm256_store_si256((void *)&dots[i][8 * j], sum[i][j]);
 }
 
 // [kernel avxvnni] vpdpbusd takes the place of three instructions.
-MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, four, _mm256_set1_epi32(x)))
-MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, four, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_set1_epi32, _mm256_dpbusd_avx_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_set1_epi32, _mm256_dpbusd_epi32(dot[i][j], four[j], q))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
                 _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
@@ -7184,7 +7244,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd for each four columns, which also loads and broadcasts the activations.
-MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, four, _mm512_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_set1_epi32, _mm512_dpbusd_epi32(dot[i][j], four[j], q))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
@@ -7208,13 +7268,13 @@ MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_products, narrow_floats, pea
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, dot_avx2, LEAVES_256)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, dot_avxvnni, LEAVES_256)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, dot_avx512vl, LEAVES_256)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, 4, dot_avx2, LEAVES_256)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, 4, dot_avxvnni, LEAVES_256)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, 4, dot_avx512vl, LEAVES_256)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, dot_avx512, LEAVES_512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, 2, dot_avx512, LEAVES_512)
 
 static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
 
@@ -7255,7 +7315,8 @@ INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
     int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
-MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
+MAKE_DOT(INLINE, neon, int32x4_t, vdupq_n_s32,
+         add_dots(dot[i][j], vreinterpretq_s8_s32(four[j]), vreinterpretq_s8_s32(q)))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
@@ -7270,7 +7331,7 @@ MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the prod
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
-MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, dot_neon, LEAVES_128)
+MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, 1, dot_neon, LEAVES_128)
 
 // [kernel neondot] One sdot for each four columns adds four products of bytes to each lane. Compilers and assemblers
 // know it only if -march or -mcpu names it, and a target attribute would undo what else those name. So it is written in
@@ -7281,10 +7342,10 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
             ".inst 0x4e809400 + number_of_%0 + 32 * number_of_%1 + 65536 * number_of_%2" : "+w"(sum) : "w"(w), "w"(x));
     return sum;
 }
-MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
+MAKE_DOT(INLINE, neondot, int32x4_t, vdupq_n_s32, add_sdot(dot[i][j], four[j], q))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, dot_neondot, LEAVES_128)
+MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, 1, dot_neondot, LEAVES_128)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
 
@@ -7326,6 +7387,22 @@ static bool choose_kernels(const char *name, Error *e) {
         if (!name || !strcmp(name, kernels->name)) return true;
     }
     return fail(e, MISUSE, "--kernel %.40s: this machine has %s", name, kernel_names());
+}
+
+// Refuses a build that gives other bits than the definitions: some options that reorder arithmetic have no macro, such
+// as clang's -fassociative-math and -ffp-contract=fast. The hash (FNV-1a) is that of a build without optimisation.
+static bool check_bits(Error *e) {
+    struct { float x[64], y[64]; Block blocks[2]; } all;
+    volatile float cap = 3;  // so that nothing is computed by the compiler
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < 64; i++) all.x[i] = cap_at((float)(i * i % 61 - 30) / cap, cap);
+    kernels->normalise(all.y, all.x, all.x, all.x, 64, 1e-5f);
+    kernels->rotate(all.y, all.x, 64, HALVES);
+    kernels->round(all.blocks, all.y, 64, 64, 1, (Range){ 0, 1 });
+    choose_experts(all.y, 64, 40);
+    for (size_t i = 0; i < sizeof all; i++) hash = (hash ^ ((unsigned char *)&all)[i]) * 1099511628211u;
+    return hash == 0x58532561A3A8B7AA ||
+           fail(e, MISUSE, "cria promises the same bits everywhere: build it without options that change arithmetic");
 }
 
 /* ==== 14. main ======================================================================================================
@@ -7503,19 +7580,20 @@ static const Option *find_option(const char *word, const char **glued) {
     return NULL;
 }
 
-// Whether b is a with up to `most` letters changed, added or left out.
+// Whether b is a with up to `most` letters changed, added or left out, or pairs of them swapped.
 static bool resembles(const char *a, const char *b, int most) {
     while (*a && *a == *b) a++, b++;
     if (*a == *b || most == 0) return *a == *b;
     return (*a && resembles(a + 1, b, most - 1)) || (*b && resembles(a, b + 1, most - 1)) ||
-           (*a && *b && resembles(a + 1, b + 1, most - 1));
+           (*a && *b && resembles(a + 1, b + 1, most - 1)) ||
+           (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, most - 1));
 }
 
 static bool refuse_option(const char *word, Error *e) {
     char name[40];
     const char *start = word + strspn(word, "-");
     snprintf(name, sizeof name, "%.*s", (int)strcspn(start, "="), start);
-    int n = (int)strlen(name), most = n < 3 ? 0 : n < 8 ? 1 + n / 4 : 3;
+    int n = (int)strlen(name), most = n < 3 ? 0 : n < 5 ? 1 : n < 8 ? 2 : 3;
     for (int wrong = 0; wrong <= most; wrong++)
         for (const Option *o = option_table; o < option_table + N_OPTIONS; o++)
             if (*o->name && resembles(name, o->name, wrong))
@@ -7693,7 +7771,8 @@ static bool read_prompt(const Model *m, Mode mode, int context, Buffer *text, To
     // An empty text begins with the begin token, even if the model does not ask for it: something must be first.
     bool begins = t->flags & ADD_BOS || (mode != TOKENIZE && span.n_bytes == 0 && t->bos >= 0);
     bool ends = mode == TOKENIZE && options.ends && t->flags & ADD_EOS;
-    if ((begins && !emit(tokens, t->bos, e)) || !encode(t, &span, 1, tokens, e) || (ends && !emit(tokens, t->eos, e)))
+    if ((begins && !emit_around(t, false, tokens, e)) || !encode(t, &span, 1, tokens, e) ||
+        (ends && !emit_around(t, true, tokens, e)))
         return false;
     if (!tokens->n && mode != TOKENIZE)
         return fail(e, MISUSE, "an empty prompt, and the model has no begin token; see -i");
@@ -7841,15 +7920,15 @@ static bool run_mode(Model *m, Mode mode, Engine *g, Sampler *sampler, Error *e)
         fprintf(stderr, "--session is not used with --prompts, --samples, --one-of, --choose or --json\n");
     bool ok = mode <= DETOKENIZE || mode >= EXPORT || set_up_engine(m, mode, g, e);
     Sequence *s = g->texts;
-    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e))) &&
-         (mode == RENDER || mode > CHAT || reads_lines ||
-          read_prompt(m, mode, w->settings.context, &text, &tokens, e));
+    ok = ok && (mode == RENDER || mode > CHAT || reads_lines ||
+                read_prompt(m, mode, w->settings.context, &text, &tokens, e));
     if (mode == CHAT && options.n_parts) {
         options.prompt = (char *)text.bytes;
         options.single = options.single || !isatty(STDIN_FILENO);  // so a loop over lines keeps its input
     }
     // SA_RESTART: no write is cut short
     heed(SIGINT, &(struct sigaction){ .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART });
+    ok = ok && (!keeps || (open_session(m, w, s, NULL, e) && check_session_path(e)));
     if (ok && scripted)
         ok = run_script(m, w, s, g->n_texts, sampler, kind, reads_lines ? NULL : &tokens,
                         (Text){ (const char *)text.bytes, text.n ? text.n - 1 : 0 }, e);
@@ -7901,7 +7980,7 @@ static bool run(int argc, char **argv, Model *m, Engine *g, Sampler *sampler, Er
         return fail(e, MISUSE, "no model given; %s --help lists the options", options.program);
     if (options.temperature >= 2 && options.temperature == floor(options.temperature))
         fprintf(stderr, "a temperature of %g is very high; threads are -j\n", options.temperature);
-    if (!choose_kernels(options.kernel, e)) return false;
+    if (!choose_kernels(options.kernel, e) || !check_bits(e)) return false;
     if (mode != MATMUL && !open_files(m, mode, e, culprit)) return false;
     if (options.no_bos) m->tokenizer.flags &= ~(unsigned)ADD_BOS;
     *culprit = NULL;

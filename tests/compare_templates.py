@@ -364,6 +364,12 @@ REPORTED = r"""
 {{ "a\r\n\r"|indent(2, true) }}|{{ "a\n\x0c"|indent(2, true) }}|
 {{ [ "\u200b", "\u00ad", "\u200e\ufeff\u2060\ue000\U000e0001" ] }}
 {{ 1 if 0 else 2 if 0 else 3 }}
+{{ '\101\60\1018\777\1z\08\8' }}{{ '\7'|length }}{{ '\q\'\"\a\b\f\v\\' }}
+{{ '\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000a\u3000\x1c\t'|trim }}|{{ '\x1ba\u200b'|trim }}|
+{{ 'a\x85b\u2005c\u3000d\u1680e\u2028f\u2029g\u202fh\u205fi\xa0j\x1fk\x0bl\u200bm'.split() }}
+{{ '\u00e4a\u00e4\u20ac\U0001f600'.strip('\u20ac\U0001f600') }}|{{ 'a\u20ac'.rstrip('\u20ac') }}|{{ '\u00e9'.rstrip('\u00e9') }}|
+{{ '\u4f60\U0001f600 '.strip() }}|{{ 'x\u00e9'.rstrip('x') }}|{{ '\u20ac\u00e9'.strip('\u00e9') }}|{{ 'aab'.strip('') }}|
+{{ 'ab' < 'a{'[:1] }} {{ 'a{'[:1] < 'ab' }} {{ 'a' < 'ab' }} {{ 'ab' < 'a' }} {{ ['ab', 'a{'[:1], 'a', '']|sort }}
 {{ n < n < n < 3 == 2 in l }}
 """
 

@@ -80,7 +80,8 @@ static int fault_munmap(void *p, size_t n) {
 static char *fault_strdup(const char *s) { return fails_with(ENOMEM, MEMORY, "strdup") ? NULL : alive(strdup(s)); }
 
 static char *fault_realpath(const char *path, char *to) {
-    return fails_with(ENOMEM, MEMORY, "realpath") ? NULL : alive(realpath(path, to));
+    if (fails_with(ENOMEM, MEMORY, "realpath")) return NULL;
+    return to ? realpath(path, to) : alive(realpath(path, NULL));
 }
 
 static int fault_open(const char *path, int flags, ...) {

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Options that let a compiler change the bits of results are refused, as far as it tells that they are given (gcc tells
-# all but -ffp-contract, which a pragma undoes; clang tells two, and pragmas undo a part of the others).
+# Options that let a compiler change the bits of results are refused: when it compiles, where it tells that they are given
+# (gcc tells all but -ffp-contract, which a pragma undoes; clang tells two, and pragmas undo a part of the others), or
+# when the program starts.
 #     sh tests/flags.sh [COMPILER]       in the repository's root
 set -eu
 compiler=${1:-cc}
@@ -16,4 +17,20 @@ for option in $refused; do
     if said=$($compiler $option -E run.c 2>&1 >/dev/null); then echo "$compiler $option: not refused"; exit 1; fi
     case $said in *"cria promises the same bits"*) ;; *) echo "$compiler $option: $said"; exit 1 ;; esac
 done
+# What no macro tells is told by the first sums that the program makes.
+case $compiler in cc | gcc | clang)
+    program=$(mktemp)
+    trap 'rm -f "$program"' EXIT
+    for option in -O0 -O3 -freciprocal-math -ffp-contract=fast -funsafe-math-optimizations \
+        -fassociative-math,-fno-signed-zeros,-fno-trapping-math; do
+        case $option in -f*) [ $compiler = clang ] || continue ;; esac
+        option=$(echo "$option" | tr , ' ')
+        $compiler -O2 $option -w -pthread run.c -lm -o "$program"
+        for kernel in $("$program" -m matmul --kernel none 2>&1 | sed -n 's/.*has //p' | tr -d ,); do
+            case $option in -O* | -fr*) wanted="no story.gguf: No such file" ;; *) wanted="promises the same bits" ;; esac
+            said=$("$program" "no story.gguf" --kernel "$kernel" 2>&1) || true
+            case $said in *"$wanted"*) ;; *) echo "$compiler $option, kernel $kernel: $said"; exit 1 ;; esac
+        done
+    done ;;
+esac
 echo "flags: ok"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["tokenizers>=0.21", "sentencepiece>=0.2", "gguf>=0.17", "numpy"]
+# dependencies = ["tokenizers>=0.21", "sentencepiece>=0.2", "protobuf", "gguf>=0.17", "numpy"]
 # ///
 """Token ids by the `tokenizers` and `sentencepiece` packages, to hold tokenizer.c against.
 
@@ -416,15 +416,15 @@ def read_other(path: pathlib.Path, special: bool) -> tuple:
         n_special = config["default_num_special_tokens"]
         ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in source["vocab"]
                  if t["rank"] < config["default_vocab_size"] - n_special}
-        keys, _ = export_model.tekken_keys(path, config["default_vocab_size"])
+        keys = export_model.tekken_keys(path, config["default_vocab_size"])
         return exported(keys), of_ranks(ranks, config["pattern"], n_special)
     if export_model.is_tiktoken(path):
         lines = [line.split() for line in path.read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         name = {128000: "llama-bpe", 200000: "gpt-4o"}[len(ranks)]
-        keys, _ = export_model.rank_keys(ranks, [], 0, len(ranks), name, path)
+        keys = export_model.rank_keys(ranks, {}, 0, len(ranks), name, path)
         return exported(keys), of_ranks(ranks, RULES[name][0])
-    keys, _ = export_model.spm_model_keys(path, [], 0)
+    keys = export_model.spm_model_keys(path, [], 0)
     return exported(keys), sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 

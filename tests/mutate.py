@@ -15,6 +15,13 @@ holds.
 
 Each mutant is compiled as build/test is, and the groups that concern it run, up to the first failure; what is not
 noticed so, more of them with the address sanitizer. What survives is listed, and the last line is the score.
+
+Four more kinds are made by rules, one for each part of the program that chats, scripts and samplers brought: JSON,
+templates, samplers, talks (12 and 12a). Each operand of a chain of && holds, each of || does not; a condition never
+holds, or always; a case of a switch does nothing; a statement is left out. All of them are in one program, in which a
+variable of the environment chooses one (MUTANT), since most tests take less time than the compiler. Left out are
+conditions that only end the work earlier after an error, or count it, and those in SPARED, with the reason why no test
+can see them. They are some 3,800, so that each fourth is taken unless --every 1 is given.
 """
 import argparse
 import os
@@ -22,6 +29,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -535,11 +543,206 @@ def features(text: str) -> list[Mutant]:
     return found + families(text)
 
 
-def run(command: list, folder: Path, seconds: int) -> str:
+# ---- Mutants by rules ----
+
+SWITCHED = {  # kind: the file, parts of it as in PARTS, and the groups of tests
+    "JSON": ("tokenizer.c", [("/* ---- JSON ---", "/* ---- Chat templates ---")], ["JSON", "templates"]),
+    "templates": ("tokenizer.c", [("/* ---- Chat templates ---", None)], ["templates", "chat"]),
+    "samplers": ("run.c", [("/* ==== 6.", "/* ==== 7."), ("// ---- Top-k", "// ---- The memory")],
+                 ["shaping", "sampler", "scripts"]),
+    "talks": ("run.c", [("// A text on its way through the model", "// ---- Lossless"),
+                        ("// ---- Chat templates", "// The columns of the character"),
+                        ("// ---- A conversation", "/* ==== 13.")],
+              ["chat", "conversations", "scripts", "templates"]),
+}
+SWITCH = """extern char *getenv(const char *);
+extern int atoi(const char *);
+static int mutant;
+static int is(int number) { return mutant == number; }
+__attribute__((constructor)) static void choose_mutant(void) {
+    const char *number = getenv("MUTANT");
+    mutant = number ? atoi(number) : 0;
+}
+"""
+# An error ends everything a little later, work is counted elsewhere too; what refuses is false; and memory is for
+# make torture.
+LATER = re.compile(r"!?(\w+->)?(failed|bad)|ok|spend\(.*\)|!e->status|!?options\.quiet|!?ferror\(stdout\)|interrupted|"
+                   r"(json_error|fail|refuse|stop|lacks|complain)\(.*|!(to|text|copy|p|block|items|scope)|\w+->e")
+SPARED = [  # the part of a line that is changed, and why no test can see it
+]
+
+
+def blank(text: str) -> str:
+    """The text without what stands in comments, strings and lines of the preprocessor; as long as before."""
+    pattern = r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|(?m:^#[^\n]*)"
+    return re.sub(pattern, lambda m: re.sub(r"[^\n]", "_" if m[0][0] in "\"'" else " ", m[0]), text, flags=re.DOTALL)
+
+
+def bodies(plain: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """What stands between the braces of functions."""
+    for match in re.compile(r"^[a-zA-Z_][^;={}]*\) \{", re.M).finditer(plain, low, high):
+        end, depth = match.end(), 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(plain[end], 0)
+            end += 1
+        yield match.end(), end - 1
+
+
+def conditions(plain: str, begin: int, end: int) -> Iterator[tuple[int, int, str]]:
+    """Places and kinds of conditions: "if", "?", "while", "for", or "" for other chains of && and ||."""
+    opened = [(begin, "")]  # where a slot, which may become a condition, begins, and what stood before its bracket
+    kinds, i, last_word, chained = [], begin, "", [False]
+    while i <= end:
+        two, one = plain[i:i + 2], plain[i] if i < end else ";"
+        word = re.compile(r"[A-Za-z_]\w*").match(plain, i)
+        start, before = opened[-1]
+        if word:
+            if word[0] in ("return", "else", "case"):
+                opened[-1] = (word.end(), before)
+            last_word, i = word[0], word.end()
+            continue
+        if two in ("&&", "||"):
+            chained[-1] = True
+            i += 2
+            continue
+        if two in ("==", "!=", "<=", ">=", "->", "<<", ">>", "++", "--"):
+            i += 2
+            continue
+        if one in "([{":
+            opened.append((i + 1, last_word if one == "(" and plain[:i].rstrip().endswith(last_word) else ""))
+            chained.append(False)
+        elif one in ")]};,?:=":
+            is_for = before == "for" and one == ";"
+            kind = "?" if one == "?" else before if one == ")" and before in ("if", "while") else "for" if is_for else ""
+            if (chained[-1] or kind) and plain[start:i].strip() and ";" not in plain[start:i]:
+                if kind != "for" or plain[start - 1] == ";":
+                    kinds.append((start, i, kind))
+            if one in ")]}" and len(opened) > 1:
+                opened.pop()
+                chained.pop()
+                if one == "}":
+                    opened[-1], chained[-1] = (i + 1, opened[-1][1]), False
+                elif before in ("if", "while", "for", "switch"):
+                    opened[-1] = (i + 1, opened[-1][1])
+            else:
+                opened[-1], chained[-1] = (i + 1, before), False
+        i += 1
+    yield from kinds
+
+
+def top_split(plain: str, begin: int, end: int, operator: str) -> list[tuple[int, int]]:
+    parts, depth, start = [], 0, begin
+    for i in range(begin, end):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(plain[i], 0)
+        if depth == 0 and plain.startswith(operator, i):
+            parts.append((start, i))
+            start = i + 2
+    return parts + [(start, end)]
+
+
+TYPES = "const static struct enum size_t bool int char double float unsigned long uint32_t uint64_t int64_t return break " \
+        "continue case default goto if for while do else switch typedef ssize_t va_list"
+
+
+def switched(kind: str, text: str) -> Iterator[tuple[int, int, str, str, str]]:
+    """Begin, end, what is put before and after it (# is the mutant's number), and what that means."""
+    plain, (_, parts, _) = blank(text), SWITCHED[kind]
+    for first, last in parts:
+        low = text.index("\n" + first)
+        high = text.index("\n" + last, low) if last else len(text)
+        for a, b in bodies(plain, low, high):
+            for begin, end, what in conditions(plain, a, b):
+                ors = top_split(plain, begin, end, "||")
+                ands = [x for part in ors for x in [top_split(plain, *part, "&&")] if len(x) > 1]
+                falls, holds = ("(!is(#) & !!(", "))", "0"), ("(is(#) | !!(", "))", "1")
+                changes = [(*part, *falls) for part in ors if len(ors) > 1]
+                changes += [(*part, *holds) for chain in ands for part in chain]
+                if len(ors) == 1:
+                    changes.append((begin, end, *falls))
+                if what in ("if", "?") and not ands:
+                    changes.append((begin, end, *holds))
+                for x, y, before, after, value in changes:
+                    if what == "?" and not ands and len(ors) == 1 and plain[x:y].strip() == "json":
+                        continue
+                    yield x, y, before, after, f"{text[x:y].strip()} -> {value}"
+            for match in re.compile(r"\b(case [^:?]+|default):").finditer(plain, a, b):
+                yield match.end(), match.end(), " if (is(#)) break;", "", f"{match[0]} does nothing"
+            for match in re.compile(r"^ +(?=[a-z*(])", re.M).finditer(plain, a, b):
+                end, depth = match.end(), 0
+                word = re.compile(r"\w*").match(plain, end)[0]
+                while end < b and (depth or plain[end] not in ";{}"):
+                    depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(plain[end], 0)
+                    end += 1
+                    if depth < 0:
+                        break
+                before = plain[:match.start()].rstrip()
+                if re.match(r"\w+ \**\w", plain[match.end():end]):  # a declaration
+                    continue
+                if depth == 0 and end < b and plain[end] == ";" and word not in TYPES.split() and before[-1] in ";{})":
+                    statement = text[match.end():end + 1]
+                    yield match.end(), end + 1, "{ if (!is(#)) ", " }", f"no {statement}"
+
+
+def rules(texts: dict[str, str]) -> tuple[list[Mutant], dict[str, str]]:
+    """The mutants, which have no text of their own, and the sources with all of them."""
+    found, inserts = [], {name: [] for name in SOURCES}
+    for kind, (source, _, _) in SWITCHED.items():
+        text = texts[source]
+        for begin, end, before, after, what in switched(kind, text):
+            while end > begin and text[begin].isspace():
+                begin += 1
+            what = " ".join(what.split())
+            if LATER.fullmatch(" ".join(text[begin:end].split())) or any(part in what for part, _ in SPARED):
+                continue
+            found.append(Mutant(kind, source, text.count("\n", 0, begin) + 1, what, "", len(found) + 1))
+            number = str(len(found))
+            inserts[source].append((begin, 1, end - begin and begin - end, before.replace("#", number)))
+            inserts[source].append((end, 0, -begin, after))
+    changed = {}
+    for name, places in inserts.items():
+        text, at = [], 0
+        for place, _, _, new in sorted(places, key=lambda x: x[:3]):
+            text += [texts[name][at:place], new]
+            at = place
+        changed[name] = SWITCH * (name == "run.c") + "".join(text) + texts[name][at:]
+    return found, changed
+
+
+def build_switched(texts: dict[str, str], compiler: str, options: list[str], name: str) -> Path:
+    folder = TREE / name
+    (folder / "tests").mkdir(parents=True)
+    for file, old, new in [*HURRY[:2], ("tests/test_command.c", "i < 6000", "i < 600")]:
+        assert old in texts[file], old
+        texts = texts | {file: texts[file].replace(old, new)}
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    for file in ("tests/golden", "tests/corpus", "README.md"):
+        (folder / file).symlink_to(ROOT / file)
+    for program, source in (("run", "run.c"), ("test", "tests/test.c")):
+        command = [*compiler.split(), *options, "-w", source, "-pthread", "-lm", "-o", program]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}: {done.stderr[:2000]}")
+    for groups in {tuple(groups) for _, _, groups in SWITCHED.values()}:
+        how = run(["./test", *groups], folder, 600)
+        if how:
+            sys.exit(f"{name}, without a mutant: {how}")
+    return folder
+
+
+def noticed_switched(mutant: Mutant, folders: list[Path]) -> str:
+    for folder, limit in zip(folders, (30, 120)):
+        how = run(["./test", *SWITCHED[mutant.kind][2]], folder, limit, {"MUTANT": str(mutant.number)})
+        if how:
+            return how
+    return ""
+
+
+def run(command: list, folder: Path, seconds: int, more: dict[str, str] | None = None) -> str:
     """What failed, or an empty text."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, errors="replace",
-                              stdin=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+                              stdin=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "passive"} | (more or {}))
     except subprocess.TimeoutExpired:
         return "hangs"
     failed = [line for line in (done.stdout + done.stderr).splitlines() if "FAILED" in line or "rror: " in line]
@@ -574,6 +777,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default: 2)")
     parser.add_argument("--compiler", default="clang -O0", help="and its options (default: clang -O0)")
+    parser.add_argument("--every", type=int, default=4, help="of the mutants by rules each so many-th (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="mutants by rules: without the address sanitizer")
     args = parser.parse_args()
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/*.[ch]")}
     texts |= {name: (ROOT / name).read_text() for name in SOURCES}
@@ -581,6 +786,8 @@ def main() -> None:
     mutants += [m for name in SOURCES for m in checks(name, texts[name])]
     for number, m in enumerate(mutants):
         m.number = number
+    by_rules, changed = rules(texts)
+    mutants += by_rules[::args.every]
     if args.words:
         mutants = [m for m in mutants if any(word in str(m) for word in args.words)]
     if args.list:
@@ -588,9 +795,17 @@ def main() -> None:
         return
     shutil.rmtree(TREE, ignore_errors=True)
     TREE.mkdir(parents=True)
-    score = {}
+    score, folders = {}, []
+    if any(m.kind in SWITCHED for m in mutants):
+        compiler = args.compiler.split()[0]
+        folders = [build_switched(texts | changed, compiler, options, name)
+                   for options, name in ((["-O1"], "all"), (["-O1", *SANITIZER], "sanitized"))[:2 - args.quick]]
+
+    def judge(m: Mutant) -> str:
+        return noticed_switched(m, folders) if m.kind in SWITCHED else noticed(m, texts, args.compiler.split())
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for m, how in zip(mutants, pool.map(lambda m: noticed(m, texts, args.compiler.split()), mutants)):
+        for m, how in zip(mutants, pool.map(judge, mutants)):
             if how == "does not compile":
                 sys.exit(f"{m} does not compile")
             n, total = score.get(m.kind, (0, 0))

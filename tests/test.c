@@ -303,6 +303,7 @@ static const struct {
     { "lookup", test_lookup },
     { "./run --session", test_session_commands },
     { "command line", test_command_line },
+    { "conversations", test_talks },
     { "scripts", test_scripts },
     { "style", test_style },
 };

@@ -15,6 +15,27 @@ static bool render_text(const char *text, size_t n, const Value *given, Rendered
     return ok;
 }
 
+// A NUL in a string, numbers of many digits, many keys, many lists side by side; part of the error, or NULL.
+static void test_json_limits(void) {
+    static const struct { const char *before, *unit, *after; int n; const char *wanted; } cases[] = {
+        { "0.", "0", "1", 300, NULL }, { "0.", "0", "1", 500, "too large" }, { "[", "[],", "[]]", 150, NULL },
+        { "{", "\"%d\": 1,", "\"x\": 1}", 999, NULL }, { "{", "\"%d\": 1,", "\"x\": 1}", 1000, "1,000 keys" },
+    };
+    Pool pool = { 0 };
+    Error e = { 0 };
+    Value v;
+    check(!parse_json("\"\\\0\"", 4, &pool, &v, &e) && strstr(e.text, "escape"), "an escaped NUL: got \"%s\"", e.text);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[20000], *end = text + sprintf(text, "%s", cases[i].before);
+        for (int k = 0; k < cases[i].n; k++) end += sprintf(end, cases[i].unit, k);
+        end += sprintf(end, "%s", cases[i].after);
+        bool ok = parse_json(text, (size_t)(end - text), &pool, &v, &e);
+        check(ok == !cases[i].wanted && (ok || strstr(e.text, cases[i].wanted)), "%d times %s: got %d, \"%s\"",
+              cases[i].n, cases[i].unit, ok, e.text);
+    }
+    free_pool(&pool);
+}
+
 static void test_json_reader(void) {
     static const struct { const char *json, *wanted; } cases[] = {
         // values are shown as the template's tojson writes them, errors by a part of their text
@@ -33,6 +54,11 @@ static void test_json_reader(void) {
         { "nul", "number" },
         { "1 2", "after the value" }, { "[\n\n 1,\n  x]", "line 4, column 3" }, { "\"\x7F\"", "\"\x7F\"" },
         { "{\"\": {\"\": []}}", "{\"\": {\"\": []}}" },
+        { "\"\\q0041\"", "escape" }, { "\"\\uff01\"", "\"\uFF01\"" }, { "\"\\u12\"", "escape" },
+        { "\"\\ud83dxude00\"", "surrogate" }, { "\"\\ud83d\\xde00\"", "surrogate" },
+        { "\"\\ude00\\ude00\"", "surrogate" }, { "\"\\ud83d\\ue000\"", "surrogate" },
+        { "[1e+2, 1e-2, 1E2]", "[100.0, 0.01, 100.0]" }, { "1e-999", "0.0" }, { "{\"a\": 1 2}", "no , or }" },
+        { "{\"\\q\": 1}", "escape" }, { "[1.5, 1]", "[1.5, 1]" }, { "nulL", "number" }, { "\"a\" \"b\"", "after the" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Pool pool = { 0 };
@@ -50,6 +76,7 @@ static void test_json_reader(void) {
         free(b.bytes);
         free_pool(&pool);
     }
+    test_json_limits();
     for (int depth = MAX_JSON_DEPTH - 1; depth <= MAX_JSON_DEPTH + 1; depth++) {
         char text[2 * MAX_JSON_DEPTH + 2];
         Pool pool = { 0 };
@@ -62,6 +89,8 @@ static void test_json_reader(void) {
         free_pool(&pool);
     }
 }
+
+enum { N_LACKING = 26 };  // of the templates in templates.jsonl that jinja2 renders, so many are refused by name
 
 static void test_template_goldens(void) {
     Bytes file = read_golden("templates.jsonl");
@@ -90,7 +119,8 @@ static void test_template_goldens(void) {
               refused ? " a refusal" : "");
         free_rendered(&out);
     }
-    check(n_lines > 1000 && n_lacking < n_lines / 50, "%d templates, %d of them not supported", n_lines, n_lacking);
+    check(n_lines > 1000 && n_lacking == N_LACKING, "%d templates: got %d that are not supported, wanted %d", n_lines,
+          n_lacking, N_LACKING);
     free_pool(&pool);
     free(file.bytes);
 }
@@ -145,6 +175,10 @@ static void test_template_limits(void) {
         { "{{ 'x' * 99999999999 }}", "too long" }, { "{{ [1] * 99999999999 }}", "the operator *" },
         { "{{ range(99999999)|list }}", "range" },
         { "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "nested too deep" },
+        { "{% macro f(x=f()) %}{% endmacro %}{{ f() }}", "nested too deep" },
+        { "{% macro f(x) %}{{ {1: f(1)} }}{% endmacro %}{{ f() }}", "nested too deep" },
+        { "{% macro f(x) %}{% for y in [1] %}{% set z %}{{ 1 < 2 < f(x) }}{% endset %}{% endfor %}{% endmacro %}"
+          "{{ f(1) }}", "nested too deep" },
         { "{{ 'a'.replace('', 'x' * 9999999) * 99 }}", "too long" },
         { "{% set n = namespace(s='a') %}{% for a in range(9999) %}{% set n.s = n.s|tojson %}{% endfor %}",
             "too long" },
@@ -178,7 +212,8 @@ static void test_template_limits(void) {
         { "{{ ", "(", "1" }, { "{{ ", "[", "1" }, { "{{ ", "{1:", "1" }, { "{{ ", "- ", "1 }}" },
         { "{{ ", "not ", "1 }}" }, { "", "{% if 1 %}", "" },
         { "", "{% for x in [1] %}", "" }, { "{{ 1", " if 1 else 1", " }}" }, { "{{ ", "f(", "" },
-        { "{{ x", "[x", "" }, { "", "{% macro f() %}", "" },
+        { "{{ x", "[x", "" }, { "", "{% macro f() %}", "" }, { "", "{% set a %}", "" },
+        { "", "{% filter upper %}", "" }, { "{{ ", "x.a(", "" }, { "{{ ", "x is in(", "" }, { "{{ ", "x|d(", "" },
     };
     for (size_t i = 0; i < sizeof deep / sizeof *deep; i++) {
         Buffer text = { 0 };

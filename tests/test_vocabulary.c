@@ -39,6 +39,28 @@ static Bytes make_section(int kind, const uint32_t *lengths, const uint8_t *type
     return made;
 }
 
+// The arrays that only some sections have: at the right values, and each at one that it cannot have.
+static void check_some_arrays(Bytes b, const Tokenizer *h, size_t type) {
+    size_t n = (size_t)h->n_tokens, takes = type + 32 + n;
+    Bytes wide = new_bytes(round_up(takes + n + h->text_bytes, 4));
+    uint32_t flags = h->flags | TAKES_WHITE | AROUND, last = (uint32_t)n - 1;
+    memset(wide.bytes, 0, wide.n);
+    memcpy(wide.bytes, b.bytes, type);
+    memcpy(wide.bytes + offsetof(Tokenizer, flags), &flags, 4);
+    memset(wide.bytes + type, 0xFF, 32);
+    memcpy(wide.bytes + type + 20, &last, 4);
+    memcpy(wide.bytes + type + 32, b.bytes + type, n);
+    memset(wide.bytes + takes + 5, TAKES_BOTH, 2);
+    memcpy(wide.bytes + takes + n, b.bytes + type + n, h->text_bytes);
+    check_section(wide, "arrays that some have", NULL);
+    wide.bytes[takes + 5] = 4;
+    check_section(wide, "what a token takes", "token 5 takes 4");
+    wide.bytes[takes + 5] = 0;
+    memcpy(wide.bytes + type + 20, &(uint32_t){ (uint32_t)n }, 4);
+    check_section(wide, "a token around", "with which texts begin or end");
+    free(wide.bytes);
+}
+
 // The fields of the header and the arrays behind it, as tokenizer.c draws them.
 static void test_damaged_sections(void) {
     enum { KIND = 0, PRE = 4, FLAGS = 8, BOS = 12, EOS = 16, UNK = 20, N_END = 24, N_TOKENS_AT = 28, N_MERGES = 32,
@@ -53,7 +75,9 @@ static void test_damaged_sections(void) {
         const struct { const char *what; size_t at, value, at2, value2; const char *wanted; } cases[] = {
             { "kind", KIND, 0, 0, 0, "of kind 0" }, { "kind", KIND, 3, 0, 3, "of kind 3" },
             { "pre-tokenizer", PRE, 1000, PRE, 1000, "pre-tokenizer 1000" },
-            { "flags", FLAGS, 256, FLAGS, 256, "flags 256" },
+            { "flags", FLAGS, 2048, FLAGS, 2048, "flags 2048" },
+            { "no array of what takes", FLAGS, TAKES_WHITE, FLAGS, TAKES_WHITE, "asks for more" },
+            { "no tokens around", FLAGS, AROUND, FLAGS, AROUND, "" },
             { "no tokens", N_TOKENS_AT, 0, N_END, 0, "of 0 tokens" },
             { "many tokens", N_TOKENS_AT, 1048577, N_TOKENS_AT, 1048577, "of 1048577 tokens" },
             { "merges", N_MERGES, i ? 8388609 : 1, KIND, h.kind, "merges and" },
@@ -88,6 +112,7 @@ static void test_damaged_sections(void) {
             check_section(b, "a type", types[k].wanted);
             b.bytes[type + 9] = kept;
         }
+        check_some_arrays(b, &h, type);
         Bytes longer = new_bytes(b.n + 4);
         memcpy(longer.bytes, b.bytes, b.n);
         memset(longer.bytes + b.n, 0, 4);
