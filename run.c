@@ -1565,7 +1565,7 @@ INLINE void dequantise(float w[32][16], Type type, const unsigned char *tiles, s
 
 // ---- Products ----
 
-// -offset * the sum of a block's activations, or of those of a half, from a multiple of that sum which the block has.
+// -offset * the sum of a block's (or a half's) q, made from the block's own multiple of that sum.
 INLINE int32_t offset_product(const Block *x, int part, int offset) {
     if (!part && offset == 128) return x->minus_128_sum;
     int factor = part ? 32 : 8, common = (offset | factor) & -(offset | factor);  // the powers of 2 that both have
@@ -1698,7 +1698,7 @@ INLINE void read_memory(const uint64_t *memory, size_t n) {
     (void)kept;
 }
 
-// One multiply-add at a time, in float: the scalar loops multiply integers as floats, too.
+// One multiply-add at a time, in float, whatever is asked for.
 static double peak_scalar(bool int8, size_t rounds) {
     volatile float sum = int8;
     for (size_t i = 0; i < rounds; i++) sum = fmaf(sum, 0.5f, 0.5f);
@@ -2077,7 +2077,7 @@ static void *map_memory(size_t n_bytes, bool whole, Error *e) {
     return NULL;
 }
 
-// Asks for pages of 2 MB in place of 4 kB for memory that will be used whole: a processor finds few hundred pages'
+// Asks for pages of 2 MB in place of 4 kB for memory that will be used whole: a processor finds only a few hundred pages'
 // addresses without a look-up, and reading memory in order is half as fast again where it needs none.
 static void use_large_pages(const void *p, size_t n_bytes) {
 #ifdef MADV_HUGEPAGE
@@ -2093,7 +2093,7 @@ static int io_status(void) { return errno == ENOMEM ? NO_MEMORY : BROKEN_IO; }
 
 static bool map_file(const char *path, Map *map, Error *e) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer must not hang us
-    bool is_broken = errno == EIO || errno == EMFILE || errno == ENFILE;  // and not only not there, or not ours
+    bool is_broken = errno == EIO || errno == EMFILE || errno == ENFILE;  // rather than missing or forbidden
     if (file < 0 && strstr(path, "://"))
         return refuse(e, "an address, not a file; download it first: curl -LO %s", path);
     if (file < 0 && errno == ENOENT && strpbrk(path, " ?"))
@@ -2138,7 +2138,7 @@ static bool read_all(const char *path, size_t most, Buffer *b, Error *e) {
 // wanted and no terminal. `trims` drops the newline at the end of a file. A NUL follows the text, and counts in b->n.
 static bool read_parts(size_t most, bool trims, bool wants_stdin, Buffer *b, Error *e) {
     const Part *parts = options.n_parts ? options.parts : &(Part){ "-", true };
-    bool is_closed = (fcntl(STDIN_FILENO, F_GETFL) & O_ACCMODE) == O_WRONLY;  // prepare_process() has put that there
+    bool is_closed = (fcntl(STDIN_FILENO, F_GETFL) & O_ACCMODE) == O_WRONLY;  // main's stand-in for a closed stdin
     int n = options.n_parts ? options.n_parts : wants_stdin && !is_closed && !isatty(STDIN_FILENO);
     for (int i = 0; i < n && b->n <= most; i++) {
         const char *text = parts[i].text;
@@ -2287,7 +2287,7 @@ static Range share(size_t n, const Team *team) {
 }
 
 static bool take_chunk(Team *team, size_t n, size_t multiple, Range *chunk) {
-    enum { CHUNKS = 8 };  // of a share: the last one of fewer takes a slow thread long; more take time to deal out
+    enum { CHUNKS = 8 };  // at least, of a share: with fewer, a slow thread's last takes long; more cost time
     size_t threads = (size_t)team->threads, size = round_up(n / (CHUNKS * threads) + (n < CHUNKS * threads), multiple);
     *chunk = (Range){ 0, n };
     if (n == 0 || threads == 1) return n > 0 && team->n_helped++ == 0;
@@ -2471,7 +2471,7 @@ static void run_team(int threads, int rows, void (*work)(void *job, Team *team),
     static int asked_for = 1, usable = 1;
     if (threads > asked_for) {
         usable = usable_threads(asked_for = threads);
-        if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d can work here\n", threads, usable);
+        if (usable < threads && !options.quiet) fprintf(stderr, "-j %d: only %d threads can start\n", threads, usable);
     }
     if (threads > usable) threads = usable;
     if (rows > 0 && threads != rest.threads) rest = (Rest){ .threads = threads };
@@ -2931,7 +2931,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
         if (s->rows_used != s->rows)
-            return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
+            return refuse(e, "tensor %s %s there twice, or is not part of a %s model", s->name,
                           s->rows_used ? "has rows that are" : "is", m->config.family);
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
@@ -3049,7 +3049,7 @@ static bool read_tensor_records(const FileHeader *h, Cursor c, Model *m, Error *
     return true;
 }
 
-// A parser sets a model's vocabulary and, for the `whole` model, its configuration, template and sources.
+// A parser sets a model's vocabulary and template and, for the `whole` model, its configuration and sources.
 static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     FileHeader h;
     Cursor c = file, sections[N_SECTIONS];
@@ -3062,7 +3062,7 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
     for (int i = 0; i < N_SECTIONS; i++) {
         Section s = h.sections[i];
         if (s.at > file.left || s.n_bytes > file.left - s.at || s.at % 64)
-            return refuse(e, "a section of the header lies outside the file");
+            return refuse(e, "a section is outside the file or misaligned");
         sections[i] = (Cursor){ file.at + s.at, (size_t)s.n_bytes, false };
     }
     m->vocabulary = sections[TOKENIZER].at;
@@ -3076,7 +3076,7 @@ static bool parse_native(Cursor file, Model *m, bool whole, Error *e) {
 }
 
 // A file being written: under a temporary name, which becomes `path` only when all of it is on disk. What is no regular
-// file, such as a pipe, is written to directly. So is stdout's file, after what is in it.
+// file, such as a pipe, is written to directly. So is stdout's file: it is appended to.
 typedef struct {
     FILE *stream;
     char path[PATH_BYTES], temporary[PATH_BYTES + 32];  // without symbolic links; "": there is no other name
@@ -3837,7 +3837,7 @@ static void add_visits(const Workspace *w, const Activations *visits, Range rows
     }
 }
 
-// x += the sum over a token's experts of weight * W_down (silu(W_gate x) * W_up x), in the order of their numbers
+// x += the sum over a token's experts of weight * W_down (activation(W_gate x) * W_up x), in the order of their numbers
 static void experts_block(const Model *m, Workspace *w, int l, Team *team) {
     const Layer *layer = &m->layers[l];
     size_t n_experts = (size_t)layer->n_experts;
@@ -4475,7 +4475,7 @@ typedef struct {
     double prompt_seconds, made_seconds;
 } Speed;
 
-// Sends a prompt, or what is new in a chat, if it fits the context, but not what a session has; and counts the time.
+// Sends what no session has of a prompt, or a chat's new part, if it fits the context; and counts the time.
 static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens *tokens, Speed *speed, Error *e) {
     size_t total = plus((size_t)s->n, tokens->n);
     int context = s->cache->context, most = m->config.context;
@@ -4483,7 +4483,7 @@ static bool take_prompt(const Model *m, Workspace *w, Sequence *s, const Tokens 
         return fail(e, NO_ROOM, "%s needs %zu positions, the context has %d of the model's %d%s",
                     s->n ? "this conversation is full: it" : "the prompt", total, context, most,
                     total <= (size_t)most ? "; see -c" : "");
-    if (tokens->n == 0) return fail(e, MISUSE, "nothing of the text has a token in this vocabulary");
+    if (tokens->n == 0) return fail(e, MISUSE, "no part of the text has a token in this vocabulary");
     bool reads = options.session && s->n == 0;
     if (reads && !open_session(m, w, s, tokens, e)) return false;
     size_t kept = reads ? (size_t)s->n : 0;
@@ -4830,7 +4830,7 @@ static bool find_template(const Model *m, const char *name, Buffer *file, Text *
         size_t n = strlen(names);
         snprintf(names + n, sizeof names - n, "%s%s", i ? ", " : "", built_in_templates[i].name);
     }
-    if (!name) return fail(e, MISUSE, "this model may only continue texts, it has no chat template; "
+    if (!name) return fail(e, MISUSE, "no chat template, so this model may know only how to continue texts; "
                            "--template takes a file or %s", names);
     if (access(name, R_OK) && !strchr(name, '/') && !strchr(name, '.'))
         return fail(e, MISUSE, "--template %.40s: expected a file, or one of %s", name, names);
@@ -4846,7 +4846,7 @@ static bool give(Pool *pool, Value *given, Value name, Value v, Error *e) {
     return push_value(pool, given, name, e) && push_value(pool, given, v, e);
 }
 
-// The day that the template sees: 2024-07-26.
+// The day for the template: --now, or today.
 static bool find_now(struct tm *now, Error *e) {
     time_t today = time(NULL);
     if (!options.now) return localtime_r(&today, now) || fail(e, MISUSE, "the clock has no date");
@@ -5071,7 +5071,7 @@ static void use_terminal(int use) {
 
 static void on_resize(int number) { (void)number; }  // but it ends poll() in next_byte()
 
-// Whether there are a terminal to type in and one to draw on.
+// Starts the editor, if there are a terminal to type in and one to draw on.
 static bool start_editor(void) {
     screen = isatty(STDERR_FILENO) ? STDERR_FILENO : STDOUT_FILENO;
     if (!isatty(screen) || tcgetattr(STDIN_FILENO, &usual_terminal)) return false;
@@ -5234,7 +5234,7 @@ static int edit_line(Editor *d, const char *prompt, Error *e) {
 
 // ---- A conversation ----
 
-// The next of the tokens that has a text, which is no control token; false if there is none.
+// The text of the next token that has one, unless some is left; false at a control token or the end.
 static bool next_text(const Tokenizer *t, const Tokens *tokens, size_t *at, Text *text) {
     while (text->n == 0) {
         if (*at == tokens->n || is_control(t, tokens->ids[*at])) return false;
@@ -5614,7 +5614,8 @@ static bool do_command(Chat *c, bool *asks, Error *e) {
 }
 
 // Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
-// what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, at Ctrl-C.
+// what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, where Ctrl-C
+// ends the chat.
 static bool hear(Chat *c, bool *is_command, Error *e) {
     Editor *d = &c->editor;
     Buffer *heard = &c->heard;
@@ -5670,8 +5671,8 @@ static bool begin_chat(Chat *c, bool *asks, Error *e) {
                                    fail(e, MISUSE, "nothing to answer: stdin is empty, and there is no -i TEXT"));
 }
 
-// Takes turns until the input ends (exit 0) or Ctrl-C is pressed at the prompt (130). In an answer, Ctrl-C stops it. At
-// a terminal, neither a command that fails nor a message that does not fit ends the chat.
+// Takes turns until the input ends (exit 0) or Ctrl-C ends it at the prompt (130). In an answer, Ctrl-C stops it. At
+// a terminal, neither a command that fails nor, but for --no-shift, a message that does not fit ends the chat.
 static bool run_chat(const Model *m, Workspace *w, Sequence *s, Sampler *sampler, Error *e) {
     Value none = { .kind = IS_LIST };
     Chat c = { .m = m, .w = w, .s = s, .sampler = sampler, .messages = none, .before = none, .editor.past = none };
@@ -5843,7 +5844,7 @@ static size_t n_common(const Passage *p, const int *ids, size_t n) {
     return i;
 }
 
-// Gives a passage a free sequence, the one that has least in common with it; it begins with what another has in common.
+// Gives a passage the free sequence with least in common, and copies to it the longest common beginning of any.
 // False if the passage has to wait: for a free sequence, or because one is about to read more of what both have in
 // common.
 static bool start_passage(Script *s, Passage *p) {
@@ -6053,7 +6054,7 @@ static bool add_texts(Script *s, Line *l, const Options *own, Text prompt, const
     for (p = *first; p && (compares || s->kind == SCORED); p = p->next) {
         p->scored = common;
         if (compares && (common == 0 || common == p->tokens.n))
-            return refuse(e, "choice %d has no token of its own after a common beginning", p->number + 1);
+            return refuse(e, "choice %d is empty, or becomes part of the prompt's last token", p->number + 1);
         if (p->tokens.n < 2) return refuse(e, "a single token, with none before it to predict it from");
     }
     return true;
@@ -6293,7 +6294,7 @@ static int n_together(const Model *m, Settings settings) {
     return n > (size_t)settings.batch ? settings.batch : n > 1 ? (int)n : 1;
 }
 
-// Reads lines, from stdin only while there are some, and prints what is done.
+// Reads lines, waiting only if no text is under way, and prints what is done.
 static bool run_lines(Script *s, Error *e) {
     Buffer line = { 0 };
     bool ok = true, more = s->given == NULL;
@@ -6656,8 +6657,8 @@ static void work_at_ceiling(void *p, Team *team) {
     else kernels->peak(job->int8, r.to - r.from);
 }
 
-// The most bytes or operations of a team in a nanosecond: the best of seven tries. Each takes 20 ms at least, so that
-// the start of the threads does not count.
+// The most bytes or operations of a team in a nanosecond: the best of some tries. Those of arithmetic take 20 ms
+// at least, so that the start of the threads does not count.
 static double best_rate(int threads, const uint64_t *memory, bool int8) {
     CeilingJob job = { memory, memory ? MEMORY_BYTES / sizeof *memory : 1 << 16, int8 };
     double best = 0, each = memory ? sizeof *memory : kernels->peak(int8, 1);
@@ -7410,8 +7411,8 @@ static bool check_bits(Error *e) {
 
 typedef enum { TEXT, TEXTS, INT, SEED, REAL, LIST, FLAG } OptionType;
 
-// To add an option: a member of Options, a row here, a line in README (a test compares them). A help that begins with
-// modes and a colon names those that use the option; otherwise the brackets of the heading above it do, if it has some.
+// To add an option: a member of Options, its default in run(), a row here, a line in README (a test compares them). A
+// help that begins with modes and a colon names those that use the option; else the brackets of the heading above do.
 typedef struct {
     char letter;  // 0: a long name only
     const char *name, *argument;
@@ -7700,7 +7701,7 @@ static bool parse_options(int argc, char **argv, Options *to, int *given, Error 
     return true;
 }
 
-// Up to DETOKENIZE, a vocabulary is enough. Up to CHAT, they read a prompt. Up to BENCH, they need an Engine.
+// Up to DETOKENIZE, a vocabulary is enough. TOKENIZE to CHAT read a prompt. GENERATE to BENCH need an Engine.
 typedef enum {
     RENDER, TOKENIZE, DETOKENIZE, GENERATE, SCORING, LOGITS, PERPLEXITY, CHAT, EVAL, INSPECT, BENCH, EXPORT, MATMUL,
     N_MODES
@@ -7818,7 +7819,8 @@ static bool choose_settings(const Model *m, Mode mode, Settings *s, Error *e) {
     if (s->context > own)
         return fail(e, MISUSE, "-c %d: the model was trained for %d positions; -c 0 takes them all", s->context, own);
     if (s->context < needed)
-        return fail(e, NO_ROOM, "needs %d positions, the context has %d of the model's %d", needed, s->context, own);
+        return fail(e, NO_ROOM, "the test needs %d positions, the context has %d of the model's %d", needed, s->context,
+                    own);
     s->batch = options.batch ? (int)options.batch : 128;
     if (s->batch > s->context) s->batch = s->context;
     if (mode == BENCH && s->batch < largest(options.parallel)) s->batch = largest(options.parallel);
@@ -7875,7 +7877,7 @@ static int tell_error(const char *culprit, const Error *e) {
 
 static const Model *in_use;  // for the handler
 
-// The first Ctrl-C asks loops to stop. A second one, or one at a chat's prompt, ends the program, after its session.
+// The first Ctrl-C asks loops to stop, a second ends the program. At a chat's prompt one does, after its session.
 // Before any signal ends it, the unfinished file is removed. SIGBUS may mean that a mapped file became shorter or its
 // disk failed: then the first thread that gets it says so.
 static void on_signal(int number, siginfo_t *info, void *context) {

@@ -1157,7 +1157,7 @@ static void close_tokenizer(Tokenizer *t) {
 
 static bool check_header(const Tokenizer *t, Error *e) {
     if ((t->kind != SPM && t->kind != BPE) || t->pre >= N_PRE_TOKENIZERS || t->flags >> N_FLAGS)
-        return refuse(e, "vocabulary of kind %u, pre-tokenizer %u, flags %u", t->kind, t->pre, t->flags);
+        return refuse(e, "bad vocabulary: of kind %u, pre-tokenizer %u, flags %u", t->kind, t->pre, t->flags);
     if (t->n_tokens < 1 || t->n_tokens > MAX_TOKENS)
         return refuse(e, "vocabulary of %d tokens, expected 1 to %d", t->n_tokens, MAX_TOKENS);
     if (t->n_merges < 0 || t->n_merges > (t->kind == BPE ? MAX_MERGES : 0) || t->n_end < 0 || t->n_end > t->n_tokens)
@@ -1186,7 +1186,8 @@ static bool check_pieces(const Tokenizer *t, Error *e) {
         if (t->takes && t->takes[id] > TAKES_BOTH) return refuse(e, "token %d takes %d, unknown", id, t->takes[id]);
     }
     for (int i = 0; i < t->n_end; i++)
-        if (t->end_id[i] >= (uint32_t)t->n_tokens) return refuse(e, "no end token %u", t->end_id[i]);
+        if (t->end_id[i] >= (uint32_t)t->n_tokens)
+            return refuse(e, "end token %u is not in the vocabulary", t->end_id[i]);
     for (int i = 0; t->around && i < 2 * MAX_AROUND; i++)
         if (t->around[i / MAX_AROUND][i % MAX_AROUND] >= t->n_tokens)
             return refuse(e, "no token %d, with which texts begin or end", t->around[i / MAX_AROUND][i % MAX_AROUND]);
@@ -1423,7 +1424,7 @@ static bool read_llama2c_tokenizer(Cursor c, Buffer *section, Error *e) {
 }
 
 /* ---- Values --------------------------------------------------------------------------------------------------------
-   What JSON texts describe and chat templates compute with. Values do not change after they are made, so they are
+   What JSON texts describe and chat templates compute with. Templates never change values once made, so they are
    passed as they are and share their parts. All parts lie in a pool, which is freed as a whole. */
 
 // Only templates have those after IS_DICT.
@@ -1608,7 +1609,7 @@ static bool read_json_items(JsonReader *r, Value *v) {
         if (is_dict) {
             if (next_json(r) != '"') return json_error(r, r->at, "no \" of a key");
             if (!read_json_string(r, &key)) return false;
-            if (next_json(r) != ':') return json_error(r, r->at, "no : after a key");
+            if (next_json(r) != ':') return json_error(r, r->at, "expected : after a key");
             r->at++;
             for (size_t i = 0; i < v->n; i += 2) if (!compare_strings(&v->items[i], &key)) old = &v->items[i + 1];
             if (!old && !push_value(r->pool, v, key, r->e)) return false;
@@ -1632,7 +1633,7 @@ static bool read_json(JsonReader *r, Value *v) {
     size_t left = (size_t)(r->end - r->at), length = 0;
     if (c == '"') return read_json_string(r, v);
     if (c == '{' || c == '[') return read_json_items(r, v);
-    if (left == 0) return json_error(r, r->at, "it ends here");
+    if (left == 0) return json_error(r, r->at, "unexpected end");
     for (size_t i = 0; i < 3; i++) {
         size_t n = strlen(words[i].word);
         if (left < n || memcmp(r->at, words[i].word, n)) continue;
@@ -2359,7 +2360,8 @@ static bool is_equal(Template *j, Value a, Value b) {
     if (a.kind != b.kind) return false;
     if (is_missing(a)) return true;
     if (a.n != b.n) return false;
-    if (a.kind == IS_STRING) return spend(j, a.n / 16 + 1) && memcmp(a.text, b.text, a.n) == 0;
+    if (a.kind == IS_STRING || a.kind == IS_FUNCTION)
+        return spend(j, a.n / 16 + 1) && memcmp(a.text, b.text, a.n) == 0;
     if (a.kind != IS_DICT && !is_list(a)) return a.items == b.items && a.scope == b.scope;
     bool same = enter(j), is_dict = a.kind == IS_DICT;
     for (size_t i = 0; same && i < a.n && spend(j, 4); i += 1 + is_dict) {

@@ -92,8 +92,8 @@ static void test_damaged_sections(void) {
             { "a piece that ends before", starts + 4 * 6, 0, starts + 4 * 6, 0, "token 5 ends before" },
             { "a piece that ends behind", starts + 4 * 6, UINT32_MAX, starts + 4 * 6, UINT32_MAX, "token" },
             { "a score of NaN", 40 + 4 * 7, 0x7fc00000, 40 + 4 * 7, 0x7fc00000, "token 7: its score" },
-            { "an end token", ends, n, ends, n, "no end token" },
-            { "an end token of -1", ends, UINT32_MAX, ends, UINT32_MAX, "no end token 4294967295" },
+            { "an end token", ends, n, ends, n, "is not in the vocabulary" },
+            { "an end token of -1", ends, UINT32_MAX, ends, UINT32_MAX, "end token 4294967295 is not" },
         };
         check_section(b, files[i], NULL);
         for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
