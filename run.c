@@ -3485,6 +3485,14 @@ static bool read_gguf_config(Gguf *g, Model *m, Error *e) {
     return read_gguf_scaling(g, c, find_source(m, "rope_factors_long.weight"), e);
 }
 
+// The keys of a tokenizer's flags, from ADD_BOS to ADDED_FIRST.
+static const char *const flag_keys[N_FLAGS] = {
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
+    "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
+    "tokenizer.ggml.space_prefix.last", "tokenizer.ggml.takes_white", "tokenizer.ggml.text_begin_ids",
+};
+
 // The ids of one of export_model.py's own keys, -1 after them. Returns whether there is such a key.
 static bool get_around(Gguf *g, const char *name, int *ids) {
     Key k = get_key(g, name, G_U32, true);
@@ -3492,15 +3500,6 @@ static bool get_around(Gguf *g, const char *name, int *ids) {
     for (size_t i = 0; i < MAX_AROUND; i++) ids[i] = i < k.count ? (int)(uint32_t)key_number(&k, i) : -1;
     return k.count > 0;
 }
-
-// The keys of a tokenizer's flags, from ADD_BOS to PREFIX_LAST; the other flags follow from arrays.
-enum { N_FLAG_KEYS = 9 };
-static const char *const flag_keys[N_FLAG_KEYS] = {
-    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix",
-    "tokenizer.ggml.ignore_merges", "tokenizer.ggml.normalizer.nfc", "tokenizer.ggml.space_prefix.first",
-    "tokenizer.ggml.space_prefix.unless_space", "tokenizer.ggml.added_tokens_first",
-    "tokenizer.ggml.space_prefix.last",
-};
 
 // Makes the tokenizer's section of a native file. False too if any key asked for before was bad.
 static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
@@ -3529,8 +3528,8 @@ static bool read_gguf_vocabulary(Gguf *g, Model *m, Error *e) {
         .eom = get_token(g, "tokenizer.ggml.eom_token_id", pieces.count),
         .unk = get_token(g, "tokenizer.ggml.unknown_token_id", pieces.count),
     };
-    for (int i = 0; i < N_FLAG_KEYS; i++) v.says[i] = get_flag(g, flag_keys[i]);
-    v.says[N_FLAG_KEYS] = takes.value.at || phi3;
+    for (int i = 0; i < N_FLAGS - 2; i++) v.says[i] = get_flag(g, flag_keys[i]);
+    v.says[N_FLAGS - 2] = takes.value.at || phi3;
     bool begins = get_around(g, "tokenizer.ggml.text_begin_ids", v.around[0]);
     v.says[N_FLAGS - 1] = get_around(g, "tokenizer.ggml.text_end_ids", v.around[1]) || begins;
     if (g->bad) return false;

@@ -1450,6 +1450,7 @@ def _():
             expect(1, path.name, *GENERATE, word="finite")
             expect(1, path.name, "-m", "inspect", "--check", word=t[0])
             expect(1, path.name, "-m", "export", "-o", "x.bin", word=t[0])
+            expect(1, path.name, "-m", "export", "--type", "q8", "-o", "x.bin", word=t[0])
             expect(1, path.name, "-q", "-m", "perplexity", "-f",
                    "17-text.txt" if (FOLDER / "17-text.txt").exists() else SPM,
                    "-c", "16", word="finite")

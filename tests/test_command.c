@@ -218,6 +218,8 @@ static const struct { const char *arguments, *wanted; } misuses[] = {
     { "$tied -i a -t 0 --kv f8", "--kv f8" }, { "$tied -i a -t 0 --kv ''", "--kv" },
     { "$tied --kernel nonsense", "nonsense" }, { "$tied -m chat -t 0 --template nonsense", "nonsense" },
     { "$tied -m chat -t 0", "--template" }, { "$tied -m logits -i a", "-o FILE" }, { "$tied -m export", "-o FILE" },
+    { "$tied -m export --type q9 -o $T/x", "--type q9: expected keep, f32, f16, bf16, q8, q4, q4m or mixed" },
+    { "$tied -m export --type '' -o $T/x", "expected keep" }, { "$tied -m export --type q5 -o $T/x", "expected keep" },
     { "$tied -t 0 --ids ''", "no token ids" }, { "$tied -t 0 --ids x", "\"x\"" },
     { "$tied -t 0 --ids '1 2x'", "\"x\"" },
     { "$tied -t 0 --ids '1 277'", "\"277\"" }, { "$tied -t 0 --ids -1", "\"-1\"" },
@@ -246,6 +248,7 @@ static const Case cases[] = {
     { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
     { "$T/nan.bin -m inspect --check", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -m export -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
+    { "$T/nan.bin -m export --type q8 -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -q -t 0 -n 1", 1, "", "run: layer 2 at position 0 is not finite" },
     { "$T/rows.bin -q -t 0 -n 5 --ids '1 2 3'", 1, "\"#$", "run: the embedding at position 3 is not finite" },
     { "$v0 -z $tied", 1, NULL, "277 tokens, the model has 275" },
@@ -934,6 +937,14 @@ static void test_exports(void) {
                                     "&& wait && test $(wc -c <$T/piped) = 2216" },
         { "through a link to nothing", "ln -s nowhere $T/dangling; $EMULATOR ./run $tied -m export -o $T/dangling "
                                        "2>/dev/null; test $? = 3 && test -L $T/dangling && test ! -e $T/nowhere" },
+        { "in f32, f16 and back: the first is the model's own", "for t in f32 f16; do $EMULATOR ./run $tied -m export "
+          "--type $t -o $T/$t || exit; done; $EMULATOR ./run $T/f16 -m export --type f32 -o $T/again "
+          "&& $EMULATOR ./run $T/again -m export --type f16 -o $T/over && "
+          "cmp $T/f32 $T/native.bin && cmp $T/over $T/f16" },
+        { "in q8, the same from one thread and from four", "for j in 1 4; do $EMULATOR ./run $mixed -q -m export "
+          "--type q8 -j $j -o $T/j$j || exit; done; cmp $T/j1 $T/j4" },
+        { "of a type that it has already: the same bytes", "$EMULATOR ./run $T/j1 -m export --type q8 -o $T/over && "
+                                                           "cmp $T/over $T/j1" },
         { "over a file of another mode", "chmod 600 $T/over.bin; $EMULATOR ./run $tied -m export -o $T/over.bin && "
                                          "test $(stat -c %a $T/over.bin) = 600" },
         { "with quotes and blanks in its name", "$EMULATOR ./run $tied -m export -o \"$T/a 'b\" && "
@@ -1886,6 +1897,40 @@ static void test_help(void) {
     free_result(&r);
 }
 
+// --tables is JSON, has every row, and each feature of a family and each flag has its name.
+static void test_tables(void) {
+    static const char *const names[] = { "types", "families", "fields", "pre_tokenizers", "tokenizer_flags" };
+    const size_t rows[] = { N_SOURCE_TYPES, sizeof families / sizeof *families, N_CONFIG_FIELDS, N_PRE_TOKENIZERS,
+                            N_FLAGS };
+    Result r = run_with("-m inspect --tables");
+    Pool pool = { 0 };
+    Value v = { 0 };
+    Error e = { 0 };
+    bool ok = r.status == 0 && !*r.err && parse_json(r.out, strlen(r.out), &pool, &v, &e);
+    if (!check(ok, "--tables: got status %d, \"%s\" and \"%s\"", r.status, r.err, e.text)) return;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const Value *list = find_member(&v, names[i]);
+        check(list && list->n == rows[i], "--tables: %s: wanted %zu rows", names[i], rows[i]);
+    }
+    for (const Family *f = families; f < families + sizeof families / sizeof *families; f++) {
+        char text[48];
+        snprintf(text, sizeof text, "{\"name\": \"%s\", \"pairing\"", f->name);
+        check(strstr(r.out, text) != NULL, "--tables: family %s is not in it", f->name);
+        check(f->features >> sizeof feature_names / sizeof *feature_names == 0, "%s: a feature has no name", f->name);
+    }
+    free_pool(&pool);
+    free_result(&r);
+}
+
+// --report: a line for each tensor that is rounded. test_quantised_blocks() compares the numbers.
+static void test_report(void) {
+    Result r = run_with("$tied -m export --type mixed --report -o $T/reported");
+    const char *line = "token_embd.weight                  f32 -> f16   RMSE ";  // 36 columns are no blocks
+    check(r.status == 0 && !strncmp(r.err, line, strlen(line)) && !strstr(r.err, "norm"),
+          "--report: got status %d and \"%s\"", r.status, r.err);
+    free_result(&r);
+}
+
 static void test_command_line(void) {
     if (!check(file_exists("run"), "there is no ./run: make builds it")) return;
     signal(SIGPIPE, SIG_IGN);
@@ -1919,6 +1964,8 @@ static void test_command_line(void) {
     test_unsaid();
     test_terminal();
     test_talking();
+    test_tables();
+    test_report();
     test_help();
     remove_files();
 }

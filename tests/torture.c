@@ -56,6 +56,7 @@ static const Case cases[] = {
     { "one-of", "$ -q --one-of a|upon -s 1 -i Once", "", true, false },
     { "eval", "$ -q -m eval --shots 1 -n 2 -f @/tasks", "", true, false },
     { "export", "$ -q -m export -o @/out", "", true, false },
+    { "quantise", "$ -q -m export --type mixed --report -o @/out", "", true, false },
     { "logits", "$ -q -m logits -f @/text -o @/out", "", true, false },
     { "perplexity", "$ -q -m perplexity -c 4 -f -", "Once upon a time there was a little girl", true, false },
     { "tokenize", "$ -q -m tokenize --pieces -i Once", "", true, false },
