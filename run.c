@@ -6559,7 +6559,7 @@ static void print_tables(void) {
         put_set("flags", pre_tokenizers[i].flags, flag_keys);
     }
     printf("],\n\"tokenizer_flags\": [");
-    for (int i = 0; i < N_FLAG_KEYS; i++)
+    for (int i = 0; i < N_FLAGS; i++)
         printf("%c\n {\"key\": \"%s\", \"bit\": %d}", i ? ',' : ' ', flag_keys[i], i);
     printf("]}\n");
 }

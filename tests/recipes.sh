@@ -34,7 +34,7 @@ add run.c '^        FOR_TYPE' '^INLINE void add_tiles.float' before '        FOR
 recipe "\(one\|a family\): a row in families"
 add run.c '^};' '^static const Family families' before '    { "newer", HALVES, PRE_NORMS | BIASES, 0, 0, 0 },'
 
-recipe "an option: a member of Options, a row here, a line in README"
+recipe "an option: a member of Options, its default in run(), a row here, a line in README"
 add run.c '^} Options;' '' before '    bool whisper;'
 add run.c '^};' '^static const Option option_table' before \
     '    { 0, "whisper", NULL, FLAG, OF(whisper), 0, 0, "says less" },'
