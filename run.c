@@ -2077,7 +2077,7 @@ static void *map_memory(size_t n_bytes, bool whole, Error *e) {
     return NULL;
 }
 
-// Asks for pages of 2 MB in place of 4 kB for memory that will be used whole: a processor finds only a few hundred pages'
+// Asks for pages of 2 MB in place of 4 kB for memory that will be used whole: a processor finds some hundred pages'
 // addresses without a look-up, and reading memory in order is half as fast again where it needs none.
 static void use_large_pages(const void *p, size_t n_bytes) {
 #ifdef MADV_HUGEPAGE
@@ -5614,8 +5614,8 @@ static bool do_command(Chat *c, bool *asks, Error *e) {
 }
 
 // Reads a message or a command into c->heard. At a terminal, """ or \ at the end of a line asks for more lines; but
-// what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, where Ctrl-C
-// ends the chat.
+// what has several lines at once was pasted, and is a message as it is. False at the end or, with an error, when
+// Ctrl-C ends the chat.
 static bool hear(Chat *c, bool *is_command, Error *e) {
     Editor *d = &c->editor;
     Buffer *heard = &c->heard;

@@ -346,7 +346,7 @@ static const Case script_cases[] = {
     { "$tied --prompts nowhere", 3, NULL, "nowhere: No such file" }, { "$tied --samples 0", 2, NULL, "--samples 0" },
     { "$tied --logprobs 101", 2, NULL, "--logprobs 101" }, { "$T/no_bos.bin -q -m score -i O", 1, NULL,
     "a single token" },
-    { "$tied -q -m score -i Once --choose 'a||b'", 1, NULL, "choice 2 has no token" },
+    { "$tied -q -m score -i Once --choose 'a||b'", 1, NULL, "choice 2 is empty" },
     { "$tied -q -m score --prompts $T/empty", 0, NULL, NULL }, { "$tied -q --prompts $T/empty --json", 0, NULL,
     NULL },
     { "$tied -m eval -f nowhere -q", 3, NULL, "nowhere: No such file" }, { "$tied -m eval -q", 2, NULL, "-f FILE" },
