@@ -1440,32 +1440,28 @@ INLINE void scale_floats(float y[16], const float x[16], const int8_t factor[16]
     for (int i = 0; i < 16; i++) y[i] = x[i] * (float)factor[i];
 }
 
-enum { TOGETHER = 4 };  // tokens that share each weight once it is loaded, at most
+// dots[row] = the dot product of a row's bytes with the activations, for groups `from` to `to` of four columns
+typedef void Dot(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to);
 
-// dots[t][row] = the dot product of a row's bytes with the activations of token t, for n tokens and groups `from` to
-// `to` of four columns. The compiler knows all but the data. bits: of a byte
-typedef void Dot(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to);
-
-INLINE void dot_bytes(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) {
-    (void)bits;
-    memset(dots, 0, (size_t)n * sizeof *dots);
+INLINE void dot_bytes(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {
+    (void)type;
+    memset(dots, 0, 16 * sizeof *dots);
     for (int g = from; g < to; g++) {
         for (int r = 0; r < 16; r++)
-            for (int c = 0; c < 4; c++) dots[0][r] += (int8_t)w[g][4 * r + c] * x->q[4 * g + c];
+            for (int c = 0; c < 4; c++) dots[r] += (int8_t)w[g][4 * r + c] * q[4 * g + c];
     }
 }
 
 // What an instruction set does in its own way; these plain functions define it. The dot product takes weights of up to
-// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes. `together` tokens share each weight
-// once it is loaded.
+// `unsigned_bits` bits as unsigned bytes, weight + offset; others as signed bytes.
 typedef struct {
-    int unsigned_bits, together;
+    int unsigned_bits;
     Dot *dot;
     Widen *widen;
     LookUp *look_up;
     ScaleSixteen *scale_sixteen;
 } Leaves;
-#define PLAIN_LEAVES 0, 1, dot_bytes, widen_floats, look_up_bytes, scale_floats
+#define PLAIN_LEAVES 0, dot_bytes, widen_floats, look_up_bytes, scale_floats
 
 // The tile that a block is in.
 INLINE const unsigned char *tile_of(Type type, const unsigned char *tiles, size_t block) {
@@ -1573,49 +1569,34 @@ INLINE int32_t offset_product(const Block *x, int part, int offset) {
     return (product >> __builtin_ctz((unsigned)(factor / common))) * (offset / common);
 }
 
-// Adds the products of 32 columns for n tokens, a number that the compiler knows.
-INLINE void add_block(float sum[][16], Type type, const ByteBlock *u, const uint8_t w[][64], const Block *x, int n,
-                      Leaves leaves) {
-    int halves = BLOCK / types[type].per_scale, bits = types[type].values ? 8 : types[type].bits;
-#pragma GCC unroll 2
-    for (int h = 0; h < halves; h++) {
-        _Alignas(64) int32_t dots[TOGETHER][16];
-        int part = halves == 1 ? 0 : 1 + h;
-        leaves.dot(dots, w, bits, x, n, 4 * h, halves == 1 ? 8 : 4 * h + 4);
-#pragma GCC unroll 4
+// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
+INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
+                              size_t n_all, int n, Leaves leaves) {
+    int halves = BLOCK / types[type].per_scale, offset = byte_offset(type, leaves.unsigned_bits);
+    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
+        ByteBlock u;
+        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
         for (int t = 0; t < n; t++) {
-            int32_t correction = offset_product(&x[t], part, byte_offset(type, leaves.unsigned_bits));
-            float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
+            for (int h = 0; h < halves; h++) {
+                _Alignas(64) int32_t dots[16];
+                int part = halves == 1 ? 0 : 1 + h;
+                int32_t correction = offset_product(&x[t], part, offset);
+                float *y = sum[t], scale = x[t].scale, scaled_sum = x[t].scaled_sum[part];
+                leaves.dot(dots, w, type, x[t].q, 4 * h, halves == 1 ? 8 : 4 * h + 4);
 #pragma GCC unroll 1  // gcc 12 makes no SIMD of what it has unrolled
-            for (int r = 0; r < 16; r++) {
-                y[r] = fmaf(u->scale[h][r] * scale, (float)(dots[t][r] + correction), y[r]);
-                if (types[type].has_min) y[r] = fmaf(u->min[h][r], scaled_sum, y[r]);
+                for (int r = 0; r < 16; r++) {
+                    y[r] = fmaf(u.scale[h][r] * scale, (float)(dots[r] + correction), y[r]);
+                    if (types[type].has_min) y[r] = fmaf(u.min[h][r], scaled_sum, y[r]);
+                }
             }
         }
     }
 }
 
-// Adds the products of quantised tiles for n tokens, block after block.      x (n_blocks, n_all)
-INLINE void add_tiles_of_type(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
-                              size_t n_all, int n, Leaves leaves) {
-    for (size_t c = 0; c < n_blocks; c++, x += n_all) {
-        ByteBlock u;
-        const uint8_t (*w)[64] = unpack_bytes_of(&u, type, tiles, c, leaves);
-        int t = 0;
-        for (; t + leaves.together <= n; t += leaves.together)
-            add_block(sum + t, type, &u, w, x + t, leaves.together, leaves);
-        for (; t < n; t++) add_block(sum + t, type, &u, w, x + t, 1, leaves);
-    }
-}
-
-// The same. The compiler knows the type, and whether it is for one token.
+// The same. The compiler knows the type.
 INLINE void add_tiles(float sum[][16], Type type, const unsigned char *tiles, size_t n_blocks, const Block *x,
                       size_t n_all, int n, Leaves leaves) {
-#define FOR_TYPE(type)                                                                                                 \
-    case type:                                                                                                         \
-        if (n == 1) add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, 1, leaves);                                \
-        else add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves);                                       \
-        break;
+#define FOR_TYPE(type) case type: add_tiles_of_type(sum, type, tiles, n_blocks, x, n_all, n, leaves); break;
     switch (type) {
         FOR_TYPE(Q8) FOR_TYPE(Q8F) FOR_TYPE(Q4) FOR_TYPE(Q4M) FOR_TYPE(Q5) FOR_TYPE(Q5M) FOR_TYPE(Q2K) FOR_TYPE(Q3K)
         FOR_TYPE(Q4K) FOR_TYPE(Q5K) FOR_TYPE(Q6K) FOR_TYPE(IQ4NL) FOR_TYPE(IQ4XS) FOR_TYPE(MXFP4)
@@ -7072,24 +7053,19 @@ static bool run_matmul(Error *e) {
 #define LEAF(isa) __attribute__((target(isa))) static
 #define LEAF_INLINE(isa) __attribute__((target(isa), always_inline)) static inline
 
-// A Dot. step: the new dot[i][j], from that, four[j] (four columns of rows) and token i's activations q, in all lanes
-#define MAKE_DOT(isa, set, Vector, in_all_lanes, step)                                                                 \
-    isa void dot_##set(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from, int to) { \
-        enum { VECTORS = 64 / sizeof(Vector) };                                                                        \
-        Vector dot[TOGETHER][VECTORS] = { 0 }, four[VECTORS];                                                          \
-        (void)bits;                                                                                                    \
-        _Pragma("GCC unroll 8")                                                                                        \
-        for (int g = from; g < to; g++) {                                                                              \
-            for (int j = 0; j < VECTORS; j++) memcpy(&four[j], &w[g][64 / VECTORS * j], sizeof *four);                 \
-            _Pragma("GCC unroll 4")                                                                                    \
-            for (int i = 0; i < n; i++) {                                                                              \
-                Vector q = in_all_lanes((int32_t)load_four(x[i].q + 4 * g));                                           \
-                for (int j = 0; j < VECTORS; j++) dot[i][j] = step;                                                    \
+// A Dot, a vector of rows at a time. step: the new dot, from dot, `four` columns of the rows and their activations x
+#define MAKE_DOT(isa, set, Vector, step)                                                                               \
+    isa void dot_##set(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from, int to) {       \
+        (void)type;                                                                                                    \
+        for (int row = 0; row < 16; row += (int)sizeof(Vector) / 4) {                                                  \
+            Vector dot = { 0 }, four;                                                                                  \
+            for (int g = from; g < to; g++) {                                                                          \
+                int32_t x = (int32_t)load_four(q + 4 * g);                                                             \
+                memcpy(&four, w[g] + 4 * row, sizeof four);                                                            \
+                dot = step;                                                                                            \
             }                                                                                                          \
+            memcpy(dots + row, &dot, sizeof dot);                                                                      \
         }                                                                                                              \
-        _Pragma("GCC unroll 4")                                                                                        \
-        for (int i = 0; i < n; i++)                                                                                    \
-            for (int j = 0; j < VECTORS; j++) memcpy(&dots[i][j * 16 / VECTORS], &dot[i][j], sizeof(Vector));          \
     }
 
 // A leaf for add_products(): m rows at once; the compiler knows m and half.
@@ -7174,44 +7150,33 @@ INLINE void add_rows(float *c, size_t c_stride, const float *a, size_t a_stride,
 
 #define AVX2 "avx2,fma,f16c"
 #define AVXVNNI "avx2,fma,f16c,avxvnni"
-#ifdef __clang__
 #define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"  // another encoding of AVX-VNNI's
-#else  // a wide load would have to wait for the narrow stores of dots
-#define AVX512VL "avx2,fma,f16c,avx512f,avx512vl,avx512vnni,prefer-vector-width=256"
-#endif
 
 // [kernel avx2] vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. Eight sums fit if the weights
 // have 4 bits: 8 * 2 * 15 * 127 = 30480; four if 5; two if 6. The sign of a signed weight moves to the activation.
-LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[][16], const uint8_t w[][64], int bits, const Block *x, int n, int from,
+LEAF_INLINE(AVX2) void dot_avx2(int32_t dots[16], const uint8_t w[8][64], Type type, const int8_t *q, int from,
                                 int to) {
-    int fit = bits <= 4 ? to - from : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-    if (n > 1) __asm__ volatile("" : "+r"(w));  // gcc would keep weights in registers, and then lack them for sums
-    __m256i sum[TOGETHER][2] = { 0 }, pairs[TOGETHER][2] = { 0 };
-#pragma GCC unroll 8
-    for (int g = from; g < to; g++) {
-        const __m256i *v = (const void *)w[g];
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-            __m256i q = _mm256_set1_epi32((int32_t)load_four(x[i].q + 4 * g));
-            for (int j = 0; j < 2; j++) {
-                __m256i product = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(v[j]), _mm256_sign_epi8(q, v[j]))
-                                            : _mm256_maddubs_epi16(v[j], q);
-                pairs[i][j] = _mm256_add_epi16(pairs[i][j], product);
-                __asm__("" : "+x"(pairs[i][j]));  // gcc would add in another order, in more registers
-                if ((g - from + 1) % fit) continue;
-                sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(pairs[i][j], _mm256_set1_epi16(1)));
-                pairs[i][j] = _mm256_setzero_si256();
-            }
+    __m256i ones = _mm256_set1_epi16(1);
+    int bits = types[type].bits, n = to - from, fit = bits <= 4 ? n : bits == 5 ? 4 : 2;
+    bool is_small = bits <= 6 && !types[type].values;
+    for (int half = 0; half < 2; half++) {
+        __m256i dot = _mm256_setzero_si256(), pairs = dot;
+        for (int g = 0; g < n; g++) {
+            __m256i v = _mm256_load_si256((const __m256i *)&w[from + g][32 * half]);
+            __m256i x = _mm256_set1_epi32((int32_t)load_four(q + 4 * (from + g)));
+            if (is_small) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(v, x));
+            else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
+            if (is_small && (g + 1) % fit) continue;
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, ones));
+            pairs = _mm256_setzero_si256();
         }
+        _mm256_store_si256((__m256i *)&dots[8 * half], dot);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < 2; j++) _mm256_store_si256((void *)&dots[i][8 * j], sum[i][j]);
 }
 
 // [kernel avxvnni] vpdpbusd takes the place of three instructions.
-MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_set1_epi32, _mm256_dpbusd_avx_epi32(dot[i][j], four[j], q))
-MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_set1_epi32, _mm256_dpbusd_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVXVNNI), avxvnni, __m256i, _mm256_dpbusd_avx_epi32(dot, four, _mm256_set1_epi32(x)))
+MAKE_DOT(LEAF_INLINE(AVX512VL), avx512vl, __m256i, _mm256_dpbusd_epi32(dot, four, _mm256_set1_epi32(x)))
 
 MAKE_CONVERSION(LEAF_INLINE(AVX2), widen_avx2, float, uint16_t, 8,
                 _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i)))), widen_floats)
@@ -7246,7 +7211,7 @@ PEAK_256(AVX512VL, avx512vl, _mm256_dpbusd_epi32(sum[i], x, x))
 #define AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 
 // [kernel avx512] One vpdpbusd for each four columns, which also loads and broadcasts the activations.
-MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_set1_epi32, _mm512_dpbusd_epi32(dot[i][j], four[j], q))
+MAKE_DOT(LEAF_INLINE(AVX512), avx512, __m512i, _mm512_dpbusd_epi32(dot, four, _mm512_set1_epi32(x)))
 MAKE_CONVERSION(LEAF_INLINE(AVX512), widen_avx512, float, uint16_t, 16,
                 _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(from + i)))), widen_floats)
 MAKE_PRODUCTS(LEAF_INLINE(AVX512), avx512, __m512, _mm512_fmadd_ps(w[j], _mm512_set1_ps(x), sum[i][j]),
@@ -7270,13 +7235,13 @@ MAKE_KERNELS(scalar_avx2, LEAF(AVX2), "scalar", add_products, narrow_floats, pea
 
 #define LEAVES_256 widen_avx2, look_up_avx2, scale_avx2
 #define ROWS_AVX2(...) add_rows(__VA_ARGS__, 6, products_avx2)
-MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, 4, dot_avx2, LEAVES_256)
-MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, 4, dot_avxvnni, LEAVES_256)
-MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, 4, dot_avx512vl, LEAVES_256)
+MAKE_KERNELS(avx2, LEAF(AVX2), "avx2", ROWS_AVX2, narrow_avx2, peak_avx2, 6, dot_avx2, LEAVES_256)
+MAKE_KERNELS(avxvnni, LEAF(AVXVNNI), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avxvnni, 8, dot_avxvnni, LEAVES_256)
+MAKE_KERNELS(avx512vl, LEAF(AVX512VL), "avxvnni", ROWS_AVX2, narrow_avx2, peak_avx512vl, 8, dot_avx512vl, LEAVES_256)
 
 #define LEAVES_512 widen_avx512, look_up_avx512, scale_avx512
 #define ROWS_AVX512(...) add_rows(__VA_ARGS__, 12, products_avx512)
-MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, 2, dot_avx512, LEAVES_512)
+MAKE_KERNELS(avx512, LEAF(AVX512), "avx512", ROWS_AVX512, narrow_avx2, peak_avx512, 8, dot_avx512, LEAVES_512)
 
 static const Kernels *const all_kernels[] = { &avx512, &avxvnni, &avx512vl, &avx2, &scalar_avx2, &scalar };
 
@@ -7317,8 +7282,7 @@ INLINE int32x4_t add_dots(int32x4_t sum, int8x16_t w, int8x16_t x) {
     int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 }
-MAKE_DOT(INLINE, neon, int32x4_t, vdupq_n_s32,
-         add_dots(dot[i][j], vreinterpretq_s8_s32(four[j]), vreinterpretq_s8_s32(q)))
+MAKE_DOT(INLINE, neon, int32x4_t, add_dots(dot, vreinterpretq_s8_s32(four), vreinterpretq_s8_s32(vdupq_n_s32(x))))
 
 INLINE void look_up_neon(uint8_t *w, size_t n, const int8_t values[16]) {
     int8x16_t table = vld1q_s8(values);
@@ -7333,7 +7297,7 @@ MAKE_PEAK(static, neon, "w", int32x4_t,  // a factor that changes: else the prod
 
 #define LEAVES_128 widen_neon, look_up_neon, scale_floats
 #define ROWS_NEON(...) add_rows(__VA_ARGS__, 4, products_neon)
-MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, 1, dot_neon, LEAVES_128)
+MAKE_KERNELS(neon, static, "neon", ROWS_NEON, narrow_neon, peak_neon, 0, dot_neon, LEAVES_128)
 
 // [kernel neondot] One sdot for each four columns adds four products of bytes to each lane. Compilers and assemblers
 // know it only if -march or -mcpu names it, and a target attribute would undo what else those name. So it is written in
@@ -7344,10 +7308,10 @@ INLINE int32x4_t add_sdot(int32x4_t sum, int32x4_t w, int32x4_t x) {
             ".inst 0x4e809400 + number_of_%0 + 32 * number_of_%1 + 65536 * number_of_%2" : "+w"(sum) : "w"(w), "w"(x));
     return sum;
 }
-MAKE_DOT(INLINE, neondot, int32x4_t, vdupq_n_s32, add_sdot(dot[i][j], four[j], q))
+MAKE_DOT(INLINE, neondot, int32x4_t, add_sdot(dot, four, vdupq_n_s32(x)))
 MAKE_PEAK(static, neondot, "w", int32x4_t, add_sdot(sum[i], x, x), float32x4_t, vfmaq_f32(x, sum[i], x))
 
-MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, 1, dot_neondot, LEAVES_128)
+MAKE_KERNELS(neondot, static, "neondot", ROWS_NEON, narrow_neon, peak_neondot, 0, dot_neondot, LEAVES_128)
 
 static const Kernels *const all_kernels[] = { &neondot, &neon, &scalar };
 
