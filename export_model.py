@@ -3140,12 +3140,12 @@ def write(model: Model, o: argparse.Namespace, made: Path, run: Path | None) -> 
     if o.to == "llama2c":
         write_llama2c(model, made, 2 if o.type == "q8" else 0)
         return made if o.type != "q8" else None
-    plain = made if o.to == "gguf" and o.type == "keep" else made.with_name("plain.gguf")
+    plain = made if o.to == "gguf" and o.type == "keep" else made.parent.with_name("plain.gguf")
     write_gguf(model, {name: planned_type(name, t, "keep") for name, t in model.tensors.items()}, plain)
     if o.to == "native":
         convert(model, o, plain, made, run)
     elif plain != made and opens(run, plain):
-        native = made.with_name("rounded.bin")
+        native = made.parent.with_name("rounded.bin")
         convert(model, o, plain, native, run)
         write_rounded(model, open_native(native).tensors, made)
         native.unlink()
@@ -3170,7 +3170,8 @@ def export(o: argparse.Namespace) -> None:
     if o.pre and "tokenizer.ggml.pre" in model.keys:
         model.keys["tokenizer.ggml.pre"] = text(o.pre)
     with tempfile.TemporaryDirectory(".tmp", f"{o.output.name}.", o.output.absolute().parent) as folder:
-        made, tokenizer = Path(folder) / o.output.name, Path(folder) / "tokenizer.bin"
+        made, tokenizer = Path(folder) / "made" / o.output.name, Path(folder) / "tokenizer.bin"
+        made.parent.mkdir()
         plain = write(model, o, made, run)
         with library_errors(f"{model.vocabulary}: the library of its tokenizer"):
             compare_tokens(model, made, o, run)

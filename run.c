@@ -2912,7 +2912,7 @@ static bool bind_model(Model *m, int threads, Error *e) {
     size_t n_bytes = 0;
     for (const Source *s = m->sources; s < m->sources + m->n_sources; n_bytes = plus(n_bytes, s++->n_bytes))
         if (s->rows_used != s->rows)
-            return refuse(e, "tensor %s %s there twice, or is not part of a %s model", s->name,
+            return refuse(e, "tensor %s %s there twice, or no %s has it", s->name,
                           s->rows_used ? "has rows that are" : "is", m->config.family);
     if (m->packed_bytes > plus(times(4, n_bytes), 32 << 20))  // one number takes a tile of 2 KB: some may be small
         return refuse(e, "matrices so small that their %zu bytes take %zu in tiles", n_bytes, m->packed_bytes);
@@ -3478,7 +3478,11 @@ static const char *const flag_keys[N_FLAGS] = {
 static bool get_around(Gguf *g, const char *name, int *ids) {
     Key k = get_key(g, name, G_U32, true);
     if (k.count > MAX_AROUND && !g->bad) g->bad = !refuse(g->error, "key %s: more than %d ids", name, MAX_AROUND);
-    for (size_t i = 0; i < MAX_AROUND; i++) ids[i] = i < k.count ? (int)(uint32_t)key_number(&k, i) : -1;
+    for (size_t i = 0; i < MAX_AROUND; i++) {
+        double id = i < k.count ? key_number(&k, i) : -1;
+        if (id >= MAX_TOKENS && !g->bad) g->bad = !refuse(g->error, "key %s: no token has the id %.0f", name, id);
+        ids[i] = g->bad ? -1 : (int)id;
+    }
     return k.count > 0;
 }
 

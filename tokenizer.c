@@ -948,33 +948,36 @@ static bool is_space(uint32_t c) {
            c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
-// The bytes of white space at the beginning of the n bytes at s. *content is the length without that at their end.
-static size_t measure_white(const char *s, size_t n, size_t *content) {
-    size_t first = n;
-    *content = 0;
-    for (size_t at = 0, length; at < n; at += length) {
-        uint32_t code;
-        int read = read_character(s + at, n - at, &code);
-        length = read > 0 ? (size_t)read : 1;
-        if (read > 0 && is_space(code)) continue;
-        if (*content == 0) first = at;
-        *content = at + length;
+// The bytes of the character at s that are white space; 0: none, or no character.
+static size_t white_at(const char *s, size_t n) {
+    uint32_t code;
+    int length = n > 0 ? read_character(s, n, &code) : 0;
+    return length > 0 && is_space(code) ? (size_t)length : 0;
+}
+
+// The length of a text without the white space at its end.
+static size_t trim_white(const char *s, size_t n) {
+    size_t content = 0;
+    for (size_t at = 0, white; at < n; at += white ? white : 1) {
+        white = white_at(s + at, n - at);
+        if (!white) content = at + 1;
     }
-    return first;
+    return content;
 }
 
 // Emits the special pieces of one type between `at` and `end`: the leftmost first, of these the longest, which may take
-// the white space beside it. `rest` encodes the text before each, from *begin on; afterwards *begin is the end of the
-// last.
-static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end,
+// the white space beside it, up to n. `rest` encodes the text before each, from *begin on; afterwards *begin is where
+// the last one ends.
+static bool encode_around(Encoder *c, int type, const char *s, size_t *begin, size_t at, size_t end, size_t n,
                           bool (*rest)(Encoder *c, const char *s, size_t n)) {
     for (size_t length; at < end; at += length) {
         int id = longest_special(c->t, type, s + at, end - at, &length);
         if (id < 0) continue;
-        size_t before = at - *begin, content, after = at + length;
+        size_t before = at - *begin;
         int takes = c->t->takes ? c->t->takes[id] : 0;
-        if (takes & TAKES_BEFORE) measure_white(s + *begin, before, &before);
-        if (takes & TAKES_AFTER) length += measure_white(s + after, end - after, &content);
+        if (takes & TAKES_BEFORE) before = trim_white(s + *begin, before);
+        for (size_t white = 1; takes & TAKES_AFTER && white; length += white)
+            white = white_at(s + at + length, n - at - length);
         if (!rest(c, s + *begin, before) || !emit(c->out, id, c->e)) return false;
         *begin = at + length;
     }
@@ -997,14 +1000,15 @@ static bool encode_part(Encoder *c, const char *s, size_t n) {
         s = normal;
     }
     size_t begin = 0, end = flags & ADDED_FIRST ? 0 : n;
-    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_words) &&
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, n, encode_words) &&
            encode_words(c, s + begin, n - begin);
 }
 
 // Encodes plain text between two control tokens.
 static bool encode_plain(Encoder *c, const char *s, size_t n) {
     size_t begin = 0, end = c->t->flags & ADDED_FIRST ? n : 0;
-    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, encode_part) && encode_part(c, s + begin, n - begin);
+    return encode_around(c, PIECE_USER_DEFINED, s, &begin, 0, end, n, encode_part) &&
+           encode_part(c, s + begin, n - begin);
 }
 
 // Appends the tokens of the spans' joined text. A control token must lie in special spans as a whole. The caller adds
@@ -1017,12 +1021,14 @@ static bool encode(const Tokenizer *t, const Span *spans, int n_spans, Tokens *o
     Encoder c = {.t = t, .out = out, .e = e, .text = text};
     c.scratch = allocate((t->flags & COMPOSE ? 3 : 1) * n + 1, sizeof *c.scratch, e);
     bool ok = text && c.scratch;
-    for (int i = 0; ok && i < n_spans; i++) {
+    for (int i = 0; ok && i < n_spans; end += spans[i++].n_bytes)
         if (spans[i].n_bytes) memcpy(text + end, spans[i].text, spans[i].n_bytes);
+    end = 0;
+    for (int i = 0; ok && i < n_spans; i++) {
         end += spans[i].n_bytes;
         if (i + 1 < n_spans && spans[i + 1].special == spans[i].special) continue;
-        if (spans[i].special) ok = encode_around(&c, PIECE_CONTROL, text, &begin, at, end, encode_plain);
-        at = end;
+        if (spans[i].special) ok = encode_around(&c, PIECE_CONTROL, text, &begin, at, end, n, encode_plain);
+        at = end > begin ? end : begin;  // a token may have taken white space of the next span
     }
     ok = ok && encode_plain(&c, text + begin, n - begin);
     free(text);
@@ -1291,7 +1297,7 @@ static Text take_llama2c_piece(Cursor *c, size_t id, float *score, int32_t *type
 
 static bool takes_in_phi3(Text s, int type) {
     bool special = SPECIAL_TYPES >> type & 1 || is_text(s, "</s>");
-    return special && !is_text(s, "<s>") && !is_text(s, "<|endoftext|>");
+    return special && !is_text(s, "<unk>") && !is_text(s, "<s>") && !is_text(s, "<|endoftext|>");
 }
 
 static bool pack_pieces(const Vocabulary *v, Buffer *part, Error *e) {

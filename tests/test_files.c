@@ -784,7 +784,7 @@ static void test_expert_biases(void) {
         }
         g.n_tensors += 2;
         Bytes damaged = put_together(&g);
-        check_refused(damaged, biases[i].name, "is there twice, or is not part of a llama model");
+        check_refused(damaged, biases[i].name, "is there twice, or no llama has it");
         free(damaged.bytes), free(b.bytes);
         free_parts(&g);
     }
