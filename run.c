@@ -3217,7 +3217,12 @@ static bool export_model(Model *m, const char *path, Error *e) {
     FileHeader h = { .layout = LAYOUT, .config = { .at = sizeof h } };
     memcpy(h.magic, native_magic, sizeof h.magic);
     snprintf(h.family, sizeof h.family, "%s", m->config.family);
-    bool ok = find_choice(options.type ? options.type : "keep", &choice, e) && append(&b, NULL, sizeof h, e) &&
+    if (!find_choice(options.type ? options.type : "keep", &choice, e)) return false;
+    struct stat from, to;
+    bool is_itself = choice != KEEP && path && !stat(options.checkpoint, &from) && !stat(path, &to) &&
+                     from.st_dev == to.st_dev && from.st_ino == to.st_ino;
+    if (is_itself) return fail(e, MISUSE, "-o %.200s: the model itself; choose another name", path);
+    bool ok = append(&b, NULL, sizeof h, e) &&
               transfer_config(m, (Cursor){ NULL, 0, false }, &b, e) && end_section(&h, CONFIG, &b, e) &&
               append_tensor_records(m, choice, &b, &h, e) && end_section(&h, TENSORS, &b, e) &&
               append(&b, m->vocabulary, m->vocabulary_bytes, e) && end_section(&h, TOKENIZER, &b, e) &&

@@ -248,6 +248,7 @@ static const Case cases[] = {
     { "$v0 -z nowhere", 1, NULL, "run: nowhere: " },
     { "$T/nan.bin -m inspect --check", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -m export -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
+    { "$tied -m export --type q8 -o tests/../$tied", 2, NULL, "the model itself; choose another name" },
     { "$T/nan.bin -m export --type q8 -o $T/x", 1, NULL, "run: blk.1.ffn_up.weight: row 17 " },
     { "$T/nan.bin -q -t 0 -n 1", 1, "", "run: layer 2 at position 0 is not finite" },
     { "$T/rows.bin -q -t 0 -n 5 --ids '1 2 3'", 1, "\"#$", "run: the embedding at position 3 is not finite" },
