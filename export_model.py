@@ -125,12 +125,14 @@ def stored_bytes(shape: tuple[int, ...], type_name: str) -> int:
 def encode(x: np.ndarray, type_name: str) -> np.ndarray:
     """Rows of numbers as a file stores them, each rounded to the nearest; of blocks, as gguf does it.
     x f32 (rows, cols)   out (rows, cols) of f32, f16 or uint16, or uint8 (rows, bytes of a row)
-    Raises Refusal for numbers beyond the range of f16."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    Raises Refusal for numbers beyond the type's range."""
+    with np.errstate(all="ignore"):
         stored = gguf.quantize(np.ascontiguousarray(x), TYPES[type_name].ggml)
-    if type_name == "f16" and not np.array_equal(np.isfinite(stored), np.isfinite(x)):
-        raise Refusal("has numbers beyond the range of f16; use --type bf16 or f32")
-    return stored.view(FLOATS["bf16"]) if type_name == "bf16" else stored
+        stored = stored.view(FLOATS["bf16"]) if type_name == "bf16" else stored
+        if not np.isfinite(decode(stored, type_name)[np.isfinite(x)]).all():
+            raise Refusal(f"has numbers beyond the range of {type_name}; use --type "
+                          f"{'bf16 or ' if type_name == 'f16' else ''}f32")
+    return stored
 
 
 def decode(stored: np.ndarray, type_name: str) -> np.ndarray:
@@ -2487,6 +2489,8 @@ def convert(model: Model, o: argparse.Namespace, plain: Path, native: Path, run:
     done = call(run, plain, "-m", "export", *words, "-o", native)
     if done.returncode:
         kind, reason = model.hf_config.get("model_type", model.arch), last_line(done.stderr)
+        if done.returncode != 1 or "use --type" in reason:  # 1: of the model itself
+            raise Refusal(reason.removeprefix("run: "))
         asked = [f"{key} = true, " for key in ("use_parallel_residual", "qk_layernorm") if model.hf_config.get(key)]
         raise Refusal(f"{model.source}: the C program does not open such a model of type {kind} yet ({''.join(asked)}"
                       f"{reason.removeprefix(f'run: {plain}: ')}); --to gguf writes it for llama.cpp")
@@ -2735,9 +2739,10 @@ def hf_type(tensors: dict[str, Tensor], choice: str) -> str:
 def vector_type(tensor: Tensor, type_name: str) -> str:
     """A norm or a bias goes in the type of the matrices, if that loses nothing."""
     x = tensor.floats()
-    with np.errstate(over="ignore"):
-        narrow = decode(x.astype(np.float16) if type_name == "f16" else encode(x, type_name), type_name)
-    return type_name if np.array_equal(narrow, x) else "f32"
+    try:
+        return type_name if np.array_equal(decode(encode(x, type_name), type_name), x) else "f32"
+    except Refusal:
+        return "f32"
 
 
 def write_hf(model: Model, choice: str, folder: Path, report: bool) -> None:
@@ -2791,7 +2796,11 @@ SMALL = 1_000_000_000      # parameters up to which a model is verified unless -
 
 
 def opens(run: Path, path: Path) -> bool:
-    return call(run, path.resolve(), "-m", "inspect").returncode == 0
+    """Whether the C program knows such models. Raises Refusal where it could not try, as without memory."""
+    done = call(run, path.resolve(), "-m", "inspect")
+    if done.returncode > 1 or done.returncode < 0:
+        raise Refusal(last_line(done.stderr).removeprefix("run: "))
+    return done.returncode == 0
 
 
 def program_logits(run: Path, path: Path, ids: np.ndarray) -> np.ndarray:
