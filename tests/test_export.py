@@ -1501,11 +1501,12 @@ def test_parts_of_tokenizers(folder: Path) -> None:
 
 
 def test_phi3_by_name(folder: Path) -> None:
-    """GGUF has no key for rstrip: what llama.cpp does by the model's name (llama-vocab.cpp), for special tokens and </s>
-    but not for <s> and <|endoftext|>, against tokenizers with these flags."""
+    """GGUF has no key for rstrip: what llama.cpp does by the model's name (llama-vocab.cpp), for special tokens and
+    </s> but not for <unk>, <s> and <|endoftext|>, against tokenizers with these flags; in a chat too, whose messages
+    are joined to the template's tokens before white space is taken."""
     source = save_model(folder / "Tiny-model", make_network("llama"))
     base = json.loads((source / "tokenizer.json").read_text())
-    names = ("<|user|>", "</s>", "<s>", "<|endoftext|>")
+    names = ("<|user|>", "</s>", "<unk>", "<s>", "<|endoftext|>")
     tokens = [token(name, special=name != "</s>", rstrip=name in names[:2]) for name in names]
     put_tokenizer(source, base, {"post_processor": None}, tokens)
     own = Tokenizer.from_file(str(source / "tokenizer.json"))
@@ -1523,6 +1524,14 @@ def test_phi3_by_name(folder: Path) -> None:
         for text in [f"a {t} \n b" for t in names] + ["<tool>  x", "the man"]:
             got, wanted = tokenize(made, text, "--special"), (own if known else without).encode(text).ids
             check(f"Phi-3: {name}: {text!r}", got == wanted, f"{got} {wanted}")
+        (folder / "template").write_text("<|user|>{{ messages[0].content }}</s>{{ messages[0].content }}<s>")
+        for said in ("  x", " \n", "x  ", "\u3000x"):
+            (folder / "messages").write_text(json.dumps([{"role": "user", "content": said}]))
+            done = subprocess.run([ROOT / "run", made, "-m", "render", "--pieces", "--template", folder / "template",
+                                   "--messages", folder / "messages"], capture_output=True, text=True, check=True)
+            got = [int(line.split()[0]) for line in done.stdout.splitlines()]
+            wanted = (own if known else without).encode(f"<|user|>{said}</s>{said}<s>").ids
+            check(f"Phi-3: {name}: a chat with {said!r}", got == wanted, f"{got} {wanted}")
     source = source.rename(folder / "Phi-3")  # a folder's own flags count
     exported(source, "-o", folder / "folder.bin", "--no-verify")
     got, wanted = tokenize(folder / "folder.bin", "a <|user|> b", "--special"), without.encode("a <|user|> b").ids
