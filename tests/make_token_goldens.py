@@ -506,7 +506,10 @@ def compare(command: str, path: pathlib.Path, n: int, seed: int, pre: str, speci
         start = time.time()
         texts = random_strings(n, v, seed)
         made = time.time()
-        wanted = encode_all(tokenizer, v, texts)
+        # In Phi-3's vocabulary "</s>" takes the white space after it, as llama.cpp has it, and U+2581, which is a space by
+        # then; sentencepiece knows no such thing.
+        read = [re.sub(r"</s>([^\S\x1c-\x1f]|\u2581)+", "</s>", t) if "phi-3" in path.name else t for t in texts]
+        wanted = encode_all(tokenizer, v, read)
         middle = time.time()
         got = run_tokenizer(command, file, texts, options)
         seconds = time.time() - middle
