@@ -810,7 +810,6 @@ static bool emit(Tokens *out, int id, Error *e) {
     return true;
 }
 
-// Sets the rank of pair i, and what changes with it further up the tree.
 // Emits the tokens that begin a text, or those that end it.
 static bool emit_around(const Tokenizer *t, bool ends, Tokens *out, Error *e) {
     if (!t->around || t->around[ends][0] < 0) return emit(out, ends ? t->eos : t->bos, e);
@@ -818,6 +817,7 @@ static bool emit_around(const Tokenizer *t, bool ends, Tokens *out, Error *e) {
     return true;
 }
 
+// Sets the rank of pair i, and what changes with it further up the tree.
 static void set_rank(Encoder *c, size_t i, uint32_t rank) {
     c->least[i += c->width] = rank;
     for (i /= 2; i > 0; i /= 2) {
